@@ -1,0 +1,1 @@
+"""Catalogue, select, merge, fit and evaluate pools of LoRA adapters."""

@@ -1,0 +1,79 @@
+"""The command tree, and the one place where a LoraError becomes an exit code."""
+
+import errno
+import os
+import sys
+import traceback
+from typing import Any, Never
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from lora_cli.commands import config, runs
+from lora_cli.errors import ExitCode, LoraError, OutputError
+from lora_cli.screen import Screen
+
+
+class Root(TyperGroup):
+    """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except TyperException as error:
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context else "lora"
+            _tell(error.format_message(), f"see '{path} --help'")
+            code = ExitCode.USAGE
+        except typer.Abort:
+            code = ExitCode.INTERRUPTED
+        sys.exit(code if isinstance(code, int) else ExitCode.OK)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LoraError as error:
+            _fail(error)
+        except BrokenPipeError:
+            # The reader has what it wanted; the interpreter must not complain when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(ExitCode.OK) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
+
+
+def _fail(error: LoraError) -> Never:
+    if os.environ.get("LORA_DEBUG"):
+        traceback.print_exception(error)
+    _tell(error.message, error.hint)
+    raise typer.Exit(error.exit_code) from None
+
+
+def _tell(message: str, hint: str) -> None:
+    screen = Screen()
+    screen.say(f"lora: {message}")
+    if hint:
+        screen.say(f"  {hint}")
+
+
+app = typer.Typer(
+    cls=Root,
+    name="lora",
+    help="Catalogue, select, merge, fit and evaluate pools of LoRA adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(runs.app, name="runs")
+app.add_typer(config.app, name="config")
+config.register(app)
+
+
+def main() -> None:
+    """Console script."""
+    app(prog_name="lora")

@@ -1,0 +1,1 @@
+"""What the user types: each command parses, calls one step and shows what came back."""

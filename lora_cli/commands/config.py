@@ -1,0 +1,56 @@
+"""`lora config` and `lora completion`: how the tool is set up."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.commands.options import Csv, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.errors import UsageError
+from lora_cli.screen import Column
+from lora_cli.settings import KEYS, load
+
+app = typer.Typer(help="Settings and where each comes from.", no_args_is_help=True)
+
+_COLUMNS = (Column("SETTING", "id"), Column("VALUE", "value", wide=True), Column("FROM", "origin"))
+SHELLS = ("bash", "zsh", "fish", "pwsh")
+
+
+@app.command(epilog=examples("lora config show", "LORA_DEVICE=cpu lora config show --json"))
+def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quiet = False) -> None:
+    """Print every setting, its value and where it was found.
+
+    A flag of a command beats an environment variable LORA_<SETTING>, which beats ./lora.toml, which beats the user's
+    own configuration file, which beats the default.
+    """
+    settings = load()
+    rows = [
+        {"id": name, "value": _plain(getattr(settings, name)), "origin": settings.origin(name), "help": key.help}
+        for name, key in KEYS.items()
+    ]
+    screen_for(json, jsonl, csv, quiet).rows("lora.config.show/1", _COLUMNS, rows)
+
+
+def completion(shell: Annotated[str, typer.Argument(help="bash, zsh, fish or pwsh.")]) -> None:
+    """Print the completion script of a shell."""
+    print(completion_script(shell), end="")
+
+
+def completion_script(shell: str) -> str:
+    """The completion script of `shell`, as Typer makes it; UsageError for a shell it does not know."""
+    from typer.completion import get_completion_script
+
+    if shell not in SHELLS:
+        raise UsageError(f"unknown shell {shell!r}", hint=f"there are {', '.join(SHELLS)}")
+    return get_completion_script(prog_name="lora", complete_var="_LORA_COMPLETE", shell=shell).strip() + "\n"
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora completion` to the command tree."""
+    root.command(
+        epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion fish | source")
+    )(completion)
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,61 @@
+"""`lora runs`: what was run, on what, how it ended."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lora_cli.commands.options import Csv, Db, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.screen import Column
+from lora_cli.settings import load
+
+app = typer.Typer(help="What was run, on what data and adapters, and how it ended.", no_args_is_help=True)
+
+_COLUMNS = (
+    Column("RUN", "id"),
+    Column("COMMAND", "command"),
+    Column("STATUS", "status"),
+    Column("STARTED", "started"),
+    Column("OUTPUT", "out", wide=True),
+)
+
+
+@app.command("list", epilog=examples("lora runs list -n 5", "lora runs list --command fit --json"))
+def list_(
+    command: Annotated[str | None, typer.Option("--command", help="Only runs of this command.")] = None,
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 50,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the latest runs, newest first."""
+    from lora_cli import runs
+
+    rows = [
+        {key: row[key] for key in ("id", "command", "status", "started", "ended", "out", "error")}
+        for row in runs.all_runs(load({"db": db}).db, command=command, limit=n)
+    ]
+    for row in rows:
+        row["started"] = row["started"][:19]
+        if row["out"]:
+            row["out"] = _shown(Path(row["out"]))
+    screen_for(json, jsonl, csv, quiet).rows("lora.runs.list/1", _COLUMNS, rows)
+
+
+@app.command(epilog=examples("lora runs show $(lora runs list -q -n 1)", "lora runs show 2026 --json"))
+def show(
+    run: Annotated[str, typer.Argument(help="The run's id, or the start of it.")],
+    db: Db = None,
+    json: Json = False,
+) -> None:
+    """Show one run: settings, inputs, versions, outputs and scores."""
+    from lora_cli import runs
+
+    screen_for(json).document("lora.runs.show/1", runs.find(load({"db": db}).db, run))
+
+
+def _shown(path: Path) -> str:
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -1,0 +1,140 @@
+"""The frozen values that travel between the rooms of the tool."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Source = Literal["hub", "folder"]
+Status = Literal["ok", "unusable", "gated", "gone", "failed"]
+BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The Progress that shows nothing: what a notebook gets by default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """One adapter at one version: what is needed to find its files and to name it for good.
+
+    `id` is what users type: `owner/name` or `owner/name:subfolder` on the Hub, `tree/folder` for a folder tree.
+    `commit` has 40 hex digits: the repository's commit on the Hub; for a folder the head of a SHA-256 over its
+    configuration and weights. `repo` is `owner/name`, or the folder's absolute path.
+    """
+
+    id: str
+    commit: str
+    source: Source
+    repo: str
+    subfolder: str = ""
+
+    @property
+    def pinned(self) -> str:
+        """`id@commit`, as it is written into records."""
+        return f"{self.id}@{self.commit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One row of the catalogue: everything known about an adapter without its weights.
+
+    `ranks` maps each module to its rank, from tensor shapes. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) where
+    it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules and,
+    like `sha256` (of the weights file), is known only once the weights were at hand. `status` other than "ok" comes
+    with a `reason`.
+    """
+
+    id: str
+    commit: str
+    source: Source
+    repo: str
+    subfolder: str = ""
+    author: str = ""
+    base_declared: str = ""
+    base: str = ""
+    base_match: BaseMatch = "unknown"
+    peft_type: str = ""
+    rank: int | None = None
+    alpha: float | None = None
+    scale: float | None = None
+    rslora: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    target_modules: tuple[str, ...] = ()
+    modules: int = 0
+    layers: int = 0
+    dtype: str = ""
+    parameters: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    norm: float | None = None
+    licence: str = ""
+    downloads: int = 0
+    likes: int = 0
+    gated: str = ""
+    created_at: str = ""
+    modified_at: str = ""
+    card: str = ""
+    stamp: str = ""
+    status: Status = "ok"
+    reason: str = ""
+
+    @property
+    def ref(self) -> AdapterRef:
+        """Where its files are."""
+        return AdapterRef(
+            id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One line of a task file. `prompt` is plain text or a chat (a tuple of role/content messages)."""
+
+    id: str
+    prompt: str | tuple[Mapping[str, str], ...]
+    completion: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coefficients:
+    """What `fit` learnt: for each module, one factor per adapter, or per rank of each adapter.
+
+    `values[module][i]` belongs to `adapters[i]` (`id@commit`): a tuple of one factor, or of one per rank. The factors
+    are final: the activation is already applied. `task_sha256` names the data they were learnt on.
+    """
+
+    adapters: tuple[str, ...]
+    values: Mapping[str, tuple[tuple[float, ...], ...]]
+    granularity: str
+    activation: str
+    task_sha256: str
+    base: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One system's result on one task. `low`..`high` is the 95 % interval of `value`.
+
+    `delta` with its interval is the paired difference to `baseline`; `changed` counts the prompts whose output differs
+    from the base model's.
+    """
+
+    system: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    baseline: str = ""
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+    p: float | None = None
+    changed: int | None = None
+    log_likelihood: float | None = None
+    tokens_per_second: float | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)

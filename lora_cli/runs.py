@@ -1,0 +1,181 @@
+"""What was run, on what, how it ended: one row per run in the catalogue's database, one `run.json` beside its output."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import NothingMatched, OutputError
+from lora_cli.migrations import open_for_reading, open_for_writing, writing
+from lora_cli.records import Score
+
+RECORD_FILE = "run.json"
+_PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "transformers", "peft", "huggingface_hub")
+
+
+@dataclass(slots=True)
+class Run:
+    """A run under way: what goes into its record is added while it works."""
+
+    id: str
+    command: str
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    key: str
+    device: str = "cpu"
+    outputs: dict[str, str] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+    def record(self) -> dict[str, Any]:
+        """What is written into `run.json`: no times and no paths, so that equal work gives equal bytes."""
+        return {
+            "schema": "lora.run/1",
+            "key": self.key,
+            "command": self.command,
+            "settings": dict(self.settings),
+            "inputs": dict(self.inputs),
+            "device": self.device,
+            "versions": versions(),
+            "outputs": self.outputs,
+            "results": self.results,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that takes part in the arithmetic."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def key_of(command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """SHA-256 over what decides the result of a run: equal keys mean equal work."""
+    text = json.dumps([command, settings, inputs, versions()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def record_text(record: Mapping[str, Any]) -> str:
+    """The bytes of a `run.json`."""
+    return json.dumps(record, indent=2, sort_keys=True) + "\n"
+
+
+def finished(folder: Path, key: str) -> bool:
+    """True when `folder` holds the finished output of a run with this key."""
+    try:
+        return bool(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["key"] == key)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def claim(folder: Path, key: str, *, force: bool) -> bool:
+    """True when `folder` already holds this very run; False when the work is to be done and may go there.
+
+    Raises:
+        OutputError: the folder exists with something else in it and `force` was not given, or is a link.
+    """
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: a link; outputs are never written through links")
+    if finished(folder, key):
+        return not force
+    if folder.exists() and not force:
+        raise OutputError(f"{folder} exists", hint="choose another folder with -o, or replace it with --force")
+    return False
+
+
+@contextmanager
+def recorded(
+    db: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str], out: Path | None
+) -> Iterator[Run]:
+    """Record a run around its work: a crash is recorded too.
+
+    Args:
+        inputs: `id@commit` (or a file's name) → SHA-256 of its bytes.
+        out: folder or file that the run makes.
+    """
+    now = datetime.now(UTC)
+    run = Run(
+        id=f"{now:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
+        command=command,
+        settings=settings,
+        inputs=inputs,
+        key=key_of(command, settings, inputs),
+    )
+    with closing(open_for_writing(db)) as connection:
+        with writing(connection) as table:
+            table["runs"].insert(
+                {"id": run.id, "command": command, "status": "running", "started": now.isoformat(),
+                 "out": str(out.absolute()) if out else None, "record": json.dumps(run.record())}
+            )  # fmt: skip
+        status, error = "failed", None
+        try:
+            yield run
+            status = "done"
+        except BaseException as caught:
+            error = f"{type(caught).__name__}: {caught}"
+            raise
+        finally:
+            ended = {"status": status, "ended": datetime.now(UTC).isoformat(), "error": error}
+            with writing(connection) as table:
+                table["runs"].update(run.id, {**ended, "record": json.dumps(run.record())})
+
+
+def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[str, Sequence[str]], task: str) -> None:
+    """Store the scores of an evaluation. `adapters` maps a system to its `id@commit`s; `task` is the data's SHA-256."""
+    rows = []
+    for score in scores:
+        values = asdict(score)
+        rows.append(
+            {"run_id": run.id, "task_sha256": task, "adapters": json.dumps(list(adapters.get(score.system, ())))}
+            | {name: values.pop(name) for name in ("system", "metric", "value", "low", "high", "n")}
+            | {"details": json.dumps(values)}
+        )
+    with closing(open_for_writing(db)) as connection, writing(connection) as table:
+        table["scores"].insert_all(rows)
+
+
+def all_runs(db: Path, *, command: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
+    """The latest runs, newest first."""
+    with closing(open_for_reading(db)) as connection:
+        where, values = ("command = ?", [command]) if command else (None, [])
+        rows = connection["runs"].rows_where(where, values, order_by="started desc, rowid desc", limit=limit)
+        return [dict(row) for row in rows]
+
+
+def find(db: Path, prefix: str) -> dict[str, Any]:
+    """The one run whose id starts with `prefix`, with its record and its scores.
+
+    Raises:
+        NothingMatched: there is none, or more than one.
+    """
+    with closing(open_for_reading(db)) as connection:
+        matches = list(connection["runs"].rows_where("substr(id, 1, ?) = ?", [len(prefix), prefix], limit=3))
+        if len(matches) != 1:
+            problem = "no run" if not matches else "more than one run"
+            raise NothingMatched(f"{problem} whose id starts with {prefix!r}", hint="see 'lora runs list'")
+        [row] = matches
+        scores = [dict(score) for score in connection["scores"].rows_where("run_id = ?", [row["id"]])]
+    for score in scores:
+        score.update(adapters=json.loads(score["adapters"]), details=json.loads(score["details"]))
+    return {**row, "record": json.loads(row["record"]), "scores": scores}
+
+
+def latest_output(db: Path, commands: Sequence[str]) -> tuple[str, Path] | None:
+    """Command and folder of the newest finished run of one of `commands` whose output still exists."""
+    with closing(open_for_reading(db)) as connection:
+        marks = ", ".join("?" * len(commands))
+        where = f"status = 'done' and out is not null and command in ({marks})"
+        for row in connection["runs"].rows_where(where, list(commands), order_by="started desc, rowid desc"):
+            if Path(row["out"]).exists():
+                return row["command"], Path(row["out"])
+    return None

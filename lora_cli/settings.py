@@ -1,0 +1,173 @@
+"""Where a value comes from: flag > LORA_* environment > ./lora.toml > user configuration > default."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from lora_cli.errors import UsageError
+
+PROJECT_FILE = "lora.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One setting: how its text becomes a value, its default and a line of help."""
+
+    parse: Callable[[Any, Path], Any]
+    default: Callable[[], Any]
+    help: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value and the place it was found in."""
+
+    value: Any
+    origin: str
+
+
+def _text(value: Any, folder: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("a text")
+    return value
+
+
+def _base(value: Any, folder: Path) -> str:
+    """A Hub id stays as it is; the name of a folder that exists beside the file becomes its path."""
+    text = _text(value, folder)
+    local = folder / Path(text).expanduser()
+    return str(local.resolve()) if local.is_dir() else text
+
+
+def _path(value: Any, folder: Path) -> Path:
+    return (folder / Path(_text(value, folder)).expanduser()).absolute()
+
+
+def _texts(value: Any, folder: Path) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+        raise ValueError("a list of texts")
+    return tuple(value)
+
+
+def _seed(value: Any, folder: Path) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError("a whole number")
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError("a whole number") from None
+
+
+def _one_of(*words: str) -> Callable[[Any, Path], str]:
+    def parse(value: Any, folder: Path) -> str:
+        if value not in words:
+            raise ValueError(f"one of {', '.join(words)}")
+        return str(value)
+
+    return parse
+
+
+def _device(value: Any, folder: Path) -> str:
+    text = _text(value, folder)
+    if text.split(":")[0] not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError("auto, cpu, cuda, cuda:N or mps")
+    return text
+
+
+def _data_folder() -> Path:
+    return Path(platformdirs.user_data_dir("lora", appauthor=False))
+
+
+KEYS: dict[str, Key] = {
+    "base": Key(_base, lambda: None, "base model: a Hub id or a local folder"),
+    "base_aliases": Key(_texts, tuple, "other names under which adapters declare the same base"),
+    "pool": Key(_path, lambda: None, "folder tree that `pool sync` reads instead of the Hub"),
+    "db": Key(_path, lambda: _data_folder() / "catalogue.db", "the catalogue, one SQLite file"),
+    "data": Key(_path, lambda: None, "task file for fit and train"),
+    "test": Key(_path, lambda: None, "task file for eval"),
+    "device": Key(_device, lambda: "auto", "auto, cpu, cuda, cuda:N or mps"),
+    "dtype": Key(
+        _one_of("auto", "fp32", "bf16", "fp16"), lambda: "auto", "precision of the base model: auto, fp32, bf16, fp16"
+    ),
+    "runs": Key(_path, lambda: Path.cwd() / "lora-runs", "folder that collects the outputs of merge, fit and train"),
+    "seed": Key(_seed, lambda: 0, "seed of everything random"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every setting with its origin. Attributes give the values: `settings.base`, `settings.db`, …"""
+
+    found: Mapping[str, Setting]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.found[name].value
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def origin(self, name: str) -> str:
+        """Where the value of `name` was found."""
+        return self.found[name].origin
+
+
+def user_file() -> Path:
+    """The user's own configuration file, which need not exist."""
+    return Path(platformdirs.user_config_dir("lora", appauthor=False)) / "config.toml"
+
+
+def load(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Read all settings; `flags` holds what the command line said (None where it said nothing).
+
+    Raises:
+        UsageError: a file that is not TOML, an unknown key, or a value of the wrong kind.
+    """
+    here = Path.cwd()
+    layers: list[tuple[str, Mapping[str, Any], Path]] = [
+        ("flag", {k: v for k, v in (flags or {}).items() if v is not None}, here),
+        ("environment", {k: os.environ[n] for k in KEYS if os.environ.get(n := f"LORA_{k.upper()}")}, here),
+    ]
+    for file in (here / PROJECT_FILE, user_file()):
+        layers.append((PROJECT_FILE if file.parent == here else str(file), _read(file), file.parent))
+    found = {}
+    for name, key in KEYS.items():
+        for origin, values, folder in layers:
+            if name in values:
+                label = f"LORA_{name.upper()}" if origin == "environment" else origin
+                found[name] = Setting(_parsed(name, key, values[name], folder, label), label)
+                break
+        else:
+            found[name] = Setting(key.default(), "default")
+    return Settings(found)
+
+
+def _parsed(name: str, key: Key, value: Any, folder: Path, label: str) -> Any:
+    try:
+        return key.parse(str(value) if isinstance(value, Path) else value, folder)
+    except ValueError as error:
+        raise UsageError(f"{label}: {name} must be {error}, not {value!r}") from None
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(f"{file.name} cannot be read: {error}") from None
+    for name in values:
+        if name not in KEYS:
+            near = difflib.get_close_matches(name, KEYS, n=1)
+            raise UsageError(
+                f"{file.name}: unknown setting {name!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(KEYS)}",
+            )
+    return values

@@ -1,0 +1,1 @@
+"""What the tool does: functions usable from a notebook, which never print."""
