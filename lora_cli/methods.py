@@ -130,9 +130,7 @@ class MethodFolder:
                 flag = f"--{knob.replace('_', '-')}"
                 takes = ", ".join(f"--{k.replace('_', '-')}" for k in one.knobs) or "no options of its own"
                 raise UsageError(f"{self.what} {name} takes no {flag}", hint=f"{name} takes {takes}")
-        return {
-            key: knob.check(name, given[key]) if key in given else knob.default for key, knob in one.knobs.items()
-        }
+        return {key: knob.check(name, given[key]) if key in given else knob.default for key, knob in one.knobs.items()}
 
     def load(self, name: str) -> Callable[..., Any]:
         """Import the method called `name` and return its function."""
@@ -177,6 +175,11 @@ def _knob(file: Path, argument: ast.arg, default: Any) -> Knob:
             if isinstance(kind, ast.Subscript):
                 choices = tuple(ast.literal_eval(kind.slice))
             return Knob(
-                ast.literal_eval(text), **bounds, name=argument.arg, type=type(default), default=default, choices=choices
+                ast.literal_eval(text),
+                **bounds,
+                name=argument.arg,
+                type=type(default),
+                default=default,
+                choices=choices,
             )
     raise TypeError(f"{file.name}: knob {argument.arg} must be annotated as Annotated[type, Knob(help, ...)]")

@@ -100,6 +100,10 @@ class Screen:
             for key, value in values.items():
                 _out(f"{key.ljust(width)}  {_cell(value)}" if width else f"{key}\t{_cell(value)}")
 
+    def text(self, text: str) -> None:
+        """Text that the tool itself made, to stdout as it is."""
+        _out(text, end="")
+
     def say(self, text: str) -> None:
         """One line of talk on stderr."""
         print(safe(text), file=sys.stderr)

@@ -7,7 +7,7 @@ import typer
 
 from lora_cli.commands.options import Csv, Json, Jsonl, Quiet, examples, screen_for
 from lora_cli.errors import UsageError
-from lora_cli.screen import Column
+from lora_cli.screen import Column, Screen
 from lora_cli.settings import KEYS, load
 
 app = typer.Typer(help="Settings and where each comes from.", no_args_is_help=True)
@@ -33,7 +33,7 @@ def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quie
 
 def completion(shell: Annotated[str, typer.Argument(help="bash, zsh, fish or pwsh.")]) -> None:
     """Print the completion script of a shell."""
-    print(completion_script(shell), end="")
+    Screen().text(completion_script(shell))
 
 
 def completion_script(shell: str) -> str:
@@ -47,9 +47,9 @@ def completion_script(shell: str) -> str:
 
 def register(root: typer.Typer) -> None:
     """Add `lora completion` to the command tree."""
-    root.command(
-        epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion fish | source")
-    )(completion)
+    root.command(epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion fish | source"))(
+        completion
+    )
 
 
 def _plain(value: object) -> object:

@@ -12,8 +12,8 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="One JSON object per line.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only ids, one per line.")]
-Db = Annotated[Path | None, typer.Option("--db", help="Catalogue file.", show_default="LORA_DB, lora.toml or user data")]
-Base = Annotated[str | None, typer.Option("--base", help="Base model: Hub id or folder.", show_default="from lora.toml")]
+Db = Annotated[Path | None, typer.Option("--db", help="Catalogue file.", show_default="the setting")]
+Base = Annotated[str | None, typer.Option("--base", help="Base model: Hub id or folder.", show_default="the setting")]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Precision of the base: auto, fp32, bf16, fp16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
@@ -21,14 +21,17 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.", 
 Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
 Where = Annotated[
-    list[str] | None, typer.Option("--where", help="Condition on a column, such as 'rank<=16'; repeatable, all must hold.")
+    list[str] | None,
+    typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
 ]
 
 
 def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet: bool = False) -> Screen:
     """The Screen for the output flags of a command; UsageError when more than one is given."""
     chosen: list[Format] = [
-        name for name, on in (("json", json), ("jsonl", jsonl), ("csv", csv), ("quiet", quiet)) if on  # type: ignore[misc]
+        name
+        for name, on in (("json", json), ("jsonl", jsonl), ("csv", csv), ("quiet", quiet))
+        if on  # type: ignore[misc]
     ]
     if len(chosen) > 1:
         raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")

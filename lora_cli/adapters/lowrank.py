@@ -1,0 +1,193 @@
+"""LowRank: a module's update as two factors, and the algebra on it. Nothing here ever forms the dense update unasked.
+
+Shapes: B is (out, r), A is (r, in), the update is B @ A. Any scale (alpha/rank) is already folded into B.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LowRank:
+    """The update B @ A of one module: `B` (out, r), `A` (r, in), same dtype and device."""
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise ValueError(f"factors do not fit: B {tuple(self.B.shape)}, A {tuple(self.A.shape)}")
+
+    @property
+    def rank(self) -> int:
+        """Inner dimension r, which the numerical rank may be below."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the update."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def dense(self) -> Tensor:
+        """The update itself, (out, in)."""
+        return self.B @ self.A
+
+    def scaled(self, factor: float) -> "LowRank":
+        """factor · update."""
+        return self if factor == 1.0 else LowRank(self.B * factor, self.A)
+
+    def norm(self) -> Tensor:
+        """Frobenius norm, float64, from r × r Gram matrices."""
+        return inner(self, self).clamp(min=0).sqrt()
+
+    def to(self, dtype: torch.dtype) -> "LowRank":
+        """The same update with factors in `dtype`."""
+        return LowRank(self.B.to(dtype), self.A.to(dtype))
+
+
+def zero(out_features: int, in_features: int, like: Tensor) -> LowRank:
+    """The update that changes nothing, rank 0."""
+    return LowRank(like.new_zeros(out_features, 0), like.new_zeros(0, in_features))
+
+
+def inner(x: LowRank, y: LowRank) -> Tensor:
+    """Frobenius inner product ⟨x, y⟩ = Σ (B_xᵀB_y) ∘ (A_x A_yᵀ), a float64 scalar. O(r_x r_y (out + in)); P1."""
+    return ((x.B.T.double() @ y.B.double()) * (x.A.double() @ y.A.T.double())).sum()
+
+
+def gram(updates: Sequence[LowRank]) -> Tensor:
+    """All inner products of N updates, (N, N) float64."""
+    n = len(updates)
+    products = torch.zeros(n, n, dtype=torch.float64)
+    for i in range(n):
+        for j in range(i, n):
+            products[i, j] = products[j, i] = inner(updates[i], updates[j])
+    return products
+
+
+def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor) -> LowRank:
+    """Σ w_i · update_i, exactly, with rank Σ r_i; P2. Weights go into B."""
+    factors = [float(w) for w in weights]
+    return LowRank(
+        torch.cat([u.B * w for u, w in zip(updates, factors, strict=True)], dim=1),  # (out, R)
+        torch.cat([u.A for u in updates], dim=0),  # (R, in)
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spectrum:
+    """A compact SVD: update = U · diag(s) · Vᵀ with `U` (out, k), `s` (k,) descending, `V` (in, k)."""
+
+    U: Tensor
+    s: Tensor
+    V: Tensor
+
+    def truncated(self, k: int) -> LowRank:
+        """The best rank-k approximation (Eckart–Young) with balanced factors U√s and √sVᵀ."""
+        root = self.s[:k].sqrt()
+        return LowRank(self.U[:, :k] * root, (self.V[:, :k] * root).T)
+
+
+def svd(update: LowRank) -> Spectrum:
+    """Compact SVD of B @ A by two QR factorisations and one SVD of an r × r core; P3. O(r²(out + in) + r³).
+
+    Where r exceeds a side of the module the factors are as thin as that side, and nothing is lost.
+    """
+    q_b, r_b = torch.linalg.qr(update.B)  # (out, k_b), (k_b, r)
+    q_a, r_a = torch.linalg.qr(update.A.T)  # (in, k_a), (k_a, r)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return Spectrum(q_b @ u, s, q_a @ vh.T)
+
+
+def numerical_rank(s: Tensor) -> int:
+    """How many singular values (descending) stand above the rounding noise of their dtype."""
+    if s.numel() == 0 or float(s[0]) == 0.0:
+        return 0
+    return int((s > 16 * torch.finfo(s.dtype).eps * s[0]).sum())
+
+
+def dense_svd(delta: Tensor, k: int, *, seed: int = 0) -> Spectrum:
+    """The k leading singular triplets of a dense update (out, in) by randomised subspace iteration.
+
+    Exact to rounding where k + 10 reaches a side; elsewhere two power iterations (Halko, Martinsson, Tropp 2011).
+    """
+    out_features, in_features = delta.shape
+    width = min(k + 10, out_features, in_features)
+    if 2 * width >= min(out_features, in_features):
+        u, s, vh = torch.linalg.svd(delta, full_matrices=False)
+        return Spectrum(u[:, :k], s[:k], vh[:k].T)
+    generator = torch.Generator(delta.device).manual_seed(seed)
+    probe = torch.randn(in_features, width, generator=generator, dtype=delta.dtype, device=delta.device)
+    q = torch.linalg.qr(delta @ probe)[0]
+    for _ in range(2):
+        q = torch.linalg.qr(delta.T @ q)[0]
+        q = torch.linalg.qr(delta @ q)[0]
+    u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)
+    return Spectrum((q @ u)[:, :k], s[:k], vh[:k].T)
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """How the rank of a result is chosen, per module.
+
+    `ceiling` is the highest rank that may come out (None: no limit). `energy` keeps the fewest leading directions that
+    hold this share of the squared norm. Directions at the level of rounding noise are dropped unless `exact`, which
+    leaves factors as they are.
+    """
+
+    ceiling: int | None = None
+    energy: float | None = None
+    exact: bool = False
+
+    def choose(self, s: Tensor, total: float) -> int:
+        """How many of the singular values `s` (descending) to keep; `total` is the squared norm of the whole update."""
+        k = numerical_rank(s)
+        if self.energy is not None and total > 0:
+            kept = s.double().square().cumsum(0) / total
+            # A share of 1 cannot be reached to the last bit.
+            k = min(k, int((kept < self.energy - 1e-9).sum()) + 1)
+        return k if self.ceiling is None else min(k, self.ceiling)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reduced:
+    """An update brought to a lower rank, with the squared Frobenius norms before (`total`) and after (`kept`)."""
+
+    update: LowRank
+    total: float
+    kept: float
+
+
+def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
+    """Bring an update, factored or dense (out, in), to the rank that `choice` asks for."""
+    if isinstance(update, Tensor):
+        return _reduce_dense(update, choice)
+    if choice.exact or update.rank == 0:
+        total = float(inner(update, update))
+        return Reduced(update, total, total)
+    spectrum = svd(update)
+    return _reduced(spectrum, float(spectrum.s.double().square().sum()), choice)
+
+
+def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
+    # Row by row: a float64 copy of a whole 14336 × 4096 module would take half a gigabyte.
+    total = float(sum(rows.double().square().sum() for rows in update.split(1024)))
+    full = min(update.shape)
+    if choice.energy is None:
+        width = min(choice.ceiling or full, full)
+        return _reduced(dense_svd(update, width), total, choice)
+    width = min(64, full)
+    while True:
+        reduced = _reduced(dense_svd(update, width), total, choice)
+        enough = reduced.kept >= (choice.energy - 1e-9) * total or reduced.update.rank < width
+        if enough or width >= min(choice.ceiling or full, full):
+            return reduced
+        width = min(4 * width, full)
+
+
+def _reduced(spectrum: Spectrum, total: float, choice: RankChoice) -> Reduced:
+    k = choice.choose(spectrum.s, total)
+    return Reduced(spectrum.truncated(k), total, float(spectrum.s[:k].double().square().sum()))

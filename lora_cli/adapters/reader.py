@@ -1,0 +1,105 @@
+"""From an adapter's files to one LowRank per module, scale folded in; what cannot be represented is refused here."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.config import LoraConfigFacts, parse_config
+from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, refusals_of_extras
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.store import AdapterFiles
+from lora_cli.errors import Refused
+from lora_cli.records import AdapterRef
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenAdapter:
+    """An adapter whose configuration and header were read and found representable.
+
+    `modules` maps a module's name in the base model (`model.layers.0.self_attn.q_proj`) to its two factors.
+    """
+
+    files: AdapterFiles
+    config: LoraConfigFacts
+    modules: dict[str, ModuleFactors] = field(repr=False)
+
+    @property
+    def ref(self) -> AdapterRef:
+        """Which adapter this is."""
+        return self.files.ref
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """The precisions its factors are stored in."""
+        return {DTYPES[entry.dtype] for factors in self.modules.values() for entry in (factors.a, factors.b)}
+
+    def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
+
+        Raises:
+            Refused: a factor holds NaN or Inf.
+            KeyError: the adapter does not touch `module`.
+        """
+        factors = self.modules[module]
+        scale = self.config.scale(module, factors.rank)
+        with self.files.weights.open("rb", buffering=0) as file:
+            a = _read(file.fileno(), factors.a, dtype)
+            b = _read(file.fileno(), factors.b, dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
+        return LowRank(b.mul_(scale), a)
+
+
+def open_adapter(files: AdapterFiles) -> OpenAdapter:
+    """Read configuration and header of an adapter; its weights stay on disk.
+
+    Raises:
+        ConfigError, HeaderError: a file is malformed.
+        Refused: the update is not s·B·A (DoRA, bias, saved heads, …), each reason by name.
+    """
+    name = files.ref.id
+    config = parse_config(_bytes(files.config, name))
+    header = read_header(files.weights)
+    modules, extras = lora_modules(header)
+    reasons = [*config.refusals(), *refusals_of_extras(extras)]
+    if reasons:
+        raise Refused(f"{name}: {'; '.join(reasons)}")
+    unreadable = {entry.dtype for f in modules.values() for entry in (f.a, f.b)} - set(DTYPES)
+    if unreadable:
+        raise Refused(f"{name}: factors stored as {', '.join(sorted(unreadable))}, which is not a floating type")
+    if not modules:
+        raise Refused(f"{name}: no LoRA tensors")
+    return OpenAdapter(files, config, modules)
+
+
+def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
+    """Every module that one of `adapters` touches, in natural order (layer 2 before layer 10)."""
+    return sorted({module for adapter in adapters for module in adapter.modules}, key=_natural)
+
+
+def _natural(module: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
+
+
+def _read(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    data = bytearray(entry.end - entry.begin)
+    view, done = memoryview(data), 0
+    while done < len(data):
+        count = os.preadv(descriptor, [view[done:]], entry.begin + done)
+        if count == 0:
+            raise Refused(f"{entry.name}: the file ends inside this tensor")
+        done += count
+    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape).to(dtype)
+
+
+def _bytes(path: Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Refused(f"{name}: {path.name} cannot be read ({error.strerror})") from error

@@ -1,0 +1,110 @@
+"""From one LowRank per module to a PEFT folder. Modules are written as they come: memory holds one at a time."""
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.errors import Refused
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_PREFIX = "base_model.model."
+
+
+class AdapterWriter:
+    """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder.
+
+    The safetensors format wants its header first, and the header wants every shape, which is known only at the end:
+    room for the largest possible header is left at the front and filled up with spaces, as the format allows.
+
+    Args:
+        folder: where the two files go.
+        modules: every module that will be added, in any order.
+        dtype: precision of the factors on disk.
+    """
+
+    def __init__(self, folder: Path, modules: Sequence[str], dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.ranks: dict[str, int] = {}
+        names = [name for module in modules for name in _tensor_names(module)]
+        longest = sum(len(json.dumps(name)) + 120 for name in names) + 64
+        self._room = -(-longest // 8) * 8
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._position = 0
+        self._file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+        self._file.seek(8 + self._room)
+
+    def add(self, module: str, update: LowRank) -> None:
+        """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
+
+        Raises:
+            Refused: the values do not fit into the precision on disk.
+        """
+        if update.rank == 0:
+            out_features, in_features = update.shape
+            update = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features))
+        cast = update.to(self.dtype)
+        if not (torch.isfinite(cast.A).all() and torch.isfinite(cast.B).all()):
+            raise Refused(f"{module}: values overflow {_NAMES[self.dtype]}", hint="choose a wider --dtype")
+        self.ranks[module] = update.rank
+        for name, tensor in zip(_tensor_names(module), (cast.A, cast.B), strict=True):
+            data = tensor.contiguous().cpu().view(torch.uint8).numpy().data
+            self._entries[name] = {
+                "dtype": _NAMES[self.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [self._position, self._position + data.nbytes],
+            }
+            self._file.write(data)
+            self._position += data.nbytes
+
+    def close(self, config: Mapping[str, Any]) -> None:
+        """Write the header, and `config` completed with ranks and alphas."""
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.close()
+        text = json.dumps({**_defaults(), **self._patterns(), **config}, indent=2, sort_keys=True)
+        (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+    def _patterns(self) -> dict[str, Any]:
+        """Ranks per module as PEFT reads them. Alpha equals the rank everywhere: the factors hold the whole scale."""
+        rank = Counter(self.ranks.values()).most_common(1)[0][0]
+        others = {module: r for module, r in sorted(self.ranks.items()) if r != rank}
+        return {
+            "r": rank,
+            "lora_alpha": rank,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+        }
+
+
+def target_modules(modules: Sequence[str], *, whole: bool) -> list[str]:
+    """How a PEFT configuration names `modules`: by their last parts where those mean the same in the whole base."""
+    return sorted({module.rpartition(".")[2] for module in modules}) if whole else sorted(modules)
+
+
+def _tensor_names(module: str) -> tuple[str, str]:
+    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+
+
+def _defaults() -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "task_type": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }

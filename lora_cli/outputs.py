@@ -1,0 +1,86 @@
+"""Output folders that are whole or absent: written beside their place, renamed into it last."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lora_cli.errors import OutputError
+
+
+@contextmanager
+def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    What a killed process left behind for the same target is swept first. Existence of `target` means it is complete.
+
+    Raises:
+        OutputError: `target` exists and `replace` is false, is a link, or its place cannot be written.
+    """
+    if target.is_symlink():
+        raise OutputError(f"{target}: a link; outputs are never written through links")
+    if target.exists() and not replace:
+        raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
+    target = target.absolute()
+    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"{target.parent}: cannot be written ({error.strerror})") from error
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            _sync(file)
+        _sync(partial)
+        _swap(partial, target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _swap(partial: Path, target: Path) -> None:
+    old = partial.with_suffix(".old")
+    if target.exists():
+        target.rename(old)
+    partial.rename(target)
+    if old.is_dir():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def _sweep(target: Path) -> None:
+    """Remove what processes that no longer run left for `target`; put back an output whose replacement was cut off."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
+    for entry in target.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if not match or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists():
+            entry.rename(target)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
