@@ -1,0 +1,1 @@
+"""An adapter's files and algebra: configuration, header, checks, location, factors, writing."""

@@ -1,0 +1,419 @@
+"""Eligible or not, and why: base model, coverage, representability, finite, norm. Knows numpy, not torch."""
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Final, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
+from lora_cli.adapters.header import (
+    FLOAT_DTYPES,
+    Header,
+    ModuleFactors,
+    TensorEntry,
+    lora_modules,
+    tensor_refusals,
+)
+from lora_cli.errors import ConfigError, HeaderError, Refused
+from lora_cli.records import BaseMatch, Status
+
+CONFIG_NAME: Final = "adapter_config.json"
+WEIGHTS_NAME: Final = "adapter_model.safetensors"
+PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MAX_NORM: Final = 1000.0
+
+_CHUNK_BYTES = 1 << 22
+_MAX_FACTOR_ELEMENTS = 1 << 26
+_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+
+
+class Facts(TypedDict):
+    """The fields of `records.Adapter` that configuration, header and file names give; see there for their meaning."""
+
+    base_declared: str
+    base: str
+    base_match: BaseMatch
+    peft_type: str
+    rank: int | None
+    alpha: float | None
+    scale: float | None
+    rslora: bool
+    ranks: Mapping[str, int]
+    target_modules: tuple[str, ...]
+    modules: int
+    layers: int
+    dtype: str
+    parameters: int
+    bytes: int
+    status: Status
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What only the weights tell: `norm` is the Frobenius norm of s·B·A over all modules, None if not finite.
+
+    `nonfinite_module` names the first module with a NaN or an infinity. `zero`: the update is 0 everywhere;
+    `zero_b`: because every lora_B is.
+    """
+
+    sha256: str
+    norm: float | None
+    nonfinite_module: str | None
+    zero: bool
+    zero_b: bool
+
+
+def refusals(config: LoraConfigFacts, header: Header) -> tuple[str, ...]:
+    """Every reason why this adapter is not one s·B·A per module; empty when it is. Raises HeaderError."""
+    if reasons := config.refusals():
+        return reasons + (tensor_refusals(header) if config.peft_type == "LORA" else ())
+    if reasons := tensor_refusals(header):
+        return reasons
+    return () if lora_modules(header)[0] else ("no LoRA tensors in its weights",)
+
+
+def examine(
+    config: bytes | None,
+    header: Header | HeaderError | None,
+    *,
+    file_names: Collection[str] = (),
+    base_name: str = "",
+    base_aliases: Collection[str] = (),
+    base_shapes: Mapping[str, tuple[int, int]] | None = None,
+) -> Facts:
+    """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
+
+    `config` holds the bytes of adapter_config.json (None: there is none), `header` the parsed header of its weights,
+    or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
+    nothing. `base_name` is the base model asked for ("" for any), `base_aliases` are further names that the user
+    vouches for, `base_shapes` gives (out, in) of the base's modules where they are known.
+    """
+    problems: list[str] = []
+    settings = None
+    if config is None:
+        problems.append(f"no {CONFIG_NAME}")
+    else:
+        try:
+            settings = parse_config(config)
+        except ConfigError as error:
+            problems.append(error.message)
+    modules: dict[str, ModuleFactors] = {}
+    if isinstance(header, Header):
+        try:
+            modules = lora_modules(header)[0]
+        except HeaderError as error:
+            problems.append(error.message)
+        else:
+            problems.extend(refusals(settings, header) if settings is not None else ())
+    else:
+        problems.append(header.message if header is not None else _no_weights(file_names))
+        problems.extend(settings.refusals() if settings is not None else ())
+
+    base_match, base, base_problem = _judge_base(settings, modules, base_name, base_aliases, base_shapes)
+    if base_problem:
+        problems.append(base_problem)
+    said = settings or LoraConfigFacts(peft_type="")
+    ranks = {name: factors.rank for name, factors in modules.items()}
+    entries = [entry for factors in modules.values() for entry in (factors.a, factors.b)]
+    return Facts(
+        base_declared=said.base,
+        base=base,
+        base_match=base_match,
+        peft_type=said.peft_type,
+        rank=max(ranks.values(), default=said.rank),
+        alpha=said.alpha,
+        scale=_common_scale(said, ranks),
+        rslora=said.rslora,
+        ranks=ranks,
+        target_modules=_targets(said, modules),
+        modules=len(modules),
+        layers=len({layer for name in modules if (layer := _layer(name))}),
+        dtype="+".join(sorted({entry.dtype for entry in entries})),
+        parameters=sum(entry.shape[0] * entry.shape[1] for entry in entries),
+        bytes=header.file_size if isinstance(header, Header) else 0,
+        status="unusable" if problems else "ok",
+        reason=problems[0] if problems else "",
+    )
+
+
+def weight_status(facts: WeightFacts) -> tuple[Status, str]:
+    """("ok", "") or ("unusable", reason), by the rules of the paper except that a small norm is no fault.
+
+    arXiv 2602.12323 drops NaN, and norms outside (1, 1000]; an adapter that was barely trained is still an adapter.
+    """
+    if facts.nonfinite_module is not None:
+        return "unusable", f"NaN or Inf in {facts.nonfinite_module}"
+    if facts.zero_b:
+        return "unusable", "every lora_B is zero: changes nothing"
+    if facts.zero:
+        return "unusable", "the update is zero in every module: changes nothing"
+    if facts.norm is None or facts.norm > MAX_NORM:
+        shown = "not finite" if facts.norm is None else f"{facts.norm:.3g}"
+        return "unusable", f"the norm of its update is {shown}, above {MAX_NORM:g}"
+    return "ok", ""
+
+
+def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightFacts:
+    """SHA-256 of the file, and the norm and finiteness of its factors, in float64.
+
+    The norm needs no product of the size of a layer: ‖s·B·A‖² = s² ⟨BᵀB, AAᵀ⟩, with r×r matrices. Memory: one
+    factor A at a time, and chunks of the rest. The factors are read module by module after the hash, from the pages
+    that hashing left in the cache. Raises Refused for a file that no longer fits its header, HeaderError, ConfigError.
+    """
+    modules, _ = lora_modules(header)
+    square = 0.0
+    zero_b = True
+    nonfinite: str | None = None
+    with path.open("rb") as file:
+        if file.seek(0, 2) != header.file_size:
+            raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        for name, factors in modules.items():
+            finite, untrained, update = _square_of(file, factors)
+            if not finite:
+                nonfinite = name
+                break
+            zero_b = zero_b and untrained
+            square += update * config.scale(name, factors.rank) ** 2
+    if nonfinite is not None:
+        return WeightFacts(sha256, None, nonfinite, zero=False, zero_b=False)
+    norm = math.sqrt(square) if math.isfinite(square) else None
+    return WeightFacts(sha256, norm, None, zero=norm == 0.0, zero_b=zero_b and bool(modules))
+
+
+def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool, float]:
+    """(all finite, B is zero, ‖B·A‖²) of one module."""
+    rank, width = factors.a.shape
+    if rank * width > _MAX_FACTOR_ELEMENTS:
+        raise Refused(f"{factors.module} has {rank * width:,} numbers in lora_A: more than any LoRA needs")
+    a = np.concatenate(list(_rows(file, factors.a)))  # (rank, in)
+    if not np.isfinite(a).all():
+        return False, False, 0.0
+    small = rank <= width
+    gram_b = np.zeros((rank, rank) if small else (0, 0))
+    square = 0.0
+    zero_b = True
+    with np.errstate(over="ignore", invalid="ignore"):
+        for b in _rows(file, factors.b):  # (some of out, rank)
+            if not np.isfinite(b).all():
+                return False, False, 0.0
+            zero_b = zero_b and not b.any()
+            if small:
+                gram_b += b.T @ b
+            else:
+                update = b @ a
+                square += float(np.vdot(update, update))
+        if small:
+            square = float(np.vdot(gram_b, a @ a.T))
+    return True, zero_b, max(square, 0.0) if math.isfinite(square) else math.inf
+
+
+def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
+    """The rows of one stored matrix in chunks, as float64."""
+    if entry.dtype not in FLOAT_DTYPES:
+        raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
+    rows, columns = entry.shape
+    stored = np.dtype(_DECODED[entry.dtype])
+    step = max(1, _CHUNK_BYTES // (columns * 8))
+    file.seek(entry.begin)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        data = file.read(count * columns * stored.itemsize)
+        if len(data) != count * columns * stored.itemsize:
+            raise Refused(f"the file ends inside {entry.name}")
+        numbers = np.frombuffer(data, stored)
+        if entry.dtype == "BF16":
+            numbers = (numbers.astype("<u4") << 16).view("<f4")
+        yield numbers.astype(np.float64).reshape(count, columns)
+
+
+def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
+    """The last names of the modules with factors; where none are known, what the configuration says."""
+    if modules:
+        return tuple(sorted({name.rpartition(".")[2] for name in modules}))
+    declared = config.target_modules
+    return (declared,) if isinstance(declared, str) else tuple(sorted(declared))
+
+
+def _layer(module: str) -> str:
+    """The part of a module's name up to its first number, "" where it has none."""
+    parts = module.split(".")
+    for place, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[: place + 1])
+    return ""
+
+
+def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | None:
+    if config.peft_type != "LORA":
+        return None
+    try:
+        scales = {config.scale(name, rank) for name, rank in ranks.items()}
+    except ConfigError:
+        return None
+    return scales.pop() if len(scales) == 1 else None
+
+
+def _no_weights(file_names: Collection[str]) -> str:
+    for path in sorted(file_names):
+        name = path.replace("\\", "/").rpartition("/")[2]
+        if name.startswith("adapter_model") and name.lower().endswith(PICKLE_SUFFIXES):
+            return f"pickle only ({shortened(name)}): never opened"
+    return f"no {WEIGHTS_NAME}"
+
+
+# Bare ids of the Hub's early days, and where they live now.
+_MOVED = {
+    "gpt2": "openai-community/gpt2",
+    "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large",
+    "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
+    "distilbert-base-cased": "distilbert/distilbert-base-cased",
+    "distilroberta-base": "distilbert/distilroberta-base",
+    "roberta-base": "FacebookAI/roberta-base",
+    "roberta-large": "FacebookAI/roberta-large",
+    "xlm-roberta-base": "FacebookAI/xlm-roberta-base",
+    "xlm-roberta-large": "FacebookAI/xlm-roberta-large",
+    "bert-base-uncased": "google-bert/bert-base-uncased",
+    "bert-base-cased": "google-bert/bert-base-cased",
+    "bert-large-uncased": "google-bert/bert-large-uncased",
+    "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
+    "t5-small": "google-t5/t5-small",
+    "t5-base": "google-t5/t5-base",
+    "t5-large": "google-t5/t5-large",
+    "albert-base-v2": "albert/albert-base-v2",
+}
+# Owners that republish other people's models, quantised or as they are, under the model's own name.
+_MIRRORS = frozenset(
+    ("unsloth", "thebloke", "nousresearch", "mlx-community", "neuralmagic", "redhatai", "hugging-quants", "modelcloud")
+) | frozenset(("lmstudio-community", "llm-research", "ai-modelscope", "solidrust", "ista-daslab", "lonestriker"))
+# First parts of a path of two that is a folder and no owner.
+_FOLDERS = frozenset(("model", "models", "base", "base_model", "checkpoint", "checkpoints", "weights", "pretrained"))
+_QUANTISED = re.compile(
+    r"[-_.](?:(?:unsloth[-_])?bnb[-_][48]bit|[48]bit|int[48]|w\da\d{1,2}|nf4|gptq|awq|fp8|fp16|bf16|dynamic|"
+    r"gptq[-_]int[48]|quantized|hqq|exl2|gguf|mlx)$"
+)
+_TOKEN = re.compile(r"[a-z]+|\d+")
+_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
+_MAX_BASE_NAME = 1_000
+
+
+def canonical_base(name: str) -> str:
+    """`name` as base models are compared and shown: an id of the Hub where it is one, of a path the last part.
+
+    Moved ids get their owner (`gpt2` → `openai-community/gpt2`), suffixes of quantised twins go, a path into the
+    Hub's cache becomes the id it holds. Two names may still mean one base: compare with `same_base`.
+    """
+    owner, model, _ = _split(name)
+    return f"{owner}/{model}" if owner else model
+
+
+def same_base(a: str, b: str, aliases: Collection[str] = ()) -> bool:
+    """Do the names `a` and `b` mean one base model, or does `a` mean one of the `aliases`?
+
+    Case, punctuation, known mirrors (unsloth/…), quantised twins (…-bnb-4bit) and folders on someone's disk make no
+    difference; any other part of the name does: neither …-it nor …-abliterated is its base.
+    """
+    return any(_same(a, other) for other in (b, *aliases))
+
+
+def _same(a: str, b: str) -> bool:
+    if not a or not b:
+        return False
+    (owner_a, model_a, _), (owner_b, model_b, _) = _split(a), _split(b)
+    if not _key(model_a) or _key(model_a) != _key(model_b):
+        return False
+    owners = {owner_a.lower(), owner_b.lower()}
+    return len(owners) == 1 or "" in owners or bool(owners & _MIRRORS)
+
+
+def _split(name: str) -> tuple[str, str, bool]:
+    """(owner, model, is an id of the Hub): owner "" for a bare name or a path."""
+    path = name[:_MAX_BASE_NAME].strip().replace("\\", "/").rstrip("/")
+    if cached := _CACHED.search(path):
+        return cached[1], _plain_twin(cached[2]), True
+    path = re.sub(r"^https?://(?:huggingface\.co|hf\.co)/", "", path)
+    parts = path.split("/")
+    if len(parts) == 1 and path.lower() in _MOVED:
+        parts = _MOVED[path.lower()].split("/")
+    local = path.startswith(("/", ".", "~")) or ":" in parts[0] or len(parts) > 2
+    if len(parts) == 2 and not local and parts[0].lower() not in _FOLDERS:
+        return parts[0], _plain_twin(parts[1]), True
+    return "", _plain_twin(parts[-1]), False
+
+
+def _plain_twin(model: str) -> str:
+    while found := _QUANTISED.search(model.lower()):
+        model = model[: found.start()]
+    return model
+
+
+def _key(model: str) -> tuple[str, ...]:
+    """Letters and numbers of a model's name: gemma3-270m-it and gemma-3-270m-it are one, 3.1-8b and 3-18b are two."""
+    tokens = tuple(_TOKEN.findall(model.lower()))
+    # Meta's Llamas were renamed: Meta-Llama-3.1-8B is Llama-3.1-8B.
+    return tokens[1:] if tokens[:2] == ("meta", "llama") else tokens
+
+
+def _judge_base(
+    config: LoraConfigFacts | None,
+    modules: Mapping[str, ModuleFactors],
+    asked: str,
+    aliases: Collection[str],
+    shapes: Mapping[str, tuple[int, int]] | None,
+) -> tuple[BaseMatch, str, str]:
+    """(how the declared base matches, the base as resolved, what is wrong with it or "")."""
+    if config is None:
+        return "unknown", "", ""
+    declared = config.base
+    resolved = canonical_base(declared)
+    if not asked:
+        if not declared:
+            return "unknown", "", _undeclared(config)
+        return ("exact" if resolved == declared else "alias"), resolved, ""
+    conflict = _shape_conflict(modules, shapes) if modules and shapes is not None else ""
+    if declared == asked:
+        return "exact", asked, conflict
+    if same_base(declared, asked, aliases):
+        return "alias", asked, conflict
+    if _split(declared)[2]:
+        return "mismatch", resolved, f"wrong base: declares {shortened(declared)}, asked for {asked}"
+    if conflict:
+        said = shortened(declared) if declared else "none"
+        return "mismatch", resolved, f"wrong base: declares {said}, asked for {asked}; {conflict}"
+    fits = bool(modules) and shapes is not None
+    match: BaseMatch = "shape" if fits else "unknown"
+    but = "; its shapes fit" if fits else ""
+    if not declared:
+        return match, "", _undeclared(config) + but
+    return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
+
+
+def _undeclared(config: LoraConfigFacts) -> str:
+    mapping = config.unknown.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    return f"declares no base model, only the class {shortened(named)}" if named else "declares no base model"
+
+
+def _shape_conflict(modules: Mapping[str, ModuleFactors], shapes: Mapping[str, tuple[int, int]]) -> str:
+    absent = [name for name in modules if name not in shapes]
+    if len(absent) == len(modules):
+        return f"targets match no module of the base (such as {shortened(absent[0])})"
+    for name, factors in modules.items():
+        here = (factors.out_features, factors.in_features)
+        if name in shapes and shapes[name] != here:
+            return f"shapes differ from base at {shortened(name)}: {here} here, {tuple(shapes[name])} there"
+    if absent:
+        return f"{len(absent)} of {len(modules)} modules are not in the base (such as {shortened(absent[0])})"
+    return ""

@@ -1,0 +1,367 @@
+"""The header of a safetensors file from a stranger: strict, bounded in time and memory, no tensor data read.
+
+Stricter than the safetensors library: whatever it rejects is rejected here, and besides headers over 8 MB, more than
+50,000 tensors, repeated names and extra keys. Format: https://github.com/huggingface/safetensors (README, "Format").
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lora_cli.adapters.config import shortened
+from lora_cli.errors import HeaderError
+
+MAX_HEADER_BYTES: Final = 8 * 1024 * 1024
+MAX_TENSORS: Final = 50_000
+MAX_METADATA_BYTES: Final = 1024 * 1024
+MAX_NAME: Final = 1_000
+MAX_DIMENSIONS: Final = 8
+
+# Bytes per element, of the types whose elements are whole bytes.
+DTYPE_BYTES: Final = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+FLOAT_DTYPES: Final = ("BF16", "F16", "F32", "F64")
+
+_PREFIX = "base_model.model."
+_MAX_ELEMENTS = 2**53  # products stay far below the 64-bit overflow that the library refuses
+_MAX_ENTRY_BYTES = 8_192
+
+# Possessive, so that a hostile header costs neither backtracking nor a stack of saved positions.
+_STRING = rb'"(?:[^"\\\x00-\x1f]|\\.)*+"'
+_KEY = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:[ \t\r\n]*+")
+_FLAT_OBJECT = re.compile(rb'\{(?:[^"{}\[\]]|' + _STRING + rb")*+\}")
+_ENTRY_OBJECT = re.compile(rb"\{[^{}]*+\}")
+_NEXT = re.compile(rb"[ \t\r\n]*+([,}])")
+_BLANK = re.compile(rb"[ \t\r\n]*+")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor: `begin` and `end` are byte offsets in the file (not, as in the header, after the header)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of one file by name, in the order of their bytes."""
+
+    tensors: Mapping[str, TensorEntry]
+    file_size: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFactors:
+    """Where one module's A (rank, in) and B (out, rank) are; `module` is its name in the base model."""
+
+    module: str
+    a: TensorEntry
+    b: TensorEntry
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.a.shape[1]
+
+
+def header_length(first8: bytes, file_size: int) -> int:
+    """The length in bytes of the JSON header (which starts at byte 8), from the file's first 8 bytes.
+
+    Raises HeaderError where it is over the limit or does not fit into the file.
+    """
+    if first8 == b"version ":
+        raise HeaderError("weights are a Git LFS pointer", hint="the file was never fetched: run `git lfs pull` there")
+    if len(first8) < 8 or file_size < 8:
+        raise HeaderError(f"truncated: a safetensors file has at least 10 bytes, this one has {file_size:,}")
+    length = int.from_bytes(first8[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise HeaderError(f"not a safetensors file: it claims a header of {length:,} bytes")
+    if length > file_size - 8:
+        raise HeaderError(f"truncated: header says {length + 8:,} bytes or more, file has {file_size:,}")
+    return length
+
+
+def parse_header(data: bytes, file_size: int) -> Header:
+    """The header in `data`, the first bytes of a file of `file_size` bytes (all of the header must be there).
+
+    Raises HeaderError, and nothing else, on anything the safetensors library or the limits of this module reject.
+    """
+    length = header_length(data[:8], file_size)
+    if len(data) < 8 + length:
+        raise HeaderError(f"incomplete: the header ends at byte {8 + length:,}, {len(data):,} bytes are at hand")
+    raw = bytes(data[8 : 8 + length])
+    tensors: dict[str, TensorEntry] = {}
+    metadata: dict[str, str] | None = None
+    for name, body in _top_level(raw):
+        if name == "__metadata__":
+            if metadata is not None:
+                raise HeaderError("malformed: __metadata__ is given twice")
+            metadata = _metadata(body)
+            continue
+        if name in tensors:
+            raise HeaderError(f"malformed: the tensor {shortened(name)} is given twice")
+        if len(tensors) == MAX_TENSORS:
+            raise HeaderError(f"more than {MAX_TENSORS:,} tensors")
+        tensors[name] = _entry(name, body, 8 + length)
+    return Header(tensors=_contiguous(tensors, 8 + length, file_size), file_size=file_size, metadata=metadata or {})
+
+
+def read_header(path: Path) -> Header:
+    """The header of the file at `path`; raises HeaderError, or OSError where the file cannot be read."""
+    with path.open("rb") as file:
+        file_size = file.seek(0, 2)
+        file.seek(0)
+        first8 = file.read(8)
+        return parse_header(first8 + file.read(header_length(first8, file_size)), file_size)
+
+
+def _top_level(raw: bytes) -> Iterable[tuple[str, bytes]]:
+    """Name and object of each member of the outermost object, one at a time: the whole is never built."""
+    if raw[:1] != b"{":
+        raise HeaderError("malformed: the header is not a JSON object")
+    at = 1
+    if blank := _BLANK.match(raw, at):
+        at = blank.end()
+    if raw[at : at + 1] == b"}":
+        _nothing_after(raw, at + 1)
+        return
+    while True:
+        key = _KEY.match(raw, at)
+        if key is None or len(key[1]) > 6 * MAX_NAME:
+            raise HeaderError(f"malformed: no usable tensor name at byte {8 + at:,}")
+        name = _json(key[1], at)
+        if name != "__metadata__" and (len(name) > MAX_NAME or not name.isprintable()):
+            raise HeaderError(f"malformed: no usable tensor name at byte {8 + at:,}")
+        value = (_FLAT_OBJECT if name == "__metadata__" else _ENTRY_OBJECT).match(raw, key.end())
+        if value is None:
+            raise HeaderError(f"malformed: {shortened(name)} does not describe a tensor")
+        yield name, value[0]
+        after = _NEXT.match(raw, value.end())
+        if after is None:
+            raise HeaderError(f"malformed: not JSON at byte {8 + value.end():,}")
+        at = after.end()
+        if after[1] == b"}":
+            _nothing_after(raw, at)
+            return
+
+
+def _nothing_after(raw: bytes, at: int) -> None:
+    blank = _BLANK.match(raw, at)
+    if blank is None or blank.end() != len(raw):
+        raise HeaderError(f"malformed: something follows the header's object at byte {8 + at:,}")
+
+
+def _unsigned(text: str) -> int:
+    if text.startswith("-") or len(text) > 16:
+        raise HeaderError(f"malformed: {shortened(text)} is no size or offset")
+    return int(text)
+
+
+def _no_float(text: str) -> int:
+    raise HeaderError(f"malformed: {shortened(text)} is no size or offset")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise HeaderError("malformed: a key is given twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    parse_int=_unsigned, parse_float=_no_float, parse_constant=_no_float, object_pairs_hook=_no_duplicates
+)
+
+
+def _json(text: bytes, at: int) -> Any:
+    try:
+        value = _DECODER.decode(text.decode())
+        if isinstance(value, str):
+            value.encode()
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"malformed: not JSON at byte {8 + at:,}") from error
+    return value
+
+
+def _metadata(body: bytes) -> dict[str, str]:
+    if len(body) > MAX_METADATA_BYTES:
+        raise HeaderError(f"malformed: __metadata__ has {len(body):,} bytes")
+    found = _json(body, 0)
+    if not all(isinstance(value, str) for value in found.values()):
+        raise HeaderError("malformed: __metadata__ holds something other than text")
+    try:
+        for key, value in found.items():
+            key.encode()
+            value.encode()
+    except UnicodeError as error:
+        raise HeaderError("malformed: __metadata__ is not Unicode text") from error
+    return dict(found)
+
+
+def _entry(name: str, body: bytes, data_start: int) -> TensorEntry:
+    if len(body) > _MAX_ENTRY_BYTES:
+        raise HeaderError(f"malformed: the entry of {shortened(name)} has {len(body):,} bytes")
+    described = _json(body, 0)
+    if described.keys() != {"dtype", "shape", "data_offsets"}:
+        raise HeaderError(f"malformed: {shortened(name)} has other keys than dtype, shape and data_offsets")
+    dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise HeaderError(f"{shortened(name)} has the unknown dtype {shortened(dtype)}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise HeaderError(f"malformed: the shape of {shortened(name)}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise HeaderError(f"malformed: the offsets of {shortened(name)}")
+    elements = 1
+    for size in shape:
+        elements *= size
+        if elements > _MAX_ELEMENTS:
+            raise HeaderError(f"malformed: the shape of {shortened(name)} is too large")
+    begin, end = offsets
+    if end - begin != elements * DTYPE_BYTES[dtype]:
+        raise HeaderError(
+            f"malformed: {shortened(name)} is {dtype} {shape}, {elements * DTYPE_BYTES[dtype]:,} bytes, "
+            f"but its offsets span {end - begin:,}"
+        )
+    return TensorEntry(name, dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(size, int) and not isinstance(size, bool) for size in value)
+
+
+def _contiguous(tensors: dict[str, TensorEntry], data_start: int, file_size: int) -> dict[str, TensorEntry]:
+    """The tensors in the order of their bytes; raises HeaderError where they leave holes, overlap or miss the end."""
+    ordered = sorted(tensors.values(), key=lambda entry: (entry.begin, entry.end))
+    at = data_start
+    for entry in ordered:
+        if entry.begin != at:
+            raise HeaderError(
+                f"malformed: {shortened(entry.name)} leaves a hole in the file or overlaps another tensor"
+            )
+        at = entry.end
+    if at > file_size:
+        raise HeaderError(f"truncated: header says {at:,} bytes, file has {file_size:,}")
+    if at < file_size:
+        raise HeaderError(f"malformed: header says {at:,} bytes, file has {file_size:,}")
+    return {entry.name: entry for entry in ordered}
+
+
+def lora_modules(header: Header) -> tuple[dict[str, ModuleFactors], tuple[str, ...]]:
+    """The LoRA factors by module, and the names of all other tensors, both in the order of the file.
+
+    A module's name is the tensor's without "base_model.model." and without ".lora_A.weight" (or
+    ".lora_A.<adapter>.weight"). Factors that are not matrices (convolutions, shards) count as other tensors. Raises
+    HeaderError where a factor has no partner, is there twice, or the ranks of the two differ or are 0.
+    """
+    factors: dict[str, dict[str, TensorEntry]] = {}
+    extra = []
+    for entry in header.tensors.values():
+        found = _factor(entry.name)
+        if found is None or len(entry.shape) != 2:
+            extra.append(entry.name)
+            continue
+        module, side = found
+        if factors.setdefault(module, {}).setdefault(side, entry) is not entry:
+            raise HeaderError(f"{shortened(module)} has lora_{side} twice")
+    modules = {}
+    for module, sides in factors.items():
+        for side, other in (("A", "B"), ("B", "A")):
+            if side not in sides:
+                raise HeaderError(f"{shortened(module)} has lora_{other} but no lora_{side}")
+        a, b = sides["A"], sides["B"]
+        if a.shape[0] != b.shape[1]:
+            raise HeaderError(f"{shortened(module)} has rank {a.shape[0]} in lora_A but {b.shape[1]} in lora_B")
+        if 0 in a.shape or 0 in b.shape:
+            raise HeaderError(f"{shortened(module)} has an empty factor")
+        modules[module] = ModuleFactors(module, a, b)
+    return modules, tuple(extra)
+
+
+def tensor_refusals(header: Header) -> tuple[str, ...]:
+    """Why the tensors are more than one s·B·A per module; empty when they are not. Raises as `lora_modules` does.
+
+    One reason per kind of tensor, naming the first of the kind. Buffers that only training reads are no reason.
+    """
+    modules, extra = lora_modules(header)
+    reasons: dict[str, str] = {}
+    for name in extra:
+        found = _kind(name, header)
+        if found is not None:
+            kind, reason = found
+            reasons.setdefault(kind, reason)
+    for factors in modules.values():
+        for entry in (factors.a, factors.b):
+            if entry.dtype not in FLOAT_DTYPES:
+                reasons.setdefault(
+                    "dtype", f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
+                )
+    return tuple(reasons.values())
+
+
+def _factor(name: str) -> tuple[str, str] | None:
+    """(module, "A" or "B") of a factor's tensor name, else None."""
+    parts = name.removeprefix(_PREFIX).split(".")
+    if parts[-1] != "weight":
+        return None
+    for back in (2, 3):
+        if len(parts) > back and parts[-back] in ("lora_A", "lora_B"):
+            return ".".join(parts[:-back]), parts[-back][-1]
+    return None
+
+
+_ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
+_HEADS = frozenset({"score", "classifier", "pre_classifier", "lm_head", "qa_outputs", "v_head"})
+_KINDS = (
+    ("lora_magnitude_vector", "DoRA", "DoRA: weights are rescaled by a trained magnitude ({})"),
+    ("lora_embedding_A", "embedding", "LoRA on an embedding ({})"),
+    ("lora_embedding_B", "embedding", "LoRA on an embedding ({})"),
+    ("lora_diag", "KaSA", "KaSA: a diagonal stands between B and A ({})"),
+    ("token_adapter", "tokens", "single token embeddings were trained ({})"),
+)
+
+
+def _kind(name: str, header: Header) -> tuple[str, str] | None:
+    """(kind, reason) of a tensor that is no factor; None where it says nothing new."""
+    entry = header.tensors[name]
+    parts = set(name.split("."))
+    shown = shortened(name.removeprefix(_PREFIX))
+    if parts.intersection(_ONLY_TRAINING):
+        return None
+    for part, kind, reason in _KINDS:
+        if part in parts:
+            return kind, reason.format(shown)
+    if parts & {"lora_A", "lora_B"}:
+        if name.endswith(".bias"):
+            return "lora_bias", f"lora_bias: B has a bias of its own ({shown})"
+        if len(entry.shape) in (3, 4, 5):
+            return "conv", f"LoRA on a convolution or on stacked weights ({shown}, {len(entry.shape)} dimensions)"
+        if len(entry.shape) == 2:
+            return "name", f"a factor under a name that PEFT does not use ({shown})"
+        return "shard", f"a factor is not a matrix, as after saving a shard ({shown} has the shape {list(entry.shape)})"
+    if any(part.startswith("lora_") for part in parts):
+        return "variant", f"a variant of LoRA that is not known here ({shown})"
+    if name.endswith(".bias"):
+        whole = name.removesuffix("bias") + "weight" in header.tensors
+        return None if whole else ("bias", f"biases of the base were trained ({shown})")
+    if parts & _HEADS:
+        return "full", f"tensors of a full head saved ({shown})"
+    return "full", f"full weights saved ({shown})"
