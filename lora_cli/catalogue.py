@@ -1,0 +1,389 @@
+"""The adapters that are known of, and the selections made from them: one SQLite file, safe to kill and to share."""
+
+import difflib
+import json
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from sqlite_utils import Database
+
+from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.migrations import open_for_reading, open_for_writing, writing
+from lora_cli.records import Adapter, AdapterRef
+from lora_cli.where import conditions, ordering
+
+_FIELDS = tuple(field.name for field in fields(Adapter))
+_READ = ", ".join(f'"{name}"' for name in _FIELDS)
+_UPSERT = (
+    f"INSERT INTO adapters ({_READ}, hub_id, seen_at) VALUES ({', '.join('?' * (len(_FIELDS) + 2))}) "
+    "ON CONFLICT (id) DO UPDATE SET "
+    + ", ".join(f'"{name}" = excluded."{name}"' for name in (*_FIELDS, "hub_id", "seen_at") if name != "id")
+)
+_SQL_SECONDS = 10.0
+_SQL_ROWS = 1_000_000
+_SQL_CELL_BYTES = 10_000_000
+_BATCH = 400  # ids per statement, below SQLite's limit on parameters
+
+
+class Known(NamedTuple):
+    """What a plan needs to know of a row: is it the same version, and how did it end?"""
+
+    commit: str
+    status: str
+    stamp: str
+    downloads: int
+    likes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Adapters chosen together: pinned references in order, with the score of each where the method gave one."""
+
+    id: int
+    name: str
+    created: str
+    method: str
+    settings: Mapping[str, Any]
+    refs: tuple[AdapterRef, ...]
+    scores: tuple[float | None, ...]
+
+
+class Catalogue:
+    """The catalogue at `path`. Nothing is created before the first write; reading cannot change the file.
+
+    One object may be used by several threads, and the file by several processes: every write is one transaction.
+    Methods raise DataError for a file that is no catalogue and OutputError for one that cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._reader: Database | None = None
+        self._writer: Database | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self._lock:
+            for db in (self._reader, self._writer):
+                if db is not None:
+                    db.close()
+            self._reader = self._writer = None
+
+    def add(self, adapters: Iterable[Adapter], hub_ids: Mapping[str, str] | None = None) -> None:
+        """Store adapters by id, in one transaction; a row that is there already is replaced.
+
+        `hub_ids` maps an id to the Hub's own stable id of the repository: a row known under another name is renamed.
+        """
+        seen = datetime.now(UTC).isoformat(timespec="seconds")
+        with self._lock, writing(self._write()) as db:
+            for adapter in adapters:
+                hub_id = (hub_ids or {}).get(adapter.id, "")
+                if hub_id:
+                    self._follow_rename(db, adapter, hub_id)
+                db.execute(_UPSERT, [*_row(adapter), hub_id, seen])
+
+    def refresh(self, popularity: Mapping[str, tuple[int, int]]) -> None:
+        """Set downloads and likes, which change from day to day while the adapter stays the same."""
+        with self._lock, writing(self._write()) as db:
+            for id, (downloads, likes) in popularity.items():
+                db.execute("UPDATE adapters SET downloads = ?, likes = ? WHERE id = ?", [downloads, likes, id])
+
+    def mark(self, ids: Iterable[str], status: str, reason: str) -> None:
+        """Give rows another status, with its reason."""
+        with self._lock, writing(self._write()) as db:
+            for id in ids:
+                db.execute("UPDATE adapters SET status = ?, reason = ? WHERE id = ?", [status, reason, id])
+
+    def known(self, ids: Sequence[str] | None = None) -> dict[str, Known]:
+        """What is stored of these ids (all ids by default); those that are not stored are left out."""
+        columns = 'SELECT id, "commit", status, stamp, downloads, likes FROM adapters'
+        with self._lock:
+            db = self._read()
+            if ids is None:
+                rows = db.execute(columns).fetchall()
+            else:
+                rows = []
+                for start in range(0, len(ids), _BATCH):
+                    batch = list(ids[start : start + _BATCH])
+                    rows += db.execute(f"{columns} WHERE id IN ({', '.join('?' * len(batch))})", batch).fetchall()
+        return {id: Known(*values) for id, *values in rows}
+
+    def get(self, id: str) -> Adapter:
+        """The adapter with this id. NothingMatched, naming ids that look like it, if there is none."""
+        with self._lock:
+            rows = self._rows(f"SELECT {_READ} FROM adapters WHERE id = ?", [id])
+        if rows:
+            return rows[0]
+        near = self.suggest(id)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `lora pool list`, or run `lora pool sync`"
+        raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
+
+    def suggest(self, id: str, count: int = 3) -> list[str]:
+        """Ids that a user who typed `id` may have meant, the likeliest first."""
+        with self._lock:
+            ids = [row[0] for row in self._read().execute("SELECT id FROM adapters ORDER BY id LIMIT 20000")]
+        by_name: dict[str, list[str]] = {}
+        for known in ids:
+            by_name.setdefault(known.rpartition("/")[2].lower(), []).append(known)
+        exact = by_name.get(id.rpartition("/")[2].lower(), [])
+        lowered = {known.lower(): known for known in ids}
+        close = [lowered[name] for name in difflib.get_close_matches(id.lower(), lowered, n=count, cutoff=0.7)]
+        return list(dict.fromkeys([*exact, *close]))[:count]
+
+    def find(
+        self, where: Sequence[str] = (), *, sort: str = "id", limit: int | None = None, status: str | None = None
+    ) -> list[Adapter]:
+        """Adapters for which every condition of `where` holds (see `where`), and the status if one is given."""
+        test, values = conditions(where)
+        if status is not None:
+            test, values = f"({test}) AND status = ?", [*values, status]
+        sql = f"SELECT {_READ} FROM adapters WHERE {test} ORDER BY {ordering(sort)} LIMIT ?"
+        with self._lock:
+            return self._rows(sql, [*values, -1 if limit is None else limit])
+
+    def search(self, text: str, *, limit: int = 50) -> list[Adapter]:
+        """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.
+
+        Signs in `text` only separate words: there is no query language in it.
+        """
+        words = re.findall(r"\w+", text.replace("_", " "))
+        if not words:
+            raise UsageError(f"nothing to search for in {text!r}", hint="give a word or two")
+        query = " ".join(f'"{word}"*' for word in words[:20])
+        sql = (
+            f"SELECT {_READ} FROM adapters JOIN (SELECT rowid AS found, bm25(adapters_fts, 8, 4, 2, 1) AS place "
+            "FROM adapters_fts WHERE adapters_fts MATCH ?) ON key = found ORDER BY place, id LIMIT ?"
+        )
+        with self._lock:
+            return self._rows(sql, [query, limit])
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of the whole catalogue: by status, base, rank, licence, author, data type and reason."""
+        with self._lock:
+            db = self._read()
+            [totals] = db.query(
+                "SELECT count(*) AS adapters, coalesce(sum(bytes), 0) AS bytes, count(DISTINCT author) AS authors, "
+                "coalesce(sum(status = 'ok'), 0) AS usable FROM adapters"
+            )
+            groups = {
+                name: {
+                    "" if value is None else str(value): count
+                    for value, count in db.execute(
+                        f"SELECT {column}, count(*) FROM adapters {test} GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?", [limit]
+                    )
+                }
+                for name, column, test, limit in (
+                    ("by_status", "status", "", 10),
+                    ("by_base", "base", "", 10),
+                    ("by_rank", "rank", "WHERE status = 'ok'", 20),
+                    ("by_licence", "licence", "", 10),
+                    ("by_author", "author", "", 10),
+                    ("by_dtype", "dtype", "WHERE status = 'ok'", 10),
+                    ("by_reason", "reason", "WHERE reason != ''", 10),
+                )
+            }
+            last = db.execute("SELECT max(ended) FROM syncs").fetchone()[0]
+        return {**totals, **groups, "last_sync": last}
+
+    def ids_of(self, *, source: str, base: str = "", repo_below: str = "") -> list[str]:
+        """Ids of rows that are not gone, from one source, of one base or below one folder: what a sync may miss."""
+        test, values = "source = ? AND status != 'gone'", [source]
+        if base:
+            test, values = f"{test} AND base = ?", [*values, base]
+        if repo_below:
+            test = f"{test} AND (repo = ? OR substr(repo, 1, ?) = ?)"
+            values = [*values, repo_below, len(repo_below) + 1, f"{repo_below}/"]  # type: ignore[list-item]
+        with self._lock:
+            return [row[0] for row in self._read().execute(f"SELECT id FROM adapters WHERE {test} ORDER BY id", values)]
+
+    def remember_sync(self, started: str, source: str, base: str, report: Mapping[str, Any]) -> None:
+        """Keep the figures of one sync."""
+        with self._lock, writing(self._write()) as db:
+            db.execute(
+                "INSERT INTO syncs (started, ended, source, base, report) VALUES (?, ?, ?, ?, ?)",
+                [started, datetime.now(UTC).isoformat(timespec="seconds"), source, base, json.dumps(dict(report))],
+            )
+
+    def remember_selection(
+        self,
+        name: str,
+        chosen: Sequence[tuple[Adapter | AdapterRef, float | None]],
+        method: str,
+        settings: Mapping[str, Any],
+    ) -> int:
+        """Keep a selection, in order, and return its number."""
+        created = datetime.now(UTC).isoformat(timespec="microseconds")
+        with self._lock, writing(self._write()) as db:
+            cursor = db.execute(
+                "INSERT INTO selections (name, created, method, settings) VALUES (?, ?, ?, ?)",
+                [name, created, method, json.dumps(dict(settings))],
+            )
+            number = int(cursor.lastrowid or 0)
+            for position, (adapter, score) in enumerate(chosen):
+                db.execute(
+                    "INSERT INTO selected VALUES (?, ?, ?, ?, ?)", [number, position, adapter.id, adapter.commit, score]
+                )
+        return number
+
+    def last_selection(self, name: str | None = None) -> Selection | None:
+        """The newest selection, or the newest of this name; None if there is none.
+
+        Its adapters stay pinned to the commits they had. NothingMatched if one of them is no longer in the catalogue.
+        """
+        test, values = ("WHERE name = ?", [name]) if name is not None else ("", [])
+        with self._lock:
+            db = self._read()
+            found = list(db.query(f"SELECT * FROM selections {test} ORDER BY id DESC LIMIT 1", values))
+            if not found:
+                return None
+            [row] = found
+            chosen = db.execute(
+                'SELECT adapter_id, "commit", score FROM selected WHERE selection_id = ? ORDER BY position', [row["id"]]
+            ).fetchall()
+            refs = tuple(replace(self.get(id).ref, commit=commit) for id, commit, _ in chosen)
+        return Selection(
+            id=row["id"],
+            name=row["name"],
+            created=row["created"],
+            method=row["method"],
+            settings=json.loads(row["settings"]),
+            refs=refs,
+            scores=tuple(score for _, _, score in chosen),
+        )
+
+    def aliases(self) -> dict[str, str]:
+        """Every remembered other name of a base model, with the base it stands for."""
+        with self._lock:
+            return dict(self._read().execute("SELECT alias, base FROM aliases ORDER BY alias").fetchall())
+
+    def remember_aliases(self, base: str, aliases: Iterable[str]) -> None:
+        """Keep other names of a base model."""
+        with self._lock, writing(self._write()) as db:
+            for alias in aliases:
+                db.execute("INSERT OR REPLACE INTO aliases (alias, base) VALUES (?, ?)", [alias, base])
+
+    def sql(self, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Column names and rows of a query that can only read: a connection of its own, no ATTACH, no extensions.
+
+        Raises UsageError for SQL that is wrong, wants more than to read, runs for over 10 s or gives over a million
+        rows.
+        """
+        db = open_for_reading(self.path)
+        try:
+            return _guarded_query(db.conn, query)
+        finally:
+            db.close()
+
+    def _read(self) -> Database:
+        if self._writer is not None:
+            return self._writer
+        if self._reader is None:
+            self._reader = open_for_reading(self.path)
+        return self._reader
+
+    def _write(self) -> Database:
+        if self._writer is None:
+            self._writer = open_for_writing(self.path)
+            if self._reader is not None:
+                self._reader.close()
+                self._reader = None
+        return self._writer
+
+    def _rows(self, sql: str, values: Sequence[Any]) -> list[Adapter]:
+        return [_adapter(row) for row in self._read().execute(sql, values)]
+
+    @staticmethod
+    def _follow_rename(db: Database, adapter: Adapter, hub_id: str) -> None:
+        db.execute(
+            "UPDATE OR REPLACE adapters SET id = ? WHERE hub_id = ? AND subfolder = ? AND id != ?",
+            [adapter.id, hub_id, adapter.subfolder, adapter.id],
+        )
+
+
+def _row(adapter: Adapter) -> list[Any]:
+    values = []
+    for name in _FIELDS:
+        value = getattr(adapter, name)
+        if name == "ranks":
+            value = json.dumps(dict(value))
+        elif name == "target_modules":
+            value = json.dumps(list(value))
+        elif isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, str):
+            # A lone surrogate, as a file name may hold, is no text for SQLite.
+            value = value.encode("utf-8", "backslashreplace").decode()
+        values.append(value)
+    return values
+
+
+def _adapter(row: Sequence[Any]) -> Adapter:
+    values = dict(zip(_FIELDS, row, strict=True))
+    values["ranks"] = json.loads(values["ranks"])
+    values["target_modules"] = tuple(json.loads(values["target_modules"]))
+    values["rslora"] = bool(values["rslora"])
+    return Adapter(**values)
+
+
+def _guarded_query(connection: sqlite3.Connection, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
+    connection.execute("PRAGMA query_only = ON")
+    connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_CELL_BYTES)
+    deadline = time.monotonic() + _SQL_SECONDS
+    connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
+    connection.set_authorizer(_only_reading)
+    try:
+        cursor = connection.execute(query)
+        if cursor.description is None:
+            raise UsageError("the query gives no rows", hint="start it with select")
+        rows = cursor.fetchmany(_SQL_ROWS + 1)
+    except (sqlite3.Error, sqlite3.Warning) as error:
+        raise UsageError(f"SQL: {_sql_reason(error)}", hint=_sql_hint(error, query)) from error
+    if len(rows) > _SQL_ROWS:
+        raise UsageError(f"the query gives more than {_SQL_ROWS:,} rows", hint="add a limit")
+    return [column[0] for column in cursor.description], rows
+
+
+def _only_reading(action: int, first: str | None, second: str | None, *_: str | None) -> int:
+    if action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_RECURSIVE):
+        return sqlite3.SQLITE_OK
+    if action == sqlite3.SQLITE_FUNCTION and second != "load_extension":
+        return sqlite3.SQLITE_OK
+    # The full-text index asks for this itself when it is searched.
+    if action == sqlite3.SQLITE_PRAGMA and first == "data_version":
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+def _sql_reason(error: Exception) -> str:
+    text = str(error)
+    if text == "interrupted":
+        return f"stopped after {_SQL_SECONDS:.0f} s"
+    if "not authorized" in text or "prohibited" in text:
+        return "only reading is allowed here"
+    return text
+
+
+def _sql_hint(error: Exception, query: str) -> str:
+    if 'near "commit"' in str(error) or 'near "COMMIT"' in str(error):
+        return 'commit is a word of SQL: write "commit" in double quotes'
+    if "no such table" in str(error):
+        return "tables are adapters, adapters_fts, selections, selected, runs, scores, syncs, aliases"
+    if "no such column" in str(error):
+        return "see `lora pool sql 'select * from adapters limit 1' --json` for the columns"
+    return ""
