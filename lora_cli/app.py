@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Any, Never
 
 import typer
@@ -18,9 +19,17 @@ from lora_cli.screen import Screen
 class Root(TyperGroup):
     """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Never:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except TyperException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "lora"

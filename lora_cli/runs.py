@@ -1,4 +1,4 @@
-"""What was run, on what, how it ended: one row per run in the catalogue's database, one `run.json` beside its output."""
+"""What was run, on what, how it ended: a row per run in the catalogue's database, a `run.json` beside its output."""
 
 import hashlib
 import importlib.metadata
@@ -113,7 +113,7 @@ def recorded(
     )
     with closing(open_for_writing(db)) as connection:
         with writing(connection) as table:
-            table["runs"].insert(
+            table.table("runs").insert(
                 {"id": run.id, "command": command, "status": "running", "started": now.isoformat(),
                  "out": str(out.absolute()) if out else None, "record": json.dumps(run.record())}
             )  # fmt: skip
@@ -127,7 +127,7 @@ def recorded(
         finally:
             ended = {"status": status, "ended": datetime.now(UTC).isoformat(), "error": error}
             with writing(connection) as table:
-                table["runs"].update(run.id, {**ended, "record": json.dumps(run.record())})
+                table.table("runs").update(run.id, {**ended, "record": json.dumps(run.record())})
 
 
 def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[str, Sequence[str]], task: str) -> None:
@@ -141,7 +141,7 @@ def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[st
             | {"details": json.dumps(values)}
         )
     with closing(open_for_writing(db)) as connection, writing(connection) as table:
-        table["scores"].insert_all(rows)
+        table.table("scores").insert_all(rows)
 
 
 def all_runs(db: Path, *, command: str | None = None, limit: int = 50) -> list[dict[str, Any]]:

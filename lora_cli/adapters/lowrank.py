@@ -174,7 +174,7 @@ def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
 
 def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
     # Row by row: a float64 copy of a whole 14336 × 4096 module would take half a gigabyte.
-    total = float(sum(rows.double().square().sum() for rows in update.split(1024)))
+    total = float(sum(rows.double().square().sum() for rows in torch.split(update, 1024)))
     full = min(update.shape)
     if choice.energy is None:
         width = min(choice.ceiling or full, full)

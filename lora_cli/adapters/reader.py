@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
-from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, refusals_of_extras
+from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, tensor_refusals
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import AdapterFiles
 from lora_cli.errors import Refused
@@ -66,13 +66,10 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
     name = files.ref.id
     config = parse_config(_bytes(files.config, name))
     header = read_header(files.weights)
-    modules, extras = lora_modules(header)
-    reasons = [*config.refusals(), *refusals_of_extras(extras)]
+    modules, _ = lora_modules(header)
+    reasons = [*config.refusals(), *tensor_refusals(header)]
     if reasons:
         raise Refused(f"{name}: {'; '.join(reasons)}")
-    unreadable = {entry.dtype for f in modules.values() for entry in (f.a, f.b)} - set(DTYPES)
-    if unreadable:
-        raise Refused(f"{name}: factors stored as {', '.join(sorted(unreadable))}, which is not a floating type")
     if not modules:
         raise Refused(f"{name}: no LoRA tensors")
     return OpenAdapter(files, config, modules)

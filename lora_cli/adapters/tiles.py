@@ -62,7 +62,7 @@ class DeltaTiles:
     def _bracket(self, i: int, density: float) -> tuple[float, float]:
         update, (out_features, in_features) = self.updates[i], self.shape
         count = min(out_features, max(1, _SAMPLE // in_features))
-        rows = torch.linspace(0, out_features - 1, count, device=update.B.device).long().unique()
+        rows = torch.linspace(0, out_features - 1, count, device=update.B.device).long()
         sample = (update.B[rows] @ update.A).abs().flatten().sort().values
         middle, spread = (1 - density) * len(sample), 0.02 * len(sample) + 8
         low, high = int(middle - spread), int(middle + spread)

@@ -19,7 +19,7 @@ _PREFIX = "base_model.model."
 
 
 class AdapterWriter:
-    """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder.
+    """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder; a context manager.
 
     The safetensors format wants its header first, and the header wants every shape, which is known only at the end:
     room for the largest possible header is left at the front and filled up with spaces, as the format allows.
@@ -65,12 +65,18 @@ class AdapterWriter:
             self._file.write(data)
             self._position += data.nbytes
 
-    def close(self, config: Mapping[str, Any]) -> None:
+    def __enter__(self) -> "AdapterWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def finish(self, config: Mapping[str, Any]) -> None:
         """Write the header, and `config` completed with ranks and alphas."""
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
-        self._file.close()
+        self._file.flush()
         text = json.dumps({**_defaults(), **self._patterns(), **config}, indent=2, sort_keys=True)
         (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
 

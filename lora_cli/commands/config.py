@@ -38,7 +38,7 @@ def completion(shell: Annotated[str, typer.Argument(help="bash, zsh, fish or pws
 
 def completion_script(shell: str) -> str:
     """The completion script of `shell`, as Typer makes it; UsageError for a shell it does not know."""
-    from typer.completion import get_completion_script
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
 
     if shell not in SHELLS:
         raise UsageError(f"unknown shell {shell!r}", hint=f"there are {', '.join(SHELLS)}")

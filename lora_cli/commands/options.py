@@ -28,11 +28,8 @@ Where = Annotated[
 
 def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet: bool = False) -> Screen:
     """The Screen for the output flags of a command; UsageError when more than one is given."""
-    chosen: list[Format] = [
-        name
-        for name, on in (("json", json), ("jsonl", jsonl), ("csv", csv), ("quiet", quiet))
-        if on  # type: ignore[misc]
-    ]
+    flags: dict[Format, bool] = {"json": json, "jsonl": jsonl, "csv": csv, "quiet": quiet}
+    chosen = [name for name, on in flags.items() if on]
     if len(chosen) > 1:
         raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     return Screen(chosen[0] if chosen else "auto")

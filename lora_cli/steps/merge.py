@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def plan(
         raise UsageError("weights must be finite numbers")
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if one.ref.commit == other.ref.commit and one.ref.id == other.ref.id:
             raise Refused(f"{one.ref.id} is given twice", hint="give it once, with the sum of the weights")
     modules = tuple(all_modules(ordered))
@@ -171,28 +172,9 @@ def merge(
     """
     started = time.monotonic()
     with whole_folder(folder, replace=replace) as partial:
-        dtype = _dtype(plan)
-        writer = AdapterWriter(partial, plan.modules, dtype)
-        reports, kept, total = [], 0.0, 0.0
-        moved = dict.fromkeys((a.ref.id for a in plan.adapters), False)
-        for done, module in enumerate(plan.modules):
-            progress("merge", done, len(plan.modules))
-            reduced = merge_module(plan, module, moved)
-            writer.add(module, reduced.update)
-            kept, total = kept + reduced.kept, total + reduced.total
-            reports.append(
-                ModuleReport(
-                    module=module,
-                    rank=writer.ranks[module],
-                    norm=math.sqrt(reduced.kept),
-                    energy=reduced.kept / reduced.total if reduced.total else 1.0,
-                )
-            )
-        progress("merge", len(plan.modules), len(plan.modules))
-        still = [name for name, moves in moved.items() if not moves]
-        if still:
-            raise Refused(f"{', '.join(still)}: every lora_B is zero, so it changes nothing", hint="leave it out")
-        writer.close(_config(plan))
+        with AdapterWriter(partial, plan.modules, _dtype(plan)) as writer:
+            reports, kept, total = _write_modules(plan, writer, progress)
+            writer.finish(_config(plan))
         sha256 = sha256_of(partial / WEIGHTS_FILE)
         report = MergeReport(
             folder=folder,
@@ -212,6 +194,27 @@ def merge(
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
         (partial / "README.md").write_text(_card(plan, report), encoding="utf-8")
     return report
+
+
+def _write_modules(
+    plan: MergePlan, writer: AdapterWriter, progress: Progress
+) -> tuple[list[ModuleReport], float, float]:
+    """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
+    reports, kept, total = [], 0.0, 0.0
+    moved = dict.fromkeys((a.ref.id for a in plan.adapters), False)
+    for done, module in enumerate(plan.modules):
+        progress("merge", done, len(plan.modules))
+        reduced = merge_module(plan, module, moved)
+        writer.add(module, reduced.update)
+        kept, total = kept + reduced.kept, total + reduced.total
+        energy = reduced.kept / reduced.total if reduced.total else 1.0
+        reports.append(
+            ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(reduced.kept), energy=energy)
+        )
+    progress("merge", len(plan.modules), len(plan.modules))
+    if still := [name for name, moves in moved.items() if not moves]:
+        raise Refused(f"{', '.join(still)}: every lora_B is zero, so it changes nothing", hint="leave it out")
+    return reports, kept, total
 
 
 def merge_module(plan: MergePlan, module: str, moved: dict[str, bool] | None = None) -> Reduced:

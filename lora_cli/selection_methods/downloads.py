@@ -1,0 +1,13 @@
+"""Selection by popularity."""
+
+from collections.abc import Sequence
+
+from lora_cli.methods import method
+from lora_cli.records import Adapter
+
+
+@method("catalogue")
+def downloads(candidates: Sequence[Adapter], seed: int) -> list[float]:
+    """Downloads as the Hub counted them at the last sync; likes decide between equals."""
+    most = max((a.likes for a in candidates), default=0) + 1
+    return [a.downloads + a.likes / most for a in candidates]

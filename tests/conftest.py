@@ -1,0 +1,39 @@
+"""Every test has its own home: no test sees the user's settings, catalogue, Hub login or cache, or leaves 127.0.0.1."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+_HOME = tempfile.mkdtemp(prefix="lora-tests-")
+# huggingface_hub reads these once, when it is imported. Nothing listens on port 9.
+os.environ.update(
+    HF_ENDPOINT="http://127.0.0.1:9",
+    HF_HOME=f"{_HOME}/hf",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    NO_PROXY="127.0.0.1",
+    TOKENIZERS_PARALLELISM="false",
+)
+for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ.pop(_name, None)
+
+pytest_plugins = ["tests.world_fixture"] if (Path(__file__).parent / "world_fixture.py").exists() else []
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, catalogue and configuration for the test; returns the working folder."""
+    for name in [name for name in os.environ if name.startswith("LORA_")]:
+        monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    work = tmp_path / "work"
+    home.mkdir()
+    work.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+    monkeypatch.setenv("LORA_DB", str(tmp_path / "catalogue.db"))
+    monkeypatch.chdir(work)
+    return work

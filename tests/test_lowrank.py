@@ -1,0 +1,133 @@
+"""The low-rank algebra against dense float64 arithmetic."""
+
+import pytest
+import torch
+
+from lora_cli.adapters.lowrank import (
+    LowRank,
+    RankChoice,
+    concat,
+    dense_svd,
+    gram,
+    inner,
+    numerical_rank,
+    reduce,
+    svd,
+    zero,
+)
+from lora_cli.adapters.tiles import DeltaTiles
+
+
+def update(out: int, inn: int, r: int, seed: int, dtype: torch.dtype = torch.float64) -> LowRank:
+    g = torch.Generator().manual_seed(seed)
+    return LowRank(
+        torch.randn(out, r, generator=g, dtype=torch.float64).to(dtype),
+        torch.randn(r, inn, generator=g, dtype=torch.float64).to(dtype),
+    )
+
+
+SHAPES = [(40, 30, 4), (30, 40, 4), (12, 50, 20), (50, 12, 20), (9, 9, 9), (16, 24, 1)]
+
+
+@pytest.mark.parametrize(("out", "inn", "r"), SHAPES)
+def test_inner_product_and_norm_equal_the_dense_ones(out: int, inn: int, r: int) -> None:
+    x, y = update(out, inn, r, 1), update(out, inn, r + 2, 2)
+    torch.testing.assert_close(inner(x, y), (x.dense() * y.dense()).sum(), rtol=1e-12, atol=1e-10)
+    torch.testing.assert_close(x.norm(), torch.linalg.norm(x.dense()), rtol=1e-12, atol=0)
+
+
+def test_gram_holds_all_inner_products() -> None:
+    updates = [update(20, 16, r, seed) for seed, r in enumerate((2, 5, 3))]
+    flat = torch.stack([u.dense().flatten() for u in updates])
+    torch.testing.assert_close(gram(updates), flat @ flat.T, rtol=1e-11, atol=1e-10)
+
+
+@pytest.mark.parametrize(("out", "inn", "r"), SHAPES)
+def test_concatenation_is_the_weighted_sum(out: int, inn: int, r: int) -> None:
+    updates = [update(out, inn, r, 1), update(out, inn, 2, 2), update(out, inn, 7, 3)]
+    weights = [0.5, -1.25, 3.0]
+    merged = concat(updates, weights)
+    assert merged.rank == r + 2 + 7
+    expected = sum(w * u.dense() for w, u in zip(weights, updates, strict=True))
+    torch.testing.assert_close(merged.dense(), expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize(("out", "inn", "r"), SHAPES)
+def test_svd_of_factors_is_the_svd_of_the_update(out: int, inn: int, r: int) -> None:
+    u = update(out, inn, r, 5)
+    spectrum = svd(u)
+    k = min(out, inn, r)
+    torch.testing.assert_close(spectrum.s[:k], torch.linalg.svdvals(u.dense())[:k], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(spectrum.truncated(k).dense(), u.dense(), rtol=1e-10, atol=1e-10)
+    assert numerical_rank(spectrum.s) == k
+
+
+@pytest.mark.parametrize("k", [1, 3, 6])
+def test_reduction_loses_exactly_the_tail_of_the_spectrum(k: int) -> None:
+    u = update(40, 30, 8, 7)
+    tail = torch.linalg.svdvals(u.dense())[k:8]
+    reduced = reduce(u, RankChoice(ceiling=k))
+    assert reduced.update.rank == k
+    lost = torch.linalg.norm(u.dense() - reduced.update.dense())
+    torch.testing.assert_close(lost, tail.square().sum().sqrt(), rtol=1e-9, atol=0)
+    assert reduced.kept / reduced.total == pytest.approx(float(1 - tail.square().sum() / u.norm() ** 2), rel=1e-10)
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("dense", [False, True])
+def test_energy_keeps_the_fewest_directions_that_hold_it(energy: float, dense: bool) -> None:
+    u = update(40, 30, 12, 9)
+    reduced = reduce(u.dense() if dense else u, RankChoice(energy=energy))
+    share = torch.linalg.svdvals(u.dense()).square().cumsum(0) / u.norm() ** 2
+    expected = int((share < energy - 1e-9).sum()) + 1
+    assert reduced.update.rank == expected
+    assert reduced.kept >= (energy - 1e-9) * reduced.total
+
+
+def test_copies_have_the_rank_of_one() -> None:
+    u = update(64, 48, 5, 11, torch.float32)
+    reduced = reduce(concat([u] * 6, [1 / 6] * 6), RankChoice(ceiling=64))
+    assert reduced.update.rank == 5
+    torch.testing.assert_close(reduced.update.dense(), u.dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_stays_nothing() -> None:
+    nothing = zero(6, 5, torch.zeros(1, dtype=torch.float64))
+    assert reduce(nothing, RankChoice(ceiling=4)).update.rank == 0
+    assert reduce(torch.zeros(6, 5), RankChoice(ceiling=4)).update.rank == 0
+    assert float(nothing.norm()) == 0
+
+
+def test_the_randomised_svd_finds_the_leading_directions() -> None:
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(n, 200, generator=g, dtype=torch.float64))[0] for n in (400, 300))
+    s = 0.9 ** torch.arange(200, dtype=torch.float64)
+    delta = u * s @ v.T
+    spectrum = dense_svd(delta, 12)
+    torch.testing.assert_close(spectrum.s, s[:12], rtol=1e-4, atol=0)
+    best = float(s[12:].square().sum().sqrt())
+    assert float(torch.linalg.norm(delta - spectrum.truncated(12).dense())) <= best * 1.0001
+
+
+@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.97, 1.0])
+@pytest.mark.parametrize("tile_bytes", [512, 8 << 20])
+def test_thresholds_are_exact(density: float, tile_bytes: int) -> None:
+    # Rows of very different size: the sample that brackets the threshold is far off.
+    u = update(700, 90, 3, 13)
+    u = LowRank(u.B * torch.logspace(-6, 6, 700, dtype=torch.float64)[:, None].flip(0), u.A)
+    k = max(1, round(density * 700 * 90))
+    expected = u.dense().abs().flatten().sort(descending=True).values[k - 1]
+    torch.testing.assert_close(DeltaTiles([u], tile_bytes).threshold(0, density), expected, rtol=1e-12, atol=0)
+
+
+def test_tiles_do_not_change_the_result() -> None:
+    updates = [update(33, 20, r, r) for r in (2, 4, 3)]
+    results = [DeltaTiles(updates, size).merge(lambda block: block.sum(0)) for size in (1, 1000, 1 << 20)]
+    expected = sum(u.dense() for u in updates)
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_factors_that_do_not_fit_are_a_bug_of_the_caller() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        LowRank(torch.zeros(3, 2), torch.zeros(4, 5))
