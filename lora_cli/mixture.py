@@ -1,0 +1,262 @@
+"""The adaptive layer: all adapters of a module as one concatenated low-rank path, with trainable coefficients.
+
+y = W₀x + B̂ (c ∘ (Â x)), where Â (R, in) and B̂ (out, R) stack the frozen factors of all adapters (R = Σ rᵢ, scale folded
+into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arXiv 2602.12323 and the methods it compares.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lora_cli.adapters.reader import OpenAdapter, all_modules
+from lora_cli.base_model import BaseModel, Term
+from lora_cli.errors import Refused, UsageError
+
+Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
+Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
+Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
+_LAYER = re.compile(r"(.*?\.\d+)\.([^.]+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Which coefficients there are and how they come from θ.
+
+    granularity: one per adapter and `adapter` (whole model), `layer`, `sublayer` (attention or MLP of a layer),
+        `module`; or one per `rank` of each adapter in each module.
+    activation: c = φ(θ): `leaky_relu` (slope 0.01), `linear`, `softmax` over the adapters that touch the group,
+        `sigmoid`, `square`.
+    init: θ starts at `zero`, `average` (1/N), `sqrt` (1/√N), `uniform` in (0, 1), or `normal` with deviation 0.5.
+    """
+
+    granularity: Granularity = "module"
+    activation: Activation = "leaky_relu"
+    init: Init = "zero"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("granularity", Granularity), ("activation", Activation), ("init", Init)):
+            if getattr(self, name) not in get_args(kind):
+                raise UsageError(f"unknown {name} {getattr(self, name)!r}", hint=f"one of {', '.join(get_args(kind))}")
+        if self.granularity == "rank" and self.activation == "softmax":
+            raise UsageError("softmax over adapters has no meaning for coefficients per rank", hint="use leaky_relu")
+
+
+class _Weighted(torch.autograd.Function):
+    """y + B̂ (c ∘ (Â x)) for rows of tokens. Keeps only the (tokens, R) product, and no gradient for Â and B̂."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        hidden = x @ a.T  # (tokens, R)
+        ctx.save_for_backward(hidden, a, b, c)
+        return torch.addmm(y, hidden * c.to(hidden.dtype), b.T)  # (tokens, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, a, b, c = ctx.saved_tensors
+        inner = grad @ b  # (tokens, R)
+        for_x = (inner * c.to(inner.dtype)) @ a if ctx.needs_input_grad[1] else None
+        return grad, for_x, None, None, (inner * hidden).sum(dim=0, dtype=c.dtype)
+
+
+_weighted: Any = _Weighted.apply
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Block:
+    """One module: Â (R, in), B̂ (out, R), and for each adapter that touches it (place, rank)."""
+
+    a: Tensor
+    b: Tensor
+    parts: tuple[tuple[int, int], ...]
+
+
+class Mixture:
+    """All `adapters` side by side on one base, with coefficients to learn.
+
+    Args:
+        base: the model they will be worn on; factors are held in its precision, on its device.
+        adapters: of any ranks and target modules; one that does not touch a module counts as zero there.
+        shape: which coefficients there are.
+        seed: of a random start.
+        reinit: replace the factors of all adapters from place `kept` on by noise of the same spread: the control that
+            asks whether their content matters. Normal, mean 0, with the deviation of the module's stacked A and B.
+        kept: how many leading adapters keep their factors under `reinit`.
+
+    Raises:
+        Refused: an adapter does not fit the base, or its values do not fit the base's precision.
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        adapters: Sequence[OpenAdapter],
+        shape: Shape,
+        *,
+        seed: int = 0,
+        reinit: bool = False,
+        kept: int = 0,
+    ) -> None:
+        self.adapters = tuple(adapter.ref.pinned for adapter in adapters)
+        self.shape = shape
+        for adapter in adapters:
+            base.check(
+                {name: (module.out_features, module.in_features) for name, module in adapter.modules.items()},
+                adapter.ref.id,
+            )
+        self._blocks: dict[str, _Block] = {}
+        for module in all_modules(adapters):
+            generator = torch.Generator().manual_seed(_seed_of(seed, module)) if reinit else None
+            self._blocks[module] = _block(base, adapters, module, generator, kept)
+        self._lay_out(base.device)
+        self.theta = self._start(seed).to(base.device).requires_grad_()
+        self._current: dict[str, Tensor] = {}
+
+    def _lay_out(self, device: torch.device) -> None:
+        """Where in θ each rank of each module finds its coefficient."""
+        n, granularity = len(self.adapters), self.shape.granularity
+        keys = {module: _group(module, granularity) for module in self._blocks}
+        groups = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
+        present = torch.zeros(len(groups), n, dtype=torch.bool)
+        index: list[Tensor] = []
+        used = 0
+        for module, block in self._blocks.items():
+            width = block.a.shape[0]
+            if granularity == "rank":
+                index.append(torch.arange(used, used + width))
+                used += width
+                continue
+            row = groups[keys[module]]
+            owners = torch.tensor([place for place, _ in block.parts])
+            present[row, owners] = True
+            index.append((row * n + owners).repeat_interleave(torch.tensor([rank for _, rank in block.parts])))
+        self._widths = [block.a.shape[0] for block in self._blocks.values()]
+        self._index = torch.cat(index).to(device)
+        self._present = torch.ones(used, dtype=torch.bool) if granularity == "rank" else present.flatten()
+        self._present = self._present.to(device)
+        self._groups = len(groups)
+
+    def _start(self, seed: int) -> Tensor:
+        n, size = len(self.adapters), self._present.numel()
+        generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
+        match self.shape.init:
+            case "zero":
+                return torch.zeros(size)
+            case "average":
+                return torch.full((size,), 1 / n)
+            case "sqrt":
+                return torch.full((size,), n**-0.5)
+            case "uniform":
+                return torch.rand(size, generator=generator)
+            case "normal":
+                return 0.5 * torch.randn(size, generator=generator)
+
+    def penalty(self) -> Tensor:
+        """Mean over the groups of Σ|θ|: what an L1 factor multiplies."""
+        return self.theta.abs()[self._present].sum() / self._groups
+
+    def _factors(self) -> Tensor:
+        """φ(θ), one for every entry of θ, float32."""
+        theta = self.theta
+        match self.shape.activation:
+            case "linear":
+                return theta
+            case "leaky_relu":
+                return torch.nn.functional.leaky_relu(theta, 0.01)
+            case "sigmoid":
+                return theta.sigmoid()
+            case "square":
+                return theta.square()
+            case "softmax":
+                # An adapter that is absent from a group must take no share of it.
+                rows = theta.masked_fill(~self._present, -torch.inf).view(self._groups, -1)
+                return rows.softmax(dim=1).flatten()
+
+    def _refresh(self) -> None:
+        # One gather for the whole model: per module it would cost more than a tiny module's own product.
+        spread = self._factors()[self._index].split_with_sizes(self._widths)
+        self._current = dict(zip(self._blocks, spread, strict=True))
+
+    def _term(self, module: str) -> Term:
+        block = self._blocks[module]
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            rows, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
+            mixed: Tensor = _weighted(rows, inputs, block.a, block.b, self._current[module])
+            return mixed.view(y.shape)
+
+        return add
+
+    @contextmanager
+    def worn(self, base: BaseModel) -> Iterator[None]:
+        """While the block runs, every pass of `base` goes through the mixture with the coefficients of that moment."""
+        with base.attach({module: self._term(module) for module in self._blocks}, before=self._refresh):
+            yield
+
+    @torch.no_grad()
+    def values(self) -> dict[str, tuple[tuple[float, ...], ...]]:
+        """The final coefficients as in `Coefficients.values`: module → one tuple per adapter.
+
+        A tuple holds one factor, or with granularity "rank" one per rank; an adapter absent from a module has (0.0,),
+        or () there.
+        """
+        spread = self._factors()[self._index].cpu().split_with_sizes(self._widths)
+        found = {}
+        for (module, block), factors in zip(self._blocks.items(), spread, strict=True):
+            own: list[tuple[float, ...]] = [() if self.shape.granularity == "rank" else (0.0,)] * len(self.adapters)
+            for (place, _), part in zip(
+                block.parts, factors.split_with_sizes([rank for _, rank in block.parts]), strict=True
+            ):
+                own[place] = tuple(part.tolist()) if self.shape.granularity == "rank" else (float(part[0]),)
+            found[module] = tuple(own)
+        return found
+
+
+def _block(
+    base: BaseModel,
+    adapters: Sequence[OpenAdapter],
+    module: str,
+    generator: torch.Generator | None,
+    kept: int,
+) -> _Block:
+    parts = tuple((i, adapter.modules[module].rank) for i, adapter in enumerate(adapters) if module in adapter.modules)
+    width = sum(rank for _, rank in parts)
+    outputs, inputs = base.shapes[module]
+    a, b = torch.empty(width, inputs), torch.empty(outputs, width)
+    at = first_drawn = 0
+    for place, rank in parts:
+        update = adapters[place].read(module)
+        a[at : at + rank], b[:, at : at + rank] = update.A, update.B
+        at += rank
+        if place < kept:
+            first_drawn = at
+    if generator is not None and first_drawn < width:
+        # The spread is that of the adapters being replaced: a kept one must not set the control's size.
+        drawn_a, drawn_b = a[first_drawn:], b[:, first_drawn:]
+        drawn_a.copy_(torch.randn(drawn_a.shape, generator=generator) * drawn_a.std())
+        drawn_b.copy_(torch.randn(drawn_b.shape, generator=generator) * drawn_b.std())
+    a, b = (factor.to(base.device, base.dtype) for factor in (a, b))
+    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        raise Refused(f"{module}: an adapter's values overflow {base.dtype}", hint="use --dtype bf16 or fp32")
+    return _Block(a, b, parts)
+
+
+def _group(module: str, granularity: Granularity) -> str:
+    """The part of the model whose coefficients `module` shares."""
+    match = _LAYER.match(module)
+    if granularity == "adapter":
+        return ""
+    if granularity in ("module", "rank") or match is None:
+        return module
+    return match[1] if granularity == "layer" else match[0]
+
+
+def _seed_of(seed: int, what: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{what}".encode()).digest()[:7], "big")

@@ -1,0 +1,279 @@
+"""The training that `fit` and `train` share: AdamW on a few tensors, best checkpoint by validation loss, resumable."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lora_cli.base_model import BaseModel, Encoded
+from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.records import Progress, silent
+
+_TOKENS_PER_PASS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How to train: AdamW (0.9, 0.999) without decay, linear warm-up over `warmup` of the steps, then half a cosine.
+
+    `batch` examples make one step, in as many passes as memory asks for; gradients are clipped to norm 1; every `every`
+    steps, and before the first one, the validation loss is taken, and the best parameters are kept.
+    """
+
+    steps: int = 100
+    lr: float = 5e-2
+    batch: int = 8
+    warmup: float = 0.1
+    every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch", 1), ("every", 1)):
+            if getattr(self, name) < low:
+                raise UsageError(f"--{name} must be at least {low}, not {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr must be above 0, not {self.lr}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, …, steps − 1."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Point:
+    """The state after `step` steps: mean training loss per token since the last point, and the validation loss."""
+
+    step: int
+    training: float | None
+    validation: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learnt:
+    """What came out. Losses are means per completion token in nats; the tuples hold one per validation example."""
+
+    curve: tuple[Point, ...]
+    best_step: int
+    loss_before: float
+    loss_after: float
+    each_before: tuple[float, ...]
+    each_after: tuple[float, ...]
+
+
+def learn(
+    base: BaseModel,
+    parameters: Sequence[Tensor],
+    training: Sequence[Encoded],
+    validation: Sequence[Encoded],
+    recipe: Recipe,
+    *,
+    penalty: Callable[[], Tensor] | None = None,
+    while_training: Callable[[], AbstractContextManager[None]] = nullcontext,
+    checkpoint: Path | None = None,
+    key: str = "",
+    what: str = "fit",
+    progress: Progress = silent,
+) -> Learnt:
+    """Train `parameters`, through which `base` already runs; they end at their best values by validation loss.
+
+    Args:
+        penalty: added to the loss.
+        while_training: entered around every training step (dropout).
+        checkpoint: file in which the state is kept every `recipe.every` steps. A state with the same `key` is taken up
+            again, and the outcome is the same to the bit; any other is written over.
+
+    Raises:
+        Refused: a loss that is not finite.
+        OutputError: the checkpoint cannot be written.
+    """
+    run = _Run(base, list(parameters), list(training), list(validation), recipe, penalty, key)
+    if checkpoint is None or not run.restore(checkpoint):
+        run.evaluate()
+    while run.step < recipe.steps:
+        progress(what, run.step, recipe.steps)
+        with while_training():
+            run.advance()
+        if run.step % recipe.every == 0 or run.step == recipe.steps:
+            run.evaluate()
+            if checkpoint is not None:
+                run.keep(checkpoint)
+    progress(what, recipe.steps, recipe.steps)
+    with torch.no_grad():
+        for parameter, best in zip(run.parameters, run.best, strict=True):
+            parameter.copy_(best)
+    first, best_point = run.curve[0], min(run.curve, key=lambda point: point.validation)
+    return Learnt(
+        curve=tuple(run.curve),
+        best_step=best_point.step,
+        loss_before=first.validation,
+        loss_after=best_point.validation,
+        each_before=tuple(run.each_before),
+        each_after=tuple(run.each_best),
+    )
+
+
+class _Run:
+    """The state of one training, and how it moves on."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        parameters: list[Tensor],
+        training: list[Encoded],
+        validation: list[Encoded],
+        recipe: Recipe,
+        penalty: Callable[[], Tensor] | None,
+        key: str,
+    ) -> None:
+        self.base, self.parameters, self.recipe, self.penalty, self.key = base, parameters, recipe, penalty, key
+        self.training, self.validation = training, validation
+        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.step = 0
+        self.curve: list[Point] = []
+        self.each_before: list[float] = []
+        self.each_best: list[float] = []
+        self.best: list[Tensor] = []
+        self._seen: list[float] = []
+
+    def advance(self) -> None:
+        """One step of the optimiser."""
+        recipe = self.recipe
+        batch = [self.training[row] for row in self._rows()]
+        tokens = sum(item.tokens for item in batch)
+        total = 0.0
+        cuda = [self.base.device] if self.base.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            # Each step has its own seed, so that a resumed run draws what an unbroken one would have drawn.
+            torch.manual_seed(_number(f"{recipe.seed} dropout {self.step}"))
+            for part in _passes(batch):
+                loss = self.base.completion_losses(part).sum() / tokens
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+            if self.penalty is not None:
+                extra = self.penalty()
+                extra.backward()  # type: ignore[no-untyped-call]
+        self._demand_finite(total)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._seen.append(total)
+        self.step += 1
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Take the validation loss and keep the parameters when they are the best so far."""
+        sums: list[float] = []
+        for part in _passes(self.validation):
+            sums += self.base.completion_losses(part).tolist()
+        loss = math.fsum(sums) / sum(item.tokens for item in self.validation)
+        self._demand_finite(loss)
+        each = [total / item.tokens for total, item in zip(sums, self.validation, strict=True)]
+        if not self.curve:
+            self.each_before = each
+        if not self.curve or loss < min(point.validation for point in self.curve):
+            self.best = [parameter.detach().clone() for parameter in self.parameters]
+            self.each_best = each
+        seen = math.fsum(self._seen) / len(self._seen) if self._seen else None
+        self.curve.append(Point(step=self.step, training=seen, validation=loss))
+        self._seen = []
+
+    def keep(self, checkpoint: Path) -> None:
+        """Write the state, whole or not at all."""
+        state: dict[str, Tensor] = {}
+        for place, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            own = self.optimizer.state[parameter]
+            state[f"{place}.now"] = parameter.detach()
+            state[f"{place}.best"] = best
+            state[f"{place}.exp_avg"] = own["exp_avg"]
+            state[f"{place}.exp_avg_sq"] = own["exp_avg_sq"]
+        notes = {
+            "key": self.key,
+            "step": self.step,
+            "curve": [[point.step, point.training, point.validation] for point in self.curve],
+            "before": self.each_before,
+            "best": self.each_best,
+        }
+        partial = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.partial")
+        try:
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: tensor.contiguous() for name, tensor in state.items()}, partial, {"state": json.dumps(notes)}
+            )
+            partial.replace(checkpoint)
+        except OSError as error:
+            raise OutputError(f"{checkpoint}: cannot be written ({error.strerror})") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def restore(self, checkpoint: Path) -> bool:
+        """Take up the state in `checkpoint`; False when there is none, or it is another training's."""
+        try:
+            with safe_open(checkpoint, framework="pt", device=str(self.base.device)) as file:
+                notes = json.loads((file.metadata() or {})["state"])
+                if notes["key"] != self.key:
+                    return False
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (OSError, SafetensorError, ValueError, KeyError):
+            return False
+        self.step = notes["step"]
+        self.curve = [Point(step=step, training=seen, validation=loss) for step, seen, loss in notes["curve"]]
+        self.each_before, self.each_best = notes["before"], notes["best"]
+        self.best = [state[f"{place}.best"] for place in range(len(self.parameters))]
+        with torch.no_grad():
+            for place, parameter in enumerate(self.parameters):
+                parameter.copy_(state[f"{place}.now"])
+                self.optimizer.state[parameter] = {
+                    "step": torch.tensor(float(self.step)),
+                    "exp_avg": state[f"{place}.exp_avg"],
+                    "exp_avg_sq": state[f"{place}.exp_avg_sq"],
+                }
+        return True
+
+    def _rows(self) -> list[int]:
+        """The examples of this step: one shuffled round after another, each round a function of seed and number."""
+        n = len(self.training)
+        start = self.step * self.recipe.batch
+        rounds = range(start // n, (start + self.recipe.batch - 1) // n + 1)
+        stream = [row for number in rounds for row in _shuffled(n, self.recipe.seed, number)]
+        offset = start - rounds.start * n
+        return stream[offset : offset + self.recipe.batch]
+
+    def _demand_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise Refused(
+                f"the loss is {loss} at step {self.step}",
+                hint="lower --lr, or leave out adapters of extreme norm ('lora pool list --sort norm')",
+            )
+
+
+def _passes(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
+    """The batch in parts that fit into memory, in order."""
+    part: list[Encoded] = []
+    for item in batch:
+        if part and (len(part) + 1) * max(len(item.ids), *(len(other.ids) for other in part)) > _TOKENS_PER_PASS:
+            yield part
+            part = []
+        part.append(item)
+    yield part
+
+
+def _shuffled(n: int, seed: int, number: int) -> list[int]:
+    return sorted(range(n), key=lambda row: _number(f"{seed} round {number} row {row}"))
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

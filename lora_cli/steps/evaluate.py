@@ -1,0 +1,255 @@
+"""How good are several adapters on one loaded base: rows streamed to a file, then scores with paired intervals."""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.base_model import BaseModel
+from lora_cli.errors import NothingMatched, OutputError, UsageError
+from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
+
+Metric = Literal["exact", "nll"]
+_SAME_LIKELIHOOD = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class System:
+    """Something to evaluate: the base itself (`updates` None) or the base wearing one update per module.
+
+    `version` names the exact adapter (`id@commit`, or any text that changes when the adapter does); rows of another
+    version are not taken up again.
+    """
+
+    name: str
+    updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One system's answer to one example. `key` names all that decided it; `text` is None for the nll metric.
+
+    `log_likelihood` is the mean per completion token in nats.
+    """
+
+    system: str
+    id: str
+    key: str
+    log_likelihood: float
+    text: str | None = None
+    correct: bool | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+def evaluate(
+    base: BaseModel,
+    systems: Sequence[System],
+    examples: Sequence[Example],
+    *,
+    metric: Metric = "exact",
+    baseline: str = "base",
+    max_new_tokens: int = 30,
+    batch_size: int = 16,
+    seed: int = 0,
+    rows_path: Path | None = None,
+    progress: Progress = silent,
+) -> list[Score]:
+    """Score every system on every example, in the order of `systems`.
+
+    `exact` generates greedily and counts exact matches (Wilson interval); `nll` is the mean negative log-likelihood per
+    completion token, lower is better (bootstrap interval), and generates nothing. Differences to `baseline` are paired.
+    `changed` counts the examples on which a system's output (for nll: its likelihood) differs from the base's own;
+    `details["moved"]` counts those on which its likelihood differs. 0 of both means that an adapter has no effect.
+
+    Args:
+        systems: distinct names; one of them is the base itself (`updates` None).
+        baseline: name of one of them.
+        rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again.
+
+    Raises:
+        UsageError: an unknown metric, two systems of one name.
+        NothingMatched: no system called `baseline`, no examples.
+        Refused: an adapter does not fit. DataError: an example or a prompt is too long.
+        OutputError: the rows cannot be written, or the file holds something else.
+    """
+    names = [system.name for system in systems]
+    if metric not in get_args(Metric):
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"two systems are called {max(names, key=names.count)!r}")
+    if baseline not in names:
+        raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
+    if not examples:
+        raise NothingMatched("no examples to evaluate on")
+    [itself] = [system.name for system in systems if system.updates is None]
+    for system in systems:
+        shapes = {module: update.shape for module, update in (system.updates or {}).items()}
+        base.check(shapes, system.name)
+    keys = {
+        (system.name, example.id): _key(base, system, example, metric, max_new_tokens)
+        for system in systems
+        for example in examples
+    }
+    with _Rows(rows_path, keys) as rows:
+        for system in systems:
+            left = [example for example in examples if (system.name, example.id) not in rows.found]
+            done = len(examples) - len(left)
+            progress(system.name, done, len(examples))
+            with base.wear(system.updates, who=system.name):
+                for at in range(0, len(left), 4 * batch_size):
+                    part = left[at : at + 4 * batch_size]
+                    for row in _answers(base, system.name, part, keys, metric, max_new_tokens, batch_size):
+                        rows.add(row)
+                        done += 1
+                        progress(system.name, done, len(examples))
+        found = {name: [rows.found[name, example.id] for example in examples] for name in names}
+    return [_score(found, name, metric, baseline, itself, seed) for name in names]
+
+
+def _answers(
+    base: BaseModel,
+    name: str,
+    examples: Sequence[Example],
+    keys: Mapping[tuple[str, str], str],
+    metric: Metric,
+    max_new_tokens: int,
+    batch_size: int,
+) -> Any:
+    likelihoods = base.log_likelihoods(examples, batch_size=batch_size)
+    if metric == "nll":
+        for example, likelihood in zip(examples, likelihoods, strict=True):
+            yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
+        return
+    prompts = [example.prompt for example in examples]
+    for place, written in base.stream(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
+        example = examples[place]
+        yield Row(
+            system=name,
+            id=example.id,
+            key=keys[name, example.id],
+            log_likelihood=likelihoods[place],
+            text=written.text,
+            correct=exact_match(written.text, example.completion),
+            tokens=written.tokens,
+            seconds=written.seconds,
+        )
+
+
+def _score(
+    found: Mapping[str, Sequence[Row]], name: str, metric: Metric, baseline: str, itself: str, seed: int
+) -> Score:
+    rows, of_base = found[name], found[itself]
+    values = _values(rows, metric)
+    n = len(rows)
+    low, high = wilson(round(sum(values)), n) if metric == "exact" else mean_interval(values, seed=seed)
+    difference = None if name == baseline else paired_difference(values, _values(found[baseline], metric), seed=seed)
+    moved = sum(
+        abs(row.log_likelihood - other.log_likelihood) > _SAME_LIKELIHOOD * max(1.0, abs(other.log_likelihood))
+        for row, other in zip(rows, of_base, strict=True)
+    )
+    rewritten = sum(row.text != other.text for row, other in zip(rows, of_base, strict=True))
+    seconds = math.fsum(row.seconds for row in rows)
+    return Score(
+        system=name,
+        metric=metric,
+        value=math.fsum(values) / n,
+        low=low,
+        high=high,
+        n=n,
+        baseline="" if difference is None else baseline,
+        delta=None if difference is None else difference.delta,
+        delta_low=None if difference is None else difference.low,
+        delta_high=None if difference is None else difference.high,
+        p=None if difference is None else difference.p,
+        changed=None if name == itself else moved if metric == "nll" else rewritten,
+        log_likelihood=math.fsum(row.log_likelihood for row in rows) / n,
+        tokens_per_second=sum(row.tokens for row in rows) / seconds if seconds else None,
+        details={} if name == itself else {"moved": moved},
+    )
+
+
+def _values(rows: Sequence[Row], metric: Metric) -> list[float]:
+    return [float(bool(row.correct)) if metric == "exact" else -row.log_likelihood for row in rows]
+
+
+def _key(base: BaseModel, system: System, example: Example, metric: Metric, max_new_tokens: int) -> str:
+    deciding = [
+        base.name,
+        str(base.dtype),
+        system.version,
+        system.updates is None,
+        metric,
+        max_new_tokens if metric == "exact" else None,
+        asdict(example),
+    ]
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _Rows:
+    """The rows so far. With a path each one is on disk before the next batch begins."""
+
+    def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str]) -> None:
+        self.found: dict[tuple[str, str], Row] = {}
+        self._path = path
+        self._keys = keys
+        self._file: Any = None
+
+    def __enter__(self) -> "_Rows":
+        if self._path is not None:
+            for row in _read(self._path):
+                if self._keys.get((row.system, row.id)) == row.key:
+                    self.found[row.system, row.id] = row
+            self._file = self._rewritten(self._path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, row: Row) -> None:
+        """Take in one row."""
+        self.found[row.system, row.id] = row
+        if self._file is not None:
+            self._file.write(_line(row))
+            self._file.flush()
+
+    def _rewritten(self, path: Path) -> Any:
+        """The file with only the rows that still hold, open for more."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text("".join(map(_line, self.found.values())), encoding="utf-8")
+            partial.replace(path)
+            return path.open("a", encoding="utf-8")
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _read(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error
+    rows = []
+    # What follows the last line break is a row whose writing was cut off.
+    for line in lines[:-1]:
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error
+    return rows
+
+
+def _line(row: Row) -> str:
+    return json.dumps(asdict(row)) + "\n"

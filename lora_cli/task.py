@@ -1,0 +1,159 @@
+"""task.jsonl → Examples: every line is read strictly, and a bad one is named by file, line number and reason."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import DataError
+from lora_cli.records import Example
+
+FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", …}, {"role": "assistant", …}]}'
+
+
+class _BadLine(Exception):
+    """Why one line cannot be used."""
+
+
+def load_task(path: Path) -> list[Example]:
+    """Every example of a task file, in file order.
+
+    A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
+    assistant's turn last; `"choices"` (strings, the completion among them) and `"id"` are optional, other keys are left
+    alone. An example without an id gets its line number. Raises DataError that names the file, the line and the reason.
+    """
+    data = _bytes_of(path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{number}: not UTF-8 text", hint="save the file as UTF-8") from error
+    lines = text.split("\n")
+    if lines[-1] == "":
+        lines.pop()
+    if not lines:
+        raise DataError(f"{path}: the file is empty", hint=f"one example per line: {FORMATS}")
+    examples: list[Example] = []
+    first_line: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            example = _example(line, number)
+            if example.id in first_line:
+                raise _BadLine(f"id {example.id!r} is already that of line {first_line[example.id]}")
+        except _BadLine as reason:
+            raise DataError(f"{path}:{number}: {reason}", hint="correct or remove the line; none is skipped") from None
+        first_line[example.id] = number
+        examples.append(example)
+    return examples
+
+
+def task_sha256(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hex: the name under which a task goes into records. Raises DataError."""
+    return hashlib.sha256(_bytes_of(path)).hexdigest()
+
+
+def split(examples: Sequence[Example], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    """(training, validation): `fraction` of the examples, at least one, is held out; both parts keep the file's order.
+
+    The draw orders the examples by a hash of seed and id, so it is the same on every machine. Raises DataError when
+    there are fewer than two examples.
+    """
+    if len(examples) < 2:
+        raise DataError(
+            "one example cannot be split into a training and a validation part", hint="give at least two examples"
+        )
+    held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    drawn = sorted(examples, key=lambda example: hashlib.sha256(f"{seed}\n{example.id}".encode()).digest())
+    chosen = {example.id for example in drawn[:held_out]}
+    training = [example for example in examples if example.id not in chosen]
+    return training, [example for example in examples if example.id in chosen]
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(f"no such file: {path}", hint="give a task file with --data FILE.jsonl") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _example(line: str, number: int) -> Example:
+    if not line.strip():
+        raise _BadLine("the line is empty")
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise _BadLine(f"malformed JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError):
+        raise _BadLine("malformed JSON: a number or a nesting that no example needs") from None
+    if not isinstance(row, dict):
+        raise _BadLine(f"a JSON object is expected, not {_kind(row)}")
+    prompt: str | tuple[Mapping[str, str], ...]
+    if "messages" in row:
+        if "prompt" in row or "completion" in row:
+            raise _BadLine('"messages" and "prompt"/"completion" exclude each other')
+        prompt, completion = _chat(row["messages"])
+    elif "prompt" in row and "completion" in row:
+        prompt, completion = _text(row["prompt"], '"prompt"'), _text(row["completion"], '"completion"')
+    else:
+        raise _BadLine(f"neither of the two formats: {FORMATS}")
+    return Example(
+        id=_id(row.get("id"), number), prompt=prompt, completion=completion, choices=_choices(row, completion)
+    )
+
+
+def _chat(messages: Any) -> tuple[tuple[Mapping[str, str], ...], str]:
+    if not isinstance(messages, list):
+        raise _BadLine(f'"messages" must be a list, not {_kind(messages)}')
+    turns: list[dict[str, str]] = []
+    for place, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise _BadLine(f"message {place} must be an object, not {_kind(message)}")
+        role = _text(message.get("role"), f'"role" of message {place}')
+        turns.append({"role": role, "content": _text(message.get("content"), f'"content" of message {place}')})
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise _BadLine("no assistant turn")
+    if turns[-1]["role"] != "assistant":
+        raise _BadLine(f"the last turn must be the assistant's, not the {turns[-1]['role']}'s")
+    if len(turns) == 1:
+        raise _BadLine("nothing comes before the assistant's turn")
+    return tuple(turns[:-1]), turns[-1]["content"]
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise _BadLine(f"{what} must be text, not {_kind(value)}")
+    if not value.strip():
+        raise _BadLine(f"{what} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise _BadLine(f"{what} holds half of a surrogate pair, which is not text")
+    return value
+
+
+def _choices(row: Mapping[str, Any], completion: str) -> tuple[str, ...]:
+    if row.get("choices") is None:
+        return ()
+    if not isinstance(row["choices"], list) or len(row["choices"]) < 2:
+        raise _BadLine('"choices" must be a list of at least two texts')
+    choices = tuple(_text(choice, f"choice {place}") for place, choice in enumerate(row["choices"], start=1))
+    if completion not in choices:
+        raise _BadLine("the completion is not one of the choices")
+    return choices
+
+
+def _id(value: Any, number: int) -> str:
+    if value is None:
+        return str(number)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return _text(value, '"id"')
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    return {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}.get(
+        type(value), "an object"
+    )

@@ -1,0 +1,127 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_cli.scores import exact_match, mean_interval, normalise, paired_difference, sign_test, wilson
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Paris", "paris"),
+        (" Paris. ", "paris"),
+        ("We add.\n#### 1 234.", "1234"),
+        ("#### 1 #### 2", "2"),
+        ("New York", "newyork"),
+        ("a\nb", "a\nb"),
+        ("3.14", "3.14"),
+        ("...", ""),
+        ("", ""),
+    ],
+)
+def test_normalise_is_the_papers(text: str, normal: str) -> None:
+    assert normalise(text) == normal
+
+
+def test_exact_match_compares_normalised_texts() -> None:
+    assert exact_match("The answer is\n#### 42.", "42")
+    assert not exact_match("43", "42")
+
+
+# The values of the formula worked out apart from the code: Newcombe (1998), table I, method 3.
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_gives_newcombes_published_values(k: int, n: int, low: float, high: float) -> None:
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_bounds_solve_the_score_equation(case: tuple[int, int]) -> None:
+    k, n = case
+    low, high = wilson(k, n)
+    assert 0 <= low <= k / n <= high <= 1
+    assert low < high
+    for bound in (low, high):
+        if 0 < bound < 1:
+            z = (k / n - bound) / math.sqrt(bound * (1 - bound) / n)
+            assert abs(z) == pytest.approx(1.959964, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", [(3, 2), (-1, 2), (0, 0)])
+def test_wilson_wants_a_proportion(case: tuple[int, int]) -> None:
+    with pytest.raises(ValueError):
+        wilson(*case)
+
+
+@pytest.mark.parametrize(("wins", "losses"), list(itertools.product(range(7), repeat=2)))
+def test_sign_test_equals_counting_all_coin_tosses(wins: int, losses: int) -> None:
+    n, fewer = wins + losses, min(wins, losses)
+    tosses = [sum(toss) for toss in itertools.product((0, 1), repeat=n)]
+    both_tails = sum(heads <= fewer or heads >= n - fewer for heads in tosses) / len(tosses)
+    assert sign_test(wins, losses) == pytest.approx(both_tails)
+
+
+def test_sign_test_known_value() -> None:
+    assert sign_test(8, 2) == pytest.approx(112 / 1024)
+    assert sign_test(900, 1100) == pytest.approx(8.5e-6, rel=0.05)
+
+
+def test_mean_interval_agrees_with_the_normal_one_on_many_values() -> None:
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
+    low, high = mean_interval(values.tolist())
+    half = 1.96 * values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - half, abs=0.01)
+    assert high == pytest.approx(values.mean() + half, abs=0.01)
+
+
+def test_paired_difference_of_right_and_wrong_answers_is_mcnemars_exact_test() -> None:
+    ours = [1.0] * 8 + [0.0] * 2 + [1.0] * 30 + [0.0] * 10
+    theirs = [0.0] * 8 + [1.0] * 2 + [1.0] * 30 + [0.0] * 10
+    found = paired_difference(ours, theirs)
+    assert found.delta == pytest.approx(6 / 50)
+    assert found.p == pytest.approx(112 / 1024)
+    half = 1.96 * np.subtract(ours, theirs).std() / math.sqrt(50)
+    assert (found.low, found.high) == pytest.approx((0.12 - half, 0.12 + half), abs=0.025)
+    assert not found.measurable
+
+
+def test_paired_difference_uses_the_pairing() -> None:
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 10, size=100)
+    found = paired_difference((hard + 0.1 + rng.normal(0, 0.05, 100)).tolist(), hard.tolist())
+    assert found.measurable
+    assert found.low == pytest.approx(0.09, abs=0.015)
+    assert found.p < 0.001
+
+
+def test_sign_flip_p_equals_counting_all_flips() -> None:
+    differences = [0.3, -0.1, 0.8, 0.5, -0.2, 0.9, 0.4, 0.05]
+    flips = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+             for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
+    exact = sum(flip >= sum(differences) - 1e-9 for flip in flips) / len(flips)
+    assert paired_difference(differences, [0.0] * 8).p == pytest.approx(exact, abs=0.01)
+
+
+def test_no_difference_is_not_measurable() -> None:
+    found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    assert (found.delta, found.low, found.high, found.p) == (0, 0, 0, 1)
+    assert not found.measurable
+
+
+def test_the_seed_decides_the_interval() -> None:
+    ours, theirs = [0.1, 0.9, 0.4, 0.7], [0.2, 0.3, 0.1, 0.9]
+    assert paired_difference(ours, theirs, seed=1) == paired_difference(ours, theirs, seed=1)
+    assert paired_difference(ours, theirs, seed=1) != paired_difference(ours, theirs, seed=2)
+
+
+def test_values_that_cannot_be_paired() -> None:
+    with pytest.raises(ValueError):
+        paired_difference([1.0], [1.0, 2.0])
+    with pytest.raises(ValueError):
+        paired_difference([], [])
