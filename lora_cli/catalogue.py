@@ -39,6 +39,8 @@ class Known(NamedTuple):
     commit: str
     status: str
     stamp: str
+    repo: str
+    base_declared: str
     downloads: int
     likes: int
 
@@ -104,6 +106,23 @@ class Catalogue:
             for id, (downloads, likes) in popularity.items():
                 db.execute("UPDATE adapters SET downloads = ?, likes = ? WHERE id = ?", [downloads, likes, id])
 
+    def learn(self, adapter: Adapter) -> None:
+        """Keep what the weights of an adapter told, unless its row has moved on to another commit meanwhile."""
+        with self._lock, writing(self._write()) as db:
+            db.execute(
+                "UPDATE adapters SET sha256 = ?, norm = ?, bytes = ?, status = ?, reason = ? "
+                'WHERE id = ? AND "commit" = ?',
+                [
+                    adapter.sha256,
+                    adapter.norm,
+                    adapter.bytes,
+                    adapter.status,
+                    adapter.reason,
+                    adapter.id,
+                    adapter.commit,
+                ],
+            )
+
     def mark(self, ids: Iterable[str], status: str, reason: str) -> None:
         """Give rows another status, with its reason."""
         with self._lock, writing(self._write()) as db:
@@ -112,7 +131,7 @@ class Catalogue:
 
     def known(self, ids: Sequence[str] | None = None) -> dict[str, Known]:
         """What is stored of these ids (all ids by default); those that are not stored are left out."""
-        columns = 'SELECT id, "commit", status, stamp, downloads, likes FROM adapters'
+        columns = 'SELECT id, "commit", status, stamp, repo, base_declared, downloads, likes FROM adapters'
         with self._lock:
             db = self._read()
             if ids is None:
@@ -273,8 +292,9 @@ class Catalogue:
             return dict(self._read().execute("SELECT alias, base FROM aliases ORDER BY alias").fetchall())
 
     def remember_aliases(self, base: str, aliases: Iterable[str]) -> None:
-        """Keep other names of a base model."""
+        """Keep the other names of a base model, and only these."""
         with self._lock, writing(self._write()) as db:
+            db.execute("DELETE FROM aliases WHERE base = ?", [base])
             for alias in aliases:
                 db.execute("INSERT OR REPLACE INTO aliases (alias, base) VALUES (?, ?)", [alias, base])
 

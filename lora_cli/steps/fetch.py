@@ -1,0 +1,151 @@
+"""Bring the weights of adapters into the Hub client's cache, and find out what only weights tell."""
+
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.adapters.header import read_header
+from lora_cli.adapters.store import AdapterFiles, locate
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import AccessDenied, HeaderError, LoraError, NetworkError, OutputError
+from lora_cli.hub import Gated, Hub, cache_folder
+from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.steps.sources import weighed
+
+_THREADS = 4
+_SPARE_ROOM = 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchPlan:
+    """What is here already, what has to be downloaded (`bytes` of it), and what cannot be used, with the reason."""
+
+    here: tuple[Adapter, ...]
+    missing: tuple[Adapter, ...]
+    refused: tuple[tuple[Adapter, str], ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FetchReport:
+    """How each adapter ended: `fetched` were downloaded, `here` were there, `failed` may go better next time."""
+
+    fetched: tuple[Adapter, ...]
+    here: tuple[Adapter, ...]
+    refused: tuple[tuple[Adapter, str], ...]
+    failed: tuple[tuple[Adapter, str], ...]
+    bytes: int
+
+
+def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = False) -> FetchPlan:
+    """Which of `refs` still have to be downloaded or looked at. Sends nothing.
+
+    NothingMatched for a reference that the catalogue does not know.
+    """
+    here, missing, refused = [], [], []
+    for ref in refs:
+        row = catalogue.get(ref.id)
+        adapter = (
+            row if row.commit == ref.commit else replace(row, commit=ref.commit, sha256="", norm=None, status="ok")
+        )
+        if adapter.status in ("unusable", "gone", "failed"):
+            refused.append((adapter, adapter.reason))
+        elif adapter.source == "folder" and locate(ref) is None:
+            refused.append((adapter, "its folder is gone"))
+        elif not force and adapter.status == "ok" and adapter.sha256 and locate(ref) is not None:
+            here.append(adapter)
+        else:
+            missing.append(adapter)
+    return FetchPlan(
+        here=tuple(here),
+        missing=tuple(missing),
+        refused=tuple(refused),
+        bytes=sum(adapter.bytes for adapter in missing if locate(adapter.ref) is None),
+    )
+
+
+def fetch(
+    catalogue: Catalogue, refs: Sequence[AdapterRef], hub: Hub, *, force: bool = False, progress: Progress = silent
+) -> FetchReport:
+    """Download what is missing, check every byte of it, and write hash, norm and status into the catalogue.
+
+    Adapters in folders are checked where they are. Raises OutputError where the disk has no room, AccessDenied where
+    the login itself is refused; everything that concerns one adapter is in the report.
+    """
+    todo = plan(catalogue, refs, force=force)
+    _room_for(todo.bytes)
+    fetched: list[Adapter] = []
+    here = list(todo.here)
+    refused = list(todo.refused)
+    failed: list[tuple[Adapter, str]] = []
+    with ThreadPoolExecutor(_THREADS) as pool:
+        pending: dict[Future[tuple[Adapter, bool]], Adapter] = {
+            pool.submit(_bring, hub, adapter): adapter for adapter in todo.missing
+        }
+        try:
+            for done, future in enumerate(as_completed(pending), 1):
+                before = pending[future]
+                try:
+                    adapter, downloaded = future.result()
+                except NetworkError as error:
+                    failed.append((before, error.message))
+                else:
+                    catalogue.learn(adapter)
+                    if adapter.status != "ok":
+                        refused.append((adapter, adapter.reason))
+                    else:
+                        (fetched if downloaded else here).append(adapter)
+                progress("fetching adapters", done, len(pending))
+        except BaseException:
+            hub.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return FetchReport(
+        fetched=tuple(fetched),
+        here=tuple(here),
+        refused=tuple(refused),
+        failed=tuple(failed),
+        bytes=sum(adapter.bytes for adapter in fetched),
+    )
+
+
+def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
+    """The adapter with everything its weights tell, and True if they had to be downloaded."""
+    files = locate(adapter.ref)
+    downloaded = files is None
+    try:
+        if files is None or (adapter.source == "hub" and not adapter.sha256):
+            files = download(hub, adapter)
+    except Gated as error:
+        return replace(adapter, status="gated", reason=error.message), False
+    except (NetworkError, OutputError, AccessDenied):
+        raise
+    except LoraError as error:
+        return replace(adapter, status="unusable", reason=error.message), False
+    try:
+        header = read_header(files.weights)
+    except HeaderError as error:
+        return replace(adapter, status="unusable", reason=error.message), downloaded
+    adapter = replace(adapter, status="ok", reason="", bytes=header.file_size)
+    return weighed(adapter, files.weights, header, files.config.read_bytes()), downloaded
+
+
+def download(hub: Hub, adapter: Adapter) -> AdapterFiles:
+    """The adapter's two files in the Hub client's cache, their bytes checked. Raises the errors of the Hub."""
+    prefix = f"{adapter.subfolder}/" if adapter.subfolder else ""
+    config = hub.download(adapter.repo, prefix + CONFIG_NAME, adapter.commit)
+    return AdapterFiles(adapter.ref, config, hub.download(adapter.repo, prefix + WEIGHTS_NAME, adapter.commit))
+
+
+def _room_for(size: int) -> None:
+    folder = cache_folder()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if size * _SPARE_ROOM > free:
+        raise OutputError(
+            f"{size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free in {cache_folder()}",
+            hint="free some space, or set HF_HOME to another disk",
+        )

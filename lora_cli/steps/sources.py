@@ -1,0 +1,403 @@
+"""Where a sync finds adapters: the listing of a Hub, or a folder tree. Each gives batches of adapters not read yet."""
+
+import hashlib
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, Facts, examine, scan_weights, weight_status
+from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.adapters.header import Header, header_length, parse_header, read_header
+from lora_cli.adapters.store import folder_ref, read_config
+from lora_cli.catalogue import Catalogue, Known
+from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
+from lora_cli.hub import Gated, Hub, Listed, MissingFile
+from lora_cli.records import Adapter, Progress
+
+Shapes = Mapping[str, tuple[int, int]]
+
+_PROBE_BYTES = 4096
+_LARGEST_GUESS = 65_536
+_CARD_BYTES = 65_536
+_MOST_VANISHED = 50
+_MOST_SUBFOLDERS = 16
+_FOLDER_BATCH = 256
+_SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
+_CHECKPOINT = re.compile(r"(?:^|/)(?:checkpoint|step|epoch)[-_]?\d+$", re.IGNORECASE)
+_FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What adapters are judged by: the base asked for ("" for any), names that mean it, and its module shapes."""
+
+    base: str
+    aliases: tuple[str, ...]
+    shapes: Callable[[], Shapes | None]
+    with_shapes: bool
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal questions: a row with another one was judged by other rules."""
+        text = "\0".join([self.base, str(self.with_shapes), *sorted(set(self.aliases))])
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+    def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
+        """`checks.examine` by these rules."""
+        return examine(
+            config,
+            header,
+            file_names=names,
+            base_name=self.base,
+            base_aliases=self.aliases,
+            base_shapes=self.shapes() if isinstance(header, Header) else None,
+        )
+
+
+@dataclass(frozen=True)
+class Found:
+    """An adapter at its source: `stub` is what is known without reading it, `read` reads the rest.
+
+    `read` is given the stored row, if there is one. It raises NetworkError or OSError for what may go better next time.
+    """
+
+    stub: Adapter
+    is_same: Callable[[Known], bool]
+    read: Callable[[Adapter | None], Adapter]
+    hub_id: str = ""
+
+
+class Source(ABC):
+    """Adapters to be found; `name` is kept with the sync."""
+
+    name: str
+
+    @abstractmethod
+    def batches(self, progress: Progress) -> Iterator[list[Found]]:
+        """Everything there is, some at a time."""
+
+    @abstractmethod
+    def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
+        """Ids of stored rows that were here once and are not in `seen`, nor here any more."""
+
+    def stop(self) -> None:  # noqa: B027 - most sources have nothing to stop
+        """End what other threads wait for."""
+
+
+class HubSource(Source):
+    """The adapters of a base model, and of its aliases, on a Hub."""
+
+    def __init__(self, hub: Hub, ask: Ask, limit: int | None, since: str) -> None:
+        self.name = hub.endpoint
+        self._hub = hub
+        self._ask = ask
+        self._limit = limit
+        self._since = since
+        self._probe = _PROBE_BYTES
+
+    def stop(self) -> None:
+        self._hub.stop()
+
+    def batches(self, progress: Progress) -> Iterator[list[Found]]:
+        count = 0
+        names = dict.fromkeys([self._ask.base, *(alias for alias in self._ask.aliases if _is_hub_id(alias))])
+        for base in names:
+            left = None if self._limit is None else self._limit - count
+            if left is not None and left <= 0:
+                return
+            for page in self._hub.list_adapters(base, since=self._since, limit=left):
+                count += len(page)
+                progress("listing", count, 0)
+                yield [found for listed in page for found in self._in(listed)]
+
+    def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
+        missing = [id for id in catalogue.ids_of(source="hub", base=self._ask.base) if id not in seen]
+        if len(missing) > _MOST_VANISHED:
+            # A listing that ended early is likelier than that many deletions in one day.
+            return []
+        gone = {repo: not self._hub.exists(repo) for repo in {id.partition(":")[0] for id in missing}}
+        return [id for id in missing if gone[id.partition(":")[0]]]
+
+    def _in(self, listed: Listed) -> Iterator[Found]:
+        """The adapters in one repository: at its top, else in its subfolders."""
+        folders = [""] if CONFIG_NAME in listed.files else _subfolders(listed.files)
+        for folder in folders or [""]:
+            stub = Adapter(
+                id=f"{listed.id}:{folder}" if folder else listed.id,
+                commit=listed.commit,
+                source="hub",
+                repo=listed.id,
+                subfolder=folder,
+                author=listed.author,
+                base_declared=listed.base,
+                licence=listed.licence,
+                downloads=listed.downloads,
+                likes=listed.likes,
+                gated=listed.gated,
+                created_at=listed.created_at,
+                modified_at=listed.modified_at,
+                card=listed.card,
+                stamp=self._ask.digest,
+            )
+            prefix = f"{folder}/" if folder else ""
+            names = tuple(n.removeprefix(prefix) for n in listed.files if n.startswith(prefix))
+            problem = _unreadable(listed, names)
+            yield Found(
+                stub=stub,
+                is_same=partial(self._is_same, stub),
+                read=partial(_refuse, stub, problem) if problem else partial(self._read, stub, names),
+                hub_id=listed.hub_id,
+            )
+
+    def _is_same(self, stub: Adapter, known: Known) -> bool:
+        # Which names mean the base changes the verdict only on those that do not name it themselves.
+        judged_alike = known.stamp == stub.stamp or known.base_declared in ("", self._ask.base)
+        return known.commit == stub.commit and judged_alike
+
+    def _read(self, stub: Adapter, names: tuple[str, ...], row: Adapter | None) -> Adapter:
+        prefix = f"{stub.subfolder}/" if stub.subfolder else ""
+        try:
+            config = self._hub.read_file(stub.repo, prefix + CONFIG_NAME, stub.commit, MAX_CONFIG_BYTES)
+            header = self._header(stub, prefix + WEIGHTS_NAME) if _worth_more(config, names) else None
+        except Gated:
+            return replace(stub, status="gated", reason="gated: its owner has to let you in")
+        except MissingFile:
+            return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but not there")
+        except NothingMatched as error:
+            return replace(stub, status="gone", reason=error.message)
+        return _kept(replace(stub, **self._ask.judge(config, header, names)), row)
+
+    def _header(self, stub: Adapter, file: str) -> Header | HeaderError:
+        header, needed = probe_header(self._hub, stub, file, self._probe)
+        # Adapters of one base have headers of about one length: the next probe gets it at once.
+        self._probe = max(self._probe, min(-(-needed // 4096) * 4096, _LARGEST_GUESS))
+        return header
+
+
+class FolderSource(Source):
+    """The adapters in the folders below one folder, which are at hand and therefore read whole."""
+
+    def __init__(self, root: Path, ask: Ask, catalogue: Catalogue, limit: int | None) -> None:
+        self._root = root.resolve()
+        if not self._root.is_dir():
+            raise NothingMatched(f"{root}: no such folder", hint="give a folder whose subfolders hold adapters")
+        self.name = str(self._root)
+        self._ask = ask
+        self._catalogue = catalogue
+        self._limit = limit
+
+    def batches(self, progress: Progress) -> Iterator[list[Found]]:
+        folders = []
+        for folder in _adapter_folders(self._root):
+            folders.append(folder)
+            progress("looking for adapters", len(folders), 0)
+        folders = sorted(folders)[: self._limit]
+        for start in range(0, len(folders), _FOLDER_BATCH):
+            batch = folders[start : start + _FOLDER_BATCH]
+            ids = {folder: self._id(folder) for folder in batch}
+            known = self._catalogue.known(list(ids.values()))
+            yield [self._found(folder, _own(id, folder, known)) for folder, id in ids.items()]
+
+    def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
+        return [id for id in catalogue.ids_of(source="folder", repo_below=str(self._root)) if id not in seen]
+
+    def _id(self, folder: Path) -> str:
+        return "/".join((self._root.name, *folder.relative_to(self._root).parts))
+
+    def _found(self, folder: Path, id: str) -> Found:
+        parts = folder.relative_to(self._root).parts
+        names = _names(folder)
+        files = _stamp(folder, names)
+        stub = Adapter(
+            id=id,
+            commit="0" * 40,
+            source="folder",
+            repo=str(folder),
+            author=parts[0] if len(parts) > 1 else "",
+            stamp=f"{files}:{self._ask.digest}",
+        )
+        return Found(
+            stub=stub,
+            is_same=lambda known: known.stamp == stub.stamp,
+            read=partial(self._read, stub, folder, names),
+        )
+
+    def _read(self, stub: Adapter, folder: Path, names: Sequence[str], row: Adapter | None) -> Adapter:
+        card = _card(folder)
+        stub = replace(
+            stub,
+            commit=folder_ref(folder).commit,
+            card=card,
+            licence=_card_licence(card),
+            modified_at=_modified(folder, names),
+        )
+        config = read_config(folder)
+        header: Header | HeaderError | None = None
+        if WEIGHTS_NAME in names:
+            try:
+                header = read_header(folder / WEIGHTS_NAME)
+            except HeaderError as error:
+                header = error
+        adapter = replace(stub, **self._ask.judge(config, header, names))
+        if row is not None and row.commit == adapter.commit and row.sha256:
+            adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
+            if row.status == "ok":
+                return adapter
+        if adapter.status != "ok" or config is None or not isinstance(header, Header):
+            return adapter
+        return weighed(adapter, folder / WEIGHTS_NAME, header, config)
+
+
+def probe_header(hub: Hub, adapter: Adapter, file: str, guess: int) -> tuple[Header | HeaderError, int]:
+    """The header of weights on the Hub, and how many bytes it took: one range, a second where `guess` was too short."""
+    needed = 0
+    try:
+        first, size = hub.read_range(adapter.repo, file, adapter.commit, 0, guess)
+        needed = 8 + header_length(first[:8], size)
+        if needed > len(first):
+            first += hub.read_range(adapter.repo, file, adapter.commit, len(first), needed).data
+        return parse_header(first[:needed], size), needed
+    except HeaderError as error:
+        return error, needed
+
+
+def weighed(adapter: Adapter, weights: Path, header: Header, config: bytes) -> Adapter:
+    """`adapter` with what only its weights tell: SHA-256, norm, and whether they are sound."""
+    try:
+        facts = scan_weights(weights, header, parse_config(config))
+    except (Refused, ConfigError, HeaderError) as error:
+        return replace(adapter, status="unusable", reason=error.message)
+    status, reason = weight_status(facts)
+    return replace(adapter, sha256=facts.sha256, norm=facts.norm, status=status, reason=reason)
+
+
+def _refuse(stub: Adapter, reason: str, row: Adapter | None) -> Adapter:
+    return replace(stub, status="unusable", reason=reason)
+
+
+def _kept(adapter: Adapter, row: Adapter | None) -> Adapter:
+    """`adapter` with what its weights told once, if they are still the same."""
+    if row is None or row.commit != adapter.commit or not row.sha256:
+        return adapter
+    adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
+    if adapter.status == "ok" and row.status == "unusable":
+        return replace(adapter, status=row.status, reason=row.reason)
+    return adapter
+
+
+def _unreadable(listed: Listed, names: Collection[str]) -> str:
+    """Why there is nothing to ask for, "" if there is."""
+    if listed.disabled:
+        return "disabled by the Hub"
+    if CONFIG_NAME in names:
+        return ""
+    if any(_CHECKPOINT.search(name.rpartition("/")[0]) for name in names if name.endswith(f"/{CONFIG_NAME}")):
+        return f"no {CONFIG_NAME}, only training checkpoints"
+    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin)", name) for name in names):
+        return f"no {CONFIG_NAME}: full weights, not an adapter"
+    return f"no {CONFIG_NAME}"
+
+
+def _worth_more(config: bytes, names: Collection[str]) -> bool:
+    """True if the weights' header can still make this an adapter that can be used."""
+    if WEIGHTS_NAME not in names:
+        return False
+    try:
+        return not parse_config(config).refusals()
+    except ConfigError:
+        return False
+
+
+def _subfolders(names: Collection[str]) -> list[str]:
+    folders = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG_NAME}"))
+    plain = [folder for folder in folders if _SUBFOLDER.fullmatch(folder) and not _CHECKPOINT.search(folder)]
+    return plain[:_MOST_SUBFOLDERS]
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+
+
+def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
+    """`id`, or the folder's path where that id already belongs to another place."""
+    return id if id not in known or known[id].repo == str(folder) else str(folder)
+
+
+def _adapter_folders(root: Path) -> Iterator[Path]:
+    """Folders that hold an adapter's files; links are followed, each real folder is entered once."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in entered:
+                continue
+            entered.add((facts.st_dev, facts.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        if any(entry.name == CONFIG_NAME or entry.name.startswith("adapter_model.") for entry in entries):
+            yield folder
+        for entry in reversed(entries):
+            if not entry.name.startswith(".") and _is_folder(entry):
+                waiting.append(folder / entry.name)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(path.name for path in folder.iterdir()))
+    except OSError:
+        return ()
+
+
+def _stamp(folder: Path, names: Sequence[str]) -> str:
+    """Changes when the size or time of a file that counts changes."""
+    parts: list[Any] = []
+    for name in names:
+        if name in (CONFIG_NAME, "README.md") or name.startswith("adapter_model."):
+            try:
+                facts = (folder / name).stat()
+            except OSError:
+                continue
+            parts.append((name, facts.st_size, facts.st_mtime_ns))
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _modified(folder: Path, names: Sequence[str]) -> str:
+    name = WEIGHTS_NAME if WEIGHTS_NAME in names else CONFIG_NAME
+    try:
+        seconds = (folder / name).stat().st_mtime
+    except OSError:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _card(folder: Path) -> str:
+    try:
+        with (folder / "README.md").open("rb") as file:
+            return file.read(_CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _card_licence(card: str) -> str:
+    """The licence that a model card's YAML front matter names."""
+    if not card.startswith("---"):
+        return ""
+    front = card[3:].partition("\n---")[0]
+    named = _FRONT_MATTER_LICENCE.findall(front)
+    return next((name for name in named if name != "other"), named[0] if named else "")

@@ -1,0 +1,242 @@
+"""Bring the catalogue up to date with a Hub or with a folder tree, reading only what is new or has changed.
+
+Of a Hub: the listing in pages, then of each new or changed commit its adapter_config.json and the header of its
+weights, never the weights. Of a folder tree: of each folder with an adapter whose files have changed, all of it.
+Every adapter is stored as soon as it is known, so a sync that is killed goes on where it stopped.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Literal
+
+from lora_cli.catalogue import Catalogue, Known
+from lora_cli.errors import LoraError, NetworkError, UsageError
+from lora_cli.hub import BudgetSpent, Hub
+from lora_cli.records import Adapter, Progress, silent
+from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Shapes, Source
+
+Action = Literal["new", "changed", "unchanged", "gone"]
+
+_THREADS = 8
+_MOST_FAILURES_IN_A_ROW = 24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What a sync did, or would do.
+
+    `new` and `changed` were read and stored. `unusable` counts the adapters of this source that are listed with a
+    reason. `failed` went wrong in a way that may pass; `left` were not asked for any more (budget spent, or the Hub
+    went away): a rerun reads both. `plan` gives every id with what was to be done about it.
+    """
+
+    source: str
+    base: str
+    seen: int
+    new: int
+    changed: int
+    unchanged: int
+    failed: int
+    unusable: int
+    gone: int
+    left: int
+    requests: int
+    bytes: int
+    seconds: float
+    failures: tuple[tuple[str, str], ...]
+    plan: tuple[tuple[str, Action], ...]
+
+    @property
+    def complete(self) -> bool:
+        """True if a rerun would have nothing more to do."""
+        return not self.failed and not self.left
+
+
+def sync(
+    catalogue: Catalogue,
+    source: Hub | Path,
+    *,
+    base: str = "",
+    aliases: Sequence[str] = (),
+    base_shapes: Callable[[], Shapes | None] | Shapes | None = None,
+    limit: int | None = None,
+    since: str = "",
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = silent,
+) -> SyncReport:
+    """Store every adapter of `source` in the catalogue.
+
+    Args:
+        source: a Hub (its budget of requests is kept), or a folder whose subfolders hold adapters.
+        base: the base model asked for: needed with a Hub; with a folder "" accepts every base.
+        aliases: other names of that base; on a Hub, adapters of each of them are listed too.
+        base_shapes: (out, in) of each module of the base, or a function that finds them when they are first needed.
+        limit: look at so many adapters at most.
+        since: on a Hub, leave out what was created before this ISO time.
+        force: read again what has not changed.
+        dry_run: only plan: read the listing, store nothing.
+
+    Raises:
+        UsageError, NothingMatched: no base for a Hub, or no such folder.
+        AccessDenied, NetworkError, OutputError: the work could not go on; what is stored stays.
+    """
+    begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+    ask = Ask(base, tuple(aliases), _once(base_shapes), base_shapes is not None)
+    reading: Source
+    if isinstance(source, Hub):
+        if not base:
+            raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
+        reading = HubSource(source, ask, limit, since)
+    else:
+        reading = FolderSource(source, ask, catalogue, limit)
+    work = _Work(catalogue, reading, force=force, dry_run=dry_run, progress=progress)
+    for batch in reading.batches(progress):
+        work.take(batch)
+        if work.stopped:
+            break
+    if limit is None and not since and not work.stopped:
+        work.remove(reading.vanished(catalogue, work.actions))
+    report = work.report(base, source.traffic if isinstance(source, Hub) else (0, 0), time.monotonic() - begin)
+    if not dry_run:
+        if base:
+            catalogue.remember_aliases(base, aliases)
+        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
+        catalogue.remember_sync(started, reading.name, base, figures)
+    return report
+
+
+@dataclass
+class _Work:
+    """One sync under way: what is to be done about each adapter, and how it went."""
+
+    catalogue: Catalogue
+    source: Source
+    force: bool
+    dry_run: bool
+    progress: Progress
+    actions: dict[str, Action] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+    stopped: bool = False
+    _failed_in_a_row: int = 0
+
+    def take(self, batch: Sequence[Found]) -> None:
+        """Plan for one batch, then read and store what is new or has changed in it."""
+        batch = [found for found in batch if found.stub.id not in self.actions]
+        known = self.catalogue.known([found.stub.id for found in batch])
+        popularity = {}
+        to_read = []
+        for found in batch:
+            row = known.get(found.stub.id)
+            action = self._action(found, row)
+            self.actions[found.stub.id] = action
+            if action != "unchanged":
+                to_read.append(found)
+            elif row is not None and (row.downloads, row.likes) != (found.stub.downloads, found.stub.likes):
+                popularity[found.stub.id] = (found.stub.downloads, found.stub.likes)
+        if self.dry_run:
+            return
+        if popularity:
+            self.catalogue.refresh(popularity)
+        if to_read:
+            self._read(to_read, known)
+
+    def remove(self, ids: Sequence[str]) -> None:
+        """Mark rows whose adapters are no longer there."""
+        self.actions.update((id, "gone") for id in ids)
+        if ids and not self.dry_run:
+            self.catalogue.mark(ids, "gone", "no longer at its source")
+
+    def report(self, base: str, traffic: tuple[int, int], seconds: float) -> SyncReport:
+        """The figures."""
+        undone = self.failures.keys() | self.left
+        count = {
+            action: sum(did == action and id not in undone for id, did in self.actions.items())
+            for action in ("new", "changed", "unchanged", "gone")
+        }
+        rows = self.catalogue.known(list(self.actions))
+        return SyncReport(
+            source=self.source.name,
+            base=base,
+            seen=len(self.actions) - count["gone"],
+            **count,
+            failed=len(self.failures),
+            unusable=sum(row.status in ("unusable", "gated") for row in rows.values()),
+            left=len(self.left),
+            requests=traffic[0],
+            bytes=traffic[1],
+            seconds=seconds,
+            failures=tuple(self.failures.items()),
+            plan=tuple(self.actions.items()),
+        )
+
+    def _action(self, found: Found, row: Known | None) -> Action:
+        if row is None or row.status == "failed":
+            return "new"
+        if self.force or row.status == "gone" or not found.is_same(row):
+            return "changed"
+        return "unchanged"
+
+    def _read(self, batch: Sequence[Found], known: Mapping[str, Known]) -> None:
+        """Read adapters in parallel and store each as it comes in."""
+        with ThreadPoolExecutor(min(_THREADS, len(batch))) as pool:
+            pending = {pool.submit(self._one, found, known): found for found in batch}
+            try:
+                for done, future in enumerate(as_completed(pending), 1):
+                    self._store(future, pending[future], known)
+                    self.progress("reading adapters", done, len(batch))
+                    if self.stopped:
+                        self.source.stop()
+                        for other in pending:
+                            other.cancel()
+            except BaseException:
+                self.source.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, found: Found, known: Mapping[str, Known]) -> Adapter:
+        return found.read(self.catalogue.get(found.stub.id) if found.stub.id in known else None)
+
+    def _store(self, future: Future[Adapter], found: Found, known: Mapping[str, Known]) -> None:
+        id = found.stub.id
+        if future.cancelled():
+            self.left.add(id)
+            return
+        try:
+            adapter = future.result()
+        except BudgetSpent:
+            self.left.add(id)
+            self.stopped = True
+            return
+        except (NetworkError, OSError) as error:
+            reason = error.message if isinstance(error, LoraError) else (error.strerror or str(error))
+            self.failures[id] = reason
+            self._failed_in_a_row += 1
+            self.stopped = self.stopped or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
+            if id in known:
+                return  # the version that is stored can still be used
+            adapter = replace(found.stub, status="failed", reason=reason)
+        else:
+            self._failed_in_a_row = 0
+        self.catalogue.add([adapter], {id: found.hub_id})
+
+
+def _once(shapes: Callable[[], Shapes | None] | Shapes | None) -> Callable[[], Shapes | None]:
+    """The shapes, found when they are first asked for."""
+    if shapes is None or isinstance(shapes, Mapping):
+        return lambda: shapes
+    found = cache(shapes)
+    lock = Lock()
+
+    def look() -> Shapes | None:
+        with lock:  # a cache alone lets every thread that comes early do the work
+            return found()
+
+    return look

@@ -1,0 +1,105 @@
+"""Look at one adapter as if it had never been seen, and say what of it fits the base model."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
+from lora_cli.adapters.config import MAX_CONFIG_BYTES
+from lora_cli.adapters.header import Header, lora_modules, read_header
+from lora_cli.adapters.store import locate, read_config
+from lora_cli.errors import HeaderError, NothingMatched, Refused
+from lora_cli.hub import Hub, MissingFile
+from lora_cli.records import Adapter
+from lora_cli.steps.fetch import download
+from lora_cli.steps.sources import Shapes, probe_header, weighed
+
+_PROBE_BYTES = 16_384
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a close look at one adapter gave.
+
+    `coverage` is the share of its modules that the base has in the same shape, None where the base's shapes are not
+    known. `deep` is True if the weights themselves were read.
+    """
+
+    adapter: Adapter
+    coverage: float | None
+    deep: bool
+
+
+def verify(
+    adapter: Adapter,
+    *,
+    hub: Hub | None = None,
+    base: str = "",
+    aliases: Sequence[str] = (),
+    base_shapes: Shapes | None = None,
+    deep: bool = False,
+) -> Verdict:
+    """Read configuration and header anew and judge them, with `deep` the weights too.
+
+    Args:
+        adapter: a row of the catalogue, or one made for a folder.
+        hub: where to read what is not on this machine; None to look only at what is.
+        base: the base model asked for, "" for any.
+
+    Raises the errors of the Hub, and Refused where its files are not here and there is no Hub to ask.
+    """
+    config, weights, header, names = _files(adapter, hub, fetch=deep)
+    facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, base_shapes=base_shapes)
+    found = replace(adapter, **facts)
+    read = False
+    if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
+        found, read = weighed(found, weights, header, config), True
+        if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
+            found = replace(found, status="unusable", reason="its weights are not those that the catalogue knows")
+    return Verdict(adapter=found, coverage=_coverage(header, base_shapes), deep=read)
+
+
+def _files(
+    adapter: Adapter, hub: Hub | None, *, fetch: bool
+) -> tuple[bytes | None, Path | None, Header | HeaderError | None, tuple[str, ...]]:
+    """Configuration, where the weights are if they are here, their header, and the names of all files."""
+    if adapter.source == "folder":
+        folder = Path(adapter.repo, adapter.subfolder)
+        if not folder.is_dir():
+            raise NothingMatched(f"{folder}: no such folder")
+        names = tuple(path.name for path in folder.iterdir())
+        weights = folder / WEIGHTS_NAME
+        here = weights.is_file()
+        return read_config(folder), weights if here else None, _header(weights) if here else None, names
+    files = locate(adapter.ref)
+    if files is None and fetch and hub is not None:
+        files = download(hub, adapter)
+    if files is not None:
+        return files.config.read_bytes(), files.weights, _header(files.weights), (CONFIG_NAME, WEIGHTS_NAME)
+    if hub is None:
+        raise Refused(f"{adapter.id}: its files are not on this machine", hint=f"lora pool fetch {adapter.id}")
+    prefix = f"{adapter.subfolder}/" if adapter.subfolder else ""
+    config = hub.read_file(adapter.repo, prefix + CONFIG_NAME, adapter.commit, MAX_CONFIG_BYTES)
+    try:
+        header = probe_header(hub, adapter, prefix + WEIGHTS_NAME, _PROBE_BYTES)[0]
+    except MissingFile:
+        return config, None, None, (CONFIG_NAME,)
+    return config, None, header, (CONFIG_NAME, WEIGHTS_NAME)
+
+
+def _header(weights: Path) -> Header | HeaderError:
+    try:
+        return read_header(weights)
+    except HeaderError as error:
+        return error
+
+
+def _coverage(header: Header | HeaderError | None, shapes: Mapping[str, tuple[int, int]] | None) -> float | None:
+    if shapes is None or not isinstance(header, Header):
+        return None
+    try:
+        modules = lora_modules(header)[0]
+    except HeaderError:
+        return None
+    fits = sum(shapes.get(name) == (found.out_features, found.in_features) for name, found in modules.items())
+    return fits / len(modules) if modules else 0.0
