@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import config, runs
+from lora_cli.commands import config, merge, runs, select
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -78,6 +78,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+select.register(app)
+merge.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 config.register(app)

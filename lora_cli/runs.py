@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import NothingMatched, OutputError
+from lora_cli.errors import DataError, NothingMatched, OutputError
 from lora_cli.migrations import open_for_reading, open_for_writing, writing
 from lora_cli.records import Score
 
@@ -76,6 +76,18 @@ def finished(folder: Path, key: str) -> bool:
         return bool(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["key"] == key)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record beside a finished output. DataError where it is missing or malformed."""
+    file = folder / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: {error}") from None
+    if not isinstance(record, dict) or record.get("schema") != "lora.run/1":
+        raise DataError(f"{file}: not a record of lora")
+    return record
 
 
 def claim(folder: Path, key: str, *, force: bool) -> bool:

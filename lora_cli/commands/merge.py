@@ -1,0 +1,235 @@
+"""`lora merge`: several adapters become one."""
+
+import inspect
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for
+from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.methods import Knob, MethodFolder
+from lora_cli.screen import Screen
+from lora_cli.settings import load
+
+METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
+
+
+def merge(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER[=WEIGHT]...",
+            help="Catalogue ids or folders, or - for ids on stdin.",
+            show_default="the last selection",
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method", "-m", help=f"How: {', '.join(METHODS.methods)}.", autocompletion=lambda: [*METHODS.methods]
+        ),
+    ] = "linear",
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            "--weights", help="average (1/N each), sum (1 each), or numbers with commas.", show_default="average"
+        ),
+    ] = None,
+    selection: Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")] = None,
+    rank: Annotated[
+        str, typer.Option("--rank", help="Rank of the result: a number, sum (exact), or auto (exact up to rank 64).")
+    ] = "auto",
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
+    ] = None,
+    scaling: Annotated[float, typer.Option("--lambda", help="Factor on the whole result.")] = 1.0,
+    missing: Annotated[
+        str,
+        typer.Option(
+            "--missing", help="Where an adapter lacks a module: zero counts it as zero, renorm leaves it out."
+        ),
+    ] = "zero",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="Precision on disk: auto (as the parents), fp32, bf16, fp16.")
+    ] = "auto",
+    base: Base = None,
+    out: Out = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    db: Db = None,
+    json: Json = False,
+    **knobs: Any,
+) -> None:
+    """Merge adapters into one LoRA, on the updates themselves and not on A and B apart.
+
+    Ranks and target modules may differ. The result is a PEFT folder with a model card and run.json; its path goes to
+    stdout, and how much of the merged update fits into the chosen rank is always said.
+    """
+    from lora_cli import runs
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.steps import merge as step
+    from lora_cli.steps.gather import gather
+
+    screen = screen_for(json)
+    settings = load({"base": base, "db": db})
+    given = {name: value for name, value in knobs.items() if value is not None}
+    step.METHODS.check(method, given)
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen)
+        gathered = gather(
+            catalogue,
+            names,
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=screen.say,
+            progress=progress,
+        )
+        plan = step.plan(
+            gathered.adapters,
+            _weights(weights, own_weights),
+            base=gathered.base,
+            method=method,
+            knobs=given,
+            rank=rank,
+            energy=energy,
+            scaling=scaling,
+            missing=missing,
+            dtype=dtype,
+        )
+        key = runs.key_of("merge", plan.settings, gathered.inputs)
+        folder = out or settings.runs / f"merge-{method}-{key[:8]}"
+        if dry_run:
+            screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **plan.settings})
+            return
+        if runs.claim(folder, key, force=force):
+            screen.document("lora.merge/1", {"out": str(folder), **runs.read_record(folder)}, identity="out")
+            screen.say(f"merge: {folder} is up to date")
+            return
+        with runs.recorded(settings.db, "merge", plan.settings, gathered.inputs, folder) as run:
+            report = step.merge(plan, folder, run, replace=force, progress=progress)
+    record = {"out": str(folder), **run.record()}
+    if json:
+        screen.document("lora.merge/1", record)
+    else:
+        screen.text(f"{folder}\n")
+    screen.say(outcome(plan, report))
+
+
+def named(
+    arguments: list[str], catalogue: Any, base: str | None, selection: str | None, screen: Screen
+) -> tuple[list[str], list[float | None]]:
+    """The adapters meant by ADAPTER[=WEIGHT] arguments (or by none), and the weight of each that was given one."""
+    from lora_cli.steps.gather import default_names
+
+    if arguments == ["-"]:
+        arguments = [_id_of(line) for line in sys.stdin if line.strip()]
+        if not arguments:
+            raise NothingMatched("no adapters on stdin")
+    elif arguments and selection is not None:
+        raise UsageError("name adapters or a --selection, not both")
+    elif not arguments:
+        names, note = default_names(catalogue, base, selection)
+        screen.say(note)
+        return names, [None] * len(names)
+    pairs = [_split(argument) for argument in arguments]
+    return [name for name, _ in pairs], [weight for _, weight in pairs]
+
+
+def outcome(plan: Any, report: Any) -> str:
+    """The one line that says what a merge did."""
+    low, high = report.ranks
+    rank = f"rank {high}" if low == high else f"rank {low} to {high}"
+    many = f"{len(plan.adapters)} adapter{'s' if len(plan.adapters) != 1 else ''}"
+    return (
+        f"{plan.method}: {many} → {rank} · {len(report.modules)} modules · {share(report.energy)} of the energy kept · "
+        f"{report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
+    )
+
+
+def share(energy: float) -> str:
+    """A share in percent that never rounds a loss away: 100 % means all of it."""
+    if energy >= 1 - 1e-9:
+        return "100 %"
+    return f"{min(energy, 0.999) * 100:.1f} %"
+
+
+def _id_of(line: str) -> str:
+    """An id from a line of stdin: plain, or a JSONL row with one."""
+    import json
+
+    line = line.strip()
+    if not line.startswith("{"):
+        return line
+    try:
+        row = json.loads(line)
+        return f"{row['id']}@{row['commit']}" if row.get("commit") else str(row["id"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"stdin: {line[:80]!r} is neither an id nor a JSON row with one") from None
+
+
+def _split(argument: str) -> tuple[str, float | None]:
+    name, equals, weight = argument.rpartition("=")
+    if not equals:
+        return argument, None
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise UsageError(f"{argument}: the weight after = is no number") from None
+
+
+def _weights(spelled: str | None, own: list[float | None]) -> list[float]:
+    """One weight per adapter, from --weights or from ADAPTER=WEIGHT."""
+    if any(weight is not None for weight in own):
+        if spelled is not None:
+            raise UsageError("give weights by --weights or by ADAPTER=WEIGHT, not both")
+        if any(weight is None for weight in own):
+            raise UsageError(
+                "some adapters have a weight and some do not", hint="write ADAPTER=WEIGHT for each of them"
+            )
+        return [weight for weight in own if weight is not None]
+    if spelled in (None, "average"):
+        return [1 / len(own)] * len(own)
+    if spelled == "sum":
+        return [1.0] * len(own)
+    try:
+        numbers = [float(part) for part in spelled.split(",")]
+    except ValueError:
+        raise UsageError(f"--weights is average, sum or numbers with commas, not {spelled!r}") from None
+    if len(numbers) != len(own):
+        raise UsageError(f"--weights gives {len(numbers)} numbers for {len(own)} adapters")
+    return numbers
+
+
+def with_knobs(function: Any) -> Any:
+    """`function` with one option per knob of the merge methods, in place of its **knobs."""
+    signature = inspect.signature(function)
+    parameters = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    for name, owners in METHODS.knobs.items():
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, owners))
+        )
+    function.__signature__ = signature.replace(parameters=parameters)
+    function.__annotations__ = {p.name: p.annotation for p in parameters}
+    return function
+
+
+def _option(name: str, owners: dict[str, Knob]) -> Any:
+    knob = next(iter(owners.values()))
+    choices = f" ({', '.join(knob.choices)})" if knob.choices else f" ({knob.range()})" if knob.range() else ""
+    defaults = ", ".join(f"{one.default} for {method}" for method, one in owners.items())
+    option = typer.Option(
+        f"--{name.replace('_', '-')}", help=f"For {', '.join(owners)}: {knob.help}{choices}.", show_default=defaults
+    )
+    return Annotated[knob.type | None, option]
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora merge` to the command tree."""
+    root.command(
+        epilog=examples(
+            "lora merge --method ties",
+            "lora merge pool/ann/descend=0.7 pool/bob/cond=0.3 -o merged",
+            "lora merge pool/ann/descend pool/bob/cond --method ties --density 0.4 --rank 16 --dry-run",
+        )
+    )(with_knobs(merge))

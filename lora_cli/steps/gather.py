@@ -1,0 +1,161 @@
+"""From what the user named to adapters that are here, readable and of one base model."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.adapters.checks import canonical_base, same_base
+from lora_cli.adapters.reader import OpenAdapter, open_adapter
+from lora_cli.adapters.store import folder_ref, locate, sha256_of
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
+from lora_cli.hub import Hub
+from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.steps.fetch import fetch, plan
+
+MOST_WITHOUT_SELECTION = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Adapters ready to be read.
+
+    `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
+    its weights.
+    """
+
+    adapters: tuple[OpenAdapter, ...]
+    base: str
+    inputs: Mapping[str, str]
+
+
+def default_names(catalogue: Catalogue, base: str | None, name: str | None = None) -> tuple[list[str], str]:
+    """The adapters meant where none are named, and a line that says which these are.
+
+    The last selection (or the last called `name`), else every usable adapter of the base if they are at most 50.
+
+    Raises:
+        NothingMatched: no such selection, no usable adapter, or too many of them.
+    """
+    selection = catalogue.last_selection(name)
+    if selection is not None:
+        label = f" {selection.name!r}" if selection.name else ""
+        names = [f"{ref.id}@{ref.commit}" for ref in selection.refs]
+        return names, f"adapters: the last selection{label}, {len(names)} by {selection.method}"
+    if name is not None:
+        raise NothingMatched(f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME")
+    usable = [row for row in catalogue.find(status="ok") if base is None or row.base == base]
+    if not usable:
+        raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
+    if len(usable) > MOST_WITHOUT_SELECTION:
+        raise NothingMatched(
+            f"no adapters selected, and {len(usable):,} are usable", hint="choose some: lora select --by random -k 30"
+        )
+    return [f"{row.id}@{row.commit}" for row in usable], f"adapters: all {len(usable)} usable ones in the catalogue"
+
+
+def gather(
+    catalogue: Catalogue,
+    names: Sequence[str],
+    *,
+    base: str | None = None,
+    aliases: Sequence[str] = (),
+    announce: Callable[[str], None],
+    progress: Progress = silent,
+) -> Gathered:
+    """Find, fetch where needed, open and check adapters.
+
+    Args:
+        names: catalogue ids, `id@commit` (or the start of one), or local folders.
+        base: the base model they must belong to; None takes the one they declare.
+        aliases: other names of that base.
+        announce: is told, before anything is downloaded, how many adapters and how many bytes.
+
+    Raises:
+        NothingMatched: an id nobody knows.
+        AccessDenied: a gated adapter.
+        Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases.
+    """
+    if not names:
+        raise NothingMatched("no adapters selected", hint="name some, or run lora select")
+    found = [_find(catalogue, name) for name in names]
+    bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
+    opened, inputs = [], {}
+    for ref, row in found:
+        files = locate(ref)
+        if files is None:
+            raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it")
+        adapter = open_adapter(files)
+        sha256 = sha256_of(files.weights)
+        if row is not None and row.sha256 and row.sha256 != sha256:
+            raise Refused(f"{ref.id}: its weights changed since the last sync", hint="run lora pool sync")
+        inputs[ref.pinned] = sha256
+        opened.append(adapter)
+    known = [*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]
+    _check_bases(opened, base, known)
+    return Gathered(adapters=tuple(opened), base=_public_name(opened, base, known), inputs=inputs)
+
+
+def bring(
+    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
+) -> None:
+    """Fetch and check the weights of catalogued adapters that are not on this machine yet.
+
+    Raises:
+        Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
+        NetworkError: some could not be fetched; those that could are kept.
+    """
+    missing = [ref for ref in refs if locate(ref) is None]
+    if not missing:
+        return
+    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
+    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
+    for adapter, reason in report.refused:
+        kind = AccessDenied if adapter.status == "gated" else Refused
+        raise kind(f"{adapter.id}: {reason}", hint="leave this adapter out")
+    for adapter, reason in report.failed:
+        raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
+
+
+def _find(catalogue: Catalogue, name: str) -> tuple[AdapterRef, Adapter | None]:
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder_ref(folder), None
+    id, _, commit = name.partition("@")
+    row = catalogue.get(id)
+    if not row.commit.startswith(commit):
+        raise Refused(f"{id}: catalogued at {row.commit[:12]}, not at {commit[:12]}", hint="select again after a sync")
+    if row.status == "gated":
+        raise AccessDenied(
+            f"{id}: {row.reason}", hint="ask for access on its page, log in with hf auth login, then sync"
+        )
+    if row.status != "ok":
+        raise Refused(f"{id}: {row.status}: {row.reason}", hint="leave this adapter out")
+    return row.ref, row
+
+
+def _check_bases(adapters: Sequence[OpenAdapter], base: str | None, aliases: Sequence[str]) -> None:
+    first = adapters[0]
+    asked = base if base is not None else first.config.base
+    for adapter in adapters:
+        declared = adapter.config.base
+        if declared == asked or same_base(declared, asked, aliases):
+            continue
+        if base is None:
+            raise Refused(
+                f"two base models: {first.ref.id} is for {asked or 'none'}, {adapter.ref.id} for {declared or 'none'}",
+                hint="if these are one model, set base and base_aliases in lora.toml",
+            )
+        raise Refused(
+            f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",
+            hint="if these are one model, add the name to base_aliases in lora.toml",
+        )
+
+
+def _public_name(adapters: Sequence[OpenAdapter], base: str | None, aliases: Sequence[str]) -> str:
+    """The base's name for other people: never a path of this machine where an adapter declares anything better."""
+    if base is not None and not Path(base).is_dir():
+        return base
+    declared = Counter(canonical_base(adapter.config.base) for adapter in adapters)
+    return aliases[0] if aliases else declared.most_common(1)[0][0]
