@@ -169,6 +169,9 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightF
     that hashing left in the cache. Raises Refused for a file that no longer fits its header, HeaderError, ConfigError.
     """
     modules, _ = lora_modules(header)
+    for name, factors in modules.items():
+        if (size := factors.rank * factors.in_features) > _MAX_FACTOR_ELEMENTS:
+            raise Refused(f"{shortened(name)} has {size:,} numbers in lora_A: more than any LoRA needs")
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
@@ -193,8 +196,6 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightF
 def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool, float]:
     """(all finite, B is zero, ‖B·A‖²) of one module."""
     rank, width = factors.a.shape
-    if rank * width > _MAX_FACTOR_ELEMENTS:
-        raise Refused(f"{factors.module} has {rank * width:,} numbers in lora_A: more than any LoRA needs")
     a = np.concatenate(list(_rows(file, factors.a)))  # (rank, in)
     if not np.isfinite(a).all():
         return False, False, 0.0

@@ -89,7 +89,7 @@ class LoraConfigFacts:
         `peft.utils.other.get_pattern_key` finds it. The rank is the tensor's: it equals r or rank_pattern in every
         adapter that PEFT can load. Raises ConfigError where alpha is not known or a key is a regular expression.
         """
-        if self._alphas.unsupported:
+        if self._alphas.unsupported is not None:
             raise ConfigError(_regex_key(self._alphas.unsupported))
         found = self._alphas.find(module)
         alpha = self.alpha if found is None else found
@@ -118,7 +118,7 @@ class LoraConfigFacts:
             reasons.append("target_parameters: adapts bare parameters, not modules")
         reasons.extend(why for key, why in _VARIANTS.items() if self._switched_on(key))
         reasons.extend(self._init_refusals())
-        if self._alphas.unsupported:
+        if self._alphas.unsupported is not None:
             reasons.append(_regex_key(self._alphas.unsupported))
         if self.alpha is None and not self.alpha_pattern:
             reasons.append("lora_alpha is missing: the scale of the update is not known")
@@ -149,7 +149,7 @@ class _Patterns:
     """
 
     def __init__(self, patterns: Mapping[str, float]) -> None:
-        self.unsupported = ""
+        self.unsupported: str | None = None
         self._shapes: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
         for order, (key, value) in enumerate(patterns.items()):
             plain = _plain_key(key)

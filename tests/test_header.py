@@ -1,0 +1,278 @@
+"""A stranger's safetensors header: whatever the safetensors library rejects is rejected, and only by HeaderError."""
+
+import json
+import struct
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
+
+from lora_cli.adapters.header import (
+    Header,
+    header_length,
+    lora_modules,
+    parse_header,
+    read_header,
+    tensor_refusals,
+)
+from lora_cli.errors import HeaderError
+from tests.hostile.corpus import MODULE, good_weights, header_bombs, malformed_headers, safetensors, tensor
+
+HEADERS = malformed_headers()
+BOMBS = header_bombs()
+# The library reads these (it keeps the last of two names, and allows long, odd or surplus things); we do not.
+STRICTER = {
+    "length of 9 MB",
+    "entry is a list",
+    "entry with another key",
+    "name given twice",
+    "name with a line break",
+    "fifty dimensions",
+    "overlapping tensors",
+    "leading space",
+}
+
+
+def of(file: bytes) -> Header:
+    return parse_header(file, len(file))
+
+
+def adapter(*tensors: tuple[str, str, list[int]]) -> Header:
+    """The header of a file with these (name, dtype, shape), laid one after the other."""
+    width = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
+    header, at = {}, 0
+    for name, dtype, shape in tensors:
+        size = width[dtype]
+        for length in shape:
+            size *= length
+        header[name] = tensor(dtype, shape, [at, at + size])
+        at += size
+    return of(safetensors(header, b"\0" * at))
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_a_malformed_header_is_refused(what: str) -> None:
+    with pytest.raises(HeaderError):
+        of(HEADERS[what])
+
+
+@pytest.mark.parametrize("what", sorted(set(HEADERS) - STRICTER))
+def test_the_library_refuses_it_too(what: str) -> None:
+    with pytest.raises(SafetensorError):
+        deserialize(HEADERS[what])
+
+
+def test_a_truncated_file_says_how_much_is_there() -> None:
+    file = good_weights()
+    with pytest.raises(HeaderError, match=f"truncated: header says {len(file)} bytes, file has {len(file) - 5}"):
+        of(file[:-5])
+
+
+def test_a_git_lfs_pointer_is_named_as_one() -> None:
+    with pytest.raises(HeaderError, match="weights are a Git LFS pointer"):
+        of(HEADERS["Git LFS pointer"])
+
+
+def test_a_good_header_gives_names_types_shapes_and_places(tmp_path: Path) -> None:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(good_weights(rank=2, width=3, out=4))
+
+    header = read_header(path)
+
+    a = header.tensors[f"{MODULE}.lora_A.weight"]
+    assert (a.dtype, a.shape, a.end - a.begin) == ("F32", (2, 3), 24)
+    b = header.tensors[f"{MODULE}.lora_B.weight"]
+    assert (b.begin, b.end) == (a.end, header.file_size)
+    assert path.read_bytes()[a.begin : a.end] == struct.pack("<f", 1.0) * 6
+
+
+def test_the_head_of_the_file_is_enough_but_half_of_it_is_not() -> None:
+    file = good_weights()
+    length = header_length(file[:8], len(file))
+    assert parse_header(file[: 8 + length], len(file)) == of(file)
+    with pytest.raises(HeaderError, match="incomplete"):
+        parse_header(file[: 7 + length], len(file))
+
+
+@pytest.mark.parametrize("what", BOMBS)
+def test_a_large_header_is_judged_within_2_seconds_and_64_megabytes(what: str) -> None:
+    file = BOMBS[what]
+    start = time.process_time()
+    try:
+        found = len(of(file).tensors)
+    except HeaderError:
+        found = 0
+    assert time.process_time() - start < 2
+    assert found == (50_000 if what == "as many tensors as may be" else 0)
+
+    # Tracing slows a parse of many tensors fivefold, hence a second run for the memory.
+    tracemalloc.start()
+    try:
+        of(file)
+    except HeaderError:
+        pass
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert peak < 64e6
+
+
+# Never accept what the library rejects -----------------------------------------------------------------------------
+
+numbers = st.one_of(
+    st.integers(-2, 9), st.sampled_from([0, 4, 8, 2**32, 2**53, 2**63, 2**64]), st.floats(), st.booleans()
+)
+scalars = st.one_of(st.none(), numbers, st.text(max_size=3), st.sampled_from(["F32", "BF16", "F8_E4M3", "F4", "C64"]))
+values = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2)
+)
+entries = st.fixed_dictionaries(
+    {
+        "dtype": st.one_of(st.sampled_from(["F32", "F16", "U8", "F64", "BOOL", "F4", "F32 "]), values),
+        "shape": st.one_of(st.lists(st.integers(0, 3), max_size=3), st.lists(numbers, max_size=3), values),
+        "data_offsets": st.one_of(st.lists(st.integers(0, 12), min_size=2, max_size=2), st.lists(numbers), values),
+    }
+)
+objects = st.dictionaries(
+    st.one_of(st.sampled_from(["a", "b", "__metadata__"]), st.text(max_size=3)), st.one_of(entries, values), max_size=3
+)
+
+
+def agrees_with_the_library(file: bytes) -> None:
+    try:
+        header = of(file)
+    except HeaderError:
+        return
+    names = {name for name, _ in deserialize(file)}
+    assert names == set(header.tensors)
+
+
+@given(header=objects, body=st.binary(max_size=16))
+@settings(max_examples=400, deadline=None)
+def test_any_json_header(header: dict[str, object], body: bytes) -> None:
+    agrees_with_the_library(safetensors(header, body))
+
+
+@st.composite
+def valid_files(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
+    header: dict[str, object] = {}
+    at = 0
+    for name in draw(st.lists(names, unique=True, max_size=4)):
+        dtype, width = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("F64", 8)]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        size = width
+        for length in shape:
+            size *= length
+        header[name] = tensor(dtype, shape, [at, at + size])
+        at += size
+    if draw(st.booleans()):
+        header["__metadata__"] = draw(st.dictionaries(st.text(max_size=3), st.text(max_size=3), max_size=2))
+    text = json.dumps(header, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, 1])))
+    return safetensors(text.encode(errors="replace") + b" " * draw(st.integers(0, 8)), b"\0" * at)
+
+
+@given(file=valid_files(st.text("abz._é0", max_size=4)))
+@settings(max_examples=100, deadline=None)
+def test_a_valid_file_is_read_as_the_library_reads_it(file: bytes) -> None:
+    found = {name: (entry.dtype, list(entry.shape)) for name, entry in of(file).tensors.items()}
+    assert found == {name: (told["dtype"], told["shape"]) for name, told in deserialize(file)}
+
+
+@given(file=valid_files(st.text(max_size=4)), data=st.data())
+@settings(max_examples=300, deadline=None)
+def test_a_valid_file_and_the_same_file_with_bytes_changed(file: bytes, data: st.DataObject) -> None:
+    agrees_with_the_library(file)
+    changed = bytearray(file)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(file) - 1))
+        changed[place] = data.draw(st.one_of(st.sampled_from(b'"{}[],:0-\\ \n'), st.integers(0, 255)))
+    agrees_with_the_library(bytes(changed))
+    agrees_with_the_library(file[: data.draw(st.integers(0, len(file)))])
+
+
+@given(file=st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes(file: bytes) -> None:
+    agrees_with_the_library(file)
+    agrees_with_the_library(struct.pack("<Q", len(file)) + file)
+
+
+# Factors -----------------------------------------------------------------------------------------------------------
+
+
+def test_factors_are_found_under_their_module_in_the_base() -> None:
+    modules, extra = lora_modules(
+        adapter(
+            (f"{MODULE}.lora_A.weight", "F32", [2, 3]),
+            (f"{MODULE}.lora_B.weight", "F32", [4, 2]),
+            ("base_model.model.lm_head.lora_A.default.weight", "BF16", [1, 5]),
+            ("base_model.model.lm_head.lora_B.default.weight", "BF16", [6, 1]),
+            ("base_model.model.score.weight", "F32", [2, 3]),
+        )
+    )
+    assert list(modules) == ["model.layers.0.self_attn.q_proj", "lm_head"]
+    found = modules["model.layers.0.self_attn.q_proj"]
+    assert (found.rank, found.out_features, found.in_features) == (2, 4, 3)
+    assert extra == ("base_model.model.score.weight",)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ([("x.y.lora_A.weight", "F32", [2, 3])], "x.y has lora_A but no lora_B"),
+        ([("x.y.lora_B.weight", "F32", [2, 3])], "x.y has lora_B but no lora_A"),
+        (
+            [("x.y.lora_A.weight", "F32", [2, 3]), ("x.y.lora_B.weight", "F32", [4, 3])],
+            "rank 2 in lora_A but 3 in lora_B",
+        ),
+        ([("x.y.lora_A.weight", "F32", [0, 3]), ("x.y.lora_B.weight", "F32", [4, 0])], "empty factor"),
+        (
+            [("x.y.lora_A.a.weight", "F32", [2, 3]), ("x.y.lora_A.b.weight", "F32", [2, 3])],
+            "x.y has lora_A twice",
+        ),
+    ],
+)
+def test_factors_that_do_not_belong_together_are_refused(
+    tensors: list[tuple[str, str, list[int]]], reason: str
+) -> None:
+    with pytest.raises(HeaderError, match=reason):
+        lora_modules(adapter(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "reason"),
+    [
+        (f"{MODULE}.lora_magnitude_vector", [4], "DoRA"),
+        (f"{MODULE}.lora_magnitude_vector.weight", [4], "DoRA"),
+        ("base_model.model.model.embed_tokens.lora_embedding_A", [2, 9], "LoRA on an embedding"),
+        ("base_model.model.model.embed_tokens.lora_embedding_B", [9, 2], "LoRA on an embedding"),
+        ("base_model.model.conv.lora_A.weight", [2, 3, 3, 3], "convolution"),
+        ("base_model.model.conv.lora_A.weight", [6], "not a matrix"),
+        (f"{MODULE}.lora_B.bias", [4], "lora_bias"),
+        (f"{MODULE}.lora_diag", [2], "KaSA"),
+        (f"{MODULE}.lora_new_thing", [2], "not known here"),
+        ("base_model.model.model.layers.0.mlp.up_proj.bias", [4], "biases of the base were trained"),
+        ("base_model.model.score.weight", [2, 3], r"full head saved \(score.weight\)"),
+        ("base_model.model.model.embed_tokens.weight", [9, 3], r"full weights saved \(model.embed_tokens.weight\)"),
+        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", [1, 3], "token embeddings"),
+        (f"{MODULE}.lora_velora_embed", [3], None),
+    ],
+)
+def test_what_else_was_trained_is_told(name: str, shape: list[int], reason: str | None) -> None:
+    header = adapter(
+        (f"{MODULE}.lora_A.weight", "F32", [2, 3]), (f"{MODULE}.lora_B.weight", "F32", [4, 2]), (name, "F32", shape)
+    )
+    if reason is None:
+        assert tensor_refusals(header) == ()
+    else:
+        with pytest.raises(AssertionError, match=reason):
+            raise AssertionError(*tensor_refusals(header))
+
+
+def test_factors_of_integers_are_refused() -> None:
+    header = adapter((f"{MODULE}.lora_A.weight", "I8", [2, 3]), (f"{MODULE}.lora_B.weight", "I8", [4, 2]))
+    assert [reason for reason in tensor_refusals(header) if "I8" in reason]
