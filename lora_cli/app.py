@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import config, merge, runs, select
+from lora_cli.commands import config, merge, pool, runs, select
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -78,6 +78,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(pool.app, name="pool")
 select.register(app)
 merge.register(app)
 app.add_typer(runs.app, name="runs")

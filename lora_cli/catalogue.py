@@ -153,6 +153,27 @@ class Catalogue:
         hint = f"did you mean {' or '.join(near)}?" if near else "see `lora pool list`, or run `lora pool sync`"
         raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
 
+    def at(self, folder: Path) -> Adapter | None:
+        """The adapter that lies in `folder`, None if it is not in the catalogue."""
+        with self._lock:
+            rows = self._rows(
+                f"SELECT {_READ} FROM adapters WHERE source = 'folder' AND repo = ?", [str(folder.resolve())]
+            )
+        return rows[0] if rows else None
+
+    def provenance(self, id: str) -> dict[str, Any]:
+        """When a row was last written, the Hub's own id of its repository, and the selections that hold it."""
+        with self._lock:
+            db = self._read()
+            found = db.execute("SELECT hub_id, seen_at FROM adapters WHERE id = ?", [id]).fetchone() or ("", "")
+            selections = db.execute(
+                "SELECT s.id, s.name FROM selected JOIN selections s ON s.id = selection_id WHERE adapter_id = ? "
+                "ORDER BY s.id DESC LIMIT 20",
+                [id],
+            )
+            names = [name or f"#{number}" for number, name in selections]
+        return {"hub_id": found[0], "stored_at": found[1], "selections": names}
+
     def suggest(self, id: str, count: int = 3) -> list[str]:
         """Ids that a user who typed `id` may have meant, the likeliest first."""
         with self._lock:

@@ -1,0 +1,515 @@
+"""`lora pool`: the adapters that are known of, and what is known of each."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import Base, Csv, Db, DryRun, Force, Json, Jsonl, Quiet, Where, examples, screen_for
+from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
+from lora_cli.records import Adapter
+from lora_cli.screen import Column, Screen
+from lora_cli.settings import Settings, load
+
+if TYPE_CHECKING:
+    from lora_cli.steps.fetch import FetchReport
+    from lora_cli.steps.sync import SyncReport
+
+app = typer.Typer(help="Adapters that are known of: find them, list them, fetch and check them.", no_args_is_help=True)
+
+_ADAPTERS = (
+    Column("ADAPTER", "id"),
+    Column("REV", "rev"),
+    Column("RANK", "rank", "right"),
+    Column("SCALE", "scale", "right"),
+    Column("MODULES", "targets"),
+    Column("SIZE", "size", "right"),
+    Column("LICENCE", "licence"),
+    Column("BASE", "base"),
+    Column("STATUS", "state", wide=True),
+)
+_PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
+_FETCHED = (Column("ADAPTER", "id"), Column("ACTION", "action"), Column("SIZE", "size", "right"))
+_VERDICTS = (
+    Column("ADAPTER", "id"),
+    Column("STATUS", "status"),
+    Column("BASE", "base"),
+    Column("MATCH", "base_match"),
+    Column("COVERAGE", "covered", "right"),
+    Column("NORM", "norm", "right"),
+    Column("REASON", "reason", wide=True),
+)
+_COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value"), Column("ADAPTERS", "adapters", "right"))
+
+Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, show_default="all")]
+Alias = Annotated[
+    list[str] | None, typer.Option("--alias", help="Another name under which adapters declare this base; repeatable.")
+]
+
+
+@app.command(
+    epilog=examples(
+        "lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json | jq '.rows[].id'"
+    )
+)
+def sync(
+    base: Annotated[
+        str | None, typer.Argument(help="Base model: Hub id or folder.", show_default="the setting")
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder tree of adapters to read.", show_default="setting pool, or the Hub"),
+    ] = None,
+    alias: Alias = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Look at so many adapters at most.", min=1)] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only what was created since: 30d, 8w or a date. Hub only.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option("--budget-requests", help="Stop after so many requests; a rerun goes on.", min=1)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Read again what has not changed.")] = False,
+    dry_run: DryRun = False,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring the catalogue up to date with the Hub, or with a folder tree of adapters.
+
+    From the Hub come the listing and, of new or changed adapters, the configuration and the header of the weights,
+    never the weights. What has not changed is not read again. Adapters that cannot be used are listed with the reason.
+    """
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.hub import Hub
+    from lora_cli.steps.sync import sync as step
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    settings = load({"base": base, "pool": folder, "db": db})
+    aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
+    created = _moment(since) if since else ""
+    if settings.pool is None:
+        _refuse_without_hub_id(settings)
+    screen.say(_assumed(settings))
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        report = step(
+            catalogue,
+            settings.pool if settings.pool is not None else Hub(progress=progress, budget=budget),
+            base=settings.base or "",
+            aliases=aliases,
+            base_shapes=_shapes_of(settings.base),
+            limit=limit,
+            since=created,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    line = _outcome(report)
+    if not report.complete:
+        id, reason = report.failures[0] if report.failures else ("", "")
+        detail = f" ({id}: {reason})" if id else ""
+        raise Partial(line + detail, hint="what was read is kept; rerun the same command for the rest")
+    if dry_run or screen.format != "auto":
+        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
+        rows = [{"id": id, "action": action} for id, action in report.plan if dry_run or action != "unchanged"]
+        screen.rows("lora.pool.sync/1", _PLANNED, rows, extra=figures)
+    screen.say(f"would do: {line}" if dry_run else line)
+
+
+@app.command(
+    "list",
+    epilog=examples(
+        "lora pool list --where 'rank<=16' --sort downloads -n 20",
+        "lora pool list --where status!=ok",
+        "lora pool list --where licence=apache-2.0,mit -q",
+    ),
+)
+def list_(
+    where: Where = None,
+    sort: Annotated[
+        str, typer.Option("--sort", help="Column to sort by: largest, newest or A first; -COLUMN turns it round.")
+    ] = "id",
+    n: Rows = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """List adapters, one row each, those that cannot be used with the reason.
+
+    Conditions are COLUMN OP VALUE with the operators = != < <= > >= ~ (contains) and !~; numbers may end in k, M or G.
+    """
+    from lora_cli.catalogue import Catalogue
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        found = catalogue.find(where or (), sort=sort, limit=n)
+    _show(screen, "lora.pool.list/1", found, "no adapter" + (" fits these conditions" if where else " is known"))
+
+
+@app.command(epilog=examples("lora pool search sql", "lora pool search 'customer support' --json -n 5"))
+def search(
+    text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 50,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find adapters by words in their id, author, target modules or card, the best match first."""
+    from lora_cli.catalogue import Catalogue
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        found = catalogue.search(text, limit=n)
+    _show(screen, "lora.pool.search/1", found, f"no adapter matches {text!r}")
+
+
+@app.command(epilog=examples("lora pool show $(lora pool list -q -n 1)", "lora pool show ./pool/alice/adapter --json"))
+def show(
+    adapter: Annotated[str, typer.Argument(help="Id (with @commit for that version only) or folder.")],
+    db: Db = None,
+    json: Json = False,
+) -> None:
+    """Show all that is known of one adapter: facts, where they come from, and why it cannot be used if it cannot."""
+    from lora_cli.adapters.store import locate
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.commands.chosen import known_adapter
+
+    screen = screen_for(json)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        row = known_adapter(catalogue, adapter)
+        provenance = catalogue.provenance(row.id)
+    files = locate(row.ref)
+    facts = asdict(row) | {"target_modules": list(row.target_modules), "ranks": dict(row.ranks)}
+    order = (
+        "id",
+        "status",
+        "reason",
+        *(key for key in facts if key not in ("id", "status", "reason", "card", "ranks")),
+    )
+    weights = str(files.weights) if files else None
+    rest = {**provenance, "weights": weights, "ranks": facts["ranks"], "card": facts["card"]}
+    screen.document("lora.pool.show/1", {key: facts[key] for key in order} | rest)
+
+
+@app.command(epilog=examples("lora pool stats", "lora pool stats --json | jq .usable"))
+def stats(db: Db = None, json: Json = False, jsonl: Jsonl = False, csv: Csv = False) -> None:
+    """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
+    from lora_cli.catalogue import Catalogue
+
+    screen = screen_for(json, jsonl, csv)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        figures = catalogue.stats()
+    rows = [
+        {"column": name.removeprefix("by_"), "value": value, "adapters": count}
+        for name, counts in figures.items()
+        if isinstance(counts, Mapping)
+        for value, count in counts.items()
+    ]
+    totals = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
+    screen.rows("lora.pool.stats/1", _COUNTS, rows, identity="value", extra=totals)
+    screen.say(
+        f"{totals['adapters']:,} adapters of {totals['authors']:,} authors · {totals['usable']:,} usable · "
+        f"{_size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
+    )
+
+
+@app.command(
+    epilog=examples(
+        "lora pool sql 'select author, count(*) n from adapters group by 1 order by n desc limit 5'",
+        "lora pool sql 'select rank, count(*) n from adapters group by rank' --csv",
+    )
+)
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT statement.")],
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask the catalogue in SQL. Reading only: nothing can be changed, attached or loaded, and it stops after 10 s."""
+    from lora_cli.catalogue import Catalogue
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        names, rows = catalogue.sql(query)
+    keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
+    shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
+    columns = [Column(key.upper(), key) for key in keys]
+    screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
+
+
+@app.command(epilog=examples("lora pool path", 'cp "$(lora pool path)" catalogue-backup.db'))
+def path(db: Db = None) -> None:
+    """Print where the catalogue's database is."""
+    screen_for().text(f"{load({'db': db}).db}\n")
+
+
+@app.command(
+    epilog=examples(
+        "lora pool fetch $(lora pool list --where status=ok -q -n 3)", "lora pool list -q | lora pool fetch - --dry-run"
+    )
+)
+def fetch(
+    adapter: Annotated[
+        list[str] | None, typer.Argument(help="Ids or folders, - for stdin.", show_default="the last selection")
+    ] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Download the weights of adapters into the Hub client's cache and check them.
+
+    Every byte is held against the Hub's hash; norm, NaN and zero weights are noted in the catalogue. What is there and
+    checked is not touched again.
+    """
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.commands.chosen import expand, known_adapter
+    from lora_cli.hub import Hub
+    from lora_cli.steps import fetch as step
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    with Catalogue(load({"db": db}).db) as catalogue, screen.progress() as progress:
+        if adapter:
+            refs = [known_adapter(catalogue, text).ref for text in expand(adapter)]
+        else:
+            last = catalogue.last_selection()
+            if last is None:
+                raise UsageError(
+                    "no adapters given, and nothing was selected yet", hint="lora pool fetch ID…, or lora select"
+                )
+            refs = list(last.refs)
+        todo = step.plan(catalogue, refs, force=force)
+        if dry_run:
+            rows = [*_acted("here", todo.here), *_acted("fetch", todo.missing)]
+            rows += [{**row, "reason": why} for a, why in todo.refused for row in _acted("refuse", [a])]
+            screen.rows("lora.pool.fetch/1", _FETCHED, rows)
+            screen.say(f"would fetch {len(todo.missing):,} adapters, {_size(todo.bytes)}")
+            return
+        if todo.bytes:
+            screen.say(f"fetching {len(todo.missing):,} adapters, {_size(todo.bytes)}")
+        report = step.fetch(catalogue, refs, Hub(progress=progress), force=force, progress=progress)
+    _raise_if_not_all(report)
+    rows = [*_acted("fetched", report.fetched), *_acted("here", report.here)]
+    screen.rows("lora.pool.fetch/1", _FETCHED, rows)
+    screen.say(f"{len(report.fetched):,} fetched · {len(report.here):,} up to date · {_size(report.bytes)}")
+
+
+@app.command(
+    epilog=examples(
+        "lora pool verify $(lora pool list --where status=ok -q -n 2)", "lora pool verify ./pool/alice/adapter --deep"
+    )
+)
+def verify(
+    adapter: Annotated[list[str], typer.Argument(help="Ids or folders, - for stdin.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read the weights too: hash, norm, NaN, zero.")] = False,
+    base: Base = None,
+    alias: Alias = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check adapters as if they had never been seen, and how much of each the base model has in the same shapes.
+
+    Folders need not be in the catalogue. One row per adapter comes out in any case; exit code 5 if one is refused.
+    """
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.commands.chosen import expand
+    from lora_cli.hub import Hub
+    from lora_cli.steps.verify import verify as step
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    settings = load({"db": db, "base": base})
+    aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
+    rows: list[dict[str, Any]] = []
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        hub = Hub(progress=progress)
+        texts = expand(adapter)
+        rows_known = [_adapter_or_folder(catalogue, text) for text in texts]
+        for done, row in enumerate(rows_known):
+            progress("verifying adapters", done, len(texts))
+            asked = settings.base or row.base
+            shapes = _shapes_of(asked)
+            verdict = step(
+                row,
+                hub=hub,
+                base=settings.base or "",
+                aliases=aliases,
+                base_shapes=shapes() if shapes else None,
+                deep=deep,
+            )
+            if verdict.deep:
+                catalogue.learn(verdict.adapter)
+            covered = None if verdict.coverage is None else f"{verdict.coverage:.0%}"
+            rows.append({**_facts(verdict.adapter), "coverage": verdict.coverage, "covered": covered})
+    screen.rows("lora.pool.verify/1", _VERDICTS, rows)
+    bad = [row for row in rows if row["status"] != "ok"]
+    if bad:
+        raise Refused(f"{len(bad):,} of {len(rows):,} refused: {bad[0]['id']}: {bad[0]['reason']}")
+    screen.say(f"{len(rows):,} ok" + ("" if deep else " (weights not read: --deep)"))
+
+
+def _refuse_without_hub_id(settings: Settings) -> None:
+    if not settings.base:
+        raise UsageError(
+            "no base model to look for adapters of",
+            hint='lora pool sync BASE, or base = "owner/name" in lora.toml, or LORA_BASE=owner/name',
+        )
+    if Path(settings.base).is_dir():
+        raise UsageError(
+            f"the base {settings.base} is a folder: the Hub does not know it",
+            hint="read adapters from a folder tree with --from DIR, or give the base's Hub id",
+        )
+
+
+def _assumed(settings: Settings) -> str:
+    """Where the base and the adapters come from, in one line."""
+    base = f"base {settings.base} ({settings.origin('base')})" if settings.base else "any base"
+    if settings.pool is None:
+        return f"{base} · from the Hub"
+    return f"{base} · from {settings.pool} ({settings.origin('pool')})"
+
+
+def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] | None] | None:
+    """How to find the base's module shapes; None where its configuration is not on this machine."""
+    from lora_cli.hub import cached_file
+
+    if not base:
+        return None
+    here = Path(base, "config.json").is_file()
+    if not here and (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None or cached_file(base, "config.json") is None):
+        return None
+
+    def look() -> Mapping[str, tuple[int, int]] | None:
+        from lora_cli.base_model import module_shapes
+
+        return module_shapes(base)
+
+    return look
+
+
+def _adapter_or_folder(catalogue: Any, text: str) -> Adapter:
+    """The row of an id or a folder; for a folder that is not in the catalogue, a row with nothing known."""
+    from lora_cli.adapters.store import folder_ref
+    from lora_cli.commands.chosen import known_adapter
+
+    folder = Path(text).expanduser()
+    looks_like_path = text.startswith((".", "/", "~"))
+    if looks_like_path and not folder.is_dir():
+        raise NothingMatched(f"{text}: no such folder")
+    if not folder.is_dir() or (not looks_like_path and catalogue.known([text])):
+        return known_adapter(catalogue, text)
+    ref = folder_ref(folder)
+    row: Adapter | None = catalogue.at(folder)
+    if row is not None and row.commit == ref.commit:
+        return row
+    return Adapter(id=text, commit=ref.commit, source="folder", repo=ref.repo)
+
+
+def _raise_if_not_all(report: "FetchReport") -> None:
+    done = f"{len(report.fetched) + len(report.here):,} are here"
+    if report.failed:
+        adapter, reason = report.failed[0]
+        raise Partial(f"{len(report.failed):,} not fetched, {done} ({adapter.id}: {reason})", hint="rerun to go on")
+    if report.refused:
+        adapter, reason = report.refused[0]
+        kind = AccessDenied if adapter.status == "gated" else Refused
+        raise kind(
+            f"{len(report.refused):,} refused, {done} ({adapter.id}: {reason})", hint=f"lora pool show {adapter.id}"
+        )
+
+
+def _acted(action: str, adapters: Any) -> list[dict[str, Any]]:
+    return [
+        {"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "size": _size(a.bytes), "sha256": a.sha256}
+        for a in adapters
+    ]
+
+
+def _show(screen: Screen, schema: str, found: list[Adapter], nothing: str) -> None:
+    if not found:
+        raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
+    rows = [_as_row(adapter) if screen.format == "auto" else _facts(adapter) for adapter in found]
+    screen.rows(schema, _ADAPTERS, rows)
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    """An adapter for a program to read: all but the long parts, which `show` gives."""
+    facts = asdict(adapter)
+    return {key: value for key, value in facts.items() if key not in ("card", "ranks", "stamp")} | {
+        "target_modules": list(adapter.target_modules)
+    }
+
+
+def _as_row(adapter: Adapter) -> dict[str, Any]:
+    """An adapter for a person to read."""
+    return {
+        **_facts(adapter),
+        "rev": adapter.commit[:7],
+        "targets": ",".join(name.removesuffix("_proj") for name in adapter.target_modules),
+        "size": _size(adapter.bytes) if adapter.bytes else None,
+        "state": f"{adapter.status}: {adapter.reason}" if adapter.reason else adapter.status,
+    }
+
+
+def _outcome(report: "SyncReport") -> str:
+    parts = [f"{report.seen:,} seen", f"{report.new:,} new", f"{report.changed:,} changed"]
+    parts.append(f"{report.unchanged:,} unchanged")
+    for count, what in (
+        (report.unusable, "not usable"),
+        (report.gone, "gone"),
+        (report.failed, "failed (rerun to retry)"),
+        (report.left, "left (rerun to go on)"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    if report.requests:
+        parts += [f"{report.requests:,} requests", _size(report.bytes)]
+    return " · ".join([*parts, _duration(report.seconds)])
+
+
+def _moment(text: str) -> str:
+    """A date, or a time ago, as the Hub writes times."""
+    ago = re.fullmatch(r"(\d{1,4})([dwmy])", text)
+    if ago:
+        days = int(ago[1]) * {"d": 1, "w": 7, "m": 30, "y": 365}[ago[2]]
+        return (datetime.now(UTC) - timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    except ValueError:
+        raise UsageError(f"--since {text!r}: neither a time ago (30d, 8w) nor a date (2026-05-01)") from None
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+
+
+def _json_value(value: Any) -> Any:
+    return value.hex() if isinstance(value, bytes) else value
