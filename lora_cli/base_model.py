@@ -1,6 +1,7 @@
 """The only door to transformers and peft: load a base model, know its modules, wear adapters, loss, generate."""
 
 import inspect
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused
+from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Example
 
 _hf: Any = transformers  # its annotations do not bear strict checking
@@ -367,16 +369,16 @@ def load(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Bas
         dtype = "bf16" if device.startswith("cuda") else "fp32"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise Refused(f"device {device}: there is no CUDA device here", hint="use --device cpu or auto")
-    _folder_or_hub(name_or_path)
+    is_folder = _folder_or_hub(name_or_path)
+    # A copy on this machine is taken as it is: no request, and the same base tomorrow.
+    if not is_folder and not _cached(name_or_path) and not Hub().exists(name_or_path):
+        raise NothingMatched(f"no base model {name_or_path}", hint="check the id; a private one wants 'hf auth login'")
+    options = {"trust_remote_code": False, "local_files_only": is_folder or _cached(name_or_path)}
     try:
         with _silence():
-            tokenizer = _hf.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+            tokenizer = _hf.AutoTokenizer.from_pretrained(name_or_path, **options)
             model, report = _hf.AutoModelForCausalLM.from_pretrained(
-                name_or_path,
-                dtype=DTYPES[dtype],
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
+                name_or_path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         _translate(name_or_path, error)
@@ -441,13 +443,26 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _folder_or_hub(name: str) -> None:
+def _folder_or_hub(name: str) -> bool:
+    """True for a model's folder, False for what may be a Hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise NothingMatched(f"{name} holds no model: config.json is missing", hint="name the model's own folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
+    return folder.is_dir()
+
+
+def _cached(name: str) -> bool:
+    """Whether all that loading asks for is in the Hub client's cache: an index names every part of split weights."""
+    if cached_file(name, "config.json") is None or cached_file(name, "tokenizer_config.json") is None:
+        return False
+    index = cached_file(name, "model.safetensors.index.json")
+    if index is None:
+        return cached_file(name, "model.safetensors") is not None
+    parts = set(json.loads(index.read_bytes())["weight_map"].values())
+    return all(cached_file(name, part) is not None for part in parts)
 
 
 def _translate(name: str, error: Exception) -> NoReturn:

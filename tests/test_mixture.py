@@ -1,0 +1,246 @@
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.base_model import BaseModel
+from lora_cli.errors import Refused, UsageError
+from lora_cli.mixture import Activation, Granularity, Init, Mixture, Shape
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.tiny_bases import characters, llama, opened, tiny_llama
+
+Q0, K0, UP0 = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+Q1, DOWN1 = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+SHAPES = {Q0: (32, 32), K0: (16, 32), UP0: (48, 32), Q1: (32, 32), DOWN1: (32, 48)}
+TOKENS = torch.tensor([[1, 20, 30, 40, 50, 60], [1, 9, 8, 7, 6, 5]])
+
+PHI: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": lambda t: torch.where(t > 0, t, 0.01 * t),
+    "linear": lambda t: t,
+    "sigmoid": lambda t: 1 / (1 + (-t).exp()),
+    "square": lambda t: t * t,
+}
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    return BaseModel("acme/tiny", tiny_llama().double(), characters())
+
+
+@pytest.fixture
+def adapters(tmp_path: Path) -> list[OpenAdapter]:
+    """Three adapters of different ranks, modules and scales."""
+    pool = [
+        ((Q0, K0, UP0, Q1, DOWN1), 3, {"lora_alpha": 6}),
+        ((Q0, Q1), 1, {}),
+        ((UP0, DOWN1, Q0), 2, {"lora_alpha": 3, "use_rslora": True}),
+    ]
+    made = []
+    for place, (modules, rank, config) in enumerate(pool):
+        factors = random_factors({module: SHAPES[module] for module in modules}, rank, seed=place)
+        made.append(opened(write_adapter(tmp_path / f"adapter{place}", factors, **config)))
+    return made
+
+
+def group(module: str, granularity: str) -> Any:
+    layer, block = module.split(".")[2], module.split(".")[3]
+    return {"adapter": 0, "layer": layer, "sublayer": (layer, block), "module": module, "rank": module}[granularity]
+
+
+def by_loop(base: BaseModel, adapters: list[OpenAdapter], shape: Shape, thetas: dict[Any, Tensor]) -> Tensor:
+    """The model's output with Σ c · B A added to dense float64 weights, one adapter after another."""
+    weights = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
+    for module in SHAPES:
+        for place, adapter in enumerate(adapters):
+            if module not in adapter.modules:
+                continue
+            update = adapter.read(module).to(torch.float64)
+            key = group(module, shape.granularity)
+            if shape.activation == "softmax":
+                inside = [i for i, other in enumerate(adapters)
+                          if any(group(m, shape.granularity) == key for m in other.modules)]  # fmt: skip
+                c = thetas[key, place].exp() / sum(thetas[key, i].exp() for i in inside)
+            else:
+                c = PHI[shape.activation](thetas[key, place])
+            weights[f"{module}.weight"] = weights[f"{module}.weight"] + (update.B * c) @ update.A
+    output: Tensor = torch.func.functional_call(base.model, weights, kwargs={"input_ids": TOKENS}).logits
+    return output
+
+
+def loop_thetas(mixture: Mixture, adapters: list[OpenAdapter]) -> dict[Any, Tensor]:
+    """θ as the loop names it: by (group, adapter), in the mixture's own order."""
+    granularity = mixture.shape.granularity
+    values = iter(mixture.theta.detach().double())
+    named: dict[Any, Tensor] = {}
+    modules = [module for module in SHAPES if any(module in adapter.modules for adapter in adapters)]
+    for module in sorted(modules):
+        for place, adapter in enumerate(adapters):
+            key = (group(module, granularity), place)
+            if granularity == "rank":
+                if module in adapter.modules:
+                    rank = adapter.modules[module].rank
+                    named[key] = torch.stack([next(values) for _ in range(rank)]).requires_grad_()
+            elif key not in named:
+                named[key] = next(values).clone().requires_grad_()
+    return named
+
+
+COMBINATIONS = [
+    (granularity, activation)
+    for granularity in get_args(Granularity)
+    for activation in get_args(Activation)
+    if (granularity, activation) != ("rank", "softmax")
+]
+
+
+@pytest.mark.parametrize(("granularity", "activation"), COMBINATIONS)
+def test_forward_and_gradient_equal_an_explicit_loop_over_adapters(
+    base: BaseModel, adapters: list[OpenAdapter], granularity: Any, activation: Any
+) -> None:
+    shape = Shape(granularity=granularity, activation=activation, init="normal")
+    mixture = Mixture(base, adapters, shape, seed=4)
+    mixture.theta = mixture.theta.detach().double().requires_grad_()
+    thetas = loop_thetas(mixture, adapters)
+    expected = by_loop(base, adapters, shape, thetas)
+    with mixture.worn(base):
+        found = base.model(input_ids=TOKENS).logits
+    assert torch.allclose(found, expected, atol=1e-11)
+    probe = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found.backward(probe)
+    expected.backward(probe)
+    assert mixture.theta.grad is not None
+    by_hand = torch.cat([(torch.zeros_like(t) if t.grad is None else t.grad).flatten() for t in thetas.values()])
+    assert by_hand.abs().max() > 1e-3
+    assert torch.allclose(mixture.theta.grad, by_hand, atol=1e-11 * float(by_hand.abs().max()))
+
+
+def test_the_gradient_of_the_input_is_right_too(base: BaseModel, adapters: list[OpenAdapter]) -> None:
+    shape = Shape(init="normal")
+    mixture = Mixture(base, adapters, shape, seed=1)
+    embedded = base.model.get_input_embeddings()(TOKENS).detach()
+    mine, dense = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
+    with mixture.worn(base):
+        base.model(inputs_embeds=mine).logits.sum().backward()
+    weights = dict(base.model.state_dict())
+    for module, values in mixture.values().items():
+        for adapter, (c,) in zip(adapters, values, strict=True):
+            if module in adapter.modules:
+                update = adapter.read(module).to(torch.float64)
+                weights[f"{module}.weight"] = weights[f"{module}.weight"] + c * update.dense()
+    torch.func.functional_call(base.model, weights, kwargs={"inputs_embeds": dense}).logits.sum().backward()
+    assert mine.grad is not None
+    assert dense.grad is not None
+    assert torch.allclose(mine.grad, dense.grad, atol=1e-5)
+
+
+def test_zero_init_starts_at_the_base_and_the_mixture_is_taken_off(
+    base: BaseModel, adapters: list[OpenAdapter]
+) -> None:
+    bare = base.model(input_ids=TOKENS).logits
+    mixture = Mixture(base, adapters, Shape())
+    with mixture.worn(base):
+        assert torch.equal(base.model(input_ids=TOKENS).logits, bare)
+    mixture.theta.data.fill_(1.0)
+    assert torch.equal(base.model(input_ids=TOKENS).logits, bare)
+
+
+@pytest.mark.parametrize(
+    ("init", "activation", "value"),
+    [
+        ("average", "linear", 1 / 3),
+        ("sqrt", "linear", 3**-0.5),
+        ("sqrt", "square", 1 / 3),
+        ("zero", "sigmoid", 0.5),
+        ("zero", "linear", 0.0),
+    ],
+)
+def test_starts(base: BaseModel, adapters: list[OpenAdapter], init: Any, activation: Any, value: float) -> None:
+    values = Mixture(base, adapters, Shape(init=init, activation=activation)).values()
+    assert [len(own) for own in values[Q0]] == [1, 1, 1]
+    assert [own[0] for own in values[Q0]] == pytest.approx([value] * 3)
+
+
+@pytest.mark.parametrize("init", ["uniform", "normal"])
+def test_random_starts_follow_the_seed(base: BaseModel, adapters: list[OpenAdapter], init: Init) -> None:
+    shape = Shape(init=init, activation="linear", granularity="rank")
+    one, again, other = (Mixture(base, adapters, shape, seed=seed).theta.detach() for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert bool(one.min() >= 0 and one.max() <= 1) == (init == "uniform")
+
+
+def test_values_name_every_adapter_and_show_an_absent_one(base: BaseModel, adapters: list[OpenAdapter]) -> None:
+    values = Mixture(base, adapters, Shape(init="average", activation="linear")).values()
+    assert set(values) == set(SHAPES)
+    assert values[K0] == ((pytest.approx(1 / 3),), (0.0,), (0.0,))
+    per_rank = Mixture(base, adapters, Shape(init="average", activation="linear", granularity="rank")).values()
+    assert [len(factors) for factors in per_rank[K0]] == [3, 0, 0]
+    assert [len(factors) for factors in per_rank[Q0]] == [3, 1, 2]
+
+
+def test_softmax_shares_a_module_among_the_adapters_that_have_it(base: BaseModel, adapters: list[OpenAdapter]) -> None:
+    values = Mixture(base, adapters, Shape(activation="softmax")).values()
+    assert values[K0] == ((1.0,), (0.0,), (0.0,))
+    assert [own[0] for own in values[Q1]] == pytest.approx([0.5, 0.5, 0.0])
+
+
+def test_the_penalty_is_the_mean_over_groups_of_what_is_there(base: BaseModel, adapters: list[OpenAdapter]) -> None:
+    mixture = Mixture(base, adapters, Shape(init="average"))
+    present = sum(len(adapter.modules) for adapter in adapters)
+    assert float(mixture.penalty().detach()) == pytest.approx(present / 3 / len(SHAPES))
+
+
+def test_the_control_keeps_ranks_and_spread_but_not_the_content(tmp_path: Path) -> None:
+    base = llama()
+    big = opened(write_adapter(tmp_path / "big", random_factors({UP0: (48, 32)}, 24, seed=1), lora_alpha=72))
+    small = opened(write_adapter(tmp_path / "small", random_factors({UP0: (48, 32)}, 8, seed=2)))
+    real = Mixture(base, [big, small], Shape())._blocks[UP0]
+    drawn = Mixture(base, [big, small], Shape(), seed=3, reinit=True)._blocks[UP0]
+    again = Mixture(base, [big, small], Shape(), seed=3, reinit=True)._blocks[UP0]
+    assert drawn.parts == real.parts
+    assert torch.equal(drawn.a, again.a)
+    assert torch.equal(drawn.b, again.b)
+    for one, other in ((drawn.a, real.a), (drawn.b, real.b)):
+        assert float(one.std()) == pytest.approx(float(other.std()), rel=0.1)
+        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.1
+    kept = Mixture(base, [big, small], Shape(), seed=3, reinit=True, kept=1)._blocks[UP0]
+    assert torch.equal(kept.a[:24], real.a[:24])
+    assert float(kept.b[:, 24:].std()) == pytest.approx(float(real.b[:, 24:].std()), rel=0.1)
+
+
+def test_factors_are_held_in_the_bases_precision_and_coefficients_in_fp32(adapters: list[OpenAdapter]) -> None:
+    base = BaseModel("acme/tiny", tiny_llama().bfloat16(), characters())
+    mixture = Mixture(base, adapters, Shape(init="average"))
+    assert {block.a.dtype for block in mixture._blocks.values()} == {torch.bfloat16}
+    with mixture.worn(base):
+        base.model(input_ids=TOKENS).logits.sum().backward()
+    assert mixture.theta.dtype == torch.float32
+    assert mixture.theta.grad is not None
+    assert mixture.theta.grad.abs().sum() > 0
+
+
+def test_an_adapter_that_does_not_fit_or_overflows_is_refused(tmp_path: Path) -> None:
+    other = opened(write_adapter(tmp_path / "other", random_factors({Q0: (32, 48)}, 2, seed=0)), "owner/other")
+    with pytest.raises(Refused, match="owner/other does not fit acme/tiny"):
+        Mixture(llama(), [other], Shape())
+    b, a = random_factors({Q0: (32, 32)}, 2, seed=0)[Q0]
+    huge = opened(write_adapter(tmp_path / "huge", {Q0: (b * 1e6, a)}))
+    with pytest.raises(Refused, match="overflow"):
+        Mixture(BaseModel("acme/tiny", tiny_llama().half(), characters()), [huge], Shape())
+
+
+@pytest.mark.parametrize("name", ["granularity", "activation", "init"])
+def test_unknown_words_are_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError, match=f"unknown {name} 'nonsense'") as caught:
+        dataclasses.replace(Shape(), **{name: "nonsense"})
+    assert "one of" in caught.value.hint
+
+
+def test_softmax_per_rank_is_refused() -> None:
+    with pytest.raises(UsageError, match="softmax"):
+        Shape(granularity="rank", activation="softmax")
