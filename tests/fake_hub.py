@@ -191,7 +191,7 @@ class FakeHub:
         handler = type("Handler", (_Handler,), {"hub": self, "role": role})
         server = _Server(("127.0.0.1", 0), handler)
         server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         return server
 
     def __enter__(self) -> "FakeHub":
@@ -260,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
         with hub._lock:
-            hub.asked.append(Asked(self.role, self.command, self.path, dict(self.headers.items())))
+            hub.asked.append(Asked(self.role, self.command, self.path, {k.lower(): v for k, v in self.headers.items()}))
         if hub.delay:
             time.sleep(hub.delay)
         self.fault = hub._fault(f"{self.role}:{self.path}")

@@ -17,7 +17,7 @@ from lora_cli.adapters.header import Header, header_length, parse_header, read_h
 from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
-from lora_cli.hub import Gated, Hub, Listed, MissingFile
+from lora_cli.hub import Gated, Hub, Listed, MissingFile, login_mark
 from lora_cli.records import Adapter, Progress
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -100,6 +100,8 @@ class HubSource(Source):
         self._limit = limit
         self._since = since
         self._probe = _PROBE_BYTES
+        # Whether the owner has let the user in is no fact of the commit: it is asked again the next day, or as another.
+        self._gate = f"{ask.digest}:{login_mark()}:{datetime.now(UTC):%Y%m%d}"
 
     def stop(self) -> None:
         self._hub.stop()
@@ -157,6 +159,8 @@ class HubSource(Source):
 
     def _is_same(self, stub: Adapter, known: Known) -> bool:
         # Which names mean the base changes the verdict only on those that do not name it themselves.
+        if known.status == "gated":
+            return known.commit == stub.commit and known.stamp == self._gate
         judged_alike = known.stamp == stub.stamp or known.base_declared in ("", self._ask.base)
         return known.commit == stub.commit and judged_alike
 
@@ -166,7 +170,7 @@ class HubSource(Source):
             config = self._hub.read_file(stub.repo, prefix + CONFIG_NAME, stub.commit, MAX_CONFIG_BYTES)
             header = self._header(stub, prefix + WEIGHTS_NAME) if _worth_more(config, names) else None
         except Gated:
-            return replace(stub, status="gated", reason="gated: its owner has to let you in")
+            return replace(stub, status="gated", reason="gated: its owner has to let you in", stamp=self._gate)
         except MissingFile:
             return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but not there")
         except NothingMatched as error:
