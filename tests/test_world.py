@@ -1,4 +1,4 @@
-"""The miniature world of `lora demo`: what is in it, that it is really trained, that it is built whole or not at all."""
+"""The miniature world of `lora demo`: what is in it, what was learnt, and that it is built whole or not at all."""
 
 import json
 import subprocess

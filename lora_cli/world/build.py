@@ -147,8 +147,8 @@ def _build(folder: Path, size: Size, seed: int, progress: Progress) -> None:
     base_name = f"lora-demo/tiny-llama-{size}"
     held_out = _write_tasks(folder, size, seed)
     adapters: dict[str, PoolAdapter] = {}
-    with _workers() as workers:
-        common = {"size": size, "seed": seed, "folder": str(folder)}
+    with _workers(folder) as workers:
+        common = {"size": size, "seed": seed}
         workers[0].ask({"do": "base", **common}, lambda step, steps: progress("training the base model", step, steps))
         free: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in workers:
@@ -280,15 +280,17 @@ class _Worker:
 
 
 @contextmanager
-def _workers() -> Iterator[list[_Worker]]:
-    """Training processes, started at once, so that the second one's imports are done when the base is trained."""
+def _workers(folder: Path) -> Iterator[list[_Worker]]:
+    """Training processes in the world's folder. The second one's imports are done when the base is trained."""
+    places = json.dumps([str(Path(place).absolute()) for place in sys.path])
     with ExitStack() as stack:
         workers = []
         for _ in range(WORKERS):
             stderr = stack.enter_context(tempfile.TemporaryFile())
             process = stack.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-P", "-c", WORKER_COMMAND, json.dumps(sys.path)],
+                    [sys.executable, "-P", "-c", WORKER_COMMAND, places],
+                    cwd=folder,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=stderr,

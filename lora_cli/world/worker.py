@@ -1,9 +1,9 @@
 """The process that trains: reads one job per line from stdin, answers in JSON lines on stdout.
 
-A job is `{"do": "base" | "adapter", "size", "seed", "folder", …}`. Answers are `{"step", "steps"}` while the base is
-trained and `{"done": …}` at the end, or `{"failed": …}` when a file cannot be written. The process ends with its stdin,
-and so with the process that started it. It works on one thread: with more of them the sums, and so the weights, would
-depend on how many there are.
+It runs in the world's folder. A job is `{"do": "base" | "adapter", "size", "seed", …}`. Answers are `{"step", "steps"}`
+while the base is trained and `{"done": …}` at the end, or `{"failed": …}` when a file cannot be written. The process
+ends with its stdin, and so with the process that started it. It works on one thread: with more of them the sums, and so
+the weights, would depend on how many there are.
 """
 
 import json
@@ -20,6 +20,9 @@ from lora_cli.world.adapters import make_adapter
 from lora_cli.world.base import train_base
 from lora_cli.world.pool import POOLS
 from lora_cli.world.tasks import STRING_LENGTH
+
+# Relative, so that a worker whose world was given up and removed cannot bring the folder back.
+BASE = Path("base")
 
 Report = Callable[[int, int], None]
 
@@ -42,21 +45,21 @@ def main() -> None:
 
 
 def _base(job: Mapping[str, Any], report: Report) -> tuple[float, ...]:
-    train_base(job["size"], job["seed"], Path(job["folder"]) / "base", report)
+    train_base(job["size"], job["seed"], BASE, report)
     return ()
 
 
 def _adapter(job: Mapping[str, Any], report: Report) -> tuple[float, ...]:
     del report  # an adapter takes a few seconds: its end is news enough
-    pool, world = POOLS[job["size"]], Path(job["folder"])
+    pool = POOLS[job["size"]]
     return make_adapter(
         pool.recipe(job["name"]),
         pool,
-        base=world / "base",
+        base=BASE,
         base_name=job["base_name"],
         length=STRING_LENGTH[job["size"]],
         seed=job["seed"],
-        folder=world / "pool" / job["name"],
+        folder=Path("pool", job["name"]),
         exclude=frozenset(job["exclude"]),
     )
 
