@@ -368,7 +368,7 @@ def _row(adapter: Adapter) -> list[Any]:
         elif isinstance(value, bool):
             value = int(value)
         elif isinstance(value, str):
-            # A lone surrogate, as a file name may hold, is no text for SQLite.
+            # A lone surrogate, as JSON may hold, is no text for SQLite.
             value = value.encode("utf-8", "backslashreplace").decode()
         values.append(value)
     return values

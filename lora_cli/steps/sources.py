@@ -168,7 +168,11 @@ class HubSource(Source):
         prefix = f"{stub.subfolder}/" if stub.subfolder else ""
         try:
             config = self._hub.read_file(stub.repo, prefix + CONFIG_NAME, stub.commit, MAX_CONFIG_BYTES)
-            header = self._header(stub, prefix + WEIGHTS_NAME) if _worth_more(config, names) else None
+            if refusal := _refusal(config):
+                # No header can make this one usable, so none is asked for.
+                judged = replace(stub, **self._ask.judge(config, None, names))
+                return replace(judged, status="unusable", reason=refusal)
+            header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
         except Gated:
             return replace(stub, status="gated", reason="gated: its owner has to let you in", stamp=self._gate)
         except MissingFile:
@@ -212,7 +216,7 @@ class FolderSource(Source):
         return [id for id in catalogue.ids_of(source="folder", repo_below=str(self._root)) if id not in seen]
 
     def _id(self, folder: Path) -> str:
-        return "/".join((self._root.name, *folder.relative_to(self._root).parts))
+        return _text("/".join((self._root.name, *folder.relative_to(self._root).parts)))
 
     def _found(self, folder: Path, id: str) -> Found:
         parts = folder.relative_to(self._root).parts
@@ -222,14 +226,17 @@ class FolderSource(Source):
             id=id,
             commit="0" * 40,
             source="folder",
-            repo=str(folder),
-            author=parts[0] if len(parts) > 1 else "",
+            repo=_text(str(folder)),
+            author=_text(parts[0]) if len(parts) > 1 else "",
             stamp=f"{files}:{self._ask.digest}",
         )
+        named = stub.repo == str(folder)
         return Found(
             stub=stub,
             is_same=lambda known: known.stamp == stub.stamp,
-            read=partial(self._read, stub, folder, names),
+            read=partial(self._read, stub, folder, names)
+            if named
+            else partial(_refuse, stub, "its path is no Unicode"),
         )
 
     def _read(self, stub: Adapter, folder: Path, names: Sequence[str], row: Adapter | None) -> Adapter:
@@ -243,7 +250,7 @@ class FolderSource(Source):
         )
         config = read_config(folder)
         header: Header | HeaderError | None = None
-        if WEIGHTS_NAME in names:
+        if (folder / WEIGHTS_NAME).is_file():
             try:
                 header = read_header(folder / WEIGHTS_NAME)
             except HeaderError as error:
@@ -308,14 +315,12 @@ def _unreadable(listed: Listed, names: Collection[str]) -> str:
     return f"no {CONFIG_NAME}"
 
 
-def _worth_more(config: bytes, names: Collection[str]) -> bool:
-    """True if the weights' header can still make this an adapter that can be used."""
-    if WEIGHTS_NAME not in names:
-        return False
+def _refusal(config: bytes) -> str:
+    """Why this configuration rules its adapter out whatever the weights are, "" if it does not."""
     try:
-        return not parse_config(config).refusals()
-    except ConfigError:
-        return False
+        return next(iter(parse_config(config).refusals()), "")
+    except ConfigError as error:
+        return error.message
 
 
 def _subfolders(names: Collection[str]) -> list[str]:
@@ -330,7 +335,12 @@ def _is_hub_id(name: str) -> bool:
 
 def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
     """`id`, or the folder's path where that id already belongs to another place."""
-    return id if id not in known or known[id].repo == str(folder) else str(folder)
+    return id if id not in known or known[id].repo == _text(str(folder)) else _text(str(folder))
+
+
+def _text(path: str) -> str:
+    """`path` with bytes that are no Unicode shown as escapes: neither a database nor JSON can hold them."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _adapter_folders(root: Path) -> Iterator[Path]:
