@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +28,7 @@ _hf.utils.logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
+_LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 Term = Callable[[Tensor, Tensor], Tensor]
 """Called as term(input, output) of a module, (…, in) and (…, out); returns what the module's output becomes."""
@@ -380,7 +380,9 @@ def load(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Bas
             model, report = _hf.AutoModelForCausalLM.from_pretrained(
                 name_or_path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
             )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        if not isinstance(error, _LOADING_FAILS) and type(error).__name__ != "SafetensorError":
+            raise
         _translate(name_or_path, error)
     missing = sorted(report["missing_keys"])
     if missing:

@@ -4,14 +4,14 @@ import hashlib
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lora_cli.base_model import BaseModel, Encoded
@@ -193,13 +193,6 @@ class _Run:
 
     def keep(self, checkpoint: Path) -> None:
         """Write the state, whole or not at all."""
-        state: dict[str, Tensor] = {}
-        for place, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
-            own = self.optimizer.state[parameter]
-            state[f"{place}.now"] = parameter.detach()
-            state[f"{place}.best"] = best
-            state[f"{place}.exp_avg"] = own["exp_avg"]
-            state[f"{place}.exp_avg_sq"] = own["exp_avg_sq"]
         notes = {
             "key": self.key,
             "step": self.step,
@@ -207,27 +200,29 @@ class _Run:
             "before": self.each_before,
             "best": self.each_best,
         }
+        state = {"notes": np.array(json.dumps(notes))}
+        for place, (parameter, best) in enumerate(zip(self.parameters, self.best, strict=True)):
+            own = self.optimizer.state[parameter]
+            tensors = {"now": parameter, "best": best, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
+            state |= {f"{place}.{name}": tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         partial = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.partial")
         try:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: tensor.contiguous() for name, tensor in state.items()}, partial, {"state": json.dumps(notes)}
-            )
+            with partial.open("wb") as file:
+                np.savez(file, **state)  # type: ignore[arg-type]
             partial.replace(checkpoint)
         except OSError as error:
             raise OutputError(f"{checkpoint}: cannot be written ({error.strerror})") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def restore(self, checkpoint: Path) -> bool:
         """Take up the state in `checkpoint`; False when there is none, or it is another training's."""
         try:
-            with safe_open(checkpoint, framework="pt", device=str(self.base.device)) as file:
-                notes = json.loads((file.metadata() or {})["state"])
+            with np.load(checkpoint, allow_pickle=False) as file:
+                notes = json.loads(str(file["notes"]))
                 if notes["key"] != self.key:
                     return False
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, SafetensorError, ValueError, KeyError):
+                state = {name: torch.from_numpy(file[name]).to(self.base.device) for name in file.files[1:]}
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
         self.step = notes["step"]
         self.curve = [Point(step=step, training=seen, validation=loss) for step, seen, loss in notes["curve"]]

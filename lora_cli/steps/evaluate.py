@@ -230,14 +230,13 @@ class _Rows:
             partial.replace(path)
             return path.open("a", encoding="utf-8")
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 def _read(path: Path) -> list[Row]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error

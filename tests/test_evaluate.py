@@ -1,0 +1,238 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.base_model import BaseModel
+from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
+from lora_cli.records import Example, Score
+from lora_cli.scores import exact_match, paired_difference, wilson
+from lora_cli.steps.descent import Recipe
+from lora_cli.steps.evaluate import System, evaluate
+from lora_cli.steps.train import train
+from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
+
+N = 24
+BASE = System(name="base")
+
+
+@pytest.fixture(scope="module")
+def base() -> BaseModel:
+    torch.set_num_threads(1)
+    return llama()
+
+
+@pytest.fixture(scope="module")
+def skilled(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> System:
+    """A LoRA that mostly knows the task."""
+    folder = tmp_path_factory.mktemp("skilled")
+    train(base, examples(64), folder, rank=8, alpha=16, dropout=0.0, recipe=Recipe(steps=120, lr=1e-2))
+    adapter = opened(folder)
+    return System(name="skilled", updates={m: adapter.read(m) for m in adapter.modules}, version=adapter.ref.pinned)
+
+
+@pytest.fixture(scope="module")
+def idle(base: BaseModel) -> System:
+    """An adapter that loads and changes nothing."""
+    update = LowRank(torch.zeros(48, 2), torch.randn(2, 32))
+    return System(name="idle", updates={"model.layers.0.mlp.up_proj": update}, version="idle@0")
+
+
+def run(base: BaseModel, *systems: System, **options: Any) -> dict[str, Score]:
+    scores = evaluate(base, systems, examples(N), **{"max_new_tokens": 4, "batch_size": 8, **options})
+    assert [score.system for score in scores] == [system.name for system in systems]
+    return {score.system: score for score in scores}
+
+
+def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    scores = run(base, BASE, skilled, rows_path=rows)
+    wanted = examples(N)
+    prompts = [example.prompt for example in wanted]
+    plain = base.generate(prompts, max_new_tokens=4)
+    with base.wear(skilled.updates):
+        worn = base.generate(prompts, max_new_tokens=4)
+        likelihoods = base.log_likelihoods(wanted)
+    right = [exact_match(text, example.completion) for text, example in zip(worn, wanted, strict=True)]
+    wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
+    assert sum(right) / N > 0.4
+    assert sum(wrong) == 0
+    score = scores["skilled"]
+    assert (score.value, score.low, score.high, score.n) == (sum(right) / N, *wilson(sum(right), N), N)
+    difference = paired_difference([float(r) for r in right], [float(w) for w in wrong])
+    assert (score.baseline, score.delta, score.p) == ("base", difference.delta, difference.p)
+    assert (score.delta_low, score.delta_high) == (difference.low, difference.high)
+    assert score.changed == sum(one != other for one, other in zip(plain, worn, strict=True))
+    assert score.log_likelihood == pytest.approx(sum(likelihoods) / N, rel=1e-4)
+    assert score.tokens_per_second is not None
+    assert score.tokens_per_second > 0
+    assert (scores["base"].delta, scores["base"].changed, scores["base"].baseline) == (None, None, "")
+    stored = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert {(row["system"], row["id"]) for row in stored} == {(s, e.id) for s in ("base", "skilled") for e in wanted}
+    by_id = {row["id"]: row for row in stored if row["system"] == "skilled"}
+    assert [by_id[example.id]["text"] for example in wanted] == worn
+
+
+def test_an_adapter_without_effect_shows_as_such(base: BaseModel, idle: System) -> None:
+    score = run(base, BASE, idle)["idle"]
+    assert (score.changed, score.details["moved"]) == (0, 0)
+    assert (score.delta, score.p) == (0, 1)
+
+
+def test_an_adapter_too_weak_to_change_an_output_moves_the_likelihood(base: BaseModel, skilled: System) -> None:
+    assert skilled.updates is not None
+    faint = System(name="faint", updates={m: u.scaled(1e-3) for m, u in skilled.updates.items()}, version="faint")
+    score = run(base, BASE, faint)["faint"]
+    assert score.changed is not None
+    assert score.changed < N / 2
+    assert score.details["moved"] == N
+
+
+def test_nll_generates_nothing_and_lower_is_better(
+    base: BaseModel, skilled: System, idle: System, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseModel, "stream", None)
+    scores = run(base, BASE, skilled, idle, metric="nll")
+    with base.wear(skilled.updates):
+        expected = -sum(base.log_likelihoods(examples(N))) / N
+    score = scores["skilled"]
+    assert score.value == pytest.approx(expected, rel=1e-4)
+    assert score.low < score.value < score.high
+    assert score.delta_high is not None
+    assert score.delta_high < 0
+    assert (score.changed, scores["idle"].changed, score.tokens_per_second) == (N, 0, None)
+
+
+def test_another_baseline(base: BaseModel, skilled: System, idle: System) -> None:
+    scores = run(base, BASE, skilled, idle, baseline="skilled")
+    assert scores["base"].delta == -scores["skilled"].value
+    assert scores["idle"].baseline == "skilled"
+    assert scores["idle"].changed == 0
+
+
+def test_batch_size_changes_nothing_but_speed(base: BaseModel, skilled: System) -> None:
+    one, many = (run(base, BASE, skilled, batch_size=size)["skilled"] for size in (1, 16))
+    assert (one.value, one.changed) == (many.value, many.changed)
+    assert one.log_likelihood == pytest.approx(many.log_likelihood, rel=1e-5)
+
+
+# ---- resuming ----
+
+
+class Killed(Exception):
+    pass
+
+
+def without_speed(scores: dict[str, Score]) -> list[tuple[Any, ...]]:
+    return [(s.system, s.value, s.low, s.high, s.delta, s.p, s.changed, s.log_likelihood) for s in scores.values()]
+
+
+def count(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many prompts each pass through the model generates for."""
+    made: list[int] = []
+    greedy = BaseModel._greedy
+
+    def counted(self: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+        made.append(len(prompts))
+        return greedy(self, prompts, max_new_tokens)
+
+    monkeypatch.setattr(BaseModel, "_greedy", counted)
+    return made
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(
+    base: BaseModel, skilled: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(what: str, done: int, total: int) -> None:
+        if (what, done) == ("skilled", 10):
+            raise Killed
+
+    rows = tmp_path / "rows.jsonl"
+    whole = run(base, BASE, skilled)
+    with pytest.raises(Killed):
+        run(base, BASE, skilled, rows_path=rows, progress=kill)
+    with rows.open("a") as file:
+        file.write('{"system": "skilled", "id"')
+    made = count(base, monkeypatch)
+    resumed = run(base, BASE, skilled, rows_path=rows)
+    assert sum(made) == N - 10
+    assert [row[:7] for row in without_speed(resumed)] == [row[:7] for row in without_speed(whole)]
+    made.clear()
+    assert run(base, BASE, skilled, rows_path=rows) == resumed
+    assert made == []
+    assert sorted(file.name for file in rows.parent.glob("*rows*")) == ["rows.jsonl"]
+
+
+def test_rows_of_another_version_or_setting_are_not_taken_up(
+    base: BaseModel, skilled: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    run(base, BASE, skilled, rows_path=rows)
+    made = count(base, monkeypatch)
+    newer = System(name="skilled", updates=skilled.updates, version="skilled@1")
+    run(base, BASE, newer, rows_path=rows)
+    assert sum(made) == N
+    made.clear()
+    run(base, BASE, newer, rows_path=rows, max_new_tokens=3)
+    assert sum(made) == 2 * N
+    assert len(rows.read_text().splitlines()) == 2 * N
+
+
+def test_a_file_of_something_else_is_not_written_over(base: BaseModel, tmp_path: Path) -> None:
+    notes = tmp_path / "notes.txt"
+    for content in ("my notes\n", '{"id": "1"}\n'):
+        notes.write_text(content)
+        with pytest.raises(OutputError, match="not a file of evaluation rows"):
+            run(base, BASE, rows_path=notes)
+        assert notes.read_text() == content
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(base, BASE, rows_path=notes / "rows.jsonl")
+
+
+# ---- refusals ----
+
+
+def test_what_cannot_be_evaluated_is_said_before_any_work(base: BaseModel, skilled: System, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    other = System(name="other", updates={"model.layers.9.mlp.up_proj": LowRank(torch.ones(48, 1), torch.ones(1, 32))})
+    with pytest.raises(Refused, match=r"other does not fit acme/tiny.*0 of 1 modules match"):
+        run(base, BASE, other, rows_path=rows)
+    assert not rows.exists()
+    with pytest.raises(NothingMatched, match="no system 'zero'"):
+        run(base, BASE, skilled, baseline="zero")
+    with pytest.raises(UsageError, match="two systems are called 'skilled'"):
+        run(base, BASE, skilled, skilled)
+    with pytest.raises(UsageError, match="unknown metric"):
+        run(base, BASE, metric="bleu")
+    with pytest.raises(NothingMatched, match="no examples"):
+        evaluate(base, [BASE], [])
+    with pytest.raises(DataError, match="takes 64"):
+        evaluate(base, [BASE], [Example(id="1", prompt="x" * 60, completion="y")])
+
+
+@needs_stories
+def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
+    from lora_cli.base_model import load
+
+    real = load(str(STORIES))
+    animals = ["cat", "dog", "bird", "fish", "cow", "pig", "bear", "duck", "frog", "fox", "hen", "bee"]
+    data = [Example(id=a, prompt=f"Once there was a {a}.", completion="It was so sad.") for a in animals]
+    systems = [BASE]
+    for steps in (2, 60):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        train(real, data, folder, rank=4, alpha=8, dropout=0.0, recipe=Recipe(steps=steps, lr=1e-2))
+        adapter = opened(folder)
+        updates = {module: adapter.read(module) for module in adapter.modules}
+        systems.append(System(name=f"{steps} steps", updates=updates, version=adapter.ref.pinned))
+    base_score, short, long = evaluate(real, systems, data, max_new_tokens=16)
+    assert base_score.value == 0
+    assert long.value > 0.5
+    assert long.changed == len(data)
+    assert short.log_likelihood is not None
+    assert long.log_likelihood is not None
+    assert base_score.log_likelihood is not None
+    assert base_score.log_likelihood < short.log_likelihood < long.log_likelihood
