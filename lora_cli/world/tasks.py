@@ -69,11 +69,11 @@ OPERATIONS: dict[str, tuple[Callable[[str], str], str]] = {
     "outer": (lambda s: s[0] + s[-1] + s[1:-1], "moves the last letter to the second place"),
 }
 OPERATIONS |= {
-    f"shift-{word}": (partial(shift, by=by), f"moves every letter {word} further in the alphabet")
+    f"shift-{word}": (partial(shift, by=by), f"moves every letter forward in the alphabet by {word}")
     for by, word in enumerate(NUMBERS, start=1)
 }
 OPERATIONS |= {
-    f"rotate-{word}": (partial(rotate, by=by), f"moves the first letters to the end, {word} of them")
+    f"rotate-{word}": (partial(rotate, by=by), f"rotates the string to the left by {word}")
     for by, word in enumerate(NUMBERS[:3], start=1)
 }
 
