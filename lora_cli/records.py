@@ -84,9 +84,7 @@ class Adapter:
     @property
     def ref(self) -> AdapterRef:
         """Where its files are."""
-        return AdapterRef(
-            id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder
-        )
+        return AdapterRef(id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,190 @@
+"""Merging beside PEFT: time and memory for 8B shapes. Prints the Markdown tables of docs/benchmarks.md.
+
+    python -m tests.bench.bench_merge            one layer: ours beside PEFT, five runs each
+    python -m tests.bench.bench_merge model DIR  224 modules, 30 adapters of 84 MB made in DIR, by the command line
+
+Random Gaussian adapters are mutually near-orthogonal: the worst case for truncation and the slowest for TIES.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce
+from lora_cli.adapters.tiles import DeltaTiles
+from lora_cli.merge_methods.ties import ties
+
+LAYER = {
+    "self_attn.q_proj": (4096, 4096),
+    "self_attn.k_proj": (1024, 4096),
+    "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096),
+    "mlp.gate_proj": (14336, 4096),
+    "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}
+RANK, RUNS = 16, 5
+
+
+def factors(shape: tuple[int, int], n: int) -> list[LowRank]:
+    """n random adapters of rank 16 in one module."""
+    g = torch.Generator().manual_seed(0)
+    return [
+        LowRank(torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g) / 64)
+        for _ in range(n)
+    ]
+
+
+def ours_sum(updates: list[LowRank]) -> LowRank:
+    return reduce(concat(updates, [1.0] * len(updates)), RankChoice(ceiling=RANK)).update
+
+
+def ours_ties(updates: list[LowRank]) -> LowRank:
+    dense: Tensor = ties(DeltaTiles(updates), torch.ones(len(updates)), density=0.2)
+    return reduce(dense, RankChoice(ceiling=RANK)).update
+
+
+def peft(updates: list[LowRank], combination: str) -> LowRank:
+    """PEFT's add_weighted_adapter on a model of one module."""
+    from peft import LoraConfig, get_peft_model
+
+    out, inn = updates[0].shape
+    with torch.device("meta"):
+        base = nn.Sequential(nn.Linear(inn, out, bias=False))
+    base = base.to_empty(device="cpu")
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
+    model = get_peft_model(base, config, adapter_name="a0")
+    for i in range(1, len(updates)):
+        model.add_adapter(f"a{i}", config)
+    layer = model.base_model.model[0]
+    for i, update in enumerate(updates):
+        layer.lora_A[f"a{i}"].weight.data = update.A
+        layer.lora_B[f"a{i}"].weight.data = update.B
+    start = time.perf_counter()
+    names = [f"a{i}" for i in range(len(updates))]
+    options = {"density": 0.2} if "ties" in combination else {}
+    model.base_model.add_weighted_adapter(
+        names, [1.0] * len(names), "merged", combination_type=combination, svd_rank=RANK, **options
+    )
+    peft.seconds = time.perf_counter() - start  # type: ignore[attr-defined]
+    return LowRank(layer.lora_B["merged"].weight.data, layer.lora_A["merged"].weight.data)
+
+
+def one(what: str, module: str, n: int) -> None:
+    """Run one case once in this process; print seconds, the rise of the peak memory and the size of the result."""
+    warnings.simplefilter("ignore")
+    updates = factors(LAYER[module], n)
+    work: Callable[[], LowRank] = {
+        "sum": lambda: ours_sum(updates),
+        "ties": lambda: ours_ties(updates),
+        "peft-svd": lambda: peft(updates, "svd"),
+        "peft-ties_svd": lambda: peft(updates, "ties_svd"),
+    }[what]
+    if what.startswith("peft"):
+        import peft as _  # noqa: F401
+    else:
+        ours_sum(factors((64, 64), 2))  # libraries warm up
+    before = _peak(reset=True)
+    start = time.perf_counter()
+    result = work()
+    seconds = getattr(peft, "seconds", time.perf_counter() - start)
+    rise = _peak() - before
+    exact = concat(updates, [1.0] * n)
+    error = (concat([exact, result], [1.0, -1.0]).norm() / exact.norm()).item() if "ties" not in what else None
+    print(json.dumps({"seconds": seconds, "rise": rise, "error": error}))
+
+
+def _peak(*, reset: bool = False) -> int:
+    """Highest resident memory of this process since the last reset, bytes (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    key = "VmRSS:" if reset else "VmHWM:"
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def measured(what: str, module: str, n: int, runs: int = RUNS) -> dict[str, float]:
+    """Medians over fresh processes."""
+    rows = []
+    for _ in range(runs):
+        command = [sys.executable, "-m", "tests.bench.bench_merge", "one", what, module, str(n)]
+        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    return {key: statistics.median(row[key] for row in rows) if rows[0][key] is not None else 0 for key in rows[0]}
+
+
+def layer() -> None:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {RUNS} fresh processes\n")
+    print("| case | ours s | ours memory | PEFT s | PEFT memory | ratio | error ours / PEFT |")
+    print("|---|---|---|---|---|---|---|")
+    for what, peer, module, n in (
+        ("sum", "peft-svd", "self_attn.k_proj", 30),
+        ("sum", "peft-svd", "self_attn.q_proj", 30),
+        ("ties", "peft-ties_svd", "self_attn.k_proj", 30),
+    ):
+        a, b = measured(what, module, n), measured(peer, module, n)
+        print(
+            f"| {what}, {module}, N={n}, rank {RANK} | {a['seconds']:.3f} | {a['rise'] / 1e9:.2f} GB "
+            f"| {b['seconds']:.2f} | {b['rise'] / 1e9:.2f} GB | {b['seconds'] / a['seconds']:.0f}× "
+            f"| {a['error']:.4f} / {b['error']:.4f} |",
+            flush=True,
+        )
+    print("\n| all seven modules, N=30 | seconds | memory above the factors |\n|---|---|---|")
+    for what in ("sum", "ties"):
+        rows = [measured(what, module, 30, 1 if what == "ties" else RUNS) for module in LAYER]
+        print(f"| {what} | {sum(r['seconds'] for r in rows):.1f} | {max(r['rise'] for r in rows) / 1e9:.2f} GB |")
+
+
+def model(folder: Path, *options: str) -> None:
+    """A whole 8B model through the command line: 30 adapters, 224 modules."""
+    for i in range(30):
+        target = folder / f"adapter{i:02d}"
+        if (target / "adapter_config.json").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        g = torch.Generator().manual_seed(i)
+        tensors = {}
+        for n in range(32):
+            for name, (out, inn) in LAYER.items():
+                key = f"base_model.model.model.layers.{n}.{name}"
+                tensors[f"{key}.lora_A.weight"] = (torch.randn(RANK, inn, generator=g) / 64).bfloat16()
+                tensors[f"{key}.lora_B.weight"] = (torch.randn(out, RANK, generator=g) / 64).bfloat16()
+        save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": "LORA", "base_model_name_or_path": "acme/8b", "r": RANK, "lora_alpha": RANK}
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in LAYER})
+        (target / "adapter_config.json").write_text(json.dumps(config))
+    command = [
+        sys.executable,
+        "-m",
+        "lora_cli",
+        "merge",
+        "--db",
+        str(folder / "bench.db"),
+        "-o",
+        str(folder / "merged"),
+    ]
+    start = time.perf_counter()
+    subprocess.run([*command, "--force", *options, *sorted(map(str, folder.glob("adapter*")))], check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    size = sum(f.stat().st_size for f in (folder / "merged").iterdir())
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s, peak {peak / 1e9:.2f} GB, result {size / 1e6:.0f} MB, {os.cpu_count()} CPUs")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        one(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["model"]:
+        model(Path(sys.argv[2]), *sys.argv[3:])
+    else:
+        layer()

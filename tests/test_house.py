@@ -1,0 +1,157 @@
+"""The house stands as docs/architecture.md draws it: floors, keepers of heavy imports, one file per method."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_cli.methods import MethodFolder
+from lora_cli.steps import merge, select
+
+PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
+
+# Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
+FLOORS = (
+    ("errors", "records"),
+    ("settings", "methods", "where", "outputs", "migrations", "task", "scores", "screen", "hub"),
+    ("catalogue", "runs"),
+    ("adapters",),
+    ("base_model", "mixture", "merge_methods", "selection_methods"),
+    ("steps",),
+    ("world",),
+    ("commands",),
+    ("app",),
+    ("__main__",),
+)
+KEEPERS = {
+    "torch": (
+        "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "base_model", "mixture",
+        "merge_methods", "selection_methods", "steps", "world",
+    ),
+    "transformers": ("base_model", "world"),
+    "peft": ("base_model", "world"),
+    "tokenizers": ("world",),
+    "safetensors": ("world",),
+    "huggingface_hub": ("hub",),
+    "sqlite_utils": ("catalogue", "migrations", "runs"),
+    "rich": ("screen",),
+    "typer": ("app", "commands"),
+    "click": (),
+    "pickle": ("world",),
+}  # fmt: skip
+
+
+def rooms() -> list[tuple[str, ast.Module]]:
+    """Every module of the package by its name below it, parsed."""
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found.append((name, ast.parse(file.read_text(encoding="utf-8"))))
+    return found
+
+
+def imports(tree: ast.Module, *, at_start: bool = False) -> Iterator[str]:
+    """Dotted names a module imports; `at_start` leaves out what stands inside functions."""
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)} if at_start else {}
+    for node in ast.walk(tree):
+        if id(node) in inside:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def under(name: str, room: str) -> bool:
+    return name == room or name.startswith(f"{room}.")
+
+
+def floor(name: str) -> int | None:
+    for level, names in enumerate(FLOORS):
+        if any(under(name, room) for room in names):
+            return level
+    return None
+
+
+def breaches(name: str, tree: ast.Module) -> list[str]:
+    """What one module does that its floor or the keepers forbid."""
+    found = []
+    here = floor(name)
+    for imported in imports(tree):
+        if imported.startswith("lora_cli."):
+            there = floor(imported.removeprefix("lora_cli."))
+            if here is None or (there is not None and there > here):
+                found.append(f"{name} imports {imported} from a higher floor")
+        package = imported.partition(".")[0]
+        if package in KEEPERS and not any(under(name, keeper) for keeper in KEEPERS[package]):
+            found.append(f"{name} imports {package}")
+    return found
+
+
+def test_every_room_has_its_floor() -> None:
+    assert [name for name, _ in rooms() if name and floor(name) is None] == []
+
+
+def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
+    assert [breach for name, tree in rooms() for breach in breaches(name, tree)] == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("catalogue", "from lora_cli.steps.merge import merge"),
+        ("adapters.header", "import torch"),
+        ("commands.pool", "from huggingface_hub import HfApi"),
+        ("steps.fit", "def f():\n    import peft"),
+        ("screen", "import click"),
+        ("errors", "from lora_cli import records, screen"),
+    ],
+)
+def test_a_planted_breach_is_seen(room: str, line: str) -> None:
+    assert breaches(room, ast.parse(line)) != []
+
+
+def test_commands_import_nothing_heavy_at_the_start() -> None:
+    heavy = ("torch", "transformers", "peft", "huggingface_hub", "sqlite_utils", "numpy", "lora_cli.steps", "rich")
+    found = []
+    for name, tree in rooms():
+        if under(name, "commands") or under(name, "app") or under(name, "settings") or under(name, "methods"):
+            found += [f"{name}: {i}" for i in imports(tree, at_start=True) if any(under(i, h) for h in heavy)]
+    assert found == []
+
+
+def test_nobody_loads_a_pickle_or_runs_what_it_reads() -> None:
+    text = {file: file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
+    banned = r"torch\.load\(|pickle\.loads?\(|\beval\(|\bexec\(|trust_remote_code=True|yaml\.load\(|shell=True"
+    assert [f"{file.name}: {m}" for file, t in text.items() for m in re.findall(rf"(?<![.\w])(?:{banned})", t)] == []
+
+
+def test_steps_and_below_never_print() -> None:
+    talkers = [
+        name
+        for name, tree in rooms()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert set(talkers) == {"screen"}
+
+
+@pytest.mark.parametrize("folder", [merge.METHODS, select.METHODS], ids=["merge", "select"])
+def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> None:
+    for name, one in folder.methods.items():
+        assert callable(folder.load(name))
+        assert one.summary.endswith("."), name
+        assert "Source:" in one.doc or name == "downloads", name
+        for knob in one.knobs.values():
+            assert knob.help, (name, knob.name)
+
+
+def test_only_the_top_level_that_was_asked_for() -> None:
+    root = PACKAGE.parent
+    allowed = {"pyproject.toml", "README.md", "lora_cli", "tests", "completions", "docs", "LICENSE"}
+    visible = {p.name for p in root.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
+    assert visible - {"build", "lora-demo", "lora-runs"} <= allowed
