@@ -19,21 +19,19 @@ os.environ.update(
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)
 
-pytest_plugins = ["tests.world_fixture"] if (Path(__file__).parent / "world_fixture.py").exists() else []
+pytest_plugins = ["tests.world_fixture"]
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder, catalogue and configuration for the test; returns the working folder."""
     for name in [name for name in os.environ if name.startswith("LORA_")]:
         monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    work = tmp_path / "work"
-    home.mkdir()
-    work.mkdir()
+    home = tmp_path_factory.mktemp("home")
+    work = tmp_path_factory.mktemp("work")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("XDG_DATA_HOME", str(home / "data"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(home / "config"))
-    monkeypatch.setenv("LORA_DB", str(tmp_path / "catalogue.db"))
+    monkeypatch.setenv("LORA_DB", str(home / "catalogue.db"))
     monkeypatch.chdir(work)
     return work

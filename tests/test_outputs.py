@@ -1,0 +1,83 @@
+"""Output folders are whole or absent, whatever ends the work."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_cli.errors import OutputError
+from lora_cli.outputs import whole_folder
+
+
+def test_a_folder_appears_only_when_the_work_is_done(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with whole_folder(target) as partial:
+        (partial / "file").write_text("done")
+        assert not target.exists()
+    assert (target / "file").read_text() == "done"
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("half")
+        (partial / "missing").unlink()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_exists_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+    with pytest.raises(OutputError, match="exists"), whole_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out", replace=True):
+        raise RuntimeError
+    assert (tmp_path / "out" / "old").exists()
+    with whole_folder(tmp_path / "out", replace=True) as partial:
+        (partial / "new").write_text("new")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"), whole_folder(tmp_path / "file" / "out"):
+        pass
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(OutputError, match="link"), whole_folder(tmp_path / "link"):
+        pass
+
+
+def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, pathlib\nfrom lora_cli.outputs import whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])) as partial:\n"
+        "    (partial / 'half').write_text('half')\n    os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], check=False)
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not (tmp_path / "out").exists()
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "file").write_text("done")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    old = tmp_path / f".out.{gone.pid}.old"
+    old.mkdir()
+    (old / "precious").write_text("mine")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "out"):
+        raise RuntimeError
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_the_work_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".out.{os.getppid()}.partial"
+    other.mkdir()
+    with whole_folder(tmp_path / "out"):
+        pass
+    assert other.exists()

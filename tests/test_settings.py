@@ -1,0 +1,66 @@
+"""Settings: who wins, what is refused, where paths point."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lora_cli.app import app
+from lora_cli.errors import UsageError
+from lora_cli.settings import load, user_file
+
+
+def test_flag_beats_environment_beats_project_beats_user_beats_default(
+    own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (load().seed, load().origin("seed")) == (0, "default")
+    user_file().parent.mkdir(parents=True)
+    user_file().write_text("seed = 1")
+    assert (load().seed, load().origin("seed")) == (1, str(user_file()))
+    (own_home / "lora.toml").write_text("seed = 2")
+    assert (load().seed, load().origin("seed")) == (2, "lora.toml")
+    monkeypatch.setenv("LORA_SEED", "3")
+    assert (load().seed, load().origin("seed")) == (3, "LORA_SEED")
+    assert (load({"seed": 4}).seed, load({"seed": 4}).origin("seed")) == (4, "flag")
+    assert load({"seed": None}).seed == 3
+
+
+def test_paths_are_relative_to_the_file_that_names_them(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_home / "lora.toml").write_text('pool = "pool"\nbase = "base"\ntest = "~/t.jsonl"')
+    assert load().pool == own_home / "pool"
+    assert load().base == "base"
+    (own_home / "base").mkdir()
+    assert load().base == str(own_home / "base")
+    assert load().test == Path.home() / "t.jsonl"
+    (own_home / "lora.toml").write_text('base = "acme/base"')
+    assert load().base == "acme/base"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sede = 1", "unknown setting 'sede'"),
+        ("seed = 'many'", "seed must be a whole number"),
+        ("seed = true", "seed must be a whole number"),
+        ("dtype = 'int4'", "dtype must be one of"),
+        ("device = 'tpu'", "device must be"),
+        ("base_aliases = 3", "base_aliases must be a list of texts"),
+        ("base = ''", "base must be a text"),
+        ("seed = ", "cannot be read"),
+    ],
+)
+def test_a_wrong_setting_is_named(own_home: Path, text: str, words: str) -> None:
+    (own_home / "lora.toml").write_text(text)
+    with pytest.raises(UsageError, match=words):
+        load()
+
+
+def test_config_show_says_where_each_value_is_from(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BASE_ALIASES", "a/b, c/d")
+    (own_home / "lora.toml").write_text("seed = 7")
+    result = CliRunner().invoke(app, ["config", "show"])
+    assert result.exit_code == 0
+    lines = [line.split("\t") for line in result.stdout.splitlines()]
+    assert ["seed", "7", "lora.toml"] in lines
+    assert ["base_aliases", '["a/b", "c/d"]', "LORA_BASE_ALIASES"] in lines
+    assert ["device", "auto", "default"] in lines
