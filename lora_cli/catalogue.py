@@ -139,7 +139,7 @@ class Catalogue:
             else:
                 rows = []
                 for start in range(0, len(ids), _BATCH):
-                    batch = list(ids[start : start + _BATCH])
+                    batch = [_text(id) for id in ids[start : start + _BATCH]]
                     rows += db.execute(f"{columns} WHERE id IN ({', '.join('?' * len(batch))})", batch).fetchall()
         return {id: Known(*values) for id, *values in rows}
 
@@ -327,7 +327,7 @@ class Catalogue:
         """
         db = open_for_reading(self.path)
         try:
-            return _guarded_query(db.conn, query)
+            return _guarded_query(db.conn, _text(query))
         finally:
             db.close()
 
@@ -347,7 +347,8 @@ class Catalogue:
         return self._writer
 
     def _rows(self, sql: str, values: Sequence[Any]) -> list[Adapter]:
-        return [_adapter(row) for row in self._read().execute(sql, values)]
+        clean = [_text(value) if isinstance(value, str) else value for value in values]
+        return [_adapter(row) for row in self._read().execute(sql, clean)]
 
     @staticmethod
     def _follow_rename(db: Database, adapter: Adapter, hub_id: str) -> None:
@@ -355,6 +356,11 @@ class Catalogue:
             "UPDATE OR REPLACE adapters SET id = ? WHERE hub_id = ? AND subfolder = ? AND id != ?",
             [adapter.id, hub_id, adapter.subfolder, adapter.id],
         )
+
+
+def _text(value: str) -> str:
+    """`value` with lone surrogates, as an argument or a file name may hold, as escapes: SQLite takes only Unicode."""
+    return value.encode("utf-8", "backslashreplace").decode()
 
 
 def _row(adapter: Adapter) -> list[Any]:
@@ -368,8 +374,7 @@ def _row(adapter: Adapter) -> list[Any]:
         elif isinstance(value, bool):
             value = int(value)
         elif isinstance(value, str):
-            # A lone surrogate, as JSON may hold, is no text for SQLite.
-            value = value.encode("utf-8", "backslashreplace").decode()
+            value = _text(value)
         values.append(value)
     return values
 
@@ -384,6 +389,8 @@ def _adapter(row: Sequence[Any]) -> Adapter:
 
 def _guarded_query(connection: sqlite3.Connection, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     connection.execute("PRAGMA query_only = ON")
+    # Virtual tables declare their columns when they are first used, which looks like creating a table.
+    connection.execute("SELECT 1 FROM adapters_fts, json_each('[]'), json_tree('[]') LIMIT 0").fetchall()
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_CELL_BYTES)
     deadline = time.monotonic() + _SQL_SECONDS
     connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)

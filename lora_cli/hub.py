@@ -666,7 +666,8 @@ def _list(value: Any) -> list[Any]:
 
 
 def _str(value: Any) -> str:
-    return value[:2_000] if isinstance(value, str) else ""
+    # JSON can spell half a surrogate pair, which is no text for a database or a terminal.
+    return value[:2_000].encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else ""
 
 
 def _int(value: Any) -> int:
