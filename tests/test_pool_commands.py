@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -132,7 +133,7 @@ def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
     lines = [line.split("\t") for line in ok("pool", "list").splitlines()]
     assert [line[0] for line in lines] == ["pool/alice/math", "pool/alice/sql", "pool/bob/chat", "pool/bob/nan"]
-    name, rev, rank, scale, modules, size, licence, base, status = lines[2]
+    _, rev, rank, scale, modules, size, licence, base, status = lines[2]
     assert (rank, scale, modules, licence, base, status) == ("16", "1", "q,v", "-", BASE, "ok")
     assert len(rev) == 7
     assert size.endswith("kB")
@@ -189,7 +190,7 @@ def test_search_stats_sql_and_path(pool: Path, tmp_path: Path) -> None:
     ]
     assert "only reading" in refused(2, "pool", "sql", "delete from adapters")
     assert "no such column" in refused(2, "pool", "sql", "select colour from adapters")
-    assert ok("pool", "path").strip() == str(tmp_path / "catalogue.db")
+    assert ok("pool", "path").strip() == os.environ["LORA_DB"]
 
 
 def test_fetch_brings_the_weights_and_learns_from_them(fake: FakeHub, tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_fetch_brings_the_weights_and_learns_from_them(fake: FakeHub, tmp_path: 
     [row] = json.loads(told.out)["rows"]
     assert (row["action"], len(row["sha256"])) == ("fetched", 64)
     assert "fetching 1 adapters" in told.err
-    with Catalogue(tmp_path / "catalogue.db") as catalogue:
+    with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
         assert catalogue.get("alice/sql").norm == pytest.approx((4 * 64) ** 0.5 * 4 * 0.25 * 2)
     fake.forget()
     assert "1 up to date" in lora("pool", "fetch", "-", stdin='{"id": "alice/sql"}\n').err
@@ -257,7 +258,7 @@ HOSTILE = "evil/\x1b]8;;http://x\x07[red]click[/red]\u202e\u200b\x1b[2J"
 
 
 def test_nothing_a_stranger_wrote_reaches_the_terminal_raw(tmp_path: Path) -> None:
-    with Catalogue(tmp_path / "catalogue.db") as catalogue:
+    with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
         row = Adapter(
             id=HOSTILE, commit="a" * 40, source="hub", repo=HOSTILE, author=HOSTILE, base=HOSTILE, licence=HOSTILE,
             card=HOSTILE, reason=HOSTILE, status="unusable", target_modules=(HOSTILE,), ranks={HOSTILE: 1}, rank=1,

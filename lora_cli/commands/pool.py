@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,10 +14,6 @@ from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, Usag
 from lora_cli.records import Adapter
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, load
-
-if TYPE_CHECKING:
-    from lora_cli.steps.fetch import FetchReport
-    from lora_cli.steps.sync import SyncReport
 
 app = typer.Typer(help="Adapters that are known of: find them, list them, fetch and check them.", no_args_is_help=True)
 
@@ -52,9 +48,7 @@ Alias = Annotated[
 
 
 @app.command(
-    epilog=examples(
-        "lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json | jq '.rows[].id'"
-    )
+    epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json")
 )
 def sync(
     base: Annotated[
@@ -153,7 +147,7 @@ def list_(
     _show(screen, "lora.pool.list/1", found, "no adapter" + (" fits these conditions" if where else " is known"))
 
 
-@app.command(epilog=examples("lora pool search sql", "lora pool search 'customer support' --json -n 5"))
+@app.command(epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5"))
 def search(
     text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 50,
@@ -172,7 +166,11 @@ def search(
     _show(screen, "lora.pool.search/1", found, f"no adapter matches {text!r}")
 
 
-@app.command(epilog=examples("lora pool show $(lora pool list -q -n 1)", "lora pool show ./pool/alice/adapter --json"))
+@app.command(
+    epilog=examples(
+        "lora pool show $(lora pool list -q -n 1)", "lora pool show $(lora pool list -q -n 1 --sort rank) --json"
+    )
+)
 def show(
     adapter: Annotated[str, typer.Argument(help="Id (with @commit for that version only) or folder.")],
     db: Db = None,
@@ -200,7 +198,7 @@ def show(
     screen.document("lora.pool.show/1", {key: facts[key] for key in order} | rest)
 
 
-@app.command(epilog=examples("lora pool stats", "lora pool stats --json | jq .usable"))
+@app.command(epilog=examples("lora pool stats", "lora pool stats --json"))
 def stats(db: Db = None, json: Json = False, jsonl: Jsonl = False, csv: Csv = False) -> None:
     """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
     from lora_cli.catalogue import Catalogue
@@ -310,7 +308,8 @@ def fetch(
 
 @app.command(
     epilog=examples(
-        "lora pool verify $(lora pool list --where status=ok -q -n 2)", "lora pool verify ./pool/alice/adapter --deep"
+        "lora pool verify $(lora pool list --where status=ok -q -n 2)",
+        "lora pool list --where status=ok -q | lora pool verify - --deep",
     )
 )
 def verify(
@@ -421,7 +420,7 @@ def _adapter_or_folder(catalogue: Any, text: str) -> Adapter:
     return Adapter(id=text, commit=ref.commit, source="folder", repo=ref.repo)
 
 
-def _raise_if_not_all(report: "FetchReport") -> None:
+def _raise_if_not_all(report: Any) -> None:
     done = f"{len(report.fetched) + len(report.here):,} are here"
     if report.failed:
         adapter, reason = report.failed[0]
@@ -467,7 +466,7 @@ def _as_row(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _outcome(report: "SyncReport") -> str:
+def _outcome(report: Any) -> str:
     parts = [f"{report.seen:,} seen", f"{report.new:,} new", f"{report.changed:,} changed"]
     parts.append(f"{report.unchanged:,} unchanged")
     for count, what in (
