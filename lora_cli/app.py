@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import config, merge, pool, runs, select
+from lora_cli.commands import config, eval, fit, merge, pool, runs, select, train
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -38,6 +38,11 @@ class Root(TyperGroup):
         except typer.Abort:
             code = ExitCode.INTERRUPTED
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """In the order in which the work is done."""
+        order = ["demo", "pool", "select", "merge", "fit", "train", "eval", "runs", "config", "completion"]
+        return sorted(super().list_commands(ctx), key=lambda name: order.index(name))
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -81,6 +86,9 @@ app = typer.Typer(
 app.add_typer(pool.app, name="pool")
 select.register(app)
 merge.register(app)
+fit.register(app)
+train.register(app)
+eval.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 config.register(app)

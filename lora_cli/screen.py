@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from lora_cli.records import Progress
@@ -36,6 +37,17 @@ def safe(text: object) -> str:
         else:
             out.append(f"\\U{code:08x}")
     return "".join(out)
+
+
+def percent(share: float) -> str:
+    """A share in percent that never rounds a loss away: "100 %" means all of it, to rounding noise."""
+    return "100 %" if share >= 1 - 1e-6 else f"{min(share, 0.999):.1%}".replace("%", " %")
+
+
+def near(path: Path) -> str:
+    """A path as people want to read it: relative where it lies below the current folder."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.methods import Knob, MethodFolder
-from lora_cli.screen import Screen
+from lora_cli.screen import Screen, near, percent
 from lora_cli.settings import load
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
@@ -103,16 +104,12 @@ def merge(
             screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **plan.settings})
             return
         if runs.claim(folder, key, force=force):
-            screen.document("lora.merge/1", {"out": str(folder), **runs.read_record(folder)}, identity="out")
-            screen.say(f"merge: {folder} is up to date")
+            _show(screen, folder, runs.read_record(folder))
+            screen.say(f"merge: {near(folder)} is up to date")
             return
         with runs.recorded(settings.db, "merge", plan.settings, gathered.inputs, folder) as run:
             report = step.merge(plan, folder, run, replace=force, progress=progress)
-    record = {"out": str(folder), **run.record()}
-    if json:
-        screen.document("lora.merge/1", record)
-    else:
-        screen.text(f"{folder}\n")
+    _show(screen, folder, run.record())
     screen.say(outcome(plan, report))
 
 
@@ -142,16 +139,16 @@ def outcome(plan: Any, report: Any) -> str:
     rank = f"rank {high}" if low == high else f"rank {low} to {high}"
     many = f"{len(plan.adapters)} adapter{'s' if len(plan.adapters) != 1 else ''}"
     return (
-        f"{plan.method}: {many} → {rank} · {len(report.modules)} modules · {share(report.energy)} of the energy kept · "
-        f"{report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
+        f"{plan.method}: {many} → {rank} · {len(report.modules)} modules · "
+        f"{percent(report.energy)} of the energy kept · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
     )
 
 
-def share(energy: float) -> str:
-    """A share in percent that never rounds a loss away: 100 % means all of it."""
-    if energy >= 1 - 1e-9:
-        return "100 %"
-    return f"{min(energy, 0.999) * 100:.1f} %"
+def _show(screen: Screen, folder: Path, record: dict[str, Any]) -> None:
+    if screen.format == "json":
+        screen.document("lora.merge/1", {"out": str(folder), **record})
+    else:
+        screen.text(f"{near(folder)}\n")
 
 
 def _id_of(line: str) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.commands.options import Csv, Db, Json, Jsonl, Quiet, examples, screen_for
-from lora_cli.screen import Column
+from lora_cli.screen import Column, near
 from lora_cli.settings import load
 
 app = typer.Typer(help="What was run, on what data and adapters, and how it ended.", no_args_is_help=True)
@@ -40,7 +40,7 @@ def list_(
     for row in rows:
         row["started"] = row["started"][:19]
         if row["out"]:
-            row["out"] = _shown(Path(row["out"]))
+            row["out"] = near(Path(row["out"]))
     screen_for(json, jsonl, csv, quiet).rows("lora.runs.list/1", _COLUMNS, rows)
 
 
@@ -54,8 +54,3 @@ def show(
     from lora_cli import runs
 
     screen_for(json).document("lora.runs.show/1", runs.find(load({"db": db}).db, run))
-
-
-def _shown(path: Path) -> str:
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

@@ -23,7 +23,7 @@ from lora_cli.methods import MethodFolder
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Coefficients, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
-from lora_cli.screen import safe
+from lora_cli.screen import percent, safe
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -179,7 +179,7 @@ def merge(
         report = MergeReport(
             folder=folder,
             modules=tuple(reports),
-            energy=kept / total if total else 1.0,
+            energy=_share(kept, total),
             norm=math.sqrt(kept),
             sha256=sha256,
             seconds=time.monotonic() - started,
@@ -207,9 +207,13 @@ def _write_modules(
         reduced = merge_module(plan, module, moved)
         writer.add(module, reduced.update)
         kept, total = kept + reduced.kept, total + reduced.total
-        energy = reduced.kept / reduced.total if reduced.total else 1.0
         reports.append(
-            ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(reduced.kept), energy=energy)
+            ModuleReport(
+                module=module,
+                rank=writer.ranks[module],
+                norm=math.sqrt(reduced.kept),
+                energy=_share(reduced.kept, reduced.total),
+            )
         )
     progress("merge", len(plan.modules), len(plan.modules))
     if still := [name for name, moves in moved.items() if not moves]:
@@ -247,6 +251,10 @@ def merge_module(plan: MergePlan, module: str, moved: dict[str, bool] | None = N
     alone = isinstance(merged, LowRank) and len(updates) == 1 and plan.rank == "auto" and plan.energy is None
     reduced = reduce(merged, RankChoice(exact=True) if alone else choice)
     return Reduced(reduced.update.scaled(plan.scaling), reduced.total * plan.scaling**2, reduced.kept * plan.scaling**2)
+
+
+def _share(kept: float, total: float) -> float:
+    return min(1.0, kept / total) if total else 1.0
 
 
 def _apply(plan: MergePlan, updates: list[LowRank], weights: Tensor) -> LowRank | Tensor:
@@ -350,7 +358,7 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         f"{len(plan.adapters)} adapters of `{plan.base}` merged by `{plan.method}`"
         + (f" ({', '.join(f'{k} {v}' for k, v in plan.knobs.items())})" if plan.knobs else "")
         + f": {len(report.modules)} modules, rank {low if low == high else f'{low} to {high}'}, "
-        f"{report.energy:.1%} of the energy of the merged update kept.",
+        f"{percent(report.energy)} of the energy of the merged update kept.",
         "",
         "| parent | commit | weight |",
         "|---|---|---|",
