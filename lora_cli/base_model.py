@@ -352,10 +352,11 @@ class NewAdapter:
         (folder / "README.md").unlink(missing_ok=True)
 
 
-def load(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> BaseModel:
+def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
     """Load a base model from a folder or the Hub. Code that comes with a model is never run, pickles are never opened.
 
     Args:
+        name: what records and messages call it, where that is not `name_or_path`.
         device: "auto" is cuda where there is one, else cpu.
         dtype: fp32, bf16 or fp16; "auto" is bf16 on cuda and fp32 elsewhere.
 
@@ -390,7 +391,7 @@ def load(name_or_path: str, *, device: str = "auto", dtype: str = "auto") -> Bas
             f"{name_or_path}: {len(missing)} tensors are missing from its weights, {missing[0]} among them",
             hint="download the base model again",
         )
-    return BaseModel(name_or_path, model.to(device), tokenizer)
+    return BaseModel(name or name_or_path, model.to(device), tokenizer)
 
 
 def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:

@@ -124,6 +124,16 @@ def learn(
     )
 
 
+@torch.no_grad()
+def losses(base: BaseModel, examples: Sequence[Encoded]) -> tuple[float, list[float]]:
+    """Mean loss per completion token over all examples, and that of each, in nats, of what `base` wears now."""
+    sums: list[float] = []
+    for part in _passes(examples):
+        sums += base.completion_losses(part).tolist()
+    each = [total / item.tokens for total, item in zip(sums, examples, strict=True)]
+    return math.fsum(sums) / sum(item.tokens for item in examples), each
+
+
 class _Run:
     """The state of one training, and how it moves on."""
 
@@ -173,15 +183,10 @@ class _Run:
         self._seen.append(total)
         self.step += 1
 
-    @torch.no_grad()
     def evaluate(self) -> None:
         """Take the validation loss and keep the parameters when they are the best so far."""
-        sums: list[float] = []
-        for part in _passes(self.validation):
-            sums += self.base.completion_losses(part).tolist()
-        loss = math.fsum(sums) / sum(item.tokens for item in self.validation)
+        loss, each = losses(self.base, self.validation)
         self._demand_finite(loss)
-        each = [total / item.tokens for total, item in zip(sums, self.validation, strict=True)]
         if not self.curve:
             self.each_before = each
         if not self.curve or loss < min(point.validation for point in self.curve):

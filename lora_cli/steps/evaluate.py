@@ -4,12 +4,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.records import Example, Progress, Score, silent
@@ -30,6 +31,22 @@ class System:
     name: str
     updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
     version: str = ""
+
+
+class Updates(Mapping[str, LowRank]):
+    """The updates of an adapter, each read when it is asked for: of many systems only the one at work is in memory."""
+
+    def __init__(self, adapter: OpenAdapter) -> None:
+        self._adapter = adapter
+
+    def __getitem__(self, module: str) -> LowRank:
+        return self._adapter.read(module)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.modules)
+
+    def __len__(self) -> int:
+        return len(self._adapter.modules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

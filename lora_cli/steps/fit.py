@@ -2,17 +2,29 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.adapters.reader import OpenAdapter, open_adapter
+from lora_cli.adapters.store import AdapterFiles, folder_ref, sha256_of
+from lora_cli.adapters.writer import CONFIG_FILE, WEIGHTS_FILE
 from lora_cli.base_model import BaseModel
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.mixture import Mixture, Shape
+from lora_cli.outputs import whole_folder
 from lora_cli.records import Coefficients, Example, Progress, silent
-from lora_cli.steps.descent import Learnt, Recipe, learn
+from lora_cli.runs import RECORD_FILE, Run, record_text
+from lora_cli.scores import Difference, paired_difference
+from lora_cli.steps.descent import Learnt, Recipe, learn, losses
+from lora_cli.steps.merge import MergePlan, MergeReport, merge
+from lora_cli.steps.train import TARGET_RECIPE, train
 from lora_cli.task import split
+
+COEFFICIENTS_FILE = "coefficients.json"
+CONTROLS = ("random", "target")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,3 +102,133 @@ def fit(
         base=base.name,
     )
     return FitResult(coefficients=coefficients, learnt=learnt, n_train=len(training), n_validation=len(validation))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A fit beside something else on the same validation examples.
+
+    `loss` is the other's; `difference` is the fit's loss minus the other's, per example: below 0 the fit is better.
+    """
+
+    against: str
+    loss: float
+    difference: Difference
+
+    @property
+    def gain(self) -> bool:
+        """Whether the interval supports that the fit is better."""
+        return self.difference.high < 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitReport:
+    """What `fit_and_write` made: the fit, the merged adapter, and what it was compared with, the base first.
+
+    `loss_merged` is the validation loss of the adapter as written, after reduction of its rank and rounding.
+    """
+
+    fit: FitResult
+    merge: MergeReport
+    loss_merged: float
+    comparisons: tuple[Comparison, ...]
+
+
+def fit_and_write(
+    base: BaseModel,
+    plan: MergePlan,
+    examples: Sequence[Example],
+    folder: Path,
+    run: Run,
+    *,
+    target: str = "",
+    controls: Sequence[str] = (),
+    states: Path | None = None,
+    replace_folder: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> FitReport:
+    """Fit, compare with the controls, merge with the coefficients found, and write all of it as one folder.
+
+    The folder is a PEFT adapter with coefficients.json and run.json. It is whole or absent.
+
+    Args:
+        plan: the adapters, and how the result is to be reduced; its weights are not used.
+        target: `id@commit` of the plan's adapter that was trained on the task itself, if there is one.
+        controls: "random", the same fit over noise; "target", a new LoRA trained on the same data.
+        states: folder for the states that a killed fit goes on from; they are removed at the end.
+        options: `shape`, `l1`, `recipe`, `fraction` and `task_sha256` of `fit`.
+
+    Raises:
+        UsageError: an unknown control.
+        Refused: every coefficient is 0, so there is nothing to write. Everything that `fit`, `train` and `merge` raise.
+    """
+    for control in controls:
+        if control not in CONTROLS:
+            raise UsageError(f"unknown control {control!r}", hint=f"one of {', '.join(CONTROLS)}")
+    recipe = options.get("recipe") or Recipe()
+    state = None if states is None else states / f".fit-{run.key[:16]}.npz"
+    state_of_control = None if states is None else states / f".fit-{run.key[:16]}-control.npz"
+    own = [adapter for adapter in plan.adapters if adapter.ref.pinned == target]
+    others = [adapter for adapter in plan.adapters if adapter.ref.pinned != target]
+    options |= {"target": own[0] if own else None, "progress": progress}
+    result = fit(base, others, examples, checkpoint=state, **options)
+    if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
+        raise Refused(
+            f"no step lowers the validation loss of {result.learnt.loss_before:.3f}: the base alone is best",
+            hint="choose other adapters, or raise --steps",
+        )
+    found: dict[str, Learnt] = {}
+    if "random" in controls:
+        found["random"] = fit(base, others, examples, reinit=True, checkpoint=state_of_control, **options).learnt
+    if "target" in controls:
+        with tempfile.TemporaryDirectory() as scratch:
+            long = replace(TARGET_RECIPE, seed=recipe.seed)
+            found["target"] = train(base, examples, Path(scratch), recipe=long, progress=progress).learnt
+    _, held_out = split(examples, fraction=options.get("fraction", 0.2), seed=recipe.seed)
+    validation = [base.encode(example) for example in held_out]
+    loss_base, each_base = losses(base, validation)
+    ours = result.learnt.each_after
+    comparisons = [_compared("base", loss_base, each_base, ours, recipe.seed)] + [
+        _compared(name, learnt.loss_after, learnt.each_after, ours, recipe.seed) for name, learnt in found.items()
+    ]
+    with whole_folder(folder, replace=replace_folder) as partial:
+        inner = partial / "merged"
+        report = merge(replace(plan, coefficients=result.coefficients), inner, run, progress=progress)
+        for file in list(inner.iterdir()):
+            file.rename(partial / file.name)
+        inner.rmdir()
+        notes = {"schema": "lora.coefficients/1", **asdict(result.coefficients)}
+        (partial / COEFFICIENTS_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        merged = open_adapter(AdapterFiles(folder_ref(partial), partial / CONFIG_FILE, partial / WEIGHTS_FILE))
+        with base.wear({module: merged.read(module) for module in merged.modules}):
+            loss_merged, _ = losses(base, validation)
+        run.outputs[COEFFICIENTS_FILE] = sha256_of(partial / COEFFICIENTS_FILE)
+        run.results.update(_results(result, loss_merged, comparisons))
+        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+    for used in (state, state_of_control):
+        if used is not None:
+            used.unlink(missing_ok=True)
+    return FitReport(
+        fit=result,
+        merge=replace(report, folder=folder),
+        loss_merged=loss_merged,
+        comparisons=tuple(comparisons),
+    )
+
+
+def _compared(name: str, loss: float, each: Sequence[float], ours: Sequence[float], seed: int) -> Comparison:
+    return Comparison(against=name, loss=loss, difference=paired_difference(ours, each, seed=seed))
+
+
+def _results(result: FitResult, loss_merged: float, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    learnt = result.learnt
+    return {
+        "loss": learnt.loss_after,
+        "loss_merged": loss_merged,
+        "best_step": learnt.best_step,
+        "n_train": result.n_train,
+        "n_validation": result.n_validation,
+        "curve": [asdict(point) for point in learnt.curve],
+        "comparisons": [asdict(comparison) for comparison in comparisons],
+    }

@@ -1,12 +1,18 @@
 """Train a new LoRA on a task: the baseline that every fit has to beat."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from lora_cli.adapters.store import sha256_of
+from lora_cli.adapters.writer import WEIGHTS_FILE
 from lora_cli.base_model import SEVEN_LINEAR, BaseModel
 from lora_cli.errors import UsageError
+from lora_cli.outputs import whole_folder
 from lora_cli.records import Example, Progress, silent
+from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.steps.descent import Learnt, Recipe, learn
 from lora_cli.task import split
 
@@ -72,3 +78,56 @@ def train(
         n_train=len(training),
         n_validation=len(validation),
     )
+
+
+def train_and_write(
+    base: BaseModel,
+    examples: Sequence[Example],
+    folder: Path,
+    run: Run,
+    *,
+    replace: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> TrainResult:
+    """Train, and write adapter, model card and run.json as one folder, whole or absent. `options` are `train`'s.
+
+    Raises:
+        OutputError: `folder` exists (and `replace` is false) or cannot be written. Everything that `train` raises.
+    """
+    with whole_folder(folder, replace=replace) as partial:
+        result = train(base, examples, partial, progress=progress, **options)
+        run.outputs[WEIGHTS_FILE] = sha256_of(partial / WEIGHTS_FILE)
+        run.results.update(
+            loss_before=result.learnt.loss_before,
+            loss=result.learnt.loss_after,
+            best_step=result.learnt.best_step,
+            parameters=result.parameters,
+            n_train=result.n_train,
+            n_validation=result.n_validation,
+            curve=[asdict(point) for point in result.learnt.curve],
+        )
+        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+        (partial / "README.md").write_text(_card(base.name, result), encoding="utf-8")
+    return result
+
+
+def _card(base: str, result: TrainResult) -> str:
+    # A base that is a folder of this machine means nothing to others.
+    public = Path(base).name if Path(base).is_absolute() else base
+    front = {"base_model": public, "library_name": "peft", "tags": ["lora", f"base_model:adapter:{public}"]}
+    learnt = result.learnt
+    lines = [
+        "---",
+        *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        "---",
+        "",
+        "# LoRA",
+        "",
+        f"A LoRA of `{public}` trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
+        f"{learnt.loss_before:.3f} before, {learnt.loss_after:.3f} after, best at step {learnt.best_step}.",
+        "",
+        "`run.json` holds the settings, versions and hashes that made this folder.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,234 @@
+"""`lora eval`: score adapters on a task, on one loaded base."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.fit import base_of
+from lora_cli.commands.merge import named
+from lora_cli.commands.options import (
+    Base,
+    Csv,
+    Db,
+    Device,
+    Dtype,
+    Json,
+    Jsonl,
+    Quiet,
+    Seed,
+    examples,
+    screen_for,
+)
+from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.records import Example, Score
+from lora_cli.screen import Column
+from lora_cli.settings import Settings, load
+from lora_cli.task import load_task, split, task_sha256
+
+_COLUMNS = (
+    Column("SYSTEM", "system", wide=True),
+    Column("SCORE", "score", "right"),
+    Column("95 % CI", "interval", "right"),
+    Column("DELTA", "difference", "right"),
+    Column("P", "p", "right"),
+    Column("CHANGED", "changed_of", "right"),
+    Column("LOG-LIK", "log_likelihood", "right"),
+    Column("TOK/S", "speed", "right"),
+)
+
+
+def evaluate(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="Catalogue ids or folders, or - for ids on stdin.",
+            show_default="what merge and fit wrote last",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Task file.", show_default="the setting test, else the last fit's validation part"),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option("--metric", help="exact (share of exact matches) or nll (mean negative log-likelihood).")
+    ] = "exact",
+    baseline: Annotated[str, typer.Option("--baseline", help="What differences are to: base, or a system.")] = "base",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest output.", min=1)] = 30,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts per batch.", min=1)] = 16,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
+    ] = None,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
+
+    Every output is kept as a row of a JSONL file; a killed evaluation goes on from there. An adapter that changes no
+    output at all fails the command (exit 5): loaded is not applied.
+    """
+    from lora_cli import runs
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.steps.gather import gather
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    settings = load({"base": base, "test": data, "device": device, "dtype": dtype, "seed": seed, "db": db})
+    model = base_of(settings)
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        if adapters:
+            names, weights = named(adapters, catalogue, settings.base, None, screen)
+            if any(weight is not None for weight in weights):
+                raise UsageError("eval takes adapters without =WEIGHT")
+        else:
+            names = last_written(settings.db)
+            screen.say(f"adapters: {', '.join(names)}")
+        file, task = test_data(settings)
+        screen.say(f"data: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
+        gathered = gather(
+            catalogue,
+            names,
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=screen.say,
+            progress=progress,
+        )
+        asked = {
+            "base": gathered.base,
+            "device": settings.device,
+            "dtype": settings.dtype,
+            "metric": metric,
+            "baseline": baseline,
+            "max_new_tokens": max_new_tokens,
+            "seed": settings.seed,
+            "data": file.name,
+            "examples": len(task),
+        }
+        sha256 = task_sha256(file)
+        inputs = {**gathered.inputs, file.name: sha256}
+        rows = out or settings.runs / f"eval-{runs.key_of('eval', asked, inputs)[:8]}.jsonl"
+
+        from lora_cli.base_model import load as load_base
+        from lora_cli.steps.evaluate import System, Updates
+        from lora_cli.steps.evaluate import evaluate as step
+
+        systems = [System(name="base")] + [
+            System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
+            for name, adapter in zip(_distinct(names), gathered.adapters, strict=True)
+        ]
+        with runs.recorded(settings.db, "eval", asked, inputs, rows) as run:
+            loaded = load_base(model, name=gathered.base, device=settings.device, dtype=settings.dtype)
+            run.device = str(loaded.device)
+            scores = step(
+                loaded,
+                systems,
+                task,
+                metric=metric,  # type: ignore[arg-type]
+                baseline=baseline,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                seed=settings.seed,
+                rows_path=rows,
+                progress=progress,
+            )
+            runs.add_scores(settings.db, run, scores, {system.name: [system.version] for system in systems[1:]}, sha256)
+            _demand_effect(scores)
+    screen.rows(
+        "lora.eval/1",
+        _COLUMNS,
+        [_row(score) for score in scores],
+        identity="system",
+        caption=f"{metric}, n = {len(task)}, paired differences to {baseline}, bootstrap seed {settings.seed}",
+        extra={**asked, "rows_file": str(rows)},
+    )
+    for score in scores[1:]:
+        screen.say(f"eval: {score.system} changed the output on {score.changed} of {score.n} prompts")
+
+
+def last_written(db: Path) -> list[str]:
+    """The folders that merge and fit wrote last; NothingMatched when there is none."""
+    from lora_cli import runs
+
+    found = [runs.latest_output(db, [command]) for command in ("merge", "fit")]
+    names = [str(output[1]) for output in found if output is not None]
+    if not names:
+        raise NothingMatched("no adapters named, and none written yet", hint="run lora merge or lora fit, or name some")
+    return names
+
+
+def test_data(settings: Settings) -> tuple[Path, list[Example]]:
+    """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
+
+    Raises:
+        UsageError: neither is known. DataError: the file of the last fit has changed or is gone.
+    """
+    if settings.test is not None:
+        return settings.test, load_task(settings.test)
+
+    from lora_cli import runs
+
+    last = runs.latest_output(settings.db, ["fit"])
+    if last is None:
+        raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
+    record = runs.read_record(last[1])
+    name, seed = record["settings"]["data"], record["settings"]["seed"]
+    for file in (settings.data, Path(name)):
+        if file is not None and file.is_file() and task_sha256(file) == record["inputs"][name]:
+            return file, split(load_task(file), seed=seed)[1]
+    raise DataError(f"{name}, the data of the last fit, is not here or has changed", hint="give --data FILE.jsonl")
+
+
+def _origin(settings: Settings) -> str:
+    return f" ({settings.origin('test')})" if settings.test is not None else " (the validation part of the last fit)"
+
+
+def _distinct(names: list[str]) -> list[str]:
+    """Short names for the systems: an id as it is, a folder by its last part, numbered where two are alike."""
+    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    return [
+        name if short.count(name) == 1 and name != "base" else f"{name}#{short[: place + 1].count(name)}"
+        for place, name in enumerate(short)
+    ]
+
+
+def _demand_effect(scores: list[Score]) -> None:
+    for score in scores[1:]:
+        if score.changed == 0:
+            moved = score.details["moved"]
+            why = f"likelihoods moved on {moved}: too weak" if moved else "not even a likelihood moved: not applied"
+            raise Refused(
+                f"zero effect: {score.system} changed the output on 0 of {score.n} prompts ({why})",
+                hint="check the adapter's base and modules with 'lora pool verify'",
+            )
+
+
+def _row(score: Score) -> Mapping[str, Any]:
+    from dataclasses import asdict
+
+    shown = {"score": f"{score.value:.3f}", "interval": f"[{score.low:.3f}, {score.high:.3f}]"}
+    if score.delta is not None:
+        shown["difference"] = f"{score.delta:+.3f} [{score.delta_low:+.3f}, {score.delta_high:+.3f}]"
+    if score.changed is not None:
+        shown["changed_of"] = f"{score.changed}/{score.n}"
+    if score.tokens_per_second is not None:
+        shown["speed"] = f"{score.tokens_per_second:.0f}"
+    return {**asdict(score), **shown}
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora eval` to the command tree."""
+    root.command(
+        "eval",
+        epilog=examples(
+            "lora eval",
+            "lora eval pool/ann/descend pool/bob/cond --data task.jsonl --metric nll --json",
+        ),
+    )(evaluate)

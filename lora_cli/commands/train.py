@@ -1,0 +1,119 @@
+"""`lora train`: a new LoRA on the same data, the baseline that a fit has to beat."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.fit import Data, base_of, task_file
+from lora_cli.commands.options import Base, Db, Device, DryRun, Dtype, Force, Json, Out, Seed, examples, screen_for
+from lora_cli.screen import Screen
+from lora_cli.settings import load
+from lora_cli.task import load_task, task_sha256
+
+
+def train(
+    data: Data = None,
+    rank: Annotated[int, typer.Option("--rank", help="Rank of the LoRA.")] = 64,
+    alpha: Annotated[float, typer.Option("--alpha", help="Alpha; the update is scaled by alpha/rank.")] = 16.0,
+    dropout: Annotated[float, typer.Option("--dropout", help="Dropout on the LoRA's input.")] = 0.1,
+    target_modules: Annotated[
+        str, typer.Option("--target-modules", help="Names of modules with commas, or all-linear.")
+    ] = "all-linear",
+    steps: Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")] = 400,
+    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 3e-4,
+    batch: Annotated[int, typer.Option("--batch", help="Examples per step.")] = 8,
+    base: Base = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    seed: Seed = None,
+    out: Out = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    db: Db = None,
+    json: Json = False,
+) -> None:
+    """Train a new LoRA on a task: the baseline that every fit has to beat.
+
+    80 % of the examples train it, the others choose the best step. The result is a PEFT folder with run.json; its path
+    goes to stdout.
+    """
+    screen = screen_for(json)
+    settings = load({"base": base, "data": data, "device": device, "dtype": dtype, "seed": seed, "db": db})
+    file, model = task_file(settings), base_of(settings)
+    task, sha256 = load_task(file), task_sha256(file)
+
+    from lora_cli import runs
+    from lora_cli.steps.descent import Recipe
+    from lora_cli.steps.train import train_and_write
+
+    # A folder of this machine means nothing to others, where the base has a name besides.
+    declared = settings.base_aliases[0] if settings.base_aliases and Path(model).is_dir() else model
+    recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
+    asked = {
+        "base": declared,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": target_modules,
+        "steps": steps,
+        "lr": lr,
+        "batch": batch,
+        "seed": settings.seed,
+        "data": file.name,
+    }
+    inputs = {file.name: sha256}
+    key = runs.key_of("train", asked, inputs)
+    folder = out or settings.runs / f"train-{key[:8]}"
+    if dry_run:
+        screen.document("lora.train.plan/1", {"out": str(folder), **asked})
+        return
+    if runs.claim(folder, key, force=force):
+        _show(screen, json, folder, runs.read_record(folder))
+        screen.say(f"train: {folder} is up to date")
+        return
+    screen.say(f"train: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
+    from lora_cli.base_model import load as load_base
+
+    with screen.progress() as progress, runs.recorded(settings.db, "train", asked, inputs, folder) as run:
+        loaded = load_base(model, name=declared, device=settings.device, dtype=settings.dtype)
+        run.device = str(loaded.device)
+        result = train_and_write(
+            loaded,
+            task,
+            folder,
+            run,
+            replace=force,
+            progress=progress,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            target_modules=target_modules if target_modules == "all-linear" else target_modules.split(","),
+            recipe=recipe,
+        )
+    _show(screen, json, folder, run.record())
+    learnt = result.learnt
+    screen.say(
+        f"train: validation loss {learnt.loss_before:.3f} → {learnt.loss_after:.3f} · rank {rank} · "
+        f"{result.parameters:,} parameters · best at step {learnt.best_step} of {steps}"
+    )
+
+
+def _show(screen: Screen, json: bool, folder: Path, record: Mapping[str, Any]) -> None:
+    if json:
+        screen.document("lora.train/1", {"out": str(folder), **record})
+    else:
+        screen.text(f"{folder}\n")
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora train` to the command tree."""
+    root.command(
+        epilog=examples(
+            "lora train --data task.jsonl --rank 8 --steps 40 --lr 5e-3",
+            "lora train --data task.jsonl --target-modules q_proj,v_proj --dry-run",
+        )
+    )(train)
