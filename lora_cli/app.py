@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import config, eval, fit, merge, pool, runs, select, train
+from lora_cli.commands import config, demo, eval, fit, merge, pool, runs, select, train
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -83,6 +83,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+demo.register(app)
 app.add_typer(pool.app, name="pool")
 select.register(app)
 merge.register(app)

@@ -27,6 +27,7 @@ _UPSERT = (
     "ON CONFLICT (id) DO UPDATE SET "
     + ", ".join(f'"{name}" = excluded."{name}"' for name in (*_FIELDS, "hub_id", "seen_at") if name != "id")
 )
+_REVISION = re.compile(r"@([0-9a-f]{4,40})(?=$|:)")
 _SQL_SECONDS = 10.0
 _SQL_ROWS = 1_000_000
 _SQL_CELL_BYTES = 10_000_000
@@ -152,6 +153,23 @@ class Catalogue:
         near = self.suggest(id)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `lora pool list`, or run `lora pool sync`"
         raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
+
+    def named(self, text: str) -> Adapter:
+        """The row for what a user typed: an id (with `@commit` only that version of it), or a folder.
+
+        Raises:
+            NothingMatched: unknown, with ids that look like it; or known at another commit.
+        """
+        if text.startswith((".", "/", "~")) and (folder := Path(text).expanduser()).is_dir():
+            found = self.at(folder)
+            if found is None:
+                raise NothingMatched(f"{text}: not in the catalogue", hint=f"lora pool sync --from {folder.parent}")
+            return found
+        wanted = _REVISION.search(text)
+        row = self.get(_REVISION.sub("", text))
+        if wanted and not row.commit.startswith(wanted[1]):
+            raise NothingMatched(f"{row.id} is known at {row.commit[:12]}, not at {wanted[1]}", hint="lora pool sync")
+        return row
 
     def at(self, folder: Path) -> Adapter | None:
         """The adapter that lies in `folder`, None if it is not in the catalogue."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.base_model import BaseModel, Term
 from lora_cli.errors import Refused, UsageError
@@ -199,6 +200,15 @@ class Mixture:
         """While the block runs, every pass of `base` goes through the mixture with the coefficients of that moment."""
         with base.attach({module: self._term(module) for module in self._blocks}, before=self._refresh):
             yield
+
+    @torch.no_grad()
+    def updates(self) -> dict[str, LowRank]:
+        """The mixture as it stands, one exact update per module: coefficients folded into B."""
+        spread = self._factors()[self._index].split_with_sizes(self._widths)
+        return {
+            module: LowRank((block.b * factors.to(block.b)).cpu(), block.a.cpu())
+            for (module, block), factors in zip(self._blocks.items(), spread, strict=True)
+        }
 
     @torch.no_grad()
     def values(self) -> dict[str, tuple[tuple[float, ...], ...]]:

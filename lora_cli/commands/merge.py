@@ -1,12 +1,12 @@
 """`lora merge`: several adapters become one."""
 
 import inspect
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.methods import Knob, MethodFolder
@@ -119,17 +119,15 @@ def named(
     """The adapters meant by ADAPTER[=WEIGHT] arguments (or by none), and the weight of each that was given one."""
     from lora_cli.steps.gather import default_names
 
-    if arguments == ["-"]:
-        arguments = [_id_of(line) for line in sys.stdin if line.strip()]
-        if not arguments:
-            raise NothingMatched("no adapters on stdin")
-    elif arguments and selection is not None:
-        raise UsageError("name adapters or a --selection, not both")
-    elif not arguments:
+    if not arguments:
         names, note = default_names(catalogue, base, selection)
         screen.say(note)
         return names, [None] * len(names)
-    pairs = [_split(argument) for argument in arguments]
+    if selection is not None:
+        raise UsageError("name adapters or a --selection, not both")
+    pairs = [_split(argument) for argument in expand(arguments)]
+    if not pairs:
+        raise NothingMatched("no adapters on stdin")
     return [name for name, _ in pairs], [weight for _, weight in pairs]
 
 
@@ -146,23 +144,10 @@ def outcome(plan: Any, report: Any) -> str:
 
 def _show(screen: Screen, folder: Path, record: dict[str, Any]) -> None:
     if screen.format == "json":
+        record = {key: value for key, value in record.items() if key != "schema"}
         screen.document("lora.merge/1", {"out": str(folder), **record})
     else:
         screen.text(f"{near(folder)}\n")
-
-
-def _id_of(line: str) -> str:
-    """An id from a line of stdin: plain, or a JSONL row with one."""
-    import json
-
-    line = line.strip()
-    if not line.startswith("{"):
-        return line
-    try:
-        row = json.loads(line)
-        return f"{row['id']}@{row['commit']}" if row.get("commit") else str(row["id"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UsageError(f"stdin: {line[:80]!r} is neither an id nor a JSON row with one") from None
 
 
 def _split(argument: str) -> tuple[str, float | None]:

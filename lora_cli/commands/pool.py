@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, Usag
 from lora_cli.records import Adapter
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, load
+
+if TYPE_CHECKING:
+    from lora_cli.catalogue import Catalogue
 
 app = typer.Typer(help="Adapters that are known of: find them, list them, fetch and check them.", no_args_is_help=True)
 
@@ -179,11 +182,10 @@ def show(
     """Show all that is known of one adapter: facts, where they come from, and why it cannot be used if it cannot."""
     from lora_cli.adapters.store import locate
     from lora_cli.catalogue import Catalogue
-    from lora_cli.commands.chosen import known_adapter
 
     screen = screen_for(json)
     with Catalogue(load({"db": db}).db) as catalogue:
-        row = known_adapter(catalogue, adapter)
+        row = catalogue.named(adapter)
         provenance = catalogue.provenance(row.id)
     files = locate(row.ref)
     facts = asdict(row) | {"target_modules": list(row.target_modules), "ranks": dict(row.ranks)}
@@ -275,14 +277,14 @@ def fetch(
     checked is not touched again.
     """
     from lora_cli.catalogue import Catalogue
-    from lora_cli.commands.chosen import expand, known_adapter
+    from lora_cli.commands.chosen import expand
     from lora_cli.hub import Hub
     from lora_cli.steps import fetch as step
 
     screen = screen_for(json, jsonl, csv, quiet)
     with Catalogue(load({"db": db}).db) as catalogue, screen.progress() as progress:
         if adapter:
-            refs = [known_adapter(catalogue, text).ref for text in expand(adapter)]
+            refs = [catalogue.named(text).ref for text in dict.fromkeys(expand(adapter))]
         else:
             last = catalogue.last_selection()
             if last is None:
@@ -338,7 +340,7 @@ def verify(
     rows: list[dict[str, Any]] = []
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         hub = Hub(progress=progress)
-        texts = expand(adapter)
+        texts = list(dict.fromkeys(expand(adapter)))
         rows_known = [_adapter_or_folder(catalogue, text) for text in texts]
         for done, row in enumerate(rows_known):
             progress("verifying adapters", done, len(texts))
@@ -402,17 +404,16 @@ def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] |
     return look
 
 
-def _adapter_or_folder(catalogue: Any, text: str) -> Adapter:
+def _adapter_or_folder(catalogue: "Catalogue", text: str) -> Adapter:
     """The row of an id or a folder; for a folder that is not in the catalogue, a row with nothing known."""
     from lora_cli.adapters.store import folder_ref
-    from lora_cli.commands.chosen import known_adapter
 
     folder = Path(text).expanduser()
     looks_like_path = text.startswith((".", "/", "~"))
     if looks_like_path and not folder.is_dir():
         raise NothingMatched(f"{text}: no such folder")
     if not folder.is_dir() or (not looks_like_path and catalogue.known([text])):
-        return known_adapter(catalogue, text)
+        return catalogue.named(text)
     ref = folder_ref(folder)
     row: Adapter | None = catalogue.at(folder)
     if row is not None and row.commit == ref.commit:

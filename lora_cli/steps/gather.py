@@ -121,17 +121,15 @@ def bring(
 def _find(catalogue: Catalogue, name: str) -> tuple[AdapterRef, Adapter | None]:
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return folder_ref(folder), None
-    id, _, commit = name.partition("@")
-    row = catalogue.get(id)
-    if not row.commit.startswith(commit):
-        raise Refused(f"{id}: catalogued at {row.commit[:12]}, not at {commit[:12]}", hint="select again after a sync")
+        ref, row = folder_ref(folder), catalogue.at(folder)
+        if row is None or row.commit != ref.commit:
+            return ref, None
+    else:
+        row = catalogue.named(name)
     if row.status == "gated":
-        raise AccessDenied(
-            f"{id}: {row.reason}", hint="ask for access on its page, log in with hf auth login, then sync"
-        )
+        raise AccessDenied(f"{row.id}: {row.reason}", hint="ask for access on its page, run hf auth login, then sync")
     if row.status != "ok":
-        raise Refused(f"{id}: {row.status}: {row.reason}", hint="leave this adapter out")
+        raise Refused(f"{row.id}: {row.reason}", hint="leave this adapter out")
     return row.ref, row
 
 

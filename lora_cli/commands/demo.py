@@ -1,0 +1,104 @@
+"""`lora demo`: the whole tool on a miniature world that is built on the spot."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lora_cli.commands.options import Json, Seed, examples, screen_for
+from lora_cli.screen import Column, Screen, near
+from lora_cli.settings import load
+
+_COLUMNS = (
+    Column("TASK", "task"),
+    Column("SYSTEM", "system"),
+    Column("SCORE", "score", "right"),
+    Column("95 % CI", "interval", "right"),
+    Column("N", "n", "right"),
+    Column("Δ VS BASE", "difference", "right"),
+    Column("CHANGED", "changed", "right"),
+)
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")] = Path(
+        "lora-demo"
+    ),
+    size: Annotated[
+        Literal["small", "test"], typer.Option("--size", help="small (minutes) or test (half a minute).")
+    ] = "small",
+    seed: Seed = None,
+    json: Json = False,
+) -> None:
+    """Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.
+
+    A tiny base model and a pool of LoRAs are really trained, some adapters deliberately broken. One table compares what
+    the tool makes of them. The folder that is left has a lora.toml: enter it and try the commands.
+    """
+    from lora_cli.world import build
+
+    screen = screen_for(json)
+    number = load({"seed": seed}).seed
+    with screen.progress() as progress:
+        screen.say(f"demo: building a {size} world in {near(folder.absolute())}, seed {number}")
+        world = build(folder, size=size, seed=number, progress=progress)
+
+        from lora_cli.world.tour import tour
+
+        found = tour(world, folder.absolute() / "lora.db", folder.absolute() / "lora-runs", progress=progress)
+    synced = found.synced
+    screen.say(
+        f"pool: {synced.seen} adapters, {synced.seen - synced.unusable} usable; "
+        f"the others are listed with the reason: lora pool list --where 'status!=ok'"
+    )
+    screen.rows(
+        "lora.demo/1",
+        _COLUMNS,
+        [_row(chapter.target.name, score) for chapter in found.chapters for score in chapter.scores],
+        identity="system",
+        caption="exact match on prompts never trained on; Wilson and paired bootstrap intervals, 95 %",
+        extra={"folder": str(folder.absolute()), "size": size, "seed": number},
+    )
+    for chapter in found.chapters:
+        _tell(screen, chapter)
+    screen.say("")
+    screen.say(f"next: cd {near(folder.absolute())}, then")
+    for line in ("lora pool sync", "lora merge --method ties", "lora fit --data task.jsonl", "lora eval"):
+        screen.say(f"  {line}")
+
+
+def _row(task: str, score: Any) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "task": task,
+        "system": score.system,
+        "value": score.value,
+        "score": f"{score.value:.2f}",
+        "low": score.low,
+        "high": score.high,
+        "interval": f"{score.low:.2f} – {score.high:.2f}",
+        "n": score.n,
+        "delta": score.delta,
+        "difference": None,
+        "changed": None,
+    }
+    if score.delta is not None:
+        row["difference"] = f"{score.delta:+.2f} [{score.delta_low:+.2f}, {score.delta_high:+.2f}]"
+        row["changed"] = f"{score.changed}/{score.n}"
+    return row
+
+
+def _tell(screen: Screen, chapter: Any) -> None:
+    target = chapter.target
+    inside = [name for name in chapter.nearest if name.partition("/")[2] in target.relevant]
+    pool = f"the nearest adapters hold {', '.join(inside)}" if inside else "no adapter of the pool was trained on it"
+    screen.say("")
+    screen.say(f"{target.name}: {pool}")
+    for one, other, score in chapter.claims:
+        interval = f"{score.delta:+.2f} [{score.delta_low:+.2f}, {score.delta_high:+.2f}]"
+        verdict = "better" if score.delta_low > 0 else "worse" if score.delta_high < 0 else "no measurable difference"
+        screen.say(f"  {one} − {other}: {interval}: {verdict}")
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora demo` to the command tree."""
+    root.command(epilog=examples("lora demo", "lora demo tiny --size test --seed 1"))(demo)

@@ -1,0 +1,219 @@
+"""The tour through a finished world: sync, select, merge, fit, evaluate, by the functions that the commands call."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli import runs
+from lora_cli.adapters.reader import OpenAdapter, open_adapter
+from lora_cli.adapters.store import folder_ref, locate
+from lora_cli.base_model import BaseModel, module_shapes
+from lora_cli.base_model import load as load_base
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import Refused
+from lora_cli.records import Progress, Score, silent
+from lora_cli.steps import merge as merging
+from lora_cli.steps.descent import Recipe
+from lora_cli.steps.evaluate import System, Updates, evaluate
+from lora_cli.steps.fit import fit, fit_and_write
+from lora_cli.steps.gather import Gathered, gather
+from lora_cli.steps.select import select
+from lora_cli.steps.sync import SyncReport, sync
+from lora_cli.steps.train import train_and_write
+from lora_cli.task import load_task, task_sha256
+from lora_cli.world.layout import Size, Target, World
+
+CHOSEN: dict[Size, int] = {"small": 5, "test": 3}
+TARGETS: dict[Size, tuple[int, ...]] = {"small": (0, -1), "test": (0,)}
+NEW_LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0, "dropout": 0.0}
+NEW_LORA_RECIPE = Recipe(steps=100, lr=5e-3)
+"""What a model this small wants; `lora train` has the defaults of large ones."""
+_NEW, _NOISE, _RANDOM, _NEAREST = (
+    "new LoRA on the same data",
+    "control: random weights",
+    "adaptive, {} random",
+    "adaptive, {} nearest",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chapter:
+    """The results on one task. `nearest` and `drawn` name the adapters of the two selections.
+
+    `claims` compares pairs of systems on the same prompts: (better?, than what, the score with its paired difference).
+    """
+
+    target: Target
+    scores: tuple[Score, ...]
+    nearest: tuple[str, ...]
+    drawn: tuple[str, ...]
+    claims: tuple[tuple[str, str, Score], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tour:
+    """What the tour found: the catalogue's figures, and a chapter per task."""
+
+    synced: SyncReport
+    chapters: tuple[Chapter, ...]
+
+
+def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -> Tour:
+    """Run the whole tool on `world`; outputs go below `folder`, where finished ones are taken as they are.
+
+    Leaves the nearest adapters of the main task as the last selection.
+    """
+    with Catalogue(db) as catalogue:
+        synced = sync(
+            catalogue,
+            world.pool,
+            base=str(world.base),
+            aliases=[world.base_name],
+            base_shapes=lambda: module_shapes(str(world.base)),
+            progress=progress,
+        )
+        base = load_base(str(world.base), name=world.base_name, device="cpu", dtype="fp32")
+        guides = [_Guide(world, catalogue, base, db, folder, world.targets[i], progress) for i in TARGETS[world.size]]
+        # The main task comes last, so that its selection is the one remembered.
+        chapters = [guide.chapter() for guide in reversed(guides)][::-1]
+    return Tour(synced=synced, chapters=tuple(chapters))
+
+
+class _Guide:
+    """One task's chapter under way."""
+
+    def __init__(
+        self,
+        world: World,
+        catalogue: Catalogue,
+        base: BaseModel,
+        db: Path,
+        folder: Path,
+        target: Target,
+        progress: Progress,
+    ) -> None:
+        self.world, self.catalogue, self.base, self.db = world, catalogue, base, db
+        self.folder, self.target, self.progress = folder / target.name, target, progress
+        self.k = CHOSEN[world.size]
+        self.train, self.test = load_task(target.train), load_task(target.test)
+        self.task = {target.train.name: task_sha256(target.train)}
+
+    def chapter(self) -> Chapter:
+        """Train the baseline, choose, merge, fit, evaluate."""
+        new = self._new_lora()
+        drawn = self._choose("random", where=[f"id!={self.world.pool.name}/{name}" for name in self.target.relevant])
+        nearest = self._choose("cosine", target=self.folder / "new-lora")
+        nearest_name, random_name = _NEAREST.format(self.k), _RANDOM.format(self.k)
+        adapters = {
+            f"average of {self.k} random": self._merged("average", drawn, "linear"),
+            f"TIES of {self.k} random": self._merged("ties", drawn, "ties"),
+            random_name: self._fitted("fit-random", drawn),
+            nearest_name: self._fitted("fit-nearest", nearest),
+            _NEW: new,
+        }
+        systems = [System(name="base")]
+        for name, adapter in adapters.items():
+            systems.append(System(name=name, updates=Updates(adapter), version=adapter.ref.pinned))
+        systems.append(self._noise(nearest))
+        pairs = ((nearest_name, _NEW), (nearest_name, _NOISE), (random_name, _NOISE))
+        scores = self._evaluated(systems)
+        claims = [(one, other, self._against(systems, one, other)) for one, other in pairs]
+        return Chapter(
+            target=self.target,
+            scores=tuple(scores),
+            nearest=tuple(a.ref.id for a in nearest.adapters),
+            drawn=tuple(a.ref.id for a in drawn.adapters),
+            claims=tuple(claims),
+        )
+
+    def _choose(self, by: str, *, where: Sequence[str] = (), target: Path | None = None) -> Gathered:
+        chosen = select(
+            self.catalogue,
+            by=by,
+            k=self.k,
+            base=str(self.world.base),
+            where=where,
+            seed=self.world.seed,
+            target=target,
+            announce=_nothing_to_fetch,
+        )
+        self.catalogue.remember_selection(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})
+        names = [adapter.ref.pinned for adapter, _ in chosen]
+        aliases = [self.world.base_name]
+        return gather(self.catalogue, names, base=str(self.world.base), aliases=aliases, announce=_nothing_to_fetch)
+
+    def _new_lora(self) -> OpenAdapter:
+        settings = {"target": self.target.name, "seed": self.world.seed, **NEW_LORA}
+        with runs.recorded(self.db, "train", settings, self.task, self.folder / "new-lora") as run:
+            if not runs.claim(self.folder / "new-lora", run.key, force=False):
+                train_and_write(
+                    self.base,
+                    self.train,
+                    self.folder / "new-lora",
+                    run,
+                    recipe=NEW_LORA_RECIPE,
+                    progress=self.progress,
+                    **NEW_LORA,
+                )
+        return _opened(self.folder / "new-lora")
+
+    def _merged(self, name: str, chosen: Gathered, method: str) -> OpenAdapter:
+        share = 1 / len(chosen.adapters)
+        plan = merging.plan(chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, method=method)
+        with runs.recorded(self.db, "merge", plan.settings, chosen.inputs, self.folder / name) as run:
+            if not runs.claim(self.folder / name, run.key, force=False):
+                merging.merge(plan, self.folder / name, run, progress=self.progress)
+        return _opened(self.folder / name)
+
+    def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
+        plan = merging.plan(chosen.adapters, [1.0] * len(chosen.adapters), base=chosen.base)
+        inputs = {**chosen.inputs, **self.task}
+        with runs.recorded(self.db, "fit", {"demo": name, "seed": self.world.seed}, inputs, self.folder / name) as run:
+            if not runs.claim(self.folder / name, run.key, force=False):
+                fit_and_write(
+                    self.base,
+                    plan,
+                    self.train,
+                    self.folder / name,
+                    run,
+                    recipe=Recipe(seed=self.world.seed),
+                    task_sha256=self.task[self.target.train.name],
+                    progress=self.progress,
+                )
+        return _opened(self.folder / name)
+
+    def _noise(self, chosen: Gathered) -> System:
+        """The same fit over noise of the same spread: what it reaches owes nothing to what the adapters know."""
+        recipe = Recipe(seed=self.world.seed)
+        result = fit(self.base, chosen.adapters, self.train, recipe=recipe, reinit=True, progress=self.progress)
+        version = " ".join([f"noise, seed {recipe.seed}", *(a.ref.pinned for a in chosen.adapters)])
+        return System(name=_NOISE, updates=result.updates, version=version)
+
+    def _evaluated(self, systems: Sequence[System]) -> list[Score]:
+        inputs = {system.name: system.version for system in systems} | self.task
+        rows = self.folder / "rows.jsonl"
+        with runs.recorded(self.db, "eval", {"data": self.target.test.name, "metric": "exact"}, inputs, rows) as run:
+            scores = evaluate(
+                self.base, systems, self.test, rows_path=rows, seed=self.world.seed, progress=self.progress
+            )
+            versions = {system.name: [system.version] for system in systems}
+            runs.add_scores(self.db, run, scores, versions, task_sha256(self.target.test))
+        return scores
+
+    def _against(self, systems: Sequence[System], one: str, other: str) -> Score:
+        """Score `one` with `other` as the baseline, from the rows that are already there."""
+        rows = self.folder / "rows.jsonl"
+        scores = evaluate(self.base, systems, self.test, baseline=other, rows_path=rows, seed=self.world.seed)
+        return next(score for score in scores if score.system == one)
+
+
+def _opened(folder: Path) -> OpenAdapter:
+    files = locate(folder_ref(folder))
+    if files is None:
+        raise Refused(f"{folder}: incomplete", hint="remove it and run the demo again")
+    return open_adapter(files)
+
+
+def _nothing_to_fetch(text: str) -> None:
+    raise AssertionError(f"the miniature world is whole, yet: {text}")
