@@ -149,8 +149,9 @@ def evaluate(
         caption=f"{metric}, n = {len(task)}, paired differences to {baseline}, bootstrap seed {settings.seed}",
         extra={**asked, "rows_file": str(rows)},
     )
+    what = "output" if metric == "exact" else "likelihood"
     for score in scores[1:]:
-        screen.say(f"eval: {score.system} changed the output on {score.changed} of {score.n} prompts")
+        screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
 
 
 def last_written(db: Path) -> list[str]:
@@ -191,8 +192,8 @@ def _origin(settings: Settings) -> str:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """Short names for the systems: an id as it is, a folder by its last part, numbered where two are alike."""
-    short = [Path(name).name if Path(name).is_dir() else name for name in names]
+    """Names for the systems: as given, a full path by its last part, numbered where two are alike."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return [
         name if short.count(name) == 1 and name != "base" else f"{name}#{short[: place + 1].count(name)}"
         for place, name in enumerate(short)
@@ -229,6 +230,6 @@ def register(root: typer.Typer) -> None:
         "eval",
         epilog=examples(
             "lora eval",
-            "lora eval pool/ann/descend pool/bob/cond --data task.jsonl --metric nll --json",
+            "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
         ),
     )(evaluate)

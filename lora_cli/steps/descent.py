@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -210,7 +209,8 @@ class _Run:
             own = self.optimizer.state[parameter]
             tensors = {"now": parameter, "best": best, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
             state |= {f"{place}.{name}": tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        partial = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}.partial")
+        # One fixed name: what a killed fit left is written over, and gone once this one is whole.
+        partial = checkpoint.with_name(f"{checkpoint.name}.partial")
         try:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as file:

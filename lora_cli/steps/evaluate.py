@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -240,7 +239,7 @@ class _Rows:
 
     def _rewritten(self, path: Path) -> Any:
         """The file with only the rows that still hold, open for more."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial.write_text("".join(map(_line, self.found.values())), encoding="utf-8")
