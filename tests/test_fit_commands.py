@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 import lora_cli
 from lora_cli.app import app
 from lora_cli.world import World
+from tests.tiny_bases import STORIES, needs_stories
 
 ROOT = Path(lora_cli.__file__).parents[1]
 QUICK = ("--steps", "20")
@@ -306,3 +307,36 @@ def test_a_fit_that_is_killed_leaves_nothing_half_done_and_goes_on(here: World, 
     for file in whole.iterdir():
         assert file.read_bytes() == Path("killed", file.name).read_bytes(), file.name
     assert not list(here.folder.glob(".*"))
+
+
+# ---- a real pretrained model ----
+
+
+@needs_stories
+def test_train_merge_fit_and_eval_on_a_real_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["Lily", "Tom", "Anna", "Ben", "Mia", "Max", "Sue", "Tim"]
+    things = ["ball", "dog", "tree", "boat", "hat", "cake"]
+
+    def write(file: str, ending: str, n: int, shift: int) -> None:
+        rows = [
+            {"prompt": f"{names[(i + shift) % 8]} had a {things[i % 6]}.", "completion": f"It was {ending}."}
+            for i in range(n)
+        ]
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    monkeypatch.setenv("LORA_BASE", str(STORIES))
+    for name, ending in (("big", "so big"), ("sad", "so sad")):
+        write(f"{name}.jsonl", ending, 40, 0)
+        options = ("--rank", "4", "--alpha", "8", "--dropout", "0", "--steps", "40", "--lr", "1e-2", "-o", name)
+        ok("train", "--data", f"{name}.jsonl", *options)
+    write("new.jsonl", "so sad", 30, 3)
+    write("test.jsonl", "so sad", 24, 5)
+    ok("merge", "./big", "./sad", "-o", "average")
+    ok("fit", "./big", "./sad", "--data", "new.jsonl", "--steps", "40", "-o", "fitted")
+    # This model has no use for its end token, so it is stopped after the seven tokens of the answer.
+    told = ok("eval", "./big", "./average", "./fitted", "--data", "test.jsonl", "--max-new-tokens", "7", "--json")
+    scores = {row["system"]: row for row in json.loads(told.out)["rows"]}
+    assert scores["base"]["value"] == scores["./big"]["value"] == 0
+    assert scores["./fitted"]["value"] > 0.8
+    assert scores["./fitted"]["log_likelihood"] >= scores["./average"]["log_likelihood"] - 0.05
+    assert {scores[name]["changed"] for name in ("./big", "./average", "./fitted")} == {24}
