@@ -30,7 +30,9 @@ def commands() -> Iterator[tuple[str, Any, Any]]:
 def reference() -> str:
     """docs/commands.md."""
     text = io.StringIO()
-    text.write("# Commands\n\nMade from the program by `python -m tests.generate`; what `--help` prints, command by command.\n")
+    text.write(
+        "# Commands\n\nMade from the program by `python -m tests.generate`; what `--help` prints, command by command.\n"
+    )
     for words, command, context in commands():
         text.write(f"\n## {words}\n\n```text\n{command.get_help(context).strip()}\n```\n")
     return text.getvalue()

@@ -218,6 +218,6 @@ def register(root: typer.Typer) -> None:
     root.command(
         epilog=examples(
             "lora fit --data task.jsonl",
-            "lora fit --data task.jsonl pool/ann/descend pool/bob/cond --granularity layer --steps 20 -o fitted",
+            "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
         )
     )(fit)

@@ -78,6 +78,7 @@ def merge(
     step.METHODS.check(method, given)
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen)
+        numbers = _weights(weights, own_weights)
         gathered = gather(
             catalogue,
             names,
@@ -88,7 +89,7 @@ def merge(
         )
         plan = step.plan(
             gathered.adapters,
-            _weights(weights, own_weights),
+            numbers,
             base=gathered.base,
             method=method,
             knobs=given,
@@ -211,7 +212,7 @@ def register(root: typer.Typer) -> None:
     root.command(
         epilog=examples(
             "lora merge --method ties",
-            "lora merge pool/ann/descend=0.7 pool/bob/cond=0.3 -o merged",
-            "lora merge pool/ann/descend pool/bob/cond --method ties --density 0.4 --rank 16 --dry-run",
+            "lora merge pool/tarn/mirror=0.7 pool/mossy/double=0.3 -o merged",
+            "lora merge pool/tarn/mirror pool/mossy/double --method ties --density 0.4 --rank 16 --dry-run",
         )
     )(with_knobs(merge))

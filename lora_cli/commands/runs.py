@@ -44,7 +44,11 @@ def list_(
     screen_for(json, jsonl, csv, quiet).rows("lora.runs.list/1", _COLUMNS, rows)
 
 
-@app.command(epilog=examples("lora runs show $(lora runs list -q -n 1)", "lora runs show 2026 --json"))
+@app.command(
+    epilog=examples(
+        "lora runs show $(lora runs list -q -n 1)", "lora runs show $(lora runs list --command merge -q -n 1) --json"
+    )
+)
 def show(
     run: Annotated[str, typer.Argument(help="The run's id, or the start of it.")],
     db: Db = None,

@@ -1,7 +1,7 @@
 """Bring the weights of adapters into the Hub client's cache, and find out what only weights tell."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.header import read_header
 from lora_cli.adapters.store import AdapterFiles, locate
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, HeaderError, LoraError, NetworkError, OutputError
+from lora_cli.errors import AccessDenied, HeaderError, LoraError, NetworkError, OutputError, Refused
 from lora_cli.hub import Gated, Hub, cache_folder
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.steps.sources import weighed
@@ -109,6 +109,27 @@ def fetch(
         failed=tuple(failed),
         bytes=sum(adapter.bytes for adapter in fetched),
     )
+
+
+def bring(
+    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
+) -> None:
+    """Fetch and check the weights of catalogued adapters that are not on this machine yet.
+
+    Raises:
+        Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
+        NetworkError: some could not be fetched; those that could are kept.
+    """
+    missing = [ref for ref in refs if locate(ref) is None]
+    if not missing:
+        return
+    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
+    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
+    for adapter, reason in report.refused:
+        kind = AccessDenied if adapter.status == "gated" else Refused
+        raise kind(f"{adapter.id}: {reason}", hint="leave this adapter out")
+    for adapter, reason in report.failed:
+        raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
 
 
 def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:

@@ -3,11 +3,12 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, sha256_of
 from lora_cli.adapters.writer import CONFIG_FILE, WEIGHTS_FILE
@@ -29,9 +30,13 @@ CONTROLS = ("random", "target")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitResult:
-    """Coefficients and how they were found. `n_train` and `n_validation` count the two parts of the data."""
+    """Coefficients and how they were found. `n_train` and `n_validation` count the two parts of the data.
+
+    `updates` is the fitted mixture itself, one exact update per module (of noise, where the fit was over noise).
+    """
 
     coefficients: Coefficients
+    updates: Mapping[str, LowRank] = field(repr=False)
     learnt: Learnt
     n_train: int
     n_validation: int
@@ -101,7 +106,13 @@ def fit(
         task_sha256=task_sha256,
         base=base.name,
     )
-    return FitResult(coefficients=coefficients, learnt=learnt, n_train=len(training), n_validation=len(validation))
+    return FitResult(
+        coefficients=coefficients,
+        updates=mixture.updates(),
+        learnt=learnt,
+        n_train=len(training),
+        n_validation=len(validation),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,9 @@ from lora_cli.adapters.checks import canonical_base, same_base
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
-from lora_cli.hub import Hub
+from lora_cli.errors import AccessDenied, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
-from lora_cli.steps.fetch import fetch, plan
+from lora_cli.steps.fetch import bring
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -95,27 +94,6 @@ def gather(
     known = [*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]
     _check_bases(opened, base, known)
     return Gathered(adapters=tuple(opened), base=_public_name(opened, base, known), inputs=inputs)
-
-
-def bring(
-    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
-) -> None:
-    """Fetch and check the weights of catalogued adapters that are not on this machine yet.
-
-    Raises:
-        Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
-        NetworkError: some could not be fetched; those that could are kept.
-    """
-    missing = [ref for ref in refs if locate(ref) is None]
-    if not missing:
-        return
-    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
-    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
-    for adapter, reason in report.refused:
-        kind = AccessDenied if adapter.status == "gated" else Refused
-        raise kind(f"{adapter.id}: {reason}", hint="leave this adapter out")
-    for adapter, reason in report.failed:
-        raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
 
 
 def _find(catalogue: Catalogue, name: str) -> tuple[AdapterRef, Adapter | None]:

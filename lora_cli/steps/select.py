@@ -4,14 +4,17 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.steps.gather import bring
+from lora_cli.steps.fetch import bring
+
+if TYPE_CHECKING:
+    from lora_cli.adapters.reader import OpenAdapter
 
 METHODS = MethodFolder("lora_cli.selection_methods", "selection method")
 
@@ -76,7 +79,9 @@ def _lot(adapter: Adapter) -> str:
     return hashlib.sha256(adapter.ref.pinned.encode()).hexdigest()
 
 
-def _opened(candidates: Sequence[Adapter]) -> list[OpenAdapter]:
+def _opened(candidates: Sequence[Adapter]) -> "list[OpenAdapter]":
+    from lora_cli.adapters.reader import open_adapter
+
     opened = []
     for row in candidates:
         files = locate(row.ref)
@@ -86,7 +91,9 @@ def _opened(candidates: Sequence[Adapter]) -> list[OpenAdapter]:
     return opened
 
 
-def _target(folder: Path) -> OpenAdapter:
+def _target(folder: Path) -> "OpenAdapter":
+    from lora_cli.adapters.reader import open_adapter
+
     files = locate(folder_ref(folder))
     if files is None:
         raise NothingMatched(

@@ -88,9 +88,9 @@ POOLS: dict[Size, Pool] = {
         rate=1e-2,
         recipes=(
             Recipe(name="kestrel/outer", task="outer", rank=8, alpha=16, targets=ALL),
-            Recipe(name="mossy/mirror", task="mirror", rank=4, alpha=16, targets=ATTENTION, licence="mit"),
+            Recipe(name="tarn/mirror", task="mirror", rank=4, alpha=16, targets=ATTENTION, licence="mit"),
             Recipe(
-                name="tarn/rotate-three",
+                name="kestrel/rotate-three",
                 task="rotate-three",
                 rank=2,
                 alpha=3,
@@ -98,7 +98,7 @@ POOLS: dict[Size, Pool] = {
                 rslora=True,
             ),
             Recipe(
-                name="northwind/double",
+                name="mossy/double",
                 task="double",
                 rank=4,
                 alpha=8,

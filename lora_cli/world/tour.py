@@ -1,9 +1,12 @@
 """The tour through a finished world: sync, select, merge, fit, evaluate, by the functions that the commands call."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from lora_cli import runs
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
@@ -64,7 +67,7 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
 
     Leaves the nearest adapters of the main task as the last selection.
     """
-    with Catalogue(db) as catalogue:
+    with _one_thread(), Catalogue(db) as catalogue:
         synced = sync(
             catalogue,
             world.pool,
@@ -206,6 +209,17 @@ class _Guide:
         rows = self.folder / "rows.jsonl"
         scores = evaluate(self.base, systems, self.test, baseline=other, rows_path=rows, seed=self.world.seed)
         return next(score for score in scores if score.system == one)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """A model this small is slower on two threads than on one, and one gives the same result on every machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _opened(folder: Path) -> OpenAdapter:

@@ -1,0 +1,160 @@
+"""Every command: documented, with examples that run; light to start; and the four lines of the demo's folder."""
+
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_cli.world import World
+from tests import generate
+
+COMMANDS = {words: command for words, command, _ in generate.commands()}
+LEAVES = {words: command for words, command in COMMANDS.items() if not getattr(command, "commands", None)}
+
+
+def examples_of(words: str) -> list[str]:
+    """The example lines that close a command's help."""
+    epilog = LEAVES[words].epilog or ""
+    return [line.strip() for line in epilog.splitlines() if line.startswith("  ")]
+
+
+def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """A line of shell, typed in `folder`, with `lora` being this program."""
+    path = f"{folder / '.bin'}:{os.environ['PATH']}"
+    (folder / ".bin").mkdir(exist_ok=True)
+    program = folder / ".bin" / "lora"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lora_cli "$@"\n')
+    program.chmod(0o755)
+    environment = {**os.environ, "PATH": path}
+    environment.pop("LORA_DB", None)
+    return subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS))
+def test_every_command_and_option_says_what_it_is(words: str) -> None:
+    command = COMMANDS[words]
+    assert command.help, words
+    for parameter in command.params:
+        assert parameter.help, (words, parameter.name)
+
+
+@pytest.mark.parametrize("words", sorted(LEAVES))
+def test_every_help_ends_with_at_least_two_examples(words: str) -> None:
+    examples = examples_of(words)
+    assert len(examples) >= 2
+    assert all(words in example for example in examples)
+
+
+def test_the_examples_of_every_help_run(own_world: World) -> None:
+    folder = own_world.folder
+    assert run("lora pool sync && lora select -k 3", folder).returncode == 0
+    # Demos are run by test_demo; completion into a home is the user's own affair.
+    first = ["lora pool sync", "lora select", "lora merge", "lora fit", "lora train", "lora eval"]
+    for words in [*first, *sorted(set(LEAVES) - {*first, "lora demo"})]:
+        for example in examples_of(words):
+            done = run(example.replace("~/", "./").replace("| source", "> /dev/null"), folder)
+            refusal = done.returncode == 5 and words == "lora pool verify"
+            assert done.returncode == 0 or refusal, f"{example}\n{done.stdout}\n{done.stderr}"
+            assert "Traceback" not in done.stderr, example
+
+
+def test_the_four_lines_work_as_written(own_world: World) -> None:
+    folder = own_world.folder
+    for line in ("lora pool sync", "lora merge --method ties", "lora fit --data task.jsonl", "lora eval"):
+        done = run(line, folder)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+        assert bool(done.stdout) == ("sync" not in line), line
+        assert done.stderr, line
+    assert "changed the output on" in done.stderr
+    again = run("lora fit --data task.jsonl", folder)
+    assert again.returncode == 0
+    assert "up to date" in again.stderr
+
+
+def test_data_flows_through_a_script(own_world: World) -> None:
+    folder = own_world.folder
+    run("lora pool sync", folder)
+    listed = run("lora pool list --where 'rank<=4' --where status=ok --json", folder)
+    document = json.loads(listed.stdout)
+    assert document["schema"] == "lora.pool.list/1"
+    assert {row["status"] for row in document["rows"]} == {"ok"}
+    merged = run("lora pool list -q --where 'rank<=4' --where status=ok | lora merge - -o small --weights sum", folder)
+    assert merged.returncode == 0, merged.stderr
+    assert merged.stdout == "small\n"
+    record = json.loads((folder / "small" / "run.json").read_text())
+    assert set(record["inputs"]) == {f"{row['id']}@{row['commit']}" for row in document["rows"]}
+    closed = run("lora pool list | head -1; test ${PIPESTATUS[0]} -eq 0", folder)
+    assert closed.returncode == 0
+    assert closed.stderr == ""
+
+
+@pytest.mark.parametrize("line", ["--help", "pool list", "select --by rank -k 2", "merge --help", "runs list"])
+def test_light_commands_import_nothing_heavy(line: str, own_world: World) -> None:
+    code = (
+        "import sys\nfrom lora_cli.app import app\n"
+        f"try:\n    app({shlex.split(line)!r}, prog_name='lora')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    run("lora pool sync", own_world.folder)
+    environment = {k: v for k, v in os.environ.items() if k != "LORA_DB"}
+    subprocess.run([sys.executable, "-c", code], cwd=own_world.folder, env=environment, check=True)
+
+
+def test_help_comes_at_once() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    for _ in range(3):
+        subprocess.run([sys.executable, "-m", "lora_cli", "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 <= 0.4
+
+
+def test_generated_files_are_what_the_program_makes() -> None:
+    stale = [file.name for file, text in generate.generated().items() if file.read_text("utf-8") != text]
+    assert stale == [], "run python -m tests.generate"
+
+
+def test_the_readme_links_to_what_exists() -> None:
+    text = (generate.ROOT / "README.md").read_text("utf-8")
+    links = re.findall(r"\]\(((?!http)[^)#]+)", text)
+    assert links
+    assert [link for link in links if not (generate.ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [
+        ("nonsense", 2, "No such command 'nonsense'"),
+        ("merge --densty 0.2", 2, "No such option"),
+        ("merge", 3, "no adapters selected, and none usable"),
+        ("merge nobody/knows", 3, "nobody/knows: not in the catalogue"),
+        ("merge a b --method tise", 2, "did you mean 'ties'"),
+        ("select", 3, "no usable adapter"),
+        ("select --by rnk", 2, "did you mean 'rank'"),
+        ("select --where 'rang=8'", 2, "rang"),
+        ("select --by cosine", 2, "needs --target"),
+        ("merge a=x", 2, "the weight after = is no number"),
+        ("merge a=1 b", 2, "some adapters have a weight"),
+        ("merge a b --weights 1,2,3", 2, "3 numbers for 2 adapters"),
+        ("runs show nothing", 3, "no run whose id starts with"),
+        ("pool sync", 2, "base"),
+        ("fit --data none.jsonl", 2, "base"),
+        ("completion tcsh", 2, "unknown shell"),
+        ("merge --json x", 3, "not in the catalogue"),
+    ],
+)
+def test_a_mistake_gives_one_clear_line_and_its_code(line: str, code: int, words: str, tmp_path: Path) -> None:
+    done = run(f"lora {line} --db {tmp_path / 'x.db'}" if "completion" not in line else f"lora {line}", tmp_path)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 2
+    assert "Traceback" not in done.stderr
