@@ -11,45 +11,19 @@ import time
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
 
 import lora_cli
-from lora_cli.app import app
 from lora_cli.world import World
+from tests.cli import ok, refused
 from tests.tiny_bases import STORIES, needs_stories
 
 ROOT = Path(lora_cli.__file__).parents[1]
 QUICK = ("--steps", "20")
-
-
-class Told(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def lora(*words: str) -> Told:
-    result = CliRunner().invoke(app, list(words), prog_name="lora")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Told(result.exit_code, result.stdout, result.stderr)
-
-
-def ok(*words: str) -> Told:
-    told = lora(*words)
-    assert told.code == 0, told
-    return told
-
-
-def refused(code: int, *words: str) -> str:
-    told = lora(*words)
-    assert (told.code, told.out) == (code, ""), told
-    return told.err
 
 
 @pytest.fixture(scope="module", autouse=True)

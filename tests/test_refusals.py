@@ -1,0 +1,170 @@
+"""Bad input, as people meet it: one clear line, its exit code, and nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.cli import lora, ok, refused
+from tests.fake_hub import FakeHub
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (24, 16), "model.layers.0.mlp.up_proj": (40, 16)}
+
+
+@pytest.fixture
+def pool(own_home: Path) -> Iterator[Path]:
+    """Two good adapters and several bad ones, in folders of the working folder; whatever fails must leave nothing."""
+    folder = own_home / "pool"
+    good = random_factors(SHAPES, 4, seed=1)
+    write_adapter(folder / "good", good)
+    write_adapter(folder / "other", random_factors(SHAPES, 2, seed=2))
+    write_adapter(folder / "stranger", random_factors(SHAPES, 2, seed=3), base="acme/other")
+    write_adapter(folder / "dora", good, use_dora=True)
+    nan = random_factors(SHAPES, 2, seed=4)
+    nan["model.layers.0.mlp.up_proj"][1][0, 0] = float("inf")
+    write_adapter(folder / "nan", nan)
+    write_adapter(folder / "silent", {m: (torch.zeros_like(b), a) for m, (b, a) in good.items()})
+    cut = write_adapter(folder / "cut", good) / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    (folder / "empty").mkdir()
+    before = sorted(own_home.rglob("*"))
+    yield folder
+    assert sorted(own_home.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("adapters", "code", "words"),
+    [
+        (["pool/good", "pool/stranger"], 5, "two base models: "),
+        (["pool/good", "pool/nan"], 5, "NaN or Inf in model.layers.0.mlp.up_proj"),
+        (["pool/good", "pool/cut"], 5, "truncated"),
+        (["pool/good", "pool/dora"], 5, "DoRA"),
+        (["pool/good", "pool/silent"], 5, "every lora_B is zero"),
+        (["pool/good", "pool/good"], 5, "is given twice"),
+        (["pool/good", "pool/empty"], 5, "no adapter_config.json"),
+        (["pool/good", "pool/missing"], 3, "pool/missing: not in the catalogue"),
+    ],
+)
+def test_adapters_that_cannot_be_merged(pool: Path, adapters: list[str], code: int, words: str) -> None:
+    assert words in refused(code, "merge", *adapters, "-o", "out")
+
+
+def test_a_catalogued_adapter_is_refused_with_the_reason_of_the_catalogue(pool: Path) -> None:
+    ok("pool", "sync", "acme/tiny", "--from", "pool")
+    assert "pool/nan: NaN or Inf in" in refused(5, "merge", "pool/nan", "-o", "out")
+    assert "did you mean pool/good" in refused(3, "merge", "pol/good", "-o", "out")
+
+
+def test_weights_that_changed_since_the_sync_are_noticed(pool: Path) -> None:
+    ok("pool", "sync", "acme/tiny", "--from", "pool")
+    ok("select", "--by", "random", "-k", "2")
+    file = pool / "good" / "adapter_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-4] + b"\0\0\0\0")
+    message = refused(5, "merge", "-o", "out")
+    file.write_bytes(data)
+    assert "pool/good: its weights changed since the last sync" in message
+
+
+def test_outputs_that_exist_or_cannot_be_written(own_home: Path) -> None:
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
+    (own_home / "out").mkdir()
+    (own_home / "out" / "precious").write_text("mine")
+    assert "out exists" in refused(1, "merge", "a", "-o", "out")
+    assert (own_home / "out" / "precious").read_text() == "mine"
+    (own_home / "file").write_text("")
+    assert "cannot be written" in refused(1, "merge", "a", "-o", "file/out")
+    (own_home / "link").symlink_to(own_home / "elsewhere")
+    assert "link" in refused(1, "merge", "a", "-o", "link")
+    assert "file" in refused(1, "merge", "a", "-o", "done", "--db", "file/x.db")
+    assert not (own_home / "done").exists()
+
+
+def test_a_finished_output_is_up_to_date_and_force_redoes_it(own_home: Path) -> None:
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
+    write_adapter(own_home / "b", random_factors(SHAPES, 2, seed=2))
+    assert ok("merge", "a", "b", "-o", "out").out == "out\n"
+    weights = own_home / "out" / "adapter_model.safetensors"
+    before = (weights.stat().st_ino, weights.read_bytes())
+    told = ok("merge", "b", "a", "-o", "out")
+    assert (told.out, told.err.splitlines()[-1]) == ("out\n", "merge: out is up to date")
+    assert weights.stat().st_ino == before[0]
+    ok("merge", "a", "b", "-o", "out", "--force")
+    assert weights.stat().st_ino != before[0]
+    assert weights.read_bytes() == before[1]
+    assert "out exists" in refused(1, "merge", "a=1", "b=2", "-o", "out")
+    (own_home / "out" / "run.json").write_text("{")
+    assert "out exists" in refused(1, "merge", "a", "b", "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "d"}\n', "task.jsonl:2: "),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c"\n', "task.jsonl:2: "),
+        ('{"prompt": "a"}\n', "task.jsonl:1: "),
+        ('{"prompt": 3, "completion": "b"}\n', "task.jsonl:1: "),
+        ("", "task.jsonl"),
+    ],
+)
+def test_a_bad_line_of_a_task_is_named(own_home: Path, text: str, words: str) -> None:
+    (own_home / "task.jsonl").write_text(text)
+    for command in ("fit", "train", "eval"):
+        assert words in refused(
+            1, command, "--data", "task.jsonl", "--base", "acme/tiny", *_some_adapter(own_home, command)
+        )
+
+
+def test_a_task_that_is_not_there(own_home: Path) -> None:
+    assert "none.jsonl" in refused(1, "fit", "--data", "none.jsonl", "--base", "acme/tiny")
+    assert "no task file" in refused(2, "fit", "--base", "acme/tiny")
+
+
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
+    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    line = f"{command} --data task.jsonl --base acme/tiny"
+    with FakeHub() as hub:
+        hub.add("acme/tiny", {"config.json": b"{}", "model.safetensors": b""}, gated="manual")
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_cli", *line.split(), *_some_adapter(own_home, command)],
+            env={**os.environ, "HF_ENDPOINT": hub.endpoint},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stdout) == (4, ""), done.stderr
+    assert "acme/tiny" in done.stderr
+    assert "gated" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_plans_change_nothing(own_home: Path) -> None:
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
+    before = sorted(own_home.rglob("*"))
+    plan = json.loads(ok("merge", "a", "--method", "ties", "--dry-run", "--json").out)
+    assert plan["schema"] == "lora.merge.plan/1"
+    assert plan["knobs"] == {"density": 0.2, "election": "total"}
+    assert plan["modules"] == 2
+    assert sorted(own_home.rglob("*")) == before
+
+
+def test_debug_gives_the_traceback_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "LORA_DEBUG", "1")
+    told = lora("merge", "nobody/knows")
+    assert told.code == 3
+    assert "Traceback" in told.err
+
+
+def _some_adapter(folder: Path, command: str) -> list[str]:
+    if command == "train":
+        return []
+    if not (folder / "a").exists():
+        write_adapter(folder / "a", random_factors(SHAPES, 4, seed=1))
+    return ["a"]
