@@ -52,12 +52,17 @@ def near(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: its heading, the key of the row it shows, and how it reads."""
+    """A column of a table: its heading, the key of the row it shows, and how it reads.
+
+    On a narrow terminal `minor` columns are left out, the rightmost first, and `wide` ones break over several lines;
+    the others keep their width.
+    """
 
     heading: str
     key: str
     align: Literal["left", "right"] = "left"
     wide: bool = False
+    minor: bool = False
 
 
 class Screen:
@@ -161,19 +166,35 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption=Text(safe(caption)) if caption else None)
-        table.caption_justify = "left"
-        for column in columns:
-            table.add_column(
-                Text(column.heading), justify=column.align, overflow="fold", no_wrap=not column.wide, ratio=None
-            )
-        for row in rows:
-            table.add_row(*(Text(_cell(row.get(column.key))) for column in columns))
-        Console(markup=False, emoji=False, highlight=False).print(table)
+        console = Console(markup=False, emoji=False, highlight=False)
+        cells = [[_cell(row.get(column.key)) for column in columns] for row in rows]
+        shown = _fitting(columns, cells, console.width)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        if caption:
+            table.caption, table.caption_justify = Text(safe(caption)), "left"
+        for place in shown:
+            column = columns[place]
+            table.add_column(Text(column.heading), justify=column.align, overflow="fold", no_wrap=not column.wide)
+        for line in cells:
+            table.add_row(*(Text(line[place]) for place in shown))
+        console.print(table)
 
 
 def _out(text: str, end: str = "\n") -> None:
     print(text, end=end)
+
+
+def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
+    """The places of the columns that fit side by side; a wide one needs no more than 24 characters."""
+    need = []
+    for place, column in enumerate(columns):
+        longest = max(len(text) for text in (column.heading, *(line[place] for line in cells)))
+        need.append(2 + (min(longest, 24) if column.wide else longest))
+    shown = list(range(len(columns)))
+    for place in reversed(range(len(columns))):
+        if sum(need[at] for at in shown) > width and columns[place].minor:
+            shown.remove(place)
+    return shown
 
 
 def _cell(value: Any) -> str:

@@ -23,7 +23,7 @@ from lora_cli.commands.options import (
 )
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
 from lora_cli.records import Example, Score
-from lora_cli.screen import Column
+from lora_cli.screen import Column, near
 from lora_cli.settings import Settings, load
 from lora_cli.task import load_task, split, task_sha256
 
@@ -90,7 +90,7 @@ def evaluate(
                 raise UsageError("eval takes adapters without =WEIGHT")
         else:
             names = last_written(settings.db)
-            screen.say(f"adapters: {', '.join(names)}")
+            screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
         file, task = test_data(settings)
         screen.say(f"data: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
         gathered = gather(

@@ -9,7 +9,7 @@ import typer
 from lora_cli.commands.merge import named
 from lora_cli.commands.options import Base, Db, Device, DryRun, Dtype, Force, Json, Out, Seed, examples, screen_for
 from lora_cli.errors import UsageError
-from lora_cli.screen import Screen
+from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
 
@@ -133,7 +133,7 @@ def fit(
             return
         if runs.claim(folder, key, force=force):
             _show(screen, json, folder, runs.read_record(folder))
-            screen.say(f"fit: {folder} is up to date")
+            screen.say(f"fit: {near(folder)} is up to date")
             return
         screen.say(f"fit: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
         from lora_cli.base_model import load as load_base
@@ -210,7 +210,7 @@ def _show(screen: Screen, json: bool, folder: Path, record: Mapping[str, Any]) -
     if json:
         screen.document("lora.fit/1", {"out": str(folder), **record})
     else:
-        screen.text(f"{folder}\n")
+        screen.text(f"{near(folder)}\n")
 
 
 def register(root: typer.Typer) -> None:

@@ -24,11 +24,11 @@ _ADAPTERS = (
     Column("ADAPTER", "id"),
     Column("REV", "rev"),
     Column("RANK", "rank", "right"),
-    Column("SCALE", "scale", "right"),
-    Column("MODULES", "targets"),
-    Column("SIZE", "size", "right"),
-    Column("LICENCE", "licence"),
-    Column("BASE", "base"),
+    Column("SCALE", "scale", "right", minor=True),
+    Column("MODULES", "targets", minor=True),
+    Column("SIZE", "size", "right", minor=True),
+    Column("LICENCE", "licence", minor=True),
+    Column("BASE", "model", minor=True),
     Column("STATUS", "state", wide=True),
 )
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
@@ -36,13 +36,13 @@ _FETCHED = (Column("ADAPTER", "id"), Column("ACTION", "action"), Column("SIZE", 
 _VERDICTS = (
     Column("ADAPTER", "id"),
     Column("STATUS", "status"),
-    Column("BASE", "base"),
-    Column("MATCH", "base_match"),
+    Column("BASE", "base", minor=True),
+    Column("MATCH", "base_match", minor=True),
     Column("COVERAGE", "covered", "right"),
     Column("NORM", "norm", "right"),
     Column("REASON", "reason", wide=True),
 )
-_COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value"), Column("ADAPTERS", "adapters", "right"))
+_COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
 Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, show_default="all")]
 Alias = Annotated[
@@ -461,10 +461,17 @@ def _as_row(adapter: Adapter) -> dict[str, Any]:
     return {
         **_facts(adapter),
         "rev": adapter.commit[:7],
-        "targets": ",".join(name.removesuffix("_proj") for name in adapter.target_modules),
+        "targets": _targets(adapter.target_modules),
+        "model": adapter.base.replace("\\", "/").rstrip("/").rpartition("/")[2],
         "size": _size(adapter.bytes) if adapter.bytes else None,
         "state": f"{adapter.status}: {adapter.reason}" if adapter.reason else adapter.status,
     }
+
+
+def _targets(names: tuple[str, ...]) -> str:
+    """Target modules in little room: the seven of a Llama are "all linear"."""
+    short = [name.removesuffix("_proj") for name in names]
+    return "all linear" if sorted(short) == ["down", "gate", "k", "o", "q", "up", "v"] else ",".join(short)
 
 
 def _outcome(report: Any) -> str:

@@ -8,7 +8,7 @@ import typer
 
 from lora_cli.commands.fit import Data, base_of, task_file
 from lora_cli.commands.options import Base, Db, Device, DryRun, Dtype, Force, Json, Out, Seed, examples, screen_for
-from lora_cli.screen import Screen
+from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
 
@@ -73,7 +73,7 @@ def train(
         return
     if runs.claim(folder, key, force=force):
         _show(screen, json, folder, runs.read_record(folder))
-        screen.say(f"train: {folder} is up to date")
+        screen.say(f"train: {near(folder)} is up to date")
         return
     screen.say(f"train: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
     from lora_cli.base_model import load as load_base
@@ -106,7 +106,7 @@ def _show(screen: Screen, json: bool, folder: Path, record: Mapping[str, Any]) -
     if json:
         screen.document("lora.train/1", {"out": str(folder), **record})
     else:
-        screen.text(f"{folder}\n")
+        screen.text(f"{near(folder)}\n")
 
 
 def register(root: typer.Typer) -> None:
