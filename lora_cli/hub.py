@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from urllib.parse import urlencode, urlsplit, urlunsplit
+from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, OutputError, Partial, UsageError
 from lora_cli.records import Progress, silent
@@ -182,6 +182,16 @@ class Hub:
                     url = ""
                     break
             yield page
+
+    def repository(self, repo: str, revision: str = "") -> Listed:
+        """What a listing shows of one repository at a branch, tag or whole commit, "" for its main branch."""
+        at = f"/revision/{quote(revision, safe='')}" if revision else ""
+        query = urlencode([("expand", name) for name in _EXPAND])
+        item, _ = self._get(f"{self.endpoint}/api/models/{repo}{at}?{query}", repo, _json_page)
+        listed = _listed(item)
+        if listed is None or (_COMMIT.fullmatch(revision) and listed.commit != revision):
+            raise NetworkError(f"{repo}: the Hub's answer is not what was asked for", hint="check HF_ENDPOINT")
+        return listed
 
     def exists(self, repo: str) -> bool:
         """False if the Hub says that there is no such repository (any more)."""
@@ -508,11 +518,15 @@ def _translated(what: str) -> Iterator[None]:
     except theirs.RemoteEntryNotFoundError as error:
         raise MissingFile(f"{what}: no such file at this commit") from error
     except theirs.RevisionNotFoundError as error:
-        raise NothingMatched(f"{what}: no such commit") from error
+        raise NothingMatched(
+            f"{what}: no such commit, branch or tag on the Hub", hint="give all 40 digits of a commit"
+        ) from error
     except theirs.DisabledRepoError as error:
         raise NothingMatched(f"{what}: disabled by the Hub") from error
     except theirs.RepositoryNotFoundError as error:
-        raise NothingMatched(f"{what}: no such repository, or a private one", hint="check `hf auth whoami`") from error
+        raise NothingMatched(
+            f"{what}: no such repository on the Hub, or a private one", hint="check `hf auth whoami`"
+        ) from error
     except theirs.HFValidationError as error:
         raise UsageError(f"{what}: not a repository id") from error
     except theirs.HfHubHTTPError as error:

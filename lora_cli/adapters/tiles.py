@@ -8,7 +8,7 @@ from torch import Tensor
 from lora_cli.adapters.lowrank import LowRank
 
 TILE_BYTES = 8 << 20
-_SAMPLE = 1 << 18
+_SAMPLE = 1 << 16
 
 
 class DeltaTiles:
@@ -63,12 +63,12 @@ class DeltaTiles:
         update, (out_features, in_features) = self.updates[i], self.shape
         count = min(out_features, max(1, _SAMPLE // in_features))
         rows = torch.linspace(0, out_features - 1, count, device=update.B.device).long()
-        sample = (update.B[rows] @ update.A).abs().flatten().sort().values
+        sample = (update.B[rows] @ update.A).abs().flatten()
         middle, spread = (1 - density) * len(sample), 0.02 * len(sample) + 8
         low, high = int(middle - spread), int(middle + spread)
         return (
-            float(sample[low]) if low > 0 else 0.0,
-            float(sample[high]) if high < len(sample) else float("inf"),
+            float(torch.kthvalue(sample, low).values) if low > 0 else 0.0,
+            float(torch.kthvalue(sample, high).values) if high <= len(sample) else float("inf"),
         )
 
     def _magnitudes(self, i: int) -> Iterator[Tensor]:

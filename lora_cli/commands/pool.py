@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 
 from lora_cli.commands.options import Base, Csv, Db, DryRun, Force, Json, Jsonl, Quiet, Where, examples, screen_for
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
-from lora_cli.records import Adapter
+from lora_cli.records import Adapter, Progress
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, load
 
@@ -280,11 +281,21 @@ def fetch(
     from lora_cli.commands.chosen import expand
     from lora_cli.hub import Hub
     from lora_cli.steps import fetch as step
+    from lora_cli.steps.lookup import look_up
 
     screen = screen_for(json, jsonl, csv, quiet)
-    with Catalogue(load({"db": db}).db) as catalogue, screen.progress() as progress:
+    settings = load({"db": db})
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         if adapter:
-            refs = [catalogue.named(text).ref for text in dict.fromkeys(expand(adapter))]
+            look = partial(
+                look_up,
+                catalogue,
+                base=settings.base or "",
+                aliases=settings.base_aliases,
+                announce=screen.say,
+                progress=progress,
+            )
+            refs = [look(text).ref for text in dict.fromkeys(expand(adapter))]
         else:
             last = catalogue.last_selection()
             if last is None:
@@ -341,7 +352,7 @@ def verify(
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         hub = Hub(progress=progress)
         texts = list(dict.fromkeys(expand(adapter)))
-        rows_known = [_adapter_or_folder(catalogue, text) for text in texts]
+        rows_known = [_adapter_or_folder(catalogue, text, progress) for text in texts]
         for done, row in enumerate(rows_known):
             progress("verifying adapters", done, len(texts))
             asked = settings.base or row.base
@@ -404,16 +415,17 @@ def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] |
     return look
 
 
-def _adapter_or_folder(catalogue: "Catalogue", text: str) -> Adapter:
-    """The row of an id or a folder; for a folder that is not in the catalogue, a row with nothing known."""
+def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
+    """The row of an id or a folder; of what is not in the catalogue, a row with nothing but where it is."""
     from lora_cli.adapters.store import folder_ref
+    from lora_cli.steps.lookup import pinned
 
     folder = Path(text).expanduser()
     looks_like_path = text.startswith((".", "/", "~"))
     if looks_like_path and not folder.is_dir():
         raise NothingMatched(f"{text}: no such folder")
     if not folder.is_dir() or (not looks_like_path and catalogue.known([text])):
-        return catalogue.named(text)
+        return pinned(catalogue, text, progress)
     ref = folder_ref(folder)
     row: Adapter | None = catalogue.at(folder)
     if row is not None and row.commit == ref.commit:

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lora_cli.adapters.checks import canonical_base, same_base
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, NothingMatched, Refused
+from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.steps.fetch import bring
+from lora_cli.steps.lookup import look_up, names_of, usable
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -66,19 +68,21 @@ def gather(
     """Find, fetch where needed, open and check adapters.
 
     Args:
-        names: catalogue ids, `id@commit` (or the start of one), or local folders.
+        names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
         base: the base model they must belong to; None takes the one they declare.
         aliases: other names of that base.
-        announce: is told, before anything is downloaded, how many adapters and how many bytes.
+        announce: is told what was looked up on the Hub and, before weights are downloaded, how many bytes.
 
     Raises:
         NothingMatched: an id nobody knows.
         AccessDenied: a gated adapter.
+        NetworkError: an id that the catalogue does not know, or weights that are not here, and no Hub to ask.
         Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases.
     """
     if not names:
         raise NothingMatched("no adapters selected", hint="name some, or run lora select")
-    found = [_find(catalogue, name) for name in names]
+    look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, progress=progress)
+    found = [_find(catalogue, name, look) for name in names]
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
     opened, inputs = [], {}
     for ref, row in found:
@@ -91,24 +95,20 @@ def gather(
             raise Refused(f"{ref.id}: its weights changed since the last sync", hint="run lora pool sync")
         inputs[ref.pinned] = sha256
         opened.append(adapter)
-    known = [*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]
+    known = names_of(catalogue, base, aliases)
     _check_bases(opened, base, known)
     return Gathered(adapters=tuple(opened), base=_public_name(opened, base, known), inputs=inputs)
 
 
-def _find(catalogue: Catalogue, name: str) -> tuple[AdapterRef, Adapter | None]:
+def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tuple[AdapterRef, Adapter | None]:
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        ref, row = folder_ref(folder), catalogue.at(folder)
-        if row is None or row.commit != ref.commit:
-            return ref, None
-    else:
-        row = catalogue.named(name)
-    if row.status == "gated":
-        raise AccessDenied(f"{row.id}: {row.reason}", hint="ask for access on its page, run hf auth login, then sync")
-    if row.status != "ok":
-        raise Refused(f"{row.id}: {row.reason}", hint="leave this adapter out")
-    return row.ref, row
+    if not folder.is_dir():
+        row = usable(look(name))
+        return row.ref, row
+    ref, here = folder_ref(folder), catalogue.at(folder)
+    if here is None or here.commit != ref.commit:
+        return ref, None
+    return usable(here).ref, here
 
 
 def _check_bases(adapters: Sequence[OpenAdapter], base: str | None, aliases: Sequence[str]) -> None:

@@ -126,36 +126,50 @@ class HubSource(Source):
         gone = {repo: not self._hub.exists(repo) for repo in {id.partition(":")[0] for id in missing}}
         return [id for id in missing if gone[id.partition(":")[0]]]
 
+    def one(self, repo: str, revision: str = "", subfolder: str = "") -> Found:
+        """The adapter of one repository at a branch, tag or commit, by one request.
+
+        Raises NothingMatched where there is none in `subfolder`, or several to choose from, and the errors of the Hub.
+        """
+        listed = self._hub.repository(repo, revision)
+        held = _folders(listed.files)
+        if subfolder and f"{subfolder}/{CONFIG_NAME}" not in listed.files:
+            raise NothingMatched(f"{repo}: no adapter in its folder {subfolder}", hint=_choice(listed.id, held))
+        if not subfolder and len(held) > 1:
+            raise NothingMatched(f"{repo}: it holds {len(held)} adapters", hint=_choice(listed.id, held))
+        return self._found(listed, subfolder or held[0])
+
     def _in(self, listed: Listed) -> Iterator[Found]:
         """The adapters in one repository: at its top, else in its subfolders."""
-        folders = [""] if CONFIG_NAME in listed.files else _subfolders(listed.files)
-        for folder in folders or [""]:
-            stub = Adapter(
-                id=f"{listed.id}:{folder}" if folder else listed.id,
-                commit=listed.commit,
-                source="hub",
-                repo=listed.id,
-                subfolder=folder,
-                author=listed.author,
-                base_declared=listed.base,
-                licence=listed.licence,
-                downloads=listed.downloads,
-                likes=listed.likes,
-                gated=listed.gated,
-                created_at=listed.created_at,
-                modified_at=listed.modified_at,
-                card=listed.card,
-                stamp=self._ask.digest,
-            )
-            prefix = f"{folder}/" if folder else ""
-            names = tuple(n.removeprefix(prefix) for n in listed.files if n.startswith(prefix))
-            problem = _unreadable(listed, names)
-            yield Found(
-                stub=stub,
-                is_same=partial(self._is_same, stub),
-                read=partial(_refuse, stub, problem) if problem else partial(self._read, stub, names),
-                hub_id=listed.hub_id,
-            )
+        return (self._found(listed, folder) for folder in _folders(listed.files))
+
+    def _found(self, listed: Listed, folder: str) -> Found:
+        stub = Adapter(
+            id=f"{listed.id}:{folder}" if folder else listed.id,
+            commit=listed.commit,
+            source="hub",
+            repo=listed.id,
+            subfolder=folder,
+            author=listed.author,
+            base_declared=listed.base,
+            licence=listed.licence,
+            downloads=listed.downloads,
+            likes=listed.likes,
+            gated=listed.gated,
+            created_at=listed.created_at,
+            modified_at=listed.modified_at,
+            card=listed.card,
+            stamp=self._ask.digest,
+        )
+        prefix = f"{folder}/" if folder else ""
+        names = tuple(n.removeprefix(prefix) for n in listed.files if n.startswith(prefix))
+        problem = _unreadable(listed, names)
+        return Found(
+            stub=stub,
+            is_same=partial(self._is_same, stub),
+            read=partial(_refuse, stub, problem) if problem else partial(self._read, stub, names),
+            hub_id=listed.hub_id,
+        )
 
     def _is_same(self, stub: Adapter, known: Known) -> bool:
         # Which names mean the base changes the verdict only on those that do not name it themselves.
@@ -321,6 +335,15 @@ def _refusal(config: bytes) -> str:
         return next(iter(parse_config(config).refusals()), "")
     except ConfigError as error:
         return error.message
+
+
+def _folders(names: Collection[str]) -> list[str]:
+    """Where a repository holds adapters: "" for its top, which is also the answer where it holds none."""
+    return [""] if CONFIG_NAME in names else _subfolders(names) or [""]
+
+
+def _choice(repo: str, folders: Sequence[str]) -> str:
+    return f"name {' or '.join(f'{repo}:{folder}' if folder else repo for folder in folders)}"
 
 
 def _subfolders(names: Collection[str]) -> list[str]:
