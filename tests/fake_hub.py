@@ -95,7 +95,7 @@ def lora_files(
 
 @dataclass
 class Repo:
-    """A repository of the stand-in; `files` may be changed with `commit`."""
+    """A repository of the stand-in; `files` may be changed with `commit`, `names` maps branches and tags to commits."""
 
     id: str
     files: dict[str, bytes]
@@ -109,6 +109,8 @@ class Repo:
     listed: bool = True
     hub_id: str = ""
     sha: str = ""
+    versions: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hub_id = self.hub_id or hashlib.md5(self.id.encode()).hexdigest()[:24]
@@ -121,11 +123,17 @@ class Repo:
         for name, data in sorted(self.files.items()):
             digest.update(name.encode() + data)
         self.sha = digest.hexdigest()
+        self.versions[self.sha] = dict(self.files)
+
+    def at(self, revision: str) -> str:
+        """The commit of a branch, tag or whole commit, "" if there is none."""
+        commit = self.sha if revision == "main" else self.names.get(revision, revision)
+        return commit if commit in self.versions else ""
 
     def is_lfs(self, name: str) -> bool:
         return name.endswith((".safetensors", ".bin"))
 
-    def item(self, expand: Sequence[str]) -> dict[str, Any]:
+    def item(self, expand: Sequence[str], commit: str = "") -> dict[str, Any]:
         stamp = self.created.strftime("%Y-%m-%dT%H:%M:%S.000Z")
         everything = {
             "author": self.id.partition("/")[0],
@@ -140,8 +148,8 @@ class Repo:
             "likes": self.likes,
             "pipeline_tag": "text-generation",
             "private": False,
-            "sha": self.sha,
-            "siblings": [{"rfilename": name} for name in (".gitattributes", *self.files)],
+            "sha": commit or self.sha,
+            "siblings": [{"rfilename": name} for name in (".gitattributes", *self.versions[commit or self.sha])],
             "tags": ["peft", "safetensors", f"base_model:adapter:{self.base}", *self.tags, f"license:{self.licence}"],
         }
         return {"_id": self.hub_id, "id": self.id, "modelId": self.id} | {
@@ -277,9 +285,10 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/models":
             return self.listing()
         if found := re.fullmatch(r"/api/resolve-cache/models/([^/]+/[^/]+)/([0-9a-f]{40})/(.+)", path):
-            return self.content(hub.repos[found[1]].files[found[3]], self.file_headers(hub.repos[found[1]], found[3]))
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
-            return self.info(found[1])
+            repo = hub.repos[found[1]]
+            return self.content(repo.versions[found[2]][found[3]], self.file_headers(repo, found[2], found[3]))
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
+            return self.info(found[1], found[2] or "main")
         if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.resolve(found[1], found[2], found[3])
         return self.answer(404, b"{}")
@@ -310,12 +319,16 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Encoding"] = "gzip"
         return self.answer(200, body, headers)
 
-    def info(self, name: str) -> None:
+    def info(self, name: str, revision: str) -> None:
         if name in self.hub.renamed:
             return self.answer(307, b"", {"Location": f"/api/models/{quote(self.hub.renamed[name])}"})
         if name not in self.hub.repos:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        return self.answer(200, json.dumps(self.hub.repos[name].item(sorted(LISTING_PROPERTIES))).encode())
+        commit = self.hub.repos[name].at(revision)
+        if not commit:
+            return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        expand = parse_qs(urlsplit(self.path).query).get("expand", [])
+        return self.answer(200, json.dumps(self.hub.repos[name].item(expand, commit)).encode())
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         if name in self.hub.renamed:
@@ -326,31 +339,32 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.gated:
             status = 403 if "Authorization" in self.headers else 401
             return self.answer(status, b"{}", {"X-Error-Code": "GatedRepo"})
-        if revision not in ("main", repo.sha):
+        commit = repo.at(revision)
+        if not commit:
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        if file not in repo.files:
-            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": repo.sha})
-        headers = self.file_headers(repo, file)
+        if file not in repo.versions[commit]:
+            return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
+        headers = self.file_headers(repo, commit, file)
         if repo.is_lfs(file):
-            headers["Location"] = f"{self.hub.cdn}/{repo.id}/{quote(file)}?signature=abc"
+            headers["Location"] = f"{self.hub.cdn}/{repo.id}/{commit}/{quote(file)}?signature=abc"
             return self.answer(302, b"", headers)
-        headers["Location"] = f"/api/resolve-cache/models/{quote(repo.id)}/{repo.sha}/{quote(file)}"
+        headers["Location"] = f"/api/resolve-cache/models/{quote(repo.id)}/{commit}/{quote(file)}"
         return self.answer(307, b"", headers)
 
     def cdn(self, path: str) -> None:
-        owner, name, file = path.lstrip("/").split("/", 2)
-        return self.content(self.hub.repos[f"{owner}/{name}"].files[file], {})
+        owner, name, commit, file = path.lstrip("/").split("/", 3)
+        return self.content(self.hub.repos[f"{owner}/{name}"].versions[commit][file], {})
 
-    def file_headers(self, repo: Repo, file: str) -> dict[str, str]:
-        data = repo.files[file]
+    def file_headers(self, repo: Repo, commit: str, file: str) -> dict[str, str]:
+        data = repo.versions[commit][file]
         if repo.is_lfs(file):
             return {
-                "X-Repo-Commit": repo.sha,
+                "X-Repo-Commit": commit,
                 "X-Linked-Etag": f'"{hashlib.sha256(data).hexdigest()}"',
                 "X-Linked-Size": str(len(data)),
             }
         blob = hashlib.sha1(b"blob %d\x00" % len(data) + data).hexdigest()
-        return {"X-Repo-Commit": repo.sha, "ETag": f'"{blob}"'}
+        return {"X-Repo-Commit": commit, "ETag": f'"{blob}"'}
 
     def content(self, data: bytes, headers: dict[str, str]) -> None:
         """A file's bytes, or the range of them that was asked for, with the fault of this request in them."""

@@ -48,7 +48,7 @@ def pool(own_home: Path) -> Iterator[Path]:
         (["pool/good", "pool/silent"], 5, "every lora_B is zero"),
         (["pool/good", "pool/good"], 5, "is given twice"),
         (["pool/good", "pool/empty"], 5, "no adapter_config.json"),
-        (["pool/good", "pool/missing"], 3, "pool/missing: not in the catalogue"),
+        (["pool/good", "missing"], 3, "missing: not in the catalogue"),
     ],
 )
 def test_adapters_that_cannot_be_merged(pool: Path, adapters: list[str], code: int, words: str) -> None:
@@ -58,7 +58,7 @@ def test_adapters_that_cannot_be_merged(pool: Path, adapters: list[str], code: i
 def test_a_catalogued_adapter_is_refused_with_the_reason_of_the_catalogue(pool: Path) -> None:
     ok("pool", "sync", "acme/tiny", "--from", "pool")
     assert "pool/nan: NaN or Inf in" in refused(5, "merge", "pool/nan", "-o", "out")
-    assert "did you mean pool/good" in refused(3, "merge", "pol/good", "-o", "out")
+    assert "did you mean pool/good" in refused(3, "merge", "good", "-o", "out")
 
 
 def test_weights_that_changed_since_the_sync_are_noticed(pool: Path) -> None:
@@ -157,7 +157,7 @@ def test_plans_change_nothing(own_home: Path) -> None:
 
 def test_debug_gives_the_traceback_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "LORA_DEBUG", "1")
-    told = lora("merge", "nobody/knows")
+    told = lora("merge", "nobody-knows")
     assert told.code == 3
     assert "Traceback" in told.err
 

@@ -44,7 +44,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER...",
-            help="Catalogue ids or folders, or - for ids on stdin.",
+            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
             show_default="what merge and fit wrote last",
         ),
     ] = None,

@@ -23,7 +23,7 @@ def fit(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER...",
-            help="Catalogue ids or folders, or - for ids on stdin.",
+            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
             show_default="the last selection",
         ),
     ] = None,

@@ -21,7 +21,7 @@ def merge(
         list[str] | None,
         typer.Argument(
             metavar="ADAPTER[=WEIGHT]...",
-            help="Catalogue ids or folders, or - for ids on stdin.",
+            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
             show_default="the last selection",
         ),
     ] = None,

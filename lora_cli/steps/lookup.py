@@ -1,0 +1,116 @@
+"""From what a user typed to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
+from lora_cli.hub import Hub
+from lora_cli.records import Adapter, Progress, silent
+from lora_cli.steps.sources import Ask, Found, HubSource
+
+_REPO = re.compile(
+    r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
+)
+_REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
+
+
+def look_up(
+    catalogue: Catalogue,
+    text: str,
+    *,
+    base: str = "",
+    aliases: Sequence[str] = (),
+    announce: Callable[[str], None],
+    progress: Progress = silent,
+) -> Adapter:
+    """The row that `text` means. Where there is none for a Hub id, the Hub is asked for that repository alone.
+
+    What is found is pinned to its commit and, if it can be used, stored; a row known at another commit is replaced
+    then and not before. Nothing is sent for a name the catalogue knows, or one that cannot be a Hub id.
+
+    Args:
+        text: a catalogue id, a folder, or `owner/name[@revision][:subfolder]` with a branch, tag or commit.
+        base: the base model that an adapter from the Hub has to be for, "" for any.
+        aliases: other names of that base, beside those that the catalogue remembers.
+        announce: is told what was taken from the Hub.
+
+    Raises:
+        NothingMatched: neither the catalogue nor the Hub knows it.
+        AccessDenied, Refused: found on the Hub, but gated, unusable, or for another base.
+        NetworkError: not in the catalogue, and the Hub cannot be asked.
+    """
+    try:
+        return catalogue.named(text)
+    except NothingMatched as error:
+        unknown = error
+    ask = Ask(base, names_of(catalogue, base, aliases), lambda: None, with_shapes=False)
+    found = _on_hub(catalogue, text, ask, unknown, progress)
+    id = found.stub.id
+    known = catalogue.known([id]).get(id)
+    stored = catalogue.get(id) if known is not None else None
+    if known is not None and stored is not None and stored.status == "ok" and found.is_same(known):
+        return stored
+    try:
+        row = usable(found.read(stored))
+    except NetworkError as error:
+        raise _both(unknown, error, found.stub.repo) from error
+    catalogue.add([row], {id: found.hub_id})
+    announce(f"{id}: taken from the Hub at {row.commit[:12]}")
+    return row
+
+
+def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adapter:
+    """The row that `text` means, else what the Hub's listing says of it; its files are not read and nothing is stored.
+
+    Raises NothingMatched, AccessDenied and NetworkError as `look_up` does.
+    """
+    try:
+        return catalogue.named(text)
+    except NothingMatched as error:
+        unknown = error
+    return _on_hub(catalogue, text, Ask("", (), lambda: None, with_shapes=False), unknown, progress).stub
+
+
+def usable(row: Adapter) -> Adapter:
+    """`row`, if its adapter can be used: AccessDenied or Refused with its reason if not."""
+    if row.status == "gated":
+        raise AccessDenied(
+            f"{row.id}: {row.reason}",
+            hint=f"ask for access on its page, run hf auth login, then lora pool fetch {row.id}",
+        )
+    if row.status != "ok":
+        raise Refused(f"{row.id}: {row.reason}", hint="leave this adapter out")
+    return row
+
+
+def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
+    """`aliases`, and the other names of `base` that syncs were given."""
+    return (*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base))
+
+
+def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, progress: Progress) -> Found:
+    """The adapter that the Hub has under this name; `unknown` is raised where the Hub is not to be asked."""
+    revision = _REVISION.search(text)
+    name = _REVISION.sub("", text, count=1)
+    parts = _REPO.fullmatch(name)
+    # What lies here, or came from a folder, is never replaced by a stranger's repository of the same name.
+    if parts is None or Path(name).exists():
+        raise unknown
+    row = catalogue.known([name]).get(name)
+    if row is not None and row.repo != parts[1]:
+        raise unknown
+    source = HubSource(Hub(progress=progress), ask, None, "")
+    try:
+        return source.one(parts[1], revision[1] if revision else "", parts[2] or "")
+    except (NothingMatched, NetworkError) as error:
+        raise _both(unknown, error, parts[1]) from error
+
+
+def _both(
+    unknown: NothingMatched, error: NothingMatched | NetworkError, repo: str = ""
+) -> NothingMatched | NetworkError:
+    """The Hub's error, which also says what the catalogue has instead."""
+    reason = error.message.removeprefix(f"{repo}: ")
+    return type(error)(f"{unknown.message}, and {reason}", hint=" · ".join(filter(None, (unknown.hint, error.hint))))
