@@ -21,13 +21,13 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     if target.is_symlink():
         raise OutputError(f"{target}: a link; outputs are never written through links")
-    if target.exists() and not replace:
-        raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
     target = target.absolute()
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
+        if target.exists() and not replace:
+            raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
         partial.mkdir()
     except OSError as error:
         raise OutputError(f"{target.parent}: cannot be written ({error.strerror})") from error

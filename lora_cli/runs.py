@@ -33,6 +33,13 @@ class Run:
     outputs: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
+    def take(self, folder: Path) -> None:
+        """This very run was finished before: its outputs and results are those in `folder`."""
+        record = read_record(folder)
+        self.device = record["device"]
+        self.outputs.update(record["outputs"])
+        self.results.update(record["results"])
+
     def record(self) -> dict[str, Any]:
         """What is written into `run.json`: no times and no paths, so that equal work gives equal bytes."""
         return {
@@ -94,15 +101,33 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
     """True when `folder` already holds this very run; False when the work is to be done and may go there.
 
     Raises:
-        OutputError: the folder exists with something else in it and `force` was not given, or is a link.
+        OutputError: something else is there and `force` was not given; with `force`, it is nothing that this tool made.
     """
-    if folder.is_symlink():
-        raise OutputError(f"{folder}: a link; outputs are never written through links")
-    if finished(folder, key):
-        return not force
-    if folder.exists() and not force:
-        raise OutputError(f"{folder} exists", hint="choose another folder with -o, or replace it with --force")
+    try:
+        if folder.is_symlink():
+            raise OutputError(f"{folder}: a link; outputs are never written through links")
+        if finished(folder, key):
+            return not force
+        if not folder.exists():
+            return False
+        if not force:
+            raise OutputError(f"{folder} exists", hint="choose another folder with -o, or replace it with --force")
+        if not (folder.is_dir() and (is_output(folder) or not any(folder.iterdir()))):
+            raise OutputError(f"{folder}: not an output of lora, so --force leaves it alone", hint="choose another -o")
+    except PermissionError as error:
+        raise OutputError(
+            f"{folder}: cannot be read ({error.strerror})", hint="choose another folder with -o"
+        ) from error
     return False
+
+
+def is_output(folder: Path) -> bool:
+    """True when `folder` was made by a recorded run."""
+    try:
+        read_record(folder)
+    except DataError:
+        return False
+    return True
 
 
 @contextmanager

@@ -117,6 +117,24 @@ def test_help_comes_at_once() -> None:
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 <= 0.4
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("lora me", "merge"), ("lora merge --method ", "ties"), ("lora pool s", "sync"), ("lora select --by r", "random")],
+)
+def test_the_shell_completes_commands_options_and_methods(words: str, expected: str) -> None:
+    bash = {"_LORA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split(" ")) - 1)}
+    code = "from lora_cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **bash}, capture_output=True, text=True, check=False
+    )
+    assert expected in done.stdout.split(), done
+    zsh = {"_LORA_COMPLETE": "complete_zsh", "_TYPER_COMPLETE_ARGS": words}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **zsh}, capture_output=True, text=True, check=False
+    )
+    assert expected in done.stdout, done
+
+
 def test_generated_files_are_what_the_program_makes() -> None:
     stale = [file.name for file, text in generate.generated().items() if file.read_text("utf-8") != text]
     assert stale == [], "run python -m tests.generate"

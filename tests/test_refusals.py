@@ -69,7 +69,7 @@ def test_weights_that_changed_since_the_sync_are_noticed(pool: Path) -> None:
     file.write_bytes(data[:-4] + b"\0\0\0\0")
     message = refused(5, "merge", "-o", "out")
     file.write_bytes(data)
-    assert "pool/good: its weights changed since the last sync" in message
+    assert "pool/good: its files changed since the last sync" in message
 
 
 def test_outputs_that_exist_or_cannot_be_written(own_home: Path) -> None:
@@ -84,6 +84,82 @@ def test_outputs_that_exist_or_cannot_be_written(own_home: Path) -> None:
     assert "link" in refused(1, "merge", "a", "-o", "link")
     assert "file" in refused(1, "merge", "a", "-o", "done", "--db", "file/x.db")
     assert not (own_home / "done").exists()
+
+
+def test_force_replaces_what_lora_made_and_nothing_else(own_home: Path) -> None:
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
+    (own_home / "thesis").mkdir()
+    (own_home / "thesis" / "chapter.txt").write_text("mine")
+    assert "not an output of lora" in refused(1, "merge", "a", "-o", "thesis", "--force")
+    assert "not an output of lora" in refused(1, "merge", "a", "-o", "a", "--force")
+    assert (own_home / "thesis" / "chapter.txt").read_text() == "mine"
+    ok("merge", "a", "-o", "out")
+    assert "one of the adapters to be merged" in refused(1, "merge", "out", "-o", "out", "--force")
+    (own_home / "empty").mkdir()
+    ok("merge", "a", "-o", "empty", "--force")
+
+
+def test_weights_that_leave_nothing_are_refused(own_home: Path) -> None:
+    factors = random_factors(SHAPES, 4, seed=1)
+    write_adapter(own_home / "a", factors)
+    write_adapter(own_home / "again", {m: (2 * b, a / 2) for m, (b, a) in factors.items()})
+    assert "the merged update is zero" in refused(5, "merge", "a=0", "-o", "out")
+    assert "the merged update is zero" in refused(5, "merge", "a=1", "again=-1", "-o", "out")
+    assert "the merged update is zero" in refused(5, "merge", "a=1", "again=-1", "--method", "ties", "-o", "out")
+    ok("merge", "a=1", "again=-0.999", "-o", "out")
+
+
+def test_values_that_overflow_in_the_product_are_refused(own_home: Path) -> None:
+    b = torch.tensor([[3.0, -3.0]]).repeat(24, 1)
+    a = torch.full((2, 16), 3e38)
+    write_adapter(own_home / "huge", {"model.layers.0.self_attn.q_proj": (b, a)})
+    for method in ("linear", "ties"):
+        assert "too large to compute with" in refused(5, "merge", "huge", "--method", method, "-o", "out")
+
+
+def test_a_configuration_that_changed_since_the_sync_is_noticed(own_home: Path) -> None:
+    folder = write_adapter(own_home / "pool" / "a", random_factors(SHAPES, 4, seed=1))
+    ok("pool", "sync", "acme/tiny", "--from", "pool")
+    ok("select", "-k", "1")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 40}))
+    assert "its files changed since the last sync" in refused(5, "merge", "-o", "out")
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(own_home: Path) -> None:
+    write_adapter(own_home / "lr=0.5", random_factors(SHAPES, 4, seed=1))
+    ok("merge", "lr=0.5", "-o", "out")
+    ok("merge", "lr=0.5=2", "-o", "twice")
+    record = json.loads((own_home / "twice" / "run.json").read_text())
+    assert list(record["settings"]["weights"].values()) == [2.0]
+
+
+def test_the_order_of_adapters_changes_nothing(own_home: Path) -> None:
+    factors = random_factors(SHAPES, 4, seed=1)
+    write_adapter(own_home / "a", factors, base="acme/tiny")
+    write_adapter(own_home / "b", random_factors(SHAPES, 3, seed=2), base="unsloth/tiny")
+    ok("merge", "a", "b", "-o", "ab")
+    ok("merge", "b", "a", "-o", "ba")
+    for file in ("run.json", "adapter_config.json", "README.md", "adapter_model.safetensors"):
+        assert (own_home / "ab" / file).read_bytes() == (own_home / "ba" / file).read_bytes()
+
+
+def test_a_strangers_base_name_stays_text_in_the_card(own_home: Path) -> None:
+    name = "acme/`x`\n# Owned\n| a"
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1), base=name)
+    told = lora("merge", "a", "-o", "out")
+    if told.code == 0:
+        card = (own_home / "out" / "README.md").read_text()
+        assert "\n# Owned" not in card
+        assert "`x`" not in card.split("---")[2]
+
+
+def test_an_unchanged_output_counts_as_written_last(own_home: Path, tmp_path: Path) -> None:
+    write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
+    ok("merge", "a", "-o", "out")
+    ok("merge", "a", "-o", "out", "--db", str(tmp_path / "other.db"))
+    listed = json.loads(ok("runs", "list", "--db", str(tmp_path / "other.db"), "--json").out)["rows"]
+    assert [(row["command"], row["status"], row["out"]) for row in listed] == [("merge", "done", "out")]
 
 
 def test_a_finished_output_is_up_to_date_and_force_redoes_it(own_home: Path) -> None:

@@ -1,5 +1,6 @@
 """From an adapter's files to one LowRank per module, scale folded in; what cannot be represented is refused here."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HEADROOM = 1e6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +45,7 @@ class OpenAdapter:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
 
         Raises:
-            Refused: a factor holds NaN or Inf.
+            Refused: a factor holds NaN, Inf, or values so large that their product overflows.
             KeyError: the adapter does not touch `module`.
         """
         factors = self.modules[module]
@@ -51,9 +53,14 @@ class OpenAdapter:
         with self.files.weights.open("rb", buffering=0) as file:
             a = _read(file.fileno(), factors.a, dtype)
             b = _read(file.fileno(), factors.b, dtype)
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+        b.mul_(scale)
+        # Infinities and NaN survive the maximum; its product bounds every entry that a product of the factors can have.
+        bound = float(a.abs().max()) * float(b.abs().max()) * factors.rank
+        if not math.isfinite(bound):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
-        return LowRank(b.mul_(scale), a)
+        if bound > torch.finfo(dtype).max / _HEADROOM:
+            raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
+        return LowRank(b, a)
 
 
 def open_adapter(files: AdapterFiles) -> OpenAdapter:

@@ -16,7 +16,7 @@ class DeltaTiles:
 
     Args:
         updates: one LowRank per adapter, all of shape (out, in).
-        tile_bytes: how large one block of all adapters may be. Results do not depend on it.
+        tile_bytes: how large one block of all adapters may be. Results depend on it only by rounding.
     """
 
     def __init__(self, updates: Sequence[LowRank], tile_bytes: int = TILE_BYTES) -> None:
@@ -31,7 +31,7 @@ class DeltaTiles:
         """The dense result (out, in) of `rule`, which turns a block (n, rows, in) into its merged rows (rows, in)."""
         out_features, in_features = self.shape
         result = self.updates[0].B.new_empty(out_features, in_features)
-        for rows in self._blocks(len(self)):
+        for rows in self._blocks():
             block = result.new_empty(len(self), rows.stop - rows.start, in_features)
             for update, delta in zip(self.updates, block, strict=True):
                 torch.mm(update.B[rows], update.A, out=delta)
@@ -73,11 +73,12 @@ class DeltaTiles:
 
     def _magnitudes(self, i: int) -> Iterator[Tensor]:
         update = self.updates[i]
-        for rows in self._blocks(1):
+        # The blocks of `merge`: another height could round an entry at the threshold the other way.
+        for rows in self._blocks():
             yield (update.B[rows] @ update.A).abs_()
 
-    def _blocks(self, n: int) -> Iterator[slice]:
+    def _blocks(self) -> Iterator[slice]:
         out_features, in_features = self.shape
-        height = max(1, self.tile_bytes // (n * in_features * self.updates[0].B.element_size()))
+        height = max(1, self.tile_bytes // (len(self) * in_features * self.updates[0].B.element_size()))
         for start in range(0, out_features, height):
             yield slice(start, min(start + height, out_features))

@@ -9,12 +9,12 @@ from typing import Any, BinaryIO
 
 import torch
 
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.reader import DTYPES
 from lora_cli.errors import Refused
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX = "base_model.model."
 
 
@@ -39,7 +39,7 @@ class AdapterWriter:
         self._room = -(-longest // 8) * 8
         self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         self._position = 0
-        self._file: BinaryIO = (folder / WEIGHTS_FILE).open("wb")
+        self._file: BinaryIO = (folder / WEIGHTS_NAME).open("wb")
         self._file.seek(8 + self._room)
 
     def add(self, module: str, update: LowRank) -> None:
@@ -78,7 +78,7 @@ class AdapterWriter:
         self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
         self._file.flush()
         text = json.dumps({**_defaults(), **self._patterns(), **config}, indent=2, sort_keys=True)
-        (self.folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        (self.folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     def _patterns(self) -> dict[str, Any]:
         """Ranks per module as PEFT reads them. Alpha equals the rank everywhere: the factors hold the whole scale."""

@@ -1,13 +1,14 @@
 """`lora merge`: several adapters become one."""
 
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for
+from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for, show_output
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.methods import Knob, MethodFolder
 from lora_cli.screen import Screen, near, percent
@@ -39,7 +40,7 @@ def merge(
     ] = None,
     selection: Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")] = None,
     rank: Annotated[
-        str, typer.Option("--rank", help="Rank of the result: a number, sum (exact), or auto (exact up to rank 64).")
+        str, typer.Option("--rank", help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).")
     ] = "auto",
     energy: Annotated[
         float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
@@ -70,7 +71,7 @@ def merge(
     from lora_cli import runs
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps import merge as step
-    from lora_cli.steps.gather import gather
+    from lora_cli.steps.gather import gather, to_fetch
 
     screen = screen_for(json)
     settings = load({"base": base, "db": db})
@@ -79,6 +80,11 @@ def merge(
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen)
         numbers = _weights(weights, own_weights)
+        if dry_run and (
+            left := to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
+        ):
+            screen.document("lora.merge.plan/1", {"out": None, "method": method, **download_plan(left)})
+            return
         gathered = gather(
             catalogue,
             names,
@@ -104,14 +110,15 @@ def merge(
         if dry_run:
             screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **plan.settings})
             return
-        if runs.claim(folder, key, force=force):
-            _show(screen, folder, runs.read_record(folder))
-            screen.say(f"merge: {near(folder)} is up to date")
-            return
+        done = runs.claim(folder, key, force=force)
         with runs.recorded(settings.db, "merge", plan.settings, gathered.inputs, folder) as run:
-            report = step.merge(plan, folder, run, replace=force, progress=progress)
-    _show(screen, folder, run.record())
-    screen.say(outcome(plan, report))
+            if done:
+                run.take(folder)
+                told = f"merge: {near(folder)} is up to date"
+            else:
+                told = outcome(plan, step.merge(plan, folder, run, replace=force, progress=progress))
+    show_output(screen, "lora.merge/1", folder, run.record())
+    screen.say(told)
 
 
 def named(
@@ -132,6 +139,11 @@ def named(
     return [name for name, _ in pairs], [weight for _, weight in pairs]
 
 
+def download_plan(missing: Sequence[Any]) -> dict[str, Any]:
+    """What a command would have to download before it can plan further."""
+    return {"fetch": [row.ref.pinned for row in missing], "fetch_bytes": sum(row.bytes for row in missing)}
+
+
 def outcome(plan: Any, report: Any) -> str:
     """The one line that says what a merge did."""
     low, high = report.ranks
@@ -143,17 +155,9 @@ def outcome(plan: Any, report: Any) -> str:
     )
 
 
-def _show(screen: Screen, folder: Path, record: dict[str, Any]) -> None:
-    if screen.format == "json":
-        record = {key: value for key, value in record.items() if key != "schema"}
-        screen.document("lora.merge/1", {"out": str(folder), **record})
-    else:
-        screen.text(f"{near(folder)}\n")
-
-
 def _split(argument: str) -> tuple[str, float | None]:
     name, equals, weight = argument.rpartition("=")
-    if not equals:
+    if not equals or Path(argument).is_dir():
         return argument, None
     try:
         return name, float(weight)

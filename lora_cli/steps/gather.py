@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lora_cli.adapters.checks import canonical_base, same_base
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
-from lora_cli.adapters.store import folder_ref, locate, sha256_of
+from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
@@ -89,15 +89,45 @@ def gather(
         files = locate(ref)
         if files is None:
             raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it")
-        adapter = open_adapter(files)
-        sha256 = sha256_of(files.weights)
-        if row is not None and row.sha256 and row.sha256 != sha256:
-            raise Refused(f"{ref.id}: its weights changed since the last sync", hint="run lora pool sync")
-        inputs[ref.pinned] = sha256
-        opened.append(adapter)
+        inputs[ref.pinned] = _sha256(files, row)
+        opened.append(open_adapter(files))
     known = names_of(catalogue, base, aliases)
-    _check_bases(opened, base, known)
-    return Gathered(adapters=tuple(opened), base=_public_name(opened, base, known), inputs=inputs)
+    # In an order of their own: the same adapters named in another order are the same work.
+    ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
+    _check_bases(ordered, base, known)
+    return Gathered(adapters=tuple(opened), base=_public_name(ordered, base, known), inputs=inputs)
+
+
+def to_fetch(
+    catalogue: Catalogue,
+    names: Sequence[str],
+    *,
+    base: str | None = None,
+    aliases: Sequence[str] = (),
+    announce: Callable[[str], None],
+) -> list[Adapter]:
+    """The adapters of `names` whose weights `gather` would have to download. Raises as `gather` does."""
+    look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce)
+    found = [_find(catalogue, name, look) for name in names]
+    return [row for ref, row in found if row is not None and locate(ref) is None]
+
+
+def _sha256(files: AdapterFiles, row: Adapter | None) -> str:
+    """SHA-256 of the weights, which must be those that were catalogued."""
+    ref = files.ref
+    if ref.source == "folder":
+        # One hash covers both files; a row whose commit still holds need not have its weights hashed again.
+        if folder_ref(Path(ref.repo, ref.subfolder), ref.id).commit != ref.commit:
+            raise Refused(
+                f"{ref.id}: its files changed since the last sync", hint="run lora pool sync, then select again"
+            )
+        return row.sha256 if row is not None and row.sha256 else sha256_of(files.weights)
+    sha256 = sha256_of(files.weights)
+    if row is not None and row.sha256 and row.sha256 != sha256:
+        raise Refused(
+            f"{ref.id}: its weights are not those that were catalogued", hint=f"lora pool fetch {ref.id} --force"
+        )
+    return sha256
 
 
 def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tuple[AdapterRef, Adapter | None]:
@@ -133,5 +163,7 @@ def _public_name(adapters: Sequence[OpenAdapter], base: str | None, aliases: Seq
     """The base's name for other people: never a path of this machine where an adapter declares anything better."""
     if base is not None and not Path(base).is_dir():
         return base
+    if base is not None and aliases:
+        return aliases[0]
     declared = Counter(canonical_base(adapter.config.base) for adapter in adapters)
-    return aliases[0] if aliases else declared.most_common(1)[0][0]
+    return min(declared, key=lambda name: (-declared[name], name))

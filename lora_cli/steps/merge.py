@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, reduce
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.adapters.store import sha256_of
 from lora_cli.adapters.tiles import DeltaTiles
-from lora_cli.adapters.writer import WEIGHTS_FILE, AdapterWriter, target_modules
-from lora_cli.errors import Refused, UsageError
+from lora_cli.adapters.writer import AdapterWriter, target_modules
+from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Coefficients, Progress, silent
@@ -28,6 +29,8 @@ from lora_cli.screen import percent, safe
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
+# Below this share of what the factors could add up to, a sum is rounding noise.
+_CANCELLED = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +170,18 @@ def merge(
     """Carry out a plan: read, merge and write module by module, then rename the finished folder into place.
 
     Raises:
-        Refused: an adapter holds NaN or Inf or changes nothing at all, or the result does not fit its precision.
-        OutputError: `folder` exists (and `replace` is false) or cannot be written.
+        Refused: an adapter holds NaN or Inf, an adapter or the result changes nothing at all, or the result does not
+            fit its precision.
+        OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
+    if folder.resolve() in {adapter.files.weights.parent.resolve() for adapter in plan.adapters}:
+        raise OutputError(f"{folder}: one of the adapters to be merged", hint="choose another folder with -o")
     with whole_folder(folder, replace=replace) as partial:
         with AdapterWriter(partial, plan.modules, _dtype(plan)) as writer:
             reports, kept, total = _write_modules(plan, writer, progress)
             writer.finish(_config(plan))
-        sha256 = sha256_of(partial / WEIGHTS_FILE)
+        sha256 = sha256_of(partial / WEIGHTS_NAME)
         report = MergeReport(
             folder=folder,
             modules=tuple(reports),
@@ -185,7 +191,7 @@ def merge(
             seconds=time.monotonic() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
-        run.outputs[WEIGHTS_FILE] = sha256
+        run.outputs[WEIGHTS_NAME] = sha256
         run.results.update(
             energy=report.energy,
             norm=report.norm,
@@ -201,10 +207,10 @@ def _write_modules(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
     reports, kept, total = [], 0.0, 0.0
-    moved = dict.fromkeys((a.ref.id for a in plan.adapters), False)
+    checks = _Effect({adapter.ref.id: False for adapter in plan.adapters})
     for done, module in enumerate(plan.modules):
         progress("merge", done, len(plan.modules))
-        reduced = merge_module(plan, module, moved)
+        reduced = merge_module(plan, module, checks)
         writer.add(module, reduced.update)
         kept, total = kept + reduced.kept, total + reduced.total
         reports.append(
@@ -216,28 +222,43 @@ def _write_modules(
             )
         )
     progress("merge", len(plan.modules), len(plan.modules))
-    if still := [name for name, moves in moved.items() if not moves]:
+    if still := [name for name, moves in checks.moves.items() if not moves]:
         raise Refused(f"{', '.join(still)}: every lora_B is zero, so it changes nothing", hint="leave it out")
+    if total <= _CANCELLED * checks.largest:
+        raise Refused("the merged update is zero: the weights are zero or cancel each other", hint="change the weights")
     return reports, kept, total
 
 
-def merge_module(plan: MergePlan, module: str, moved: dict[str, bool] | None = None) -> Reduced:
+@dataclass(slots=True)
+class _Effect:
+    """Whether there is anything to a merge: which adapters move at all, and how large their sum could have been."""
+
+    moves: dict[str, bool]
+    largest: float = 0.0
+
+    def see(self, adapter: OpenAdapter, update: LowRank, weight: float) -> None:
+        b, a = (float(factor.double().square().sum()) for factor in (update.B, update.A))
+        self.moves[adapter.ref.id] |= b > 0 and a > 0
+        self.largest += weight**2 * b * a
+
+
+def merge_module(plan: MergePlan, module: str, effect: _Effect | None = None) -> Reduced:
     """The merged update of one module, at the rank the plan asks for.
 
     Args:
-        moved: set to True for every adapter whose update in this module is not zero.
+        effect: is shown every adapter's update and weight.
     """
     updates, weights = [], []
     for i, adapter in enumerate(plan.adapters):
         if module not in adapter.modules:
             continue
         update = adapter.read(module)
-        if moved is not None and not moved[adapter.ref.id]:
-            moved[adapter.ref.id] = bool(update.B.any()) and bool(update.A.any())
         if plan.coefficients is not None:
             update, weight = _with_coefficients(update, plan.coefficients, module, adapter)
         else:
             weight = plan.weights[i]
+        if effect is not None:
+            effect.see(adapter, update, weight)
         updates.append(update)
         weights.append(weight)
     if plan.missing == "renorm" and plan.coefficients is None:
@@ -342,6 +363,7 @@ def _covers_whole_base(plan: MergePlan) -> bool:
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
+    base = _code(plan.base)
     front = {
         "base_model": plan.base,
         "library_name": "peft",
@@ -355,7 +377,7 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         "",
         "# Merged LoRA",
         "",
-        f"{len(plan.adapters)} adapters of `{plan.base}` merged by `{plan.method}`"
+        f"{len(plan.adapters)} adapters of {base} merged by `{plan.method}`"
         + (f" ({', '.join(f'{k} {v}' for k, v in plan.knobs.items())})" if plan.knobs else "")
         + f": {len(report.modules)} modules, rank {low if low == high else f'{low} to {high}'}, "
         f"{percent(report.energy)} of the energy of the merged update kept.",
@@ -365,7 +387,11 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     ]
     for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
         shown = "learnt, see run.json" if plan.coefficients is not None else f"{weight:g}"
-        name = safe(adapter.ref.id).replace("`", "'").replace("|", "/")
-        lines.append(f"| `{name}` | `{adapter.ref.commit}` | {shown} |")
+        lines.append(f"| {_code(adapter.ref.id)} | `{adapter.ref.commit}` | {shown} |")
     lines += ["", "`run.json` holds the settings, versions and hashes that made this folder.", ""]
     return "\n".join(lines)
+
+
+def _code(text: str) -> str:
+    """A stranger's text as a code span that it cannot leave."""
+    return "`" + safe(text).replace("`", "'").replace("|", "/") + "`"
