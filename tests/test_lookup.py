@@ -66,6 +66,17 @@ def test_two_hub_ids_are_merged_from_nothing(fake: FakeHub) -> None:
     torch.testing.assert_close(update("again"), everywhere(8 * 0.25 + 2 * 8 * 0.0625))
 
 
+def test_a_dry_run_says_what_it_would_download_and_downloads_nothing(fake: FakeHub, tmp_path: Path) -> None:
+    plan = json.loads(ok("merge", "alice/sql", "bob/math", "--dry-run", "--json").out)
+    assert plan["schema"] == "lora.merge.plan/1"
+    assert plan["out"] is None
+    assert plan["fetch"] == [f"{id}@{fake.repos[id].sha}" for id in ("alice/sql", "bob/math")]
+    assert plan["fetch_bytes"] == sum(len(fake.repos[id].files[WEIGHTS]) for id in ("alice/sql", "bob/math"))
+    assert list(tmp_path.rglob(WEIGHTS)) == []
+    ok("merge", "alice/sql", "bob/math", "-o", "out")
+    assert json.loads(ok("merge", "alice/sql", "bob/math", "--dry-run", "--json").out)["modules"] > 0
+
+
 def test_a_branch_or_tag_is_pinned_to_its_commit(fake: FakeHub) -> None:
     repo = fake.repos["alice/sql"]
     old = repo.sha
