@@ -18,6 +18,7 @@ from sqlite_utils import Database
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.migrations import open_for_reading, open_for_writing, writing
 from lora_cli.records import Adapter, AdapterRef
+from lora_cli.settings import folder_of
 from lora_cli.where import conditions, ordering
 
 _FIELDS = tuple(field.name for field in fields(Adapter))
@@ -160,7 +161,7 @@ class Catalogue:
         Raises:
             NothingMatched: unknown, with ids that look like it; or known at another commit.
         """
-        if text.startswith((".", "/", "~")) and (folder := Path(text).expanduser()).is_dir():
+        if text.startswith((".", "/", "~")) and (folder := folder_of(text)) is not None:
             found = self.at(folder)
             if found is None:
                 raise NothingMatched(f"{text}: not in the catalogue", hint=f"lora pool sync --from {folder.parent}")
@@ -168,7 +169,10 @@ class Catalogue:
         wanted = _REVISION.search(text)
         row = self.get(_REVISION.sub("", text))
         if wanted and not row.commit.startswith(wanted[1]):
-            raise NothingMatched(f"{row.id} is known at {row.commit[:12]}, not at {wanted[1]}", hint="lora pool sync")
+            raise NothingMatched(
+                f"{row.id} is known at {row.commit[:12]}, not at {wanted[1]}",
+                hint="it has changed since it was selected: run lora select again, or name it without @",
+            )
         return row
 
     def at(self, folder: Path) -> Adapter | None:
@@ -259,14 +263,11 @@ class Catalogue:
             last = db.execute("SELECT max(ended) FROM syncs").fetchone()[0]
         return {**totals, **groups, "last_sync": last}
 
-    def ids_of(self, *, source: str, base: str = "", repo_below: str = "") -> list[str]:
-        """Ids of rows that are not gone, from one source, of one base or below one folder: what a sync may miss."""
+    def ids_of(self, *, source: str, base: str = "") -> list[str]:
+        """Ids of rows that are not gone, from one source or of one base: what a sync may miss."""
         test, values = "source = ? AND status != 'gone'", [source]
         if base:
             test, values = f"{test} AND base = ?", [*values, base]
-        if repo_below:
-            test = f"{test} AND (repo = ? OR substr(repo, 1, ?) = ?)"
-            values = [*values, repo_below, len(repo_below) + 1, f"{repo_below}/"]  # type: ignore[list-item]
         with self._lock:
             return [row[0] for row in self._read().execute(f"SELECT id FROM adapters WHERE {test} ORDER BY id", values)]
 
@@ -370,10 +371,13 @@ class Catalogue:
 
     @staticmethod
     def _follow_rename(db: Database, adapter: Adapter, hub_id: str) -> None:
+        same = "hub_id = ? AND subfolder = ? AND id != ?"
+        which = [hub_id, adapter.subfolder, adapter.id]
         db.execute(
-            "UPDATE OR REPLACE adapters SET id = ? WHERE hub_id = ? AND subfolder = ? AND id != ?",
-            [adapter.id, hub_id, adapter.subfolder, adapter.id],
+            f"UPDATE selected SET adapter_id = ? WHERE adapter_id IN (SELECT id FROM adapters WHERE {same})",
+            [adapter.id, *which],
         )
+        db.execute(f"UPDATE OR REPLACE adapters SET id = ? WHERE {same}", [adapter.id, *which])
 
 
 def _text(value: str) -> str:

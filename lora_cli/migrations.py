@@ -189,11 +189,10 @@ def open_for_reading(path: Path) -> Database:
 
     Raises the same errors as `open_for_writing`.
     """
-    if not path.exists():
+    if not _refuse_other_files(path):
         db = _connect(":memory:")
         migrations.apply(db)
         return db
-    _refuse_other_files(path)
     with _explained(path):
         db = _connect_read_only(path)
         try:
@@ -295,18 +294,20 @@ def _migrate(db: Database, path: Path) -> None:
     db.commit()
 
 
-def _refuse_other_files(path: Path) -> None:
-    if path.is_dir():
-        raise DataError(f"{path}: a folder, not a database file", hint=_ELSEWHERE)
+def _refuse_other_files(path: Path) -> bool:
+    """True if there is a file at `path`, which then is a database."""
     try:
         with path.open("rb") as file:
             start = file.read(len(_SQLITE_MAGIC))
-    except FileNotFoundError:
-        return
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except IsADirectoryError as error:
+        raise DataError(f"{path}: a folder, not a database file", hint=_ELSEWHERE) from error
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror})", hint=_ELSEWHERE) from error
     if start and start != _SQLITE_MAGIC:
         raise DataError(f"{path}: not a database", hint=_ELSEWHERE)
+    return True
 
 
 @contextlib.contextmanager

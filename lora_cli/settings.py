@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import platformdirs
 from lora_cli.errors import UsageError
 
 PROJECT_FILE = "lora.toml"
+_OF_ONE_BASE = ("base_aliases", "pool")
+_Layer = tuple[str, Mapping[str, Any], Path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,13 @@ class Setting:
     origin: str
 
 
+def folder_of(text: str) -> Path | None:
+    """The folder that a text names, `~` being the home; None where there is none, however odd the text."""
+    # Of all that asks a disk, only these two never raise: not for a text too long, not for a folder that is locked.
+    path = os.path.expanduser(text)  # noqa: PTH111
+    return Path(path) if os.path.isdir(path) else None  # noqa: PTH112
+
+
 def _text(value: Any, folder: Path) -> str:
     if not isinstance(value, str) or not value:
         raise ValueError("a text")
@@ -41,12 +50,19 @@ def _text(value: Any, folder: Path) -> str:
 def _base(value: Any, folder: Path) -> str:
     """A Hub id stays as it is; the name of a folder that exists beside the file becomes its path."""
     text = _text(value, folder)
-    local = folder / Path(text).expanduser()
-    return str(local.resolve()) if local.is_dir() else text
+    local = folder_of(str(folder / _at_home(text)))
+    return str(local.resolve()) if local is not None else text
 
 
 def _path(value: Any, folder: Path) -> Path:
-    return (folder / Path(_text(value, folder)).expanduser()).absolute()
+    return (folder / _at_home(_text(value, folder))).absolute()
+
+
+def _at_home(text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a path") from None
 
 
 def _texts(value: Any, folder: Path) -> tuple[str, ...]:
@@ -59,11 +75,14 @@ def _texts(value: Any, folder: Path) -> tuple[str, ...]:
 
 def _seed(value: Any, folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise ValueError("a whole number")
+        raise ValueError("a whole number from 0")
     try:
-        return int(value)
+        number = int(value)
     except ValueError:
-        raise ValueError("a whole number") from None
+        number = -1
+    if number < 0:
+        raise ValueError("a whole number from 0")
+    return number
 
 
 def _one_of(*words: str) -> Callable[[Any, Path], str]:
@@ -127,31 +146,41 @@ def user_file() -> Path:
 def load(flags: Mapping[str, Any] | None = None) -> Settings:
     """Read all settings; `flags` holds what the command line said (None where it said nothing).
 
+    `base_aliases` and `pool` belong to the base that stands beside or below them: where a higher layer sets another
+    base, they are left out.
+
     Raises:
         UsageError: a file that is not TOML, an unknown key, or a value of the wrong kind.
     """
     here = Path.cwd()
-    layers: list[tuple[str, Mapping[str, Any], Path]] = [
+    layers: list[_Layer] = [
         ("flag", {k: v for k, v in (flags or {}).items() if v is not None}, here),
         ("environment", {k: os.environ[n] for k in KEYS if os.environ.get(n := f"LORA_{k.upper()}")}, here),
     ]
     for file in (here / PROJECT_FILE, user_file()):
         layers.append((PROJECT_FILE if file.parent == here else str(file), _read(file), file.parent))
-    found = {}
-    for name, key in KEYS.items():
-        for origin, values, folder in layers:
-            if name in values:
-                label = f"LORA_{name.upper()}" if origin == "environment" else origin
-                found[name] = Setting(_parsed(name, key, values[name], folder, label), label)
-                break
-        else:
-            found[name] = Setting(key.default(), "default")
+    found = {name: _first(name, layers) for name in KEYS}
+    for name in _OF_ONE_BASE:
+        place = next((place for place, (_, values, _) in enumerate(layers) if name in values), 0)
+        if _first("base", layers[place:]).value not in (None, found["base"].value):
+            origin = f"default: that of {found[name].origin} is for another base"
+            found[name] = Setting(KEYS[name].default(), origin)
     return Settings(found)
 
 
+def _first(name: str, layers: Sequence[_Layer]) -> Setting:
+    """The value in the highest of `layers` that has one."""
+    for origin, values, folder in layers:
+        if name in values:
+            label = f"LORA_{name.upper()}" if origin == "environment" else origin
+            return Setting(_parsed(name, KEYS[name], values[name], folder, label), label)
+    return Setting(KEYS[name].default(), "default")
+
+
 def _parsed(name: str, key: Key, value: Any, folder: Path, label: str) -> Any:
+    value = str(value) if isinstance(value, Path) else value
     try:
-        return key.parse(str(value) if isinstance(value, Path) else value, folder)
+        return key.parse(value, folder)
     except ValueError as error:
         raise UsageError(f"{label}: {name} must be {error}, not {value!r}") from None
 

@@ -58,7 +58,6 @@ _SPELLINGS: Final = {
     "created": "created_at",
     "modified": "modified_at",
 }
-_NEWEST_FIRST: Final = frozenset({"created_at", "modified_at"})
 _CONDITION = re.compile(r"\s*([A-Za-z_0-9]+)\s*(==|!=|<=|>=|!~|=|<|>|~)\s*(.*?)\s*", re.DOTALL)
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?)\s*([kKMGT]?)(i?)[bB]?")
 _POWERS: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
@@ -76,14 +75,12 @@ def conditions(texts: Sequence[str]) -> tuple[str, list[Value]]:
 
 
 def ordering(text: str) -> str:
-    """The SQL after ORDER BY for a `--sort` column: numbers largest first, dates newest first, text from A on.
+    """The SQL after ORDER BY for a `--sort` column: ascending, with a leading `-` descending.
 
-    A leading `-` turns that round; what is not known comes last either way, and equal rows are ordered by id.
+    What is not known comes last either way, and equal rows are ordered by id.
     """
-    column = _column(text.removeprefix("-"), text)
-    descending = (COLUMNS[column] in ("number", "flag") or column in _NEWEST_FIRST) != text.startswith("-")
-    name = _quoted(column)
-    return f"{name} IS NULL, {name} {'DESC' if descending else 'ASC'}, id"
+    name = _quoted(_column(text.removeprefix("-"), text))
+    return f"nullif({name}, '') IS NULL, {name} {'DESC' if text.startswith('-') else 'ASC'}, id"
 
 
 def _condition(text: str) -> tuple[str, list[Value]]:

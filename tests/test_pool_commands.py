@@ -1,49 +1,22 @@
 """`lora pool …` as a user types it: what comes out on stdout, on stderr, and as the exit code."""
 
 import csv
+import errno
 import io
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from huggingface_hub import close_session
-from typer.testing import CliRunner
 
-from lora_cli.app import app
 from lora_cli.catalogue import Catalogue
 from lora_cli.records import Adapter
+from tests.cli import lora, ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-class Told(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def lora(*words: str, stdin: str | None = None) -> Told:
-    result = CliRunner().invoke(app, list(words), prog_name="lora", input=stdin)
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Told(result.exit_code, result.stdout, result.stderr)
-
-
-def ok(*words: str, stdin: str | None = None) -> str:
-    told = lora(*words, stdin=stdin)
-    assert told.code == 0, told
-    return told.out
-
-
-def refused(code: int, *words: str, stdin: str | None = None) -> str:
-    told = lora(*words, stdin=stdin)
-    assert (told.code, told.out) == (code, ""), told
-    assert 1 <= told.err.count("\n") <= 4, told.err
-    return told.err
 
 
 @pytest.fixture
@@ -101,12 +74,12 @@ def test_the_setting_pool_makes_sync_read_that_folder(pool: Path) -> None:
 
 
 def test_a_dry_run_of_sync_prints_the_plan_and_changes_nothing(pool: Path) -> None:
-    plan = json.loads(ok("pool", "sync", "--from", "pool", "--dry-run", "--json"))
+    plan = json.loads(ok("pool", "sync", "--from", "pool", "--dry-run", "--json").out)
     assert plan["schema"] == "lora.pool.sync/1"
     assert {row["id"]: row["action"] for row in plan["rows"]}["pool/alice/sql"] == "new"
     assert plan["new"] == 4
     assert lora("pool", "list").code == 3
-    assert ok("pool", "sync", "--from", "pool", "-q").split() == [
+    assert ok("pool", "sync", "--from", "pool", "-q").out.split() == [
         "pool/alice/math", "pool/alice/sql", "pool/bob/chat", "pool/bob/nan",
     ]  # fmt: skip
 
@@ -131,7 +104,7 @@ def test_a_network_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
-    lines = [line.split("\t") for line in ok("pool", "list").splitlines()]
+    lines = [line.split("\t") for line in ok("pool", "list").out.splitlines()]
     assert [line[0] for line in lines] == ["pool/alice/math", "pool/alice/sql", "pool/bob/chat", "pool/bob/nan"]
     _, rev, rank, scale, modules, size, licence, base, status = lines[2]
     assert (rank, scale, modules, licence, base, status) == ("16", "1", "q,v", "-", BASE.rpartition("/")[2], "ok")
@@ -142,15 +115,17 @@ def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
 
 def test_listing_in_every_format(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
-    document = json.loads(ok("pool", "list", "--where", "rank<=8", "--where", "status=ok", "--sort", "rank", "--json"))
+    document = json.loads(
+        ok("pool", "list", "--where", "rank<=8", "--where", "status=ok", "--sort", "-rank", "--json").out
+    )
     assert document["schema"] == "lora.pool.list/1"
     assert [row["rank"] for row in document["rows"]] == [8, 4]
-    assert [json.loads(line)["id"] for line in ok("pool", "list", "-n", "1", "--jsonl").splitlines()] == [
+    assert [json.loads(line)["id"] for line in ok("pool", "list", "-n", "1", "--jsonl").out.splitlines()] == [
         "pool/alice/math"
     ]
-    [row] = csv.DictReader(io.StringIO(ok("pool", "list", "--where", "rank=16", "--csv")))
+    [row] = csv.DictReader(io.StringIO(ok("pool", "list", "--where", "rank=16", "--csv").out))
     assert (row["id"], row["alpha"]) == ("pool/bob/chat", "16.0")
-    assert ok("pool", "list", "--sort", "-rank", "-q").split()[0] == "pool/alice/sql"
+    assert ok("pool", "list", "--sort", "rank", "-q").out.split()[0] == "pool/alice/sql"
     assert "exclude each other" in refused(2, "pool", "list", "--json", "--csv")
 
 
@@ -163,15 +138,15 @@ def test_conditions_that_are_wrong_or_match_nothing(pool: Path) -> None:
 
 def test_show_gives_all_that_is_known(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
-    facts = json.loads(ok("pool", "show", "pool/alice/sql", "--json"))
+    facts = json.loads(ok("pool", "show", "pool/alice/sql", "--json").out)
     assert facts["rank"] == 4
     assert facts["ranks"]["model.layers.1.self_attn.v_proj"] == 4
     assert facts["weights"] == str(pool / "alice/sql" / WEIGHTS)
     assert facts["stored_at"]
-    by_path = ok("pool", "show", "./pool/bob/nan")
+    by_path = ok("pool", "show", "./pool/bob/nan").out
     assert "status\tunusable" in by_path
     assert "reason\tNaN or Inf" in by_path
-    assert json.loads(ok("pool", "show", f"pool/alice/sql@{facts['commit'][:8]}", "--json")) == facts
+    assert json.loads(ok("pool", "show", f"pool/alice/sql@{facts['commit'][:8]}", "--json").out) == facts
     assert "not at 12345678" in refused(3, "pool", "show", "pool/alice/sql@12345678")
     assert "did you mean pool/alice/sql" in refused(3, "pool", "show", "pool/alice/sqk")
 
@@ -179,25 +154,27 @@ def test_show_gives_all_that_is_known(pool: Path) -> None:
 def test_search_stats_sql_and_path(pool: Path, tmp_path: Path) -> None:
     (pool / "bob/chat/README.md").write_text("Speaks like a pirate.")
     ok("pool", "sync", "--from", "pool")
-    assert ok("pool", "search", "pirat", "-q").split() == ["pool/bob/chat"]
+    assert ok("pool", "search", "pirat", "-q").out.split() == ["pool/bob/chat"]
     assert "no adapter matches" in refused(3, "pool", "search", "zebra")
-    stats = json.loads(ok("pool", "stats", "--json"))
+    stats = json.loads(ok("pool", "stats", "--json").out)
     assert (stats["adapters"], stats["usable"]) == (4, 3)
     assert {"column": "status", "value": "unusable", "adapters": 1} in stats["rows"]
-    assert ok("pool", "sql", "select author, count(*) n from adapters group by 1 order by 1") == "alice\t2\nbob\t2\n"
-    assert json.loads(ok("pool", "sql", "select x'00ff' as b, 1, 1", "--json"))["rows"] == [
+    assert (
+        ok("pool", "sql", "select author, count(*) n from adapters group by 1 order by 1").out == "alice\t2\nbob\t2\n"
+    )
+    assert json.loads(ok("pool", "sql", "select x'00ff' as b, 1, 1", "--json").out)["rows"] == [
         {"b": "00ff", "1": 1, "1_3": 1}
     ]
     assert "only reading" in refused(2, "pool", "sql", "delete from adapters")
     assert "no such column" in refused(2, "pool", "sql", "select colour from adapters")
-    assert ok("pool", "path").strip() == os.environ["LORA_DB"]
+    assert ok("pool", "path").out.strip() == os.environ["LORA_DB"]
 
 
 def test_fetch_brings_the_weights_and_learns_from_them(fake: FakeHub, tmp_path: Path) -> None:
     fake.add("alice/sql")
     fake.add("bob/nan", lora_files(value=float("nan")))
     ok("pool", "sync")
-    plan = json.loads(ok("pool", "fetch", "alice/sql", "--dry-run", "--json"))
+    plan = json.loads(ok("pool", "fetch", "alice/sql", "--dry-run", "--json").out)
     assert [(row["id"], row["action"]) for row in plan["rows"]] == [("alice/sql", "fetch")]
     told = lora("pool", "fetch", "alice/sql", "--json")
     [row] = json.loads(told.out)["rows"]
@@ -209,7 +186,7 @@ def test_fetch_brings_the_weights_and_learns_from_them(fake: FakeHub, tmp_path: 
     assert "1 up to date" in lora("pool", "fetch", "-", stdin='{"id": "alice/sql"}\n').err
     assert not fake.asked
     assert "NaN or Inf" in refused(5, "pool", "fetch", "bob/nan")
-    assert "unusable" in ok("pool", "list", "--where", "id=bob/nan")
+    assert "unusable" in ok("pool", "list", "--where", "id=bob/nan").out
 
 
 def test_fetch_of_what_is_gated_unknown_or_broken(fake: FakeHub) -> None:
@@ -226,7 +203,7 @@ def test_fetch_of_what_is_gated_unknown_or_broken(fake: FakeHub) -> None:
 def test_verify_says_how_much_of_an_adapter_the_base_has(fake: FakeHub, pool: Path) -> None:
     fake.add("alice/sql")
     ok("pool", "sync")
-    [row] = json.loads(ok("pool", "verify", "alice/sql", "--json"))["rows"]
+    [row] = json.loads(ok("pool", "verify", "alice/sql", "--json").out)["rows"]
     assert (row["status"], row["base_match"], row["coverage"]) == ("ok", "exact", None)
     assert not [path for path in fake.paths("", "cdn") if not path]
     told = lora("pool", "verify", "./pool/alice/sql", "./pool/bob/nan", "--deep", "--json")
@@ -247,6 +224,56 @@ def test_verify_notices_weights_that_were_swapped(pool: Path) -> None:
     told = lora("pool", "verify", "pool/alice/sql", "--deep")
     assert told.code == 5
     assert "not those that the catalogue knows" in told.err
+
+
+def test_verify_reads_the_weights_of_what_is_known_to_be_bad(pool: Path) -> None:
+    ok("pool", "sync", "--from", "pool")
+    for name in ("pool/bob/nan", "./pool/bob/nan"):
+        told = lora("pool", "verify", "pool/alice/sql", name, "--json")
+        assert told.code == 5
+        assert [row["status"] for row in json.loads(told.out)["rows"]] == ["ok", "unusable"]
+        assert "pool/bob/nan: NaN or Inf in model.layers.0" in told.err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["~nosuchuser/x", "x" * 300, "./" + "x" * 300, "a/b:" + "/".join(["x" * 90] * 60)],
+    ids=["user", "name", "path", "id"],
+)
+def test_a_text_that_can_be_no_path_is_a_mistake_like_any_other(pool: Path, text: str) -> None:
+    ok("pool", "sync", "--from", "pool")
+    for words in (
+        ["pool", "show", text], ["pool", "verify", text], ["pool", "fetch", text], ["pool", "sync", "--from", text],
+        ["pool", "sync", text], ["select", "--by", "cosine", "--target", text],
+    ):  # fmt: skip
+        told = lora(*words)
+        assert told.code in (2, 3, 7), (words, told)
+        assert told.err
+    assert "file name too long" in refused(1, "pool", "list", "--db", "x" * 300).lower()
+
+
+def test_a_file_that_may_not_be_read_is_named(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("pool", "sync", "--from", "pool", "-q")
+    (pool / "alice/locked").mkdir()
+    for file, data in lora_files().items():
+        (pool / "alice/locked" / file).write_bytes(data)
+    opened = Path.open
+
+    def locked(self: Path, *how: object, **more: object) -> object:
+        if ("locked" in self.parts and self.name == WEIGHTS) or self.name == "no.db":  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *how, **more)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", locked)
+    assert "cannot be read (Permission denied)" in refused(6, "pool", "sync", "--from", "pool")
+    assert "failed: " in ok("pool", "list", "--where", "id~locked").out
+    for words in (
+        ["verify", "./pool/alice/locked"],
+        ["list", "--db", "no.db"],
+        ["sync", "--from", ".", "--db", "no.db"],
+    ):
+        assert "cannot be read (Permission denied)" in refused(1, "pool", *words)
+    assert "Permission denied" in refused(1, "merge", "./pool/alice/locked", "-o", "out")
 
 
 def test_a_file_that_is_no_catalogue(tmp_path: Path) -> None:
@@ -278,5 +305,5 @@ def test_nothing_a_stranger_wrote_reaches_the_terminal_raw(tmp_path: Path) -> No
 
 def test_every_command_of_the_pool_has_help_with_examples() -> None:
     for name in ("sync", "list", "search", "show", "stats", "sql", "path", "fetch", "verify"):
-        text = ok("pool", name, "--help")
+        text = ok("pool", name, "--help").out
         assert text.partition("Examples:")[2].count("lora pool") >= 2 or name == "path", name

@@ -1,6 +1,7 @@
 """Selections: what each method prefers, what restricts them, and that they are remembered."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from lora_cli.records import Adapter
 from lora_cli.selection_methods.cosine import cosine
 from lora_cli.steps.select import select
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.cli import ok, refused
+from tests.cli import lora, ok, refused
 
 WILD = Path(__file__).resolve().parents[2] / "shared" / "wild" / "adapters"
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.0.v_proj": (8, 16)}
@@ -94,6 +95,29 @@ def test_cosine_finds_the_direction_and_not_the_size(own_home: Path) -> None:
     assert ok("merge", "--selection", "like-target", "-o", "out").out == "out\n"
     assert "no adapter in this folder" in refused(3, "select", "--by", "cosine", "--target", "pool")
     assert "no selection called 'x'" in refused(3, "merge", "--selection", "x")
+
+
+def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(own_home: Path) -> None:
+    for seed, name in enumerate(("target", "pool/a", "pool/b", "pool/cut", "pool/gone", "pool/nan")):
+        write_adapter(own_home / name, random_factors(SHAPES, 2, seed=seed))
+    ok("pool", "sync", "acme/tiny", "--from", "pool")
+    nan = {m: (b * float("nan"), a) for m, (b, a) in random_factors(SHAPES, 2, seed=5).items()}
+    for name in ("pool/gone", "pool/nan"):
+        shutil.rmtree(own_home / name)
+    write_adapter(own_home / "pool/nan", nan)
+    weights = own_home / "pool/cut/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    told = ok("select", "--by", "cosine", "--target", "target", "-q")
+    assert sorted(told.out.split()) == ["pool/a", "pool/b"]
+    assert "pool/nan left out: NaN or Inf in layers.0.q_proj" in told.err
+    assert "pool/cut left out: " in told.err
+    assert "pool/gone left out: " in told.err
+    write_adapter(own_home / "bad", nan)
+    told = lora("select", "--by", "cosine", "--target", "bad")
+    assert told.code == 5
+    assert "left out" not in told.err
+    shutil.rmtree(own_home / "pool")
+    assert "no adapter whose weights can be read" in refused(3, "select", "--by", "cosine", "--target", "target")
 
 
 def test_the_last_selection_is_what_merge_takes(own_home: Path) -> None:

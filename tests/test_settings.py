@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from lora_cli.app import app
 from lora_cli.errors import UsageError
-from lora_cli.settings import load, user_file
+from lora_cli.settings import folder_of, load, user_file
 
 
 def test_flag_beats_environment_beats_project_beats_user_beats_default(
@@ -40,8 +40,10 @@ def test_paths_are_relative_to_the_file_that_names_them(own_home: Path, monkeypa
     ("text", "words"),
     [
         ("sede = 1", "unknown setting 'sede'"),
-        ("seed = 'many'", "seed must be a whole number"),
+        ("seed = 'many'", "seed must be a whole number from 0, not 'many'"),
         ("seed = true", "seed must be a whole number"),
+        ("seed = -1", "seed must be a whole number from 0, not -1"),
+        ("data = '~nosuchuser/x'", "data must be a path, not '~nosuchuser/x'"),
         ("dtype = 'int4'", "dtype must be one of"),
         ("device = 'tpu'", "device must be"),
         ("base_aliases = 3", "base_aliases must be a list of texts"),
@@ -53,6 +55,31 @@ def test_a_wrong_setting_is_named(own_home: Path, text: str, words: str) -> None
     (own_home / "lora.toml").write_text(text)
     with pytest.raises(UsageError, match=words):
         load()
+
+
+def test_aliases_and_pool_belong_to_the_base_beside_them(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (own_home / "lora.toml").write_text('base = "acme/one"\nbase_aliases = ["acme/uno"]\npool = "pool"')
+    monkeypatch.setenv("LORA_BASE", "acme/one")
+    assert (load().base_aliases, load().pool) == (("acme/uno",), own_home / "pool")
+    monkeypatch.setenv("LORA_BASE", "acme/two")
+    assert (load().base_aliases, load().pool) == ((), None)
+    assert load().origin("pool") == "default: that of lora.toml is for another base"
+    assert load({"base": "acme/one"}).base_aliases == ("acme/uno",)
+    assert load({"pool": "here"}).pool == own_home / "here"
+    monkeypatch.setenv("LORA_BASE_ALIASES", "acme/due")
+    assert load().base_aliases == ("acme/due",)
+
+
+def test_what_names_no_base_holds_for_every_base(own_home: Path) -> None:
+    (own_home / "lora.toml").write_text('pool = "pool"')
+    assert load({"base": "acme/any"}).pool == own_home / "pool"
+
+
+def test_a_text_that_can_be_no_path_is_no_folder(own_home: Path) -> None:
+    for text in ("x" * 300, "~nosuchuser/x", "a\0b", "", "missing"):
+        assert folder_of(text) is None, text
+    assert folder_of("~") == Path.home()
+    assert load({"base": "x" * 300}).base == "x" * 300
 
 
 def test_config_show_says_where_each_value_is_from(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

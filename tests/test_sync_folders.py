@@ -10,7 +10,7 @@ import pytest
 
 from lora_cli.adapters.store import folder_ref, sha256_of
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import NothingMatched
+from lora_cli.errors import DataError, NothingMatched
 from lora_cli.steps import sources
 from lora_cli.steps.sync import SyncReport, sync
 from tests.fake_hub import BASE, lora_files
@@ -112,6 +112,24 @@ def test_a_file_that_disappears_while_it_is_read_fails_alone(
     monkeypatch.setattr(sources, "read_header", vanish)
     report = sync(catalogue, pool)
     assert (report.new, [id for id, _ in report.failures]) == (3, ["pool/alice/math"])
+
+
+def test_many_files_that_cannot_be_read_stop_nothing(
+    pool: Path, catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        put(pool / "locked" / str(number))
+    read = sources.read_header
+
+    def locked(path: Path) -> Any:
+        if "locked" in path.parts:
+            raise DataError(f"{path}: cannot be read (Permission denied)")
+        return read(path)
+
+    monkeypatch.setattr(sources, "read_header", locked)
+    report = sync(catalogue, pool)
+    assert (report.new, report.failed, report.left) == (4, 30, 0)
+    assert "cannot be read" in catalogue.get("pool/locked/7").reason
 
 
 def test_two_folders_of_one_name_do_not_share_a_row(pool: Path, catalogue: Catalogue, tmp_path: Path) -> None:

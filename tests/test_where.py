@@ -72,12 +72,16 @@ def test_conditions(catalogue: Catalogue, where: list[str], names: list[str]) ->
     [
         ("id", ["a/one", "a/two", "b/100%_sure", "b/three"]),
         ("-id", ["b/three", "b/100%_sure", "a/two", "a/one"]),
-        ("downloads", ["a/two", "a/one", "b/100%_sure", "b/three"]),
-        ("rank", ["b/three", "a/two", "a/one", "b/100%_sure"]),
-        ("-rank", ["a/one", "a/two", "b/three", "b/100%_sure"]),
+        ("-downloads", ["a/two", "a/one", "b/100%_sure", "b/three"]),
+        ("rank", ["a/one", "a/two", "b/three", "b/100%_sure"]),
+        ("-rank", ["b/three", "a/two", "a/one", "b/100%_sure"]),
+        ("licence", ["a/two", "b/100%_sure", "a/one", "b/three"]),
+        ("-created", ["b/three", "a/one", "a/two", "b/100%_sure"]),
     ],
 )
-def test_sorting_puts_the_largest_first_and_the_unknown_last(catalogue: Catalogue, sort: str, names: list[str]) -> None:
+def test_sorting_goes_up_with_a_minus_down_and_the_unknown_last(
+    catalogue: Catalogue, sort: str, names: list[str]
+) -> None:
     assert [row.id for row in catalogue.find(sort=sort)] == names
 
 

@@ -4,15 +4,16 @@ Stricter than the safetensors library: whatever it rejects is rejected here, and
 50,000 tensors, repeated names and extra keys. Format: https://github.com/huggingface/safetensors (README, "Format").
 """
 
+import contextlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.adapters.config import shortened
-from lora_cli.errors import HeaderError
+from lora_cli.errors import DataError, HeaderError
 
 MAX_HEADER_BYTES: Final = 8 * 1024 * 1024
 MAX_TENSORS: Final = 50_000
@@ -126,12 +127,21 @@ def parse_header(data: bytes, file_size: int) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`; raises HeaderError, or OSError where the file cannot be read."""
-    with path.open("rb") as file:
+    """The header of the file at `path`; raises HeaderError, or DataError where the file cannot be read."""
+    with reading(path), path.open("rb") as file:
         file_size = file.seek(0, 2)
         file.seek(0)
         first8 = file.read(8)
         return parse_header(first8 + file.read(header_length(first8, file_size)), file_size)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """While a user's file is read: the system's refusals as DataErrors that name it."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _top_level(raw: bytes) -> Iterable[tuple[str, bytes]]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.config import MAX_CONFIG_BYTES
+from lora_cli.adapters.header import reading
 from lora_cli.errors import NothingMatched
 from lora_cli.records import AdapterRef
+from lora_cli.settings import folder_of
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class AdapterFiles:
 
 
 def locate(ref: AdapterRef) -> AdapterFiles | None:
-    """The files of `ref` where both are on this machine, else None."""
+    """The files of `ref` where both are on this machine, else None. DataError for a folder that is locked."""
     found = [_file(ref, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
     config, weights = found
     if config is None or weights is None:
@@ -34,18 +36,20 @@ def _file(ref: AdapterRef, name: str) -> Path | None:
 
         return hub.cached_file(ref.repo, f"{ref.subfolder}/{name}" if ref.subfolder else name, ref.commit)
     path = Path(ref.repo, ref.subfolder, name)
-    return path if path.is_file() else None
+    with reading(path):
+        return path if path.is_file() else None
 
 
 def folder_ref(path: Path, id: str = "") -> AdapterRef:
     """The adapter in the folder `path`, named `id` or else by the last two parts of its path.
 
     Its commit is the head of a SHA-256 over the configuration's bytes and the weights' own SHA-256, either empty where
-    the file is missing. Raises NothingMatched where there is no such folder.
+    the file is missing. Raises NothingMatched where there is no such folder, DataError for a file that is locked.
     """
-    folder = path.resolve()
-    if not folder.is_dir():
+    found = folder_of(str(path))
+    if found is None:
         raise NothingMatched(f"no folder {path}")
+    folder = found.resolve()
     digest = hashlib.sha256(read_config(folder) or b"")
     weights = folder / WEIGHTS_NAME
     digest.update(sha256_of(weights).encode() if weights.is_file() else b"")
@@ -61,15 +65,17 @@ def read_config(folder: Path) -> bytes | None:
     """The bytes of a folder's adapter_config.json, None where there is none.
 
     Of a file over `MAX_CONFIG_BYTES` only one byte more than that is read: `parse_config` refuses it by its length.
+    Raises DataError for one that cannot be read.
     """
     path = folder / CONFIG_NAME
-    if not path.is_file():
-        return None
-    with path.open("rb") as file:
-        return file.read(MAX_CONFIG_BYTES + 1)
+    with reading(path):
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return file.read(MAX_CONFIG_BYTES + 1)
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hex digits."""
-    with path.open("rb") as file:
+    """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

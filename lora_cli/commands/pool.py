@@ -14,7 +14,7 @@ from lora_cli.commands.options import Base, Csv, Db, DryRun, Force, Json, Jsonl,
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
 from lora_cli.records import Adapter, Progress
 from lora_cli.screen import Column, Screen
-from lora_cli.settings import Settings, load
+from lora_cli.settings import Settings, folder_of, load
 
 if TYPE_CHECKING:
     from lora_cli.catalogue import Catalogue
@@ -63,6 +63,9 @@ def sync(
         typer.Option("--from", help="Folder tree of adapters to read.", show_default="setting pool, or the Hub"),
     ] = None,
     alias: Alias = None,
+    no_alias: Annotated[
+        list[str] | None, typer.Option("--no-alias", help="A name that is no alias any more; repeatable.")
+    ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Look at so many adapters at most.", min=1)] = None,
     since: Annotated[
         str | None, typer.Option("--since", help="Only what was created since: 30d, 8w or a date. Hub only.")
@@ -100,6 +103,7 @@ def sync(
             settings.pool if settings.pool is not None else Hub(progress=progress, budget=budget),
             base=settings.base or "",
             aliases=aliases,
+            dropped=no_alias or (),
             base_shapes=_shapes_of(settings.base),
             limit=limit,
             since=created,
@@ -122,7 +126,7 @@ def sync(
 @app.command(
     "list",
     epilog=examples(
-        "lora pool list --where 'rank<=16' --sort downloads -n 20",
+        "lora pool list --where 'rank<=16' --sort -downloads -n 20",
         "lora pool list --where status!=ok",
         "lora pool list --where licence=apache-2.0,mit -q",
     ),
@@ -130,7 +134,7 @@ def sync(
 def list_(
     where: Where = None,
     sort: Annotated[
-        str, typer.Option("--sort", help="Column to sort by: largest, newest or A first; -COLUMN turns it round.")
+        str, typer.Option("--sort", help="Column to sort by, smallest, oldest or A first; -COLUMN largest first.")
     ] = "id",
     n: Rows = None,
     db: Db = None,
@@ -338,7 +342,8 @@ def verify(
 ) -> None:
     """Check adapters as if they had never been seen, and how much of each the base model has in the same shapes.
 
-    Folders need not be in the catalogue. One row per adapter comes out in any case; exit code 5 if one is refused.
+    Folders need not be in the catalogue. Weights of adapters that are known as unusable are read without --deep too.
+    One row per adapter comes out in any case; exit code 5 if one is refused.
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
@@ -365,7 +370,7 @@ def verify(
                 base_shapes=shapes() if shapes else None,
                 deep=deep,
             )
-            if verdict.deep:
+            if verdict.deep and verdict.adapter.base == row.base:
                 catalogue.learn(verdict.adapter)
             covered = None if verdict.coverage is None else f"{verdict.coverage:.0%}"
             rows.append({**_facts(verdict.adapter), "coverage": verdict.coverage, "covered": covered})
@@ -382,7 +387,7 @@ def _refuse_without_hub_id(settings: Settings) -> None:
             "no base model to look for adapters of",
             hint='lora pool sync BASE, or base = "owner/name" in lora.toml, or LORA_BASE=owner/name',
         )
-    if Path(settings.base).is_dir():
+    if folder_of(settings.base) is not None:
         raise UsageError(
             f"the base {settings.base} is a folder: the Hub does not know it",
             hint="read adapters from a folder tree with --from DIR, or give the base's Hub id",
@@ -393,7 +398,8 @@ def _assumed(settings: Settings) -> str:
     """Where the base and the adapters come from, in one line."""
     base = f"base {settings.base} ({settings.origin('base')})" if settings.base else "any base"
     if settings.pool is None:
-        return f"{base} · from the Hub"
+        left_out = settings.origin("pool")
+        return f"{base} · from the Hub" + (f" (pool: {left_out})" if left_out != "default" else "")
     return f"{base} · from {settings.pool} ({settings.origin('pool')})"
 
 
@@ -403,7 +409,8 @@ def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] |
 
     if not base:
         return None
-    here = Path(base, "config.json").is_file()
+    folder = folder_of(base)
+    here = folder is not None and (folder / "config.json").is_file()
     if not here and (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None or cached_file(base, "config.json") is None):
         return None
 
@@ -420,11 +427,11 @@ def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) ->
     from lora_cli.adapters.store import folder_ref
     from lora_cli.steps.lookup import pinned
 
-    folder = Path(text).expanduser()
+    folder = folder_of(text)
     looks_like_path = text.startswith((".", "/", "~"))
-    if looks_like_path and not folder.is_dir():
+    if looks_like_path and folder is None:
         raise NothingMatched(f"{text}: no such folder")
-    if not folder.is_dir() or (not looks_like_path and catalogue.known([text])):
+    if folder is None or (not looks_like_path and catalogue.known([text])):
         return pinned(catalogue, text, progress)
     ref = folder_ref(folder)
     row: Adapter | None = catalogue.at(folder)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.header import read_header
-from lora_cli.adapters.store import AdapterFiles, locate
+from lora_cli.adapters.store import AdapterFiles, locate, read_config
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, HeaderError, LoraError, NetworkError, OutputError, Refused
+from lora_cli.errors import AccessDenied, DataError, HeaderError, LoraError, NetworkError, OutputError, Refused
 from lora_cli.hub import Gated, Hub, cache_folder
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.steps.sources import weighed
@@ -89,7 +89,7 @@ def fetch(
                 before = pending[future]
                 try:
                     adapter, downloaded = future.result()
-                except NetworkError as error:
+                except (NetworkError, DataError) as error:
                     failed.append((before, error.message))
                 else:
                     catalogue.learn(adapter)
@@ -120,16 +120,23 @@ def bring(
         Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
         NetworkError: some could not be fetched; those that could are kept.
     """
-    missing = [ref for ref in refs if locate(ref) is None]
-    if not missing:
-        return
-    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
-    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
-    for adapter, reason in report.refused:
+    for adapter, reason in refused(catalogue, refs, announce, progress):
         kind = AccessDenied if adapter.status == "gated" else Refused
         raise kind(f"{adapter.id}: {reason}", hint="leave this adapter out")
+
+
+def refused(
+    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
+) -> tuple[tuple[Adapter, str], ...]:
+    """Do what `bring` does; adapters that turned out to be unusable are returned with the reason, and none raises."""
+    missing = [ref for ref in refs if locate(ref) is None]
+    if not missing:
+        return ()
+    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
+    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
     for adapter, reason in report.failed:
         raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
+    return report.refused
 
 
 def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
@@ -150,7 +157,7 @@ def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
     except HeaderError as error:
         return replace(adapter, status="unusable", reason=error.message), downloaded
     adapter = replace(adapter, status="ok", reason="", bytes=header.file_size)
-    return weighed(adapter, files.weights, header, files.config.read_bytes()), downloaded
+    return weighed(adapter, files.weights, header, read_config(files.config.parent) or b""), downloaded
 
 
 def download(hub: Hub, adapter: Adapter) -> AdapterFiles:

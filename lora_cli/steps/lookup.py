@@ -1,19 +1,23 @@
 """From what a user typed to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
 
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import replace
 
+from lora_cli.adapters.store import locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
 from lora_cli.hub import Hub
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.steps.sources import Ask, Found, HubSource
+from lora_cli.steps.verify import verify
 
 _REPO = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
 )
 _REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def look_up(
@@ -28,13 +32,14 @@ def look_up(
     """The row that `text` means. Where there is none for a Hub id, the Hub is asked for that repository alone.
 
     What is found is pinned to its commit and, if it can be used, stored; a row known at another commit is replaced
-    then and not before. Nothing is sent for a name the catalogue knows, or one that cannot be a Hub id.
+    then and not before. Nothing is sent for a name the catalogue knows, for an older commit whose files are in the
+    cache (its row is left as it is), or for what cannot be a Hub id.
 
     Args:
         text: a catalogue id, a folder, or `owner/name[@revision][:subfolder]` with a branch, tag or commit.
         base: the base model that an adapter from the Hub has to be for, "" for any.
         aliases: other names of that base, beside those that the catalogue remembers.
-        announce: is told what was taken from the Hub.
+        announce: is told what was taken from the Hub, and what is older than its row.
 
     Raises:
         NothingMatched: neither the catalogue nor the Hub knows it.
@@ -45,7 +50,12 @@ def look_up(
         return catalogue.named(text)
     except NothingMatched as error:
         unknown = error
-    ask = Ask(base, names_of(catalogue, base, aliases), lambda: None, with_shapes=False)
+    names = names_of(catalogue, base, aliases)
+    if (older := _older(catalogue, text)) is not None:
+        row = usable(verify(older, base=base, aliases=names, deep=True).adapter)
+        announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
+        return row
+    ask = Ask(base, names, lambda: None, with_shapes=False)
     found = _on_hub(catalogue, text, ask, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id]).get(id)
@@ -70,7 +80,8 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
         return catalogue.named(text)
     except NothingMatched as error:
         unknown = error
-    return _on_hub(catalogue, text, Ask("", (), lambda: None, with_shapes=False), unknown, progress).stub
+    ask = Ask("", (), lambda: None, with_shapes=False)
+    return _older(catalogue, text) or _on_hub(catalogue, text, ask, unknown, progress).stub
 
 
 def usable(row: Adapter) -> Adapter:
@@ -87,7 +98,17 @@ def usable(row: Adapter) -> Adapter:
 
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
     """`aliases`, and the other names of `base` that syncs were given."""
-    return (*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base))
+    return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
+
+
+def _older(catalogue: Catalogue, text: str) -> Adapter | None:
+    """A catalogued adapter of the Hub at the other commit that `text` pins, if its files are in the cache."""
+    revision = _REVISION.search(text)
+    id = _REVISION.sub("", text, count=1)
+    if revision is None or not _COMMIT.fullmatch(revision[1]) or not catalogue.known([id]):
+        return None
+    row = replace(catalogue.get(id), commit=revision[1], sha256="", norm=None, status="ok", reason="")
+    return row if row.source == "hub" and locate(row.ref) is not None else None
 
 
 def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, progress: Progress) -> Found:
@@ -96,7 +117,7 @@ def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, 
     name = _REVISION.sub("", text, count=1)
     parts = _REPO.fullmatch(name)
     # What lies here, or came from a folder, is never replaced by a stranger's repository of the same name.
-    if parts is None or Path(name).exists():
+    if parts is None or os.path.exists(name):  # noqa: PTH110 - this one never raises
         raise unknown
     row = catalogue.known([name]).get(name)
     if row is not None and row.repo != parts[1]:

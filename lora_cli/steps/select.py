@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.steps.fetch import bring
+from lora_cli.steps.fetch import refused
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
@@ -40,11 +40,13 @@ def select(
     Args:
         where: conditions on catalogue columns, all of which must hold.
         target: folder of the adapter that methods which compare weights compare with.
-        announce: is told, before weights are downloaded, how many adapters and how many bytes.
+        announce: is told, before weights are downloaded, how many adapters and how many bytes, and which adapters are
+            left out because their weights cannot be read.
 
     Raises:
         UsageError: an unknown method, a bad condition, or a target missing.
         NothingMatched: no usable adapter fits.
+        LoraError: the target cannot be read.
     """
     method = METHODS.get(by)
     if (target is None) == (method.kind == "weights"):
@@ -58,11 +60,17 @@ def select(
     function = METHODS.load(by)
     if method.kind == "weights":
         assert target is not None
-        bring(catalogue, [row.ref for row in candidates], announce, progress)
-        scores = function(_opened(candidates), _target(target))
+        goal = _target(target)
+        function([], goal)  # what is wrong with the target is no fault of a candidate
+        unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in candidates], announce, progress)}
+        for id, reason in unfit.items():
+            announce(f"{id} left out: {reason}")
+        scored = _scored(function, [row for row in candidates if row.id not in unfit], goal, announce)
+        if not scored:
+            raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
     else:
-        scores = function(candidates, seed)
-    ranked = sorted(zip(candidates, scores, strict=True), key=lambda pair: (-pair[1], _lot(pair[0])))
+        scored = list(zip(candidates, function(candidates, seed), strict=True))
+    ranked = sorted(scored, key=lambda pair: (-pair[1], _lot(pair[0])))
     chosen: list[tuple[Adapter, float]] = []
     taken: Counter[str] = Counter()
     for adapter, score in ranked:
@@ -79,16 +87,30 @@ def _lot(adapter: Adapter) -> str:
     return hashlib.sha256(adapter.ref.pinned.encode()).hexdigest()
 
 
-def _opened(candidates: Sequence[Adapter]) -> "list[OpenAdapter]":
+def _scored(
+    function: Callable[..., list[float]],
+    rows: Sequence[Adapter],
+    target: "OpenAdapter",
+    announce: Callable[[str], None],
+) -> list[tuple[Adapter, float]]:
+    """Each adapter with its score, but for those that cannot be read."""
+    try:
+        return list(zip(rows, function([_opened(row) for row in rows], target), strict=True))
+    except LoraError as error:
+        if len(rows) == 1:
+            announce(f"{rows[0].id} left out: {error.message.removeprefix(f'{rows[0].id}: ')}")
+            return []
+    half = len(rows) // 2
+    return [part for rows in (rows[:half], rows[half:]) for part in _scored(function, rows, target, announce)]
+
+
+def _opened(row: Adapter) -> "OpenAdapter":
     from lora_cli.adapters.reader import open_adapter
 
-    opened = []
-    for row in candidates:
-        files = locate(row.ref)
-        if files is None:
-            raise Refused(f"{row.id}: its files are no longer there", hint="run lora pool sync")
-        opened.append(open_adapter(files))
-    return opened
+    files = locate(row.ref)
+    if files is None:
+        raise Refused(f"{row.id}: its files are no longer there")
+    return open_adapter(files)
 
 
 def _target(folder: Path) -> "OpenAdapter":

@@ -19,6 +19,7 @@ from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.hub import Gated, Hub, Listed, MissingFile, login_mark
 from lora_cli.records import Adapter, Progress
+from lora_cli.settings import folder_of
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -64,7 +65,8 @@ class Ask:
 class Found:
     """An adapter at its source: `stub` is what is known without reading it, `read` reads the rest.
 
-    `read` is given the stored row, if there is one. It raises NetworkError or OSError for what may go better next time.
+    `read` is given the stored row, if there is one. For what may go better next time it raises NetworkError, DataError
+    or OSError.
     """
 
     stub: Adapter
@@ -206,9 +208,10 @@ class FolderSource(Source):
     """The adapters in the folders below one folder, which are at hand and therefore read whole."""
 
     def __init__(self, root: Path, ask: Ask, catalogue: Catalogue, limit: int | None) -> None:
-        self._root = root.resolve()
-        if not self._root.is_dir():
+        found = folder_of(str(root))
+        if found is None:
             raise NothingMatched(f"{root}: no such folder", hint="give a folder whose subfolders hold adapters")
+        self._root = found.resolve()
         self.name = str(self._root)
         self._ask = ask
         self._catalogue = catalogue
@@ -227,7 +230,13 @@ class FolderSource(Source):
             yield [self._found(folder, _own(id, folder, known)) for folder, id in ids.items()]
 
     def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
-        return [id for id in catalogue.ids_of(source="folder", repo_below=str(self._root)) if id not in seen]
+        name, root = self._id(self._root), _text(str(self._root))
+        known = catalogue.known([id for id in catalogue.ids_of(source="folder") if id not in seen])
+        return [
+            id
+            for id, row in known.items()
+            if _below(row.repo, root) or (_below(id, name) and folder_of(row.repo) is None)
+        ]
 
     def _id(self, folder: Path) -> str:
         return _text("/".join((self._root.name, *folder.relative_to(self._root).parts)))
@@ -247,7 +256,7 @@ class FolderSource(Source):
         named = stub.repo == str(folder)
         return Found(
             stub=stub,
-            is_same=lambda known: known.stamp == stub.stamp,
+            is_same=lambda known: (known.stamp, known.repo) == (stub.stamp, stub.repo),
             read=partial(self._read, stub, folder, names)
             if named
             else partial(_refuse, stub, "its path is no Unicode"),
@@ -357,8 +366,17 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
-    """`id`, or the folder's path where that id already belongs to another place."""
-    return id if id not in known or known[id].repo == _text(str(folder)) else _text(str(folder))
+    """`id`, or the folder's path where that id already belongs to another place that is still there."""
+    here = _text(str(folder))
+    if id not in known or known[id].repo == here:
+        return id
+    # A tree that was moved keeps its ids; a row of the Hub names no folder.
+    was = known[id].repo
+    return id if Path(was).is_absolute() and folder_of(was) is None else here
+
+
+def _below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
 
 
 def _text(path: str) -> str:

@@ -16,9 +16,10 @@ from threading import Lock
 from typing import Literal
 
 from lora_cli.catalogue import Catalogue, Known
-from lora_cli.errors import LoraError, NetworkError, UsageError
+from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
 from lora_cli.hub import BudgetSpent, Hub
 from lora_cli.records import Adapter, Progress, silent
+from lora_cli.steps.lookup import names_of
 from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Shapes, Source
 
 Action = Literal["new", "changed", "unchanged", "gone"]
@@ -64,6 +65,7 @@ def sync(
     *,
     base: str = "",
     aliases: Sequence[str] = (),
+    dropped: Sequence[str] = (),
     base_shapes: Callable[[], Shapes | None] | Shapes | None = None,
     limit: int | None = None,
     since: str = "",
@@ -76,7 +78,9 @@ def sync(
     Args:
         source: a Hub (its budget of requests is kept), or a folder whose subfolders hold adapters.
         base: the base model asked for: needed with a Hub; with a folder "" accepts every base.
-        aliases: other names of that base; on a Hub, adapters of each of them are listed too.
+        aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of each of
+            them are listed too. All of them are remembered.
+        dropped: names that were such an alias and are no longer; what declared one of them cannot be used any more.
         base_shapes: (out, in) of each module of the base, or a function that finds them when they are first needed.
         limit: look at so many adapters at most.
         since: on a Hub, leave out what was created before this ISO time.
@@ -88,7 +92,8 @@ def sync(
         AccessDenied, NetworkError, OutputError: the work could not go on; what is stored stays.
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    ask = Ask(base, tuple(aliases), _once(base_shapes), base_shapes is not None)
+    aliases = tuple(name for name in names_of(catalogue, base, aliases) if name not in dropped)
+    ask = Ask(base, aliases, _once(base_shapes), base_shapes is not None)
     reading: Source
     if isinstance(source, Hub):
         if not base:
@@ -97,6 +102,9 @@ def sync(
     else:
         reading = FolderSource(source, ask, catalogue, limit)
     work = _Work(catalogue, reading, force=force, dry_run=dry_run, progress=progress)
+    if dropped and not dry_run:
+        rows = [row.id for row in catalogue.find() if row.base == base and row.base_declared in dropped]
+        catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
     for batch in reading.batches(progress):
         work.take(batch)
         if work.stopped:
@@ -215,10 +223,11 @@ class _Work:
             self.left.add(id)
             self.stopped = True
             return
-        except (NetworkError, OSError) as error:
+        except (NetworkError, DataError, OSError) as error:
             reason = error.message if isinstance(error, LoraError) else (error.strerror or str(error))
             self.failures[id] = reason
-            self._failed_in_a_row += 1
+            # A network that fails again and again is down; so many locked files are only many.
+            self._failed_in_a_row += isinstance(error, NetworkError)
             self.stopped = self.stopped or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
             if id in known:
                 return  # the version that is stored can still be used

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
 from lora_cli.adapters.config import MAX_CONFIG_BYTES
-from lora_cli.adapters.header import Header, lora_modules, read_header
+from lora_cli.adapters.header import Header, lora_modules, read_header, reading
 from lora_cli.adapters.store import locate, read_config
 from lora_cli.errors import HeaderError, NothingMatched, Refused
 from lora_cli.hub import Hub, MissingFile
 from lora_cli.records import Adapter
+from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import download
 from lora_cli.steps.sources import Shapes, probe_header, weighed
 
@@ -22,7 +23,7 @@ class Verdict:
     """What a close look at one adapter gave.
 
     `coverage` is the share of its modules that the base has in the same shape, None where the base's shapes are not
-    known. `deep` is True if the weights themselves were read.
+    known. `deep` is True if the weights themselves were read, as they are where the catalogue knows a fault.
     """
 
     adapter: Adapter
@@ -52,6 +53,8 @@ def verify(
     facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, base_shapes=base_shapes)
     found = replace(adapter, **facts)
     read = False
+    # Configuration and header of an adapter with bad weights look sound.
+    deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
         found, read = weighed(found, weights, header, config), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
@@ -65,17 +68,18 @@ def _files(
     """Configuration, where the weights are if they are here, their header, and the names of all files."""
     if adapter.source == "folder":
         folder = Path(adapter.repo, adapter.subfolder)
-        if not folder.is_dir():
+        if folder_of(str(folder)) is None:
             raise NothingMatched(f"{folder}: no such folder")
-        names = tuple(path.name for path in folder.iterdir())
+        with reading(folder):
+            names = tuple(path.name for path in folder.iterdir())
         weights = folder / WEIGHTS_NAME
-        here = weights.is_file()
+        here = WEIGHTS_NAME in names and weights.is_file()
         return read_config(folder), weights if here else None, _header(weights) if here else None, names
     files = locate(adapter.ref)
     if files is None and fetch and hub is not None:
         files = download(hub, adapter)
     if files is not None:
-        return files.config.read_bytes(), files.weights, _header(files.weights), (CONFIG_NAME, WEIGHTS_NAME)
+        return read_config(files.config.parent), files.weights, _header(files.weights), (CONFIG_NAME, WEIGHTS_NAME)
     if hub is None:
         raise Refused(f"{adapter.id}: its files are not on this machine", hint=f"lora pool fetch {adapter.id}")
     prefix = f"{adapter.subfolder}/" if adapter.subfolder else ""
