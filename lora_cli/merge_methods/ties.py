@@ -26,7 +26,7 @@ def ties(
 
     Source: Yadav et al. 2023, arXiv 2306.01708, with trimming per module on the update itself, not on A and B apart.
     """
-    cuts = torch.stack([deltas.threshold(i, density) for i in range(len(deltas))])[:, None, None]
+    cuts = deltas.thresholds(density)[:, None, None]
     w = weights.to(cuts)[:, None, None]  # (n, 1, 1)
 
     def elect_and_average(block: Tensor) -> Tensor:

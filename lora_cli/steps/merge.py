@@ -4,7 +4,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -281,10 +282,23 @@ def _share(kept: float, total: float) -> float:
 def _apply(plan: MergePlan, updates: list[LowRank], weights: Tensor) -> LowRank | Tensor:
     function = METHODS.load(plan.method)
     if METHODS.get(plan.method).kind == "elementwise":
-        dense: Tensor = function(DeltaTiles(updates), weights, **plan.knobs)
+        with _one_thread_each() as workers:
+            dense: Tensor = function(DeltaTiles(updates, workers=workers), weights, **plan.knobs)
         return dense
     merged: LowRank = function(updates, weights, **plan.knobs)
     return merged
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """torch on one thread, and how many workers may use it instead: over blocks that fit a cache, threads inside each
+    operation wait for each other more than they work, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_coefficients(
