@@ -1,7 +1,9 @@
 """The only door to transformers and peft: load a base model, know its modules, wear adapters, loss, generate."""
 
+import hashlib
 import inspect
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,10 +18,13 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused
+from lora_cli.adapters.store import sha256_of
+from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Example
+from lora_cli.settings import folder_of
 
 _hf: Any = transformers  # its annotations do not bear strict checking
 _hf.utils.logging.set_verbosity_error()
@@ -28,6 +33,9 @@ _hf.utils.logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
+_DEVICE = re.compile(r"(cpu|mps|cuda)(?::(\d{1,3}))?", re.ASCII)
+# What loading may read in a model's folder: configuration, tokenizer, chat template, weights.
+_READ = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -64,10 +72,11 @@ class BaseModel:
         name: how the user calls it; goes into messages and records.
         model: a transformers causal language model.
         tokenizer: its tokenizer.
+        version: tells this very model from any other, under whatever name; see `BaseRef`.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
-        self.name = name
+    def __init__(self, name: str, model: Any, tokenizer: Any, version: str = "") -> None:
+        self.name, self.version = name, version
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         ends = model.generation_config.eos_token_id
@@ -80,6 +89,11 @@ class BaseModel:
         self.pad: int = tokenizer.eos_token_id if pad is None else pad
         # What a model suggests for chatting (sampling, penalties) would make its output no longer the greedy one.
         model.generation_config = _hf.GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
+
+    @property
+    def pinned(self) -> str:
+        """`name@version`: what results of this base are kept under."""
+        return f"{self.name}@{self.version}"
 
     @property
     def device(self) -> torch.device:
@@ -273,8 +287,12 @@ class BaseModel:
         Raises:
             Refused: a module does not exist here or has another shape.
         """
-        self.check({module: update.shape for module, update in (updates or {}).items()}, who)
-        with self.attach({module: self._term(update) for module, update in (updates or {}).items()}):
+        shapes, terms = {}, {}
+        # Once through: an update may be read from the disk each time it is asked for.
+        for module, update in (updates or {}).items():
+            shapes[module], terms[module] = update.shape, self._term(update)
+        self.check(shapes, who)
+        with self.attach(terms):
             yield
 
     def _term(self, update: LowRank) -> Term:
@@ -348,50 +366,120 @@ class NewAdapter:
         # A set: its order would differ between two runs.
         config.target_modules = sorted(config.target_modules)
         with _silence():
-            self._adapted.save_pretrained(folder)
+            # Without False PEFT asks the Hub whether the base's vocabulary was changed.
+            self._adapted.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
 
 
-def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
-    """Load a base model from a folder or the Hub. Code that comes with a model is never run, pickles are never opened.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRef:
+    """A base model at one version, and how it is to be loaded: decided, while its weights still lie on the disk.
+
+    `place` is a folder or a Hub id; `name` is what records and messages call it. `version` has 40 hex digits: the
+    commit on the Hub; for a folder the head of a SHA-256 over the files that loading reads. `device` and `dtype` are
+    those of this machine, never "auto".
+    """
+
+    place: str
+    name: str
+    version: str
+    device: str
+    dtype: str
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Its part of a run's settings."""
+        return {"base": self.name, "device": self.device, "dtype": self.dtype}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Its part of a run's inputs."""
+        return {f"base:{self.name}@{self.version}": self.version}
+
+    def load(self) -> BaseModel:
+        """Load it. Code that comes with a model is never run, pickles are never opened.
+
+        Raises:
+            AccessDenied, NetworkError: it cannot be had.
+            Refused: it is not a causal language model this tool can load, or its weights are incomplete or broken.
+        """
+        options: dict[str, Any] = {"local_files_only": True}
+        if folder_of(self.place) is None:
+            # A copy on this machine is taken as it is: no request, and the same base tomorrow.
+            options = {"local_files_only": bool(_cached(self.place, self.version)), "revision": self.version}
+        try:
+            with _silence():
+                tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
+                model, report = _hf.AutoModelForCausalLM.from_pretrained(
+                    self.place,
+                    trust_remote_code=False,
+                    dtype=DTYPES[self.dtype],
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **options,
+                )
+        except Exception as error:
+            _translate(self.place, error)
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise Refused(
+                f"{self.place}: {len(missing)} tensors are missing from its weights, {missing[0]} among them",
+                hint="download the base model again",
+            )
+        return BaseModel(self.name, model.to(self.device), tokenizer, self.version)
+
+
+def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseRef:
+    """Decide on a base model without loading it. Hashing the weights of a folder takes a second per gigabyte or so.
 
     Args:
-        name: what records and messages call it, where that is not `name_or_path`.
-        device: "auto" is cuda where there is one, else cpu.
+        name: what records and messages call it, where that is not `public_base(name_or_path)`.
+        device, dtype: see `resolve`.
+
+    Raises:
+        NothingMatched, AccessDenied, NetworkError: there is none, or the Hub cannot be asked for its commit.
+        UsageError, Refused: see `resolve`.
+    """
+    device, dtype = resolve(device, dtype)
+    folder = _folder_or_hub(name_or_path)
+    return BaseRef(
+        place=name_or_path if folder is None else str(folder),
+        name=name or public_base(name_or_path),
+        version=_version_on_hub(name_or_path) if folder is None else _version_of_folder(folder),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
+    """`pin` and load at once."""
+    return pin(name_or_path, name=name, device=device, dtype=dtype).load()
+
+
+def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+    """The device and the precision that are meant on this machine.
+
+    Args:
+        device: cpu, cuda, cuda:N or mps; "auto" is cuda where there is one, else cpu.
         dtype: fp32, bf16 or fp16; "auto" is bf16 on cuda and fp32 elsewhere.
 
     Raises:
-        NothingMatched, AccessDenied, NetworkError: it cannot be had.
-        Refused: it is not a causal language model this tool can load, or its weights are incomplete or broken.
+        UsageError: no such name. Refused: the device is not here.
     """
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    match = _DEVICE.fullmatch(device)
+    if match is None:
+        raise UsageError(f"unknown device {device!r}", hint="one of auto, cpu, cuda, cuda:N, mps")
+    kind, number = match[1], int(match[2] or 0)
+    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if number >= here[kind]:
+        raise Refused(f"device {device}: this machine has no such device", hint="use --device cpu or auto")
     if dtype == "auto":
-        dtype = "bf16" if device.startswith("cuda") else "fp32"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise Refused(f"device {device}: there is no CUDA device here", hint="use --device cpu or auto")
-    is_folder = _folder_or_hub(name_or_path)
-    # A copy on this machine is taken as it is: no request, and the same base tomorrow.
-    if not is_folder and not _cached(name_or_path) and not Hub().exists(name_or_path):
-        raise NothingMatched(f"no base model {name_or_path}", hint="check the id; a private one wants 'hf auth login'")
-    options = {"trust_remote_code": False, "local_files_only": is_folder or _cached(name_or_path)}
-    try:
-        with _silence():
-            tokenizer = _hf.AutoTokenizer.from_pretrained(name_or_path, **options)
-            model, report = _hf.AutoModelForCausalLM.from_pretrained(
-                name_or_path, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True, **options
-            )
-    except Exception as error:
-        if not isinstance(error, _LOADING_FAILS) and type(error).__name__ != "SafetensorError":
-            raise
-        _translate(name_or_path, error)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise Refused(
-            f"{name_or_path}: {len(missing)} tensors are missing from its weights, {missing[0]} among them",
-            hint="download the base model again",
-        )
-    return BaseModel(name or name_or_path, model.to(device), tokenizer)
+        dtype = "bf16" if kind == "cuda" else "fp32"
+    return f"cuda:{number}" if kind == "cuda" else kind, dtype
 
 
 def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:
@@ -446,29 +534,53 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _folder_or_hub(name: str) -> bool:
-    """True for a model's folder, False for what may be a Hub id."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+def _folder_or_hub(name: str) -> Path | None:
+    """A model's folder, None for what may be a Hub id."""
+    folder = folder_of(name)
+    if folder is not None:
         if not (folder / "config.json").is_file():
             raise NothingMatched(f"{name} holds no model: config.json is missing", hint="name the model's own folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
         raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
-    return folder.is_dir()
+    return folder
 
 
-def _cached(name: str) -> bool:
-    """Whether all that loading asks for is in the Hub client's cache: an index names every part of split weights."""
-    if cached_file(name, "config.json") is None or cached_file(name, "tokenizer_config.json") is None:
-        return False
-    index = cached_file(name, "model.safetensors.index.json")
-    if index is None:
-        return cached_file(name, "model.safetensors") is not None
-    parts = set(json.loads(index.read_bytes())["weight_map"].values())
-    return all(cached_file(name, part) is not None for part in parts)
+def _version_of_folder(folder: Path) -> str:
+    files = sorted(file for file in folder.iterdir() if file.suffix in _READ and file.is_file())
+    text = "".join(f"{file.name}\n{sha256_of(file)}\n" for file in files)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
+
+
+def _version_on_hub(name: str) -> str:
+    """The commit of the copy in the Hub client's cache where that is whole, else of the Hub's main branch."""
+    if version := _cached(name):
+        return version
+    if not Hub().exists(name):
+        raise NothingMatched(f"no base model {name}", hint="check the id; a private one wants 'hf auth login'")
+    try:
+        # By this the cache learns which commit main is; a later download by commit would not tell it.
+        found = _hf.utils.cached_file(name, "config.json")
+    except Exception as error:
+        _translate(name, error)
+    return Path(found).parent.name
+
+
+def _cached(name: str, version: str = "main") -> str:
+    """The commit at which the Hub client's cache holds all that loading asks for, "" when it does not."""
+    config = cached_file(name, "config.json", version)
+    if config is None or cached_file(name, "tokenizer_config.json", version) is None:
+        return ""
+    weights = {"model.safetensors"}
+    # An index names every part of split weights.
+    if index := cached_file(name, "model.safetensors.index.json", version):
+        weights = set(json.loads(index.read_bytes())["weight_map"].values())
+    return config.parent.name if all(cached_file(name, part, version) for part in weights) else ""
 
 
 def _translate(name: str, error: Exception) -> NoReturn:
+    """Raise what a failure of loading means to the user; a bug stays what it is."""
+    if not isinstance(error, _LOADING_FAILS) and type(error).__name__ != "SafetensorError":
+        raise error
     kinds: set[str] = set()
     link: BaseException | None = error
     while link is not None:

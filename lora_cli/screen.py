@@ -105,7 +105,8 @@ class Screen:
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`."""
         if self.format == "json":
-            _out(json.dumps({"schema": schema, **values}, indent=2))
+            # What is shown may be a record with a schema of its own.
+            _out(json.dumps({"schema": schema} | {**values, "schema": schema}, indent=2))
         elif self.format == "jsonl":
             _out(json.dumps(dict(values)))
         elif self.format == "csv":

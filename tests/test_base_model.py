@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_cli import base_model
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.base_model import BaseModel, load, module_shapes
-from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused
+from lora_cli.base_model import BaseModel, load, module_shapes, resolve
+from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.records import Example
 from tests.tiny_bases import characters, examples, gpt2, llama, opened, saved, tiny_gpt2, tiny_llama
 
@@ -293,14 +293,26 @@ def test_what_the_hub_says_becomes_this_tools_errors(monkeypatch: pytest.MonkeyP
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("not to be had") from type(kind, (Exception,), {})()
 
-    monkeypatch.setattr(base_model, "_cached", lambda name: True)
+    monkeypatch.setattr(base_model, "_cached", lambda name, version="": "0" * 40)
     monkeypatch.setattr(base_model._hf.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(base_model.LoraError) as caught:
         load("acme/tiny")
     assert type(caught.value).__name__ == expected
 
 
+@pytest.mark.parametrize(
+    ("device", "error"),
+    [("cpu:foo", UsageError), ("tpu", UsageError), ("cuda:", UsageError), ("cuda:99", Refused), ("cpu:1", Refused)],
+)
+def test_a_device_that_cannot_be_is_told_from_one_that_is_not_here(device: str, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"device .?{device}"):
+        load("acme/tiny", device=device)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_refused() -> None:
-    with pytest.raises(Refused, match="no CUDA device"):
-        load("acme/tiny", device="cuda")
+def test_auto_is_resolved_without_loading_anything() -> None:
+    assert resolve() == resolve("cpu", "fp32") == ("cpu", "fp32")
+    with pytest.raises(Refused, match="no such device"):
+        resolve("cuda")
+    with pytest.raises(UsageError, match="unknown dtype 'fp8'"):
+        resolve("cpu", "fp8")

@@ -1,19 +1,56 @@
 """`lora demo`: one table over the whole tool, and a folder in which the next commands work."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+SPY = """
+import socket
+
+def noting(name, real):
+    def note(*words, **options):
+        with open({!r}, "a") as file:
+            print(name, *words, file=file)
+        return real(*words, **options)
+    return note
+
+socket.getaddrinfo = noting("getaddrinfo", socket.getaddrinfo)
+socket.socket.connect = noting("connect", socket.socket.connect)
+"""
+
 
 def demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lora_cli", "demo", str(folder), "--size", "test", *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return command("demo", str(folder), "--size", "test", *options)
+
+
+def command(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lora_cli", *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
 
 
 def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
-    done = demo(tmp_path / "world", "--json")
+    # Every process of the demo reads this at its start, and notes whatever would leave it, loopback or not.
+    (tmp_path / "spy").mkdir()
+    (tmp_path / "spy" / "sitecustomize.py").write_text(SPY.format(str(tmp_path / "spy" / "asked")))
+    spied = {"PYTHONPATH": f"{tmp_path / 'spy'}{os.pathsep}{ROOT}"}
+    asked = tmp_path / "spy" / "asked"
+    probe = [sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))"]
+    subprocess.run(probe, env=spied, check=False, capture_output=True)
+    assert "127.0.0.1" in asked.read_text()
+    asked.unlink()
+    done = command("demo", str(tmp_path / "world"), "--size", "test", "--json", **spied)
     assert done.returncode == 0, done.stderr
+    assert not asked.exists(), asked.read_text()
     rows = {row["system"]: row for row in json.loads(done.stdout)["rows"]}
     assert list(rows) == [
         "base",
@@ -30,7 +67,8 @@ def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
     assert all(row["low"] <= row["value"] <= row["high"] and row["n"] == 100 for row in rows.values())
     assert "the nearest adapters hold pool/kestrel/outer" in done.stderr
     assert "lora merge --method ties" in done.stderr
-    assert (tmp_path / "world" / "lora.toml").exists()
+    settings = tmp_path / "world" / "lora.toml"
+    assert settings.exists()
 
     again = demo(tmp_path / "world", "--json")
     assert again.returncode == 0, again.stderr
@@ -40,3 +78,9 @@ def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
     other = demo(tmp_path / "world", "--seed", "1")
     assert (other.returncode, other.stdout) == (1, "")
     assert "name another folder" in other.stderr
+
+    # Without test data an evaluation falls back to what the demo's last fit held out.
+    settings.write_text("".join(line for line in settings.read_text().splitlines(True) if not line.startswith("test")))
+    told = command("eval", cwd=settings.parent, LORA_DB="lora.db")
+    assert told.returncode == 0, told.stderr
+    assert "20 examples of task.jsonl (the validation part of the last fit)" in told.stderr

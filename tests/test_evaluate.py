@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
 from lora_cli.steps.descent import Recipe
-from lora_cli.steps.evaluate import System, evaluate
+from lora_cli.steps.evaluate import System, Updates, evaluate
 from lora_cli.steps.train import train
+from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
 
 N = 24
@@ -179,6 +181,36 @@ def test_rows_of_another_version_or_setting_are_not_taken_up(
     run(base, BASE, newer, rows_path=rows, max_new_tokens=3)
     assert sum(made) == 2 * N
     assert len(rows.read_text().splitlines()) == 2 * N
+
+
+def test_rows_of_systems_that_are_not_asked_for_stay(
+    base: BaseModel, skilled: System, idle: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    first = run(base, BASE, skilled, rows_path=rows)
+    run(base, BASE, idle, rows_path=rows, max_new_tokens=3)
+    stored = [json.loads(line)["system"] for line in rows.read_text().splitlines()]
+    assert {name: stored.count(name) for name in stored} == {"base": N, "skilled": N, "idle": N}
+    made = count(base, monkeypatch)
+    again = run(base, BASE, skilled, rows_path=rows)
+    assert sum(made) == N
+    assert again["skilled"].value == first["skilled"].value
+
+
+def test_an_adapter_is_read_once_and_not_at_all_when_its_rows_are_there(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = {name: shape for name, shape in base.shapes.items() if "proj" in name}
+    adapter = opened(write_adapter(tmp_path / "adapter", random_factors(modules, 2, seed=0)))
+    read: list[str] = []
+    real = OpenAdapter.read
+    monkeypatch.setattr(OpenAdapter, "read", lambda self, module: read.append(module) or real(self, module))
+    system = System(name="adapter", updates=Updates(adapter), version=adapter.ref.pinned)
+    run(base, BASE, system, rows_path=tmp_path / "rows.jsonl")
+    assert sorted(read) == sorted(modules)
+    read.clear()
+    run(base, BASE, system, rows_path=tmp_path / "rows.jsonl")
+    assert read == []
 
 
 def test_a_file_of_something_else_is_not_written_over(base: BaseModel, tmp_path: Path) -> None:

@@ -68,7 +68,9 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine() -> None:
     )
 
 
-@pytest.mark.parametrize("setting", [{"steps": 0}, {"batch": 0}, {"every": 0}, {"lr": 0.0}, {"lr": math.nan}])
+@pytest.mark.parametrize(
+    "setting", [{"steps": 0}, {"batch": 0}, {"every": 0}, {"lr": 0.0}, {"lr": math.nan}, {"seed": -1}]
+)
 def test_a_recipe_that_cannot_be_followed(setting: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(setting))}"):
         dataclasses.replace(Recipe(), **setting)
@@ -111,6 +113,15 @@ def test_the_coefficients_are_those_of_the_best_step(base: BaseModel, pool: list
     with base.wear(updates):
         each = [-value for value in base.log_likelihoods(validation)]
     assert each == pytest.approx(result.learnt.each_after, rel=1e-4)
+
+
+def test_a_loss_is_the_mean_over_the_examples_that_its_interval_is_about(
+    base: BaseModel, pool: list[OpenAdapter]
+) -> None:
+    uneven = [dataclasses.replace(e, completion=e.completion * (1 + i % 4)) for i, e in enumerate(examples(20))]
+    learnt = fit(base, pool, uneven, recipe=SHORT).learnt
+    assert learnt.loss_after == pytest.approx(sum(learnt.each_after) / len(learnt.each_after), rel=1e-9)
+    assert learnt.loss_before == pytest.approx(sum(learnt.each_before) / len(learnt.each_before), rel=1e-9)
 
 
 def test_a_fit_that_helps_nothing_keeps_the_base(pool: list[OpenAdapter], relevant: OpenAdapter) -> None:
@@ -172,13 +183,15 @@ def test_what_cannot_be_fitted_is_said(base: BaseModel, pool: list[OpenAdapter])
         fit(base, pool, examples(1))
     with pytest.raises(DataError, match="example long"):
         fit(base, pool, [*examples(5), Example(id="long", prompt="x" * 80, completion="y")])
-    with pytest.raises(UsageError, match="--l1"):
-        fit(base, pool, examples(5), l1=-1.0)
+    for l1 in (-1.0, math.nan, math.inf):
+        with pytest.raises(UsageError, match="--l1"):
+            fit(base, pool, examples(5), l1=l1)
 
 
 def test_a_loss_that_is_not_finite_is_refused(base: BaseModel, tmp_path: Path) -> None:
-    b, a = random_factors({"model.layers.0.mlp.up_proj": (48, 32)}, 2, seed=0)["model.layers.0.mlp.up_proj"]
-    huge = opened(write_adapter(tmp_path / "huge", {"model.layers.0.mlp.up_proj": (b * 1e20, a * 1e20)}))
+    attention = {name: shape for name, shape in base.shapes.items() if name.endswith(("q_proj", "k_proj"))}
+    factors = {name: (b * 1e14, a * 1e14) for name, (b, a) in random_factors(attention, 2, seed=0).items()}
+    huge = opened(write_adapter(tmp_path / "huge", factors))
     with pytest.raises(Refused, match=r"the loss is (nan|inf) at step \d"):
         fit(base, [huge], examples(20), shape=Shape(activation="linear", init="average"), recipe=SHORT)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_cli
 from lora_cli.world import World
-from tests.cli import ok, refused
+from tests.cli import lora, ok, refused
 from tests.tiny_bases import STORIES, needs_stories
 
 ROOT = Path(lora_cli.__file__).parents[1]
@@ -98,10 +98,13 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
 
 def test_controls_are_reported_and_gain_is_claimed_only_where_it_is_measured(here: World) -> None:
     told = ok("fit", *QUICK, "--control", "random", "--json")
-    results = json.loads(told.out)["results"]
+    document = json.loads(told.out)
+    assert document["schema"] == "lora.fit/1"
+    results = document["results"]
     [base, control] = results["comparisons"]
     assert (base["against"], control["against"]) == ("base", "random")
     assert control["loss"] > results["loss"]
+    assert base["difference"]["delta"] == pytest.approx(results["loss"] - base["loss"], abs=1e-9)
     assert f"random-LoRA control {control['loss']:.3f}" in told.err
     assert "gain over the control" in told.err
 
@@ -161,7 +164,9 @@ def test_a_target_adapter_joins_and_the_options_are_recorded(here: World) -> Non
     coefficients = json.loads((folder / "coefficients.json").read_text())
     assert coefficients["adapters"][0] == settings["target"]
     assert settings["target"].startswith(f"{here.folder.name}/mine@")
-    assert "up to date" in ok("train", "--rank", "4", "--steps", "20", "--lr", "5e-3", "-o", "mine").err
+    again = ok("train", "--rank", "4", "--steps", "20", "--lr", "5e-3", "-o", "mine", "--json")
+    assert "up to date" in again.err
+    assert json.loads(again.out) == {**record("mine"), "schema": "lora.train/1", "out": "mine"}
 
 
 def test_equal_work_gives_equal_bytes(here: World) -> None:
@@ -215,8 +220,31 @@ def test_an_adapter_without_effect_fails_the_evaluation(here: World) -> None:
     weights = Path(folder, "adapter_model.safetensors")
     tensors = {name: tensor * ("lora_A" in name) for name, tensor in load_file(weights).items()}
     save_file(tensors, weights)
-    told = refused(5, "eval", "idle")
-    assert "zero effect: idle changed the output on 0 of 100 prompts (not even a likelihood moved: not applied)" in told
+    code, out, err = lora("eval", "pool/tarn/mirror", "idle")
+    assert code == 5
+    assert "zero effect: idle changed the output on 0 of 100 prompts (not even a likelihood moved: not applied)" in err
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["base", "pool/tarn/mirror", "idle"]
+
+
+def test_an_adapter_that_only_moves_likelihoods_is_a_warning(here: World) -> None:
+    folder = shutil.copytree(here.pool / "kestrel" / "outer", "faint")
+    weights = Path(folder, "adapter_model.safetensors")
+    save_file(
+        {name: tensor * (1e-3 if "lora_B" in name else 1) for name, tensor in load_file(weights).items()}, weights
+    )
+    told = ok("eval", "faint")
+    assert "faint\t" in told.out
+    assert "warning: faint is too weak to change an output, though it moves likelihoods" in told.err
+
+
+def test_a_record_that_does_not_name_its_data(here: World) -> None:
+    settings = Path("lora.toml")
+    settings.write_text("\n".join(line for line in settings.read_text().splitlines() if not line.startswith("test")))
+    folder = Path(ok("fit", "pool/kestrel/outer", *QUICK).out.strip())
+    written = record(folder)
+    del written["settings"]["data"]
+    (folder / "run.json").write_text(json.dumps(written))
+    assert "does not say what the last fit was made on" in refused(1, "eval")
 
 
 # ---- bad input ----
@@ -237,6 +265,28 @@ def test_bad_input_is_answered_in_a_line(here: World) -> None:
     assert "taken exists" in refused(1, "fit", "-o", "taken")
     assert "given twice" in refused(5, "fit", "pool/kestrel/outer", "pool/kestrel/outer")
     assert "has no modules" in (told := refused(5, "train", "--target-modules", "c_attn")) or "c_attn" in told
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (2, ("fit", "--l1", "-1")),
+        (2, ("fit", "--l1", "nan")),
+        (2, ("fit", "--control", "magic")),
+        (2, ("train", "--rank", "0")),
+        (2, ("eval", "pool/kestrel/outer", "--metric", "bleu")),
+        (3, ("eval", "pool/kestrel/outer", "--baseline", "nothing")),
+        (2, ("fit", "--device", "cpu:foo")),
+        (5, ("train", "--device", "cuda:99")),
+        (5, ("eval", "pool/kestrel/outer", "--device", "cuda:99")),
+    ],
+)
+def test_what_is_wrong_from_the_start_is_said_before_anything_is_recorded_or_loaded(
+    here: World, monkeypatch: pytest.MonkeyPatch, code: int, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("lora_cli.base_model.BaseRef.load", None)
+    refused(code, *words)
+    assert json.loads(ok("runs", "list", "--json").out)["rows"] == []
 
 
 def test_a_base_is_needed(here: World, monkeypatch: pytest.MonkeyPatch) -> None:

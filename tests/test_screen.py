@@ -50,6 +50,12 @@ def test_rows_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "ann/a\t8\nbob/\\x1b[31mb\t-\n"
 
 
+def test_a_document_has_the_schema_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen("json").document("lora.x/1", {"out": "there", "schema": "lora.run/1"})
+    document = json.loads(capsys.readouterr().out)
+    assert list(document.items()) == [("schema", "lora.x/1"), ("out", "there")]
+
+
 def test_nothing_found_is_valid_data_too(capsys: pytest.CaptureFixture[str]) -> None:
     Screen("json").rows("lora.x/1", COLUMNS, [])
     assert json.loads(capsys.readouterr().out)["rows"] == []

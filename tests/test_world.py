@@ -159,7 +159,7 @@ def test_settings_name_what_is_there(world: World) -> None:
 
 
 def test_no_file_names_a_place_on_this_machine(world: World) -> None:
-    places = [str(world.folder.parent).encode(), str(Path.home()).encode(), sys.prefix.encode(), b"unfinished"]
+    places = [str(world.folder.parent).encode(), str(Path.home()).encode(), sys.prefix.encode(), b".partial"]
     for name, data in contents(world).items():
         assert not [place for place in places if place in data], name
 
@@ -195,7 +195,7 @@ def test_same_seed_gives_the_same_bytes_in_silence_and_clears_what_a_killed_buil
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     finished = subprocess.Popen([sys.executable, "-c", ""])
     finished.wait()
-    (tmp_path / f".again.unfinished-{finished.pid}-x").mkdir()
+    (tmp_path / f".again.{finished.pid}.partial").mkdir()
     seen: list[tuple[str, int, int]] = []
     again = build(tmp_path / "again", size="test", progress=lambda *step: seen.append(step))
     assert contents(again) == contents(world)

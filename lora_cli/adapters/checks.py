@@ -3,7 +3,8 @@
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -23,6 +24,7 @@ from lora_cli.adapters.header import (
 )
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
+from lora_cli.settings import folder_of
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -318,6 +320,23 @@ def canonical_base(name: str) -> str:
     """
     owner, model, _ = _split(name)
     return f"{owner}/{model}" if owner else model
+
+
+def public_base(base: str, aliases: Sequence[str] = (), declared: Iterable[str] = ()) -> str:
+    """The name of a base model for other people: never a place on this machine.
+
+    An id of the Hub is its own name. A folder goes by its first alias, else by what most adapters have `declared`, else
+    by the last part of its path. Without a base, what the adapters declare decides.
+    """
+    folder = folder_of(base)
+    if base and folder is None and not base.startswith(("/", "~", ".")):
+        return base
+    if base and aliases:
+        return aliases[0]
+    names = Counter(map(canonical_base, declared))
+    if names:
+        return min(names, key=lambda name: (-names[name], name))
+    return canonical_base(str(folder.resolve()) if folder is not None else base)
 
 
 def same_base(a: str, b: str, aliases: Collection[str] = ()) -> bool:

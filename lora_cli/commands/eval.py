@@ -1,6 +1,7 @@
 """`lora eval`: score adapters on a task, on one loaded base."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,11 +74,12 @@ def evaluate(
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
 
-    Every output is kept as a row of a JSONL file; a killed evaluation goes on from there. An adapter that changes no
-    output at all fails the command (exit 5): loaded is not applied.
+    Every output is kept as a row of a JSONL file; a killed evaluation goes on from there. An adapter that moves not
+    even a likelihood fails the command after its table (exit 5): loaded is not applied.
     """
     from lora_cli import runs
     from lora_cli.catalogue import Catalogue
+    from lora_cli.steps import evaluate as step
     from lora_cli.steps.gather import gather
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -91,8 +93,12 @@ def evaluate(
         else:
             names = last_written(settings.db)
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
+        step.demand_sane(["base", *_distinct(names)], metric=metric, baseline=baseline)
         file, task = test_data(settings)
         screen.say(f"data: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
+        from lora_cli.base_model import pin
+
+        ref = pin(model, device=settings.device, dtype=settings.dtype)
         gathered = gather(
             catalogue,
             names,
@@ -101,10 +107,9 @@ def evaluate(
             announce=screen.say,
             progress=progress,
         )
+        ref = replace(ref, name=gathered.base)
         asked = {
-            "base": gathered.base,
-            "device": settings.device,
-            "dtype": settings.dtype,
+            **ref.settings,
             "metric": metric,
             "baseline": baseline,
             "max_new_tokens": max_new_tokens,
@@ -113,22 +118,17 @@ def evaluate(
             "examples": len(task),
         }
         sha256 = task_sha256(file)
-        inputs = {**gathered.inputs, file.name: sha256}
+        inputs = {**ref.inputs, **gathered.inputs, file.name: sha256}
         rows = out or settings.runs / f"eval-{runs.key_of('eval', asked, inputs)[:8]}.jsonl"
 
-        from lora_cli.base_model import load as load_base
-        from lora_cli.steps.evaluate import System, Updates
-        from lora_cli.steps.evaluate import evaluate as step
-
-        systems = [System(name="base")] + [
-            System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
+        systems = [step.System(name="base")] + [
+            step.System(name=name, updates=step.Updates(adapter), version=adapter.ref.pinned)
             for name, adapter in zip(_distinct(names), gathered.adapters, strict=True)
         ]
         with runs.recorded(settings.db, "eval", asked, inputs, rows) as run:
-            loaded = load_base(model, name=gathered.base, device=settings.device, dtype=settings.dtype)
-            run.device = str(loaded.device)
-            scores = step(
-                loaded,
+            run.device = ref.device
+            scores = step.evaluate(
+                ref.load(),
                 systems,
                 task,
                 metric=metric,  # type: ignore[arg-type]
@@ -140,7 +140,6 @@ def evaluate(
                 progress=progress,
             )
             runs.add_scores(settings.db, run, scores, {system.name: [system.version] for system in systems[1:]}, sha256)
-            _demand_effect(scores)
     screen.rows(
         "lora.eval/1",
         _COLUMNS,
@@ -152,6 +151,9 @@ def evaluate(
     what = "output" if metric == "exact" else "likelihood"
     for score in scores[1:]:
         screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
+        if score.changed == 0 < score.details["moved"]:
+            screen.warn(f"{score.system} is too weak to change an output, though it moves likelihoods")
+    _demand_effect(scores)
 
 
 def last_written(db: Path) -> list[str]:
@@ -169,7 +171,8 @@ def test_data(settings: Settings) -> tuple[Path, list[Example]]:
     """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
 
     Raises:
-        UsageError: neither is known. DataError: the file of the last fit has changed or is gone.
+        UsageError: neither is known.
+        DataError: the file of the last fit has changed or is gone, or its record does not name it.
     """
     if settings.test is not None:
         return settings.test, load_task(settings.test)
@@ -180,9 +183,16 @@ def test_data(settings: Settings) -> tuple[Path, list[Example]]:
     if last is None:
         raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
     record = runs.read_record(last[1])
-    name, seed = record["settings"]["data"], record["settings"]["seed"]
+    try:
+        name, seed = str(record["settings"]["data"]), int(record["settings"]["seed"])
+        sha256 = record["inputs"][name]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{near(last[1] / runs.RECORD_FILE)} does not say what the last fit was made on",
+            hint="give --data FILE.jsonl",
+        ) from None
     for file in (settings.data, Path(name)):
-        if file is not None and file.is_file() and task_sha256(file) == record["inputs"][name]:
+        if file is not None and file.is_file() and task_sha256(file) == sha256:
             return file, split(load_task(file), seed=seed)[1]
     raise DataError(f"{name}, the data of the last fit, is not here or has changed", hint="give --data FILE.jsonl")
 
@@ -201,14 +211,12 @@ def _distinct(names: list[str]) -> list[str]:
 
 
 def _demand_effect(scores: list[Score]) -> None:
-    for score in scores[1:]:
-        if score.changed == 0:
-            moved = score.details["moved"]
-            why = f"likelihoods moved on {moved}: too weak" if moved else "not even a likelihood moved: not applied"
-            raise Refused(
-                f"zero effect: {score.system} changed the output on 0 of {score.n} prompts ({why})",
-                hint="check the adapter's base and modules with 'lora pool verify'",
-            )
+    if idle := [score for score in scores[1:] if score.details["moved"] == 0]:
+        raise Refused(
+            f"zero effect: {', '.join(score.system for score in idle)} changed the output on 0 of {idle[0].n} prompts "
+            "(not even a likelihood moved: not applied)",
+            hint="check the adapter's base and modules with 'lora pool verify'",
+        )
 
 
 def _row(score: Score) -> Mapping[str, Any]:

@@ -1,15 +1,28 @@
 """`lora fit`: learn from data how much of each adapter a task wants."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lora_cli.commands.merge import named
-from lora_cli.commands.options import Base, Db, Device, DryRun, Dtype, Force, Json, Out, Seed, examples, screen_for
+from lora_cli.commands.options import (
+    Base,
+    Db,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Json,
+    Out,
+    Seed,
+    examples,
+    screen_for,
+    show_output,
+)
 from lora_cli.errors import UsageError
-from lora_cli.screen import Screen, near
+from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
 
@@ -79,22 +92,23 @@ def fit(
     task, sha256 = load_task(file), task_sha256(file)
 
     from lora_cli import runs
+    from lora_cli.base_model import pin
     from lora_cli.catalogue import Catalogue
     from lora_cli.mixture import Shape
+    from lora_cli.steps import fit as step
     from lora_cli.steps import merge
     from lora_cli.steps.descent import Recipe
-    from lora_cli.steps.fit import CONTROLS, fit_and_write
     from lora_cli.steps.gather import gather
 
     controls = [part.strip() for part in control.split(",") if part.strip()]
-    if unknown := [name for name in controls if name not in CONTROLS]:
-        raise UsageError(f"unknown control {unknown[0]!r}", hint=f"there are {', '.join(CONTROLS)}")
+    step.demand_sane(l1=l1, controls=controls)
     shape = Shape(granularity=granularity, activation=activation, init=init)  # type: ignore[arg-type]
     recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         names, weights = named(adapters or [], catalogue, settings.base, selection, screen)
         if any(weight is not None for weight in weights):
             raise UsageError("fit learns the weights; name adapters without =WEIGHT")
+        ref = pin(model, device=settings.device, dtype=settings.dtype)
         gathered = gather(
             catalogue,
             [*names, *([] if target is None else [target])],
@@ -107,58 +121,44 @@ def fit(
         plan = merge.plan(
             gathered.adapters, [1.0] * len(gathered.adapters), base=gathered.base, rank=rank, energy=energy
         )
-        asked = {
-            "base": gathered.base,
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "granularity": granularity,
-            "activation": activation,
-            "init": init,
-            "l1": l1,
-            "target": joined,
-            "controls": controls,
-            "steps": steps,
-            "lr": lr,
-            "batch": batch,
-            "seed": settings.seed,
-            "rank": rank,
-            "energy": energy,
-            "data": file.name,
-        }
-        inputs = {**gathered.inputs, file.name: sha256}
+        ref = replace(ref, name=gathered.base)
+        asked = ref.settings | step.asked(
+            plan, shape=shape, l1=l1, recipe=recipe, target=joined, controls=controls, data=file.name
+        )
+        inputs = {**ref.inputs, **gathered.inputs, file.name: sha256}
         key = runs.key_of("fit", asked, inputs)
         folder = out or settings.runs / f"fit-{key[:8]}"
         if dry_run:
             screen.document("lora.fit.plan/1", {"out": str(folder), "adapters": len(plan.adapters), **asked})
             return
-        if runs.claim(folder, key, force=force):
-            _show(screen, json, folder, runs.read_record(folder))
-            screen.say(f"fit: {near(folder)} is up to date")
-            return
-        screen.say(f"fit: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
-        from lora_cli.base_model import load as load_base
-
+        done = runs.claim(folder, key, force=force)
+        if not done:
+            screen.say(f"fit: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
         with runs.recorded(settings.db, "fit", asked, inputs, folder) as run:
-            loaded = load_base(model, name=gathered.base, device=settings.device, dtype=settings.dtype)
-            run.device = str(loaded.device)
-            report = fit_and_write(
-                loaded,
-                plan,
-                task,
-                folder,
-                run,
-                target=joined,
-                controls=controls,
-                states=folder.absolute().parent,
-                replace_folder=force,
-                progress=progress,
-                shape=shape,
-                l1=l1,
-                recipe=recipe,
-                task_sha256=sha256,
-            )
-    _show(screen, json, folder, run.record())
-    screen.say(outcome(report))
+            if done:
+                run.take(folder)
+                told = f"fit: {near(folder)} is up to date"
+            else:
+                run.device = ref.device
+                report = step.fit_and_write(
+                    ref.load(),
+                    plan,
+                    task,
+                    folder,
+                    run,
+                    target=joined,
+                    controls=controls,
+                    states=folder.absolute().parent,
+                    replace_folder=force,
+                    progress=progress,
+                    shape=shape,
+                    l1=l1,
+                    recipe=recipe,
+                    task_sha256=sha256,
+                )
+                told = outcome(report)
+    show_output(screen, "lora.fit/1", folder, run.record())
+    screen.say(told)
 
 
 def task_file(settings: Any) -> Path:
@@ -204,13 +204,6 @@ def _verdict(one: Any) -> str:
             f"worse than {_SHORT[one.against]} by {difference.delta:.3f} [{difference.low:.3f}, {difference.high:.3f}]"
         )
     return f"no measurable gain over {_SHORT[one.against]}"
-
-
-def _show(screen: Screen, json: bool, folder: Path, record: Mapping[str, Any]) -> None:
-    if json:
-        screen.document("lora.fit/1", {"out": str(folder), **record})
-    else:
-        screen.text(f"{near(folder)}\n")
 
 
 def register(root: typer.Typer) -> None:

@@ -1,12 +1,13 @@
 """The options that several commands share, spelled once."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lora_cli.errors import UsageError
-from lora_cli.screen import Format, Screen
+from lora_cli.screen import Format, Screen, near
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="One JSON object per line.")]
@@ -33,6 +34,14 @@ def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet
     if len(chosen) > 1:
         raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     return Screen(chosen[0] if chosen else "auto")
+
+
+def show_output(screen: Screen, schema: str, folder: Path, record: Mapping[str, Any]) -> None:
+    """The folder that a command made: its path, or as JSON its path with the run's record."""
+    if screen.format == "json":
+        screen.document(schema, {"out": str(folder), **record})
+    else:
+        screen.text(f"{near(folder)}\n")
 
 
 def examples(*lines: str) -> str:

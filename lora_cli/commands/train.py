@@ -1,14 +1,25 @@
 """`lora train`: a new LoRA on the same data, the baseline that a fit has to beat."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lora_cli.commands.fit import Data, base_of, task_file
-from lora_cli.commands.options import Base, Db, Device, DryRun, Dtype, Force, Json, Out, Seed, examples, screen_for
-from lora_cli.screen import Screen, near
+from lora_cli.commands.options import (
+    Base,
+    Db,
+    Device,
+    DryRun,
+    Dtype,
+    Force,
+    Json,
+    Out,
+    Seed,
+    examples,
+    screen_for,
+    show_output,
+)
+from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
 
@@ -45,68 +56,55 @@ def train(
     task, sha256 = load_task(file), task_sha256(file)
 
     from lora_cli import runs
+    from lora_cli.adapters.checks import public_base
+    from lora_cli.base_model import pin
+    from lora_cli.steps import train as step
     from lora_cli.steps.descent import Recipe
-    from lora_cli.steps.train import train_and_write
 
-    # A folder of this machine means nothing to others, where the base has a name besides.
-    declared = settings.base_aliases[0] if settings.base_aliases and Path(model).is_dir() else model
-    recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
-    asked = {
-        "base": declared,
-        "device": settings.device,
-        "dtype": settings.dtype,
+    shape: dict[str, Any] = {
         "rank": rank,
         "alpha": alpha,
         "dropout": dropout,
-        "target_modules": target_modules,
-        "steps": steps,
-        "lr": lr,
-        "batch": batch,
-        "seed": settings.seed,
-        "data": file.name,
+        "target_modules": _modules(target_modules),
     }
-    inputs = {file.name: sha256}
+    recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
+    described = step.asked(recipe=recipe, data=file.name, **shape)
+    name = public_base(model, settings.base_aliases)
+    ref = pin(model, name=name, device=settings.device, dtype=settings.dtype)
+    asked, inputs = ref.settings | described, {**ref.inputs, file.name: sha256}
     key = runs.key_of("train", asked, inputs)
     folder = out or settings.runs / f"train-{key[:8]}"
     if dry_run:
         screen.document("lora.train.plan/1", {"out": str(folder), **asked})
         return
-    if runs.claim(folder, key, force=force):
-        _show(screen, json, folder, runs.read_record(folder))
-        screen.say(f"train: {near(folder)} is up to date")
-        return
-    screen.say(f"train: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
-    from lora_cli.base_model import load as load_base
-
+    done = runs.claim(folder, key, force=force)
+    if not done:
+        screen.say(f"train: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
     with screen.progress() as progress, runs.recorded(settings.db, "train", asked, inputs, folder) as run:
-        loaded = load_base(model, name=declared, device=settings.device, dtype=settings.dtype)
-        run.device = str(loaded.device)
-        result = train_and_write(
-            loaded,
-            task,
-            folder,
-            run,
-            replace=force,
-            progress=progress,
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            target_modules=target_modules if target_modules == "all-linear" else target_modules.split(","),
-            recipe=recipe,
-        )
-    _show(screen, json, folder, run.record())
+        if done:
+            run.take(folder)
+            told = f"train: {near(folder)} is up to date"
+        else:
+            run.device = ref.device
+            result = step.train_and_write(
+                ref.load(), task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
+            )
+            told = outcome(result, rank)
+    show_output(screen, "lora.train/1", folder, run.record())
+    screen.say(told)
+
+
+def outcome(result: Any, rank: int) -> str:
+    """The one line that says what a training did."""
     learnt = result.learnt
-    screen.say(
+    return (
         f"train: validation loss {learnt.loss_before:.3f} → {learnt.loss_after:.3f} · rank {rank} · "
-        f"{result.parameters:,} parameters · best at step {learnt.best_step} of {steps}"
+        f"{result.parameters:,} parameters · best at step {learnt.best_step} of {learnt.curve[-1].step}"
     )
 
 
-def _show(screen: Screen, json: bool, folder: Path, record: Mapping[str, Any]) -> None:
-    if json:
-        screen.document("lora.train/1", {"out": str(folder), **record})
-    else:
-        screen.text(f"{near(folder)}\n")
+def _modules(text: str) -> str | list[str]:
+    return text if text == "all-linear" else [part.strip() for part in text.split(",") if part.strip()]
 
 
 def register(root: typer.Typer) -> None:

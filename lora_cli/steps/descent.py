@@ -36,7 +36,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch", 1), ("every", 1)):
+        for name, low in (("steps", 1), ("batch", 1), ("every", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise UsageError(f"--{name} must be at least {low}, not {getattr(self, name)}")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -52,7 +52,10 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """The state after `step` steps: mean training loss per token since the last point, and the validation loss."""
+    """The state after `step` steps.
+
+    `training` is the mean loss per token over the batches since the last point, `validation` a mean as in `Learnt`.
+    """
 
     step: int
     training: float | None
@@ -61,7 +64,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """What came out. Losses are means per completion token in nats; the tuples hold one per validation example."""
+    """What came out.
+
+    The tuples hold the loss of each validation example, a mean over its completion tokens in nats; the two losses are
+    their means, so that every example counts the same, here as in the intervals.
+    """
 
     curve: tuple[Point, ...]
     best_step: int
@@ -125,12 +132,12 @@ def learn(
 
 @torch.no_grad()
 def losses(base: BaseModel, examples: Sequence[Encoded]) -> tuple[float, list[float]]:
-    """Mean loss per completion token over all examples, and that of each, in nats, of what `base` wears now."""
+    """Mean loss per completion token of each example, in nats, of what `base` wears now; in front the mean of these."""
     sums: list[float] = []
     for part in _passes(examples):
         sums += base.completion_losses(part).tolist()
     each = [total / item.tokens for total, item in zip(sums, examples, strict=True)]
-    return math.fsum(sums) / sum(item.tokens for item in examples), each
+    return math.fsum(each) / len(each), each
 
 
 class _Run:

@@ -31,12 +31,24 @@ class System:
     updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
     version: str = ""
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each module it touches."""
+        if isinstance(self.updates, Updates):
+            return self.updates.shapes
+        return {module: update.shape for module, update in (self.updates or {}).items()}
+
 
 class Updates(Mapping[str, LowRank]):
     """The updates of an adapter, each read when it is asked for: of many systems only the one at work is in memory."""
 
     def __init__(self, adapter: OpenAdapter) -> None:
         self._adapter = adapter
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each update; reads none of them."""
+        return {name: (module.out_features, module.in_features) for name, module in self._adapter.modules.items()}
 
     def __getitem__(self, module: str) -> LowRank:
         return self._adapter.read(module)
@@ -88,7 +100,8 @@ def evaluate(
     Args:
         systems: distinct names; one of them is the base itself (`updates` None).
         baseline: name of one of them.
-        rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again.
+        rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again, and
+            those of other systems stay.
 
     Raises:
         UsageError: an unknown metric, two systems of one name.
@@ -97,18 +110,12 @@ def evaluate(
         OutputError: the rows cannot be written, or the file holds something else.
     """
     names = [system.name for system in systems]
-    if metric not in get_args(Metric):
-        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
-    if len(set(names)) < len(names):
-        raise UsageError(f"two systems are called {max(names, key=names.count)!r}")
-    if baseline not in names:
-        raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
+    demand_sane(names, metric=metric, baseline=baseline)
     if not examples:
         raise NothingMatched("no examples to evaluate on")
     [itself] = [system.name for system in systems if system.updates is None]
     for system in systems:
-        shapes = {module: update.shape for module, update in (system.updates or {}).items()}
-        base.check(shapes, system.name)
+        base.check(system.shapes, system.name)
     keys = {
         (system.name, example.id): _key(base, system, example, metric, max_new_tokens)
         for system in systems
@@ -119,7 +126,8 @@ def evaluate(
             left = [example for example in examples if (system.name, example.id) not in rows.found]
             done = len(examples) - len(left)
             progress(system.name, done, len(examples))
-            with base.wear(system.updates, who=system.name):
+            # Of a system that is done nothing needs to be read.
+            with base.wear(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * batch_size):
                     part = left[at : at + 4 * batch_size]
                     for row in _answers(base, system.name, part, keys, metric, max_new_tokens, batch_size):
@@ -128,6 +136,16 @@ def evaluate(
                         progress(system.name, done, len(examples))
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
     return [_score(found, name, metric, baseline, itself, seed) for name in names]
+
+
+def demand_sane(names: Sequence[str], *, metric: str, baseline: str) -> None:
+    """What `evaluate` demands of the systems' names, the metric and the baseline; raises as it does."""
+    if metric not in get_args(Metric):
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
+    if len(set(names)) < len(names):
+        raise UsageError(f"two systems are called {max(names, key=names.count)!r}")
+    if baseline not in names:
+        raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
 
 
 def _answers(
@@ -198,7 +216,7 @@ def _values(rows: Sequence[Row], metric: Metric) -> list[float]:
 
 def _key(base: BaseModel, system: System, example: Example, metric: Metric, max_new_tokens: int) -> str:
     deciding = [
-        base.name,
+        base.pinned,
         str(base.dtype),
         system.version,
         system.updates is None,
@@ -214,14 +232,18 @@ class _Rows:
 
     def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str]) -> None:
         self.found: dict[tuple[str, str], Row] = {}
+        self._others: list[Row] = []
         self._path = path
         self._keys = keys
         self._file: Any = None
 
     def __enter__(self) -> "_Rows":
         if self._path is not None:
+            systems = {system for system, _ in self._keys}
             for row in _read(self._path):
-                if self._keys.get((row.system, row.id)) == row.key:
+                if row.system not in systems:
+                    self._others.append(row)
+                elif self._keys.get((row.system, row.id)) == row.key:
                     self.found[row.system, row.id] = row
             self._file = self._rewritten(self._path)
         return self
@@ -238,11 +260,11 @@ class _Rows:
             self._file.flush()
 
     def _rewritten(self, path: Path) -> Any:
-        """The file with only the rows that still hold, open for more."""
+        """The file without the rows of these systems that no longer hold, open for more."""
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(map(_line, self.found.values())), encoding="utf-8")
+            partial.write_text("".join(map(_line, [*self._others, *self.found.values()])), encoding="utf-8")
             partial.replace(path)
             return path.open("a", encoding="utf-8")
         except OSError as error:

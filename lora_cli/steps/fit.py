@@ -2,16 +2,17 @@
 
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, sha256_of
-from lora_cli.adapters.writer import CONFIG_FILE, WEIGHTS_FILE
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.mixture import Mixture, Shape
@@ -73,8 +74,7 @@ def fit(
         DataError: the examples cannot be split, or one is too long. UsageError: settings out of range.
     """
     shape, recipe = shape or Shape(), recipe or Recipe()
-    if l1 < 0:
-        raise UsageError(f"--l1 must not be negative, not {l1}")
+    demand_sane(l1=l1)
     if not adapters and target is None:
         raise NothingMatched("no adapters to fit", hint="choose some with 'lora select' or name them")
     together = [*([] if target is None else [target]), *adapters]
@@ -82,7 +82,7 @@ def fit(
     kept = 0 if target is None else 1
     mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept)
     key = json.dumps(
-        [base.name, str(base.dtype), mixture.adapters, asdict(shape), l1, asdict(recipe), fraction, kept, reinit]
+        [base.pinned, str(base.dtype), mixture.adapters, asdict(shape), l1, asdict(recipe), fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
     with mixture.worn(base):
@@ -145,6 +145,31 @@ class FitReport:
     comparisons: tuple[Comparison, ...]
 
 
+def asked(
+    plan: MergePlan,
+    *,
+    shape: Shape,
+    l1: float = 0.0,
+    recipe: Recipe,
+    target: str = "",
+    controls: Sequence[str] = (),
+    data: str,
+) -> dict[str, Any]:
+    """The settings of a run that fits, beside those of the base. `data` is the task file's name."""
+    reduction = {"rank": plan.rank, "energy": plan.energy}
+    learning = {**asdict(shape), "l1": l1, **asdict(recipe), "target": target, "controls": list(controls)}
+    return {**learning, **reduction, "data": data}
+
+
+def demand_sane(*, l1: float = 0.0, controls: Sequence[str] = ()) -> None:
+    """UsageError for an L1 factor that is none, or an unknown control."""
+    if not 0 <= l1 < math.inf:
+        raise UsageError(f"--l1 must be 0 or more, not {l1}")
+    for control in controls:
+        if control not in CONTROLS:
+            raise UsageError(f"unknown control {control!r}", hint=f"one of {', '.join(CONTROLS)}")
+
+
 def fit_and_write(
     base: BaseModel,
     plan: MergePlan,
@@ -174,9 +199,7 @@ def fit_and_write(
         UsageError: an unknown control.
         Refused: every coefficient is 0, so there is nothing to write. Everything that `fit`, `train` and `merge` raise.
     """
-    for control in controls:
-        if control not in CONTROLS:
-            raise UsageError(f"unknown control {control!r}", hint=f"one of {', '.join(CONTROLS)}")
+    demand_sane(controls=controls)
     recipe = options.get("recipe") or Recipe()
     state = None if states is None else states / f".fit-{run.key[:16]}.npz"
     state_of_control = None if states is None else states / f".fit-{run.key[:16]}-control.npz"
@@ -211,7 +234,7 @@ def fit_and_write(
         inner.rmdir()
         notes = {"schema": "lora.coefficients/1", **asdict(result.coefficients)}
         (partial / COEFFICIENTS_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
-        merged = open_adapter(AdapterFiles(folder_ref(partial), partial / CONFIG_FILE, partial / WEIGHTS_FILE))
+        merged = open_adapter(AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME))
         with base.wear({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
         run.outputs[COEFFICIENTS_FILE] = sha256_of(partial / COEFFICIENTS_FILE)

@@ -1,12 +1,11 @@
 """From what the user named to adapters that are here, readable and of one base model."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_cli.adapters.checks import canonical_base, same_base
+from lora_cli.adapters.checks import public_base, same_base
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
@@ -95,7 +94,8 @@ def gather(
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
     _check_bases(ordered, base, known)
-    return Gathered(adapters=tuple(opened), base=_public_name(ordered, base, known), inputs=inputs)
+    public = public_base(base or "", known, [adapter.config.base for adapter in ordered])
+    return Gathered(adapters=tuple(opened), base=public, inputs=inputs)
 
 
 def to_fetch(
@@ -157,13 +157,3 @@ def _check_bases(adapters: Sequence[OpenAdapter], base: str | None, aliases: Seq
             f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",
             hint="if these are one model, add the name to base_aliases in lora.toml",
         )
-
-
-def _public_name(adapters: Sequence[OpenAdapter], base: str | None, aliases: Sequence[str]) -> str:
-    """The base's name for other people: never a path of this machine where an adapter declares anything better."""
-    if base is not None and not Path(base).is_dir():
-        return base
-    if base is not None and aliases:
-        return aliases[0]
-    declared = Counter(canonical_base(adapter.config.base) for adapter in adapters)
-    return min(declared, key=lambda name: (-declared[name], name))

@@ -1,13 +1,14 @@
 """Train a new LoRA on a task: the baseline that every fit has to beat."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import WEIGHTS_FILE
 from lora_cli.base_model import SEVEN_LINEAR, BaseModel
 from lora_cli.errors import UsageError
 from lora_cli.outputs import whole_folder
@@ -54,8 +55,7 @@ def train(
         UsageError: settings out of range. Refused: modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
-    if rank < 1 or not 0 <= dropout < 1 or alpha <= 0:
-        raise UsageError("a LoRA needs --rank of at least 1, --alpha above 0 and --dropout in [0, 1)")
+    _demand_sane(rank, alpha, dropout)
     training, validation = split(examples, fraction=fraction, seed=recipe.seed)
     with base.new_adapter(
         rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, seed=recipe.seed
@@ -80,6 +80,26 @@ def train(
     )
 
 
+def asked(
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: str | Sequence[str] = SEVEN_LINEAR,
+    recipe: Recipe,
+    data: str,
+) -> dict[str, Any]:
+    """The settings of a run that trains, beside those of the base. UsageError when they make no LoRA."""
+    _demand_sane(rank, alpha, dropout)
+    shape = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target_modules}
+    return {**shape, **asdict(recipe), "data": data}
+
+
+def _demand_sane(rank: int, alpha: float, dropout: float) -> None:
+    if rank < 1 or not 0 <= dropout < 1 or not 0 < alpha < math.inf:
+        raise UsageError("a LoRA needs --rank of at least 1, --alpha above 0 and --dropout in [0, 1)")
+
+
 def train_and_write(
     base: BaseModel,
     examples: Sequence[Example],
@@ -97,7 +117,7 @@ def train_and_write(
     """
     with whole_folder(folder, replace=replace) as partial:
         result = train(base, examples, partial, progress=progress, **options)
-        run.outputs[WEIGHTS_FILE] = sha256_of(partial / WEIGHTS_FILE)
+        run.outputs[WEIGHTS_NAME] = sha256_of(partial / WEIGHTS_NAME)
         run.results.update(
             loss_before=result.learnt.loss_before,
             loss=result.learnt.loss_after,
@@ -113,9 +133,7 @@ def train_and_write(
 
 
 def _card(base: str, result: TrainResult) -> str:
-    # A base that is a folder of this machine means nothing to others.
-    public = Path(base).name if Path(base).is_absolute() else base
-    front = {"base_model": public, "library_name": "peft", "tags": ["lora", f"base_model:adapter:{public}"]}
+    front = {"base_model": base, "library_name": "peft", "tags": ["lora", f"base_model:adapter:{base}"]}
     learnt = result.learnt
     lines = [
         "---",
@@ -124,7 +142,7 @@ def _card(base: str, result: TrainResult) -> str:
         "",
         "# LoRA",
         "",
-        f"A LoRA of `{public}` trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
+        f"A LoRA of `{base}` trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
         f"{learnt.loss_before:.3f} before, {learnt.loss_after:.3f} after, best at step {learnt.best_step}.",
         "",
         "`run.json` holds the settings, versions and hashes that made this folder.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lora_cli.errors import OutputError
+from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.world.layout import PoolAdapter, Size, Target, World
 from lora_cli.world.pool import POOLS, Recipe
@@ -61,9 +62,8 @@ def build(folder: Path, *, size: Size, seed: int = 0, progress: Progress = silen
             raise OutputError(f"{folder} exists and is not empty", hint="name a folder that does not exist yet")
         if folder.exists() and folder.samefile(Path.cwd()):
             raise OutputError(f"{folder} is the current folder", hint="name a folder that does not exist yet")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with _renamed_last(folder) as unfinished:
-            _build(unfinished, size, seed, progress)
+        with whole_folder(folder, replace=True) as partial:
+            _build(partial, size, seed, progress)
     except OSError as error:
         raise OutputError(f"{folder} cannot be written: {error.strerror or error}") from error
     return load(folder)
@@ -105,41 +105,6 @@ def _same(world: World, size: Size, seed: int) -> World:
             f"{world.folder} holds the world of size {world.size} and seed {world.seed}", hint="name another folder"
         )
     return world
-
-
-@contextmanager
-def _renamed_last(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder` that takes its place when the block ends well and goes away when it does not."""
-    prefix = f".{folder.name}.unfinished-"
-    for left in folder.parent.glob(f"{prefix}*"):
-        if not _running(left.name.removeprefix(prefix).split("-")[0]):
-            shutil.rmtree(left, ignore_errors=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=folder.parent))
-    try:
-        # mkdtemp keeps others out; the world is a folder like any other.
-        unfinished.chmod(0o755)
-        yield unfinished
-        for path in unfinished.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        unfinished.replace(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def _running(process: str) -> bool:
-    """Whether a process of that number may still be at work; on Windows, where asking would end it, always."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _build(folder: Path, size: Size, seed: int, progress: Progress) -> None:

@@ -11,19 +11,19 @@ import torch
 from lora_cli import runs
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import folder_ref, locate
-from lora_cli.base_model import BaseModel, module_shapes
-from lora_cli.base_model import load as load_base
+from lora_cli.base_model import BaseModel, BaseRef, module_shapes, pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import Refused
+from lora_cli.mixture import Shape
 from lora_cli.records import Progress, Score, silent
+from lora_cli.steps import fit as fitting
 from lora_cli.steps import merge as merging
+from lora_cli.steps import train as training
 from lora_cli.steps.descent import Recipe
 from lora_cli.steps.evaluate import System, Updates, evaluate
-from lora_cli.steps.fit import fit, fit_and_write
 from lora_cli.steps.gather import Gathered, gather
 from lora_cli.steps.select import select
 from lora_cli.steps.sync import SyncReport, sync
-from lora_cli.steps.train import train_and_write
 from lora_cli.task import load_task, task_sha256
 from lora_cli.world.layout import Size, Target, World
 
@@ -76,8 +76,11 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
             base_shapes=lambda: module_shapes(str(world.base)),
             progress=progress,
         )
-        base = load_base(str(world.base), name=world.base_name, device="cpu", dtype="fp32")
-        guides = [_Guide(world, catalogue, base, db, folder, world.targets[i], progress) for i in TARGETS[world.size]]
+        ref = pin(str(world.base), name=world.base_name, device="cpu", dtype="fp32")
+        base = ref.load()
+        guides = [
+            _Guide(world, catalogue, ref, base, db, folder, world.targets[i], progress) for i in TARGETS[world.size]
+        ]
         # The main task comes last, so that its selection is the one remembered.
         chapters = [guide.chapter() for guide in reversed(guides)][::-1]
     return Tour(synced=synced, chapters=tuple(chapters))
@@ -90,13 +93,14 @@ class _Guide:
         self,
         world: World,
         catalogue: Catalogue,
+        ref: BaseRef,
         base: BaseModel,
         db: Path,
         folder: Path,
         target: Target,
         progress: Progress,
     ) -> None:
-        self.world, self.catalogue, self.base, self.db = world, catalogue, base, db
+        self.world, self.catalogue, self.ref, self.base, self.db = world, catalogue, ref, base, db
         self.folder, self.target, self.progress = folder / target.name, target, progress
         self.k = CHOSEN[world.size]
         self.train, self.test = load_task(target.train), load_task(target.test)
@@ -147,61 +151,73 @@ class _Guide:
         return gather(self.catalogue, names, base=str(self.world.base), aliases=aliases, announce=_nothing_to_fetch)
 
     def _new_lora(self) -> OpenAdapter:
-        settings = {"target": self.target.name, "seed": self.world.seed, **NEW_LORA}
-        with runs.recorded(self.db, "train", settings, self.task, self.folder / "new-lora") as run:
-            if not runs.claim(self.folder / "new-lora", run.key, force=False):
-                train_and_write(
+        folder = self.folder / "new-lora"
+        described = training.asked(recipe=NEW_LORA_RECIPE, data=self.target.train.name, **NEW_LORA)
+        inputs = {**self.ref.inputs, **self.task}
+        with runs.recorded(self.db, "train", self.ref.settings | described, inputs, folder) as run:
+            if runs.claim(folder, run.key, force=False):
+                run.take(folder)
+            else:
+                training.train_and_write(
                     self.base,
                     self.train,
-                    self.folder / "new-lora",
+                    folder,
                     run,
                     recipe=NEW_LORA_RECIPE,
                     progress=self.progress,
                     **NEW_LORA,
                 )
-        return _opened(self.folder / "new-lora")
+        return _opened(folder)
 
     def _merged(self, name: str, chosen: Gathered, method: str) -> OpenAdapter:
         share = 1 / len(chosen.adapters)
         plan = merging.plan(chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, method=method)
         with runs.recorded(self.db, "merge", plan.settings, chosen.inputs, self.folder / name) as run:
-            if not runs.claim(self.folder / name, run.key, force=False):
+            if runs.claim(self.folder / name, run.key, force=False):
+                run.take(self.folder / name)
+            else:
                 merging.merge(plan, self.folder / name, run, progress=self.progress)
         return _opened(self.folder / name)
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
         plan = merging.plan(chosen.adapters, [1.0] * len(chosen.adapters), base=chosen.base)
-        inputs = {**chosen.inputs, **self.task}
-        with runs.recorded(self.db, "fit", {"demo": name, "seed": self.world.seed}, inputs, self.folder / name) as run:
-            if not runs.claim(self.folder / name, run.key, force=False):
-                fit_and_write(
+        recipe, folder = Recipe(seed=self.world.seed), self.folder / name
+        described = fitting.asked(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
+        inputs = {**self.ref.inputs, **chosen.inputs, **self.task}
+        with runs.recorded(self.db, "fit", self.ref.settings | described, inputs, folder) as run:
+            if runs.claim(folder, run.key, force=False):
+                run.take(folder)
+            else:
+                fitting.fit_and_write(
                     self.base,
                     plan,
                     self.train,
-                    self.folder / name,
+                    folder,
                     run,
-                    recipe=Recipe(seed=self.world.seed),
+                    recipe=recipe,
                     task_sha256=self.task[self.target.train.name],
                     progress=self.progress,
                 )
-        return _opened(self.folder / name)
+        return _opened(folder)
 
     def _noise(self, chosen: Gathered) -> System:
         """The same fit over noise of the same spread: what it reaches owes nothing to what the adapters know."""
         recipe = Recipe(seed=self.world.seed)
-        result = fit(self.base, chosen.adapters, self.train, recipe=recipe, reinit=True, progress=self.progress)
+        result = fitting.fit(self.base, chosen.adapters, self.train, recipe=recipe, reinit=True, progress=self.progress)
         version = " ".join([f"noise, seed {recipe.seed}", *(a.ref.pinned for a in chosen.adapters)])
         return System(name=_NOISE, updates=result.updates, version=version)
 
     def _evaluated(self, systems: Sequence[System]) -> list[Score]:
-        inputs = {system.name: system.version for system in systems} | self.task
-        rows = self.folder / "rows.jsonl"
-        with runs.recorded(self.db, "eval", {"data": self.target.test.name, "metric": "exact"}, inputs, rows) as run:
+        sha256, rows = task_sha256(self.target.test), self.folder / "rows.jsonl"
+        versions = {system.name: system.version for system in systems}
+        inputs = {**self.ref.inputs, **versions, self.target.test.name: sha256}
+        described = {"metric": "exact", "seed": self.world.seed, "data": self.target.test.name}
+        with runs.recorded(self.db, "eval", self.ref.settings | described, inputs, rows) as run:
             scores = evaluate(
                 self.base, systems, self.test, rows_path=rows, seed=self.world.seed, progress=self.progress
             )
-            versions = {system.name: [system.version] for system in systems}
-            runs.add_scores(self.db, run, scores, versions, task_sha256(self.target.test))
+            named = {system.name: [system.version] for system in systems if system.version}
+            runs.add_scores(self.db, run, scores, named, sha256)
         return scores
 
     def _against(self, systems: Sequence[System], one: str, other: str) -> Score:
