@@ -55,6 +55,11 @@ def test_adapters_that_cannot_be_merged(pool: Path, adapters: list[str], code: i
     assert words in refused(code, "merge", *adapters, "-o", "out")
 
 
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, "a\0b", "../" * 50 + "x"])
+def test_names_that_no_file_can_have_are_unknown_adapters(own_home: Path, name: str) -> None:
+    assert "not in the catalogue" in refused(3, "merge", name, "-o", "out")
+
+
 def test_a_catalogued_adapter_is_refused_with_the_reason_of_the_catalogue(pool: Path) -> None:
     ok("pool", "sync", "acme/tiny", "--from", "pool")
     assert "pool/nan: NaN or Inf in" in refused(5, "merge", "pool/nan", "-o", "out")

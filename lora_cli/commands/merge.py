@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,7 @@ from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, exampl
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.methods import Knob, MethodFolder
 from lora_cli.screen import Screen, near, percent
-from lora_cli.settings import load
+from lora_cli.settings import folder_of, load
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 
@@ -157,7 +156,7 @@ def outcome(plan: Any, report: Any) -> str:
 
 def _split(argument: str) -> tuple[str, float | None]:
     name, equals, weight = argument.rpartition("=")
-    if not equals or Path(argument).is_dir():
+    if not equals or folder_of(argument) is not None:
         return argument, None
     try:
         return name, float(weight)

@@ -263,7 +263,7 @@ class _Run:
         if not math.isfinite(loss):
             raise Refused(
                 f"the loss is {loss} at step {self.step}",
-                hint="lower --lr, or leave out adapters of extreme norm ('lora pool list --sort norm')",
+                hint="lower --lr, or leave out adapters of extreme norm ('lora pool list --sort -norm')",
             )
 
 

@@ -11,6 +11,7 @@ from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
 from lora_cli.steps.lookup import look_up, names_of, usable
 
@@ -131,8 +132,8 @@ def _sha256(files: AdapterFiles, row: Adapter | None) -> str:
 
 
 def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tuple[AdapterRef, Adapter | None]:
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = folder_of(name)
+    if folder is None:
         row = usable(look(name))
         return row.ref, row
     ref, here = folder_ref(folder), catalogue.at(folder)
