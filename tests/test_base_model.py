@@ -316,3 +316,12 @@ def test_auto_is_resolved_without_loading_anything() -> None:
         resolve("cuda")
     with pytest.raises(UsageError, match="unknown dtype 'fp8'"):
         resolve("cpu", "fp8")
+
+
+def test_devices_of_a_machine_with_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve() == resolve("cuda") == resolve("cuda:0", "bf16") == ("cuda:0", "bf16")
+    assert resolve("cuda:1", "fp16") == ("cuda:1", "fp16")
+    with pytest.raises(Refused, match="no such device"):
+        resolve("cuda:2")
