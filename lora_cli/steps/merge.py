@@ -282,7 +282,7 @@ def _share(kept: float, total: float) -> float:
 def _apply(plan: MergePlan, updates: list[LowRank], weights: Tensor) -> LowRank | Tensor:
     function = METHODS.load(plan.method)
     if METHODS.get(plan.method).kind == "elementwise":
-        with _one_thread_each() as workers:
+        with one_thread_each() as workers:
             dense: Tensor = function(DeltaTiles(updates, workers=workers), weights, **plan.knobs)
         return dense
     merged: LowRank = function(updates, weights, **plan.knobs)
@@ -290,7 +290,7 @@ def _apply(plan: MergePlan, updates: list[LowRank], weights: Tensor) -> LowRank 
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[int]:
+def one_thread_each() -> Iterator[int]:
     """torch on one thread, and how many workers may use it instead: over blocks that fit a cache, threads inside each
     operation wait for each other more than they work, most of all on a busy machine."""
     threads = torch.get_num_threads()

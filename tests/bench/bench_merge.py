@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce
 from lora_cli.adapters.tiles import DeltaTiles
 from lora_cli.merge_methods.ties import ties
+from lora_cli.steps.merge import one_thread_each
 
 LAYER = {
     "self_attn.q_proj": (4096, 4096),
@@ -51,7 +52,8 @@ def ours_sum(updates: list[LowRank]) -> LowRank:
 
 
 def ours_ties(updates: list[LowRank]) -> LowRank:
-    dense: Tensor = ties(DeltaTiles(updates), torch.ones(len(updates)), density=0.2)
+    with one_thread_each() as workers:
+        dense: Tensor = ties(DeltaTiles(updates, workers=workers), torch.ones(len(updates)), density=0.2)
     return reduce(dense, RankChoice(ceiling=RANK)).update
 
 
