@@ -72,6 +72,9 @@ def test_a_dry_run_says_what_it_would_download_and_downloads_nothing(fake: FakeH
     assert plan["out"] is None
     assert plan["fetch"] == [f"{id}@{fake.repos[id].sha}" for id in ("alice/sql", "bob/math")]
     assert plan["fetch_bytes"] == sum(len(fake.repos[id].files[WEIGHTS]) for id in ("alice/sql", "bob/math"))
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    plan = json.loads(ok("fit", "alice/sql", "--data", "task.jsonl", "--base", BASE, "--dry-run", "--json").out)
+    assert (plan["schema"], len(plan["fetch"])) == ("lora.fit.plan/1", 1)
     assert list(tmp_path.rglob(WEIGHTS)) == []
     ok("merge", "alice/sql", "bob/math", "-o", "out")
     assert json.loads(ok("merge", "alice/sql", "bob/math", "--dry-run", "--json").out)["modules"] > 0

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.merge import named
+from lora_cli.commands.merge import download_plan, named
 from lora_cli.commands.options import (
     Base,
     Db,
@@ -98,7 +98,7 @@ def fit(
     from lora_cli.steps import fit as step
     from lora_cli.steps import merge
     from lora_cli.steps.descent import Recipe
-    from lora_cli.steps.gather import gather
+    from lora_cli.steps.gather import gather, to_fetch
 
     controls = [part.strip() for part in control.split(",") if part.strip()]
     step.demand_sane(l1=l1, controls=controls)
@@ -108,10 +108,18 @@ def fit(
         names, weights = named(adapters or [], catalogue, settings.base, selection, screen)
         if any(weight is not None for weight in weights):
             raise UsageError("fit learns the weights; name adapters without =WEIGHT")
+        everyone = [*names, *([] if target is None else [target])]
+        if dry_run and (
+            left := to_fetch(
+                catalogue, everyone, base=settings.base, aliases=settings.base_aliases, announce=screen.say
+            )
+        ):
+            screen.document("lora.fit.plan/1", {"out": None, **download_plan(left)})
+            return
         ref = pin(model, device=settings.device, dtype=settings.dtype)
         gathered = gather(
             catalogue,
-            [*names, *([] if target is None else [target])],
+            everyone,
             base=settings.base,
             aliases=settings.base_aliases,
             announce=screen.say,
