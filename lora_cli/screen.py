@@ -182,7 +182,8 @@ class Screen:
 
 
 def _out(text: str, end: str = "\n") -> None:
-    print(text, end=end)
+    # Flushed, so that in a log results and talk stand in the order in which they came.
+    print(text, end=end, flush=True)
 
 
 def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
