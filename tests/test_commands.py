@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -96,17 +97,24 @@ def test_data_flows_through_a_script(own_world: World) -> None:
     assert closed.stderr == ""
 
 
+@pytest.fixture(scope="module")
+def catalogued(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the shared world whose pool is catalogued."""
+    folder = shutil.copytree(world.folder, tmp_path_factory.mktemp("catalogued") / "world")
+    assert run("lora pool sync", folder).returncode == 0
+    return Path(folder)
+
+
 @pytest.mark.parametrize("line", ["--help", "pool list", "select --by rank -k 2", "merge --help", "runs list"])
-def test_light_commands_import_nothing_heavy(line: str, own_world: World) -> None:
+def test_light_commands_import_nothing_heavy(line: str, catalogued: Path) -> None:
     code = (
         "import sys\nfrom lora_cli.app import app\n"
         f"try:\n    app({shlex.split(line)!r}, prog_name='lora')\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
         "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
     )
-    run("lora pool sync", own_world.folder)
     environment = {k: v for k, v in os.environ.items() if k != "LORA_DB"}
-    subprocess.run([sys.executable, "-c", code], cwd=own_world.folder, env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=catalogued, env=environment, check=True)
 
 
 def test_help_comes_at_once() -> None:

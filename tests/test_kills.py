@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -27,28 +28,52 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def moments() -> list[Callable[[Path], bool]]:
+    """When to kill: while libraries load, once the work has begun, at two random points of it, and near its end."""
+    draw = random.Random(0)
+    whole = sum((out + inn) * (4 + 5 + 6) * 4 for out, inn in SHAPES.values())
+
+    def written(share: float) -> Callable[[Path], bool]:
+        return lambda folder: any(
+            file.stat().st_size > share * whole for file in folder.glob(".out.*.partial/*.safetensors")
+        )
+
+    return [
+        lambda folder: True,
+        lambda folder: any(folder.glob(".out.*.partial")),
+        written(draw.uniform(0.1, 0.5)),
+        written(draw.uniform(0.5, 0.9)),
+        lambda folder: any(folder.glob(".out.*.partial/adapter_config.json")),
+    ]
+
+
 @pytest.mark.parametrize("options", [(), ("--force",)], ids=["new", "replace"])
 def test_a_killed_merge_is_whole_or_absent(tmp_path: Path, options: tuple[str, ...]) -> None:
     for seed, name in enumerate("abc"):
         write_adapter(tmp_path / name, random_factors(SHAPES, 4 + seed, seed=seed))
-    begin = time.monotonic()
     assert start(tmp_path, "calm").wait() == 0
-    takes = time.monotonic() - begin
     calm = contents(tmp_path / "calm")
     if options:
         assert start(tmp_path, "out").wait() == 0
-    moments = random.Random(0)
     killed = 0
-    for _ in range(5):
+    for has_come in moments():
         process = start(tmp_path, "out", *options)
-        time.sleep(takes * moments.uniform(0.4, 1.0))
+        while process.poll() is None and not _seen(has_come, tmp_path):
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         if (tmp_path / "out").exists():
             assert contents(tmp_path / "out") == calm
         with closing(sqlite3.connect(tmp_path / "lora.db")) as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    assert killed >= 2
+    assert killed >= 3
     assert start(tmp_path, "out", *options).wait() == 0
     assert contents(tmp_path / "out") == calm
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def _seen(has_come: Callable[[Path], bool], folder: Path) -> bool:
+    try:
+        return has_come(folder)
+    except FileNotFoundError:
+        return False
