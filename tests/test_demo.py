@@ -70,10 +70,17 @@ def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
     settings = tmp_path / "world" / "lora.toml"
     assert settings.exists()
 
+    # What another version made of this task is made again; what this one made is taken as it is.
+    runs = tmp_path / "world" / "lora-runs" / "outer"
+    record = json.loads((runs / "ties" / "run.json").read_text())
+    (runs / "ties" / "run.json").write_text(json.dumps({**record, "key": "0" * 64}))
+    fitted = (runs / "fit-nearest" / "run.json").stat().st_ino
     again = demo(tmp_path / "world", "--json")
     assert again.returncode == 0, again.stderr
     values = {row["system"]: row["value"] for row in json.loads(again.stdout)["rows"]}
     assert values == {name: row["value"] for name, row in rows.items()}
+    assert json.loads((runs / "ties" / "run.json").read_text()) == record
+    assert (runs / "fit-nearest" / "run.json").stat().st_ino == fitted
 
     other = demo(tmp_path / "world", "--seed", "1")
     assert (other.returncode, other.stdout) == (1, "")

@@ -155,14 +155,13 @@ class _Guide:
         described = training.asked(recipe=NEW_LORA_RECIPE, data=self.target.train.name, **NEW_LORA)
         inputs = {**self.ref.inputs, **self.task}
         with runs.recorded(self.db, "train", self.ref.settings | described, inputs, folder) as run:
-            if runs.claim(folder, run.key, force=False):
-                run.take(folder)
-            else:
+            if not _done(folder, run):
                 training.train_and_write(
                     self.base,
                     self.train,
                     folder,
                     run,
+                    replace=True,
                     recipe=NEW_LORA_RECIPE,
                     progress=self.progress,
                     **NEW_LORA,
@@ -173,10 +172,8 @@ class _Guide:
         share = 1 / len(chosen.adapters)
         plan = merging.plan(chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, method=method)
         with runs.recorded(self.db, "merge", plan.settings, chosen.inputs, self.folder / name) as run:
-            if runs.claim(self.folder / name, run.key, force=False):
-                run.take(self.folder / name)
-            else:
-                merging.merge(plan, self.folder / name, run, progress=self.progress)
+            if not _done(self.folder / name, run):
+                merging.merge(plan, self.folder / name, run, replace=True, progress=self.progress)
         return _opened(self.folder / name)
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
@@ -185,15 +182,14 @@ class _Guide:
         described = fitting.asked(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
         inputs = {**self.ref.inputs, **chosen.inputs, **self.task}
         with runs.recorded(self.db, "fit", self.ref.settings | described, inputs, folder) as run:
-            if runs.claim(folder, run.key, force=False):
-                run.take(folder)
-            else:
+            if not _done(folder, run):
                 fitting.fit_and_write(
                     self.base,
                     plan,
                     self.train,
                     folder,
                     run,
+                    replace_folder=True,
                     recipe=recipe,
                     task_sha256=self.task[self.target.train.name],
                     progress=self.progress,
@@ -225,6 +221,15 @@ class _Guide:
         rows = self.folder / "rows.jsonl"
         scores = evaluate(self.base, systems, self.test, baseline=other, rows_path=rows, seed=self.world.seed)
         return next(score for score in scores if score.system == one)
+
+
+def _done(folder: Path, run: runs.Run) -> bool:
+    """True when this very run stands in `folder`; an earlier one there, of other versions say, may be replaced."""
+    if runs.finished(folder, run.key):
+        run.take(folder)
+        return True
+    runs.claim(folder, run.key, force=True)
+    return False
 
 
 @contextmanager
