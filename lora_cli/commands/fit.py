@@ -13,10 +13,13 @@ from lora_cli.commands.options import (
     Device,
     DryRun,
     Dtype,
+    Energy,
     Force,
     Json,
     Out,
+    Rank,
     Seed,
+    Selection,
     examples,
     screen_for,
     show_output,
@@ -61,13 +64,9 @@ def fit(
     steps: Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")] = 100,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-2,
     batch: Annotated[int, typer.Option("--batch", help="Examples per step.")] = 8,
-    rank: Annotated[
-        str, typer.Option("--rank", help="Rank of the result: a number, sum (exact), or auto (exact up to rank 64).")
-    ] = "auto",
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
-    ] = None,
-    selection: Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")] = None,
+    rank: Rank = "auto",
+    energy: Energy = None,
+    selection: Selection = None,
     base: Base = None,
     device: Device = None,
     dtype: Dtype = None,

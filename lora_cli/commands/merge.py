@@ -7,7 +7,20 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for, show_output
+from lora_cli.commands.options import (
+    Base,
+    Db,
+    DryRun,
+    Energy,
+    Force,
+    Json,
+    Out,
+    Rank,
+    Selection,
+    examples,
+    screen_for,
+    show_output,
+)
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.methods import Knob, MethodFolder
 from lora_cli.screen import Screen, near, percent
@@ -37,13 +50,9 @@ def merge(
             "--weights", help="average (1/N each), sum (1 each), or numbers with commas.", show_default="average"
         ),
     ] = None,
-    selection: Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")] = None,
-    rank: Annotated[
-        str, typer.Option("--rank", help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).")
-    ] = "auto",
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
-    ] = None,
+    selection: Selection = None,
+    rank: Rank = "auto",
+    energy: Energy = None,
     scaling: Annotated[float, typer.Option("--lambda", help="Factor on the whole result.")] = 1.0,
     missing: Annotated[
         str,

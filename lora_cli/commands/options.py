@@ -21,6 +21,13 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything ran
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.", show_default="below ./lora-runs")]
 Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
+Selection = Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")]
+Rank = Annotated[
+    str, typer.Option("--rank", help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).")
+]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
+]
 Where = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
