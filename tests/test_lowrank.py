@@ -13,7 +13,6 @@ from lora_cli.adapters.lowrank import (
     numerical_rank,
     reduce,
     svd,
-    zero,
 )
 from lora_cli.adapters.tiles import DeltaTiles
 
@@ -92,7 +91,7 @@ def test_copies_have_the_rank_of_one() -> None:
 
 
 def test_nothing_stays_nothing() -> None:
-    nothing = zero(6, 5, torch.zeros(1, dtype=torch.float64))
+    nothing = LowRank(torch.zeros(6, 0, dtype=torch.float64), torch.zeros(0, 5, dtype=torch.float64))
     assert reduce(nothing, RankChoice(ceiling=4)).update.rank == 0
     assert reduce(torch.zeros(6, 5), RankChoice(ceiling=4)).update.rank == 0
     assert float(nothing.norm()) == 0

@@ -48,11 +48,6 @@ class LowRank:
         return LowRank(self.B.to(dtype), self.A.to(dtype))
 
 
-def zero(out_features: int, in_features: int, like: Tensor) -> LowRank:
-    """The update that changes nothing, rank 0."""
-    return LowRank(like.new_zeros(out_features, 0), like.new_zeros(0, in_features))
-
-
 def inner(x: LowRank, y: LowRank) -> Tensor:
     """Frobenius inner product ⟨x, y⟩ = Σ (B_xᵀB_y) ∘ (A_x A_yᵀ), a float64 scalar. O(r_x r_y (out + in)); P1."""
     return ((x.B.T.double() @ y.B.double()) * (x.A.double() @ y.A.T.double())).sum()
