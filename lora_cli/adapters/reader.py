@@ -55,7 +55,7 @@ class OpenAdapter:
             b = _read(file.fileno(), factors.b, dtype)
         b.mul_(scale)
         # Infinities and NaN survive the maximum; its product bounds every entry that a product of the factors can have.
-        bound = float(a.abs().max()) * float(b.abs().max()) * factors.rank
+        bound = _largest(a) * _largest(b) * factors.rank
         if not math.isfinite(bound):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
         if bound > torch.finfo(dtype).max / _HEADROOM:
@@ -89,6 +89,11 @@ def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
 
 def _natural(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
+
+
+def _largest(factor: Tensor) -> float:
+    low, high = torch.aminmax(factor)
+    return float(torch.maximum(-low, high))
 
 
 def _read(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:

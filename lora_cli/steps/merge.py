@@ -238,7 +238,7 @@ class _Effect:
     largest: float = 0.0
 
     def see(self, adapter: OpenAdapter, update: LowRank, weight: float) -> None:
-        b, a = (float(factor.double().square().sum()) for factor in (update.B, update.A))
+        b, a = (float(torch.linalg.vector_norm(factor)) ** 2 for factor in (update.B, update.A))
         self.moves[adapter.ref.id] |= b > 0 and a > 0
         self.largest += weight**2 * b * a
 
