@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
     ("errors", "records"),
-    ("settings", "methods", "where", "outputs", "migrations", "task", "scores", "screen", "hub"),
+    ("settings", "methods", "where", "outputs", "migrations", "task", "scores", "screen", "plots", "hub"),
     ("catalogue", "runs"),
     ("adapters",),
     ("base_model", "mixture", "merge_methods", "selection_methods"),
@@ -36,6 +36,9 @@ KEEPERS = {
     "safetensors": ("world",),
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue", "migrations", "runs"),
+    "numba": ("adapters.kernels",),
+    "scipy": ("steps",),
+    "matplotlib": ("plots",),
     "rich": ("screen",),
     "typer": ("app", "commands"),
     "click": (),
@@ -116,7 +119,10 @@ def test_a_planted_breach_is_seen(room: str, line: str) -> None:
 
 
 def test_commands_import_nothing_heavy_at_the_start() -> None:
-    heavy = ("torch", "transformers", "peft", "huggingface_hub", "sqlite_utils", "numpy", "lora_cli.steps", "rich")
+    heavy = (
+        "torch", "transformers", "peft", "huggingface_hub", "sqlite_utils", "numpy", "scipy", "numba", "matplotlib",
+        "lora_cli.steps", "rich",
+    )  # fmt: skip
     found = []
     for name, tree in rooms():
         if under(name, "commands") or under(name, "app") or under(name, "settings") or under(name, "methods"):
