@@ -43,7 +43,10 @@ class Root(TyperGroup):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """In the order in which the work is done."""
-        order = ["demo", "pool", "select", "merge", "fit", "train", "eval", "runs", "config", "completion"]
+        order = [
+            *("demo", "pool", "select", "methods", "merge", "fit", "train", "eval", "bake", "diff"),
+            *("runs", "config", "completion"),
+        ]
         return sorted(super().list_commands(ctx), key=lambda name: order.index(name))
 
     def invoke(self, ctx: Any) -> Any:
