@@ -19,8 +19,16 @@ from lora_cli.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def method(kind: str) -> Callable[[F], F]:
-    """Mark the one public function of a method file; `kind` says which engine runs it."""
+def method(kind: str, *, weights: str = "average", inside: tuple[str, ...] = (), needs: str = "") -> Callable[[F], F]:
+    """Mark the one public function of a method file.
+
+    Args:
+        kind: says which engine runs it.
+        weights: what each adapter weighs where the user does not say: "average" (1/N) or "sum" (1).
+        inside: methods of the same folder that it can run inside itself, the default first; the user chooses with
+            `--inside`, whose knobs are then taken too.
+        needs: what it has to be given besides: "inputs".
+    """
 
     def mark(function: F) -> F:
         return function
@@ -77,6 +85,9 @@ class Method:
     kind: str
     doc: str
     knobs: Mapping[str, Knob]
+    weights: str = "average"
+    needs: str = ""
+    module: str = ""
 
     @property
     def summary(self) -> str:
@@ -100,8 +111,9 @@ class MethodFolder:
     @cached_property
     def methods(self) -> dict[str, Method]:
         """Every method of the folder by name, in alphabetical order."""
-        files = sorted(file for file in self.folder.glob("*.py") if not file.stem.startswith("_"))
-        return {_name(file): _read(file) for file in files}
+        files = sorted(file for file in self.folder.rglob("*.py") if not file.stem.startswith("_"))
+        found = (_read(file, ".".join(file.relative_to(self.folder).with_suffix("").parts)) for file in files)
+        return {one.name: one for one in sorted(found, key=lambda one: one.name)}
 
     @cached_property
     def knobs(self) -> dict[str, dict[str, Knob]]:
@@ -123,20 +135,26 @@ class MethodFolder:
         return self.methods[name]
 
     def check(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """All knobs of method `name`, `given` values over defaults; UsageError for a knob it lacks or out of range."""
-        one = self.get(name)
+        """All knobs of method `name`, `given` values over defaults; UsageError for a knob it lacks or out of range.
+
+        Those of the method inside it are among them.
+        """
+        knobs = dict(self.get(name).knobs)
+        if "inside" in knobs:
+            chosen = knobs["inside"].check(name, given.get("inside", knobs["inside"].default))
+            knobs |= self.get(chosen).knobs
+            name = f"{name} with {chosen} inside"
         for knob in given:
-            if knob not in one.knobs:
+            if knob not in knobs:
                 flag = f"--{knob.replace('_', '-')}"
-                takes = ", ".join(f"--{k.replace('_', '-')}" for k in one.knobs) or "no options of its own"
+                takes = ", ".join(f"--{k.replace('_', '-')}" for k in knobs) or "no options of its own"
                 raise UsageError(f"{self.what} {name} takes no {flag}", hint=f"{name} takes {takes}")
-        return {key: knob.check(name, given[key]) if key in given else knob.default for key, knob in one.knobs.items()}
+        return {key: knob.check(name, given[key]) if key in given else knob.default for key, knob in knobs.items()}
 
     def load(self, name: str) -> Callable[..., Any]:
         """Import the method called `name` and return its function."""
-        self.get(name)
-        stem = name.replace("-", "_")
-        function: Callable[..., Any] = getattr(importlib.import_module(f"{self.package}.{stem}"), stem)
+        module = importlib.import_module(f"{self.package}.{self.get(name).module}")
+        function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
         return function
 
 
@@ -144,27 +162,30 @@ def _name(file: Path) -> str:
     return file.stem.replace("_", "-")
 
 
-def _read(file: Path) -> Method:
-    """Read name, kind, docstring and knobs of the one marked function of `file` without importing it."""
+def _read(file: Path, module: str) -> Method:
+    """Read what the one marked function of `file` says of itself, without importing it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == file.stem]
     if len(functions) != 1:
         raise TypeError(f"{file.name} must hold one function called {file.stem}")
     [function] = functions
-    kinds = [
-        ast.literal_eval(mark.args[0])
+    marks = [
+        mark
         for mark in function.decorator_list
         if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "method"
     ]
     doc = ast.get_docstring(function)
-    if len(kinds) != 1 or not doc:
+    if len(marks) != 1 or not doc:
         raise TypeError(f"{file.name}: {file.stem} needs one @method(...) and a docstring")
+    said = {word.arg: ast.literal_eval(word.value) for word in marks[0].keywords if word.arg}
     knobs = {}
+    if inside := said.pop("inside", ()):
+        knobs["inside"] = Knob("method that merges there", name="inside", default=inside[0], choices=inside)
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
         if default is None:
             raise TypeError(f"{file.name}: knob {argument.arg} needs a default")
         knobs[argument.arg] = _knob(file, argument, ast.literal_eval(default))
-    return Method(_name(file), kinds[0], doc, knobs)
+    return Method(_name(file), ast.literal_eval(marks[0].args[0]), doc, knobs, module=module, **said)
 
 
 def _knob(file: Path, argument: ast.arg, default: Any) -> Knob:

@@ -1,7 +1,9 @@
 """The frozen values that travel between the rooms of the tool."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Source = Literal["hub", "folder"]
@@ -111,6 +113,11 @@ class Coefficients:
     activation: str
     task_sha256: str
     base: str
+
+    @property
+    def sha256(self) -> str:
+        """Of all that these coefficients are, as 64 hex digits."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,9 @@
-"""Merge methods spelled out in dense float64 numpy, from their papers: the oracle, sharing no code with the product."""
+"""Merge methods spelled out in dense float64 numpy, from their papers: the oracle, sharing no code with the product.
+
+Each function is named as its method and takes a Case and the method's knobs.
+"""
+
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -6,17 +11,30 @@ from numpy.typing import NDArray
 Dense = NDArray[np.float64]
 
 
-def linear(deltas: list[Dense], weights: list[float]) -> Dense:
-    total = np.zeros_like(deltas[0])
-    for delta, weight in zip(deltas, weights, strict=True):
-        total = total + weight * delta
-    return total
+@dataclass
+class Case:
+    """What a method is given: factors (B, A) with the scale in B, weights, and what some methods need besides."""
+
+    factors: list[tuple[Dense, Dense]]
+    weights: list[float]
+    keys: list[int] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+    inputs: list[Dense] = field(default_factory=list)
+
+    @property
+    def deltas(self) -> list[Dense]:
+        return [b @ a for b, a in self.factors]
+
+
+def linear(case: Case) -> Dense:
+    return sum((w * delta for w, delta in zip(case.weights, case.deltas, strict=True)), np.zeros_like(case.deltas[0]))
 
 
 cat = linear
 
 
-def ties(deltas: list[Dense], weights: list[float], density: float = 0.2, election: str = "total") -> Dense:
+def ties(case: Case, density: float = 0.2, election: str = "total") -> Dense:
+    deltas, weights = case.deltas, case.weights
     merged = np.zeros_like(deltas[0])
     trimmed = []
     for delta in deltas:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -91,8 +92,8 @@ def reference(pool: Sequence[Path], weights: Sequence[float], method: str, **kno
     result = {}
     for module in SHAPES:
         present = [(p[module].numpy(), w) for p, w in zip(parents, weights, strict=True) if module in p]
-        function = getattr(dense_reference, method)
-        result[module] = torch.from_numpy(function([d for d, _ in present], [w for _, w in present], **knobs))
+        case = dense_reference.Case([(d, np.eye(d.shape[1])) for d, _ in present], [w for _, w in present])
+        result[module] = torch.from_numpy(getattr(dense_reference, method)(case, **knobs))
     return result
 
 

@@ -43,9 +43,9 @@ class LowRank:
         """Frobenius norm, float64, from r × r Gram matrices."""
         return inner(self, self).clamp(min=0).sqrt()
 
-    def to(self, dtype: torch.dtype) -> "LowRank":
-        """The same update with factors in `dtype`."""
-        return LowRank(self.B.to(dtype), self.A.to(dtype))
+    def to(self, place: torch.dtype | torch.device | str) -> "LowRank":
+        """The same update with factors in a dtype, or on a device."""
+        return LowRank(self.B.to(place), self.A.to(place))
 
 
 def inner(x: LowRank, y: LowRank) -> Tensor:
@@ -61,6 +61,12 @@ def gram(updates: Sequence[LowRank]) -> Tensor:
         for j in range(i, n):
             products[i, j] = products[j, i] = inner(updates[i], updates[j])
     return products
+
+
+def squared_norm(delta: Tensor) -> float:
+    """Squared Frobenius norm of a dense update, summed in float64."""
+    # Row by row: a float64 copy of a whole 14336 × 4096 module would take half a gigabyte.
+    return float(sum(rows.double().square().sum() for rows in torch.split(delta, 1024)))
 
 
 def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor) -> LowRank:
@@ -168,8 +174,7 @@ def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
 
 
 def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
-    # Row by row: a float64 copy of a whole 14336 × 4096 module would take half a gigabyte.
-    total = float(sum(rows.double().square().sum() for rows in torch.split(update, 1024)))
+    total = squared_norm(update)
     full = min(update.shape)
     if choice.energy is None:
         width = min(choice.ceiling or full, full)

@@ -41,6 +41,10 @@ class OpenAdapter:
         """The precisions its factors are stored in."""
         return {DTYPES[entry.dtype] for factors in self.modules.values() for entry in (factors.a, factors.b)}
 
+    def scale(self, module: str) -> float:
+        """alpha/rank (alpha/√rank for rslora) in one module: what `read` folds into B."""
+        return self.config.scale(module, self.modules[module].rank)
+
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
 
@@ -49,11 +53,10 @@ class OpenAdapter:
             KeyError: the adapter does not touch `module`.
         """
         factors = self.modules[module]
-        scale = self.config.scale(module, factors.rank)
         with self.files.weights.open("rb", buffering=0) as file:
             a = _read(file.fileno(), factors.a, dtype)
             b = _read(file.fileno(), factors.b, dtype)
-        b.mul_(scale)
+        b.mul_(self.scale(module))
         # Infinities and NaN survive the maximum; its product bounds every entry that a product of the factors can have.
         bound = _largest(a) * _largest(b) * factors.rank
         if not math.isfinite(bound):

@@ -1,7 +1,7 @@
 """Element by element work on dense updates, a block of rows at a time: never all updates in memory."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.updates import Updates
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -23,12 +23,12 @@ class DeltaTiles:
     """The dense updates of n adapters in one module, (n, out, in), formed row block by row block.
 
     Args:
-        updates: one LowRank per adapter, all of shape (out, in).
+        updates: those of one module.
         tile_bytes: how large one block of all adapters may be. Results depend on it only by rounding.
         workers: how many blocks are worked on at once. Results do not depend on it.
     """
 
-    def __init__(self, updates: Sequence[LowRank], tile_bytes: int = TILE_BYTES, workers: int = 1) -> None:
+    def __init__(self, updates: Updates, tile_bytes: int = TILE_BYTES, workers: int = 1) -> None:
         self.updates = updates
         self.shape = updates[0].shape
         self.tile_bytes = tile_bytes

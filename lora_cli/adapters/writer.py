@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
@@ -18,11 +19,57 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX = "base_model.model."
 
 
+class TensorStream:
+    """Writes one safetensors file tensor by tensor; a context manager.
+
+    The format wants its header first, and the header wants every shape, which is known only at the end: room for the
+    largest possible header is left at the front and filled up with spaces, as the format allows.
+
+    Args:
+        path: the file to write.
+        names: of every tensor that will be added, in any order.
+        dtype: precision on disk.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        longest = sum(len(json.dumps(name)) + 120 for name in names) + 64
+        self._room = -(-longest // 8) * 8
+        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._position = 0
+        self._file: BinaryIO = path.open("wb")
+        self._file.seek(8 + self._room)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, rounded to the precision on disk. Refused where its values do not fit into that."""
+        cast = tensor.to(self.dtype)
+        if not torch.isfinite(cast).all():
+            raise Refused(f"{name}: values overflow {_NAMES[self.dtype]}", hint="choose a wider --dtype")
+        data = cast.contiguous().cpu().view(torch.uint8).numpy().data
+        self._entries[name] = {
+            "dtype": _NAMES[self.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [self._position, self._position + data.nbytes],
+        }
+        self._file.write(data)
+        self._position += data.nbytes
+
+    def finish(self) -> None:
+        """Write the header; without it the file is nothing."""
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
+        self._file.flush()
+
+    def __enter__(self) -> "TensorStream":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
 class AdapterWriter:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder; a context manager.
-
-    The safetensors format wants its header first, and the header wants every shape, which is known only at the end:
-    room for the largest possible header is left at the front and filled up with spaces, as the format allows.
 
     Args:
         folder: where the two files go.
@@ -32,15 +79,9 @@ class AdapterWriter:
 
     def __init__(self, folder: Path, modules: Sequence[str], dtype: torch.dtype) -> None:
         self.folder = folder
-        self.dtype = dtype
         self.ranks: dict[str, int] = {}
         names = [name for module in modules for name in _tensor_names(module)]
-        longest = sum(len(json.dumps(name)) + 120 for name in names) + 64
-        self._room = -(-longest // 8) * 8
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        self._position = 0
-        self._file: BinaryIO = (folder / WEIGHTS_NAME).open("wb")
-        self._file.seek(8 + self._room)
+        self._stream = TensorStream(folder / WEIGHTS_NAME, names, dtype)
 
     def add(self, module: str, update: LowRank) -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
@@ -51,32 +92,19 @@ class AdapterWriter:
         if update.rank == 0:
             out_features, in_features = update.shape
             update = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features))
-        cast = update.to(self.dtype)
-        if not (torch.isfinite(cast.A).all() and torch.isfinite(cast.B).all()):
-            raise Refused(f"{module}: values overflow {_NAMES[self.dtype]}", hint="choose a wider --dtype")
         self.ranks[module] = update.rank
-        for name, tensor in zip(_tensor_names(module), (cast.A, cast.B), strict=True):
-            data = tensor.contiguous().cpu().view(torch.uint8).numpy().data
-            self._entries[name] = {
-                "dtype": _NAMES[self.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [self._position, self._position + data.nbytes],
-            }
-            self._file.write(data)
-            self._position += data.nbytes
+        for name, tensor in zip(_tensor_names(module), (update.A, update.B), strict=True):
+            self._stream.add(name, tensor)
 
     def __enter__(self) -> "AdapterWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        self._stream.__exit__(*error)
 
     def finish(self, config: Mapping[str, Any]) -> None:
         """Write the header, and `config` completed with ranks and alphas."""
-        header = json.dumps(self._entries, separators=(",", ":")).encode()
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
-        self._file.flush()
+        self._stream.finish()
         text = json.dumps({**_defaults(), **self._patterns(), **config}, indent=2, sort_keys=True)
         (self.folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 

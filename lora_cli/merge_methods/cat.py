@@ -8,7 +8,7 @@ from lora_cli.adapters.lowrank import LowRank, concat
 from lora_cli.methods import method
 
 
-@method("concatenation")
+@method("factors")
 def cat(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     """Weighted sum of the updates, kept exact: factors side by side, ranks added.
 

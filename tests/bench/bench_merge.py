@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce
 from lora_cli.adapters.tiles import DeltaTiles
 from lora_cli.merge_methods.ties import ties
-from lora_cli.steps.merge import one_thread_each
+from lora_cli.steps.merge_module import one_thread_each
 
 LAYER = {
     "self_attn.q_proj": (4096, 4096),

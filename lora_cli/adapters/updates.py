@@ -1,0 +1,69 @@
+"""What a merge method is given of one module: the updates of the adapters that have it, and what can be measured."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, overload
+
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank, gram
+
+Per = Literal["module", "adapter"]
+"""Over what a method measures angles, norms and thresholds: each module by itself, or the whole adapter."""
+
+
+class Whole(Protocol):
+    """Measures over all modules of the adapters that have the module at hand, in its order."""
+
+    def gram(self) -> Tensor:
+        """Inner products of the whole updates, (n, n) float64."""
+
+    def thresholds(self, density: float) -> Tensor:
+        """The magnitude that the share `density` of each whole update's entries reaches, (n,)."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Updates(Sequence[LowRank]):
+    """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user.
+
+    keys: one integer per adapter, made of its commit and the module: what randomness is keyed by.
+    scales: the alpha/rank that is folded into each B, for the methods that reproduce what others do with A and B apart.
+    whole: measures over the whole adapters; None where this module is all there is.
+    inputs: per adapter a sample of what the module is fed, (tokens, in); empty unless the method asks for it.
+    """
+
+    items: tuple[LowRank, ...]
+    keys: tuple[int, ...]
+    scales: tuple[float, ...]
+    whole: Whole | None = None
+    inputs: tuple[Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> LowRank: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[LowRank]: ...
+    def __getitem__(self, index: int | slice) -> LowRank | Sequence[LowRank]:
+        return self.items[index]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.items[0].shape
+
+    @property
+    def ranks(self) -> list[int]:
+        """Rank of each."""
+        return [update.rank for update in self.items]
+
+    def gram(self, per: Per = "module") -> Tensor:
+        """All inner products ⟨ΔW_i, ΔW_j⟩, (n, n) float64, of this module or of the whole adapters."""
+        if per == "adapter" and self.whole is not None:
+            return self.whole.gram()
+        return gram(self.items)
+
+    def moved(self, items: Iterable[LowRank]) -> "Updates":
+        """The same adapters with their updates expressed in another space."""
+        return replace(self, items=tuple(items), whole=None)

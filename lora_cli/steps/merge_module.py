@@ -1,0 +1,191 @@
+"""One module of a merge: read its updates, run the method on them, bring the result to its rank."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, concat, gram, reduce, squared_norm
+from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.adapters.tiles import DeltaTiles
+from lora_cli.adapters.updates import Updates
+from lora_cli.errors import Refused
+from lora_cli.records import Coefficients
+from lora_cli.steps.merge_plan import METHODS, MergePlan
+
+
+@dataclass(slots=True)
+class Effect:
+    """Whether there is anything to a merge: which adapters move at all, and how large their sum could have been."""
+
+    moves: dict[str, bool]
+    largest: float = 0.0
+
+    def see(self, adapter: OpenAdapter, update: LowRank, weight: float) -> None:
+        """Take note of one adapter's update in one module."""
+        b, a = (float(torch.linalg.vector_norm(factor)) ** 2 for factor in (update.B, update.A))
+        self.moves[adapter.ref.id] |= b > 0 and a > 0
+        self.largest += weight**2 * b * a
+
+
+class ModuleMerger:
+    """Merges the modules of a plan one by one, and knows what is measured over all of them."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self.plan = plan
+        self.effect = Effect({adapter.ref.id: False for adapter in plan.adapters})
+        self._whole = _WholeAdapters(plan)
+
+    def merge(self, module: str) -> Reduced:
+        """The merged update of one module, at the rank the plan asks for."""
+        merged, updates, weights = self._merged(module)
+        reduced = reduce(merged, self._choice(merged, updates))
+        factor = self._factor(updates, weights, reduced.total)
+        return Reduced(reduced.update.scaled(factor), reduced.total * factor**2, reduced.kept * factor**2)
+
+    def merge_dense(self, module: str) -> Tensor:
+        """The merged update of one module as it is, (out, in)."""
+        merged, updates, weights = self._merged(module)
+        dense = merged if isinstance(merged, Tensor) else merged.dense()
+        return dense.mul_(self._factor(updates, weights, squared_norm(dense)))
+
+    def _merged(self, module: str) -> tuple[LowRank | Tensor, Updates, Tensor]:
+        plan = self.plan
+        places = [i for i, adapter in enumerate(plan.adapters) if module in adapter.modules]
+        adapters = [plan.adapters[i] for i in places]
+        read = [_read(plan, i, module) for i in places]
+        for adapter, (update, weight) in zip(adapters, read, strict=True):
+            self.effect.see(adapter, update, weight)
+        updates = Updates(
+            tuple(update for update, _ in read),
+            keys=tuple(_key(adapter, module) for adapter in adapters),
+            scales=tuple(adapter.scale(module) for adapter in adapters),
+            whole=self._whole.of(places),
+            inputs=tuple(plan.inputs(a, module).to(plan.device) for a in adapters) if plan.inputs is not None else (),
+        )
+        weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
+        return run_method(plan.method, updates, weights, plan.knobs), updates, weights
+
+    def _weights(self, module: str, weights: list[float]) -> list[float]:
+        plan = self.plan
+        if plan.missing == "zero" or plan.coefficients is not None:
+            return weights
+        present = sum(weights)
+        if abs(present) < 1e-12:
+            raise Refused(f"{module}: the weights of the adapters that have it sum to zero", hint="use --missing zero")
+        return [w * sum(plan.weights) / present for w in weights]
+
+    def _factor(self, updates: Updates, weights: Tensor, total: float) -> float:
+        return self.plan.scaling * (_norm_match(updates, weights, total) if self.plan.norm_match else 1.0)
+
+    def _choice(self, merged: LowRank | Tensor, updates: Updates) -> RankChoice:
+        plan = self.plan
+        # One adapter alone has nothing to be reduced to: it comes back as it is.
+        if isinstance(merged, LowRank) and len(updates) == 1 and plan.rank == "auto" and plan.energy is None:
+            return RankChoice(exact=True)
+        return plan.rank_choice(updates.ranks)
+
+
+def run_method(name: str, updates: Updates, weights: Tensor, knobs: Mapping[str, Any]) -> LowRank | Tensor:
+    """The result of the merge method `name`: as factors, or dense (out, in) where it works element by element.
+
+    Args:
+        weights: (n,) float64.
+        knobs: all of the method's own and, where it runs another inside, of that one.
+    """
+    one, function = METHODS.get(name), METHODS.load(name)
+    result: LowRank | Tensor
+    match one.kind:
+        case "elementwise":
+            with one_thread_each() as workers:
+                result = function(DeltaTiles(updates, workers=workers), weights, **knobs)
+        case "coefficients":
+            result = concat(updates, function(updates, weights, **knobs))
+        case "space":
+            own = {key: knobs[key] for key in one.knobs if key != "inside"}
+            others = {key: value for key, value in knobs.items() if key not in one.knobs}
+            result = function(updates, weights, partial(run_method, knobs["inside"], knobs=others), **own)
+        case _:
+            result = function(updates, weights, **knobs)
+    return result
+
+
+@contextmanager
+def one_thread_each() -> Iterator[int]:
+    """torch on one thread, and how many workers may use it instead: over blocks that fit a cache, threads inside each
+    operation wait for each other more than they work, most of all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _WholeAdapters:
+    """What is measured over all modules of the adapters of a plan: once, when first asked for."""
+
+    def __init__(self, plan: MergePlan) -> None:
+        self._plan = plan
+        self._gram: Tensor | None = None
+
+    def of(self, places: Sequence[int]) -> "_Whole":
+        """The measures of the adapters at `places`."""
+        return _Whole(self, list(places))
+
+    def gram(self) -> Tensor:
+        if self._gram is None:
+            n = len(self._plan.adapters)
+            self._gram = torch.zeros(n, n, dtype=torch.float64)
+            for module in self._plan.modules:
+                places = [i for i, adapter in enumerate(self._plan.adapters) if module in adapter.modules]
+                products = gram([_read(self._plan, i, module)[0] for i in places])
+                self._gram[torch.tensor(places)[:, None], torch.tensor(places)] += products.cpu()
+        return self._gram
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    adapters: _WholeAdapters
+    places: list[int]
+
+    def gram(self) -> Tensor:
+        return self.adapters.gram()[self.places][:, self.places]
+
+    def thresholds(self, density: float) -> Tensor:
+        raise NotImplementedError
+
+
+def _read(plan: MergePlan, place: int, module: str) -> tuple[LowRank, float]:
+    """One adapter's update in one module on the plan's device, coefficients per rank folded in, and its weight."""
+    adapter = plan.adapters[place]
+    update = adapter.read(module).to(plan.device)
+    if plan.coefficients is None:
+        return update, plan.weights[place]
+    return _with_coefficients(update, plan.coefficients, module, adapter)
+
+
+def _with_coefficients(
+    update: LowRank, coefficients: Coefficients, module: str, adapter: OpenAdapter
+) -> tuple[LowRank, float]:
+    values = coefficients.values[module][coefficients.adapters.index(adapter.ref.pinned)]
+    if len(values) == 1:
+        return update, values[0]
+    return LowRank(update.B * update.B.new_tensor(values), update.A), 1.0
+
+
+def _key(adapter: OpenAdapter, module: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{adapter.ref.commit}\n{module}".encode()).digest()[:8], "big")
+
+
+def _norm_match(updates: Updates, weights: Tensor, total: float) -> float:
+    """The factor that brings an update of squared norm `total` to the weighted mean of its adapters' norms."""
+    norms = torch.stack([update.norm().cpu() for update in updates])
+    share = weights.abs() / weights.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    target = float((share * norms).sum())
+    return target / total**0.5 if total**0.5 > 1e-9 * target else 1.0
