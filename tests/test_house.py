@@ -27,8 +27,8 @@ FLOORS = (
 )
 KEEPERS = {
     "torch": (
-        "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates", "adapters.draws",
-        "adapters.kernels", "base_model", "mixture",
+        "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates",
+        "adapters.draws", "adapters.kernels", "base_model", "mixture",
         "merge_methods", "selection_methods", "steps", "world",
     ),
     "transformers": ("base_model", "world"),
