@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.checks import public_base
+from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
@@ -33,7 +33,6 @@ _hf.utils.logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
-_DEVICE = re.compile(r"(cpu|mps|cuda)(?::(\d{1,3}))?", re.ASCII)
 # What loading may read in a model's folder: configuration, tokenizer, chat template, weights.
 _READ = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
@@ -468,18 +467,10 @@ def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     """
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    match = _DEVICE.fullmatch(device)
-    if match is None:
-        raise UsageError(f"unknown device {device!r}", hint="one of auto, cpu, cuda, cuda:N, mps")
-    kind, number = match[1], int(match[2] or 0)
-    here = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if number >= here[kind]:
-        raise Refused(f"device {device}: this machine has no such device", hint="use --device cpu or auto")
+    device = resolve_device(device)
     if dtype == "auto":
-        dtype = "bf16" if kind == "cuda" else "fp32"
-    return f"cuda:{number}" if kind == "cuda" else kind, dtype
+        dtype = "bf16" if device.startswith("cuda") else "fp32"
+    return device, dtype
 
 
 def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:

@@ -17,7 +17,7 @@ from lora_cli.migrations import open_for_reading, open_for_writing, writing
 from lora_cli.records import Score
 
 RECORD_FILE = "run.json"
-_PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "transformers", "peft", "huggingface_hub")
+_PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers", "peft", "huggingface_hub")
 
 
 @dataclass(slots=True)
@@ -32,6 +32,7 @@ class Run:
     device: str = "cpu"
     outputs: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    lock: dict[str, Any] = field(default_factory=dict)
 
     def take(self, folder: Path) -> None:
         """This very run was finished before: its outputs and results are those in `folder`."""
@@ -39,6 +40,7 @@ class Run:
         self.device = record["device"]
         self.outputs.update(record["outputs"])
         self.results.update(record["results"])
+        self.lock.update(record.get("merge.lock", {}))
 
     def record(self) -> dict[str, Any]:
         """What is written into `run.json`: no times and no paths, so that equal work gives equal bytes."""
@@ -52,6 +54,7 @@ class Run:
             "versions": versions(),
             "outputs": self.outputs,
             "results": self.results,
+            **({"merge.lock": self.lock} if self.lock else {}),
         }
 
 

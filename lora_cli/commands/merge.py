@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
     Base,
     Db,
+    Device,
     DryRun,
     Energy,
     Force,
@@ -21,15 +23,17 @@ from lora_cli.commands.options import (
     screen_for,
     show_output,
 )
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import Knob, MethodFolder
 from lora_cli.screen import Screen, near, percent
 from lora_cli.settings import folder_of, load
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
+SMALL = 0.05
 
 
 def merge(
+    context: typer.Context,
     adapters: Annotated[
         list[str] | None,
         typer.Argument(
@@ -41,28 +45,59 @@ def merge(
     method: Annotated[
         str,
         typer.Option(
-            "--method", "-m", help=f"How: {', '.join(METHODS.methods)}.", autocompletion=lambda: [*METHODS.methods]
+            "--method",
+            "-m",
+            help="How; 'lora methods' lists and explains all of them.",
+            autocompletion=lambda: [*METHODS.methods],
         ),
-    ] = "linear",
+    ] = "norm-matched",
     weights: Annotated[
         str | None,
         typer.Option(
-            "--weights", help="average (1/N each), sum (1 each), or numbers with commas.", show_default="average"
+            "--weights",
+            help="average (1/N each), sum (1 each), or numbers with commas.",
+            show_default="the method's, mostly average",
         ),
     ] = None,
+    coef: Annotated[
+        Path | None, typer.Option("--coef", help="Learnt coefficients: the coefficients.json that lora fit wrote.")
+    ] = None,
     selection: Selection = None,
+    dedupe: Annotated[
+        float | None,
+        typer.Option("--dedupe", help="Leave out adapters whose cosine with another reaches this, such as 0.95."),
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--scope", help="Merge only these parts: layers=0-15,20 or modules=q_proj,*.mlp.*; repeatable, all hold."
+        ),
+    ] = None,
     rank: Rank = "auto",
     energy: Energy = None,
     scaling: Annotated[float, typer.Option("--lambda", help="Factor on the whole result.")] = 1.0,
+    norm_match: Annotated[
+        bool, typer.Option("--norm-match", help="Scale each module to the weighted mean of its adapters' norms.")
+    ] = False,
     missing: Annotated[
         str,
         typer.Option(
             "--missing", help="Where an adapter lacks a module: zero counts it as zero, renorm leaves it out."
         ),
     ] = "zero",
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Write whole updates (delta.safetensors) in place of a LoRA.")
+    ] = False,
+    serve: Annotated[
+        str, typer.Option("--for", help="vllm: one rank for all modules, of a size that vLLM accepts.")
+    ] = "",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Precision on disk: auto (as the parents), fp32, bf16, fp16.")
     ] = "auto",
+    device: Device = None,
+    locked: Annotated[
+        Path | None, typer.Option("--locked", help="Rebuild the merge of this run.json, byte for byte.")
+    ] = None,
     base: Base = None,
     out: Out = None,
     force: Force = False,
@@ -77,21 +112,41 @@ def merge(
     stdout, and how much of the merged update fits into the chosen rank is always said.
     """
     from lora_cli import runs
+    from lora_cli.adapters.devices import resolve_device
     from lora_cli.catalogue import Catalogue
+    from lora_cli.steps import lock as locking
     from lora_cli.steps import merge as step
+    from lora_cli.steps.coefficients import demand_fitting, read_coefficients
     from lora_cli.steps.gather import gather, to_fetch
 
     screen = screen_for(json)
-    settings = load({"base": base, "db": db})
-    given = {name: value for name, value in knobs.items() if value is not None}
-    step.METHODS.check(method, given)
+    settings = load({"base": base, "db": db, "device": device})
+    lock = None if locked is None else _read_lock(context, locked)
+    options: dict[str, Any] = {
+        "method": method,
+        "knobs": {name: value for name, value in knobs.items() if value is not None},
+        "scope": scope or [],
+        "rank": rank,
+        "energy": energy,
+        "scaling": scaling,
+        "norm_match": norm_match,
+        "missing": missing,
+        "dense": dense,
+        "serve": serve,
+        "dtype": dtype,
+    }
+    options = lock.options if lock is not None else options | {"device": resolve_device(settings.device)}
+    step.METHODS.check(options["method"], options["knobs"])
+    coefficients = None if coef is None else read_coefficients(coef)
+    if coefficients is not None and (dedupe is not None or weights is not None):
+        raise UsageError("--coef says what each adapter weighs: leave out --weights and --dedupe")
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen)
-        numbers = _weights(weights, own_weights)
+        everyone = lock.parents if lock is not None else coefficients.adapters if coefficients is not None else ()
+        names, own_weights = named(adapters or [*everyone], catalogue, settings.base, selection, screen)
         if dry_run and (
             left := to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
         ):
-            screen.document("lora.merge.plan/1", {"out": None, "method": method, **download_plan(left)})
+            screen.document("lora.merge.plan/1", {"out": None, "method": options["method"], **download_plan(left)})
             return
         gathered = gather(
             catalogue,
@@ -101,32 +156,41 @@ def merge(
             announce=screen.say,
             progress=progress,
         )
-        plan = step.plan(
-            gathered.adapters,
-            numbers,
-            base=gathered.base,
-            method=method,
-            knobs=given,
-            rank=rank,
-            energy=energy,
-            scaling=scaling,
-            missing=missing,
-            dtype=dtype,
-        )
-        key = runs.key_of("merge", plan.settings, gathered.inputs)
-        folder = out or settings.runs / f"merge-{method}-{key[:8]}"
+        chosen, inputs = list(gathered.adapters), dict(gathered.inputs)
+        if lock is not None:
+            locking.demand_same_parents(lock, inputs)
+            numbers = lock.weights([adapter.ref.pinned for adapter in chosen])
+        elif coefficients is not None:
+            demand_fitting(coefficients, chosen)
+            numbers = [1.0] * len(chosen)
+        else:
+            if dedupe is not None:
+                copies = _copies(screen, chosen, dedupe, progress)
+                own_weights = [w for adapter, w in zip(chosen, own_weights, strict=True) if adapter not in copies]
+                chosen = [adapter for adapter in chosen if adapter not in copies]
+                inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
+            numbers = _weights(weights, own_weights, step.METHODS.get(method).weights)
+        plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, **options)
+        if lock is not None and plan.settings != lock.settings:
+            raise Refused("the lock's coefficients or base are not those given", hint="give the same --coef and --base")
+        key = runs.key_of("merge", plan.settings, inputs)
+        folder = out or settings.runs / f"merge-{plan.method}-{key[:8]}"
         if dry_run:
             screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **plan.settings})
             return
         done = runs.claim(folder, key, force=force)
-        with runs.recorded(settings.db, "merge", plan.settings, gathered.inputs, folder) as run:
+        with runs.recorded(settings.db, "merge", plan.settings, inputs, folder) as run:
+            run.device = plan.device
+            run.lock.update(locking.lock_of(plan, inputs))
             if done:
                 run.take(folder)
-                told = f"merge: {near(folder)} is up to date"
+                told = [f"merge: {near(folder)} is up to date"]
             else:
-                told = outcome(plan, step.merge(plan, folder, run, replace=force, progress=progress))
+                report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
+                told = [outcome(plan, report), *_notes(plan, report)]
     show_output(screen, "lora.merge/1", folder, run.record())
-    screen.say(told)
+    for line in told:
+        screen.say(line)
 
 
 def named(
@@ -157,10 +221,49 @@ def outcome(plan: Any, report: Any) -> str:
     low, high = report.ranks
     rank = f"rank {high}" if low == high else f"rank {low} to {high}"
     many = f"{len(plan.adapters)} adapter{'s' if len(plan.adapters) != 1 else ''}"
+    kept = "dense" if plan.dense else f"{rank} · {percent(report.energy)} of the energy kept"
     return (
-        f"{plan.method}: {many} → {rank} · {len(report.modules)} modules · "
-        f"{percent(report.energy)} of the energy kept · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
+        f"{plan.method}: {many} → {len(report.modules)} modules · {kept} · "
+        f"norm {report.norm / report.mean_norm:.2f} of the adapters' mean · "
+        f"{report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
     )
+
+
+def _notes(plan: Any, report: Any) -> list[str]:
+    """What a user should know besides: that little came out, how to serve it, whether a rebuild is exact."""
+    from lora_cli.steps.serving import serve_line
+
+    notes = []
+    if report.norm < SMALL * report.mean_norm:
+        notes.append(
+            f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
+            "little; --norm-match or --lambda makes it larger"
+        )
+    if report.served_rank is not None:
+        notes.append(f"  {serve_line(plan.base, report.folder, report.served_rank)}")
+    return notes
+
+
+def _copies(screen: Screen, adapters: Sequence[Any], cosine: float, progress: Any) -> list[Any]:
+    """The adapters that are near copies of an earlier one; each is named on stderr."""
+    from lora_cli.steps.compare import near_copies
+
+    copies = near_copies(adapters, cosine, progress)
+    for kept, copy, measured in copies:
+        screen.say(f"left out {copy.ref.id}: cosine {measured:.3f} with {kept.ref.id}")
+    return [copy for _, copy, _ in copies]
+
+
+def _read_lock(context: typer.Context, file: Path) -> Any:
+    """The lock in `file`; UsageError where other options would contradict it."""
+    from lora_cli.steps.lock import read_lock
+
+    allowed = {"adapters", "locked", "coef", "base", "out", "force", "dry_run", "db", "json"}
+    for name in context.params.keys() - allowed:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise UsageError(f"--locked takes every setting from {file}: leave out --{name.replace('_', '-')}")
+    return read_lock(file)
 
 
 def _split(argument: str) -> tuple[str, float | None]:
@@ -173,8 +276,8 @@ def _split(argument: str) -> tuple[str, float | None]:
         raise UsageError(f"{argument}: the weight after = is no number") from None
 
 
-def _weights(spelled: str | None, own: list[float | None]) -> list[float]:
-    """One weight per adapter, from --weights or from ADAPTER=WEIGHT."""
+def _weights(spelled: str | None, own: list[float | None], default: str) -> list[float]:
+    """One weight per adapter, from --weights or from ADAPTER=WEIGHT, else the method's default."""
     if any(weight is not None for weight in own):
         if spelled is not None:
             raise UsageError("give weights by --weights or by ADAPTER=WEIGHT, not both")
@@ -183,7 +286,8 @@ def _weights(spelled: str | None, own: list[float | None]) -> list[float]:
                 "some adapters have a weight and some do not", hint="write ADAPTER=WEIGHT for each of them"
             )
         return [weight for weight in own if weight is not None]
-    if spelled in (None, "average"):
+    spelled = spelled or default
+    if spelled == "average":
         return [1 / len(own)] * len(own)
     if spelled == "sum":
         return [1.0] * len(own)

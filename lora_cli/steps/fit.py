@@ -20,12 +20,12 @@ from lora_cli.outputs import whole_folder
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.scores import Difference, paired_difference
+from lora_cli.steps.coefficients import COEFFICIENTS_FILE, coefficients_text
 from lora_cli.steps.descent import Learnt, Recipe, learn, losses
 from lora_cli.steps.merge import MergePlan, MergeReport, merge
 from lora_cli.steps.train import TARGET_RECIPE, train
 from lora_cli.task import split
 
-COEFFICIENTS_FILE = "coefficients.json"
 CONTROLS = ("random", "target")
 
 
@@ -232,8 +232,7 @@ def fit_and_write(
         for file in list(inner.iterdir()):
             file.rename(partial / file.name)
         inner.rmdir()
-        notes = {"schema": "lora.coefficients/1", **asdict(result.coefficients)}
-        (partial / COEFFICIENTS_FILE).write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+        (partial / COEFFICIENTS_FILE).write_text(coefficients_text(result.coefficients), encoding="utf-8")
         merged = open_adapter(AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME))
         with base.wear({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)

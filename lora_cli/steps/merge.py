@@ -20,8 +20,10 @@ from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.screen import percent, safe
+from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, ModuleMerger
 from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
+from lora_cli.steps.serving import demand_servable, pad_for_vllm
 
 __all__ = ["DENSE_FILE", "METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
 
@@ -42,12 +44,19 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did. `energy` is the kept share of the squared Frobenius norm over all modules."""
+    """What a merge did.
+
+    `energy` is the kept share of the squared Frobenius norm over all modules; `mean_norm` the weighted mean of the
+    adapters' own norms, beside which `norm`, that of the result, shows whether the merge left much of them;
+    `served_rank` the rank that a server has to be told, where one was asked for.
+    """
 
     folder: Path
     modules: tuple[ModuleReport, ...]
     energy: float
     norm: float
+    mean_norm: float
+    served_rank: int | None
     sha256: str
     seconds: float
     peak_bytes: int
@@ -60,35 +69,54 @@ class MergeReport:
 
 
 def merge(
-    plan: MergePlan, folder: Path, run: Run, *, replace: bool = False, progress: Progress = silent
+    plan: MergePlan,
+    folder: Path,
+    run: Run,
+    *,
+    replace: bool = False,
+    lock: Lock | None = None,
+    progress: Progress = silent,
 ) -> MergeReport:
     """Carry out a plan: read, merge and write module by module, then rename the finished folder into place.
 
+    Args:
+        lock: of an earlier merge, whose bytes must come out again.
+
     Raises:
         Refused: an adapter holds NaN or Inf, an adapter or the result changes nothing at all, or the result does not
-            fit its precision.
+            fit its precision or the server, or is not what the lock says.
         OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
     if folder.resolve() in {adapter.files.weights.parent.resolve() for adapter in plan.adapters}:
         raise OutputError(f"{folder}: one of the adapters to be merged", hint="choose another folder with -o")
+    if plan.serve:
+        demand_servable(plan.modules, transposed=plan.adapters[0].config.fan_in_fan_out)
     with whole_folder(folder, replace=replace) as partial:
-        reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, partial, progress)
+        merger = ModuleMerger(plan)
+        reports, kept, total = (_write_dense if plan.dense else _write_factors)(merger, partial, progress)
+        _demand_effect(plan, merger.effect, total)
         weights = DENSE_FILE if plan.dense else WEIGHTS_NAME
+        served_rank = pad_for_vllm(partial) if plan.serve else None
         sha256 = sha256_of(partial / weights)
         report = MergeReport(
             folder=folder,
             modules=tuple(reports),
             energy=_share(kept, total),
             norm=math.sqrt(kept),
+            mean_norm=_mean_norm(plan, merger.effect),
+            served_rank=served_rank,
             sha256=sha256,
             seconds=time.monotonic() - started,
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         )
         run.outputs[weights] = sha256
+        if lock is not None:
+            demand_same_outputs(lock, run.outputs)
         run.results.update(
             energy=report.energy,
             norm=report.norm,
+            mean_norm=report.mean_norm,
             modules={m.module: {"rank": m.rank, "norm": m.norm, "energy": m.energy} for m in reports},
         )
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
@@ -96,10 +124,9 @@ def merge(
     return report
 
 
-def _write_factors(plan: MergePlan, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
+def _write_factors(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
-    reports, kept, total = [], 0.0, 0.0
-    merger = ModuleMerger(plan)
+    plan, reports, kept, total = merger.plan, [], 0.0, 0.0
     with AdapterWriter(folder, plan.modules, _dtype(plan)) as writer:
         for module in _announced(plan.modules, progress):
             reduced = merger.merge(module)
@@ -110,14 +137,12 @@ def _write_factors(plan: MergePlan, folder: Path, progress: Progress) -> tuple[l
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(reduced.kept), energy=share)
             )
         writer.finish(_config(plan))
-    _demand_effect(merger.effect, total)
     return reports, kept, total
 
 
-def _write_dense(plan: MergePlan, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
+def _write_dense(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module's whole update, under the name of the weight that it belongs to."""
-    reports, total = [], 0.0
-    merger = ModuleMerger(plan)
+    plan, reports, total = merger.plan, [], 0.0
     names = {module: f"{module}.weight" for module in plan.modules}
     with TensorStream(folder / DENSE_FILE, [*names.values()], _dtype(plan)) as stream:
         for module in _announced(plan.modules, progress):
@@ -127,7 +152,6 @@ def _write_dense(plan: MergePlan, folder: Path, progress: Progress) -> tuple[lis
             total += squared
             reports.append(ModuleReport(module=module, rank=min(delta.shape), norm=math.sqrt(squared), energy=1.0))
         stream.finish()
-    _demand_effect(merger.effect, total)
     return reports, total, total
 
 
@@ -138,11 +162,17 @@ def _announced(modules: Sequence[str], progress: Progress) -> Iterator[str]:
     progress("merge", len(modules), len(modules))
 
 
-def _demand_effect(effect: Effect, total: float) -> None:
-    if still := [name for name, moves in effect.moves.items() if not moves]:
+def _demand_effect(plan: MergePlan, effect: Effect, total: float) -> None:
+    if still := [adapter.ref.id for adapter in plan.adapters if effect.norm(adapter) == 0]:
         raise Refused(f"{', '.join(still)}: every lora_B is zero, so it changes nothing", hint="leave it out")
     if total <= _CANCELLED * effect.largest:
         raise Refused("the merged update is zero: the weights are zero or cancel each other", hint="change the weights")
+
+
+def _mean_norm(plan: MergePlan, effect: Effect) -> float:
+    """Mean of the adapters' norms, by the size of their weights where these are numbers."""
+    weights = [1.0 if plan.coefficients is not None else abs(w) for w in plan.weights]
+    return sum(w * effect.norm(a) for w, a in zip(weights, plan.adapters, strict=True)) / (sum(weights) or 1.0)
 
 
 def _share(kept: float, total: float) -> float:

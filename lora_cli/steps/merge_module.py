@@ -1,6 +1,7 @@
 """One module of a merge: read its updates, run the method on them, bring the result to its rank."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +20,23 @@ from lora_cli.records import Coefficients
 from lora_cli.steps.merge_plan import METHODS, MergePlan
 
 
-@dataclass(slots=True)
 class Effect:
-    """Whether there is anything to a merge: which adapters move at all, and how large their sum could have been."""
+    """Whether there is anything to a merge: how large the adapters are, and how large their sum could have been."""
 
-    moves: dict[str, bool]
-    largest: float = 0.0
+    def __init__(self, adapters: Sequence[OpenAdapter]) -> None:
+        self.squared = {adapter.ref.pinned: 0.0 for adapter in adapters}
+        self.largest = 0.0
 
     def see(self, adapter: OpenAdapter, update: LowRank, weight: float) -> None:
         """Take note of one adapter's update in one module."""
-        b, a = (float(torch.linalg.vector_norm(factor)) ** 2 for factor in (update.B, update.A))
-        self.moves[adapter.ref.id] |= b > 0 and a > 0
-        self.largest += weight**2 * b * a
+        products = (update.B.T @ update.B).double() * (update.A @ update.A.T).double()
+        squared = max(0.0, float(products.sum()))
+        self.squared[adapter.ref.pinned] += squared
+        self.largest += weight**2 * squared
+
+    def norm(self, adapter: OpenAdapter) -> float:
+        """Frobenius norm of an adapter's whole update, as far as it was seen."""
+        return math.sqrt(self.squared[adapter.ref.pinned])
 
 
 class ModuleMerger:
@@ -38,7 +44,7 @@ class ModuleMerger:
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
-        self.effect = Effect({adapter.ref.id: False for adapter in plan.adapters})
+        self.effect = Effect(plan.adapters)
         self._whole = _WholeAdapters(plan)
 
     def merge(self, module: str) -> Reduced:

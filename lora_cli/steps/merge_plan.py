@@ -45,6 +45,7 @@ class MergePlan:
     norm_match: bool = False
     missing: str = "zero"
     dense: bool = False
+    serve: str = ""
     dtype: str = "auto"
     device: str = "cpu"
     coefficients: Coefficients | None = None
@@ -65,6 +66,7 @@ class MergePlan:
             "norm_match": self.norm_match,
             "missing": self.missing,
             "dense": self.dense,
+            "for": self.serve,
             "dtype": self.dtype,
             "device": self.device,
             "coefficients": None if self.coefficients is None else self.coefficients.sha256,
@@ -90,6 +92,7 @@ def plan(
     norm_match: bool = False,
     missing: str = "zero",
     dense: bool = False,
+    serve: str = "",
     dtype: str = "auto",
     device: str = "cpu",
     coefficients: Coefficients | None = None,
@@ -107,6 +110,7 @@ def plan(
         missing: "zero" counts an adapter as a zero update in modules it lacks; "renorm" spreads its weight over the
             others there.
         dense: write whole updates, not factors.
+        serve: "vllm" gives every module one rank that vLLM accepts; "" is for PEFT.
         device: where the arithmetic is done, as torch names it.
         inputs: where a method that needs inputs finds them.
 
@@ -122,6 +126,10 @@ def plan(
         raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
     if dense and (rank != "auto" or energy is not None):
         raise UsageError("--dense writes the whole update: it has no rank to choose")
+    if serve not in ("", "vllm"):
+        raise UsageError(f"--for is vllm, not {serve!r}")
+    if dense and serve:
+        raise UsageError("--dense writes no adapter that could be served")
     if METHODS.get(method).kind == "factors":
         if rank not in ("auto", "sum") or energy is not None:
             raise UsageError(f"{method} keeps every rank", hint="use --method linear to reduce the rank")
@@ -159,6 +167,7 @@ def plan(
         norm_match=norm_match,
         missing=missing,
         dense=dense,
+        serve=serve,
         dtype=dtype,
         device=device,
         coefficients=coefficients,

@@ -1,0 +1,55 @@
+"""The file of learnt coefficients that `fit` writes and `merge --coef` reads."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.errors import DataError, Refused
+from lora_cli.records import Coefficients
+
+COEFFICIENTS_FILE = "coefficients.json"
+_SCHEMA = "lora.coefficients/1"
+
+
+def coefficients_text(coefficients: Coefficients) -> str:
+    """The bytes of a coefficients.json."""
+    return json.dumps({"schema": _SCHEMA, **asdict(coefficients)}, indent=1) + "\n"
+
+
+def read_coefficients(file: Path) -> Coefficients:
+    """The coefficients in `file`. DataError for a file that holds none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if found.pop("schema") != _SCHEMA:
+            raise ValueError(f"no {_SCHEMA}")
+        found["adapters"] = tuple(str(name) for name in found["adapters"])
+        found["values"] = {module: tuple(map(_numbers, rows)) for module, rows in found["values"].items()}
+        return Coefficients(**found)
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{file}: no coefficients", hint=f"give the {COEFFICIENTS_FILE} that lora fit wrote") from None
+
+
+def demand_fitting(coefficients: Coefficients, adapters: Sequence[OpenAdapter]) -> None:
+    """Refused where the coefficients are not those of exactly these adapters, modules and ranks."""
+    given = {adapter.ref.pinned for adapter in adapters}
+    if missing := sorted(given ^ set(coefficients.adapters)):
+        raise Refused(f"{missing[0]}: among the adapters or among the coefficients, but not in both")
+    for adapter in adapters:
+        place = coefficients.adapters.index(adapter.ref.pinned)
+        for module, factors in adapter.modules.items():
+            rows = coefficients.values.get(module, ())
+            if len(rows) <= place or len(rows[place]) not in (1, factors.rank):
+                raise Refused(f"{module}: no coefficients for {adapter.ref.id}, or not as many as it has ranks")
+
+
+def _numbers(row: Any) -> tuple[float, ...]:
+    numbers = tuple(float(value) for value in row)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a coefficient that is no finite number")
+    return numbers
