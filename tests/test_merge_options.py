@@ -1,0 +1,251 @@
+"""What every merge method shares: scope, norm, dense output, coefficients, serving, rebuilding from a lock."""
+
+import errno
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lora_cli.adapters import writer
+from lora_cli.records import Coefficients
+from lora_cli.steps.coefficients import coefficients_text
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.cli import ok, refused
+from tests.test_merge import close, deltas, opened
+
+SHAPES = {f"model.layers.{n}.self_attn.{name}": (24, 16) for n in range(3) for name in ("q_proj", "v_proj")}
+TWO = ("one", "two")
+
+
+@pytest.fixture(autouse=True)
+def pool(own_home: Path) -> Path:
+    """Two adapters of different ranks and scales in the working folder."""
+    write_adapter(own_home / "one", random_factors(SHAPES, 2, seed=1), lora_alpha=4)
+    write_adapter(own_home / "two", random_factors(SHAPES, 3, seed=2), lora_alpha=3)
+    return own_home
+
+
+def norms(folder: str) -> dict[str, float]:
+    return {module: float(delta.norm()) for module, delta in deltas(Path(folder)).items()}
+
+
+def total(scale: float = 1.0) -> dict[str, Tensor]:
+    """Sum of the two adapters' updates, times `scale`."""
+    one, two = deltas(Path("one")), deltas(Path("two"))
+    return {module: scale * (one[module] + two[module]) for module in SHAPES}
+
+
+@pytest.mark.parametrize(
+    ("scope", "layers", "names"),
+    [
+        (["layers=0-1"], {0, 1}, {"q_proj", "v_proj"}),
+        (["layers=0,2", "modules=v_proj"], {0, 2}, {"v_proj"}),
+        (["modules=model.layers.1.*"], {1}, {"q_proj", "v_proj"}),
+    ],
+)
+def test_a_scope_leaves_the_rest_as_the_base_has_it(scope: list[str], layers: set[int], names: set[str]) -> None:
+    ok("merge", *TWO, "-m", "linear", "--weights", "sum", "-o", "out", *(w for s in scope for w in ("--scope", s)))
+    wanted = {m: d for m, d in total().items() if int(m.split(".")[2]) in layers and m.rpartition(".")[2] in names}
+    found = deltas(Path("out"))
+    assert found.keys() == wanted.keys()
+    close(found, wanted)
+    # PEFT must not find modules of other layers by their last names.
+    targets = json.loads(Path("out/adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == wanted.keys()
+
+
+@pytest.mark.parametrize(
+    ("scope", "code", "words"),
+    [
+        ("layers=7", 3, "none of the adapters' modules is in the scope"),
+        ("layers=2-1", 2, "no range of layers"),
+        ("layers=x", 2, "no range of layers"),
+        ("heads=1", 2, "--scope is layers="),
+        ("layers", 2, "--scope is layers="),
+        ("modules=", 2, "--scope is layers="),
+    ],
+)
+def test_a_wrong_scope_is_named(scope: str, code: int, words: str) -> None:
+    assert words in refused(code, "merge", *TWO, "--scope", scope)
+
+
+def test_norm_match_gives_every_module_the_mean_norm() -> None:
+    ok("merge", "one=1", "two=3", "-m", "linear", "--norm-match", "--lambda", "2", "-o", "out")
+    one, two = norms("one"), norms("two")
+    for module, norm in norms("out").items():
+        assert norm == pytest.approx(2 * (0.25 * one[module] + 0.75 * two[module]), rel=1e-5)
+
+
+def test_dense_writes_the_whole_update() -> None:
+    ok("merge", *TWO, "-m", "linear", "--weights", "sum", "--dense", "-o", "out")
+    found = load_file("out/delta.safetensors")
+    assert not Path("out/adapter_config.json").exists()
+    close({name.removesuffix(".weight"): d.double() for name, d in found.items()}, total())
+    assert "has no rank to choose" in refused(2, "merge", *TWO, "--dense", "--rank", "4")
+
+
+def test_a_small_result_is_told() -> None:
+    assert "norm 0.01 of the adapters' mean" in (told := ok("merge", *TWO, "--lambda", "0.01", "-o", "out").err)
+    assert "it will change little" in told
+    assert "change little" not in ok("merge", *TWO, "-o", "large").err
+
+
+def test_a_rank_that_no_module_has_is_refused() -> None:
+    assert "more than any of these modules can have, 16" in refused(5, "merge", *TWO, "--rank", "17")
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "mps"])
+def test_a_device_that_is_not_here(device: str) -> None:
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    assert "no such device" in refused(5, "merge", *TWO, "--device", device)
+
+
+def coefficients(**changes: Any) -> Coefficients:
+    made: dict[str, Any] = {
+        "adapters": tuple(opened(Path(name)).ref.pinned for name in TWO),
+        "values": {module: ((0.5,), (1.0, -2.0, 0.0)) for module in SHAPES},
+        "granularity": "rank",
+        "activation": "linear",
+        "task_sha256": "0" * 64,
+        "base": "acme/tiny",
+    }
+    return Coefficients(**made | changes)
+
+
+def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
+    Path("c.json").write_text(coefficients_text(coefficients()))
+    ok("merge", *TWO, "--coef", "c.json", "-m", "linear", "-o", "out")
+    one, tensors = deltas(Path("one")), load_file("two/adapter_model.safetensors")
+    wanted = {}
+    for module in SHAPES:
+        a, b = (tensors[f"base_model.model.{module}.lora_{side}.weight"].double() for side in "AB")
+        wanted[module] = 0.5 * one[module] + (b * torch.tensor([1.0, -2.0, 0.0])) @ a
+    close(deltas(Path("out")), wanted)
+
+
+def test_coefficients_of_others_are_refused() -> None:
+    Path("c.json").write_text(coefficients_text(coefficients()))
+    assert "not in both" in refused(5, "merge", "one", "--coef", "c.json")
+    assert "leave out --weights" in refused(2, "merge", *TWO, "--coef", "c.json", "--weights", "sum")
+    short = {module: ((0.5,), (1.0, 2.0)) for module in SHAPES}
+    Path("c.json").write_text(coefficients_text(coefficients(values=short)))
+    assert "not as many as it has ranks" in refused(5, "merge", *TWO, "--coef", "c.json")
+    for text in ("{}", "nonsense", coefficients_text(coefficients()).replace("0.5", "NaN")):
+        Path("c.json").write_text(text)
+        assert "c.json: no coefficients" in refused(1, "merge", *TWO, "--coef", "c.json")
+
+
+def test_near_copies_are_left_out_by_name() -> None:
+    factors = random_factors(SHAPES, 2, seed=1)
+    write_adapter(Path("copy"), {m: (b * 1.1, a) for m, (b, a) in factors.items()}, lora_alpha=4)
+    told = ok("merge", *TWO, "copy", "-m", "linear", "--dedupe", "0.95", "-o", "out").err
+    assert "left out" in told
+    assert "linear: 2 adapters" in told
+    assert len(json.loads(Path("out/run.json").read_text())["merge.lock"]["parents"]) == 2
+
+
+def test_vllm_gets_one_rank_that_it_accepts() -> None:
+    ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "-o", "plain")
+    told = ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "--for", "vllm", "-o", "served").err
+    assert "vllm serve acme/tiny --enable-lora --max-lora-rank 8 --lora-modules served=served" in told
+    config = json.loads(Path("served/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
+    assert {t.shape[0] for n, t in load_file("served/adapter_model.safetensors").items() if "lora_A" in n} == {8}
+    close(deltas(Path("served")), deltas(Path("plain")), 1e-7)
+
+
+def test_what_vllm_does_not_take_is_refused() -> None:
+    write_adapter(Path("head"), random_factors({"lm_head": (90, 16)}, 2, seed=3))
+    assert "not on lm_head" in refused(5, "merge", "head", "--for", "vllm")
+    write_adapter(Path("wide"), random_factors({"model.layers.0.mlp.up_proj": (700, 600)}, 520, seed=3))
+    assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm")
+    assert "--for is vllm" in refused(2, "merge", *TWO, "--for", "tgi")
+    assert not Path("lora-runs").exists() or not list(Path("lora-runs").iterdir())
+
+
+@pytest.fixture
+def lock() -> Path:
+    """run.json of a merge by a method with randomness."""
+    ok("merge", "one=0.3", "two=0.9", "-m", "dare", "--seed", "5", "--rank", "3", "-o", "first")
+    return Path("first/run.json")
+
+
+def test_a_locked_merge_gives_the_same_bytes(lock: Path) -> None:
+    parents = json.loads(lock.read_text())["merge.lock"]["parents"]
+    assert all(len(parent["sha256"]) == 64 for parent in parents.values())
+    assert len(parents) == 2
+    ok("merge", *TWO, "--locked", str(lock), "-o", "again")
+    for name in ("adapter_model.safetensors", "adapter_config.json", "README.md", "run.json"):
+        assert (Path("first") / name).read_bytes() == (Path("again") / name).read_bytes()
+
+
+def test_a_locked_merge_finds_its_parents_in_the_catalogue(own_home: Path) -> None:
+    os.environ["LORA_BASE"] = "acme/tiny"
+    ok("pool", "sync", "--from", str(own_home))
+    name = own_home.name
+    ok("merge", f"{name}/one", f"{name}/two", "-o", "first")
+    told = ok("merge", "--locked", "first/run.json", "-o", "again").err
+    assert "norm-matched: 2 adapters" in told
+    assert Path("first/run.json").read_bytes() == Path("again/run.json").read_bytes()
+
+
+def test_what_differs_from_a_lock_is_told(lock: Path) -> None:
+    assert "leave out --rank" in refused(2, "merge", *TWO, "--locked", str(lock), "--rank", "2")
+    assert "leave out --method" in refused(2, "merge", *TWO, "--locked", str(lock), "--method", "ties")
+    assert "not the adapters that were merged" in refused(5, "merge", "one", "--locked", str(lock), "-o", "again")
+    record = json.loads(lock.read_text())
+    record["merge.lock"]["versions"]["torch"] = "1.0"
+    record["outputs"]["adapter_model.safetensors"] = "0" * 64
+    Path("other.json").write_text(json.dumps(record))
+    told = refused(5, "merge", *TWO, "--locked", "other.json", "-o", "again")
+    assert "adapter_model.safetensors came out with other bytes" in told
+    assert "torch 1.0 then" in told
+    assert not Path("again").exists()
+    write_adapter(Path("three"), random_factors(SHAPES, 3, seed=9))
+    assert "not the adapters" in refused(5, "merge", "one", "three", "--locked", str(lock), "-o", "again")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"merge.lock": 3}', "\x00"])
+def test_a_lock_that_is_none(text: str) -> None:
+    Path("lock.json").write_text(text)
+    assert "not the run.json of a merge" in refused(1, "merge", *TWO, "--locked", "lock.json")
+    assert "No such file" in refused(1, "merge", *TWO, "--locked", "absent.json")
+
+
+def test_a_disk_that_fills_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    add = writer.TensorStream.add
+
+    def full(self: writer.TensorStream, name: str, tensor: Tensor) -> None:
+        written.append(name)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, name, tensor)
+
+    monkeypatch.setattr(writer.TensorStream, "add", full)
+    assert "no space left on the disk" in refused(1, "merge", *TWO, "-o", "out")
+    assert [p.name for p in Path().iterdir() if "out" in p.name] == []
+    monkeypatch.undo()
+
+
+def test_a_disk_that_is_really_full(own_home: Path) -> None:
+    """On a file system of one megabyte, in a namespace of its own, where this machine allows that."""
+    write_adapter(own_home / "big", random_factors({"model.layers.0.mlp.up_proj": (3000, 2000)}, 64, seed=3))
+    script = (
+        "mkdir small && mount -t tmpfs -o size=1m none small && "
+        "{ lora merge big -o small/out; code=$?; ls -A small; exit $code; }"
+    )
+    if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0:
+        pytest.skip("no namespaces here")
+    done = subprocess.run(["unshare", "-Urm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    if "mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "no space left on the disk" in done.stderr

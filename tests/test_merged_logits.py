@@ -1,0 +1,85 @@
+"""What every method merges loads in PEFT, and the model then says what base + ΔW says: on two real, tiny bases."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.runs import recorded
+from lora_cli.steps.merge import METHODS, merge, plan
+from lora_cli.steps.merge_module import ModuleMerger
+from lora_cli.world import World
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.test_merge import opened
+from tests.test_merge_laws import LAWS
+from tests.tiny_bases import STORIES
+
+# PEFT asks the model for a property that transformers is about to remove.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+IDS = torch.tensor([[1, 5, 9, 40, 17, 3, 22, 8]])
+
+
+@pytest.fixture(scope="module", params=["stories260K", "demo"])
+def base(request: pytest.FixtureRequest) -> Any:
+    """A trained model; PEFT puts its layers into copies of it."""
+    if request.param == "stories260K" and not STORIES.is_dir():
+        pytest.skip("../shared/wild/bases/stories260K is not here")
+    world: World = request.getfixturevalue("world")
+    folder = STORIES if request.param == "stories260K" else world.base
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[OpenAdapter]]:
+    """Three random adapters of its first two layers, of different ranks and scales."""
+    shapes = {
+        name: tuple(module.weight.shape)
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and (".layers.0." in name or ".layers.1." in name)
+    }
+    where = tmp_path_factory.mktemp("adapters")
+    yield [
+        opened(write_adapter(where / str(rank), random_factors(shapes, rank, seed=rank), lora_alpha=0.3 * rank))
+        for rank in (2, 3, 4)
+    ]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.inference_mode():
+        found: Tensor = model(input_ids=IDS).logits
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(METHODS.methods))
+def test_the_merged_adapter_says_what_the_dense_update_says(
+    name: str, base: Any, adapters: list[OpenAdapter], tmp_path: Path
+) -> None:
+    chosen = adapters[: LAWS[name].takes or 3]
+    if LAWS[name].equal_ranks:
+        chosen = [adapters[0]]
+    kept = {} if METHODS.get(name).kind == "factors" else {"energy": 1.0}
+    generator = torch.Generator().manual_seed(0)
+    planned = plan(
+        chosen,
+        [0.7, 0.5, 0.9][: len(chosen)],
+        base="acme/tiny",
+        method=name,
+        inputs=lambda adapter, module: torch.randn(9, adapter.modules[module].in_features, generator=generator),
+        **kept,
+    )
+    with recorded(tmp_path / "runs.db", "merge", planned.settings, {}, tmp_path / "out") as run:
+        merge(planned, tmp_path / "out", run)
+    generator.manual_seed(0)
+    by_hand, merger = copy.deepcopy(base), ModuleMerger(planned)
+    for module in planned.modules:
+        by_hand.get_submodule(module).weight.data += merger.merge_dense(module)
+    in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
+    torch.testing.assert_close(logits(in_peft), logits(by_hand), rtol=1e-4, atol=1e-4)
+    assert (logits(by_hand) - logits(base)).abs().max() > 1e-3
