@@ -12,11 +12,11 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
 from lora_cli.steps.merge_module import run_method
 from lora_cli.steps.merge_plan import METHODS
-from tests import dense_reference
+from tests import dense_compat, dense_reference
 from tests.dense_reference import Case
 
 OUT, IN = 24, 18
-REFERENCES = (dense_reference,)
+REFERENCES = (dense_reference, dense_compat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,27 @@ class Laws:
 LAWS = {
     "cat": Laws(identity={}, copies={}, linear=True),
     "linear": Laws(identity={}, copies={}, linear=True),
+    "peft-dare-linear": Laws(identity={"density": 1.0}, gauge=False, padding=False, equal_ranks=True),
+    "peft-dare-ties": Laws(
+        identity={"density": 1.0},
+        copies={"density": 1.0},
+        sign=False,
+        gauge=False,
+        padding=False,
+        dropping=False,
+        equal_ranks=True,
+    ),
+    "peft-linear": Laws(identity={}, gauge=False, equal_ranks=True),
+    "peft-magnitude-prune": Laws(identity={"density": 1.0}, gauge=False, padding=False, equal_ranks=True),
+    "peft-ties": Laws(
+        identity={"density": 1.0},
+        copies={"density": 1.0},
+        sign=False,
+        gauge=False,
+        padding=False,
+        dropping=False,
+        equal_ranks=True,
+    ),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
 }
 

@@ -1,0 +1,40 @@
+"""PEFT's combination type "dare_ties"."""
+
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.updates import Updates
+from lora_cli.merge_methods.compat._apart import dropped, elected, raw, scaled
+from lora_cli.methods import Knob, method
+
+
+@method("factors", weights="sum")
+def peft_dare_ties(
+    updates: Updates,
+    weights: Tensor,
+    *,
+    density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
+    election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
+    seed: Annotated[int, Knob("seed of the entries that are dropped")] = 0,
+) -> LowRank:
+    """PEFT's "dare_ties": drop random entries of each A and each B, elect and average apart.
+
+    Each entry of each A_i (r, in) and B_i (out, r), as they are in the files, stays with probability `density` and is
+    divided by it, else it is 0. Then per entry a sign is elected and those that have it are averaged, as in
+    `peft-ties`. ΔW = B A. All ranks in a module must be equal. Adapters that lack the module are left out.
+
+    Weights: as in `peft-ties`: multiplied in after the election, not divided out.
+
+    Cost: O(n r (out + in)).
+
+    Use: to have again what was merged with PEFT, up to what was drawn.
+
+    Source: PEFT 0.21.2, `add_weighted_adapter(combination_type="dare_ties")`: equal to rounding given the same mask.
+    PEFT draws it from torch's global generator; here it is drawn per adapter and module from the seed. `--election` is
+    PEFT's majority_sign_method. After Yu et al. 2023, arXiv 2311.03099, and Yadav et al. 2023, arXiv 2306.01708. PEFT
+    merges a single adapter by "linear", whatever is asked for; here entries are dropped.
+    """
+    factors = dropped(raw(updates, instead="ties"), updates.keys, density, seed)
+    return elected(factors, scaled(weights, updates), election)
