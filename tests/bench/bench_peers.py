@@ -9,6 +9,8 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,31 +38,32 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {RUNS}\n")
     print("| method | module | ours s | PEFT s | ours / PEFT |\n|---|---|---|---|---|")
     for module, shape in SHAPES.items():
-        g = torch.Generator().manual_seed(0)
-        items = tuple(
-            LowRank(torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g) / 64)
-            for _ in range(N)
+        beside_peft(module, shape)
+
+
+def beside_peft(module: str, shape: tuple[int, int]) -> None:
+    """The rows of one module."""
+    g = torch.Generator().manual_seed(0)
+    items = tuple(
+        LowRank(torch.randn(shape[0], RANK, generator=g), torch.randn(RANK, shape[1], generator=g) / 64)
+        for _ in range(N)
+    )
+    updates = Updates(items, keys=tuple(range(N)), scales=(1.0,) * N)
+    weights = torch.full((N,), 1 / N, dtype=torch.float64)
+    model = in_peft(items, shape)
+    names = [f"a{i}" for i in range(N)]
+    for ours, theirs, knobs in PAIRS:
+        a, b = in_turns(
+            partial(run_method, ours, updates, weights, METHODS.check(ours, knobs)),
+            partial(model.add_weighted_adapter, names, [1 / N] * N, "merged", combination_type=theirs, **knobs),
+            after=partial(model.delete_adapter, "merged"),
         )
-        updates = Updates(items, keys=tuple(range(N)), scales=(1.0,) * N)
-        weights = torch.full((N,), 1 / N, dtype=torch.float64)
-        layer, model = in_peft(items, shape)
-        for ours, theirs, knobs in PAIRS:
-            settings = METHODS.check(ours, knobs)
-
-            def run_ours(name: str = ours, settings: dict[str, object] = settings) -> None:
-                run_method(name, updates, weights, settings)
-
-            def run_theirs(name: str = theirs, knobs: dict[str, float] = knobs) -> None:
-                model.base_model.add_weighted_adapter(
-                    [f"a{i}" for i in range(N)], [1 / N] * N, "merged", combination_type=name, **knobs
-                )
-
-            a, b = in_turns(run_ours, run_theirs, after=lambda: model.delete_adapter("merged"))
-            print(f"| {ours} | {module} | {a:.4f} | {b:.4f} | {a / b:.2f} |", flush=True)
-        del layer, model
+        print(f"| {ours} | {module} | {a:.4f} | {b:.4f} | {a / b:.2f} |", flush=True)
 
 
-def in_turns(one: Callable[[], None], other: Callable[[], None], after: Callable[[], None]) -> tuple[float, float]:
+def in_turns(
+    one: Callable[[], object], other: Callable[[], object], after: Callable[[], object]
+) -> tuple[float, float]:
     """Medians of two pieces of work, run in turns."""
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(RUNS + 1):
@@ -72,7 +75,7 @@ def in_turns(one: Callable[[], None], other: Callable[[], None], after: Callable
     return statistics.median(times[0][1:]), statistics.median(times[1][1:])
 
 
-def in_peft(items: tuple[LowRank, ...], shape: tuple[int, int]) -> tuple[nn.Module, nn.Module]:
+def in_peft(items: tuple[LowRank, ...], shape: tuple[int, int]) -> Any:
     """A model of one layer that wears all adapters."""
     base = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
@@ -82,7 +85,7 @@ def in_peft(items: tuple[LowRank, ...], shape: tuple[int, int]) -> tuple[nn.Modu
     layer = model.base_model.model[0]
     for i, update in enumerate(items):
         layer.lora_A[f"a{i}"].weight.data, layer.lora_B[f"a{i}"].weight.data = update.A, update.B
-    return layer, model
+    return model.base_model
 
 
 if __name__ == "__main__":
