@@ -210,7 +210,7 @@ def test_peft_loads_the_result_and_adds_the_same_update(pool: list[Path], tmp_pa
     report = merged(tmp_path / "out", pool, [0.5, 1.0, -1.0], energy=0.9)
     low, high = report.ranks
     assert low < high  # so that rank_pattern is put to the test
-    close(_in_peft([tmp_path / "out"], [1.0]), deltas(tmp_path / "out"), 1e-6)
+    close(in_peft([tmp_path / "out"], [1.0]), deltas(tmp_path / "out"), 1e-6)
 
 
 @needs_wild
@@ -226,14 +226,16 @@ def test_peft_loads_the_result_and_adds_the_same_update(pool: list[Path], tmp_pa
 )  # fmt: skip
 def test_real_adapters_merge_as_in_pefts_cat(tmp_path: Path, names: list[str]) -> None:
     folders, weights = [WILD / name for name in names], [0.7, -0.4, 1.0, 0.25][: len(names)]
-    expected = _in_peft(folders, weights)
+    expected = in_peft(folders, weights)
     for method in ("linear", "cat"):
         merged(tmp_path / method, folders, weights, method=method)
         close(deltas(tmp_path / method), expected, 1e-5)
 
 
-def _in_peft(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, Tensor]:
-    """The update that PEFT makes of these folders, by add_weighted_adapter(combination_type="cat"), on a bare base."""
+def in_peft(
+    folders: Sequence[Path], weights: Sequence[float], combination: str = "cat", **options: Any
+) -> dict[str, Tensor]:
+    """The update that PEFT's add_weighted_adapter makes of these folders on a bare base; of one, its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from peft import LoraConfig, PeftModel
@@ -258,7 +260,7 @@ def _in_peft(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, Ten
         name = "a0"
         if len(folders) > 1:
             names, name = [f"a{i}" for i in range(len(folders))], "merged"
-            model.base_model.add_weighted_adapter(names, list(weights), name, combination_type="cat")
+            model.base_model.add_weighted_adapter(names, list(weights), name, combination, **options)
     layers = {module: model.base_model.model.get_submodule(module) for module in shapes}
     return {m: layer.get_delta_weight(name).detach().double() for m, layer in layers.items() if name in layer.lora_A}
 
