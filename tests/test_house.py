@@ -28,7 +28,7 @@ FLOORS = (
 KEEPERS = {
     "torch": (
         "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates",
-        "adapters.devices", "adapters.draws", "adapters.kernels", "base_model", "mixture",
+        "adapters.devices", "adapters.draws", "adapters.kernels", "adapters.checkpoint", "base_model", "mixture",
         "merge_methods", "selection_methods", "steps", "world",
     ),
     "transformers": ("base_model", "world"),

@@ -1,0 +1,262 @@
+"""A whole model on the disk: safetensors files and what goes with them. No tensor is ever read whole.
+
+The layout is that of transformers: `model.safetensors`, or parts that `model.safetensors.index.json` names.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.config import shortened
+from lora_cli.adapters.header import DTYPE_BYTES, Header, TensorEntry, read_header, reading
+from lora_cli.adapters.reader import DTYPES
+from lora_cli.adapters.store import sha256_of
+from lora_cli.errors import NothingMatched, Refused
+from lora_cli.hub import cached_file
+from lora_cli.settings import folder_of
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+INDEX: Final = "model.safetensors.index.json"
+BLOCK: Final = 1 << 20
+"""About as many entries are in memory at a time."""
+
+# What loading reads in a model's folder, and what therefore decides its version.
+_READ: Final = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
+_TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
+_PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model whose configuration and headers were read.
+
+    `headers` is by file name, `tensors` maps each tensor that loading would take to the file it stands in. `beside` are
+    the files that go with the weights: configuration, tokenizer, chat template, licence; never code.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    index: Mapping[str, Any] | None
+    headers: Mapping[str, Header]
+    tensors: Mapping[str, str]
+    beside: tuple[Path, ...]
+
+    def entry(self, tensor: str) -> TensorEntry:
+        """Dtype, shape and place of one tensor."""
+        return self.headers[self.tensors[tensor]].tensors[tensor]
+
+
+def open_checkpoint(folder: Path, name: str) -> Checkpoint:
+    """Read what can be read of a model without its tensors; `name` is what messages call it.
+
+    Raises:
+        Refused: weights that are quantised, pickled, incomplete or absent; a malformed configuration or index.
+        HeaderError: a malformed safetensors file.
+        DataError: a file that cannot be read.
+    """
+    config = _object(folder / CONFIG, name)
+    if config.get("quantization_config"):
+        raise Refused(
+            f"{name} is quantised: an update cannot be added to its integers",
+            hint="bake into the model it was quantised from, or keep the adapter",
+        )
+    index = None
+    with reading(folder):
+        single, split = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
+    if single:
+        headers = {WEIGHTS: read_header(folder / WEIGHTS)}
+        tensors = dict.fromkeys(headers[WEIGHTS].tensors, WEIGHTS)
+    elif split:
+        index = _object(folder / INDEX, name)
+        tensors = _weight_map(index, name)
+        headers = {part: _part(folder / part, name) for part in sorted(set(tensors.values()))}
+    else:
+        raise _without_weights(folder, name)
+    for tensor, part in tensors.items():
+        if tensor not in headers[part].tensors:
+            raise Refused(f"{name}: {shortened(tensor)} is not in {part}", hint="download the base model again")
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        index=index,
+        headers=headers,
+        tensors=tensors,
+        beside=tuple(file for file in _files(folder) if _goes_along(file)),
+    )
+
+
+def folder_or_hub(name: str) -> Path | None:
+    """A model's folder, None for what may be a Hub id. NothingMatched for what is neither."""
+    folder = folder_of(name)
+    if folder is not None:
+        if not (folder / CONFIG).is_file():
+            raise NothingMatched(f"{name} holds no model: {CONFIG} is missing", hint="name the model's own folder")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
+    return folder
+
+
+def cached_model(repo: str) -> Path | None:
+    """Where the Hub client's cache holds a model at the commit it knows as main, None unless all of it is there."""
+    config = cached_file(repo, CONFIG)
+    if config is None or cached_file(repo, "tokenizer_config.json") is None:
+        return None
+    parts = {WEIGHTS}
+    if (index := cached_file(repo, INDEX)) and not cached_file(repo, WEIGHTS):
+        parts = set(_weight_map(_object(index, repo), repo).values())
+    return config.parent if all(cached_file(repo, part) for part in parts) else None
+
+
+def wanted_files(files: Collection[str]) -> list[str]:
+    """Of the files in a model's repository those that a copy of it needs here, weights last."""
+    plain = {name for name in files if "/" not in name}
+    other = sorted(name for name in plain if Path(name).suffix != ".safetensors" and _goes_along(Path(name)))
+    if WEIGHTS in plain:
+        return [*other, WEIGHTS]
+    parts = sorted(name for name in plain if name.startswith("model-") and name.endswith(".safetensors"))
+    return [*other, INDEX, *parts] if INDEX in plain else other
+
+
+def version_of_folder(folder: Path) -> str:
+    """The head of a SHA-256 over the files that loading reads, as `base_model.pin` has it: 40 hex digits.
+
+    Takes a second per gigabyte or so.
+    """
+    read = [file for file in _files(folder) if file.suffix in _READ]
+    text = "".join(f"{file.name}\n{sha256_of(file)}\n" for file in read)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
+
+
+def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[memoryview]:
+    """The bytes of one tensor, whole rows of `columns` entries at a time; each block is overwritten by the next.
+
+    Raises:
+        Refused: the file ends inside the tensor.
+    """
+    file.seek(entry.begin)
+    row = columns * DTYPE_BYTES[entry.dtype]
+    left = entry.end - entry.begin
+    buffer = bytearray(min(left, row * max(1, BLOCK // columns)))
+    while left:
+        view, done = memoryview(buffer)[:left], 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise Refused(f"{shortened(entry.name)}: the file ends inside this tensor")
+            done += count
+        left -= done
+        yield view
+
+
+def as_tensor(block: memoryview, dtype: str) -> Tensor:
+    """The entries of a block, (entries,), sharing its memory."""
+    return torch.frombuffer(block, dtype=DTYPES[dtype])
+
+
+class ShardWriter:
+    """Writes one safetensors file, bytes in the order of its tensors; a context manager that knows the SHA-256.
+
+    Args:
+        path: the file to write.
+        like: the file it takes names, shapes, order and metadata from.
+        dtypes: of the tensors that change their precision.
+    """
+
+    def __init__(self, path: Path, like: Header, dtypes: Mapping[str, str]) -> None:
+        text, self.bytes = _header_text(like, dtypes)
+        self._sha256 = hashlib.sha256()
+        self._file: BinaryIO = path.open("wb")
+        self.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._sha256.update(data)
+        self._file.write(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written, 64 hex digits."""
+        return self._sha256.hexdigest()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def size_of(entry: TensorEntry, dtype: str) -> int:
+    """The bytes of a tensor once it is stored as `dtype`."""
+    return (entry.end - entry.begin) // DTYPE_BYTES[entry.dtype] * DTYPE_BYTES[dtype]
+
+
+def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:
+    """The header, filled up with spaces to a multiple of 8 bytes, and the bytes of the tensors behind it."""
+    entries: dict[str, Any] = {"__metadata__": dict(like.metadata)} if like.metadata else {}
+    position = 0
+    for name, entry in like.tensors.items():
+        dtype = dtypes.get(name, entry.dtype)
+        end = position + size_of(entry, dtype)
+        entries[name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    return text.ljust(-(-len(text) // 8) * 8), position
+
+
+def _goes_along(file: Path) -> bool:
+    if file.stem.upper() in _TERMS:
+        return True
+    # Weights have indices of their own; what an adapter or an earlier run left here is not the model's.
+    foreign = file.name.endswith(".index.json") or file.name.startswith("adapter_") or file.name == "run.json"
+    return file.suffix in _READ and file.suffix != ".safetensors" and not foreign
+
+
+def _files(folder: Path) -> list[Path]:
+    with reading(folder):
+        return sorted(file for file in folder.iterdir() if file.is_file())
+
+
+def _object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        with reading(path):
+            value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"{name}: {path.name} is not JSON", hint="download the base model again") from error
+    if not isinstance(value, dict):
+        raise Refused(f"{name}: {path.name} is not a JSON object", hint="download the base model again")
+    return value
+
+
+def _weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
+    """Tensor → file of an index; Refused unless every file is a plain name, so that nothing outside can be meant."""
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise Refused(f"{name}: {INDEX} has no weight_map", hint="download the base model again")
+    for part in found.values():
+        if not isinstance(part, str) or not part.endswith(".safetensors") or "/" in part or not part.isprintable():
+            raise Refused(f"{name}: {INDEX} names {shortened(part)}, which is no file beside it")
+    return found
+
+
+def _part(path: Path, name: str) -> Header:
+    if not path.is_file():
+        raise Refused(f"{name}: {path.name} is missing", hint="download the base model again")
+    return read_header(path)
+
+
+def _without_weights(folder: Path, name: str) -> Refused:
+    if pickled := [file.name for file in _files(folder) if file.suffix in _PICKLES]:
+        return Refused(
+            f"{name} has its weights as {pickled[0]} only, a pickle, which could run code when it is opened",
+            hint="use a base that has safetensors weights",
+        )
+    return Refused(f"{name} has no {WEIGHTS}", hint="use a base that has safetensors weights")
