@@ -12,11 +12,11 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
 from lora_cli.steps.merge_module import run_method
 from lora_cli.steps.merge_plan import METHODS
-from tests import dense_compat, dense_reference
+from tests import dense_clusters, dense_compat, dense_reference
 from tests.dense_reference import Case
 
 OUT, IN = 24, 18
-REFERENCES = (dense_reference, dense_compat)
+REFERENCES = (dense_reference, dense_compat, dense_clusters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Laws:
 
 LAWS = {
     "cat": Laws(identity={}, copies={}, linear=True),
+    "lego": Laws(identity={}, copies={}, doubling="nothing"),
     "linear": Laws(identity={}, copies={}, linear=True),
     "peft-dare-linear": Laws(identity={"density": 1.0}, gauge=False, padding=False, equal_ranks=True),
     "peft-dare-ties": Laws(
@@ -76,7 +77,9 @@ LAWS = {
         dropping=False,
         equal_ranks=True,
     ),
+    "regmean": Laws(identity={}, copies={}, doubling="nothing"),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
+    "wudi": Laws(identity={}, copies={}),
 }
 
 

@@ -1,0 +1,67 @@
+"""WUDI: the update that acts as each adapter does on that adapter's own input directions."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank, concat
+from lora_cli.adapters.updates import Updates
+from lora_cli.methods import Knob, method
+
+
+@method("low-rank", weights="sum")
+def wudi(
+    updates: Updates,
+    weights: Tensor,
+    *,
+    ridge: Annotated[float, Knob("pull towards the mean, beside an adapter's whole energy 1", above=0, high=1)] = 1e-4,
+) -> LowRank:
+    """Least interference on each adapter's own input directions, in closed form and without data.
+
+    X minimises Σ |w_i| ‖(X − w_i ΔW_i) ΔW_iᵀ‖² / ‖ΔW_i‖² + ρ ‖X − X_0‖². The rows of ΔW_i stand for what adapter i is
+    fed, so this is RegMean with the Grams H_i = ΔW_iᵀΔW_i / ‖ΔW_i‖² (in, in), of trace 1, in place of measured ones:
+
+        X = (Σ |w_i| w_i ΔW_i H_i + ρ X_0) (Σ |w_i| H_i + ρ I)⁻¹.
+
+    It is solved among the R = Σ r_i ranks, which may be more than `in`. With B̂ = [B_i], Â = [A_i] and, R × R,
+    P = diag(|w_i| B_iᵀB_i / ‖ΔW_i‖²), D = diag(A_iA_iᵀ), S = diag(|w_i| / Σ |w|),
+
+        X = B̂ diag(w) (DP + ρS) (ÂÂᵀP + ρI)⁻¹ Â.
+
+    X_0 is the mean of the w_i ΔW_i by |w_i|, and ρ = ridge · Σ w² / Σ |w|: without it, A that are nearly alike blow
+    the result up. Where the rows of Â are independent and ridge → 0 the first sum reaches 0: X acts on the directions
+    of each adapter as w_i ΔW_i does. An update of zero counts as absent; where all do, the result is zero.
+
+    Weights: how much of each update is wanted on its own directions, and, by magnitude, how much that counts where
+    the directions of several overlap. Orthogonal adapters give Σ w_i ΔW_i, copies their mean: hence 1 each. A weight
+    of 0 frees the adapter's directions for the others.
+
+    Cost: O(R² in + Σ r_i² out + R³), float64 where R × R.
+
+    Use: in place of a sum of adapters whose inputs overlap; RegMean when a few inputs can be had. Directions that
+    only little of an adapter's energy lies in drift towards the mean: at rank 16 and a flat spectrum by 0.2 %, at
+    rank 256 by 3 %.
+
+    Source: Cheng et al. 2025, arXiv 2503.08099, whose code takes 300 steps of Adam from the sum of the updates, on
+    attention and MLP modules; this is the minimum that those steps approach. The pull towards the mean stands for
+    their early stop; weights are ours.
+    """
+    moving = torch.stack([update.norm().square().cpu() for update in updates])
+    w = torch.where(moving > 0, weights, 0)
+    side_by_side = concat(updates, [1.0] * len(updates))  # (out, R), (R, in)
+    total = w.abs().sum()
+    if total == 0:
+        return side_by_side.scaled(0.0)
+    rho = float(ridge * w.square().sum() / total)
+    energy = w.abs() / torch.where(moving > 0, moving, 1)
+    a = side_by_side.A.double()
+    grams = [u.B.double().T @ u.B.double() * float(e) for u, e in zip(updates, energy, strict=True)]
+    p = torch.block_diag(*grams)  # type: ignore[no-untyped-call]
+    d = torch.block_diag(*(u.A.double() @ u.A.double().T for u in updates))  # type: ignore[no-untyped-call]
+    wanted, system = d @ p, a @ a.T @ p
+    ranks = torch.tensor(updates.ranks)
+    wanted.diagonal().add_(rho * (w.abs() / total).repeat_interleave(ranks).to(p))
+    system.diagonal().add_(rho)
+    mixing = w.repeat_interleave(ranks).to(p)[:, None] * torch.linalg.solve(system, wanted, left=False)
+    return LowRank(side_by_side.B @ mixing.to(side_by_side.B), side_by_side.A)
