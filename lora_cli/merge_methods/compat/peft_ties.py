@@ -31,8 +31,8 @@ def peft_ties(
 
     Cost: O(n r (out + in)), the selection included.
 
-    Use: to have again what was merged with PEFT. It is not TIES of the updates: three random adapters come out at a
-    cosine of 0.34 with `ties`, and at density 1 the error is still 0.96.
+    Use: to have again what was merged with PEFT. It is not TIES of the updates: of random adapters (rank 16, 512 × 512)
+    the result has a cosine of 0.26 with `ties` for three, 0.05 for 30; untrimmed, of 0.31 and 0.10.
 
     Source: PEFT 0.21.2, `add_weighted_adapter(combination_type="ties")`, equal to rounding; `--election` is its
     majority_sign_method. After Yadav et al. 2023, arXiv 2306.01708. PEFT merges a single adapter by "linear", whatever
