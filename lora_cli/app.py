@@ -12,7 +12,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import bake, config, demo, eval, fit, merge, pool, runs, select, train
+from lora_cli.commands import bake, config, demo, eval, fit, merge, methods, pool, runs, select, train
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -91,6 +91,7 @@ app = typer.Typer(
 demo.register(app)
 app.add_typer(pool.app, name="pool")
 select.register(app)
+methods.register(app)
 merge.register(app)
 fit.register(app)
 train.register(app)

@@ -8,6 +8,7 @@ method is used.
 import ast
 import difflib
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,10 @@ from typing import Any, TypeVar
 from lora_cli.errors import UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+SECTIONS = ("Weights", "Cost", "Use", "Source")
+"""What the docstring of a merge method says after its formula, each paragraph under its name and a colon."""
+_SECTION = re.compile(rf"^({'|'.join(SECTIONS)}):\s", re.MULTILINE)
 
 
 def method(kind: str, *, weights: str = "average", inside: tuple[str, ...] = (), needs: str = "") -> Callable[[F], F]:
@@ -93,6 +98,23 @@ class Method:
     def summary(self) -> str:
         """The first line of its docstring."""
         return self.doc.splitlines()[0]
+
+    @property
+    def formula(self) -> str:
+        """What its docstring says between the first line and the first of SECTIONS."""
+        return _SECTION.split(self.doc, maxsplit=1)[0].removeprefix(self.summary).strip("\n")
+
+    @property
+    def sections(self) -> dict[str, str]:
+        """Those of SECTIONS that its docstring has, in its order."""
+        _, *parts = _SECTION.split(self.doc)
+        return {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
+
+    @property
+    def arxiv(self) -> str:
+        """The first paper that its Source names, as arXiv numbers it; "" for none."""
+        found = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", self.sections.get("Source", ""))
+        return found[1] if found else ""
 
 
 class MethodFolder:

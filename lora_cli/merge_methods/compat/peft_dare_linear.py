@@ -16,7 +16,7 @@ def peft_dare_linear(
     weights: Tensor,
     *,
     density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
-    seed: Annotated[int, Knob("seed of the entries that are dropped")] = 0,
+    seed: Annotated[int, Knob("seed of the entries that are dropped", low=0)] = 0,
 ) -> LowRank:
     """PEFT's "dare_linear": drop random entries of each A and each B, sum up apart.
 

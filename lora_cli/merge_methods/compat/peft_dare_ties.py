@@ -17,7 +17,7 @@ def peft_dare_ties(
     *,
     density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
-    seed: Annotated[int, Knob("seed of the entries that are dropped")] = 0,
+    seed: Annotated[int, Knob("seed of the entries that are dropped", low=0)] = 0,
 ) -> LowRank:
     """PEFT's "dare_ties": drop random entries of each A and each B, elect and average apart.
 
