@@ -47,21 +47,23 @@ def wudi(
     attention and MLP modules; this is the minimum that those steps approach. The pull towards the mean stands for
     their early stop; weights are ours.
     """
-    moving = torch.stack([update.norm().square().cpu() for update in updates])
-    w = torch.where(moving > 0, weights, 0)
+    squares = torch.stack([update.norm().square().cpu() for update in updates])
+    w = torch.where(squares > 0, weights, 0)
     side_by_side = concat(updates, [1.0] * len(updates))  # (out, R), (R, in)
     total = w.abs().sum()
     if total == 0:
         return side_by_side.scaled(0.0)
     rho = float(ridge * w.square().sum() / total)
-    energy = w.abs() / torch.where(moving > 0, moving, 1)
+    energy = (w.abs() / torch.where(squares > 0, squares, 1)).tolist()
+    p = [u.B.double().T @ u.B.double() * e for u, e in zip(updates, energy, strict=True)]
     a = side_by_side.A.double()
-    grams = [u.B.double().T @ u.B.double() * float(e) for u, e in zip(updates, energy, strict=True)]
-    p = torch.block_diag(*grams)  # type: ignore[no-untyped-call]
-    d = torch.block_diag(*(u.A.double() @ u.A.double().T for u in updates))  # type: ignore[no-untyped-call]
-    wanted, system = d @ p, a @ a.T @ p
-    ranks = torch.tensor(updates.ranks)
-    wanted.diagonal().add_(rho * (w.abs() / total).repeat_interleave(ranks).to(p))
+    columns = torch.split(a @ a.T, updates.ranks, dim=1)
+    system = torch.cat([some @ one for some, one in zip(columns, p, strict=True)], dim=1)  # ÂÂᵀP, (R, R)
+    owner = torch.arange(len(updates)).repeat_interleave(torch.tensor(updates.ranks))
+    own = (owner[:, None] == owner).to(system.device)
+    # The diagonal blocks of ÂÂᵀP are DP.
+    wanted = torch.where(own, system, 0)
+    wanted.diagonal().add_(rho * (w.abs() / total)[owner].to(system))
     system.diagonal().add_(rho)
-    mixing = w.repeat_interleave(ranks).to(p)[:, None] * torch.linalg.solve(system, wanted, left=False)
+    mixing = w[owner, None].to(system) * torch.linalg.solve(system, wanted, left=False)
     return LowRank(side_by_side.B @ mixing.to(side_by_side.B), side_by_side.A)
