@@ -12,11 +12,11 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
 from lora_cli.steps.merge_module import run_method
 from lora_cli.steps.merge_plan import METHODS
-from tests import dense_clusters, dense_compat, dense_reference
+from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference
 from tests.dense_reference import Case
 
 OUT, IN = 24, 18
-REFERENCES = (dense_reference, dense_compat, dense_clusters)
+REFERENCES = (dense_reference, dense_compat, dense_clusters, dense_coefficients)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,13 @@ class Laws:
 
 LAWS = {
     "cat": Laws(identity={}, copies={}, linear=True),
+    "karcher": Laws(identity={}, copies={}),
     "lego": Laws(identity={}, copies={}, doubling="nothing"),
     "linear": Laws(identity={}, copies={}, linear=True),
+    "model-stock": Laws(identity={}, copies={}),
+    "multislerp": Laws(identity={}, copies={}),
+    "norm-matched": Laws(identity={}, copies={}),
+    "nuslerp": Laws(identity={}, copies={}, takes=2),
     "peft-dare-linear": Laws(identity={"density": 1.0}, gauge=False, padding=False, equal_ranks=True),
     "peft-dare-ties": Laws(
         identity={"density": 1.0},
@@ -78,6 +83,7 @@ LAWS = {
         equal_ranks=True,
     ),
     "regmean": Laws(identity={}, copies={}, doubling="nothing"),
+    "slerp": Laws(identity={}, copies={}, takes=2),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
     "wudi": Laws(identity={}, copies={}),
 }

@@ -1,0 +1,43 @@
+"""Multi-SLERP: the mean direction of any number of adapters, at their mean norm."""
+
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.updates import Updates
+from lora_cli.merge_methods._directions import Directions
+from lora_cli.methods import Knob, method
+
+
+@method("coefficients")
+def multislerp(
+    updates: Updates,
+    weights: Tensor,
+    *,
+    per: Annotated[
+        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
+    ] = "module",
+) -> Tensor:
+    """Mean of the updates' directions, at their mean norm.
+
+    With unit vectors u_i = sgn(w_i) ΔW_i / ‖ΔW_i‖ and shares p_i = |w_i| / Σ |w|:
+    ΔW = Σ |w_i| ‖ΔW_i‖ · m / ‖m‖ where m = Σ p_i u_i. Updates of zero have no direction and no share. Directions that
+    cancel (‖m‖ = 0) are refused.
+
+    Weights: shares of the direction and of the norm, by size; a negative one turns the update round. Twice the
+    weights give twice the result.
+
+    Cost: O(R² (out + in)) for all inner products.
+
+    Use: where adapters of very different norms should steer alike; norm-matched lets the large ones steer. With equal
+    norms the two differ only where updates cancel. karcher weighs by angles in place of chords.
+
+    Source: mergekit's multislerp, which adds a step along the sphere from m / ‖m‖ by v = Σ p_i (u_i − ⟨u_i, m⟩ m /
+    ‖m‖²). With the same shares in both sums v is zero, so the step goes nowhere and the formula above is all of it.
+    mergekit divides by Σ w and lets negative weights count against the norm.
+    """
+    directions = Directions.of(updates.gram(per), weights)
+    if directions.length == 0:
+        return torch.zeros_like(weights)
+    return directions.length * directions.normalised(directions.shares) * directions.inverse

@@ -1,0 +1,44 @@
+"""The weighted mean at the norm that its adapters have on average."""
+
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from lora_cli.adapters.updates import Updates
+from lora_cli.methods import Knob, method
+
+
+@method("coefficients")
+def norm_matched(
+    updates: Updates,
+    weights: Tensor,
+    *,
+    per: Annotated[
+        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
+    ] = "module",
+) -> Tensor:
+    """Weighted mean, brought to the mean norm of its adapters.
+
+    ΔW = γ Σ w_i ΔW_i with γ = Σ |w_i| ‖ΔW_i‖ / max(‖Σ w_i ΔW_i‖, √(Σ w_i² ‖ΔW_i‖²)), so c_i = γ w_i.
+
+    Adapters of different origin are nearly orthogonal: the mean of N of them keeps 1/√N of their norm (0.18 at
+    N = 30), as if every adapter had been switched on at a fraction. γ undoes just that: copies have γ = 1 and come
+    back, orthogonal updates come out at norm Σ |w_i| ‖ΔW_i‖, the weighted mean norm. The second term of the maximum
+    is the norm that orthogonal updates would have. Where updates cancel more than those, what is left of them is
+    mostly noise, and it is not blown up beyond the γ of orthogonal ones.
+
+    Weights: shares of the mean; a negative one turns the update round. Twice the weights give twice the result.
+
+    Cost: O(R² (out + in)) for all inner products.
+
+    Use: the default: wherever the mean would be right but for its size. Adapters that agree are not touched. It does
+    not settle conflicts: of N unrelated updates each still has a cosine of 1/√N to the result.
+
+    Source: ours; --norm-match of other methods is the same idea without the cap.
+    """
+    products = updates.gram(per)
+    squares = products.diagonal().clamp(min=0)
+    target = weights.abs() @ squares.sqrt()
+    mean = (weights @ products @ weights).clamp(min=0).sqrt()
+    reached = mean.maximum((weights.square() @ squares).sqrt())
+    return weights * (target / reached) if reached > 0 else weights
