@@ -54,8 +54,8 @@ def near(path: Path) -> str:
 class Column:
     """A column of a table: its heading, the key of the row it shows, and how it reads.
 
-    On a narrow terminal `minor` columns are left out, the rightmost first, and `wide` ones break over several lines;
-    the others keep their width.
+    On a narrow terminal `minor` columns are left out, the rightmost first, and `wide` ones break over several lines,
+    at `least` so many characters each; the others keep their width.
     """
 
     heading: str
@@ -63,6 +63,7 @@ class Column:
     align: Literal["left", "right"] = "left"
     wide: bool = False
     minor: bool = False
+    least: int = 24
 
 
 class Screen:
@@ -187,11 +188,11 @@ def _out(text: str, end: str = "\n") -> None:
 
 
 def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The places of the columns that fit side by side; a wide one needs no more than 24 characters."""
+    """The places of the columns that fit side by side; a wide one needs no more than its `least`."""
     need = []
     for place, column in enumerate(columns):
         longest = max(len(text) for text in (column.heading, *(line[place] for line in cells)))
-        need.append(2 + (min(longest, 24) if column.wide else longest))
+        need.append(2 + (min(longest, column.least) if column.wide else longest))
     shown = list(range(len(columns)))
     for place in reversed(range(len(columns))):
         if sum(need[at] for at in shown) > width and columns[place].minor:

@@ -157,6 +157,13 @@ def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> N
             assert knob.help, (name, knob.name)
 
 
+@pytest.mark.parametrize("name", sorted(merge.METHODS.methods))
+def test_a_merge_method_tells_its_weights_cost_use_and_source(name: str) -> None:
+    sections = merge.METHODS.get(name).sections
+    assert [*sections] == ["Weights", "Cost", "Use", "Source"]
+    assert all(text.endswith(".") for text in sections.values())
+
+
 def test_only_the_top_level_that_was_asked_for() -> None:
     root = PACKAGE.parent
     allowed = {"pyproject.toml", "README.md", "lora_cli", "tests", "completions", "docs", "LICENSE"}

@@ -18,7 +18,8 @@ def test_knobs_are_read_from_the_signature() -> None:
     assert ties.knobs["density"].default == 0.2
     assert ties.knobs["density"].type is float
     assert ties.knobs["election"].choices == ("total", "frequency")
-    assert FOLDER.check("ties", {"density": 0.5}) == {"density": 0.5, "election": "total"}
+    checked = FOLDER.check("ties", {"density": 0.5})
+    assert (checked["density"], checked["election"]) == (0.5, "total")
 
 
 @pytest.mark.parametrize(
@@ -43,6 +44,37 @@ def test_listing_methods_imports_none_of_them() -> None:
         "assert MethodFolder('lora_cli.merge_methods', 'm').knobs\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_docstring_is_read_by_its_paragraphs(tmp_path: Path) -> None:
+    (tmp_path / "mean.py").write_text(
+        '''@method("low-rank", weights="sum")
+def mean(updates, weights):
+    """One line.
+
+    The formula is
+
+        ΔW = Σ w_i ΔW_i
+
+    where w_i: the weights.
+
+    Weights: factors,
+    as they are.
+
+    Use: always.
+
+    Source: Ann 2023, arXiv 2303.01234, after arXiv:2101.00001.
+    """
+'''
+    )
+    folder = MethodFolder("lora_cli.merge_methods", "merge method")
+    folder.folder = tmp_path
+    mean = folder.get("mean")
+    assert mean.summary == "One line."
+    assert mean.formula == "The formula is\n\n    ΔW = Σ w_i ΔW_i\n\nwhere w_i: the weights."
+    assert [*mean.sections] == ["Weights", "Use", "Source"]
+    assert mean.sections["Weights"] == "factors,\nas they are."
+    assert (mean.weights, mean.arxiv) == ("sum", "2303.01234")
 
 
 @pytest.mark.parametrize(

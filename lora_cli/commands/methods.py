@@ -22,13 +22,14 @@ CLASSES = {
 _CLASS_OF_KIND = {"low-rank": 0, "coefficients": 0, "factors": 0, "spectral": 1, "space": 1, "elementwise": 2}
 DEFAULTS = {"average": "1/N each", "sum": "1 each"}
 _WIDTH = 80
+_SOLID = "\N{NO-BREAK SPACE}"
 
 _COLUMNS = (
     Column("METHOD", "method"),
     Column("CLASS", "class"),
+    Column("SUMMARY", "summary", wide=True, least=38),
     Column("WEIGHTS", "weights", minor=True),
     Column("ARXIV", "arxiv", minor=True),
-    Column("SUMMARY", "summary", wide=True),
 )
 
 
@@ -54,7 +55,7 @@ def methods(
     screen = screen_for(json, jsonl, csv, quiet)
     if name is None:
         rows = [row_of(one) for one in by_class(METHODS)]
-        screen.rows("lora.methods/1", _COLUMNS, rows, identity="method")
+        screen.rows("lora.methods/1", _COLUMNS, rows, identity="method", caption="lora methods METHOD explains one.")
     elif screen.format == "auto":
         screen.text(page(METHODS.get(name), METHODS))
     else:
@@ -103,13 +104,15 @@ def inside(one: Method, folder: MethodFolder) -> dict[str, list[Knob]]:
 
 def page(one: Method, folder: MethodFolder) -> str:
     """A method explained in plain text, 80 columns wide."""
-    parts = [f"{one.name} · {class_of(one)}", _filled(one.summary), _filled(one.formula)]
-    if one.knobs:
-        parts.append("Options\n" + _told([*one.knobs.values()]))
-    parts += [f"Options with --inside {name}\n" + _told(knobs) for name, knobs in inside(one, folder).items() if knobs]
-    for name, text in one.sections.items():
-        note = f" ({DEFAULTS[one.weights]} unless told otherwise)" if name == "Weights" else ""
-        parts.append(f"{name}{note}\n" + _filled(text))
+    needs = " · needs --data" if one.needs == "inputs" else ""
+    parts = [
+        f"{one.name} · {class_of(one)} · weights {one.weights} ({DEFAULTS[one.weights]}) by default{needs}",
+        _filled(one.summary),
+        _filled(one.formula),
+        _told("Options and their defaults", [*one.knobs.values()]),
+        *(_told(f"With --inside {name}", knobs) for name, knobs in inside(one, folder).items()),
+        *(_labelled(name, text) for name, text in one.sections.items()),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -140,28 +143,39 @@ def _option(knob: Knob) -> dict[str, Any]:
     }
 
 
-def _told(knobs: Sequence[Knob]) -> str:
-    width = max(len(flag(knob)) for knob in knobs) + 4
-    lines = []
-    for knob in knobs:
-        takes = f"{allowed(knob)}; " if allowed(knob) else ""
-        text = f"  {flag(knob)}".ljust(width) + f"{knob.help} ({takes}default {knob.default})"
-        lines += textwrap.wrap(text, _WIDTH, subsequent_indent=" " * width, break_on_hyphens=False)
+def _told(heading: str, knobs: Sequence[Knob]) -> str:
+    if not knobs:
+        return ""
+    examples = [f"  {flag(knob)} {knob.default}" for knob in knobs]
+    width = 2 + max(len(example) for example in examples)
+    lines = [heading]
+    for knob, example in zip(knobs, examples, strict=True):
+        takes = allowed(knob).replace(" ", _SOLID) if not knob.choices else allowed(knob)
+        text = f"{knob.help} ({takes})" if takes else knob.help
+        lines.append(_wrapped(text, example.ljust(width), " " * width))
     return "\n".join(lines)
 
 
+def _labelled(name: str, text: str) -> str:
+    return _wrapped(text, name.ljust(9), " " * 9)
+
+
 def _filled(text: str) -> str:
-    """Prose broken anew and formulas as they are, all indented by two."""
+    """Prose broken anew, formulas line by line."""
     filled = []
     for formula, block in blocks(text):
         if formula:
-            filled.append(textwrap.indent(block, " " * 6))
+            filled.append("\n".join(_wrapped(line, " " * 4, " " * 8) for line in block.splitlines()))
         else:
-            indent = " " * 2
-            filled.append(
-                textwrap.fill(block, _WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-            )
+            filled.append(_wrapped(block, "", ""))
     return "\n\n".join(filled)
+
+
+def _wrapped(text: str, first: str, rest: str) -> str:
+    filled = textwrap.fill(
+        text, _WIDTH, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return filled.replace(_SOLID, " ")
 
 
 def register(root: typer.Typer) -> None:

@@ -18,7 +18,7 @@ def peft_dare_linear(
     density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
     seed: Annotated[int, Knob("seed of the entries that are dropped", low=0)] = 0,
 ) -> LowRank:
-    """PEFT's "dare_linear": drop random entries of each A and each B, sum up apart.
+    """PEFT's "dare_linear": A and B thinned at random and summed up apart.
 
     Each entry of each A_i (r, in) and B_i (out, r), as they are in the files, stays with probability `density` and is
     divided by it, else it is 0. Then as `peft-linear`, cross terms included: A = Σ sgn(v_i) √|v_i| A_i,

@@ -19,7 +19,7 @@ def peft_dare_ties(
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
     seed: Annotated[int, Knob("seed of the entries that are dropped", low=0)] = 0,
 ) -> LowRank:
-    """PEFT's "dare_ties": drop random entries of each A and each B, elect and average apart.
+    """PEFT's "dare_ties": A and B thinned at random, elected and averaged apart.
 
     Each entry of each A_i (r, in) and B_i (out, r), as they are in the files, stays with probability `density` and is
     divided by it, else it is 0. Then per entry a sign is elected and those that have it are averaged, as in

@@ -10,7 +10,7 @@ from lora_cli.methods import method
 
 @method("factors")
 def peft_linear(updates: Updates, weights: Tensor) -> LowRank:
-    """PEFT's "linear": weighted sums of all A and of all B apart.
+    """PEFT's "linear": A and B summed up apart.
 
     With A_i (r, in) and B_i (out, r) as they are in the files, scale s_i = alpha/rank and v_i = w_i s_i:
     A = Σ sgn(v_i) √|v_i| A_i, B = Σ √|v_i| B_i, ΔW = B A. Beside the wanted Σ v_i B_i A_i this holds the N(N − 1) cross

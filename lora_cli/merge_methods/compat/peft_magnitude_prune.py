@@ -17,7 +17,7 @@ def peft_magnitude_prune(
     *,
     density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
 ) -> LowRank:
-    """PEFT's "magnitude_prune": the largest entries of each A and each B, summed up apart.
+    """PEFT's "magnitude_prune": A and B trimmed and summed up apart.
 
     Of each A_i (r, in) and B_i (out, r), as they are in the files, the ⌊density · size⌋ entries of largest magnitude
     stay; of equal magnitudes at the border, those that torch.topk picks. Then as `peft-linear`, cross terms included:

@@ -18,7 +18,7 @@ def peft_ties(
     density: Annotated[float, Knob("share of the entries of each A and each B that is kept", above=0, high=1)] = 0.2,
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
 ) -> LowRank:
-    """PEFT's "ties": trim, elect and average all A and all B apart.
+    """PEFT's "ties": A and B trimmed, elected and averaged apart.
 
     With X_i one of A_i (r, in) and B_i (out, r) as they are in the files: the ⌊density · size⌋ entries of largest
     magnitude stay (of equal ones at the border, those that torch.topk picks). Elect per entry, without weights: plus
