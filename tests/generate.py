@@ -1,8 +1,10 @@
-"""Writes docs/commands.md and completions/ from the command tree: python -m tests.generate [--check]."""
+"""Writes docs/commands.md, docs/methods.md and completions/ from the program: python -m tests.generate [--check]."""
 
 import io
+import re
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,28 @@ from typer.main import get_command
 
 from lora_cli.app import app
 from lora_cli.commands.config import SHELLS, completion_script
+from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
+from lora_cli.methods import Knob, Method
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"bash": "lora.bash", "zsh": "_lora", "fish": "lora.fish", "pwsh": "lora.ps1"}
+
+
+METHODS_INTRO = """# Merge methods
+
+Made from `lora_cli/merge_methods/` by `python -m tests.generate`; what `lora methods NAME` prints, method by method.
+
+All of them get the updates of one module, ΔW_i = B_i A_i with B_i (out, r_i), A_i (r_i, in) and the scale alpha/rank
+folded into B_i, one weight w_i per adapter, and work module by module. A result of higher rank than asked for is then
+reduced to its best approximation in the Frobenius norm, and the share of the energy that was kept is told.
+"""
+CLASS_INTROS = {
+    "exact low rank": "A weighted sum of the factored updates, without error at rank Σ r_i; nothing dense is formed.",
+    "spectral": "Singular values and subspaces of the factored updates, rank Σ r_i at most; nothing dense is formed.",
+    "elementwise": "Entry by entry on the dense updates, which are streamed; of full rank before it is reduced.",
+    "A and B apart": "What others do to the factors and not to the updates, to have their results again: the same "
+    "update written with other factors gives another result.",
+}
 
 
 def commands() -> Iterator[tuple[str, Any, Any]]:
@@ -38,9 +59,67 @@ def reference() -> str:
     return text.getvalue()
 
 
+def methods() -> str:
+    """docs/methods.md."""
+    found = by_class(METHODS)
+    rows = [[f"[{one.name}](#{one.name})", class_of(one), DEFAULTS[one.weights], _paper(one.arxiv)] for one in found]
+    parts = [METHODS_INTRO.rstrip(), _table(["method", "class", "weights by default", "paper"], rows)]
+    for name in CLASSES:
+        parts += [f"## {name[0].upper()}{name[1:]}", textwrap.fill(CLASS_INTROS[name], 120)]
+        parts += [_section(one) for one in found if class_of(one) == name]
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(one: Method) -> str:
+    """A method's page: its docstring and its options."""
+    parts = [f"### {one.name}", _prose(one.summary)]
+    for formula, block in blocks(one.formula):
+        parts.append(f"```text\n{block}\n```" if formula else _prose(block))
+    if one.knobs:
+        parts.append(_options([*one.knobs.values()]))
+    for name, knobs in inside(one, METHODS).items():
+        if knobs:
+            parts += [f"With `--inside {name}`:", _options(knobs)]
+    for label, text in one.sections.items():
+        parts.append(_prose(text, f"**{label}:** "))
+    return "\n\n".join(parts)
+
+
+def _options(knobs: Sequence[Knob]) -> str:
+    rows = [[f"`{flag(knob)}`", f"{knob.default}", allowed(knob), knob.help] for knob in knobs]
+    return _table(["option", "default", "takes", ""], [[_escaped(cell) for cell in row] for row in rows])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _paper(arxiv: str) -> str:
+    return f"[arXiv {arxiv}](https://arxiv.org/abs/{arxiv})" if arxiv else ""
+
+
+def _prose(text: str, label: str = "") -> str:
+    """A paragraph of plain text as Markdown that reads the same."""
+    words = re.sub(r"arXiv[: ](\d{4}\.\d{4,5})", lambda found: _paper(found[1]), _escaped(" ".join(text.split())))
+    lines = textwrap.wrap(label + words, 120, break_long_words=False, break_on_hyphens=False)
+    # At the start of a line these would begin a list, a heading or a quotation.
+    return "\n".join(re.sub(r"^(\d*)([-+=>#|.)])(?=\s|$)", r"\1\\\2", line) for line in lines)
+
+
+def _escaped(text: str) -> str:
+    """Plain text in which Markdown finds nothing but code in backticks."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [
+        re.sub(r"[\\*~$]|<(?=[\w/!?])|\](?=\()|(?<![\w\u0300-\u036f])_|_(?!\w)", r"\\\g<0>", part)
+        for part in parts[::2]
+    ]
+    return "".join(parts)
+
+
 def generated() -> dict[Path, str]:
     """Every generated file with what it has to hold."""
-    files = {ROOT / "docs" / "commands.md": reference()}
+    files = {ROOT / "docs" / "commands.md": reference(), ROOT / "docs" / "methods.md": methods()}
     for shell in SHELLS:
         files[ROOT / "completions" / FILES[shell]] = completion_script(shell)
     return files

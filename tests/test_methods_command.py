@@ -1,6 +1,7 @@
 """`lora methods`: every method in the list, one of them explained, for people and for scripts."""
 
 import csv
+import html
 import io
 import json
 import re
@@ -9,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from markdown_it import MarkdownIt
 
 from lora_cli.commands.methods import CLASSES, METHODS, class_of, facts_of, page
 from lora_cli.methods import MethodFolder
+from tests import generate
 from tests.cli import ok, refused
 
 
@@ -32,7 +35,7 @@ def test_the_list_has_every_method_with_its_class_weights_paper_and_first_line()
 
 def test_the_list_goes_from_the_simplest_class_to_what_is_there_for_comparison() -> None:
     classes = [line.split("\t")[1] for line in ok("methods").out.splitlines()]
-    places = [[*CLASSES].index(name) for name in classes]
+    places = [CLASSES.index(name) for name in classes]
     assert places == sorted(places)
 
 
@@ -81,7 +84,7 @@ def test_one_method_for_scripts() -> None:
 def test_a_method_that_runs_others_inside_names_their_options(tmp_path: Path) -> None:
     files = {
         "plain": '@method("low-rank")\ndef plain(u, w):\n    """Plain."""',
-        "knobbed": '@method("low-rank")\ndef knobbed(u, w, *, k: Annotated[int, Knob("some", low=1)] = 3):\n    """K."""',
+        "knobbed": '@method("low-rank")\ndef knobbed(u, *, k: Annotated[int, Knob("some", low=1)] = 3):\n    """K."""',
         "room": '@method("space", inside=("knobbed", "plain"))\ndef room(u, w, inside):\n    """Room."""',
     }
     for name, text in files.items():
@@ -96,6 +99,16 @@ def test_a_method_that_runs_others_inside_names_their_options(tmp_path: Path) ->
     assert facts["class"] == "spectral"
     assert facts["inside"]["plain"] == []
     assert [row["option"] for row in facts["inside"]["knobbed"]] == ["--k"]
+
+
+def test_the_page_in_the_docs_reads_as_the_docstrings() -> None:
+    tags, shown = re.compile(r"<[^>]+>"), MarkdownIt().enable("table").render(generate.methods())
+    told = " ".join(html.unescape(tags.sub("", shown)).split())
+    for name, one in METHODS.methods.items():
+        assert f"<h3>{name}</h3>" in shown
+        labelled = [f"{label}: {text}" for label, text in one.sections.items()]
+        for words in (one.summary, one.formula, *labelled, *(knob.help for knob in one.knobs.values())):
+            assert " ".join(words.replace("`", "").split()) in told
 
 
 def test_an_unknown_method_is_met_with_the_nearest_name() -> None:

@@ -12,13 +12,8 @@ from lora_cli.methods import Knob, Method, MethodFolder
 from lora_cli.screen import Column
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
-CLASSES = {
-    "exact low rank": "a weighted sum of factored updates, without error at rank Σ r_i; nothing dense is formed",
-    "spectral": "singular values and subspaces of factored updates, rank Σ r_i at most; nothing dense is formed",
-    "elementwise": "entry by entry on the dense updates, streamed; of full rank, and reduced afterwards",
-    "A and B apart": "what others do to the factors, to have their results again; depends on how these are written",
-}
-"""What is computed on, from the simplest to what is there for comparison only."""
+CLASSES = ("exact low rank", "spectral", "elementwise", "A and B apart")
+"""What is computed on, from the simplest to what is there to reproduce others."""
 _CLASS_OF_KIND = {"low-rank": 0, "coefficients": 0, "factors": 0, "spectral": 1, "space": 1, "elementwise": 2}
 DEFAULTS = {"average": "1/N each", "sum": "1 each"}
 _WIDTH = 80
@@ -64,13 +59,12 @@ def methods(
 
 def class_of(one: Method) -> str:
     """Which of CLASSES a method belongs to."""
-    return "A and B apart" if one.module.startswith("compat.") else [*CLASSES][_CLASS_OF_KIND[one.kind]]
+    return CLASSES[-1] if one.module.startswith("compat.") else CLASSES[_CLASS_OF_KIND[one.kind]]
 
 
 def by_class(folder: MethodFolder) -> list[Method]:
     """The methods in the order of CLASSES, then by name."""
-    order = [*CLASSES]
-    return sorted(folder.methods.values(), key=lambda one: (order.index(class_of(one)), one.name))
+    return sorted(folder.methods.values(), key=lambda one: (CLASSES.index(class_of(one)), one.name))
 
 
 def row_of(one: Method) -> dict[str, Any]:
