@@ -32,7 +32,7 @@ def methods(
     name: Annotated[
         str | None,
         typer.Argument(
-            metavar="[METHOD]",
+            metavar="METHOD",
             help="The method to explain.",
             show_default="all",
             autocompletion=lambda: [*METHODS.methods],

@@ -27,7 +27,8 @@ def peft_ties(
     module must be equal. Adapters that lack the module are left out.
 
     Weights: multiplied in after the election, and the divisor is how many agree, not what they weigh: with weights 1/N
-    the result is N times smaller than with 1. A negative weight therefore does not turn an adapter's vote.
+    the result is N times smaller than with 1. A negative weight does not turn an adapter's vote, and one with weight 0
+    still votes and counts.
 
     Cost: O(n r (out + in)), the selection included.
 
