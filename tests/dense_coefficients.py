@@ -80,7 +80,7 @@ def _model_stock(vectors: Sequence[Dense], weights: Sequence[float]) -> Dense:
 
 
 def _slerp(vectors: Sequence[Dense], weights: Sequence[float]) -> Dense:
-    if len(vectors) < 2 or not all(x.any() for x in vectors) or not any(weights):
+    if len(vectors) < 2 or not all(x.any() for x in vectors) or not all(weights):
         return _sum(vectors, weights)
     x, y = (np.sign(w) * v for v, w in zip(vectors, weights, strict=True))
     theta, total = _angle(x, y), sum(map(abs, weights))
