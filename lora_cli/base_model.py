@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import itertools
 import json
 import time
 import warnings
@@ -158,14 +159,10 @@ class BaseModel:
 
         Differentiable in whatever the base wears. Divide by `Encoded.tokens` for a mean per token.
         """
-        width = max(len(item.ids) for item in batch)
-        # A causal model never looks right, so filling up on the right needs no attention mask.
-        tokens = torch.full((len(batch), width), self.pad)
-        labels = torch.full((len(batch), width), _IGNORED)
+        tokens = self._filled(batch)
+        labels = torch.full_like(tokens, _IGNORED)
         for row, item in enumerate(batch):
-            ids = torch.tensor(item.ids)
-            tokens[row, : len(ids)] = ids
-            labels[row, item.start : len(ids)] = ids[item.start :]
+            labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
         wanted = (labels[:, 1:] != _IGNORED).any(dim=0).nonzero().flatten()  # positions that predict a completion token
         labels = labels[:, 1:][:, wanted].to(self.device)
         logits = self._logits(tokens.to(self.device), wanted.to(self.device))  # (batch, wanted, vocabulary)
@@ -185,6 +182,13 @@ class BaseModel:
                 found[row] = -loss / encoded[row].tokens
         return found
 
+    def _filled(self, batch: Sequence[Encoded]) -> Tensor:
+        """(len(batch), longest) token ids. A causal model never looks right, so this needs no attention mask."""
+        tokens = torch.full((len(batch), max(len(item.ids) for item in batch)), self.pad)
+        for row, item in enumerate(batch):
+            tokens[row, : len(item.ids)] = torch.tensor(item.ids)
+        return tokens
+
     def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self._keeps_logits:
             return self.model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits  # type: ignore[no-any-return]
@@ -193,6 +197,65 @@ class BaseModel:
     @cached_property
     def _keeps_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
+
+    # ---- what modules are fed ----
+
+    @torch.no_grad()
+    def module_inputs(
+        self,
+        modules: Sequence[str],
+        examples: Sequence[Encoded],
+        places: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 16,
+    ) -> dict[str, Tensor]:
+        """What each module is fed at some tokens of each example: (tokens, in) on the CPU, in this model's precision.
+
+        Args:
+            places: per example the indices of those tokens; rows come in the order of examples and places.
+
+        Raises:
+            Refused: a module does not see every token, as an expert of a mixture does not.
+        """
+        starts = [0, *itertools.accumulate(len(some) for some in places)]
+        found: dict[str, Tensor] = {}
+        for rows in _by_length([len(item.ids) for item in examples], batch_size):
+            goes = torch.tensor([place for row in rows for place in range(starts[row], starts[row + 1])])
+            fed = self._fed(modules, [examples[row] for row in rows], [places[row] for row in rows])
+            for name, x in fed.items():
+                found.setdefault(name, x.new_empty(starts[-1], x.shape[1]))[goes] = x
+        return found
+
+    def _fed(
+        self, modules: Sequence[str], batch: Sequence[Encoded], places: Sequence[Sequence[int]]
+    ) -> dict[str, Tensor]:
+        tokens = self._filled(batch).to(self.device)
+        flat = torch.tensor([row * tokens.shape[1] + place for row, some in enumerate(places) for place in some])
+        heard: dict[str, Tensor] = {}
+
+        def hear(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+            def take(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+                x = arguments[0].flatten(0, -2)
+                if len(x) == tokens.numel():
+                    heard[name] = x[flat.to(x.device)].cpu()
+
+            return take
+
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(hear(name)) for name in modules]
+        # Logits can outweigh all else: the head runs only where one of the modules is in it.
+        below = f"{self.model.base_model_prefix}."
+        model = self.model.base_model if all(name.startswith(below) for name in modules) else self.model
+        try:
+            model(input_ids=tokens, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if deaf := [name for name in modules if name not in heard]:
+            raise Refused(
+                f"{self.name}: {deaf[0]} is not fed every token, so its inputs cannot be sampled",
+                hint="leave it out with --scope",
+            )
+        return heard
 
     # ---- generation ----
 
