@@ -14,7 +14,6 @@ from lora_cli.adapters.lowrank import (
     reduce,
     svd,
 )
-from lora_cli.adapters.tiles import DeltaTiles
 
 
 def update(out: int, inn: int, r: int, seed: int, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -106,25 +105,6 @@ def test_the_randomised_svd_finds_the_leading_directions() -> None:
     torch.testing.assert_close(spectrum.s, s[:12], rtol=1e-4, atol=0)
     best = float(s[12:].square().sum().sqrt())
     assert float(torch.linalg.norm(delta - spectrum.truncated(12).dense())) <= best * 1.0001
-
-
-@pytest.mark.parametrize("density", [0.001, 0.2, 0.5, 0.97, 1.0])
-@pytest.mark.parametrize("tile_bytes", [512, 8 << 20])
-def test_thresholds_are_exact(density: float, tile_bytes: int) -> None:
-    # Rows of very different size: the sample that brackets the threshold is far off.
-    u = update(700, 90, 3, 13)
-    u = LowRank(u.B * torch.logspace(-6, 6, 700, dtype=torch.float64)[:, None].flip(0), u.A)
-    k = max(1, round(density * 700 * 90))
-    expected = u.dense().abs().flatten().sort(descending=True).values[k - 1]
-    torch.testing.assert_close(DeltaTiles([u], tile_bytes).threshold(0, density), expected, rtol=1e-12, atol=0)
-
-
-def test_tiles_do_not_change_the_result() -> None:
-    updates = [update(33, 20, r, r) for r in (2, 4, 3)]
-    results = [DeltaTiles(updates, size).merge(lambda block: block.sum(0)) for size in (1, 1000, 1 << 20)]
-    expected = sum(u.dense() for u in updates)
-    for result in results:
-        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_factors_that_do_not_fit_are_a_bug_of_the_caller() -> None:

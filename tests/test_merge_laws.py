@@ -53,7 +53,13 @@ class Laws:
 
 
 LAWS = {
+    "breadcrumbs": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "cat": Laws(identity={}, copies={}, linear=True),
+    "dare": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
+    "dare-ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
+    "della": Laws(
+        identity={"density": 1.0, "epsilon": 0.0}, copies={"density": 1.0, "epsilon": 0.0}, doubling="nothing"
+    ),
     "karcher": Laws(identity={}, copies={}),
     "lego": Laws(identity={}, copies={}, doubling="nothing"),
     "linear": Laws(identity={}, copies={}, linear=True),
@@ -82,7 +88,9 @@ LAWS = {
         dropping=False,
         equal_ranks=True,
     ),
+    "rank-dare": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "regmean": Laws(identity={}, copies={}, doubling="nothing"),
+    "sce": Laws(identity={}, copies={}, dropping=False),
     "slerp": Laws(identity={}, copies={}, takes=2),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
     "wudi": Laws(identity={}, copies={}),

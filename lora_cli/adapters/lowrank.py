@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_cli.adapters import kernels
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
@@ -65,8 +67,7 @@ def gram(updates: Sequence[LowRank]) -> Tensor:
 
 def squared_norm(delta: Tensor) -> float:
     """Squared Frobenius norm of a dense update, summed in float64."""
-    # Row by row: a float64 copy of a whole 14336 × 4096 module would take half a gigabyte.
-    return float(sum(rows.double().square().sum() for rows in torch.split(delta, 1024)))
+    return kernels.squares(delta)
 
 
 def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor) -> LowRank:

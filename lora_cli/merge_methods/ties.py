@@ -2,10 +2,9 @@
 
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
-from lora_cli.adapters.tiles import DeltaTiles
+from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
 from lora_cli.methods import Knob, method
 
 
@@ -14,27 +13,36 @@ def ties(
     deltas: DeltaTiles,
     weights: Tensor,
     *,
-    density: Annotated[float, Knob("share of each update's entries that is kept, per module", above=0, high=1)] = 0.2,
+    density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.2,
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
+    per: Annotated[Literal["module", "adapter"], Knob("measure each module alone or the whole adapter")] = "module",
 ) -> Tensor:
     """Keep each update's largest entries, elect one sign per entry, average those that agree.
 
-    Trim: τ̂_i keeps the entries of ΔW_i whose magnitude reaches that of its k-th largest, k = round(density·out·in);
-    equal magnitudes at the border all stay. Elect: γ = sgn Σ w_i τ̂_i (total) or sgn Σ sgn(w_i τ̂_i) (frequency); a
-    sum of zero elects nothing. Merge: Σ w_i τ̂_i / Σ |w_i| over the adapters whose sgn(w_i τ̂_i) is γ. Weights
-    therefore matter only relative to each other.
+    Trim: τ̂_i keeps the entries of ΔW_i whose magnitude reaches that of the k-th largest, k = round(density · size),
+    among the out·in entries of the module or among all entries of the adapter; equal magnitudes at the border all
+    stay. Elect: γ = sgn Σ w_i τ̂_i (total) or sgn Σ sgn(w_i τ̂_i) (frequency); a sum of zero elects nothing. Merge:
+    Σ w_i τ̂_i / Σ |w_i| over the adapters whose sgn(w_i τ̂_i) is γ.
 
-    Source: Yadav et al. 2023, arXiv 2306.01708, with trimming per module on the update itself, not on A and B apart.
+    Weights: they matter only relative to each other; a negative one turns its adapter round.
+
+    Cost: O(R · out · in), twice: once for the thresholds, once for the election. One tile per thread and the dense
+    result are held, never an adapter's dense update. `--per adapter` counts over all modules before the first.
+
+    Use: for adapters of different tasks that get in each other's way. The result has full rank: see how much of its
+    energy the rank you ask for keeps. Averaged over those that agree it is larger than the plain average (five to ten
+    times in norm for 30 unrelated adapters), so try `--lambda` below 1 or `--norm-match`.
+
+    Source: Yadav et al. 2023, arXiv 2306.01708, who trim over the whole model (`--per adapter`); PEFT and mergekit
+    trim per tensor, which is the default here. PEFT elects + where a sum is zero and divides by the number of
+    adapters, not by their weights; its `add_weighted_adapter` treats A and B apart, which is not this method.
     """
-    cuts = deltas.thresholds(density)[:, None, None]
-    w = weights.to(cuts)[:, None, None]  # (n, 1, 1)
+    cuts = deltas.thresholds(density, per).tolist()
 
-    def elect_and_average(block: Tensor) -> Tensor:
-        kept = torch.where(block.abs() >= cuts, block, 0).mul_(w)  # (n, rows, in)
-        votes = kept if election == "total" else kept.sign()
-        sign = votes.sum(0).sign()  # (rows, in)
-        agree = (kept.sign() == sign) & (kept != 0)
-        share = (agree * w.abs()).sum(0)
-        return torch.where(agree, kept, 0).sum(0).div_(share.masked_fill_(share == 0, 1))
+    def elect_and_average(block: Block) -> Tensor:
+        ballot = Ballot(block, election)
+        for tile, weight, cut in zip(block, weights.tolist(), cuts, strict=True):
+            ballot.cast(tile, weight, cut)
+        return ballot.mean()
 
     return deltas.merge(elect_and_average)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, concat, gram, reduce, squared_norm
 from lora_cli.adapters.reader import OpenAdapter
-from lora_cli.adapters.tiles import DeltaTiles
+from lora_cli.adapters.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.adapters.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.records import Coefficients
@@ -139,6 +139,8 @@ class _WholeAdapters:
     def __init__(self, plan: MergePlan) -> None:
         self._plan = plan
         self._gram: Tensor | None = None
+        self._thresholds: dict[float, Tensor] = {}
+        self._workers = torch.get_num_threads()
 
     def of(self, places: Sequence[int]) -> "_Whole":
         """The measures of the adapters at `places`."""
@@ -154,6 +156,25 @@ class _WholeAdapters:
                 self._gram[torch.tensor(places)[:, None], torch.tensor(places)] += products.cpu()
         return self._gram
 
+    def thresholds(self, density: float) -> Tensor:
+        if density not in self._thresholds:
+            found = [
+                exact_threshold(self._parts(place), density, self._workers) for place in range(len(self._plan.adapters))
+            ]
+            self._thresholds[density] = torch.tensor(found, dtype=torch.float64)
+        return self._thresholds[density]
+
+    def _parts(self, place: int) -> list[Part]:
+        present = self._plan.adapters[place].modules
+        modules = [module for module in self._plan.modules if module in present]
+        return [
+            Part((present[module].out_features, present[module].in_features), partial(self._update, place, module))
+            for module in modules
+        ]
+
+    def _update(self, place: int, module: str) -> LowRank:
+        return _read(self._plan, place, module)[0]
+
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
@@ -164,7 +185,7 @@ class _Whole:
         return self.adapters.gram()[self.places][:, self.places]
 
     def thresholds(self, density: float) -> Tensor:
-        raise NotImplementedError
+        return self.adapters.thresholds(density)[self.places]
 
 
 def _read(plan: MergePlan, place: int, module: str) -> tuple[LowRank, float]:

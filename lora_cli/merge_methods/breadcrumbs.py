@@ -1,0 +1,49 @@
+"""Model Breadcrumbs: neither the largest entries nor the small ones."""
+
+from typing import Annotated, Literal
+
+from torch import Tensor
+
+from lora_cli.adapters.tiles import Block, DeltaTiles
+from lora_cli.methods import Knob, method
+
+
+@method("elementwise")
+def breadcrumbs(
+    deltas: DeltaTiles,
+    weights: Tensor,
+    *,
+    density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.2,
+    gamma: Annotated[float, Knob("share of the largest entries that is dropped", low=0, below=1)] = 0.01,
+    per: Annotated[Literal["module", "adapter"], Knob("measure each module alone or the whole adapter")] = "module",
+) -> Tensor:
+    """Drop the few largest entries of each update and all small ones, and sum.
+
+    ΔW = Σ w_i τ̂_i, where τ̂_i keeps the entries of ΔW_i (out, in) whose magnitude reaches that of the
+    round((γ + density) · size)-th largest, but not that of the round(γ · size)-th (at least one is dropped, at γ = 0
+    none). Equal magnitudes at the lower border all stay, at the upper border all go. Where γ + density exceeds 1, the
+    density is kept and fewer of the largest are dropped: density 1 is `linear`.
+
+    Weights: those of `linear`.
+
+    Cost: O(R · out · in), three times: for either border and for the sum. One tile per thread and the dense result
+    are held.
+
+    Use: where single outliers carry a task's quirks. Of a low-rank update the largest entries sit in few rows and
+    columns; dropping them changes more than the same share would in a full fine-tune.
+
+    Source: Davari and Belilovsky 2023, arXiv 2312.06795, who mask layer by layer and add the masked task vectors;
+    mergekit calls the election of signs after it `breadcrumbs_ties`.
+    """
+    gamma = min(gamma, 1 - density)
+    lower = deltas.thresholds(density + gamma, per).tolist()
+    upper = deltas.thresholds(gamma, per).tolist() if gamma > 0 else [float("inf")] * len(deltas)
+
+    def trim_and_sum(block: Block) -> Tensor:
+        total = block.zeros()
+        for tile, weight, low, high in zip(block, weights.tolist(), lower, upper, strict=True):
+            size = tile.abs()
+            total.add_(tile.mul_(((size >= low) & (size < high)).to(tile.dtype)), alpha=weight)
+        return total
+
+    return deltas.merge(trim_and_sum)

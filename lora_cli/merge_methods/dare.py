@@ -1,0 +1,42 @@
+"""DARE: drop and rescale."""
+
+from typing import Annotated
+
+from torch import Tensor
+
+from lora_cli.adapters.tiles import Block, DeltaTiles
+from lora_cli.methods import Knob, method
+
+
+@method("elementwise")
+def dare(
+    deltas: DeltaTiles,
+    weights: Tensor,
+    *,
+    density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.5,
+    seed: Annotated[int, Knob("which random numbers are drawn", low=0)] = 0,
+) -> Tensor:
+    """Drop entries of each update at random, enlarge the rest to make up for it, and sum.
+
+    ΔW = Σ w_i m_i ∘ ΔW_i / density, where each entry of the mask m_i (out, in) is 1 with probability `density` and
+    else 0. What is drawn hangs on the seed, the adapter's commit, the module and the entry's place: not on the order
+    of the adapters or on how the work is cut. The mean over all seeds is `linear`; at density 1 it is `linear`.
+
+    Weights: those of `linear`.
+
+    Cost: O(R · out · in); one tile per thread and the dense result are held.
+
+    Use: as a reference point. Dropping adds noise of variance (1 - density)/density · w_i² · ΔW_i² to each entry and
+    removes nothing on average; the paper's point is that much can be dropped without harm. `rank-dare` drops whole
+    directions and keeps the rank low; `dare-ties` elects signs after dropping.
+
+    Source: Yu et al. 2023, arXiv 2311.03099, on ΔW itself. PEFT's `dare_linear` drops from A and B apart.
+    """
+
+    def drop_and_sum(block: Block) -> Tensor:
+        total = block.zeros()
+        for tile, drawn, weight in zip(block, block.uniform(seed), weights.tolist(), strict=True):
+            total.add_(tile.mul_((drawn < density).to(tile.dtype)), alpha=weight / density)
+        return total
+
+    return deltas.merge(drop_and_sum)
