@@ -284,7 +284,7 @@ def test_where_on_the_arc_goes_by_name_and_not_by_order(pool: Path) -> None:
     ("words", "code", "told"),
     [
         (["one", "two", "three", "-m", "slerp"], 5, "two adapters, not 3"),
-        (["one", "two", "-m", "nuslerp", "--angles", "row", "--per", "adapter"], 2, "those of one module"),
+        (["one", "two", "-m", "nuslerp", "--per", "adapter"], 2, "takes no --per"),
         (["one", "two", "-m", "slerp", "--angles", "row"], 2, "takes no --angles"),
         (["one", "three", "-m", "karcher", "--per", "layer"], 2, "module, adapter"),
     ],

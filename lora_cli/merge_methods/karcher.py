@@ -32,12 +32,13 @@ def karcher(
     cos θ_i u) = 0, hence the iteration u ← Σ p_i (θ_i / sin θ_i) u_i at norm 1, all of it among the n coefficients.
     Updates of zero have no direction and no share. Refused: directions that cancel (Σ p_i u_i = 0), an update within 2
     degrees of the opposite of the mean, and directions so far apart that a thousand rounds do not settle on one.
+    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
 
     Weights: shares of the direction and of the norm, by size; a negative one turns the update round. Twice the
     weights give twice the result.
 
-    Cost: O(R² (out + in)) for all inner products, O(n²) a round; 10 rounds for 300 unrelated adapters,
-    up to 100 where directions are obtuse.
+    Cost: O(R² (out + in)) for all inner products, O(n²) a round; 10 rounds for 300 unrelated adapters, up to
+    100 where angles are obtuse.
 
     Use: as multislerp, by angles in place of chords: an outlier pulls more. Of two adapters it is the point on their
     great circle that the weights name, at their mean norm, which slerp leaves where norms differ. Among many unrelated
@@ -46,8 +47,7 @@ def karcher(
     Source: Karcher 1977; mergekit's karcher (arXiv 2603.04972), equal weights, which moves along the sphere by Σ p_i
     (θ_i / sin θ_i) (u_i − cos θ_i u) ten times or until that is below 1e-5. The zero is the same; that step gets there
     slowly where adapters are nearly orthogonal and weights differ (200 rounds for 300), so ours is another, until
-    nothing moves. Where the
-    directions cancel mergekit starts at the first adapter.
+    nothing moves. Where the directions cancel mergekit starts at the first adapter.
     """
     directions = Directions.of(updates.gram(per), weights)
     if directions.length == 0:

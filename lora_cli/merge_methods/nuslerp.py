@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank, concat
 from lora_cli.adapters.updates import Updates
-from lora_cli.errors import UsageError
 from lora_cli.merge_methods.slerp import on_arc, slerp
 from lora_cli.methods import Knob, method
 
@@ -18,33 +17,27 @@ def nuslerp(
     weights: Tensor,
     *,
     angles: Annotated[Literal["whole", "row", "column"], Knob("one angle for all, or one per row or column")] = "whole",
-    per: Annotated[
-        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
-    ] = "module",
 ) -> LowRank:
     """Spherical interpolation between two adapters, by rows or columns if asked.
 
     whole: slerp. row: with x_i a row of ΔW_i, that row of the result is s Σ sin(p_i θ) / sin θ · sgn(w_i) x_i, with s
     and p_i as in slerp, θ its own: diag(c_i) B_i keeps the rank. column: the same for each column, A_i diag(c_i).
     Rows that are parallel, within 2 degrees of opposite, or zero in one of the adapters are interpolated linearly. As
-    a whole, opposite updates are refused. Rows and columns cannot be measured over a whole adapter (--per adapter).
+    a whole, opposite updates are refused.
 
     Weights: where on the arc, as in slerp: A=0.7 B=0.3 is at 0.3 of the way from A to B.
 
     Cost: whole: as slerp. row, column: O(R² (out + in)).
 
-    Use: row or column where the adapters differ more in some outputs or inputs than in others.
+    Use: row or column where the adapters differ more in some outputs or inputs than in others. One angle for the whole
+    adapter is slerp's --per adapter.
 
     Source: mergekit's nuslerp on updates: whole is its nuslerp_flatten. Of weights (out, in), what it calls
     nuslerp_row_wise is column here, and neither flag is row. Its weights sum to anything; here 1 and 1 give twice what
     0.5 and 0.5 do, as everywhere. It extrapolates where a weight is negative, takes the middle where weights cancel,
     and 90 degrees where a row is zero.
     """
-    if angles == "whole":
-        return concat(updates, slerp(updates, weights, per=per))
-    if per == "adapter":
-        raise UsageError(f"nuslerp: --angles {angles} are those of one module", hint="leave out --per adapter")
-    if len(updates) != 2:
+    if angles == "whole" or len(updates) != 2:
         return concat(updates, slerp(updates, weights))
     if angles == "column":
         turned = _by_row([LowRank(u.A.T, u.B.T) for u in updates], weights)
