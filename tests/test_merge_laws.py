@@ -12,11 +12,11 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
 from lora_cli.steps.merge_module import run_method
 from lora_cli.steps.merge_plan import METHODS
-from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference
+from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference, dense_spectral
 from tests.dense_reference import Case
 
 OUT, IN = 24, 18
-REFERENCES = (dense_reference, dense_compat, dense_clusters, dense_coefficients)
+REFERENCES = (dense_reference, dense_compat, dense_clusters, dense_coefficients, dense_spectral)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,23 @@ class Laws:
 LAWS = {
     "breadcrumbs": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "cat": Laws(identity={}, copies={}, linear=True),
+    "core": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
+    "ctm": Laws(
+        knobs={"compress_to": 4},
+        identity={"compress_to": 5, "density": 1.0},
+        copies={"compress_to": 5, "density": 1.0},
+        doubling="nothing",
+        tolerance=1e-3,
+    ),
     "dare": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "dare-ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
     "della": Laws(
         identity={"density": 1.0, "epsilon": 0.0}, copies={"density": 1.0, "epsilon": 0.0}, doubling="nothing"
     ),
+    "iso-c": Laws(),
+    "iso-cts": Laws(),
     "karcher": Laws(identity={}, copies={}),
+    "knots": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
     "lego": Laws(identity={}, copies={}, doubling="nothing"),
     "linear": Laws(identity={}, copies={}, linear=True),
     "model-stock": Laws(identity={}, copies={}),
@@ -88,11 +99,13 @@ LAWS = {
         dropping=False,
         equal_ranks=True,
     ),
+    "pico": Laws(identity={}, doubling="nothing"),
     "rank-dare": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "regmean": Laws(identity={}, copies={}, doubling="nothing"),
     "sce": Laws(identity={}, copies={}, dropping=False),
     "slerp": Laws(identity={}, copies={}, takes=2),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
+    "tsv": Laws(identity={}, copies={}),
     "wudi": Laws(identity={}, copies={}),
 }
 

@@ -1,0 +1,54 @@
+"""Iso-CTS: a flat spectrum over common and task-specific directions."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank, Spectrum
+from lora_cli.adapters.spectra import NOISE, compact, counted, polar, total
+from lora_cli.adapters.updates import Updates
+from lora_cli.methods import Knob, method
+
+
+@method("spectral", weights="sum")
+def iso_cts(
+    updates: Updates,
+    weights: Tensor,
+    *,
+    common: Annotated[float, Knob("share of the directions that is taken from the sum", low=0, high=1)] = 0.8,
+) -> LowRank:
+    """As iso-c, with the sum's weakest directions given over to what each adapter has besides.
+
+    With D the numerical rank of Σ w_i ΔW_i and N adapters, every adapter gets k_t = round((D − ⌊common · D⌋) / N)
+    directions, at most ⌊D / N⌋, and the sum keeps its leading k_c = D − N k_t, U_c S_c V_cᵀ. Of (I − U_c U_cᵀ) w_i ΔW_i
+    the leading k_t singular triplets are taken, as far as they stand above 1e-5 of the adapter's norm. Side by
+    side, U (out, k), V (in, k): ΔW = σ̄ P(U) P(V)ᵀ, σ̄ the mean of all k singular values, P the nearest orthonormal
+    columns as in tsv. At k_t = 0, where the adapters are more
+    than twice the directions to give, it is iso-c. An update of zero counts as absent.
+
+    Weights: as in `linear` for the sum; in an adapter's own directions they count in σ̄ and by their sign.
+
+    Cost: O(R² (out + in) + R³), float64; never the dense update.
+
+    Use: as iso-c, for adapters of different sizes: the sum's last directions are those of the small ones only by
+    chance. Where k_c or k_t falls between equal singular values the choice is arbitrary.
+
+    Source: Marczak et al. 2025, arXiv 2502.04959, with D the numerical rank in place of min(out, in), as in iso-c, and
+    P that does not fail on directions that several adapters share. The projection on the left side alone is theirs.
+    """
+    kept, w = counted(updates, weights)
+    spectra = [compact(update) for update in kept]
+    together = total(spectra, w.tolist())
+    moving = [(one, factor) for one, factor in zip(spectra, w.tolist(), strict=True) if one.s.numel()]
+    D, N = together.s.numel(), max(1, len(moving))
+    k_t = min(round((D - int(common * D)) / N), D // N)
+    k_c = D - N * k_t
+    parts = [Spectrum(together.U[:, :k_c], together.s[:k_c], together.V[:, :k_c])]
+    for one, factor in moving:
+        besides = one.U - parts[0].U @ (parts[0].U.T @ one.U)
+        own = compact(LowRank(besides * one.s * factor, one.V.T), floor=NOISE * abs(factor) * float(one.s.norm()))
+        parts.append(Spectrum(own.U[:, :k_t], own.s[:k_t], own.V[:, :k_t]))
+    s = torch.cat([part.s for part in parts])
+    U, V = polar(torch.cat([part.U for part in parts], dim=1)), polar(torch.cat([part.V for part in parts], dim=1))
+    return LowRank(U * s.sum() / max(1, s.numel()), V.T).to(kept[0].B.dtype)
