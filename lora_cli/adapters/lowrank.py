@@ -56,13 +56,24 @@ def inner(x: LowRank, y: LowRank) -> Tensor:
 
 
 def gram(updates: Sequence[LowRank]) -> Tensor:
-    """All inner products of N updates, (N, N) float64."""
+    """All inner products of N updates, (N, N) float64 on the CPU; pairs.all_pairs is the one for hundreds of updates.
+
+    Each factor is widened once: N r (out + in) float64 numbers are held.
+    """
     n = len(updates)
     products = torch.zeros(n, n, dtype=torch.float64)
-    for i in range(n):
-        for j in range(i, n):
-            products[i, j] = products[j, i] = inner(updates[i], updates[j])
-    return products
+    if n == 0:
+        return products
+    ranks = [update.rank for update in updates]
+    b = torch.cat([update.B.T.double() for update in updates])  # (R, out)
+    a = torch.cat([update.A.double() for update in updates])  # (R, in)
+    owner = torch.arange(n).repeat_interleave(torch.tensor(ranks))
+    start = 0
+    for i, rank in enumerate(ranks):
+        entries = (b[start : start + rank] @ b[start:].T) * (a[start : start + rank] @ a[start:].T)  # (r_i, R - start)
+        products[i].index_add_(0, owner[start:], entries.sum(0).cpu())
+        start += rank
+    return products + products.triu(1).T
 
 
 def squared_norm(delta: Tensor) -> float:

@@ -1,0 +1,133 @@
+"""The inner products of all pairs of many updates of one module, by tiles of Gram matrices; nothing dense is formed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import torch
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank
+
+# Rows of a tile, so that its products stay near the processor while they are summed.
+_ROWS = 1024
+# What rounding may do to a cosine before the pair is computed again in a wider precision.
+_TOLERANCE = 5e-5
+# Entries that a module must have for whole numbers to be within the tolerance, for updates that are unrelated.
+_MANY_ENTRIES = 2**21
+
+
+def all_pairs(updates: Sequence[LowRank], *, precisions: Sequence[torch.dtype] | None = None) -> Tensor:
+    """⟨ΔW_i, ΔW_j⟩ of N updates of one shape, (N, N) float64, symmetric; exact squared norms on the diagonal.
+
+    P1 in tiles of BᵀB ∘ AAᵀ, the quickest precision of the machine first. How far rounding moves a pair is estimated
+    from what was summed for it; where that exceeds 5e-5 of ‖ΔW_i‖‖ΔW_j‖, as for near copies, related adapters and
+    updates whose parts cancel, the pair is computed again in the next precision. So cosines are right to 1e-4,
+    whatever they are. O(N² r² (out + in)); besides the updates N r (out + in) numbers of the first precision are held.
+
+    Args:
+        precisions: from narrow to wide; None takes int8 (whole numbers per row) and bfloat16 where the processor
+            multiplies them natively, then fp32 and float64.
+    """
+    n = len(updates)
+    products = torch.zeros(n, n, dtype=torch.float64)
+    if n == 0:
+        return products
+    ladder = precisions or _precisions(updates[0])
+    squares = torch.tensor([_square(update) for update in updates], dtype=torch.float64)
+    norms = squares.sqrt()
+    units = [update.scaled(1 / max(norm, 1e-30)) for update, norm in zip(updates, norms.tolist(), strict=True)]
+    tiles = [(places, _Stack.of([units[i] for i in places], ladder[0])) for places in _tiles(units)]
+    for at, (rows, x) in enumerate(tiles):
+        for columns, y in tiles[at:]:
+            block, noise = x.products(y)
+            for _, wide in pairwise(ladder):
+                doubtful = noise > _TOLERANCE
+                if x is y:
+                    doubtful.fill_diagonal_(False)
+                i, j = (doubtful.any(side).nonzero().flatten() for side in (1, 0))
+                if len(i) == 0:
+                    break
+                some = _Stack.of([units[rows[place]] for place in i.tolist()], wide)
+                others = _Stack.of([units[columns[place]] for place in j.tolist()], wide)
+                block[i[:, None], j], noise[i[:, None], j] = some.products(others)
+            products[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = block
+    products = products.triu(1) * norms[:, None] * norms
+    return products + products.T + squares.diag()
+
+
+def cosines(products: Tensor) -> Tensor:
+    """Cosines from all inner products, (N, N): within [-1, 1], 1 on the diagonal; a zero update has 0 throughout."""
+    norms = products.diag().sqrt()
+    found = (products / norms[:, None] / norms).nan_to_num(0, 0, 0).clamp(-1, 1)
+    return found.fill_diagonal_(0) + (norms > 0).to(found).diag()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Stack:
+    """n updates side by side in one precision: `B` (R, out), `A` (R, in); int8 rows are in units of their own.
+
+    `owner` (R, n) has, where a row is an update's, the product of the units of its two halves (1 in floating point).
+    `longest` are the largest squared norms of a row of B and of A as they stand here.
+    """
+
+    B: Tensor
+    A: Tensor
+    owner: Tensor
+    longest: tuple[float, float]
+
+    @classmethod
+    def of(cls, updates: Sequence[LowRank], dtype: torch.dtype) -> "_Stack":
+        """The factors of `updates`, rounded to a precision."""
+        b, a = torch.cat([u.B.T for u in updates]), torch.cat([u.A for u in updates])
+        owner = torch.eye(len(updates), dtype=torch.promote_types(dtype, torch.float32), device=b.device)
+        owner = owner.repeat_interleave(torch.tensor([u.rank for u in updates], device=b.device), dim=0)
+        if dtype == torch.int8:
+            b, a = b.float(), a.float()
+            units = [rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127 for rows in (b, a)]
+            b, a = (rows.div(unit).round_() for rows, unit in zip((b, a), units, strict=True))
+            owner = owner * units[0] * units[1]
+        longest = [
+            float(torch.linalg.vector_norm(rows, dim=1).amax().square()) if len(rows) else 0.0 for rows in (b, a)
+        ]
+        return cls(b.to(dtype), a.to(dtype), owner, (longest[0], longest[1]))
+
+    def products(self, other: "_Stack") -> tuple[Tensor, Tensor]:
+        """The inner products with the updates of another stack, and how far rounding may have moved each."""
+        b, a = _gram(self.B, other.B, self.owner.dtype), _gram(self.A, other.A, self.owner.dtype)  # (R, R')
+        sums = self.owner.T @ (b * a) @ other.owner
+        if self.B.dtype == torch.int8:
+            # Every number is off by up to a half, with variance 1/12, so a Gram's entry by the norms of its two rows;
+            # three standard deviations.
+            b_noise, a_noise = (9 / 12 * (x + y) for x, y in zip(self.longest, other.longest, strict=True))
+            spread = a.square_().mul_(b_noise).add_(b.square_(), alpha=a_noise)
+        else:
+            spread = b.mul_(a).mul_(torch.finfo(self.B.dtype).eps / 2).square_()
+        noise = (self.owner.square().T @ spread @ other.owner.square()).sqrt()
+        return sums.cpu().double(), noise.cpu().double()
+
+
+def _gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    return (torch._int_mm(x, y.T) if x.dtype == torch.int8 else x @ y.T).to(dtype)
+
+
+def _square(update: LowRank) -> float:
+    b, a = update.B.double(), update.A.double()
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def _tiles(updates: Sequence[LowRank]) -> list[list[int]]:
+    """The places of the updates, in runs of about _ROWS rows."""
+    ends = torch.tensor([update.rank for update in updates]).cumsum(0)
+    tile = ((ends - 1) // _ROWS).tolist()
+    return [list(run) for _, run in groupby(range(len(updates)), key=tile.__getitem__)]
+
+
+def _precisions(update: LowRank) -> list[torch.dtype]:
+    """From narrow to wide, those that gain time on this device for modules of this size."""
+    native: list[torch.dtype] = []
+    if update.B.device.type == "cpu":
+        out, inn = update.shape
+        native += [torch.int8] if out * inn >= _MANY_ENTRIES and torch.cpu._is_vnni_supported() else []
+        native += [torch.bfloat16] if torch.cpu._is_avx512_bf16_supported() else []
+    return [*native, torch.float32, torch.float64]
