@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from lora_cli.adapters import writer
 from lora_cli.records import Coefficients
 from lora_cli.steps.coefficients import coefficients_text
+from lora_cli.world import World
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.test_merge import close, deltas, opened
@@ -110,7 +112,7 @@ def test_a_device_that_is_not_here(device: str) -> None:
 def coefficients(**changes: Any) -> Coefficients:
     made: dict[str, Any] = {
         "adapters": tuple(opened(Path(name)).ref.pinned for name in TWO),
-        "values": {module: ((0.5,), (1.0, -2.0, 0.0)) for module in SHAPES},
+        "values": dict.fromkeys(SHAPES, ((0.5,), (1.0, -2.0, 0.0))),
         "granularity": "rank",
         "activation": "linear",
         "task_sha256": "0" * 64,
@@ -134,12 +136,33 @@ def test_coefficients_of_others_are_refused() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
     assert "not in both" in refused(5, "merge", "one", "--coef", "c.json")
     assert "leave out --weights" in refused(2, "merge", *TWO, "--coef", "c.json", "--weights", "sum")
-    short = {module: ((0.5,), (1.0, 2.0)) for module in SHAPES}
+    short = dict.fromkeys(SHAPES, ((0.5,), (1.0, 2.0)))
     Path("c.json").write_text(coefficients_text(coefficients(values=short)))
     assert "not as many as it has ranks" in refused(5, "merge", *TWO, "--coef", "c.json")
     for text in ("{}", "nonsense", coefficients_text(coefficients()).replace("0.5", "NaN")):
         Path("c.json").write_text(text)
         assert "c.json: no coefficients" in refused(1, "merge", *TWO, "--coef", "c.json")
+
+
+def test_regmean_sees_what_the_examples_feed(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own_world.folder)
+    ok("pool", "sync")
+    parents = ("pool/tarn/mirror", "pool/mossy/double")
+    told = ok("merge", *parents, "-m", "regmean", "--data", "task.jsonl", "-o", "out").err
+    assert "regmean: 2 adapters" in told
+    record = json.loads(Path("out/run.json").read_text())
+    assert len([name for name in record["inputs"] if name.startswith("data:task.jsonl@")]) == 1
+    assert "up to date" in ok("merge", *parents[::-1], "-m", "regmean", "--data", "task.jsonl", "-o", "out").err
+    own = [word for name in parents for word in ("--data", f"{name}=task.jsonl")]
+    ok("merge", *parents, "-m", "regmean", *own, "-o", "each")
+    close(deltas(Path("each")), deltas(Path("out")), 1e-6)
+    assert "no --data for" in refused(2, "merge", *parents, "-m", "regmean", *own[:2])
+    assert "takes no --data" in refused(2, "merge", *parents, "-m", "ties", "--data", "task.jsonl")
+    Path("other.jsonl").write_text(Path("task.jsonl").read_text().splitlines()[0] + "\n")
+    told = refused(5, "merge", "--locked", "out/run.json", "--data", "other.jsonl", "-o", "again")
+    assert "give the same --coef, --data" in told
+    ok("merge", "--locked", "out/run.json", "--data", "task.jsonl", "-o", "again")
+    assert Path("again/run.json").read_bytes() == Path("out/run.json").read_bytes()
 
 
 def test_near_copies_are_left_out_by_name() -> None:
@@ -212,6 +235,17 @@ def test_what_differs_from_a_lock_is_told(lock: Path) -> None:
     assert "not the adapters" in refused(5, "merge", "one", "three", "--locked", str(lock), "-o", "again")
 
 
+def test_bytes_do_not_depend_on_hash_seeds_and_order_nor_values_on_threads() -> None:
+    written = []
+    for seed, threads, adapters in (("1", "1", TWO), ("2", "1", TWO[::-1]), ("3", "2", TWO)):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
+        command = ["merge", *adapters, "-m", "dare-ties", "--seed", "3", "-o", f"out{seed}"]
+        subprocess.run([sys.executable, "-m", "lora_cli", *command], env=environment, check=True, capture_output=True)
+        written.append((Path(f"out{seed}") / "adapter_model.safetensors").read_bytes())
+    assert written[0] == written[1]
+    close(deltas(Path("out3")), deltas(Path("out1")), 1e-5)
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"merge.lock": 3}', "\x00"])
 def test_a_lock_that_is_none(text: str) -> None:
     Path("lock.json").write_text(text)
@@ -240,7 +274,7 @@ def test_a_disk_that_is_really_full(own_home: Path) -> None:
     write_adapter(own_home / "big", random_factors({"model.layers.0.mlp.up_proj": (3000, 2000)}, 64, seed=3))
     script = (
         "mkdir small && mount -t tmpfs -o size=1m none small && "
-        "{ lora merge big -o small/out; code=$?; ls -A small; exit $code; }"
+        f"{{ {sys.executable} -m lora_cli merge big -o small/out; code=$?; ls -A small; exit $code; }}"
     )
     if subprocess.run(["unshare", "-Urm", "true"], capture_output=True, check=False).returncode != 0:
         pytest.skip("no namespaces here")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
@@ -24,6 +25,7 @@ def pool(own_home: Path) -> Iterator[Path]:
     good = random_factors(SHAPES, 4, seed=1)
     write_adapter(folder / "good", good)
     write_adapter(folder / "other", random_factors(SHAPES, 2, seed=2))
+    write_adapter(folder / "third", random_factors(SHAPES, 2, seed=6))
     write_adapter(folder / "stranger", random_factors(SHAPES, 2, seed=3), base="acme/other")
     write_adapter(folder / "dora", good, use_dora=True)
     nan = random_factors(SHAPES, 2, seed=4)
@@ -53,6 +55,51 @@ def pool(own_home: Path) -> Iterator[Path]:
 )
 def test_adapters_that_cannot_be_merged(pool: Path, adapters: list[str], code: int, words: str) -> None:
     assert words in refused(code, "merge", *adapters, "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "words"),
+    [
+        ({"lora_B.bias": (24,)}, {"lora_bias": True}, "lora_bias"),
+        ({"lora_magnitude_vector.weight": (24,)}, {"use_dora": True}, "DoRA"),
+        ({"modules_to_save.weight": (24, 16)}, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_embedding_A": (2, 24), "lora_embedding_B": (16, 2)}, {}, "embedding"),
+        ({"lora_A.weight": (2, 16, 3, 3), "lora_B.weight": (24, 2, 1, 1)}, {}, "conv"),
+        ({"lora_A.weight": (2, 17), "lora_B.weight": (24, 2)}, {}, "24×17 in"),
+    ],
+)
+def test_what_is_not_a_product_of_two_matrices(
+    pool: Path, tmp_path: Path, tensors: dict[str, tuple[int, ...]], config: dict[str, object], words: str
+) -> None:
+    module = "model.layers.0.self_attn.q_proj"
+    folder = write_adapter(tmp_path / "odd", random_factors({module: (24, 16)}, 2, seed=5), **config)
+    file = folder / "adapter_model.safetensors"
+    odd = {f"base_model.model.{module}.{name}": torch.ones(shape) for name, shape in tensors.items()}
+    save_file(load_file(file) | odd, file, metadata={"format": "pt"})
+    assert words in refused(5, "merge", "pool/good", str(folder), "-o", "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["-m", "ties", "--density", "0"], 2, "out of range: 0 < x <= 1"),
+        (["-m", "ties", "--density", "1.5"], 2, "out of range"),
+        (["-m", "dare", "--density", "nan"], 2, "out of range"),
+        (["-m", "linear", "--density", "0.5"], 2, "linear takes no --density"),
+        (["-m", "core", "--inside", "linear", "--density", "0.5"], 2, "core with linear inside takes no --density"),
+        (["-m", "core", "--inside", "karcher"], 2, "--inside is one of"),
+        (["-m", "tie"], 2, "did you mean 'ties'?"),
+        (["-m", "regmean"], 2, "give --data"),
+        (["-m", "karcher", "--weights", "0,0"], 5, "zero"),
+        (["-m", "norm-matched", "--weights", "0,0"], 5, "the weights are zero or cancel each other"),
+        (["-m", "slerp", "pool/third"], 5, "two adapters"),
+        (["-m", "peft-ties"], 5, "rank"),
+        (["-m", "lego", "--clusters", "7"], 5, "7"),
+        (["--missing", "renorm", "--weights", "1,-1"], 5, "sum to zero"),
+    ],
+)
+def test_options_that_a_method_cannot_use(pool: Path, options: list[str], code: int, words: str) -> None:
+    assert words in refused(code, "merge", "pool/good", "pool/other", *options, "-o", "out")
 
 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, "a\0b", "../" * 50 + "x"])
@@ -231,7 +278,7 @@ def test_plans_change_nothing(own_home: Path) -> None:
     before = sorted(own_home.rglob("*"))
     plan = json.loads(ok("merge", "a", "--method", "ties", "--dry-run", "--json").out)
     assert plan["schema"] == "lora.merge.plan/1"
-    assert plan["knobs"] == {"density": 0.2, "election": "total"}
+    assert plan["knobs"] == {"density": 0.2, "election": "total", "per": "module"}
     assert plan["modules"] == 2
     assert sorted(own_home.rglob("*")) == before
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +62,14 @@ def merge(
     ] = None,
     coef: Annotated[
         Path | None, typer.Option("--coef", help="Learnt coefficients: the coefficients.json that lora fit wrote.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[ADAPTER=]FILE",
+            help="For regmean: a task file that shows what each module is fed; repeat with ADAPTER= for own ones.",
+        ),
     ] = None,
     selection: Selection = None,
     dedupe: Annotated[
@@ -170,22 +179,29 @@ def merge(
                 chosen = [adapter for adapter in chosen if adapter not in copies]
                 inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
             numbers = _weights(weights, own_weights, step.METHODS.get(method).weights)
-        plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, **options)
-        if lock is not None and plan.settings != lock.settings:
-            raise Refused("the lock's coefficients or base are not those given", hint="give the same --coef and --base")
-        key = runs.key_of("merge", plan.settings, inputs)
+        samples = _samples(settings, options["method"], data or [], chosen)
+        plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, inputs=samples, **options)
+        asked = plan.settings | (samples.settings if samples is not None else {})
+        inputs |= samples.inputs if samples is not None else {}
+        if lock is not None and asked != lock.settings:
+            raise Refused(
+                "not the lock's coefficients, examples or base", hint="give the same --coef, --data and --base"
+            )
+        key = runs.key_of("merge", asked, inputs)
         folder = out or settings.runs / f"merge-{plan.method}-{key[:8]}"
         if dry_run:
-            screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **plan.settings})
+            screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **asked})
             return
         done = runs.claim(folder, key, force=force)
-        with runs.recorded(settings.db, "merge", plan.settings, inputs, folder) as run:
+        with runs.recorded(settings.db, "merge", asked, inputs, folder) as run, TemporaryDirectory() as spool:
             run.device = plan.device
             run.lock.update(locking.lock_of(plan, inputs))
             if done:
                 run.take(folder)
                 told = [f"merge: {near(folder)} is up to date"]
             else:
+                if samples is not None:
+                    samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
                 told = [outcome(plan, report), *_notes(plan, report)]
     show_output(screen, "lora.merge/1", folder, run.record())
@@ -244,6 +260,23 @@ def _notes(plan: Any, report: Any) -> list[str]:
     return notes
 
 
+def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any]) -> Any:
+    """Where a method that needs them finds samples of what each module is fed; None for the others."""
+    if METHODS.get(method).needs != "inputs":
+        if data:
+            raise UsageError(f"{method} takes no --data", hint="regmean does; lora fit learns weights from examples")
+        return None
+    if not data:
+        raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
+    if settings.base is None:
+        raise UsageError(f"{method} needs the base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
+    from lora_cli.base_model import pin
+    from lora_cli.steps.inputs import ModuleInputs, data_of
+
+    ref = pin(settings.base, device=settings.device, dtype=settings.dtype)
+    return ModuleInputs(base=ref, files=data_of(data, adapters), seed=settings.seed)
+
+
 def _copies(screen: Screen, adapters: Sequence[Any], cosine: float, progress: Any) -> list[Any]:
     """The adapters that are near copies of an earlier one; each is named on stderr."""
     from lora_cli.steps.compare import near_copies
@@ -258,7 +291,7 @@ def _read_lock(context: typer.Context, file: Path) -> Any:
     """The lock in `file`; UsageError where other options would contradict it."""
     from lora_cli.steps.lock import read_lock
 
-    allowed = {"adapters", "locked", "coef", "base", "out", "force", "dry_run", "db", "json"}
+    allowed = {"adapters", "locked", "coef", "data", "base", "out", "force", "dry_run", "db", "json"}
     for name in context.params.keys() - allowed:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -315,10 +348,19 @@ def with_knobs(function: Any) -> Any:
 
 def _option(name: str, owners: dict[str, Knob]) -> Any:
     knob = next(iter(owners.values()))
-    choices = f" ({', '.join(knob.choices)})" if knob.choices else f" ({knob.range()})" if knob.range() else ""
-    defaults = ", ".join(f"{one.default} for {method}" for method, one in owners.items())
+    said: dict[str, list[str]] = {}
+    for method, one in owners.items():
+        limits = ", ".join(one.choices) or one.range()
+        said.setdefault(one.help + (f" ({limits})" if limits else ""), []).append(method)
+    defaults: dict[str, list[str]] = {}
+    for method, one in owners.items():
+        defaults.setdefault(str(one.default), []).append(method)
     option = typer.Option(
-        f"--{name.replace('_', '-')}", help=f"For {', '.join(owners)}: {knob.help}{choices}.", show_default=defaults
+        f"--{name.replace('_', '-')}",
+        help="; ".join(f"{', '.join(methods)}: {text}" for text, methods in said.items()) + ".",
+        show_default=next(iter(defaults))
+        if len(defaults) == 1
+        else "; ".join(f"{value} for {', '.join(methods)}" for value, methods in defaults.items()),
     )
     return Annotated[knob.type | None, option]
 

@@ -25,7 +25,7 @@ class Lock:
         """The settings as the options of `merge_plan.plan`."""
         settings = dict(self.settings)
         named = {"lambda": "scaling", "for": "serve"}
-        leave = ("weights", "base", "coefficients", "data")
+        leave = ("weights", "base", "coefficients", "module_inputs")
         return {named.get(key, key): value for key, value in settings.items() if key not in leave}
 
     def weights(self, pinned: Sequence[str]) -> list[float]:
