@@ -149,7 +149,7 @@ def plan(
     modules = tuple(module for module in all_modules(ordered) if _in_scope(module, scope))
     if not modules:
         raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
-    _check_shapes(ordered, modules)
+    demand_same_shapes(ordered, modules)
     _check_rank(ordered, modules, rank)
     if missing == "renorm" and coefficients is None and abs(sum(weights)) < 1e-12:
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
@@ -219,7 +219,8 @@ def _check_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
         raise Refused(f"--rank {rank} is more than any of these modules can have, {most}", hint="use --rank auto")
 
 
-def _check_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
+def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
+    """Refused where adapters disagree about the shape of a module or about its orientation."""
     for module in modules:
         shapes: dict[tuple[int, int], str] = {}
         for adapter in adapters:
