@@ -106,7 +106,7 @@ class Space:
 def merged_inside(
     inside: Inside, updates: Updates, weights: Tensor, items: Sequence[LowRank], U: Tensor, V: Tensor | None = None
 ) -> LowRank:
-    """U · inside(items) · Vᵀ in the dtype of the updates, zero in a space without size.
+    """U · inside(items) · Vᵀ in the dtype of the updates, of rank k; zero in a space without size.
 
     Args:
         inside: the method that merges the items.
@@ -118,9 +118,8 @@ def merged_inside(
     if 0 in items[0].shape:
         return LowRank(first.B[:, :0], first.A[:0])
     merged = inside(updates.moved(item.to(first.B.dtype) for item in items), weights)
-    left = U.to(first.B.dtype)
-    B, A = (left, merged) if isinstance(merged, Tensor) else (left @ merged.B, merged.A)
-    return LowRank(B, A if V is None else A @ V.T.to(A.dtype))
+    image = merged if isinstance(merged, Tensor) else merged.dense()
+    return LowRank(U.to(image.dtype), image if V is None else image @ V.T.to(image.dtype))
 
 
 def _strongest(gram: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,11 +31,11 @@ def ctm(
     all adapters count alike, at β = 1 by their squared norms. The method inside merges the Uᵀ ΔW_i V, (k, k), of the
     updates as they are; ΔW = U · merged · Vᵀ, of rank k at most, which no later reduction to that rank changes.
 
-    U and V start from the leading columns of core's bases and are improved in turn, U ← orth(S_V U) with
-    S_V = Σ c_i² ΔW_i V Vᵀ ΔW_iᵀ, until a round adds less than 1e-8 of the sum, 1000 rounds at most. The sum never
-    falls; it comes to rest at a maximum that need not be the only one. U and V are given in singular order, the entry
-    of largest magnitude in each column positive; equal singular values leave a choice. Adapters of weight 0 have no
-    part in them.
+    V starts from the leading right singular vectors of the updates on top of each other, U and then V from an SVD with
+    the other held; after that one is improved with the other held, U ← orth(S_V U), S_V = Σ c_i² ΔW_i V Vᵀ ΔW_iᵀ,
+    until a round adds less than 1e-8 of the sum, 1000 rounds at most. The sum never falls; it rests at a maximum that
+    need not be the only one. U and V are given in singular order, the entry of largest magnitude in each column
+    positive; equal singular values leave a choice. Adapters of weight 0 have no part in them.
 
     Weights: as in the method inside; they do not bear on the choice of the space. Give `--weights sum` for tsv and
     iso-c.
@@ -64,11 +64,14 @@ def ctm(
 def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
     """Orthonormal U (k, q) and V (l, q), q ≤ most, between which most of a k × l space's items lies."""
     q = min(most, space.U.shape[1], space.V.shape[1])
-    U, V = (torch.eye(side.shape[1], q, dtype=side.dtype, device=side.device) for side in (space.U, space.V))
-    turned = [LowRank(one.A.T, one.B.T) for one in space.items]
+    items, turned = space.items, [LowRank(one.A.T, one.B.T) for one in space.items]
+    stretched = torch.cat([one.B @ (one.A @ one.A.T) for one in turned], dim=1)
+    V = _leading(stretched @ torch.cat([one.B for one in turned], dim=1).T, q)
+    U = _leading(_seen(items, V) @ _seen(items, V).T, q)
+    V = _leading(_seen(turned, U) @ _seen(turned, U).T, q)
     kept = 0.0
     for _ in range(_ROUNDS):
-        left = _seen(space.items, V)
+        left = _seen(items, V)
         U = torch.linalg.qr(left @ (left.T @ U))[0]
         right = _seen(turned, U)
         V = torch.linalg.qr(right @ (right.T @ V))[0]
@@ -76,13 +79,19 @@ def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
         if now - kept <= _SETTLED * now:
             break
         kept = now
-    U, V = _in_order(U, _seen(space.items, V)), _in_order(V, _seen(turned, U))
+    U, V = _in_order(U, _seen(items, V)), _in_order(V, _seen(turned, U))
     return U * signs(space.U @ U), V * signs(space.V @ V)
 
 
 def _seen(items: Sequence[LowRank], V: Tensor) -> Tensor:
     """[M_1 V, …, M_N V], (k, N q)."""
     return torch.cat([one.B @ (one.A @ V) for one in items], dim=1)
+
+
+def _leading(gram: Tensor, q: int) -> Tensor:
+    """The q leading eigenvectors of a Gram matrix (k, k), (k, q)."""
+    vectors: Tensor = torch.linalg.eigh(gram)[1]
+    return vectors.flip(1)[:, :q]
 
 
 def _in_order(U: Tensor, seen: Tensor) -> Tensor:
