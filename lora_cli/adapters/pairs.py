@@ -1,8 +1,9 @@
 """The inner products of all pairs of many updates of one module, by tiles of Gram matrices; nothing dense is formed."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, combinations_with_replacement, groupby
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ _TOLERANCE = 5e-5
 _MANY_ENTRIES = 2**21
 
 
-def all_pairs(updates: Sequence[LowRank], *, precisions: Sequence[torch.dtype] | None = None) -> Tensor:
+def all_pairs(
+    updates: Sequence[LowRank], *, workers: int = 1, precisions: Sequence[torch.dtype] | None = None
+) -> Tensor:
     """⟨ΔW_i, ΔW_j⟩ of N updates of one shape, (N, N) float64, symmetric; exact squared norms on the diagonal.
 
     P1 in tiles of BᵀB ∘ AAᵀ, the quickest precision of the machine first. How far rounding moves a pair is estimated
@@ -26,6 +29,7 @@ def all_pairs(updates: Sequence[LowRank], *, precisions: Sequence[torch.dtype] |
     whatever they are. O(N² r² (out + in)); besides the updates N r (out + in) numbers of the first precision are held.
 
     Args:
+        workers: how many threads work on tiles of their own; torch's own threads had better be one then.
         precisions: from narrow to wide; None takes int8 (whole numbers per row) and bfloat16 where the processor
             multiplies them natively, then fp32 and float64.
     """
@@ -34,24 +38,24 @@ def all_pairs(updates: Sequence[LowRank], *, precisions: Sequence[torch.dtype] |
     if n == 0:
         return products
     ladder = precisions or _precisions(updates[0])
-    squares = torch.tensor([_square(update) for update in updates], dtype=torch.float64)
-    norms = squares.sqrt()
-    units = [update.scaled(1 / max(norm, 1e-30)) for update, norm in zip(updates, norms.tolist(), strict=True)]
-    tiles = [(places, _Stack.of([units[i] for i in places], ladder[0])) for places in _tiles(units)]
-    for at, (rows, x) in enumerate(tiles):
-        for columns, y in tiles[at:]:
-            block, noise = x.products(y)
-            for _, wide in pairwise(ladder):
-                doubtful = noise > _TOLERANCE
-                if x is y:
-                    doubtful.fill_diagonal_(False)
-                i, j = (doubtful.any(side).nonzero().flatten() for side in (1, 0))
-                if len(i) == 0:
-                    break
-                some = _Stack.of([units[rows[place]] for place in i.tolist()], wide)
-                others = _Stack.of([units[columns[place]] for place in j.tolist()], wide)
-                block[i[:, None], j], noise[i[:, None], j] = some.products(others)
-            products[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] = block
+    with ThreadPoolExecutor(workers) as pool:
+        squares = torch.tensor([*pool.map(_square, updates)], dtype=torch.float64)
+        norms = squares.sqrt()
+        units = [update.scaled(1 / max(norm, 1e-30)) for update, norm in zip(updates, norms.tolist(), strict=True)]
+        tiles = _tiles(units)
+        stacks = [*pool.map(_Stack.of, [units[tile] for tile in tiles], [ladder[0]] * len(tiles))]
+
+        def fill(pair: tuple[int, int]) -> None:
+            rows, columns = tiles[pair[0]], tiles[pair[1]]
+            block, noise = stacks[pair[0]].products(stacks[pair[1]])
+            for wide in ladder[1:]:
+                if rows == columns:
+                    noise.fill_diagonal_(0)
+                _refine(block, noise, units[rows], units[columns], wide)
+            products[rows, columns] = block
+
+        for _ in pool.map(fill, combinations_with_replacement(range(len(tiles)), 2)):
+            pass
     products = products.triu(1) * norms[:, None] * norms
     return products + products.T + squares.diag()
 
@@ -107,6 +111,18 @@ class _Stack:
         return sums.cpu().double(), noise.cpu().double()
 
 
+def _refine(
+    block: Tensor, noise: Tensor, rows: Sequence[LowRank], columns: Sequence[LowRank], dtype: torch.dtype
+) -> None:
+    """Compute again, in `dtype`, the smallest part of a tile that holds all pairs which rounding may have moved."""
+    doubtful = noise > _TOLERANCE
+    i, j = (doubtful.any(side).nonzero().flatten() for side in (1, 0))
+    if len(i):
+        some = _Stack.of([rows[place] for place in i.tolist()], dtype)
+        others = _Stack.of([columns[place] for place in j.tolist()], dtype)
+        block[i[:, None], j], noise[i[:, None], j] = some.products(others)
+
+
 def _gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     return (torch._int_mm(x, y.T) if x.dtype == torch.int8 else x @ y.T).to(dtype)
 
@@ -116,11 +132,11 @@ def _square(update: LowRank) -> float:
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
-def _tiles(updates: Sequence[LowRank]) -> list[list[int]]:
-    """The places of the updates, in runs of about _ROWS rows."""
-    ends = torch.tensor([update.rank for update in updates]).cumsum(0)
-    tile = ((ends - 1) // _ROWS).tolist()
-    return [list(run) for _, run in groupby(range(len(updates)), key=tile.__getitem__)]
+def _tiles(updates: Sequence[LowRank]) -> list[slice]:
+    """Where runs of updates with about _ROWS rows stand."""
+    ends = accumulate(update.rank for update in updates)
+    sizes = [len([*run]) for _, run in groupby(max(end - 1, 0) // _ROWS for end in ends)]
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def _precisions(update: LowRank) -> list[torch.dtype]:

@@ -1,0 +1,263 @@
+"""How adapters relate: two of them module by module, or all pairs of many; near copies and clusters among them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from lora_cli.adapters.lowrank import LowRank, Spectrum, inner
+from lora_cli.adapters.pairs import all_pairs, cosines
+from lora_cli.adapters.reader import OpenAdapter, all_modules
+from lora_cli.adapters.spectra import compact
+from lora_cli.errors import UsageError
+from lora_cli.records import Progress, silent
+from lora_cli.steps.merge_module import one_thread_each
+from lora_cli.steps.merge_plan import demand_same_shapes
+
+# A cosine computed in fp32 may fall short of 1 by this much.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Side:
+    """One adapter's update in a module, the scale folded in; all zero and empty where it lacks the module.
+
+    `spectrum` holds the singular values above rounding noise, largest first, so that its length is the numerical rank;
+    `effective_rank` is exp of the entropy of the shares σ²/Σσ²; `stable_rank` is Σσ²/σ₁².
+    """
+
+    norm: float
+    spectrum: tuple[float, ...]
+
+    @property
+    def rank(self) -> int:
+        """Numerical rank."""
+        return len(self.spectrum)
+
+    @property
+    def effective_rank(self) -> float:
+        """How many directions carry the update, counted by the entropy of their shares of the squared norm."""
+        total = sum(s * s for s in self.spectrum)
+        return math.exp(-sum(s * s / total * math.log(s * s / total) for s in self.spectrum)) if total else 0.0
+
+    @property
+    def stable_rank(self) -> float:
+        """Squared norm over that of the strongest direction."""
+        return sum(s * s for s in self.spectrum) / self.spectrum[0] ** 2 if self.spectrum else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleDiff:
+    """Two adapters in one module of shape (out, in).
+
+    `cosine` is None where one of them changes nothing. `outputs` and `inputs` are the principal angles in degrees,
+    smallest first, between the column spaces (what the updates write) and the row spaces (what they read).
+    """
+
+    module: str
+    shape: tuple[int, int]
+    one: Side
+    other: Side
+    product: float
+    outputs: tuple[float, ...]
+    inputs: tuple[float, ...]
+
+    @property
+    def cosine(self) -> float | None:
+        """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖)."""
+        return _cosine(self.product, self.one.norm, self.other.norm)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Diff:
+    """Two adapters, module by module and as a whole."""
+
+    modules: tuple[ModuleDiff, ...]
+
+    @property
+    def norms(self) -> tuple[float, float]:
+        """Frobenius norms of the whole updates."""
+        return math.hypot(*(m.one.norm for m in self.modules)), math.hypot(*(m.other.norm for m in self.modules))
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the whole updates; a module that one of them lacks counts as zero there."""
+        return _cosine(sum(m.product for m in self.modules), *self.norms)
+
+    @property
+    def chance(self) -> float:
+        """Standard deviation of the cosine if all directions were random: √Σ ‖ΔW‖²‖ΔW'‖²/(out·in) over both norms.
+
+        Real adapters of one base share directions, so that unrelated ones may lie further from zero than this.
+        """
+        spread = math.hypot(*(m.one.norm * m.other.norm / math.sqrt(m.shape[0] * m.shape[1]) for m in self.modules))
+        return spread / (self.norms[0] * self.norms[1]) if all(self.norms) else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Similarity:
+    """Cosines of all pairs of `adapters`: `cosines` (N, N) float64, over `modules` modules; `norms` of whole updates.
+
+    The diagonal is 1; an adapter whose update is zero has 0 throughout.
+    """
+
+    adapters: tuple[OpenAdapter, ...]
+    cosines: Tensor
+    norms: tuple[float, ...]
+    modules: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clusters:
+    """`labels[i]` is the cluster of adapter i, counted from 1 along `order`, in which like stands beside like."""
+
+    labels: tuple[int, ...]
+    order: tuple[int, ...]
+
+
+def diff(one: OpenAdapter, other: OpenAdapter, progress: Progress = silent) -> Diff:
+    """Compare two adapters in every module that one of them touches, in float64 on the factors.
+
+    Raises:
+        Refused: shapes that contradict each other, NaN or Inf.
+    """
+    modules = all_modules([one, other])
+    demand_same_shapes([one, other], modules)
+    with one_thread_each() as workers, ThreadPoolExecutor(workers) as pool:
+        compared = pool.map(partial(_compare, one, other), modules)
+        return Diff(modules=tuple(next(compared) for _ in _announced(modules, progress)))
+
+
+def principal_angles(q: Tensor, p: Tensor) -> tuple[float, ...]:
+    """Angles between the spans of two orthonormal bases (n, k) and (n, l): min(k, l) degrees, smallest first.
+
+    Cosines are the singular values of qᵀp; sines those of what p leaves outside q, which resolve small angles, where a
+    cosine cannot (Björck and Golub 1973).
+    """
+    if q.shape[1] < p.shape[1]:
+        q, p = p, q
+    overlap = q.T @ p
+    adjacent = torch.linalg.svdvals(overlap)
+    opposite = torch.linalg.svdvals(p - q @ overlap).flip(0)
+    return tuple(torch.rad2deg(torch.atan2(opposite, adjacent)).tolist())
+
+
+def similarity(adapters: Sequence[OpenAdapter], progress: Progress = silent) -> Similarity:
+    """Cosines of the whole updates of all pairs; a module that an adapter lacks counts as zero there.
+
+    One module of all adapters is in memory at a time: N r (out + in) fp32 numbers, and up to half as much beside them.
+    The order of the adapters is kept and does not matter.
+
+    Raises:
+        Refused: shapes that contradict each other, NaN or Inf.
+    """
+    modules = all_modules(adapters)
+    demand_same_shapes(adapters, modules)
+    products = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    with one_thread_each() as workers:
+        for module in _announced(modules, progress):
+            places = torch.tensor([i for i, adapter in enumerate(adapters) if module in adapter.modules])
+            updates = [adapters[i].read(module) for i in places.tolist()]
+            products[places[:, None], places] += all_pairs(updates, workers=workers)
+    return Similarity(
+        adapters=tuple(adapters),
+        cosines=cosines(products),
+        norms=tuple(products.diag().sqrt().tolist()),
+        modules=len(modules),
+    )
+
+
+def near_copies(
+    adapters: Sequence[OpenAdapter], cosine: float, progress: Progress = silent
+) -> list[tuple[OpenAdapter, OpenAdapter, float]]:
+    """Which adapters to leave out as near copies of others: (kept, left out, their cosine), by the cosine of the whole.
+
+    In the order of commits, then ids, each adapter is kept unless its cosine with one kept before reaches `cosine`; it
+    is then named with the one it is most like. So the order of `adapters` does not matter, and of a chain in which only
+    neighbours are near copies every other one stays.
+
+    Raises:
+        UsageError: `cosine` is not in 0 < cosine <= 1.
+        Refused: shapes that contradict each other, NaN or Inf.
+    """
+    if not 0 < cosine <= 1:
+        raise UsageError(f"--dedupe is a cosine in 0 < cosine <= 1, not {cosine}")
+    ordered = sorted(adapters, key=lambda adapter: (adapter.ref.commit, adapter.ref.id))
+    found = similarity(ordered, progress).cosines
+    kept: list[int] = []
+    copies = []
+    for place, adapter in enumerate(ordered):
+        nearest = max(kept, key=lambda other: float(found[place, other]), default=None)
+        if nearest is not None and found[place, nearest] >= cosine - _ROUNDING:
+            copies.append((ordered[nearest], adapter, float(found[place, nearest])))
+        else:
+            kept.append(place)
+    return copies
+
+
+def clusters(similarity: Similarity, cut: float) -> Clusters:
+    """Clusters by average linkage on 1 − cosine: two join while the mean cosine between them is above `cut`.
+
+    Raises:
+        UsageError: `cut` is not in -1 <= cut < 1.
+    """
+    if not -1 <= cut < 1:
+        raise UsageError(f"--cut is a cosine in -1 <= cut < 1, not {cut}")
+    n = len(similarity.adapters)
+    if n < 2:
+        return Clusters(labels=(1,) * n, order=tuple(range(n)))
+    # Ties between equal distances are broken by place, which must not be that on the command line.
+    pinned = [adapter.ref.pinned for adapter in similarity.adapters]
+    places = sorted(range(n), key=lambda i: pinned[i])
+    distances = (1 - similarity.cosines[places][:, places]).fill_diagonal_(0).clamp(min=0)
+    tree = hierarchy.linkage(squareform(distances.numpy(), checks=False), "average", optimal_ordering=True)
+    found = hierarchy.fcluster(tree, 1 - cut, "distance")
+    leaves = hierarchy.leaves_list(tree)
+    numbers = {label: number for number, label in enumerate(dict.fromkeys(found[leaves].tolist()), start=1)}
+    labels = np.empty(n, dtype=int)
+    labels[places] = [numbers[label] for label in found.tolist()]
+    return Clusters(labels=tuple(labels.tolist()), order=tuple(places[leaf] for leaf in leaves.tolist()))
+
+
+def _compare(one: OpenAdapter, other: OpenAdapter, module: str) -> ModuleDiff:
+    factors = one.modules.get(module) or other.modules[module]
+    shape = factors.out_features, factors.in_features
+    x, y = (_update(adapter, module, shape) for adapter in (one, other))
+    first, second = compact(x), compact(y)
+    return ModuleDiff(
+        module=module,
+        shape=shape,
+        one=_side(x, first),
+        other=_side(y, second),
+        product=float(inner(x, y)),
+        outputs=principal_angles(first.U, second.U),
+        inputs=principal_angles(first.V, second.V),
+    )
+
+
+def _update(adapter: OpenAdapter, module: str, shape: tuple[int, int]) -> LowRank:
+    if module in adapter.modules:
+        return adapter.read(module, torch.float64)
+    return LowRank(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
+
+
+def _side(update: LowRank, spectrum: Spectrum) -> Side:
+    return Side(norm=float(update.norm()), spectrum=tuple(spectrum.s.tolist()))
+
+
+def _cosine(product: float, *norms: float) -> float | None:
+    return max(-1.0, min(1.0, product / norms[0] / norms[1])) if all(norms) else None
+
+
+def _announced(modules: Sequence[str], progress: Progress) -> Iterator[str]:
+    for done, module in enumerate(modules):
+        progress("compare", done, len(modules))
+        yield module
+    progress("compare", len(modules), len(modules))
