@@ -1,6 +1,7 @@
 """Merging beside PEFT: time and memory for 8B shapes. Prints the Markdown tables of docs/benchmarks.md.
 
     python -m tests.bench.bench_merge            one layer: ours beside PEFT, five runs each
+    python -m tests.bench.bench_merge ties       TIES alone: beside PEFT's on deltas and a dense top-k, and its parts
     python -m tests.bench.bench_merge model DIR  224 modules, 30 adapters of 84 MB made in DIR, by the command line
 
 Random Gaussian adapters are mutually near-orthogonal: the worst case for truncation and the slowest for TIES.
@@ -22,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce
-from lora_cli.adapters.tiles import DeltaTiles
+from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
+from lora_cli.adapters.updates import Updates
 from lora_cli.merge_methods.ties import ties
 from lora_cli.steps.merge_module import one_thread_each
 
@@ -35,7 +37,7 @@ LAYER = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
-RANK, RUNS = 16, 5
+RANK, RUNS, DENSITY = 16, 5, 0.2
 
 
 def factors(shape: tuple[int, int], n: int) -> list[LowRank]:
@@ -51,10 +53,70 @@ def ours_sum(updates: list[LowRank]) -> LowRank:
     return reduce(concat(updates, [1.0] * len(updates)), RankChoice(ceiling=RANK)).update
 
 
+def tiles(updates: list[LowRank], workers: int) -> DeltaTiles:
+    n = len(updates)
+    return DeltaTiles(Updates(tuple(updates), keys=tuple(range(n)), scales=(1.0,) * n), workers)
+
+
 def ours_ties(updates: list[LowRank]) -> LowRank:
+    return reduce(ours_ties_dense(updates), RankChoice(ceiling=RANK)).update
+
+
+def ours_ties_dense(updates: list[LowRank]) -> Tensor:
     with one_thread_each() as workers:
-        dense: Tensor = ties(DeltaTiles(updates, workers=workers), torch.ones(len(updates)), density=0.2)
-    return reduce(dense, RankChoice(ceiling=RANK)).update
+        return ties(tiles(updates, workers), torch.ones(len(updates)), density=DENSITY)
+
+
+def ours_ties_parts(updates: list[LowRank]) -> dict[str, float]:
+    """Seconds of each part of a merge by TIES."""
+    times = [time.perf_counter()]
+    with one_thread_each() as workers:
+        deltas = tiles(updates, workers)
+        cuts = deltas.thresholds(DENSITY).tolist()
+        times.append(time.perf_counter())
+
+        def elect(block: Block) -> Tensor:
+            ballot = Ballot(block)
+            for tile, cut in zip(block, cuts, strict=True):
+                ballot.cast(tile, 1.0, cut)
+            return ballot.mean()
+
+        dense = deltas.merge(elect)
+    times.append(time.perf_counter())
+    reduce(dense, RankChoice(ceiling=RANK))
+    times.append(time.perf_counter())
+    names = ("thresholds", "election", "SVD")
+    return {name: end - start for name, start, end in zip(names, times, times[1:], strict=False)}
+
+
+def peft_ties_dense(updates: list[LowRank]) -> Tensor:
+    """What PEFT's ties_svd does before its SVD: its own function on dense deltas, all of them at once."""
+    from peft.utils.merge_utils import ties as theirs
+
+    deltas = [update.dense() for update in updates]
+    merged: Tensor = theirs(deltas, torch.ones(len(deltas)), DENSITY)
+    return merged
+
+
+def topk_ties(updates: list[LowRank]) -> Tensor:
+    """TIES as published code does it: a dense top-k of each adapter for the signs, and again for the mean."""
+    total, count = torch.zeros(updates[0].shape), torch.zeros(updates[0].shape)
+    for update in updates:
+        total += _trimmed(update)
+    sign = total.sign()
+    total.zero_()
+    for update in updates:
+        kept = _trimmed(update)
+        agree = (kept.sign() == sign) & (kept != 0)
+        total += kept * agree
+        count += agree
+    return total / count.clamp(min=1)
+
+
+def _trimmed(update: LowRank) -> Tensor:
+    flat = update.dense().flatten()
+    places = flat.abs().topk(round(DENSITY * flat.numel())).indices
+    return torch.zeros_like(flat).index_copy_(0, places, flat[places]).view(update.shape)
 
 
 def peft(updates: list[LowRank], combination: str) -> LowRank:
@@ -75,7 +137,7 @@ def peft(updates: list[LowRank], combination: str) -> LowRank:
         layer.lora_B[f"a{i}"].weight.data = update.B
     start = time.perf_counter()
     names = [f"a{i}" for i in range(len(updates))]
-    options = {"density": 0.2} if "ties" in combination else {}
+    options = {"density": DENSITY} if "ties" in combination else {}
     model.base_model.add_weighted_adapter(
         names, [1.0] * len(names), "merged", combination_type=combination, svd_rank=RANK, **options
     )
@@ -87,24 +149,34 @@ def one(what: str, module: str, n: int) -> None:
     """Run one case once in this process; print seconds, the rise of the peak memory and the size of the result."""
     warnings.simplefilter("ignore")
     updates = factors(LAYER[module], n)
-    work: Callable[[], LowRank] = {
+    work: Callable[[], LowRank | Tensor | dict[str, float]] = {
         "sum": lambda: ours_sum(updates),
         "ties": lambda: ours_ties(updates),
+        "ties-dense": lambda: ours_ties_dense(updates),
+        "ties-parts": lambda: ours_ties_parts(updates),
+        "topk-ties-dense": lambda: topk_ties(updates),
         "peft-svd": lambda: peft(updates, "svd"),
         "peft-ties_svd": lambda: peft(updates, "ties_svd"),
+        "peft-ties-dense": lambda: peft_ties_dense(updates),
     }[what]
     if what.startswith("peft"):
         import peft as _  # noqa: F401
+    elif "ties" in what:
+        ours_ties(factors((256, 256), 2))  # libraries warm up, loops are compiled
     else:
-        ours_sum(factors((64, 64), 2))  # libraries warm up
+        ours_sum(factors((64, 64), 2))
     before = _peak(reset=True)
     start = time.perf_counter()
     result = work()
     seconds = getattr(peft, "seconds", time.perf_counter() - start)
     rise = _peak() - before
-    exact = concat(updates, [1.0] * n)
-    error = (concat([exact, result], [1.0, -1.0]).norm() / exact.norm()).item() if "ties" not in what else None
-    print(json.dumps({"seconds": seconds, "rise": rise, "error": error}))
+    report: dict[str, float] = {"seconds": seconds, "rise": rise}
+    if isinstance(result, dict):
+        report |= result
+    elif isinstance(result, LowRank) and "ties" not in what:
+        exact = concat(updates, [1.0] * n)
+        report["error"] = float(concat([exact, result], [1.0, -1.0]).norm() / exact.norm())
+    print(json.dumps(report))
 
 
 def _peak(*, reset: bool = False) -> int:
@@ -122,7 +194,7 @@ def measured(what: str, module: str, n: int, runs: int = RUNS) -> dict[str, floa
     for _ in range(runs):
         command = [sys.executable, "-m", "tests.bench.bench_merge", "one", what, module, str(n)]
         rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-    return {key: statistics.median(row[key] for row in rows) if rows[0][key] is not None else 0 for key in rows[0]}
+    return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def layer() -> None:
@@ -138,13 +210,37 @@ def layer() -> None:
         print(
             f"| {what}, {module}, N={n}, rank {RANK} | {a['seconds']:.3f} | {a['rise'] / 1e9:.2f} GB "
             f"| {b['seconds']:.2f} | {b['rise'] / 1e9:.2f} GB | {b['seconds'] / a['seconds']:.0f}× "
-            f"| {a['error']:.4f} / {b['error']:.4f} |",
+            f"| {_shown(a)} / {_shown(b)} |",
             flush=True,
         )
     print("\n| all seven modules, N=30 | seconds | memory above the factors |\n|---|---|---|")
     for what in ("sum", "ties"):
         rows = [measured(what, module, 30, 1 if what == "ties" else RUNS) for module in LAYER]
         print(f"| {what} | {sum(r['seconds'] for r in rows):.1f} | {max(r['rise'] for r in rows) / 1e9:.2f} GB |")
+
+
+def _shown(row: dict[str, float]) -> str:
+    return f"{row['error']:.4f}" if "error" in row else "-"
+
+
+def ties_rows(runs: int = 3) -> None:
+    """TIES before any reduction of rank beside what others do, then the parts of ours, module by module."""
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {runs} fresh processes\n")
+    print("| TIES to a dense result | seconds | ns per element and adapter | memory |\n|---|---|---|---|")
+    for module, n in (("self_attn.k_proj", 30), ("mlp.gate_proj", 8)):
+        for what in ("ties-dense", "peft-ties-dense", "topk-ties-dense"):
+            row = measured(what, module, n, runs if what == "ties-dense" else 1)
+            each = row["seconds"] / (n * LAYER[module][0] * LAYER[module][1]) * 1e9
+            print(
+                f"| {what}, {module}, N={n} | {row['seconds']:.2f} | {each:.1f} | {row['rise'] / 1e9:.2f} GB |",
+                flush=True,
+            )
+    print("\n| N=30, rank 16, ns per element and adapter | thresholds | election | SVD | seconds | memory |")
+    print("|---|---|---|---|---|---|")
+    for module, (out, inn) in LAYER.items():
+        row = measured("ties-parts", module, 30, runs)
+        parts = " | ".join(f"{row[name] / (30 * out * inn) * 1e9:.2f}" for name in ("thresholds", "election", "SVD"))
+        print(f"| {module} | {parts} | {row['seconds']:.2f} | {row['rise'] / 1e9:.2f} GB |", flush=True)
 
 
 def model(folder: Path, *options: str) -> None:
@@ -186,6 +282,8 @@ def model(folder: Path, *options: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["one"]:
         one(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["ties"]:
+        ties_rows(*map(int, sys.argv[2:3]))
     elif sys.argv[1:2] == ["model"]:
         model(Path(sys.argv[2]), *sys.argv[3:])
     else:
