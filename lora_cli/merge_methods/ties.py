@@ -30,8 +30,8 @@ def ties(
     result are held, never an adapter's dense update. `--per adapter` counts over all modules before the first.
 
     Use: for adapters of different tasks that get in each other's way. The result has full rank: see how much of its
-    energy the rank you ask for keeps. Averaged over those that agree it is larger than the plain average (five to ten
-    times in norm for 30 unrelated adapters), so try `--lambda` below 1 or `--norm-match`.
+    energy the rank you ask for keeps. Its norm is larger than the plain average's, five times for 8 unrelated adapters
+    and ten times for 30, so try `--lambda` below 1 or `--norm-match`.
 
     Source: Yadav et al. 2023, arXiv 2306.01708, who trim over the whole model (`--per adapter`); PEFT and mergekit
     trim per tensor, which is the default here. PEFT elects + where a sum is zero and divides by the number of
