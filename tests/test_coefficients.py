@@ -252,7 +252,7 @@ def test_modules_are_measured_one_by_one_or_as_one_adapter(name: str, per: str, 
         if per == "module":
             wanted[module] = torch.from_numpy(RULES[name]([deltas(f)[module].numpy() for f, _ in held], mine))
         else:
-            wanted[module] = cut(RULES[name]([spread_out(f) for f, _ in held], mine))[module]
+            wanted[module] = cut(RULES[name]([spread_out(f) for f in folders], weights))[module]
     close(deltas(pool / "out"), wanted)
 
 

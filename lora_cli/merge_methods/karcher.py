@@ -32,7 +32,7 @@ def karcher(
     cos θ_i u) = 0, hence the iteration u ← Σ p_i (θ_i / sin θ_i) u_i at norm 1, all of it among the n coefficients.
     Updates of zero have no direction and no share. Refused: directions that cancel (Σ p_i u_i = 0), an update within 2
     degrees of the opposite of the mean, and directions so far apart that a thousand rounds do not settle on one.
-    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
+    With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
     Weights: shares of the direction and of the norm, by size; a negative one turns the update round. Twice the
     weights give twice the result.

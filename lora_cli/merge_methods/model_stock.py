@@ -25,7 +25,7 @@ def model_stock(
     that differ a pair counts |w_i w_j|, its cosine is that of sgn(w_i) ΔW_i and sgn(w_j) ΔW_j, and N = (Σ |w|)² / Σ w²;
     then t = c̄ / ‖Σ p_i u_i‖², u_i the turned unit vectors and p_i = |w_i| / Σ |w|. t lies in 0 … 1: copies and a single
     adapter have t = 1, orthogonal or opposed ones t = 0. Updates of zero are left out of N and c̄.
-    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
+    With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
     Weights: shares of the mean; a negative one turns the update round. Twice the weights give twice the result.
 

@@ -24,7 +24,7 @@ def multislerp(
     With unit vectors u_i = sgn(w_i) ΔW_i / ‖ΔW_i‖ and shares p_i = |w_i| / Σ |w|:
     ΔW = Σ |w_i| ‖ΔW_i‖ · m / ‖m‖ where m = Σ p_i u_i. Updates of zero have no direction and no share. Directions that
     cancel (‖m‖ = 0) are refused.
-    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
+    With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
     Weights: shares of the direction and of the norm, by size; a negative one turns the update round. Twice the
     weights give twice the result.

@@ -26,7 +26,7 @@ def norm_matched(
     back, orthogonal updates come out at norm Σ |w_i| ‖ΔW_i‖, the weighted mean norm. The second term of the maximum
     is the norm that orthogonal updates would have. Where updates cancel more than those, what is left of them is
     mostly noise, and it is not blown up beyond the γ of orthogonal ones.
-    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
+    With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
     Weights: shares of the mean; a negative one turns the update round. Twice the weights give twice the result.
 

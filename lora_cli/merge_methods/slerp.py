@@ -28,7 +28,7 @@ def slerp(
     sgn(w_0) ΔW_0 and sgn(w_1) ΔW_1. As θ → 0 this becomes Σ w_i ΔW_i, which is also what an update of zero gives. More
     than two adapters are refused, and so are updates within 2 degrees of opposite unless a weight is 0. In a module
     that one of the adapters lacks, the other counts as beside an update of zero.
-    With --per adapter norms and cosines are those of the whole updates of the adapters that have the module.
+    With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
     Weights: where on the arc, whatever order the adapters are given in: A=0.7 B=0.3 is at 0.3 of the way from A to B,
     the default half way. There is no --t, which would need a first and a second. A negative weight turns the update

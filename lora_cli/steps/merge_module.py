@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -75,7 +75,17 @@ class ModuleMerger:
             inputs=tuple(plan.inputs(a, module).to(plan.device) for a in adapters) if plan.inputs is not None else (),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
+        if METHODS.get(plan.method).kind == "coefficients" and plan.knobs.get("per") == "adapter":
+            return concat(updates, weights * self._whole_factors[places]), updates, weights
         return run_method(plan.method, updates, weights, plan.knobs), updates, weights
+
+    @cached_property
+    def _whole_factors(self) -> Tensor:
+        """By what a method that weighs whole adapters multiplies each weight, in every module alike, (n,)."""
+        everyone = Updates((), (), (), whole=self._whole.of(range(len(self.plan.adapters))))
+        weights = torch.tensor(self.plan.weights, dtype=torch.float64)
+        found: Tensor = METHODS.load(self.plan.method)(everyone, weights, **self.plan.knobs)
+        return torch.where(weights != 0, found / torch.where(weights != 0, weights, 1), 0)
 
     def _weights(self, module: str, weights: list[float]) -> list[float]:
         plan = self.plan

@@ -136,6 +136,8 @@ def plan(
         rank = "sum"
     if METHODS.get(method).needs == "inputs" and inputs is None:
         raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
+    if coefficients is not None and checked.get("per") == "adapter":
+        raise UsageError("learnt coefficients differ between modules: --per adapter has no meaning beside them")
     if "inside" in checked and checked.get("per") == "adapter":
         raise UsageError(f"{method} merges each module in a space of its own: --per adapter has no meaning there")
     rank_choice(rank, energy, [1])
