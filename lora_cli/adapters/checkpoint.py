@@ -27,7 +27,7 @@ CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 BLOCK: Final = 1 << 20
-"""About as many entries are in memory at a time."""
+"""Entries that are read at a time, or one row where a row has more."""
 
 # What loading reads in a model's folder, and what therefore decides its version.
 _READ: Final = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
@@ -136,28 +136,27 @@ def version_of_folder(folder: Path) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 
-def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[memoryview]:
-    """The bytes of one tensor, whole rows of `columns` entries at a time; each block is overwritten by the next.
+def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int, bytearray]]:
+    """The bytes of one tensor, whole rows of `columns` entries at a time: (first row, its and the next rows' bytes).
 
     Raises:
         Refused: the file ends inside the tensor.
     """
     file.seek(entry.begin)
     row = columns * DTYPE_BYTES[entry.dtype]
-    left = entry.end - entry.begin
-    buffer = bytearray(min(left, row * max(1, BLOCK // columns)))
-    while left:
-        view, done = memoryview(buffer)[:left], 0
-        while done < len(view):
-            count = file.readinto(view[done:])
+    rows = max(1, BLOCK // columns)
+    for at in range(0, (entry.end - entry.begin) // row, rows):
+        block = bytearray(min(rows * row, entry.end - entry.begin - at * row))
+        done = 0
+        while done < len(block):
+            count = file.readinto(memoryview(block)[done:])
             if not count:
                 raise Refused(f"{shortened(entry.name)}: the file ends inside this tensor")
             done += count
-        left -= done
-        yield view
+        yield at, block
 
 
-def as_tensor(block: memoryview, dtype: str) -> Tensor:
+def as_tensor(block: bytearray, dtype: str) -> Tensor:
     """The entries of a block, (entries,), sharing its memory."""
     return torch.frombuffer(block, dtype=DTYPES[dtype])
 
@@ -177,7 +176,7 @@ class ShardWriter:
         self._file: BinaryIO = path.open("wb")
         self.write(struct.pack("<Q", len(text)) + text)
 
-    def write(self, data: bytes | memoryview) -> None:
+    def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append bytes."""
         self._sha256.update(data)
         self._file.write(data)

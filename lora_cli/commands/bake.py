@@ -90,8 +90,7 @@ def bake(
                 report = step.bake(plan, folder, run, replace=force, progress=progress)
                 told = f"{outcome(run.results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
     if layers and not json:
-        rows = [{"layer": layer, **figures} for layer, figures in run.results["layers"].items()]
-        screen.rows("lora.bake/1", _LAYERS, rows, identity="layer")
+        screen.rows("lora.bake/1", _LAYERS, run.results["layers"], identity="layer")
     else:
         show_output(screen, "lora.bake/1", folder, run.record())
     screen.say(told)
@@ -109,20 +108,21 @@ def outcome(results: Mapping[str, Any]) -> str:
 
 def warn_of_loss(screen: Screen, results: Mapping[str, Any], limit: float) -> None:
     """Warn where the cast lost more than `limit` of the update, over all or in a layer."""
-    worst, figures = max(results["layers"].items(), key=lambda item: item[1]["lost"])
-    if max(results["lost"], figures["lost"]) <= limit:
+    worst = max(results["layers"], key=lambda layer: layer["lost"])
+    if max(results["lost"], worst["lost"]) <= limit:
         return
-    over = sum(layer["lost"] > limit for layer in results["layers"].values())
+    over = sum(layer["lost"] > limit for layer in results["layers"])
     wider = "" if results["precision"] == "fp32" else "bake with --dtype fp32, or "
     screen.warn(
-        f"{_percent(results['lost'])} of the update was lost in the cast, more than {_percent(limit)} in {over} of "
-        f"{len(results['layers'])} layers, most in {worst} ({_percent(figures['lost'])}): {wider}keep the adapter"
+        f"{_percent(results['lost'])} of the update was lost in the cast, more than {100 * limit:.0f} % in {over} of "
+        f"{len(results['layers'])} layers, most in {worst['layer']}, {_percent(worst['lost'])}: "
+        f"{wider}keep the adapter"
     )
 
 
 def _percent(share: float) -> str:
-    """A share in percent, to three digits; an error may be more than all of it."""
-    return f"{100 * share:.3g} %" if share < 9.995 else f"{100 * share:,.0f} %"
+    """A share in percent; an error may be more than all of it."""
+    return "under 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
 
 
 def register(root: typer.Typer) -> None:
