@@ -12,7 +12,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from lora_cli.commands import bake, config, demo, eval, fit, merge, methods, pool, runs, select, train
+from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, train
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
@@ -97,6 +97,7 @@ fit.register(app)
 train.register(app)
 eval.register(app)
 bake.register(app)
+diff.register(app)
 app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 config.register(app)

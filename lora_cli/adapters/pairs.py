@@ -26,7 +26,8 @@ def all_pairs(
     P1 in tiles of BᵀB ∘ AAᵀ, the quickest precision of the machine first. How far rounding moves a pair is estimated
     from what was summed for it; where that exceeds 5e-5 of ‖ΔW_i‖‖ΔW_j‖, as for near copies, related adapters and
     updates whose parts cancel, the pair is computed again in the next precision. So cosines are right to 1e-4,
-    whatever they are. O(N² r² (out + in)); besides the updates N r (out + in) numbers of the first precision are held.
+    whatever they are. O(N² r² (out + in)); besides the updates a copy of their Bs and N r (out + in) numbers of the
+    first precision are held.
 
     Args:
         workers: how many threads work on tiles of their own; torch's own threads had better be one then.
@@ -41,7 +42,7 @@ def all_pairs(
     with ThreadPoolExecutor(workers) as pool:
         squares = torch.tensor([*pool.map(_square, updates)], dtype=torch.float64)
         norms = squares.sqrt()
-        units = [update.scaled(1 / max(norm, 1e-30)) for update, norm in zip(updates, norms.tolist(), strict=True)]
+        units = [update.scaled(1 / norm if norm else 0.0) for update, norm in zip(updates, norms.tolist(), strict=True)]
         tiles = _tiles(units)
         stacks = [*pool.map(_Stack.of, [units[tile] for tile in tiles], [ladder[0]] * len(tiles))]
 

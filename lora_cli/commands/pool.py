@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.commands import similarity
 from lora_cli.commands.options import Base, Csv, Db, DryRun, Force, Json, Jsonl, Quiet, Where, examples, screen_for
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
 from lora_cli.records import Adapter, Progress
@@ -379,6 +380,9 @@ def verify(
     if bad:
         raise Refused(f"{len(bad):,} of {len(rows):,} refused: {bad[0]['id']}: {bad[0]['reason']}")
     screen.say(f"{len(rows):,} ok" + ("" if deep else " (weights not read: --deep)"))
+
+
+similarity.register(app)
 
 
 def _refuse_without_hub_id(settings: Settings) -> None:

@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
@@ -114,12 +113,12 @@ class Similarity:
     modules: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Clusters:
-    """`labels[i]` is the cluster of adapter i, counted from 1 along `order`, in which like stands beside like."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Clustered:
+    """A Similarity whose adapters stand in an order that brings like beside like; `labels` counts clusters from 1."""
 
+    similarity: Similarity
     labels: tuple[int, ...]
-    order: tuple[int, ...]
 
 
 def diff(one: OpenAdapter, other: OpenAdapter, progress: Progress = silent) -> Diff:
@@ -202,28 +201,39 @@ def near_copies(
     return copies
 
 
-def clusters(similarity: Similarity, cut: float) -> Clusters:
+def demand_cut(cut: float) -> None:
+    """UsageError unless -1 <= cut < 1."""
+    if not -1 <= cut < 1:
+        raise UsageError(f"--cut is a cosine in -1 <= cut < 1, not {cut}")
+
+
+def in_clusters(found: Similarity, cut: float) -> Clustered:
     """Clusters by average linkage on 1 − cosine: two join while the mean cosine between them is above `cut`.
+
+    The order of the leaves is the optimal one (Bar-Joseph et al. 2001), whatever the order of the adapters was.
 
     Raises:
         UsageError: `cut` is not in -1 <= cut < 1.
     """
-    if not -1 <= cut < 1:
-        raise UsageError(f"--cut is a cosine in -1 <= cut < 1, not {cut}")
-    n = len(similarity.adapters)
-    if n < 2:
-        return Clusters(labels=(1,) * n, order=tuple(range(n)))
+    demand_cut(cut)
+    n = len(found.adapters)
     # Ties between equal distances are broken by place, which must not be that on the command line.
-    pinned = [adapter.ref.pinned for adapter in similarity.adapters]
-    places = sorted(range(n), key=lambda i: pinned[i])
-    distances = (1 - similarity.cosines[places][:, places]).fill_diagonal_(0).clamp(min=0)
-    tree = hierarchy.linkage(squareform(distances.numpy(), checks=False), "average", optimal_ordering=True)
-    found = hierarchy.fcluster(tree, 1 - cut, "distance")
-    leaves = hierarchy.leaves_list(tree)
-    numbers = {label: number for number, label in enumerate(dict.fromkeys(found[leaves].tolist()), start=1)}
-    labels = np.empty(n, dtype=int)
-    labels[places] = [numbers[label] for label in found.tolist()]
-    return Clusters(labels=tuple(labels.tolist()), order=tuple(places[leaf] for leaf in leaves.tolist()))
+    places = sorted(range(n), key=lambda i: found.adapters[i].ref.pinned)
+    labels = [1] * n
+    if n > 1:
+        distances = (1 - found.cosines[places][:, places]).fill_diagonal_(0)
+        tree = hierarchy.linkage(squareform(distances.numpy(), checks=False), "average", optimal_ordering=True)
+        leaves = hierarchy.leaves_list(tree)
+        names = hierarchy.fcluster(tree, 1 - cut, "distance")[leaves].tolist()
+        labels = [1 + [*dict.fromkeys(names)].index(name) for name in names]
+        places = [places[leaf] for leaf in leaves.tolist()]
+    ordered = Similarity(
+        adapters=tuple(found.adapters[i] for i in places),
+        cosines=found.cosines[places][:, places],
+        norms=tuple(found.norms[i] for i in places),
+        modules=found.modules,
+    )
+    return Clustered(similarity=ordered, labels=tuple(labels))
 
 
 def _compare(one: OpenAdapter, other: OpenAdapter, module: str) -> ModuleDiff:

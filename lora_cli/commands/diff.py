@@ -1,0 +1,169 @@
+"""`lora diff`: two adapters side by side."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import Base, Csv, Db, Json, Jsonl, examples, screen_for
+from lora_cli.screen import Column, near
+from lora_cli.settings import load
+
+Plot = Annotated[
+    Path | None, typer.Option("--plot", help="Draw a picture too: a file whose name ends in .png or .svg.")
+]
+
+_COLUMNS = (
+    Column("MODULE", "module"),
+    Column("NORM A", "norm_a", "right"),
+    Column("NORM B", "norm_b", "right"),
+    Column("COSINE", "cosine", "right"),
+    Column("ANGLE OUT", "angle_out", "right"),
+    Column("MEAN OUT", "mean_out", "right", minor=True),
+    Column("ANGLE IN", "angle_in", "right"),
+    Column("MEAN IN", "mean_in", "right", minor=True),
+    Column("RANK A", "rank_a", "right", minor=True),
+    Column("RANK B", "rank_b", "right", minor=True),
+)
+_COPIES, _PARTLY, _ORTHOGONAL = 0.95, 0.3, 0.05
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="Id of the catalogue or the Hub, or a folder.")],
+    b: Annotated[str, typer.Argument(help="The other adapter.")],
+    plot: Plot = None,
+    base: Base = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+) -> None:
+    """Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the spectra.
+
+    ANGLE OUT is the smallest angle between what the two write into a module's output, ANGLE IN between what they read
+    of its input: 0 is a direction shared, 90 nothing shared. The last line compares the adapters as a whole.
+    """
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.steps.compare import diff as step
+    from lora_cli.steps.gather import gather
+
+    screen = screen_for(json, jsonl, csv)
+    if plot is not None:
+        from lora_cli.plots import demand_plottable
+
+        demand_plottable(plot)
+    settings = load({"base": base, "db": db})
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        gathered = gather(
+            catalogue,
+            [a, b],
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=screen.say,
+            progress=progress,
+        )
+        one, other = gathered.adapters
+        found = step(one, other, progress)
+    if plot is not None:
+        draw(plot, (one.ref.id, other.ref.id), found)
+    screen.rows(
+        "lora.diff/1",
+        _COLUMNS,
+        [_row(module) for module in found.modules],
+        identity="module",
+        caption=f"A {one.ref.id} · B {other.ref.id} · angles in degrees, the smallest and the mean",
+        extra={
+            "a": one.ref.pinned,
+            "b": other.ref.pinned,
+            "base": gathered.base,
+            "norms": list(found.norms),
+            "cosine": found.cosine,
+            "chance": found.chance,
+            "plot": None if plot is None else str(plot),
+        },
+    )
+    for line in told(found):
+        screen.say(line)
+    if plot is not None:
+        screen.say(f"  {near(plot)}")
+
+
+def draw(file: Path, names: tuple[str, str], found: Any) -> None:
+    """The picture of a steps.compare.Diff."""
+    from lora_cli.plots import ModulePair, draw_diff
+
+    pairs = [
+        ModulePair(
+            module=module.module,
+            norms=(module.one.norm, module.other.norm),
+            cosine=module.cosine,
+            spectra=(module.one.spectrum, module.other.spectrum),
+        )
+        for module in found.modules
+    ]
+    draw_diff(file, names, pairs)
+
+
+def told(found: Any) -> list[str]:
+    """What a steps.compare.Diff comes to, and what only one of the two adapters changes."""
+    norms = found.norms
+    if found.cosine is None:
+        zero = " and ".join(name for name, norm in zip("AB", norms, strict=True) if norm == 0)
+        return [f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · {zero} changes nothing, so there is no cosine"]
+    lines = [
+        f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · cosine {found.cosine:.4f} over {len(found.modules)} modules "
+        f"(random directions: ±{found.chance:.1g}) · {verdict(found.cosine)}"
+    ]
+    for name, here, there in (("A", "one", "other"), ("B", "other", "one")):
+        alone = [m for m in found.modules if getattr(m, here).norm > 0 and getattr(m, there).norm == 0]
+        if alone:
+            lines.append(f"  only {name} changes {len(alone)} of the modules, such as {alone[0].module}")
+    return lines
+
+
+def verdict(cosine: float) -> str:
+    """A cosine of whole adapters in words."""
+    if abs(cosine) >= _COPIES:
+        return "near copies but for their size" if cosine > 0 else "near opposites"
+    if abs(cosine) < _ORTHOGONAL:
+        return "nearly orthogonal"
+    return f"{'partly' if abs(cosine) >= _PARTLY else 'weakly'} {'aligned' if cosine > 0 else 'opposed'}"
+
+
+def _row(module: Any) -> dict[str, Any]:
+    one, other = module.one, module.other
+    return {
+        "module": module.module,
+        "shape": list(module.shape),
+        "norm_a": one.norm,
+        "norm_b": other.norm,
+        "cosine": module.cosine,
+        "angle_out": min(module.outputs, default=None),
+        "mean_out": _mean(module.outputs),
+        "angle_in": min(module.inputs, default=None),
+        "mean_in": _mean(module.inputs),
+        "rank_a": one.rank,
+        "rank_b": other.rank,
+        "effective_rank_a": one.effective_rank,
+        "effective_rank_b": other.effective_rank,
+        "stable_rank_a": one.stable_rank,
+        "stable_rank_b": other.stable_rank,
+        "angles_out": list(module.outputs),
+        "angles_in": list(module.inputs),
+        "spectrum_a": list(one.spectrum),
+        "spectrum_b": list(other.spectrum),
+    }
+
+
+def _mean(angles: tuple[float, ...]) -> float | None:
+    return sum(angles) / len(angles) if angles else None
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora diff` to the command tree."""
+    root.command(
+        epilog=examples(
+            "lora diff pool/tarn/mirror pool/mossy/double",
+            "lora diff pool/tarn/mirror pool/mossy/double --plot diff.svg --json",
+        )
+    )(diff)

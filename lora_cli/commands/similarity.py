@@ -1,0 +1,140 @@
+"""`lora pool similarity`: which adapters are alike."""
+
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.diff import Plot
+from lora_cli.commands.merge import named
+from lora_cli.commands.options import Base, Csv, Db, Json, Jsonl, Quiet, Selection, examples, screen_for
+from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.screen import Column, near
+from lora_cli.settings import load
+
+_COLUMNS = (
+    Column("ADAPTER", "id", wide=True),
+    Column("CLUSTER", "cluster", "right"),
+    Column("NEAREST", "nearest", wide=True),
+    Column("COSINE", "cosine", "right"),
+    Column("NORM", "norm", "right", minor=True),
+)
+
+
+def similarity(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="ADAPTER...",
+            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
+            show_default="the last selection",
+        ),
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Only the first so many.", min=2, show_default="all")] = None,
+    selection: Selection = None,
+    cut: Annotated[
+        float, typer.Option("--cut", help="Clusters join while the mean cosine between them is above this.")
+    ] = 0.5,
+    plot: Plot = None,
+    base: Base = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one of each.
+
+    Rows come in the order of the clusters, as in the picture; --json has the whole matrix in that order. A module that
+    an adapter lacks counts as zero there.
+    """
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.steps import compare as step
+    from lora_cli.steps.gather import gather
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    if plot is not None:
+        from lora_cli.plots import demand_plottable
+
+        demand_plottable(plot)
+    step.demand_cut(cut)
+    settings = load({"base": base, "db": db})
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        names, weights = named(adapters or [], catalogue, settings.base, selection, screen)
+        if any(weight is not None for weight in weights):
+            raise UsageError("similarity takes adapters without =WEIGHT")
+        names = names[:k]
+        if len(names) < 2:
+            raise NothingMatched(f"{len(names)} adapter is too few to compare", hint="name two or more")
+        gathered = gather(
+            catalogue,
+            names,
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=screen.say,
+            progress=progress,
+        )
+        found = step.in_clusters(step.similarity(gathered.adapters, progress), cut)
+    matrix = found.similarity.cosines.tolist()
+    if plot is not None:
+        from lora_cli.plots import draw_similarity
+
+        ids = [adapter.ref.id for adapter in found.similarity.adapters]
+        draw_similarity(plot, ids, matrix, found.labels, found.similarity.modules)
+    screen.rows(
+        "lora.pool.similarity/1",
+        _COLUMNS,
+        _rows(found, matrix),
+        extra={
+            "base": gathered.base,
+            "modules": found.similarity.modules,
+            "cut": cut,
+            "cosines": matrix,
+            "plot": None if plot is None else str(plot),
+        },
+    )
+    for line in _told(found, matrix, cut):
+        screen.say(line)
+    if plot is not None:
+        screen.say(f"  {near(plot)}")
+
+
+def _rows(found: Any, matrix: list[list[float]]) -> list[dict[str, Any]]:
+    adapters = found.similarity.adapters
+    rows = []
+    for place, adapter in enumerate(adapters):
+        nearest = max((i for i in range(len(adapters)) if i != place), key=matrix[place].__getitem__)
+        rows.append(
+            {
+                "id": adapter.ref.id,
+                "commit": adapter.ref.commit,
+                "cluster": found.labels[place],
+                "nearest": adapters[nearest].ref.id,
+                "cosine": matrix[place][nearest],
+                "norm": found.similarity.norms[place],
+            }
+        )
+    return rows
+
+
+def _told(found: Any, matrix: list[list[float]], cut: float) -> list[str]:
+    """What the matrix comes to, and which adapters have no direction to compare."""
+    from statistics import median
+
+    adapters, n = found.similarity.adapters, len(matrix)
+    pairs = [matrix[i][j] for i in range(n) for j in range(i)]
+    shared = sum(found.labels.count(label) > 1 for label in set(found.labels))
+    lines = [
+        f"{n} adapters · {found.similarity.modules} modules · cosine median {median(pairs):.4f}, "
+        f"{min(pairs):.4f} to {max(pairs):.4f} · clusters of two or more at --cut {cut:g}: {shared}"
+    ]
+    for adapter, norm in zip(adapters, found.similarity.norms, strict=True):
+        if norm == 0:
+            lines.append(f"  {adapter.ref.id} changes nothing: its cosines are 0")
+    return lines
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool similarity` to the commands of the pool."""
+    pool.command(
+        epilog=examples("lora pool similarity --plot pool.svg", "lora pool similarity -k 3 --json"),
+    )(similarity)

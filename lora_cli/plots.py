@@ -1,0 +1,233 @@
+"""Pictures of comparisons, as PNG or SVG: the only keeper of matplotlib. Equal numbers give equal bytes."""
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+from lora_cli.errors import OutputError, UsageError
+from lora_cli.screen import safe
+
+FORMATS = (".png", ".svg")
+# Beyond so many rows, labels would run into each other.
+_MOST_LABELS = 60
+_LONGEST_LABEL = 36
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "figure.titlesize": 10,
+    "savefig.dpi": 150,
+    # A stranger's id is text: never mathematics, never TeX.
+    "text.parse_math": False,
+    "text.usetex": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lora",
+}
+_ONE, _OTHER = "#1f5fa8", "#d1661c"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModulePair:
+    """Two adapters in one module: norms of the updates, their cosine (None: one is zero), singular values of each."""
+
+    module: str
+    norms: tuple[float, float]
+    cosine: float | None
+    spectra: tuple[Sequence[float], Sequence[float]]
+
+
+def demand_plottable(file: Path) -> None:
+    """UsageError where the name of a plot says no format that can be written."""
+    if file.suffix.lower() not in FORMATS:
+        raise UsageError(f"{file.name}: a plot is .png or .svg", hint="give --plot NAME.svg")
+
+
+def draw_similarity(
+    file: Path, labels: Sequence[str], cosines: Sequence[Sequence[float]], clusters: Sequence[int], modules: int
+) -> None:
+    """The cosine matrix of N adapters as a heat map; those of a cluster stand side by side, within a frame.
+
+    Args:
+        labels, cosines, clusters: in the order of the rows, the matrix (N, N).
+        modules: over how many modules the cosines were taken.
+
+    Raises:
+        UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
+    """
+    n = len(labels)
+    shown = [_label(label) for label in labels] if n <= _MOST_LABELS else []
+    margin = 0.065 * max(map(len, shown), default=0)
+    side = max(2.6, 0.17 * n) if shown else 7.0
+    with _figure(file, (side + margin + 1.3, side + margin + 0.5)) as figure:
+        axes = figure.add_subplot()
+        image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+        figure.colorbar(image, ax=axes, label="cosine", shrink=0.8)
+        frames = _frames(clusters)
+        for start, end in frames:
+            axes.add_patch(_frame(start, end))
+        if shown:
+            axes.set_xticks(range(n), shown, rotation=90)
+            axes.set_yticks(range(n), shown)
+            axes.tick_params(length=0, labelsize=7)
+            if n <= 12:
+                _write_values(axes, cosines)
+        else:
+            axes.set(xticks=[], yticks=[])
+            axes.set_xlabel(f"{n} adapters in the order of their clusters")
+        many = f"{len(frames)} cluster{'s' if len(frames) != 1 else ''} of two or more"
+        axes.set_title(f"{n} adapters · {modules} modules · {many}")
+
+
+def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -> None:
+    """Two adapters: cosine and both norms by layer and kind of module, and the spectra of all modules.
+
+    Raises:
+        UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
+    """
+    layers, kinds = _layers_and_kinds([pair.module for pair in pairs])
+    height = min(max(1.2, 0.16 * len(layers)), 9.0) + 0.09 * max(len(kind) for kind in kinds)
+    with _figure(file, (max(8.0, 3.6 + 0.75 * len(kinds)), height + 3.6)) as figure:
+        figure.suptitle(f"A: {_label(names[0], 90)}\nB: {_label(names[1], 90)}", ha="left", x=0.02)
+        upper, lower = figure.subfigures(2, 1, height_ratios=(height, 2.8))
+        largest = max(max(pair.norms) for pair in pairs) or 1.0
+        one, other = ([pair.norms[side] or None for pair in pairs] for side in (0, 1))
+        limits = {"norm": (0.0, largest), "cosine": (-1.0, 1.0)}
+        panels = (
+            ("cosine", "cosine", [pair.cosine for pair in pairs], "RdBu_r"),
+            ("norm of A", "norm", one, "viridis"),
+            ("norm of B", "norm", other, "viridis"),
+        )
+        for axes, (title, what, values, colours) in zip(upper.subplots(1, 3, sharey=True), panels, strict=True):
+            grid = _grid(pairs, layers, kinds, values)
+            low, high = limits[what]
+            image = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+            axes.set_facecolor("#dddddd")
+            axes.set_title(title, fontsize=8)
+            axes.set_xticks(range(len(kinds)), [_label(kind) for kind in kinds], rotation=90)
+            step = 1 + (len(layers) - 1) // 32
+            axes.set_yticks(range(0, len(layers), step), layers[::step])
+            axes.tick_params(length=0, labelsize=7)
+            upper.colorbar(image, ax=axes, location="right")
+        upper.axes[0].set_ylabel("layer")
+        _draw_spectra(lower.subplots(1, 2, sharey=True), pairs)
+
+
+def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
+    """Every module's singular values as a thin line, and their median over the modules."""
+    import numpy as np
+
+    for side, (axes, colour) in enumerate(zip(both, (_ONE, _OTHER), strict=True)):
+        spectra = [pair.spectra[side] for pair in pairs if len(pair.spectra[side])]
+        axes.set_title(f"singular values of {'AB'[side]}", fontsize=8)
+        axes.set_xlabel("direction")
+        if not spectra:
+            axes.text(0.5, 0.5, "changes nothing", ha="center", va="center", transform=axes.transAxes)
+            continue
+        for spectrum in spectra:
+            axes.plot(
+                range(1, len(spectrum) + 1), spectrum, color=colour, alpha=0.25, linewidth=0.6, marker=_dot(spectrum)
+            )
+        longest = max(len(spectrum) for spectrum in spectra)
+        medians = [np.median([s[k] for s in spectra if len(s) > k]) for k in range(longest)]
+        axes.plot(range(1, longest + 1), medians, color=colour, linewidth=1.8, label="median", marker=_dot(medians))
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.set_xlim(0.5, longest + 0.5)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, title=f"{len(spectra)} modules")
+
+
+def _dot(values: Sequence[float]) -> str:
+    """A line of one point would not be seen."""
+    return "o" if len(values) == 1 else ""
+
+
+def _frames(clusters: Sequence[int]) -> list[tuple[int, int]]:
+    """Where clusters of two or more begin and end."""
+    ends = accumulate(sizes := [len([*run]) for _, run in groupby(clusters)])
+    return [(end - size, end) for size, end in zip(sizes, ends, strict=True) if size > 1]
+
+
+def _frame(start: int, end: int) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((start - 0.5, start - 0.5), end - start, end - start, fill=False, edgecolor="black", linewidth=1.2)
+
+
+def _write_values(axes: Any, cosines: Sequence[Sequence[float]]) -> None:
+    for row, line in enumerate(cosines):
+        for column, value in enumerate(line):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=6)
+
+
+def _grid(
+    pairs: Sequence[ModulePair], layers: Sequence[str], kinds: Sequence[str], values: Sequence[float | None]
+) -> list[list[float]]:
+    """Values by layer and kind, NaN where there is none."""
+    grid = [[float("nan")] * len(kinds) for _ in layers]
+    for pair, value in zip(pairs, values, strict=True):
+        layer, kind = _split(pair.module)
+        if value is not None:
+            grid[layers.index(layer)][kinds.index(kind)] = value
+    return grid
+
+
+def _layers_and_kinds(modules: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The rows and columns that the modules make, in the order in which they come."""
+    split = [_split(module) for module in modules]
+    return list(dict.fromkeys(layer for layer, _ in split)), list(dict.fromkeys(kind for _, kind in split))
+
+
+def _split(module: str) -> tuple[str, str]:
+    """A module's layer and what it is there: `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`."""
+    match = re.search(r"\.(\d+)\.", module)
+    return (match[1], module[match.end() :]) if match else ("–", module)
+
+
+def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
+    """An id as it may stand in a picture: nothing that does not print or that the font lacks, and not too long."""
+    shown = "".join(c if c < "\u0250" else c.encode("ascii", "backslashreplace").decode() for c in safe(text))
+    return shown if len(shown) <= longest else f"…{shown[1 - longest :]}"
+
+
+@contextmanager
+def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """A figure that is written to `file` when the block ends well."""
+    demand_plottable(file)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.set_loglevel("ERROR")
+    metadata = {"Date": None, "Creator": None} if file.suffix.lower() == ".svg" else {"Software": None}
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE}):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        data = io.BytesIO()
+        figure.savefig(data, format=file.suffix.lower()[1:], metadata=metadata)
+    _write(file, data.getvalue())
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Write a file whole or not at all, in place of an earlier one."""
+    if file.is_symlink():
+        raise OutputError(f"{file}: a link; outputs are never written through links")
+    partial = file.parent / f".{file.name}.{os.getpid()}.partial"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from error
+    finally:
+        partial.unlink(missing_ok=True)
