@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.base_model import pin
 from lora_cli.hub import Hub
 from lora_cli.steps import bake as baking
 from lora_cli.steps.bake import add
