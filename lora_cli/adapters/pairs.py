@@ -64,7 +64,7 @@ def all_pairs(
 def cosines(products: Tensor) -> Tensor:
     """Cosines from all inner products, (N, N): within [-1, 1], 1 on the diagonal; a zero update has 0 throughout."""
     norms = products.diag().sqrt()
-    found = (products / norms[:, None] / norms).nan_to_num(0, 0, 0).clamp(-1, 1)
+    found = (products / (norms[:, None] * norms)).nan_to_num(0, 0, 0).clamp(-1, 1)
     return found.fill_diagonal_(0) + (norms > 0).to(found).diag()
 
 

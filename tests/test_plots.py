@@ -1,0 +1,122 @@
+"""Pictures: the same bytes for the same numbers, nothing of a stranger's id but its letters, whole or absent."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from lora_cli.errors import LoraError, OutputError, UsageError
+from lora_cli.plots import ModulePair, draw_diff, draw_similarity
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.cli import ok
+from tests.test_merge import SHAPES
+
+HOSTILE = (
+    "plain/adapter",
+    "$\\frac{1}{0}$ and $x",
+    "</text><script>alert(1)</script>&amp;",
+    "esc\x1b[31m\x07 and \x00",
+    "bidi\u202egnp.exe\u2066",
+    "中文/🙂 \ud800",
+    "-->]]><!--",
+    "x" * 5000,
+)
+
+Draw = Callable[[Path], None]
+
+
+def similarity(file: Path, labels: tuple[str, ...] = HOSTILE) -> None:
+    n = len(labels)
+    matrix = [[1.0 if i == j else 0.9 if i + j == 1 else -0.05 * (i + j) / n for j in range(n)] for i in range(n)]
+    draw_similarity(file, labels, matrix, [1, 1, *range(2, n)][:n], 7)
+
+
+def diff(file: Path, names: tuple[str, str] = (HOSTILE[1], HOSTILE[2])) -> None:
+    pairs = [
+        ModulePair(
+            module=f"model.layers.{layer}.{kind}",
+            norms=(1.0 + layer, 0.0 if kind == "$x" else 2.0),
+            cosine=None if kind == "$x" else 0.1 * layer,
+            spectra=((3.0, 1.0, 0.5), () if kind == "$x" else (2.0,)),
+        )
+        for layer in range(3)
+        for kind in ("q_proj", "$x")
+    ]
+    draw_diff(file, names, [*pairs, ModulePair(module="lm_head", norms=(0, 1), cosine=None, spectra=((), (1.0,)))])
+
+
+@pytest.mark.parametrize("draw", [similarity, diff])
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".SVG"])
+def test_equal_numbers_give_equal_bytes(draw: Draw, suffix: str, tmp_path: Path) -> None:
+    one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
+    draw(one)
+    with matplotlib.rc_context({"axes.facecolor": "red", "svg.hashsalt": None, "figure.dpi": 30}):
+        draw(other)
+    assert one.read_bytes() == other.read_bytes()
+    assert one.read_bytes().startswith(b"\x89PNG" if suffix == ".png" else b"<?xml")
+    draw(one)
+    assert one.read_bytes() == other.read_bytes()
+    assert sorted(file.name for file in tmp_path.iterdir()) == [one.name, other.name]
+
+
+@pytest.mark.parametrize("draw", [similarity, diff])
+def test_an_id_is_text_and_no_more(draw: Draw, tmp_path: Path) -> None:
+    draw(tmp_path / "x.svg")
+    text = (tmp_path / "x.svg").read_text("utf-8")
+    root = ElementTree.fromstring(text)
+    tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+    assert "script" not in tags
+    assert not re.findall("[\x00-\x09\x0b-\x1f\u200b-\u200f\u202a-\u202e\u2066-\u2069]", text)
+    words = ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+    assert any("$\\frac{1}{0}$ and $x" in word for word in words)
+    assert any("<script>" in word for word in words)
+    assert all(len(word) < 120 for word in words)
+    assert "date" not in text.lower()
+
+
+@pytest.mark.parametrize("n", [2, 13, 61, 200])
+def test_labels_stand_where_they_can_be_read(n: int, tmp_path: Path) -> None:
+    similarity(tmp_path / "x.svg", tuple(f"owner/adapter-{i}" for i in range(n)))
+    text = (tmp_path / "x.svg").read_text("utf-8")
+    assert ("owner/adapter-1<" in text) == (n <= 60)
+    assert f"{n} adapters · 7 modules · 1 cluster of two or more" in text
+
+
+def test_two_that_change_nothing_still_make_a_picture(tmp_path: Path) -> None:
+    pair = ModulePair(module="model.layers.0.q_proj", norms=(0.0, 0.0), cosine=None, spectra=((), ()))
+    draw_diff(tmp_path / "x.svg", ("a", "b"), [pair])
+    assert "changes nothing" in (tmp_path / "x.svg").read_text("utf-8")
+
+
+def test_a_picture_is_never_written_through_a_link_or_in_part(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.png"
+    kept.write_text("mine")
+    (tmp_path / "link.png").symlink_to(kept)
+    (tmp_path / "folder.png").mkdir()
+    cases: list[tuple[str, type[LoraError]]] = [
+        ("link.png", OutputError),
+        ("folder.png", OutputError),
+        ("kept.png/x.png", OutputError),
+        ("x.pdf", UsageError),
+        ("x", UsageError),
+    ]
+    for name, error in cases:
+        with pytest.raises(error):
+            similarity(tmp_path / name)
+    assert kept.read_text() == "mine"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder.png", "kept.png", "link.png"]
+    similarity(tmp_path / "new" / "x.png")
+    assert (tmp_path / "new" / "x.png").is_file()
+
+
+def test_commands_draw_beside_their_rows(tmp_path: Path) -> None:
+    one, other = (str(write_adapter(tmp_path / f"$a{i}", random_factors(SHAPES, 2, seed=i))) for i in (1, 2))
+    told = ok("diff", one, other, "--plot", "diff.svg")
+    assert "diff.svg" in told.err
+    assert len(told.out.splitlines()) == len(SHAPES)
+    ok("pool", "similarity", one, other, "--plot", "pool.png")
+    assert Path("diff.svg").read_bytes().startswith(b"<?xml")
+    assert Path("pool.png").read_bytes().startswith(b"\x89PNG")
