@@ -1,9 +1,7 @@
 """The only door to transformers and peft: load a base model, know its modules, wear adapters, loss, generate."""
 
-import hashlib
 import inspect
 import itertools
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +16,12 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.checkpoint import cached_model, folder_or_hub, version_of_folder
 from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
-from lora_cli.hub import Hub, cached_file
+from lora_cli.hub import Hub
 from lora_cli.records import Example
 from lora_cli.settings import folder_of
 
@@ -34,8 +32,6 @@ _hf.utils.logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
-# What loading may read in a model's folder: configuration, tokenizer, chat template, weights.
-_READ = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -468,7 +464,7 @@ class BaseRef:
         options: dict[str, Any] = {"local_files_only": True}
         if folder_of(self.place) is None:
             # A copy on this machine is taken as it is: no request, and the same base tomorrow.
-            options = {"local_files_only": bool(_cached(self.place, self.version)), "revision": self.version}
+            options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
         try:
             with _silence():
                 tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
@@ -503,11 +499,11 @@ def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str =
         UsageError, Refused: see `resolve`.
     """
     device, dtype = resolve(device, dtype)
-    folder = _folder_or_hub(name_or_path)
+    folder = folder_or_hub(name_or_path)
     return BaseRef(
         place=name_or_path if folder is None else str(folder),
         name=name or public_base(name_or_path),
-        version=_version_on_hub(name_or_path) if folder is None else _version_of_folder(folder),
+        version=_version_on_hub(name_or_path) if folder is None else version_of_folder(folder),
         device=device,
         dtype=dtype,
     )
@@ -588,27 +584,10 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _folder_or_hub(name: str) -> Path | None:
-    """A model's folder, None for what may be a Hub id."""
-    folder = folder_of(name)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise NothingMatched(f"{name} holds no model: config.json is missing", hint="name the model's own folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
-        raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
-    return folder
-
-
-def _version_of_folder(folder: Path) -> str:
-    files = sorted(file for file in folder.iterdir() if file.suffix in _READ and file.is_file())
-    text = "".join(f"{file.name}\n{sha256_of(file)}\n" for file in files)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
-
-
 def _version_on_hub(name: str) -> str:
     """The commit of the copy in the Hub client's cache where that is whole, else of the Hub's main branch."""
-    if version := _cached(name):
-        return version
+    if cached := cached_model(name):
+        return cached.name
     if not Hub().exists(name):
         raise NothingMatched(f"no base model {name}", hint="check the id; a private one wants 'hf auth login'")
     try:
@@ -617,18 +596,6 @@ def _version_on_hub(name: str) -> str:
     except Exception as error:
         _translate(name, error)
     return Path(found).parent.name
-
-
-def _cached(name: str, version: str = "main") -> str:
-    """The commit at which the Hub client's cache holds all that loading asks for, "" when it does not."""
-    config = cached_file(name, "config.json", version)
-    if config is None or cached_file(name, "tokenizer_config.json", version) is None:
-        return ""
-    weights = {"model.safetensors"}
-    # An index names every part of split weights.
-    if index := cached_file(name, "model.safetensors.index.json", version):
-        weights = set(json.loads(index.read_bytes())["weight_map"].values())
-    return config.parent.name if all(cached_file(name, part, version) for part in weights) else ""
 
 
 def _translate(name: str, error: Exception) -> NoReturn:

@@ -293,7 +293,7 @@ def test_what_the_hub_says_becomes_this_tools_errors(monkeypatch: pytest.MonkeyP
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("not to be had") from type(kind, (Exception,), {})()
 
-    monkeypatch.setattr(base_model, "_cached", lambda name, version="": "0" * 40)
+    monkeypatch.setattr(base_model, "cached_model", lambda name, version="": Path("0" * 40))
     monkeypatch.setattr(base_model._hf.AutoTokenizer, "from_pretrained", fail)
     with pytest.raises(base_model.LoraError) as caught:
         load("acme/tiny")

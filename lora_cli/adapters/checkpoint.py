@@ -105,15 +105,16 @@ def folder_or_hub(name: str) -> Path | None:
     return folder
 
 
-def cached_model(repo: str) -> Path | None:
-    """Where the Hub client's cache holds a model at the commit it knows as main, None unless all of it is there."""
-    config = cached_file(repo, CONFIG)
-    if config is None or cached_file(repo, "tokenizer_config.json") is None:
+def cached_model(repo: str, version: str = "main") -> Path | None:
+    """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole."""
+    config = cached_file(repo, CONFIG, version)
+    if config is None or cached_file(repo, "tokenizer_config.json", version) is None:
         return None
     parts = {WEIGHTS}
-    if (index := cached_file(repo, INDEX)) and not cached_file(repo, WEIGHTS):
+    # An index names every part of split weights.
+    if (index := cached_file(repo, INDEX, version)) and not cached_file(repo, WEIGHTS, version):
         parts = set(_weight_map(_object(index, repo), repo).values())
-    return config.parent if all(cached_file(repo, part) for part in parts) else None
+    return config.parent if all(cached_file(repo, part, version) for part in parts) else None
 
 
 def wanted_files(files: Collection[str]) -> list[str]:
@@ -127,7 +128,7 @@ def wanted_files(files: Collection[str]) -> list[str]:
 
 
 def version_of_folder(folder: Path) -> str:
-    """The head of a SHA-256 over the files that loading reads, as `base_model.pin` has it: 40 hex digits.
+    """The head of a SHA-256 over the files that loading reads: 40 hex digits.
 
     Takes a second per gigabyte or so.
     """
