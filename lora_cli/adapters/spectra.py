@@ -74,14 +74,6 @@ def signs(Q: Tensor) -> Tensor:
     return Q.gather(0, Q.abs().argmax(0, keepdim=True)).sign().squeeze(0)
 
 
-def total(spectra: Sequence[Spectrum], weights: Sequence[float]) -> Spectrum:
-    """The singular triplets of Σ w_i ΔW_i above the noise. O(R² (out + in) + R³)."""
-    space = Space.of([Spectrum(one.U, one.s * abs(w), one.V) for one, w in zip(spectra, weights, strict=True)])
-    u, s, vh = torch.linalg.svd(concat(space.items, [float((w > 0) - (w < 0)) for w in weights]).dense())
-    k = int((s > NOISE * s[:1]).sum())
-    return Spectrum(space.U @ u[:, :k], s[:k], space.V @ vh[:k].T)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Space:
     """The k × l space that n updates span: orthonormal U (out, k) and V (in, l); update i is U · items[i] · Vᵀ."""
@@ -101,6 +93,16 @@ class Space:
             V,
             tuple(LowRank(b, a.T) for b, a in zip(torch.split(B, ranks, 1), torch.split(A, ranks, 1), strict=True)),
         )
+
+    def sum(self, weights: Sequence[float]) -> Spectrum:
+        """The singular triplets above the noise of Σ w_i items[i], with U (k, ρ) and V (l, ρ) in this space. O(R³)."""
+        u, s, vh = torch.linalg.svd(concat(self.items, weights).dense(), full_matrices=False)
+        rank = int((s > NOISE * s[:1]).sum())
+        return Spectrum(u[:, :rank], s[:rank], vh[:rank].T)
+
+    def outside(self, found: Spectrum) -> LowRank:
+        """U · found · Vᵀ as factors (out, ρ) and (ρ, in)."""
+        return LowRank(self.U @ (found.U * found.s), (self.V @ found.V).T)
 
 
 def merged_inside(

@@ -1,9 +1,11 @@
 """Iso-C: the sum with a flat spectrum."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.spectra import compact, total
+from lora_cli.adapters.spectra import Space, compact
 from lora_cli.adapters.updates import Updates
 from lora_cli.methods import method
 
@@ -27,5 +29,6 @@ def iso_c(updates: Updates, weights: Tensor) -> LowRank:
     directions that no adapter has: at rank 16 × 4 in 1024 nearly all of the result. Here it stays on the numerical
     rank, as in core space (arXiv 2509.17786).
     """
-    found = total([compact(update) for update in updates], weights.tolist())
-    return LowRank(found.U * found.s.sum() / max(1, found.s.numel()), found.V.T).to(updates[0].B.dtype)
+    space = Space.of([compact(update) for update in updates])
+    found = space.sum(weights.tolist())
+    return space.outside(replace(found, s=found.s.mean().expand_as(found.s))).to(updates[0].B.dtype)

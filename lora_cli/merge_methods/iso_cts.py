@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank, Spectrum
-from lora_cli.adapters.spectra import NOISE, compact, counted, polar, total
+from lora_cli.adapters.spectra import NOISE, Space, compact, counted, polar
 from lora_cli.adapters.updates import Updates
 from lora_cli.methods import Knob, method
 
@@ -38,17 +38,17 @@ def iso_cts(
     P that does not fail on directions that several adapters share. The projection on the left side alone is theirs.
     """
     kept, w = counted(updates, weights)
-    spectra = [compact(update) for update in kept]
-    together = total(spectra, w.tolist())
-    moving = [(one, factor) for one, factor in zip(spectra, w.tolist(), strict=True) if one.s.numel()]
+    space = Space.of([compact(update) for update in kept])
+    together = space.sum(w.tolist())
+    moving = [item.scaled(factor) for item, factor in zip(space.items, w.tolist(), strict=True) if item.rank]
     D, N = together.s.numel(), max(1, len(moving))
     k_t = min(round((D - int(common * D)) / N), D // N)
     k_c = D - N * k_t
     parts = [Spectrum(together.U[:, :k_c], together.s[:k_c], together.V[:, :k_c])]
-    for one, factor in moving:
-        besides = one.U - parts[0].U @ (parts[0].U.T @ one.U)
-        own = compact(LowRank(besides * one.s * factor, one.V.T), floor=NOISE * abs(factor) * float(one.s.norm()))
+    for item in moving if k_t else ():
+        besides = LowRank(item.B - parts[0].U @ (parts[0].U.T @ item.B), item.A)
+        own = compact(besides, floor=NOISE * float(item.norm()))
         parts.append(Spectrum(own.U[:, :k_t], own.s[:k_t], own.V[:, :k_t]))
     s = torch.cat([part.s for part in parts])
     U, V = polar(torch.cat([part.U for part in parts], dim=1)), polar(torch.cat([part.V for part in parts], dim=1))
-    return LowRank(U * s.sum() / max(1, s.numel()), V.T).to(kept[0].B.dtype)
+    return space.outside(Spectrum(U, s.mean().expand_as(s), V)).to(kept[0].B.dtype)
