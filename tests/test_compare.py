@@ -20,7 +20,7 @@ from tests.test_wild import WILD
 
 Q = {module: shape for module, shape in SHAPES.items() if "q_proj" in module}
 FP32 = (torch.float32, torch.float64)
-NARROW = ((torch.int8, torch.bfloat16, *FP32), (torch.bfloat16, *FP32), FP32)
+NARROW = ((torch.int8, *FP32), (torch.bfloat16, *FP32), FP32)
 
 
 def dense(folder: Path) -> np.ndarray:

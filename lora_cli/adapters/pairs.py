@@ -12,8 +12,9 @@ from lora_cli.adapters.lowrank import LowRank
 
 # Rows of a tile, so that its products stay near the processor while they are summed.
 _ROWS = 1024
-# What rounding may do to a cosine before the pair is computed again in a wider precision.
-_TOLERANCE = 5e-5
+# Standard deviation that rounding may give to a cosine; beyond it the pair is computed again in a wider precision.
+# Of half a million pairs the worst is then off by five times this, 1e-4.
+_TOLERANCE = 2e-5
 # Entries that a module must have for whole numbers to be within the tolerance, for updates that are unrelated.
 _MANY_ENTRIES = 2**21
 
@@ -24,15 +25,15 @@ def all_pairs(
     """⟨ΔW_i, ΔW_j⟩ of N updates of one shape, (N, N) float64, symmetric; exact squared norms on the diagonal.
 
     P1 in tiles of BᵀB ∘ AAᵀ, the quickest precision of the machine first. How far rounding moves a pair is estimated
-    from what was summed for it; where that exceeds 5e-5 of ‖ΔW_i‖‖ΔW_j‖, as for near copies, related adapters and
+    from what was summed for it; where that exceeds 2e-5 of ‖ΔW_i‖‖ΔW_j‖, as for near copies, related adapters and
     updates whose parts cancel, the pair is computed again in the next precision. So cosines are right to 1e-4,
     whatever they are. O(N² r² (out + in)); besides the updates a copy of their Bs and N r (out + in) numbers of the
     first precision are held.
 
     Args:
         workers: how many threads work on tiles of their own; torch's own threads had better be one then.
-        precisions: from narrow to wide; None takes int8 (whole numbers per row) and bfloat16 where the processor
-            multiplies them natively, then fp32 and float64.
+        precisions: from narrow to wide; None takes what the processor multiplies natively of int8 (whole numbers per
+            row, for large modules) and bfloat16, then fp32 and float64.
     """
     n = len(updates)
     products = torch.zeros(n, n, dtype=torch.float64)
@@ -98,15 +99,15 @@ class _Stack:
         return cls(b.to(dtype), a.to(dtype), owner, (longest[0], longest[1]))
 
     def products(self, other: "_Stack") -> tuple[Tensor, Tensor]:
-        """The inner products with the updates of another stack, and how far rounding may have moved each."""
+        """The inner products with the updates of another stack, and the standard deviation rounding gave each."""
         b, a = _gram(self.B, other.B, self.owner.dtype), _gram(self.A, other.A, self.owner.dtype)  # (R, R')
         sums = self.owner.T @ (b * a) @ other.owner
         if self.B.dtype == torch.int8:
-            # Every number is off by up to a half, with variance 1/12, so a Gram's entry by the norms of its two rows;
-            # three standard deviations.
-            b_noise, a_noise = (9 / 12 * (x + y) for x, y in zip(self.longest, other.longest, strict=True))
+            # Every number is off by up to a half, with variance 1/12: a Gram's entry by that times its rows' lengths.
+            b_noise, a_noise = ((x + y) / 12 for x, y in zip(self.longest, other.longest, strict=True))
             spread = a.square_().mul_(b_noise).add_(b.square_(), alpha=a_noise)
         else:
+            # Of the unit of rounding, by which one number is off at most, four roundings of two Grams make about one.
             spread = b.mul_(a).mul_(torch.finfo(self.B.dtype).eps / 2).square_()
         noise = (self.owner.square().T @ spread @ other.owner.square()).sqrt()
         return sums.cpu().double(), noise.cpu().double()
@@ -142,9 +143,11 @@ def _tiles(updates: Sequence[LowRank]) -> list[slice]:
 
 def _precisions(update: LowRank) -> list[torch.dtype]:
     """From narrow to wide, those that gain time on this device for modules of this size."""
-    native: list[torch.dtype] = []
-    if update.B.device.type == "cpu":
-        out, inn = update.shape
-        native += [torch.int8] if out * inn >= _MANY_ENTRIES and torch.cpu._is_vnni_supported() else []
-        native += [torch.bfloat16] if torch.cpu._is_avx512_bf16_supported() else []
-    return [*native, torch.float32, torch.float64]
+    out, inn = update.shape
+    if update.B.device.type != "cpu":
+        return [torch.float32, torch.float64]
+    if out * inn >= _MANY_ENTRIES and torch.cpu._is_vnni_supported():
+        return [torch.int8, torch.float32, torch.float64]
+    if torch.cpu._is_avx512_bf16_supported():
+        return [torch.bfloat16, torch.float32, torch.float64]
+    return [torch.float32, torch.float64]
