@@ -151,7 +151,8 @@ def principal_angles(q: Tensor, p: Tensor) -> tuple[float, ...]:
 def similarity(adapters: Sequence[OpenAdapter], progress: Progress = silent) -> Similarity:
     """Cosines of the whole updates of all pairs; a module that an adapter lacks counts as zero there.
 
-    One module of all adapters is in memory at a time: N r (out + in) fp32 numbers, and up to half as much beside them.
+    One module of all adapters is in memory at a time, with what pairs.all_pairs holds beside it: N r (10 out + 6 in)
+    bytes at most.
     The order of the adapters is kept and does not matter.
 
     Raises:
