@@ -1,6 +1,5 @@
 """CtM: compress all adapters to one small space, then merge there."""
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -62,39 +61,41 @@ def ctm(
 
 
 def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal U (k, q) and V (l, q), q ≤ most, between which most of a k × l space's items lies."""
+    """Orthonormal U (k, q) and V (l, q), q ≤ most, between which most of a k × l space's items M_i = B_i A_i lies."""
     q = min(most, space.U.shape[1], space.V.shape[1])
-    items, turned = space.items, [LowRank(one.A.T, one.B.T) for one in space.items]
-    stretched = torch.cat([one.B @ (one.A @ one.A.T) for one in turned], dim=1)
-    V = _leading(stretched @ torch.cat([one.B for one in turned], dim=1).T, q)
-    U = _leading(_seen(items, V) @ _seen(items, V).T, q)
-    V = _leading(_seen(turned, U) @ _seen(turned, U).T, q)
+    B, A = torch.cat([one.B for one in space.items], dim=1), torch.cat([one.A for one in space.items])  # (k, R), (R, l)
+    ranks = [one.rank for one in space.items]
+    owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
+    place = torch.cat([torch.arange(rank) for rank in ranks])
+
+    def by_adapter(X: Tensor) -> Tensor:
+        padded = X.new_zeros(len(ranks), max(ranks), X.shape[1])
+        padded[owner, place] = X
+        return padded
+
+    def own(P: Tensor, X: Tensor) -> Tensor:
+        """[P_i P_iᵀ X_i], (R, ·), of P and X with R rows: Σ M_i V Vᵀ M_iᵀ = B own(A V, Bᵀ)."""
+        parts = by_adapter(P)
+        return (parts @ (parts.mT @ by_adapter(X)))[owner, place]
+
+    V = _leading(A.T @ own(B.T, A), q)
+    U = _leading(B @ own(A @ V, B.T), q)
+    V = _leading(A.T @ own(B.T @ U, A), q)
     kept = 0.0
     for _ in range(_ROUNDS):
-        left = _seen(items, V)
-        U = torch.linalg.qr(left @ (left.T @ U))[0]
-        right = _seen(turned, U)
-        V = torch.linalg.qr(right @ (right.T @ V))[0]
-        now = float((right.T @ V).square().sum())
+        U = torch.linalg.qr(B @ own(A @ V, B.T @ U))[0]
+        image = A.T @ own(B.T @ U, A @ V)
+        now = float((V * image).sum())
+        V = torch.linalg.qr(image)[0]
         if now - kept <= _SETTLED * now:
             break
         kept = now
-    U, V = _in_order(U, _seen(items, V)), _in_order(V, _seen(turned, U))
+    left, right = B.T @ U, A @ V  # (R, q)
+    U, V = U @ _leading(left.T @ own(right, left), q), V @ _leading(right.T @ own(left, right), q)
     return U * signs(space.U @ U), V * signs(space.V @ V)
-
-
-def _seen(items: Sequence[LowRank], V: Tensor) -> Tensor:
-    """[M_1 V, …, M_N V], (k, N q)."""
-    return torch.cat([one.B @ (one.A @ V) for one in items], dim=1)
 
 
 def _leading(gram: Tensor, q: int) -> Tensor:
     """The q leading eigenvectors of a Gram matrix (k, k), (k, q)."""
     vectors: Tensor = torch.linalg.eigh(gram)[1]
     return vectors.flip(1)[:, :q]
-
-
-def _in_order(U: Tensor, seen: Tensor) -> Tensor:
-    """U (k, q) with its columns turned into the left singular vectors of U Uᵀ · seen, strongest first."""
-    turn: Tensor = torch.linalg.svd(U.T @ seen, full_matrices=False)[0]
-    return U @ turn
