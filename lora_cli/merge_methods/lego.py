@@ -179,7 +179,7 @@ class _KMeans:
         for start in range(len(labels)):
             self._fill(labels[start], nearest[start], centroids.shape[1])
         own = dots.gather(1, labels[:, None])[:, 0]
-        lengths = (self.squared * squares[..., 0].gather(1, labels)).clamp(min=0).sqrt()
+        lengths = self.squared.sqrt() * squares[..., 0].gather(1, labels).clamp(min=0).sqrt()
         turned = torch.zeros_like(own, dtype=torch.bool) if self.signed else own < -_ORTHOGONAL * lengths
         return labels, torch.where(turned, -1.0, 1.0).to(own), inertia
 

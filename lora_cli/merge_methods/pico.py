@@ -8,6 +8,9 @@ from lora_cli.adapters.spectra import Inside, basis, compact, counted
 from lora_cli.adapters.updates import Updates
 from lora_cli.methods import method
 
+# Below this share of its adapters' size a result is what rounding left of adapters that cancel.
+_NOISE = 1e-6
+
 
 @method("space", inside=("linear", "ties", "tsv"))
 def pico(updates: Updates, weights: Tensor, inside: Inside) -> LowRank | Tensor:
@@ -33,18 +36,18 @@ def pico(updates: Updates, weights: Tensor, inside: Inside) -> LowRank | Tensor:
     kept, w = counted(updates, weights)
     spectra = [compact(update) for update in kept]
     U, parts = basis(torch.cat([one.U * one.s.sqrt() for one in spectra], dim=1))
-    shares = parts.square().sum(1) / parts.square().sum().clamp(min=torch.finfo(parts.dtype).tiny)
+    energies = parts.square().sum(1) / parts.square().sum().clamp(min=torch.finfo(parts.dtype).tiny)
     others = max(0, sum(one.s.numel() > 0 for one in spectra) - 1)
-    calmed = (U / (1 + others * shares)) @ parts
+    calmed = (U / (1 + others * energies)) @ parts
     stacks = torch.split(calmed, [one.s.numel() for one in spectra], dim=1)
     dtype = kept[0].B.dtype
     items = [LowRank(B, (one.V * one.s.sqrt()).T).to(dtype) for B, one in zip(stacks, spectra, strict=True)]
-    merged = inside(kept.moved(items), w)
-    size = w.abs() / w.abs().sum() @ torch.stack([one.s.norm().cpu() for one in spectra])
-    return _of_norm(merged, float(size))
+    shares = w / (w.abs().sum() if w.any() else 1)
+    merged = inside(kept.moved(items), shares)
+    return _of_norm(merged, float(shares.abs() @ torch.stack([one.s.norm().cpu() for one in spectra])))
 
 
 def _of_norm(update: LowRank | Tensor, size: float) -> LowRank | Tensor:
     norm = squared_norm(update) ** 0.5 if isinstance(update, Tensor) else float(update.norm())
-    factor = size / norm if norm > 1e-9 * size else 1.0
+    factor = size / norm if norm > _NOISE * size else 1.0
     return update * factor if isinstance(update, Tensor) else update.scaled(factor)

@@ -34,18 +34,25 @@ def sce(
 
     Source: Wan et al. 2024 (FuseChat), arXiv 2408.07990, per module. There a sum of zero elects +.
     """
-    scales = weights.tolist()
+    norms = weights.abs() * torch.stack([update.norm().cpu() for update in deltas.updates])
+    # Variances and energies are squares: of updates near norm 1 they stay clear of either end of the precision.
+    size = float(norms.max()) or 1.0
+    scales = (weights / size).tolist()
     selected = _selected(deltas, scales, density) if density < 1 else None
-    shares = [(w * float(u.norm())) ** 2 for w, u in zip(scales, deltas.updates, strict=True)]
+    shares = (norms / size).square().tolist()
     if selected is not None:
-        energies = deltas.each(lambda block: [squares(tile.mul_(selected[block.rows])) for tile in block])
-        shares = (torch.tensor(energies, dtype=torch.float64).sum(0) * weights.square()).tolist()
+        energies = deltas.each(
+            lambda block: [
+                squares(tile.mul_(scale).mul_(selected[block.rows])) for tile, scale in zip(block, scales, strict=True)
+            ]
+        )
+        shares = torch.tensor(energies, dtype=torch.float64).sum(0).tolist()
 
     def erase_and_average(block: Block) -> Tensor:
         ballot = Ballot(block, "plain")
         for tile, weight, share in zip(block, scales, shares, strict=True):
             ballot.cast(tile.mul_(weight), share)
-        mean = ballot.mean()
+        mean = ballot.mean().mul_(size)
         return mean if selected is None else mean.mul_(selected[block.rows])
 
     return deltas.merge(erase_and_average)

@@ -66,4 +66,6 @@ def wudi(
     wanted.diagonal().add_(rho * (w.abs() / total)[owner].to(system))
     system.diagonal().add_(rho)
     mixing = w[owner, None].to(system) * torch.linalg.solve(system, wanted, left=False)
-    return LowRank(side_by_side.B @ mixing.to(side_by_side.B), side_by_side.A)
+    # Where rows of Â are nearly alike B̂ times the mixture is large and cancels: over orthonormal rows it does not.
+    q, r = torch.linalg.qr(a.T)  # (in, k), (k, R)
+    return LowRank(side_by_side.B.double() @ mixing @ r.T, q.T).to(side_by_side.B.dtype)
