@@ -37,6 +37,10 @@ class LowRank:
         """The update itself, (out, in)."""
         return self.B @ self.A
 
+    def terms(self) -> float:
+        """Σ ‖b_j‖² ‖a_j‖² over the ranks: the scale on which a squared norm is rounding noise where ranks cancel."""
+        return float((self.B.double().square().sum(0) * self.A.double().square().sum(1)).sum())
+
     def scaled(self, factor: float) -> "LowRank":
         """factor · update."""
         return self if factor == 1.0 else LowRank(self.B * factor, self.A)
@@ -48,6 +52,17 @@ class LowRank:
     def to(self, place: torch.dtype | torch.device | str) -> "LowRank":
         """The same update with factors in a dtype, or on a device."""
         return LowRank(self.B.to(place), self.A.to(place))
+
+
+def bound(update: LowRank | Tensor) -> float:
+    """What no entry exceeds, nor a sum on the way to it; Inf or NaN where a number is not finite."""
+    if isinstance(update, LowRank):
+        return update.rank * bound(update.A) * bound(update.B)
+    if update.numel() == 0:
+        return 0.0
+    # Infinities and NaN survive both the extremes and their products.
+    low, high = torch.aminmax(update)
+    return float(torch.maximum(-low, high))
 
 
 def inner(x: LowRank, y: LowRank) -> Tensor:

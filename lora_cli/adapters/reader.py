@@ -11,13 +11,14 @@ from torch import Tensor
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
 from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, tensor_refusals
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.store import AdapterFiles
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_HEADROOM = 1e6
+HEADROOM = 1e6
+"""How far below the end of its precision an update's entries stay, for sums and norms of them to fit as well."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,13 +58,13 @@ class OpenAdapter:
             a = _read(file.fileno(), factors.a, dtype)
             b = _read(file.fileno(), factors.b, dtype)
         b.mul_(self.scale(module))
-        # Infinities and NaN survive the maximum; its product bounds every entry that a product of the factors can have.
-        bound = _largest(a) * _largest(b) * factors.rank
-        if not math.isfinite(bound):
+        update = LowRank(b, a)
+        largest = bound(update)
+        if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
-        if bound > torch.finfo(dtype).max / _HEADROOM:
+        if largest > torch.finfo(dtype).max / HEADROOM:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        return LowRank(b, a)
+        return update
 
 
 def open_adapter(files: AdapterFiles) -> OpenAdapter:
@@ -92,11 +93,6 @@ def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
 
 def _natural(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
-
-
-def _largest(factor: Tensor) -> float:
-    low, high = torch.aminmax(factor)
-    return float(torch.maximum(-low, high))
 
 
 def _read(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,8 @@ class TensorStream:
 
     def __init__(self, path: Path, names: Sequence[str], dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self.empty = True
+        """Whether nothing but zeros was written."""
         longest = sum(len(json.dumps(name)) + 120 for name in names) + 64
         self._room = -(-longest // 8) * 8
         self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -40,12 +42,16 @@ class TensorStream:
         self._file: BinaryIO = path.open("wb")
         self._file.seek(8 + self._room)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, rounded to the precision on disk. Refused where its values do not fit into that."""
+    def add(self, name: str, tensor: Tensor) -> bool:
+        """Write one tensor, rounded to the precision on disk; False where that leaves nothing but zeros.
+
+        Refused where its values do not fit into that precision.
+        """
         cast = tensor.to(self.dtype)
         if not torch.isfinite(cast).all():
             raise Refused(f"{name}: values overflow {_NAMES[self.dtype]}", hint="choose a wider --dtype")
-        data = cast.contiguous().cpu().view(torch.uint8).numpy().data
+        # Of a factor with one row or column the strides may be anything, and a view as bytes minds them.
+        data = cast.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         self._entries[name] = {
             "dtype": _NAMES[self.dtype],
             "shape": list(tensor.shape),
@@ -53,6 +59,9 @@ class TensorStream:
         }
         self._file.write(data)
         self._position += data.nbytes
+        anything = bool(cast.any())
+        self.empty &= not anything
+        return anything
 
     def finish(self) -> None:
         """Write the header; without it the file is nothing."""
@@ -80,6 +89,8 @@ class AdapterWriter:
     def __init__(self, folder: Path, modules: Sequence[str], dtype: torch.dtype) -> None:
         self.folder = folder
         self.ranks: dict[str, int] = {}
+        self.empty = True
+        """Whether no module was written that changes anything."""
         names = [name for module in modules for name in _tensor_names(module)]
         self._stream = TensorStream(folder / WEIGHTS_NAME, names, dtype)
 
@@ -93,8 +104,9 @@ class AdapterWriter:
             out_features, in_features = update.shape
             update = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features))
         self.ranks[module] = update.rank
-        for name, tensor in zip(_tensor_names(module), (update.A, update.B), strict=True):
-            self._stream.add(name, tensor)
+        name_a, name_b = _tensor_names(module)
+        a, b = self._stream.add(name_a, update.A), self._stream.add(name_b, update.B)
+        self.empty &= not (a and b)
 
     def __enter__(self) -> "AdapterWriter":
         return self

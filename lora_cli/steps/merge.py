@@ -28,8 +28,6 @@ from lora_cli.steps.serving import demand_servable, pad_for_vllm
 __all__ = ["DENSE_FILE", "METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
 
 DENSE_FILE = "delta.safetensors"
-# Below this share of what the factors could add up to, a sum is rounding noise.
-_CANCELLED = 1e-12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +93,6 @@ def merge(
     with whole_folder(folder, replace=replace) as partial:
         merger = ModuleMerger(plan)
         reports, kept, total = (_write_dense if plan.dense else _write_factors)(merger, partial, progress)
-        _demand_effect(plan, merger.effect, total)
         weights = DENSE_FILE if plan.dense else WEIGHTS_NAME
         served_rank = pad_for_vllm(partial) if plan.serve else None
         sha256 = sha256_of(partial / weights)
@@ -136,6 +133,7 @@ def _write_factors(merger: ModuleMerger, folder: Path, progress: Progress) -> tu
             reports.append(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(reduced.kept), energy=share)
             )
+        _demand_effect(plan, merger.effect, writer.empty)
         writer.finish(_config(plan))
     return reports, kept, total
 
@@ -151,6 +149,7 @@ def _write_dense(merger: ModuleMerger, folder: Path, progress: Progress) -> tupl
             squared = squared_norm(delta)
             total += squared
             reports.append(ModuleReport(module=module, rank=min(delta.shape), norm=math.sqrt(squared), energy=1.0))
+        _demand_effect(plan, merger.effect, stream.empty)
         stream.finish()
     return reports, total, total
 
@@ -162,11 +161,19 @@ def _announced(modules: Sequence[str], progress: Progress) -> Iterator[str]:
     progress("merge", len(modules), len(modules))
 
 
-def _demand_effect(plan: MergePlan, effect: Effect, total: float) -> None:
+def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
+    """Refused where an adapter, the result, or (`empty`) what was written of it is zero."""
     if still := [adapter.ref.id for adapter in plan.adapters if effect.norm(adapter) == 0]:
-        raise Refused(f"{', '.join(still)}: every lora_B is zero, so it changes nothing", hint="leave it out")
-    if total <= _CANCELLED * effect.largest:
-        raise Refused("the merged update is zero: the weights are zero or cancel each other", hint="change the weights")
+        where = " in the scope" if plan.scope else ""
+        raise Refused(f"{', '.join(still)}: every lora_B{where} is zero, so it changes nothing", hint="leave it out")
+    if effect.cancelled:
+        raise Refused(
+            "the merged update is zero: weights are zero, or the updates cancel or have nothing in common",
+            hint="change the weights or the method",
+        )
+    if empty:
+        precision = str(_dtype(plan)).removeprefix("torch.")
+        raise Refused(f"the merged update is so small that {precision} holds only zeros of it", hint="see --dtype")
 
 
 def _mean_norm(plan: MergePlan, effect: Effect) -> float:

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, concat, gram, reduce, squared_norm
-from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, bound, concat, gram, inner, reduce, squared_norm
+from lora_cli.adapters.reader import HEADROOM, OpenAdapter
 from lora_cli.adapters.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.adapters.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge_plan import METHODS, MergePlan
+from lora_cli.steps.merge_plan import METHODS, MergePlan, cancel
+
+# Below this share of the squares of what was added up, a squared norm is rounding noise.
+_CANCELLED = 1e-12
 
 
 class Effect:
@@ -25,14 +28,20 @@ class Effect:
 
     def __init__(self, adapters: Sequence[OpenAdapter]) -> None:
         self.squared = {adapter.ref.pinned: 0.0 for adapter in adapters}
-        self.largest = 0.0
+        self.total = 0.0
+        self.terms = 0.0
 
-    def see(self, adapter: OpenAdapter, update: LowRank, weight: float) -> None:
-        """Take note of one adapter's update in one module."""
-        products = (update.B.T @ update.B).double() * (update.A @ update.A.T).double()
-        squared = max(0.0, float(products.sum()))
-        self.squared[adapter.ref.pinned] += squared
-        self.largest += weight**2 * squared
+    def see(self, adapters: Sequence[OpenAdapter], merged: "_Merged", total: float) -> None:
+        """Take note of one module, of what each adapter has there and of the squared norm of what became of them."""
+        for adapter, squared in zip(adapters, merged.squares.tolist(), strict=True):
+            self.squared[adapter.ref.pinned] += squared
+        self.total += total
+        self.terms += merged.terms
+
+    @property
+    def cancelled(self) -> bool:
+        """True where nothing came out but rounding noise."""
+        return self.total <= _CANCELLED * self.terms
 
     def norm(self, adapter: OpenAdapter) -> float:
         """Frobenius norm of an adapter's whole update, as far as it was seen."""
@@ -49,24 +58,22 @@ class ModuleMerger:
 
     def merge(self, module: str) -> Reduced:
         """The merged update of one module, at the rank the plan asks for."""
-        merged, updates, weights = self._merged(module)
-        reduced = reduce(merged, self._choice(merged, updates))
-        factor = self._factor(updates, weights, reduced.total)
+        merged = self._merged(module)
+        reduced = reduce(merged.update, self._choice(merged))
+        factor = self._factor(module, merged, reduced.total)
         return Reduced(reduced.update.scaled(factor), reduced.total * factor**2, reduced.kept * factor**2)
 
     def merge_dense(self, module: str) -> Tensor:
         """The merged update of one module as it is, (out, in)."""
-        merged, updates, weights = self._merged(module)
-        dense = merged if isinstance(merged, Tensor) else merged.dense()
-        return dense.mul_(self._factor(updates, weights, squared_norm(dense)))
+        merged = self._merged(module)
+        dense = merged.update if isinstance(merged.update, Tensor) else merged.update.dense()
+        return dense.mul_(self._factor(module, merged, squared_norm(dense)))
 
-    def _merged(self, module: str) -> tuple[LowRank | Tensor, Updates, Tensor]:
+    def _merged(self, module: str) -> "_Merged":
         plan = self.plan
         places = [i for i, adapter in enumerate(plan.adapters) if module in adapter.modules]
         adapters = [plan.adapters[i] for i in places]
         read = [_read(plan, i, module) for i in places]
-        for adapter, (update, weight) in zip(adapters, read, strict=True):
-            self.effect.see(adapter, update, weight)
         updates = Updates(
             tuple(update for update, _ in read),
             keys=tuple(_key(adapter, module) for adapter in adapters),
@@ -75,9 +82,14 @@ class ModuleMerger:
             inputs=tuple(plan.inputs(a, module).to(plan.device) for a in adapters) if plan.inputs is not None else (),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
+        squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update in updates])
+        demand_room(module, float(weights.abs() @ squares.sqrt()))
         if METHODS.get(plan.method).kind == "coefficients" and plan.knobs.get("per") == "adapter":
-            return concat(updates, weights * self._whole_factors[places]), updates, weights
-        return run_method(plan.method, updates, weights, plan.knobs), updates, weights
+            merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
+        else:
+            merged = run_method(plan.method, updates, weights, plan.knobs)
+        demand_room(module, bound(merged))
+        return _Merged(merged, updates.ranks, squares, weights)
 
     @cached_property
     def _whole_factors(self) -> Tensor:
@@ -91,20 +103,53 @@ class ModuleMerger:
         plan = self.plan
         if plan.missing == "zero" or plan.coefficients is not None:
             return weights
-        present = sum(weights)
-        if abs(present) < 1e-12:
+        if cancel(weights):
             raise Refused(f"{module}: the weights of the adapters that have it sum to zero", hint="use --missing zero")
-        return [w * sum(plan.weights) / present for w in weights]
+        return [w * (sum(plan.weights) / sum(weights)) for w in weights]
 
-    def _factor(self, updates: Updates, weights: Tensor, total: float) -> float:
-        return self.plan.scaling * (_norm_match(updates, weights, total) if self.plan.norm_match else 1.0)
+    def _factor(self, module: str, merged: "_Merged", total: float) -> float:
+        """By what the result of squared norm `total` is multiplied last."""
+        adapters = [adapter for adapter in self.plan.adapters if module in adapter.modules]
+        self.effect.see(adapters, merged, total)
+        return self.plan.scaling * (merged.norm_match(total) if self.plan.norm_match else 1.0)
 
-    def _choice(self, merged: LowRank | Tensor, updates: Updates) -> RankChoice:
+    def _choice(self, merged: "_Merged") -> RankChoice:
         plan = self.plan
         # One adapter alone has nothing to be reduced to: it comes back as it is.
-        if isinstance(merged, LowRank) and len(updates) == 1 and plan.rank == "auto" and plan.energy is None:
+        alone = isinstance(merged.update, LowRank) and len(merged.ranks) == 1
+        if alone and plan.rank == "auto" and plan.energy is None:
             return RankChoice(exact=True)
-        return plan.rank_choice(updates.ranks)
+        return plan.rank_choice(merged.ranks)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Merged:
+    """What a method made of one module, and of what: ranks, squared norms (n,) and weights (n,) of the updates."""
+
+    update: LowRank | Tensor
+    ranks: list[int]
+    squares: Tensor
+    weights: Tensor
+
+    @property
+    def terms(self) -> float:
+        """Squares of what was added up. Of a dense result they are a guess: in some methods weights are but ratios."""
+        if isinstance(self.update, LowRank):
+            return self.update.terms()
+        return float(self.weights.abs().clamp(max=1).square() @ self.squares)
+
+    def norm_match(self, total: float) -> float:
+        """The factor from the squared norm `total` to the weighted mean of the updates' norms; 1 for mere noise."""
+        if total <= _CANCELLED * self.terms:
+            return 1.0
+        target = float(self.weights.abs() @ self.squares.sqrt() / self.weights.abs().sum())
+        return target / math.sqrt(total)
+
+
+def demand_room(module: str, largest: float) -> None:
+    """Refused where numbers of this size, or no numbers at all, leave none for what is still to be done with them."""
+    if not largest <= torch.finfo(torch.float32).max / HEADROOM:
+        raise Refused(f"{module}: the weighted updates are too large to compute with", hint="choose smaller weights")
 
 
 def run_method(name: str, updates: Updates, weights: Tensor, knobs: Mapping[str, Any]) -> LowRank | Tensor:
@@ -218,11 +263,3 @@ def _with_coefficients(
 
 def _key(adapter: OpenAdapter, module: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{adapter.ref.commit}\n{module}".encode()).digest()[:8], "big")
-
-
-def _norm_match(updates: Updates, weights: Tensor, total: float) -> float:
-    """The factor that brings an update of squared norm `total` to the weighted mean of its adapters' norms."""
-    norms = torch.stack([update.norm().cpu() for update in updates])
-    share = weights.abs() / weights.abs().sum().clamp(min=torch.finfo(torch.float64).tiny)
-    target = float((share * norms).sum())
-    return target / total**0.5 if total**0.5 > 1e-9 * target else 1.0

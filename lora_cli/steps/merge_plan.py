@@ -117,7 +117,8 @@ def plan(
     Raises:
         UsageError: an unknown method, knob, rank, scope or dtype.
         NothingMatched: no module in the scope.
-        Refused: shapes that contradict each other, an adapter given twice, weights that are not finite.
+        Refused: shapes that contradict each other, an adapter given twice, or one that has no module in the scope,
+            a device that lacks float64.
     """
     checked = METHODS.check(method, knobs or {})
     if missing not in ("zero", "renorm"):
@@ -134,6 +135,8 @@ def plan(
         if rank not in ("auto", "sum") or energy is not None:
             raise UsageError(f"{method} keeps every rank", hint="use --method linear to reduce the rank")
         rank = "sum"
+    if device.startswith("mps"):
+        raise Refused("a merge computes in float64, which Apple's GPUs do not have", hint="use --device cpu")
     if METHODS.get(method).needs == "inputs" and inputs is None:
         raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
     if coefficients is not None and checked.get("per") == "adapter":
@@ -143,6 +146,8 @@ def plan(
     rank_choice(rank, energy, [1])
     if not all(math.isfinite(w) for w in [*weights, scaling]):
         raise UsageError("weights must be finite numbers")
+    if scaling == 0:
+        raise UsageError("--lambda 0 leaves nothing of the result")
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
     for one, other in pairwise(ordered):
@@ -151,9 +156,11 @@ def plan(
     modules = tuple(module for module in all_modules(ordered) if _in_scope(module, scope))
     if not modules:
         raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
+    if outside := [adapter.ref.id for adapter in ordered if adapter.modules.keys().isdisjoint(modules)]:
+        raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
     demand_same_shapes(ordered, modules)
     _check_rank(ordered, modules, rank)
-    if missing == "renorm" and coefficients is None and abs(sum(weights)) < 1e-12:
+    if missing == "renorm" and coefficients is None and cancel(weights):
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     return MergePlan(
         adapters=ordered,
@@ -175,6 +182,11 @@ def plan(
         coefficients=coefficients,
         inputs=inputs,
     )
+
+
+def cancel(weights: Sequence[float]) -> bool:
+    """True where weights sum to zero, or to what rounding leaves of that."""
+    return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))
 
 
 def rank_choice(rank: str, energy: float | None, ranks: Sequence[int]) -> RankChoice:
