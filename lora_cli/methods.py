@@ -63,6 +63,9 @@ class Knob:
         flag = f"--{self.name.replace('_', '-')}"
         if self.choices and value not in self.choices:
             raise UsageError(f"{method_name}: {flag} is one of {', '.join(self.choices)}, not {value!r}")
+        types: Any = (int, float) if self.type is float else self.type
+        if not isinstance(value, types):
+            raise UsageError(f"{method_name}: {flag} takes {self.type.__name__}, not {value!r}")
         outside = (
             (self.low is not None and not value >= self.low)
             or (self.high is not None and not value <= self.high)

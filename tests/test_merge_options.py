@@ -18,7 +18,7 @@ from lora_cli.records import Coefficients
 from lora_cli.steps.coefficients import coefficients_text
 from lora_cli.world import World
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.cli import ok, refused
+from tests.cli import lora, ok, refused
 from tests.test_merge import close, deltas, opened
 
 SHAPES = {f"model.layers.{n}.self_attn.{name}": (24, 16) for n in range(3) for name in ("q_proj", "v_proj")}
@@ -139,7 +139,10 @@ def test_coefficients_of_others_are_refused() -> None:
     short = dict.fromkeys(SHAPES, ((0.5,), (1.0, 2.0)))
     Path("c.json").write_text(coefficients_text(coefficients(values=short)))
     assert "not as many as it has ranks" in refused(5, "merge", *TWO, "--coef", "c.json")
-    for text in ("{}", "nonsense", coefficients_text(coefficients()).replace("0.5", "NaN")):
+    values = ("NaN", "9" * 400, "9" * 5000, "[" * 100_000, "[]", '"x"', "null")
+    whole = coefficients_text(coefficients())
+    texts = [whole.replace("0.5", value) for value in values]
+    for text in ("{}", "[]", "nonsense", whole.replace('"linear"', "[1]"), *texts):
         Path("c.json").write_text(text)
         assert "c.json: no coefficients" in refused(1, "merge", *TWO, "--coef", "c.json")
 
@@ -182,6 +185,17 @@ def test_vllm_gets_one_rank_that_it_accepts() -> None:
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
     assert {t.shape[0] for n, t in load_file("served/adapter_model.safetensors").items() if "lora_A" in n} == {8}
     close(deltas(Path("served")), deltas(Path("plain")), 1e-7)
+
+
+def test_the_line_that_serves_is_safe_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = "a b;$(touch pwned)'\"`id`"
+    told = ok("merge", *TWO, "--for", "vllm", "-o", out).err
+    [line] = [line for line in told.splitlines() if "vllm serve" in line]
+    shown = subprocess.run(["sh", "-c", line.replace("vllm", "printf '%s\\n'", 1)], capture_output=True, text=True)
+    assert shown.stdout.splitlines()[-1] == f"{out}={out}"
+    assert not Path("pwned").exists()
+    monkeypatch.setenv("LORA_BASE", "acme/Tiny")
+    assert "vllm serve acme/Tiny --enable" in ok("merge", *TWO, "--for", "vllm", "-o", "with-base").err
 
 
 def test_what_vllm_does_not_take_is_refused() -> None:
@@ -246,7 +260,48 @@ def test_bytes_do_not_depend_on_hash_seeds_and_order_nor_values_on_threads() -> 
     close(deltas(Path("out3")), deltas(Path("out1")), 1e-5)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"merge.lock": 3}', "\x00"])
+HOSTILE: list[Any] = [None, 5, -1.0, True, "x", "../x", [], [[]], {}, {"x": []}, {"seed": "x"}, 10**400, float("nan")]
+
+
+def test_a_lock_that_somebody_wrote(lock: Path) -> None:
+    record = json.loads(lock.read_text())
+    settings, parents = record["settings"], record["merge.lock"]["parents"]
+    changed = [{**record, "settings": {**settings, k: v}} for k in settings for v in HOSTILE if settings[k] != v]
+    changed += [{**record, "settings": {**settings, "other": v}} for v in HOSTILE]
+    changed += [{**record, "merge.lock": {**record["merge.lock"], "parents": v}} for v in HOSTILE if parents != v]
+    for one in changed:
+        Path("other.json").write_text(json.dumps(one))
+        told = lora("merge", *TWO, "--locked", "other.json", "-o", "again")
+        assert told.code in {1, 2, 3, 5}, one
+        assert len(told.err.splitlines()) <= 2
+        assert not Path("again").exists()
+
+
+def test_a_lock_without_outputs_proves_nothing(lock: Path) -> None:
+    Path("other.json").write_text(json.dumps({**json.loads(lock.read_text()), "outputs": {}}))
+    assert "not the run.json of a merge" in refused(1, "merge", *TWO, "--locked", "other.json", "-o", "again")
+
+
+def test_a_lock_from_a_device_that_is_not_here(lock: Path) -> None:
+    Path("other.json").write_text(lock.read_text().replace('"cpu"', '"cuda:99"'))
+    assert "only the same kind of device" in refused(5, "merge", *TWO, "--locked", "other.json", "-o", "again")
+
+
+def test_weights_beside_a_file_that_has_them(lock: Path) -> None:
+    assert "leave out =WEIGHT" in refused(2, "merge", "one=1", "two=2", "--locked", str(lock), "-o", "again")
+    Path("c.json").write_text(coefficients_text(coefficients()))
+    assert "leave out =WEIGHT" in refused(2, "merge", "one=1", "two=2", "--coef", "c.json", "-o", "again")
+
+
+def test_an_id_with_an_equals_sign_is_found_again(own_home: Path) -> None:
+    os.environ["LORA_BASE"] = "acme/tiny"
+    Path("one").rename("lr=1e-4")
+    ok("pool", "sync", "--from", str(own_home))
+    ok("merge", f"{own_home.name}/lr=1e-4=1", f"{own_home.name}/two=1", "-o", "first")
+    ok("merge", "--locked", "first/run.json", "-o", "again")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"merge.lock": 3}', "\x00", "[" * 100_000, '{"a":' * 100_000])
 def test_a_lock_that_is_none(text: str) -> None:
     Path("lock.json").write_text(text)
     assert "not the run.json of a merge" in refused(1, "merge", *TWO, "--locked", "lock.json")

@@ -1,7 +1,7 @@
 """`lora merge`: several adapters become one."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -60,17 +60,9 @@ def merge(
             show_default="the method's, mostly average",
         ),
     ] = None,
-    coef: Annotated[
-        Path | None, typer.Option("--coef", help="Learnt coefficients: the coefficients.json that lora fit wrote.")
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--data",
-            metavar="[ADAPTER=]FILE",
-            help="For regmean: a task file that shows what each module is fed; repeat with ADAPTER= for own ones.",
-        ),
-    ] = None,
+    rank: Rank = "auto",
+    energy: Energy = None,
+    out: Out = None,
     selection: Selection = None,
     dedupe: Annotated[
         float | None,
@@ -82,18 +74,27 @@ def merge(
             "--scope", help="Merge only these parts: layers=0-15,20 or modules=q_proj,*.mlp.*; repeatable, all hold."
         ),
     ] = None,
-    rank: Rank = "auto",
-    energy: Energy = None,
-    scaling: Annotated[float, typer.Option("--lambda", help="Factor on the whole result.")] = 1.0,
-    norm_match: Annotated[
-        bool, typer.Option("--norm-match", help="Scale each module to the weighted mean of its adapters' norms.")
-    ] = False,
     missing: Annotated[
         str,
         typer.Option(
             "--missing", help="Where an adapter lacks a module: zero counts it as zero, renorm leaves it out."
         ),
     ] = "zero",
+    scaling: Annotated[float, typer.Option("--lambda", help="Factor on the whole result.")] = 1.0,
+    norm_match: Annotated[
+        bool, typer.Option("--norm-match", help="Scale each module to the weighted mean of its adapters' norms.")
+    ] = False,
+    coef: Annotated[
+        Path | None, typer.Option("--coef", help="Learnt coefficients: the coefficients.json that lora fit wrote.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="[ADAPTER=]FILE",
+            help="For regmean: a task file that shows what each module is fed; repeat with ADAPTER= for own ones.",
+        ),
+    ] = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Write whole updates (delta.safetensors) in place of a LoRA.")
     ] = False,
@@ -108,7 +109,6 @@ def merge(
         Path | None, typer.Option("--locked", help="Rebuild the merge of this run.json, byte for byte.")
     ] = None,
     base: Base = None,
-    out: Out = None,
     force: Force = False,
     dry_run: DryRun = False,
     db: Db = None,
@@ -118,7 +118,8 @@ def merge(
     """Merge adapters into one LoRA, on the updates themselves and not on A and B apart.
 
     Ranks and target modules may differ. The result is a PEFT folder with a model card and run.json; its path goes to
-    stdout, and how much of the merged update fits into the chosen rank is always said.
+    stdout, and how much of the merged update fits into the chosen rank is always said. The options at the
+    end belong to single methods, named in their help.
     """
     from lora_cli import runs
     from lora_cli.adapters.devices import resolve_device
@@ -149,9 +150,9 @@ def merge(
     coefficients = None if coef is None else read_coefficients(coef)
     if coefficients is not None and (dedupe is not None or weights is not None):
         raise UsageError("--coef says what each adapter weighs: leave out --weights and --dedupe")
+    everyone = lock.parents if lock is not None else coefficients.adapters if coefficients is not None else ()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        everyone = lock.parents if lock is not None else coefficients.adapters if coefficients is not None else ()
-        names, own_weights = named(adapters or [*everyone], catalogue, settings.base, selection, screen)
+        names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen, everyone)
         if dry_run and (
             left := to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
         ):
@@ -203,18 +204,29 @@ def merge(
                 if samples is not None:
                     samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
-                told = [outcome(plan, report), *_notes(plan, report)]
+                told = [outcome(plan, report), *_notes(plan, report, settings.base)]
     show_output(screen, "lora.merge/1", folder, run.record())
     for line in told:
         screen.say(line)
 
 
 def named(
-    arguments: list[str], catalogue: Any, base: str | None, selection: str | None, screen: Screen
+    arguments: list[str],
+    catalogue: Any,
+    base: str | None,
+    selection: str | None,
+    screen: Screen,
+    recorded: Iterable[str] = (),
 ) -> tuple[list[str], list[float | None]]:
-    """The adapters meant by ADAPTER[=WEIGHT] arguments (or by none), and the weight of each that was given one."""
+    """The adapters meant by ADAPTER[=WEIGHT] arguments (or by none), and the weight of each that was given one.
+
+    `recorded` are those of a file that says what each of them weighs.
+    """
     from lora_cli.steps.gather import default_names
 
+    known = [*recorded]
+    if known and not arguments and selection is None:
+        return known, [None] * len(known)
     if not arguments:
         names, note = default_names(catalogue, base, selection)
         screen.say(note)
@@ -224,7 +236,10 @@ def named(
     pairs = [_split(argument) for argument in expand(arguments)]
     if not pairs:
         raise NothingMatched("no adapters on stdin")
-    return [name for name, _ in pairs], [weight for _, weight in pairs]
+    weights = [weight for _, weight in pairs]
+    if known and any(weight is not None for weight in weights):
+        raise UsageError("the file says what each adapter weighs: leave out =WEIGHT")
+    return [name for name, _ in pairs], weights
 
 
 def download_plan(missing: Sequence[Any]) -> dict[str, Any]:
@@ -245,7 +260,7 @@ def outcome(plan: Any, report: Any) -> str:
     )
 
 
-def _notes(plan: Any, report: Any) -> list[str]:
+def _notes(plan: Any, report: Any, base: str | None) -> list[str]:
     """What a user should know besides: that little came out, how to serve it, whether a rebuild is exact."""
     from lora_cli.steps.serving import serve_line
 
@@ -256,7 +271,7 @@ def _notes(plan: Any, report: Any) -> list[str]:
             "little; --norm-match or --lambda makes it larger"
         )
     if report.served_rank is not None:
-        notes.append(f"  {serve_line(plan.base, report.folder, report.served_rank)}")
+        notes.append(f"  {serve_line(base or plan.base, report.folder, report.served_rank)}")
     return notes
 
 
@@ -319,7 +334,7 @@ def _weights(spelled: str | None, own: list[float | None], default: str) -> list
                 "some adapters have a weight and some do not", hint="write ADAPTER=WEIGHT for each of them"
             )
         return [weight for weight in own if weight is not None]
-    spelled = spelled or default
+    spelled = default if spelled is None else spelled
     if spelled == "average":
         return [1 / len(own)] * len(own)
     if spelled == "sum":
@@ -371,6 +386,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora merge --method ties",
             "lora merge pool/tarn/mirror=0.7 pool/mossy/double=0.3 -o merged",
-            "lora merge pool/tarn/mirror pool/mossy/double --method ties --density 0.4 --rank 16 --dry-run",
+            "lora merge pool/tarn/mirror pool/mossy/double -m ties --density 0.4 --dry-run",
         )
     )(with_knobs(merge))

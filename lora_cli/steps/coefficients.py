@@ -26,12 +26,14 @@ def read_coefficients(file: Path) -> Coefficients:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.pop("schema") != _SCHEMA:
             raise ValueError(f"no {_SCHEMA}")
-        found["adapters"] = tuple(str(name) for name in found["adapters"])
+        if not all(isinstance(found[key], str) for key in ("granularity", "activation", "task_sha256", "base")):
+            raise TypeError("a text that is none")
+        found["adapters"] = tuple(map(str, found["adapters"]))
         found["values"] = {module: tuple(map(_numbers, rows)) for module, rows in found["values"].items()}
         return Coefficients(**found)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DataError(f"{file}: no coefficients", hint=f"give the {COEFFICIENTS_FILE} that lora fit wrote") from None
 
 

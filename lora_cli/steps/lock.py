@@ -1,14 +1,34 @@
 """The lock of a merge: every parent at its commit with the hash of its weights, the settings, the versions."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, Refused
+from lora_cli.adapters.devices import resolve_device
+from lora_cli.errors import DataError, Refused, UsageError
 from lora_cli.runs import versions
 from lora_cli.steps.merge_plan import MergePlan
+
+# What the settings of a merge are in its run.json. Whoever sends one may have written anything into it.
+_SETTINGS: Mapping[str, tuple[type, ...]] = {
+    "method": (str,),
+    "knobs": (dict,),
+    "base": (str,),
+    "weights": (dict,),
+    "scope": (list,),
+    "rank": (str,),
+    "energy": (float, int, type(None)),
+    "lambda": (float, int),
+    "norm_match": (bool,),
+    "missing": (str,),
+    "dense": (bool,),
+    "for": (str,),
+    "dtype": (str,),
+    "device": (str,),
+    "coefficients": (str, type(None)),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,15 +42,21 @@ class Lock:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The settings as the options of `merge_plan.plan`."""
-        settings = dict(self.settings)
+        """The settings as the options of `merge_plan.plan`. Refused where this machine lacks the device."""
         named = {"lambda": "scaling", "for": "serve"}
         leave = ("weights", "base", "coefficients", "module_inputs")
-        return {named.get(key, key): value for key, value in settings.items() if key not in leave}
+        options = {named.get(key, key): value for key, value in self.settings.items() if key not in leave}
+        try:
+            return options | {"device": resolve_device(options["device"])}
+        except (Refused, UsageError):
+            raise Refused(
+                f"the locked merge was made on {options['device']!r}, which is not here",
+                hint="only the same kind of device gives the same bytes",
+            ) from None
 
     def weights(self, pinned: Sequence[str]) -> list[float]:
         """The weight of each parent of `pinned`."""
-        return [float(self.settings["weights"][name]) for name in pinned]
+        return [self.settings["weights"][name] for name in pinned]
 
 
 def lock_of(plan: MergePlan, parents: Mapping[str, str]) -> dict[str, Any]:
@@ -51,14 +77,14 @@ def read_lock(file: Path) -> Lock:
         record = json.loads(file.read_text(encoding="utf-8"))
         lock = record["merge.lock"]
         return Lock(
-            settings=dict(record["settings"]),
-            parents={str(name): str(parent["sha256"]) for name, parent in lock["parents"].items()},
+            settings=_settings(record["settings"], lock["parents"].keys()),
+            parents={name: str(parent["sha256"]) for name, parent in lock["parents"].items()},
             versions=dict(lock["versions"]),
-            outputs=dict(record["outputs"]),
+            outputs=dict(_not_empty(record["outputs"])),
         )
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         raise DataError(
             f"{file}: not the run.json of a merge", hint="give the run.json beside a merged adapter"
         ) from None
@@ -91,3 +117,24 @@ def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
     if wrong:
         reasons = differences(lock) or ["the same versions: another kind of CPU, or another number of threads"]
         raise Refused(f"{', '.join(wrong)} came out with other bytes than the locked merge's", hint="; ".join(reasons))
+
+
+def _settings(found: Any, parents: Collection[str]) -> dict[str, Any]:
+    """`found` if it is what the settings of a merge of `parents` look like; else ValueError, TypeError and the like."""
+    settings = {**found}
+    if settings.keys() - {"module_inputs"} != _SETTINGS.keys():
+        raise ValueError("other settings than those of a merge")
+    if wrong := [key for key, types in _SETTINGS.items() if type(settings[key]) not in types]:
+        raise TypeError(f"{wrong[0]} of another type")
+    if not all(isinstance(condition, str) for condition in settings["scope"]):
+        raise TypeError("a scope that is no text")
+    if settings["weights"].keys() != _not_empty(parents):
+        raise ValueError("weights of others than the parents")
+    weights = {name: float(weight) for name, weight in settings["weights"].items()}
+    return settings | {"lambda": float(settings["lambda"]), "weights": weights}
+
+
+def _not_empty(found: Any) -> Any:
+    if not found:
+        raise ValueError("a merge of nothing")
+    return found

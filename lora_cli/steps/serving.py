@@ -1,6 +1,7 @@
 """A merged adapter as a server wants it: one rank in every module, of a size that the server allocates."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,8 +62,9 @@ def pad_for_vllm(folder: Path) -> int:
 
 
 def serve_line(base: str, folder: Path, rank: int) -> str:
-    """The shell line that serves the adapter."""
-    return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {folder.name}={folder}"
+    """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold."""
+    options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{folder.name}={folder}"]
+    return shlex.join(["vllm", "serve", base, *options])
 
 
 def _padded(update: LowRank, rank: int) -> LowRank:
