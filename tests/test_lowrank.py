@@ -110,3 +110,12 @@ def test_the_randomised_svd_finds_the_leading_directions() -> None:
 def test_factors_that_do_not_fit_are_a_bug_of_the_caller() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         LowRank(torch.zeros(3, 2), torch.zeros(4, 5))
+
+
+def test_the_randomised_svd_keeps_nearly_all_that_a_rank_can_hold_of_a_flat_spectrum() -> None:
+    delta = torch.randn(500, 400, generator=torch.Generator().manual_seed(3))
+    s = torch.linalg.svdvals(delta.double())
+    for k in (4, 16, 64):
+        found = dense_svd(delta, k).truncated(k).dense().double()
+        missed = float((delta.double() - found).square().sum() - s[k:].square().sum())
+        assert missed < 0.02 * float(s[:k].square().sum())
