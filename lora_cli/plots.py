@@ -10,12 +10,14 @@ from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import OutputError, UsageError
+from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.screen import safe
 
 FORMATS = (".png", ".svg")
 # Beyond so many rows, labels would run into each other.
 _MOST_LABELS = 60
+# No model has so many; an adapter's names are its author's.
+_MOST_CELLS = 1_000_000
 _LONGEST_LABEL = 36
 _STYLE: dict[Any, Any] = {
     "font.size": 8,
@@ -88,10 +90,16 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
 
     Raises:
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
+        Refused: more modules than a picture has room for.
     """
     layers, kinds = _layers_and_kinds([pair.module for pair in pairs])
-    height = min(max(1.2, 0.16 * len(layers)), 9.0) + 0.09 * max(len(kind) for kind in kinds)
-    with _figure(file, (max(8.0, 3.6 + 0.75 * len(kinds)), height + 3.6)) as figure:
+    if len(layers) * len(kinds) > _MOST_CELLS:
+        raise Refused(
+            f"{len(kinds):,} kinds of modules in {len(layers):,} layers: too many to draw", hint="leave out --plot"
+        )
+    shown = [_label(kind) for kind in kinds] if len(kinds) <= _MOST_LABELS else []
+    height = min(max(1.2, 0.16 * len(layers)), 9.0) + 0.09 * max(map(len, shown), default=0)
+    with _figure(file, (min(max(8.0, 3.6 + 0.75 * len(kinds)), 24.0), height + 3.6)) as figure:
         figure.suptitle(f"A: {_label(names[0], 90)}\nB: {_label(names[1], 90)}", ha="left", x=0.02)
         upper, lower = figure.subfigures(2, 1, height_ratios=(height, 2.8))
         largest = max(max(pair.norms) for pair in pairs) or 1.0
@@ -108,9 +116,9 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
             image = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
             axes.set_facecolor("#dddddd")
             axes.set_title(title, fontsize=8)
-            axes.set_xticks(range(len(kinds)), [_label(kind) for kind in kinds], rotation=90)
+            axes.set_xticks(range(len(shown)), shown, rotation=90)
             step = 1 + (len(layers) - 1) // 32
-            axes.set_yticks(range(0, len(layers), step), layers[::step])
+            axes.set_yticks(range(0, len(layers), step), [_label(layer, 8) for layer in layers[::step]])
             axes.tick_params(length=0, labelsize=7)
             upper.colorbar(image, ax=axes, location="right")
         upper.axes[0].set_ylabel("layer")

@@ -106,6 +106,25 @@ def test_a_diff_does_not_see_how_an_update_is_factored(tmp_path: Path) -> None:
     assert max(max(m.outputs + m.inputs) for m in copies.modules) < 1e-6
 
 
+@pytest.mark.parametrize("size", [1e-150, 1e60])
+def test_figures_of_a_diff_do_not_depend_on_the_size_of_an_update(size: float, tmp_path: Path) -> None:
+    one, other = (random_factors(SHAPES, 3, seed=seed, dtype=torch.float64) for seed in (1, 2))
+    plain = [write_adapter(tmp_path / name, factors) for name, factors in (("one", one), ("other", other))]
+    sized = {module: (b * size, a) for module, (b, a) in other.items()}
+    wanted, found = diff(*map(opened, plain)), diff(opened(plain[0]), opened(write_adapter(tmp_path / "sized", sized)))
+    assert found.cosine == pytest.approx(wanted.cosine)
+    assert found.chance == pytest.approx(wanted.chance)
+    assert found.norms[1] == pytest.approx(wanted.norms[1] * size)
+    for here, there in zip(found.modules, wanted.modules, strict=True):
+        assert here.other.stable_rank == pytest.approx(there.other.stable_rank)
+        assert here.other.effective_rank == pytest.approx(there.other.effective_rank)
+
+
+def test_an_update_too_large_for_any_figure_is_refused(pool: list[Path], tmp_path: Path) -> None:
+    giant = write_adapter(tmp_path / "giant", random_factors(SHAPES, 2, seed=1), lora_alpha=1e120)
+    assert "too large to compute with" in refused(5, "diff", str(pool[0]), str(giant))
+
+
 def test_the_cosine_of_random_directions_spreads_as_said(tmp_path: Path) -> None:
     found: list[Diff] = []
     adapters = [opened(write_adapter(tmp_path / str(i), random_factors(SHAPES, 3, seed=i))) for i in range(12)]

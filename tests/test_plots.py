@@ -1,6 +1,7 @@
 """Pictures: the same bytes for the same numbers, nothing of a stranger's id but its letters, whole or absent."""
 
 import re
+import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from lora_cli.errors import LoraError, OutputError, UsageError
+from lora_cli.errors import LoraError, OutputError, Refused, UsageError
 from lora_cli.plots import ModulePair, draw_diff, draw_similarity
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
@@ -89,6 +90,24 @@ def test_two_that_change_nothing_still_make_a_picture(tmp_path: Path) -> None:
     pair = ModulePair(module="model.layers.0.q_proj", norms=(0.0, 0.0), cosine=None, spectra=((), ()))
     draw_diff(tmp_path / "x.svg", ("a", "b"), [pair])
     assert "changes nothing" in (tmp_path / "x.svg").read_text("utf-8")
+
+
+def alone(module: str) -> ModulePair:
+    return ModulePair(module=module, norms=(1.0, 2.0), cosine=0.5, spectra=((1.0,), (2.0,)))
+
+
+@pytest.mark.parametrize("module", [f"layers.{'9' * 400}.q_proj", f"layers.0.{'m' * 3000}", "layers.0.{}"])
+def test_names_and_numbers_of_modules_do_not_stretch_a_picture(module: str, tmp_path: Path) -> None:
+    draw_diff(tmp_path / "x.png", ("a", "b"), [alone(module.replace("{}", f"m{i}")) for i in range(300)])
+    width, height = struct.unpack(">2I", (tmp_path / "x.png").read_bytes()[16:24])
+    assert width <= 24 * 150
+    assert height <= 16 * 150
+
+
+def test_more_modules_than_any_model_has_are_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="2,000 kinds of modules in 2,000 layers: too many to draw"):
+        draw_diff(tmp_path / "x.png", ("a", "b"), [alone(f"layers.{i}.m{i}") for i in range(2000)])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_picture_is_never_written_through_a_link_or_in_part(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`lora diff`: two adapters side by side."""
 
+from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Annotated, Any
 
 import typer
@@ -29,8 +31,8 @@ _COPIES, _PARTLY, _ORTHOGONAL = 0.95, 0.3, 0.05
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="Id of the catalogue or the Hub, or a folder.")],
-    b: Annotated[str, typer.Argument(help="The other adapter.")],
+    a: Annotated[str, typer.Argument(metavar="A", help="Id of the catalogue or the Hub, or a folder.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
     plot: Plot = None,
     base: Base = None,
     db: Db = None,
@@ -138,10 +140,10 @@ def _row(module: Any) -> dict[str, Any]:
         "norm_a": one.norm,
         "norm_b": other.norm,
         "cosine": module.cosine,
-        "angle_out": min(module.outputs, default=None),
-        "mean_out": _mean(module.outputs),
-        "angle_in": min(module.inputs, default=None),
-        "mean_in": _mean(module.inputs),
+        "angle_out": _angle(module.outputs, min),
+        "mean_out": _angle(module.outputs, mean),
+        "angle_in": _angle(module.inputs, min),
+        "mean_in": _angle(module.inputs, mean),
         "rank_a": one.rank,
         "rank_b": other.rank,
         "effective_rank_a": one.effective_rank,
@@ -155,8 +157,9 @@ def _row(module: Any) -> dict[str, Any]:
     }
 
 
-def _mean(angles: tuple[float, ...]) -> float | None:
-    return sum(angles) / len(angles) if angles else None
+def _angle(angles: tuple[float, ...], of: Callable[[tuple[float, ...]], float]) -> float | None:
+    """To a millionth of a degree: what is below that is rounding noise."""
+    return round(of(angles), 6) if angles else None
 
 
 def register(root: typer.Typer) -> None:

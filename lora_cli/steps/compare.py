@@ -15,13 +15,15 @@ from lora_cli.adapters.lowrank import LowRank, Spectrum, inner
 from lora_cli.adapters.pairs import all_pairs, cosines
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.adapters.spectra import compact
-from lora_cli.errors import UsageError
+from lora_cli.errors import Refused, UsageError
 from lora_cli.records import Progress, silent
 from lora_cli.steps.merge_module import one_thread_each
 from lora_cli.steps.merge_plan import demand_same_shapes
 
 # A cosine computed in fp32 may fall short of 1 by this much.
 _ROUNDING = 1e-6
+# Products of two norms, squared and summed, stay within float64 up to here.
+_LARGEST = 1e75
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +45,18 @@ class Side:
     @property
     def effective_rank(self) -> float:
         """How many directions carry the update, counted by the entropy of their shares of the squared norm."""
-        total = sum(s * s for s in self.spectrum)
-        return math.exp(-sum(s * s / total * math.log(s * s / total) for s in self.spectrum)) if total else 0.0
+        total = sum(self._squares)
+        return math.exp(-sum(s / total * math.log(s / total) for s in self._squares)) if total else 0.0
 
     @property
     def stable_rank(self) -> float:
         """Squared norm over that of the strongest direction."""
-        return sum(s * s for s in self.spectrum) / self.spectrum[0] ** 2 if self.spectrum else 0.0
+        return sum(self._squares)
+
+    @property
+    def _squares(self) -> tuple[float, ...]:
+        """Squared singular values beside the largest: none of them under- or overflows for the update's size."""
+        return tuple((s / self.spectrum[0]) ** 2 for s in self.spectrum)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +103,12 @@ class Diff:
 
         Real adapters of one base share directions, so that unrelated ones may lie further from zero than this.
         """
-        spread = math.hypot(*(m.one.norm * m.other.norm / math.sqrt(m.shape[0] * m.shape[1]) for m in self.modules))
-        return spread / (self.norms[0] * self.norms[1]) if all(self.norms) else 0.0
+        one, other = self.norms
+        if not (one and other):
+            return 0.0
+        return math.hypot(
+            *(m.one.norm / one * (m.other.norm / other) / math.sqrt(m.shape[0] * m.shape[1]) for m in self.modules)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -125,7 +136,7 @@ def diff(one: OpenAdapter, other: OpenAdapter, progress: Progress = silent) -> D
     """Compare two adapters in every module that one of them touches, in float64 on the factors.
 
     Raises:
-        Refused: shapes that contradict each other, NaN or Inf.
+        Refused: shapes that contradict each other, NaN or Inf, values too large to compute with.
     """
     modules = all_modules([one, other])
     demand_same_shapes([one, other], modules)
@@ -255,7 +266,10 @@ def _compare(one: OpenAdapter, other: OpenAdapter, module: str) -> ModuleDiff:
 
 def _update(adapter: OpenAdapter, module: str, shape: tuple[int, int]) -> LowRank:
     if module in adapter.modules:
-        return adapter.read(module, torch.float64)
+        update = adapter.read(module, torch.float64)
+        if not float(update.norm()) < _LARGEST:
+            raise Refused(f"{adapter.ref.id}: values of {module} are too large to compute with", hint="leave it out")
+        return update
     return LowRank(torch.zeros(shape[0], 0, dtype=torch.float64), torch.zeros(0, shape[1], dtype=torch.float64))
 
 
