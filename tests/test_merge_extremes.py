@@ -11,6 +11,7 @@ from torch import Tensor
 from lora_cli.errors import Refused, UsageError
 from lora_cli.steps.merge_plan import METHODS
 from tests.adapters_on_disk import random_factors, write_adapter
+from tests.cli import ok, refused
 from tests.test_merge import close, deltas, merged
 from tests.test_merge_laws import LAWS
 
@@ -136,6 +137,19 @@ def test_wudi_of_copies_is_as_exact_as_its_factors(tmp_path: Path) -> None:
     folders = [write_adapter(tmp_path / str(i), one) for i in range(3)]
     merged(tmp_path / "out", folders, [1.0] * 3, method="wudi")
     close(deltas(tmp_path / "out"), deltas(folders[0]), 1e-6)
+
+
+def test_a_lock_holds_for_what_is_there_already_and_for_no_other_adapters(own_home: Path) -> None:
+    for seed, name in enumerate(("one", "two", "three")):
+        write_adapter(own_home / name, random_factors(SHAPES, 2, seed=seed))
+    ok("merge", "one", "two", "-o", "out")
+    told = refused(5, "merge", "one", "two", "three", "--locked", "out/run.json", "-o", "again")
+    assert "not among the adapters that were merged" in told
+    assert "up to date" in ok("merge", "one", "two", "--locked", "out/run.json", "-o", "out").err
+    with Path("out/adapter_model.safetensors").open("ab") as file:
+        file.write(b" ")
+    told = refused(5, "merge", "one", "two", "--locked", "out/run.json", "-o", "out")
+    assert "came out with other bytes" in told
 
 
 def test_a_device_without_float64_is_refused(tmp_path: Path) -> None:

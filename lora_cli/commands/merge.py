@@ -123,6 +123,7 @@ def merge(
     """
     from lora_cli import runs
     from lora_cli.adapters.devices import resolve_device
+    from lora_cli.adapters.store import sha256_of
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps import lock as locking
     from lora_cli.steps import merge as step
@@ -199,6 +200,8 @@ def merge(
             run.lock.update(locking.lock_of(plan, inputs))
             if done:
                 run.take(folder)
+                if lock is not None:
+                    locking.demand_same_outputs(lock, {name: sha256_of(folder / name) for name in run.outputs})
                 told = [f"merge: {near(folder)} is up to date"]
             else:
                 if samples is not None:

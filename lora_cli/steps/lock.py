@@ -91,13 +91,15 @@ def read_lock(file: Path) -> Lock:
 
 
 def demand_same_parents(lock: Lock, parents: Mapping[str, str]) -> None:
-    """Refused, naming each, where a parent is missing or its weights are not those that were merged."""
+    """Refused, naming each, where a parent is missing, its weights are not those that were merged, or it was none."""
     changed = [name for name, sha256 in lock.parents.items() if parents.get(name) != sha256]
     if changed:
         raise Refused(
             f"not the adapters that were merged: {', '.join(changed)}",
             hint="their commit or weights changed since; nothing was written",
         )
+    if others := sorted(parents.keys() - lock.parents.keys()):
+        raise Refused(f"not among the adapters that were merged: {', '.join(others)}", hint="leave them out")
 
 
 def differences(lock: Lock) -> list[str]:
