@@ -78,7 +78,7 @@ def test_the_merged_adapter_says_what_the_dense_update_says(
     generator.manual_seed(0)
     by_hand, merger = copy.deepcopy(base), ModuleMerger(planned)
     for module in planned.modules:
-        by_hand.get_submodule(module).weight.data += merger.merge_dense(module)
+        by_hand.get_submodule(module).weight.data += merger.merge_dense(module).update
     in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
     effect = (logits(by_hand) - logits(base)).norm()
     assert effect > 0.01

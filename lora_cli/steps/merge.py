@@ -4,15 +4,17 @@ import json
 import math
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_cli.adapters.checks import WEIGHTS_NAME
-from lora_cli.adapters.lowrank import squared_norm
+from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
 from lora_cli.adapters.writer import AdapterWriter, TensorStream, target_modules
 from lora_cli.errors import OutputError, Refused
@@ -21,7 +23,7 @@ from lora_cli.records import Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
-from lora_cli.steps.merge_module import Effect, ModuleMerger
+from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
 from lora_cli.steps.serving import demand_servable, pad_for_vllm
 
@@ -91,8 +93,8 @@ def merge(
     if plan.serve:
         demand_servable(plan.modules, transposed=plan.adapters[0].config.fan_in_fan_out)
     with whole_folder(folder, replace=replace) as partial:
-        merger = ModuleMerger(plan)
-        reports, kept, total = (_write_dense if plan.dense else _write_factors)(merger, partial, progress)
+        effect = Effect(plan.adapters)
+        reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
         weights = DENSE_FILE if plan.dense else WEIGHTS_NAME
         served_rank = pad_for_vllm(partial) if plan.serve else None
         sha256 = sha256_of(partial / weights)
@@ -101,7 +103,7 @@ def merge(
             modules=tuple(reports),
             energy=_share(kept, total),
             norm=math.sqrt(kept),
-            mean_norm=_mean_norm(plan, merger.effect),
+            mean_norm=_mean_norm(plan, effect),
             served_rank=served_rank,
             sha256=sha256,
             seconds=time.monotonic() - started,
@@ -121,44 +123,52 @@ def merge(
     return report
 
 
-def _write_factors(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
+def _write_factors(
+    plan: MergePlan, effect: Effect, folder: Path, progress: Progress
+) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
-    plan, reports, kept, total = merger.plan, [], 0.0, 0.0
+    reports, kept, total = [], 0.0, 0.0
     with AdapterWriter(folder, plan.modules, _dtype(plan)) as writer:
-        for module in _announced(plan.modules, progress):
-            reduced = merger.merge(module)
-            writer.add(module, reduced.update)
-            kept, total = kept + reduced.kept, total + reduced.total
-            share = _share(reduced.kept, reduced.total)
+        for module, merged in _merged(plan, effect, progress):
+            assert isinstance(merged.update, LowRank)
+            writer.add(module, merged.update)
+            kept, total = kept + merged.kept, total + merged.total
+            share = _share(merged.kept, merged.total)
             reports.append(
-                ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(reduced.kept), energy=share)
+                ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
-        _demand_effect(plan, merger.effect, writer.empty)
+        _demand_effect(plan, effect, writer.empty)
         writer.finish(_config(plan))
     return reports, kept, total
 
 
-def _write_dense(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
+def _write_dense(
+    plan: MergePlan, effect: Effect, folder: Path, progress: Progress
+) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module's whole update, under the name of the weight that it belongs to."""
-    plan, reports, total = merger.plan, [], 0.0
+    reports, total = [], 0.0
     names = {module: f"{module}.weight" for module in plan.modules}
     with TensorStream(folder / DENSE_FILE, [*names.values()], _dtype(plan)) as stream:
-        for module in _announced(plan.modules, progress):
-            delta = merger.merge_dense(module)
-            stream.add(names[module], delta)
-            squared = squared_norm(delta)
-            total += squared
-            reports.append(ModuleReport(module=module, rank=min(delta.shape), norm=math.sqrt(squared), energy=1.0))
-        _demand_effect(plan, merger.effect, stream.empty)
+        for module, merged in _merged(plan, effect, progress):
+            assert isinstance(merged.update, Tensor)
+            stream.add(names[module], merged.update)
+            total += merged.total
+            reports.append(
+                ModuleReport(module=module, rank=min(merged.update.shape), norm=math.sqrt(merged.total), energy=1.0)
+            )
+        _demand_effect(plan, effect, stream.empty)
         stream.finish()
     return reports, total, total
 
 
-def _announced(modules: Sequence[str], progress: Progress) -> Iterator[str]:
-    for done, module in enumerate(modules):
-        progress("merge", done, len(modules))
-        yield module
-    progress("merge", len(modules), len(modules))
+def _merged(plan: MergePlan, effect: Effect, progress: Progress) -> Iterator[tuple[str, MergedModule]]:
+    """Every module merged, noted and announced."""
+    progress("merge", 0, len(plan.modules))
+    with closing(ModuleMerger(plan).each()) as results:
+        for done, (module, merged) in enumerate(results, start=1):
+            effect.see(merged)
+            yield module, merged
+            progress("merge", done, len(plan.modules))
 
 
 def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:

@@ -2,16 +2,19 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from threading import Lock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, RankChoice, Reduced, bound, concat, gram, inner, reduce, squared_norm
+from lora_cli.adapters.lowrank import LowRank, RankChoice, bound, concat, gram, inner, reduce, squared_norm
 from lora_cli.adapters.reader import HEADROOM, OpenAdapter
 from lora_cli.adapters.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.adapters.updates import Updates
@@ -21,6 +24,8 @@ from lora_cli.steps.merge_plan import METHODS, MergePlan, cancel
 
 # Below this share of the squares of what was added up, a squared norm is rounding noise.
 _CANCELLED = 1e-12
+# A dense module of an 8B model takes a quarter of a gigabyte, and as much again while its rank is reduced.
+_DENSE_AT_ONCE = 4
 
 
 class Effect:
@@ -31,11 +36,11 @@ class Effect:
         self.total = 0.0
         self.terms = 0.0
 
-    def see(self, adapters: Sequence[OpenAdapter], merged: "_Merged", total: float) -> None:
-        """Take note of one module, of what each adapter has there and of the squared norm of what became of them."""
-        for adapter, squared in zip(adapters, merged.squares.tolist(), strict=True):
-            self.squared[adapter.ref.pinned] += squared
-        self.total += total
+    def see(self, merged: "MergedModule") -> None:
+        """Take note of one module."""
+        for pinned, squared in merged.squares.items():
+            self.squared[pinned] += squared
+        self.total += merged.made
         self.terms += merged.terms
 
     @property
@@ -48,26 +53,81 @@ class Effect:
         return math.sqrt(self.squared[adapter.ref.pinned])
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MergedModule:
+    """What became of one module.
+
+    `update` is as it goes out; `total` and `kept` are its squared norms before and after the reduction. `made` is the
+    squared norm of what the method made, `terms` that of what was added up to it, `squares` those of the adapters'
+    updates by `id@commit`.
+    """
+
+    update: LowRank | Tensor
+    total: float
+    kept: float
+    made: float
+    terms: float
+    squares: Mapping[str, float]
+
+
 class ModuleMerger:
-    """Merges the modules of a plan one by one, and knows what is measured over all of them."""
+    """Merges the modules of a plan, and knows what is measured over all of them."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
-        self.effect = Effect(plan.adapters)
-        self._whole = _WholeAdapters(plan)
+        threads = torch.get_num_threads() if plan.device == "cpu" else 1
+        held_dense = plan.dense or METHODS.get(plan.method).kind == "elementwise"
+        self._workers = min(threads, _DENSE_AT_ONCE) if held_dense else threads
+        self._tile_workers = threads // self._workers
+        self._whole = _WholeAdapters(plan, threads)
 
-    def merge(self, module: str) -> Reduced:
-        """The merged update of one module, at the rank the plan asks for."""
+    def each(self) -> Generator[tuple[str, MergedModule], None, None]:
+        """Every module with what became of it, in the plan's order. On a CPU several are under way at once.
+
+        Each of them on one thread: torch's own threads wait for each other more than they work, most of all on a busy
+        machine, and so the result does not depend on how many there are.
+        """
+        work = self.merge_dense if self.plan.dense else self.merge
+        if self.plan.device != "cpu":
+            yield from ((module, work(module)) for module in self.plan.modules)
+            return
+        with one_thread_each(), ThreadPoolExecutor(self._workers) as pool:
+            begun: deque[tuple[str, Future[MergedModule]]] = deque()
+            try:
+                for module in self.plan.modules:
+                    begun.append((module, pool.submit(work, module)))
+                    if len(begun) > self._workers:
+                        done, future = begun.popleft()
+                        yield done, future.result()
+                while begun:
+                    done, future = begun.popleft()
+                    yield done, future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def merge(self, module: str) -> MergedModule:
+        """One module at the rank the plan asks for."""
         merged = self._merged(module)
         reduced = reduce(merged.update, self._choice(merged))
-        factor = self._factor(module, merged, reduced.total)
-        return Reduced(reduced.update.scaled(factor), reduced.total * factor**2, reduced.kept * factor**2)
+        return self._finished(merged, reduced.update, reduced.total, reduced.kept)
 
-    def merge_dense(self, module: str) -> Tensor:
-        """The merged update of one module as it is, (out, in)."""
+    def merge_dense(self, module: str) -> MergedModule:
+        """One module as its whole update, (out, in)."""
         merged = self._merged(module)
         dense = merged.update if isinstance(merged.update, Tensor) else merged.update.dense()
-        return dense.mul_(self._factor(module, merged, squared_norm(dense)))
+        squared = squared_norm(dense)
+        return self._finished(merged, dense, squared, squared)
+
+    def _finished(self, merged: "_Merged", update: LowRank | Tensor, total: float, kept: float) -> MergedModule:
+        factor = self.plan.scaling * (merged.norm_match(total) if self.plan.norm_match else 1.0)
+        return MergedModule(
+            update.mul_(factor) if isinstance(update, Tensor) else update.scaled(factor),
+            total=total * factor**2,
+            kept=kept * factor**2,
+            made=total,
+            terms=merged.terms,
+            squares=dict(zip(merged.pinned, merged.squares.tolist(), strict=True)),
+        )
 
     def _merged(self, module: str) -> "_Merged":
         plan = self.plan
@@ -87,9 +147,9 @@ class ModuleMerger:
         if METHODS.get(plan.method).kind == "coefficients" and plan.knobs.get("per") == "adapter":
             merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
         else:
-            merged = run_method(plan.method, updates, weights, plan.knobs)
+            merged = run_method(plan.method, updates, weights, plan.knobs, workers=self._tile_workers)
         demand_room(module, bound(merged))
-        return _Merged(merged, updates.ranks, squares, weights)
+        return _Merged(merged, [adapter.ref.pinned for adapter in adapters], updates.ranks, squares, weights)
 
     @cached_property
     def _whole_factors(self) -> Tensor:
@@ -107,12 +167,6 @@ class ModuleMerger:
             raise Refused(f"{module}: the weights of the adapters that have it sum to zero", hint="use --missing zero")
         return [w * (sum(plan.weights) / sum(weights)) for w in weights]
 
-    def _factor(self, module: str, merged: "_Merged", total: float) -> float:
-        """By what the result of squared norm `total` is multiplied last."""
-        adapters = [adapter for adapter in self.plan.adapters if module in adapter.modules]
-        self.effect.see(adapters, merged, total)
-        return self.plan.scaling * (merged.norm_match(total) if self.plan.norm_match else 1.0)
-
     def _choice(self, merged: "_Merged") -> RankChoice:
         plan = self.plan
         # One adapter alone has nothing to be reduced to: it comes back as it is.
@@ -127,6 +181,7 @@ class _Merged:
     """What a method made of one module, and of what: ranks, squared norms (n,) and weights (n,) of the updates."""
 
     update: LowRank | Tensor
+    pinned: list[str]
     ranks: list[int]
     squares: Tensor
     weights: Tensor
@@ -152,19 +207,21 @@ def demand_room(module: str, largest: float) -> None:
         raise Refused(f"{module}: the weighted updates are too large to compute with", hint="choose smaller weights")
 
 
-def run_method(name: str, updates: Updates, weights: Tensor, knobs: Mapping[str, Any]) -> LowRank | Tensor:
+def run_method(
+    name: str, updates: Updates, weights: Tensor, knobs: Mapping[str, Any], *, workers: int = 1
+) -> LowRank | Tensor:
     """The result of the merge method `name`: as factors, or dense (out, in) where it works element by element.
 
     Args:
         weights: (n,) float64.
         knobs: all of the method's own and, where it runs another inside, of that one.
+        workers: how many blocks of a dense update are worked on at once; the result does not depend on it.
     """
     one, function = METHODS.get(name), METHODS.load(name)
     result: LowRank | Tensor
     match one.kind:
         case "elementwise":
-            with one_thread_each() as workers:
-                result = function(DeltaTiles(updates, workers=workers), weights, **knobs)
+            result = function(DeltaTiles(updates, workers=workers), weights, **knobs)
         case "coefficients":
             result = concat(updates, function(updates, weights, **knobs))
         case "space":
@@ -178,8 +235,7 @@ def run_method(name: str, updates: Updates, weights: Tensor, knobs: Mapping[str,
 
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """torch on one thread, and how many workers may use it instead: over blocks that fit a cache, threads inside each
-    operation wait for each other more than they work, most of all on a busy machine."""
+    """torch on one thread while the block runs; how many workers may use it instead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -191,33 +247,36 @@ def one_thread_each() -> Iterator[int]:
 class _WholeAdapters:
     """What is measured over all modules of the adapters of a plan: once, when first asked for."""
 
-    def __init__(self, plan: MergePlan) -> None:
+    def __init__(self, plan: MergePlan, workers: int) -> None:
         self._plan = plan
+        self._workers = workers
         self._gram: Tensor | None = None
         self._thresholds: dict[float, Tensor] = {}
-        self._workers = torch.get_num_threads()
+        self._first = Lock()
 
     def of(self, places: Sequence[int]) -> "_Whole":
         """The measures of the adapters at `places`."""
         return _Whole(self, list(places))
 
     def gram(self) -> Tensor:
-        if self._gram is None:
-            n = len(self._plan.adapters)
-            self._gram = torch.zeros(n, n, dtype=torch.float64)
-            for module in self._plan.modules:
-                places = [i for i, adapter in enumerate(self._plan.adapters) if module in adapter.modules]
-                products = gram([_read(self._plan, i, module)[0] for i in places])
-                self._gram[torch.tensor(places)[:, None], torch.tensor(places)] += products.cpu()
-        return self._gram
+        with self._first:
+            if self._gram is None:
+                n = len(self._plan.adapters)
+                found = torch.zeros(n, n, dtype=torch.float64)
+                for module in self._plan.modules:
+                    places = [i for i, adapter in enumerate(self._plan.adapters) if module in adapter.modules]
+                    products = gram([_read(self._plan, i, module)[0] for i in places])
+                    found[torch.tensor(places)[:, None], torch.tensor(places)] += products.cpu()
+                self._gram = found
+            return self._gram
 
     def thresholds(self, density: float) -> Tensor:
-        if density not in self._thresholds:
-            found = [
-                exact_threshold(self._parts(place), density, self._workers) for place in range(len(self._plan.adapters))
-            ]
-            self._thresholds[density] = torch.tensor(found, dtype=torch.float64)
-        return self._thresholds[density]
+        with self._first:
+            if density not in self._thresholds:
+                parts = [self._parts(place) for place in range(len(self._plan.adapters))]
+                found = [exact_threshold(one, density, self._workers) for one in parts]
+                self._thresholds[density] = torch.tensor(found, dtype=torch.float64)
+            return self._thresholds[density]
 
     def _parts(self, place: int) -> list[Part]:
         present = self._plan.adapters[place].modules
