@@ -267,6 +267,16 @@ def test_parts_keep_their_names_and_the_index_says_the_new_size(tmp_path: Path, 
     assert logits(Path("out")).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("metadata", [5, [], None, "x"])
+def test_an_index_whose_metadata_is_none(metadata: object, tmp_path: Path, adapter: Path) -> None:
+    base = tmp_path / "base"
+    tiny_llama().save_pretrained(base, max_shard_size="20KB")
+    index = base / "model.safetensors.index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "metadata": metadata}))
+    bake(adapter, base, "out")
+    assert json.loads(Path("out/model.safetensors.index.json").read_text())["metadata"].keys() == {"total_size"}
+
+
 def test_both_names_of_the_precision_are_changed_in_every_part_of_a_configuration(base: Path, adapter: Path) -> None:
     configured(base, dtype=None, torch_dtype="float32", text_config={"torch_dtype": "float32", "layers": 2})
     bake(adapter, base, "out", "--dtype", "fp16")
@@ -322,7 +332,9 @@ def test_a_loss_is_warned_of_and_shown_by_layer(base: Path, tmp_path: Path) -> N
         assert "of the update was lost in the cast, more than 10 % in 2 of 2 layers" in warning
         assert "--dtype fp32, or keep the adapter" in warning
         assert told.out == "out\n"
-    table = [line.split("\t") for line in ok(*words, "--layers").out.splitlines()]
+    shown = ok(*words, "--layers")
+    assert "  out" in shown.err.splitlines()
+    table = [line.split("\t") for line in shown.out.splitlines()]
     assert [row[:2] for row in table] == [["model.layers.0", "4"], ["model.layers.1", "4"]]
     assert all(0.1 < float(row[3]) < 2 and 0.1 < float(row[4]) < 1 for row in table)
     assert "warning" not in ok(*words[:-1], "fp32", "--force").err
@@ -388,6 +400,12 @@ def _outside(base: Path) -> Path:
     return _emptied(base)
 
 
+def _cut(base: Path) -> Path:
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return base
+
+
 def _part_missing(base: Path) -> Path:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -407,6 +425,7 @@ def _part_missing(base: Path) -> Path:
         (_huge, "model.layers.0.mlp.up_proj: values overflow float16"),
         (_huge_elsewhere, "model.embed_tokens.weight: values overflow float16"),
         (_outside, "names ../model.safetensors, which is no file beside it"),
+        (_cut, "acme/base: truncated"),
         (_part_missing, "model-00001-of-00002.safetensors is missing"),
     ],
 )

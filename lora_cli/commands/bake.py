@@ -20,6 +20,7 @@ _LAYERS = (
     Column("LOST", "lost", "right"),
     Column("UNCHANGED", "unchanged", "right"),
 )
+_SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %"
 
 
 def bake(
@@ -90,16 +91,19 @@ def bake(
                 report = step.bake(plan, folder, run, replace=force, progress=progress)
                 told = f"{outcome(run.results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
     if layers and not json:
-        screen.rows("lora.bake/1", _LAYERS, run.results["layers"], identity="layer")
+        screen.rows("lora.bake/1", _LAYERS, run.results["layers"], identity="layer", caption=_SHARES)
     else:
         show_output(screen, "lora.bake/1", folder, run.record())
     screen.say(told)
+    if layers and not json:
+        screen.say(f"  {near(folder)}")
     warn_of_loss(screen, run.results, step.TOO_MUCH)
 
 
 def outcome(results: Mapping[str, Any]) -> str:
     """The one line that says what a bake did."""
-    many = f"{len(results['modules'])} modules in {len(results['layers'])} layers"
+    modules, layers = len(results["modules"]), len(results["layers"])
+    many = f"{modules} module{'s' if modules != 1 else ''} in {layers} layer{'s' if layers != 1 else ''}"
     return (
         f"bake: {many} in {results['precision']} · {_percent(results['lost'])} of the update lost in the cast · "
         f"{_percent(results['unchanged'])} of the weights unchanged"

@@ -276,7 +276,8 @@ def _copy_beside(plan: BakePlan, folder: Path) -> None:
     if plan.dtype != "auto":
         _write_json(folder / CONFIG, _with_dtype(checkpoint.config, _IN_CONFIG[plan.dtype]))
     if checkpoint.index is not None:
-        metadata = {**(checkpoint.index.get("metadata") or {}), "total_size": plan.bytes}
+        metadata = checkpoint.index.get("metadata")
+        metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": plan.bytes}
         _write_json(folder / INDEX, {**checkpoint.index, "metadata": metadata})
 
 

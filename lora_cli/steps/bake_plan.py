@@ -19,7 +19,7 @@ from lora_cli.adapters.checkpoint import (
 from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
 from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.errors import Refused, UsageError
+from lora_cli.errors import HeaderError, Refused, UsageError
 from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Progress, silent
 
@@ -65,10 +65,18 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
     name = name or public_base(model)
     folder = folder_or_hub(model)
     if folder is not None:
-        checkpoint = open_checkpoint(folder, name)
+        checkpoint = _open(folder, name)
         return Base(name=name, version=version_of_folder(folder), checkpoint=checkpoint)
     cached = cached_model(model) or download_base(Hub(progress=progress), model, announce=announce, progress=progress)
-    return Base(name=name, version=cached.name, checkpoint=open_checkpoint(cached, name))
+    return Base(name=name, version=cached.name, checkpoint=_open(cached, name))
+
+
+def _open(folder: Path, name: str) -> Checkpoint:
+    """`open_checkpoint`, with the model's name in what it says of malformed files."""
+    try:
+        return open_checkpoint(folder, name)
+    except HeaderError as error:
+        raise HeaderError(f"{name}: {error.message}", hint=error.hint or "download the base model again") from error
 
 
 def download_base(hub: Hub, repo: str, *, announce: Callable[[str], None], progress: Progress = silent) -> Path:

@@ -9,7 +9,7 @@ from lora_cli.adapters.checks import public_base, same_base
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import NothingMatched, Refused
+from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
@@ -90,7 +90,7 @@ def gather(
         if files is None:
             raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it")
         inputs[ref.pinned] = _sha256(files, row)
-        opened.append(open_adapter(files))
+        opened.append(_open(files))
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
@@ -111,6 +111,14 @@ def to_fetch(
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce)
     found = [_find(catalogue, name, look) for name in names]
     return [row for ref, row in found if row is not None and locate(ref) is None]
+
+
+def _open(files: AdapterFiles) -> OpenAdapter:
+    """`open_adapter`, with the adapter's name in what it says of malformed files."""
+    try:
+        return open_adapter(files)
+    except (ConfigError, HeaderError) as error:
+        raise type(error)(f"{files.ref.id}: {error.message}", hint=error.hint) from error
 
 
 def _sha256(files: AdapterFiles, row: Adapter | None) -> str:
