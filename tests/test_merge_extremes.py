@@ -1,5 +1,6 @@
 """Merges at the ends of what numbers can hold: tiny, huge, cancelling, and modules of one row or column."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,20 @@ def test_a_lock_holds_for_what_is_there_already_and_for_no_other_adapters(own_ho
         file.write(b" ")
     told = refused(5, "merge", "one", "two", "--locked", "out/run.json", "-o", "out")
     assert "came out with other bytes" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "numbers"),
+    [((), [0.5, 0.5]), (("--weights", "sum"), [1.0, 1.0]), (("--weights", "0.5,2,3"), [0.5, 3.0])],
+)
+def test_weights_are_those_of_the_adapters_that_dedupe_leaves(
+    own_home: Path, words: tuple[str, ...], numbers: list[float]
+) -> None:
+    for seed, name in ((0, "a"), (0, "b"), (1, "c")):
+        write_adapter(own_home / name, random_factors(SHAPES, 2, seed=seed))
+    ok("merge", "a", "b", "c", "-m", "linear", "--dedupe", "0.99", *words, "-o", "out")
+    settings = json.loads(Path("out/run.json").read_text())["settings"]
+    assert sorted(settings["weights"].values()) == numbers
 
 
 def test_a_device_without_float64_is_refused(tmp_path: Path) -> None:

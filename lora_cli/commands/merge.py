@@ -154,6 +154,7 @@ def merge(
     everyone = lock.parents if lock is not None else coefficients.adapters if coefficients is not None else ()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen, everyone)
+        numbers = [] if everyone else _weights(weights, own_weights, step.METHODS.get(method).weights)
         if dry_run and (
             left := to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
         ):
@@ -174,13 +175,13 @@ def merge(
         elif coefficients is not None:
             demand_fitting(coefficients, chosen)
             numbers = [1.0] * len(chosen)
-        else:
-            if dedupe is not None:
-                copies = _copies(screen, chosen, dedupe, progress)
-                own_weights = [w for adapter, w in zip(chosen, own_weights, strict=True) if adapter not in copies]
-                chosen = [adapter for adapter in chosen if adapter not in copies]
-                inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
-            numbers = _weights(weights, own_weights, step.METHODS.get(method).weights)
+        elif dedupe is not None:
+            copies = _copies(screen, chosen, dedupe, progress)
+            left_in = [i for i, adapter in enumerate(chosen) if adapter not in copies]
+            chosen, numbers = [chosen[i] for i in left_in], [numbers[i] for i in left_in]
+            if set(own_weights) == {None} and (weights or step.METHODS.get(method).weights) == "average":
+                numbers = [1 / len(chosen)] * len(chosen)
+            inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
         samples = _samples(settings, options["method"], data or [], chosen)
         plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, inputs=samples, **options)
         asked = plan.settings | (samples.settings if samples is not None else {})
