@@ -205,7 +205,9 @@ def _read(file: Path, module: str) -> Method:
     said = {word.arg: ast.literal_eval(word.value) for word in marks[0].keywords if word.arg}
     knobs = {}
     if inside := said.pop("inside", ()):
-        knobs["inside"] = Knob("method that merges there", name="inside", default=inside[0], choices=inside)
+        knobs["inside"] = Knob(
+            "method that merges in the space found", name="inside", default=inside[0], choices=inside
+        )
     for argument, default in zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True):
         if default is None:
             raise TypeError(f"{file.name}: knob {argument.arg} needs a default")

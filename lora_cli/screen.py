@@ -97,7 +97,7 @@ class Screen:
         elif self.format == "quiet":
             for row in rows:
                 _out(safe(row[identity]))
-        elif sys.stdout.isatty():
+        elif _on_terminal():
             self._table(columns, rows, caption)
         else:
             for row in rows:
@@ -115,7 +115,7 @@ class Screen:
         elif self.format == "quiet":
             _out(safe(values[identity]))
         else:
-            width = max((len(key) for key in values), default=0) if sys.stdout.isatty() else 0
+            width = max((len(key) for key in values), default=0) if _on_terminal() else 0
             for key, value in values.items():
                 _out(f"{key.ljust(width)}  {_cell(value)}" if width else f"{key}\t{_cell(value)}")
 
@@ -180,6 +180,11 @@ class Screen:
         for line in cells:
             table.add_row(*(Text(line[place]) for place in shown))
         console.print(table)
+
+
+def _on_terminal() -> bool:
+    # A closed stdout is None.
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def _out(text: str, end: str = "\n") -> None:

@@ -103,7 +103,7 @@ def test_a_tiny_lambda_is_a_factor_and_no_cancellation(tmp_path: Path) -> None:
     merged(tmp_path / "one", folders, [1.0] * 3)
     merged(tmp_path / "tiny", folders, [1.0] * 3, scaling=1e-9)
     close(times(deltas(tmp_path / "tiny"), 1e9), deltas(tmp_path / "one"), 1e-6)
-    with pytest.raises(UsageError, match="--lambda 0 leaves nothing"):
+    with pytest.raises(UsageError, match="--lambda is a factor other than 0"):
         merged(tmp_path / "none", folders, [1.0] * 3, scaling=0.0)
 
 

@@ -89,9 +89,12 @@ def test_what_is_not_a_product_of_two_matrices(
         (["-m", "core", "--inside", "linear", "--density", "0.5"], 2, "core with linear inside takes no --density"),
         (["-m", "core", "--inside", "karcher"], 2, "--inside is one of"),
         (["-m", "tie"], 2, "did you mean 'ties'?"),
+        (["--rank", "9" * 5000], 2, "--rank is a number"),
+        (["--rank", "²"], 2, "--rank is a number"),
+        (["--lambda", "1e308"], 2, "--lambda"),
         (["-m", "regmean"], 2, "give --data"),
         (["-m", "karcher", "--weights", "0,0"], 5, "zero"),
-        (["-m", "norm-matched", "--weights", "0,0"], 5, "the weights are zero or cancel each other"),
+        (["-m", "norm-matched", "--weights", "0,0"], 5, "the merged update is zero"),
         (["-m", "slerp", "pool/third"], 5, "two adapters"),
         (["-m", "peft-ties"], 5, "rank"),
         (["-m", "lego", "--clusters", "7"], 5, "7"),
@@ -105,6 +108,12 @@ def test_options_that_a_method_cannot_use(pool: Path, options: list[str], code: 
 @pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300, "a\0b", "../" * 50 + "x"])
 def test_names_that_no_file_can_have_are_unknown_adapters(own_home: Path, name: str) -> None:
     assert "not in the catalogue" in refused(3, "merge", name, "-o", "out")
+
+
+def test_modules_may_be_named_in_any_script(own_home: Path) -> None:
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(own_home / name, random_factors({"layers.².q_proj": (24, 16)}, 2, seed=seed))
+    ok("merge", "one", "two", "-o", "out")
 
 
 def test_a_catalogued_adapter_is_refused_with_the_reason_of_the_catalogue(pool: Path) -> None:

@@ -92,7 +92,7 @@ def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
 
 
 def _natural(module: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in module.split(".")]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
 def _read(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:

@@ -21,7 +21,9 @@ def ctm(
     inside: Inside,
     *,
     compress_to: Annotated[int, Knob("rank of the space that all adapters are compressed to", low=1)] = 16,
-    beta: Annotated[float, Knob("how much of its own norm each adapter has in that choice", low=0, high=1)] = 0.25,
+    beta: Annotated[
+        float, Knob("0 finds the space with all adapters at one norm, 1 each at its own", low=0, high=1)
+    ] = 0.25,
 ) -> LowRank:
     """Merge in the k × k space that holds most of all updates, by the method of --inside.
 

@@ -19,6 +19,7 @@ from lora_cli.records import Coefficients
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
+_LARGEST_SCALING = 1e9
 
 Inputs = Callable[[OpenAdapter, str], Tensor]
 """Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
@@ -146,8 +147,8 @@ def plan(
     rank_choice(rank, energy, [1])
     if not all(math.isfinite(w) for w in [*weights, scaling]):
         raise UsageError("weights must be finite numbers")
-    if scaling == 0:
-        raise UsageError("--lambda 0 leaves nothing of the result")
+    if not 0 < abs(scaling) <= _LARGEST_SCALING:
+        raise UsageError(f"--lambda is a factor other than 0 and of {_LARGEST_SCALING:g} at most, not {scaling:g}")
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
     for one, other in pairwise(ordered):
@@ -197,7 +198,7 @@ def rank_choice(rank: str, energy: float | None, ranks: Sequence[int]) -> RankCh
         return RankChoice(ceiling=sum(ranks), energy=energy, exact=energy is None)
     if rank == "auto":
         return RankChoice(ceiling=max(AUTO_RANK, *ranks) if energy is None else None, energy=energy)
-    if not rank.isdecimal() or int(rank) == 0:
+    if not (rank.isdecimal() and len(rank) < 10) or int(rank) == 0:
         raise UsageError(f"--rank is a number above 0, sum or auto, not {rank!r}")
     return RankChoice(ceiling=int(rank), energy=energy)
 

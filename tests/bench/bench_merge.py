@@ -38,6 +38,8 @@ LAYER = {
     "mlp.down_proj": (4096, 14336),
 }
 RANK, RUNS, DENSITY = 16, 5, 0.2
+# On a shared machine a second thread makes either side slower or faster by what the neighbours do.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 def factors(shape: tuple[int, int], n: int) -> list[LowRank]:
@@ -193,12 +195,13 @@ def measured(what: str, module: str, n: int, runs: int = RUNS) -> dict[str, floa
     rows = []
     for _ in range(runs):
         command = [sys.executable, "-m", "tests.bench.bench_merge", "one", what, module, str(n)]
-        rows.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **ONE_THREAD})
+        rows.append(json.loads(done.stdout))
     return {key: statistics.median(row[key] for row in rows) for key in rows[0]}
 
 
 def layer() -> None:
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {RUNS} fresh processes\n")
+    print(f"torch {torch.__version__}, one thread, medians of {RUNS} fresh processes\n")
     print("| case | ours s | ours memory | PEFT s | PEFT memory | ratio | error ours / PEFT |")
     print("|---|---|---|---|---|---|---|")
     for what, peer, module, n in (
@@ -225,7 +228,7 @@ def _shown(row: dict[str, float]) -> str:
 
 def ties_rows(runs: int = 3) -> None:
     """TIES before any reduction of rank beside what others do, then the parts of ours, module by module."""
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {runs} fresh processes\n")
+    print(f"torch {torch.__version__}, one thread, medians of {runs} fresh processes\n")
     print("| TIES to a dense result | seconds | ns per element and adapter | memory |\n|---|---|---|---|")
     for module, n in (("self_attn.k_proj", 30), ("mlp.gate_proj", 8)):
         for what in ("ties-dense", "peft-ties-dense", "topk-ties-dense"):
