@@ -3,7 +3,8 @@
     python -m tests.bench.bench_scaling docs/scaling.svg
 
 One 1024 × 4096 module (k of an 8B model), the method and the reduction to rank 16, medians of three runs on random
-adapters, on one thread as in a merge (elementwise methods on all); what takes longer than five seconds is run once, and a curve ends after eight.
+adapters, on one thread as in a merge (elementwise methods on all). What takes longer than five seconds is run once, and
+a curve ends after eight.
 """
 
 import statistics
