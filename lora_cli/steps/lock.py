@@ -117,7 +117,7 @@ def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
     """Refused where the bytes that came out are not those of the locked merge; says what may be the reason."""
     wrong: Sequence[str] = [name for name, sha256 in lock.outputs.items() if outputs.get(name) != sha256]
     if wrong:
-        reasons = differences(lock) or ["the same versions: another kind of CPU, or another number of threads"]
+        reasons = differences(lock) or ["the same versions: another kind of processor"]
         raise Refused(f"{', '.join(wrong)} came out with other bytes than the locked merge's", hint="; ".join(reasons))
 
 
