@@ -8,6 +8,7 @@ import typer
 
 from lora_cli.commands.merge import download_plan, named
 from lora_cli.commands.options import (
+    Adapters,
     Base,
     Db,
     Device,
@@ -35,14 +36,7 @@ Data = Annotated[
 
 
 def fit(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER...",
-            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
-            show_default="the last selection",
-        ),
-    ] = None,
+    adapters: Adapters = None,
     data: Data = None,
     granularity: Annotated[
         str, typer.Option("--granularity", help="One coefficient per adapter, layer, sublayer, module or rank.")

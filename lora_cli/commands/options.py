@@ -9,6 +9,14 @@ import typer
 from lora_cli.errors import UsageError
 from lora_cli.screen import Format, Screen, near
 
+Adapters = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="ADAPTER...",
+        help="Ids of the catalogue or the Hub, folders, or - for stdin.",
+        show_default="the last selection",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
 Jsonl = Annotated[bool, typer.Option("--jsonl", help="One JSON object per line.")]
 Csv = Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")]

@@ -6,7 +6,7 @@ import typer
 
 from lora_cli.commands.diff import Plot
 from lora_cli.commands.merge import named
-from lora_cli.commands.options import Base, Csv, Db, Json, Jsonl, Quiet, Selection, examples, screen_for
+from lora_cli.commands.options import Adapters, Base, Csv, Db, Json, Jsonl, Quiet, Selection, examples, screen_for
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.screen import Column, near
 from lora_cli.settings import load
@@ -21,14 +21,7 @@ _COLUMNS = (
 
 
 def similarity(
-    adapters: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="ADAPTER...",
-            help="Ids of the catalogue or the Hub, folders, or - for stdin.",
-            show_default="the last selection",
-        ),
-    ] = None,
+    adapters: Adapters = None,
     k: Annotated[int | None, typer.Option("-k", help="Only the first so many.", min=2, show_default="all")] = None,
     selection: Selection = None,
     cut: Annotated[
