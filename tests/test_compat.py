@@ -190,7 +190,7 @@ def test_ties_is_pefts_ties_svd_where_weights_are_one(
 
 @needs_wild
 @pytest.mark.parametrize("group", GROUPS)
-def test_real_adapters_merge_as_in_pefts_svd_and_ties_svd(tmp_path: Path, group: str) -> None:
+def test_real_adapters_merge_as_in_pefts_svd_ties_svd_and_magnitude_prune_svd(tmp_path: Path, group: str) -> None:
     folders = [some_modules(WILD / name, ("v_proj",), 2, tmp_path / name) for name in GROUPS[group]]
     weights, thin = [0.7, -0.4, 1.0, 0.25][: len(folders)], {"svd_rank": 256, "svd_full_matrices": False}
     merged(tmp_path / "linear", folders, weights, method="linear")
@@ -198,3 +198,7 @@ def test_real_adapters_merge_as_in_pefts_svd_and_ties_svd(tmp_path: Path, group:
     ones = [1.0] * len(folders)
     merged(tmp_path / "ties", folders, ones, method="ties", knobs={"density": 0.25}, energy=1.0)
     close(deltas(tmp_path / "ties"), in_peft(folders, ones, "ties_svd", density=0.25, **thin), 1e-4)
+    # Trimming without a drop of the largest, and a weighted sum. Of equal entries at the border PEFT keeps one.
+    pruned = {"density": 0.25, "gamma": 0.0}
+    merged(tmp_path / "pruned", folders, weights, method="breadcrumbs", knobs=pruned, energy=1.0)
+    close(deltas(tmp_path / "pruned"), in_peft(folders, weights, "magnitude_prune_svd", density=0.25, **thin), 5e-4)
