@@ -113,8 +113,6 @@ class BaseModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else 1 << 30
 
-    # ---- text to tokens ----
-
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens before the completion: the chat template around the prompt where there is one, else plain text.
 
@@ -147,8 +145,6 @@ class BaseModel:
                 hint="shorten or remove the example",
             )
         return Encoded(ids, len(prompt))
-
-    # ---- loss ----
 
     def completion_losses(self, batch: Sequence[Encoded]) -> Tensor:
         """Negative log-likelihood in nats of each completion, summed over its tokens: (len(batch),) float32.
@@ -193,8 +189,6 @@ class BaseModel:
     @cached_property
     def _keeps_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    # ---- what modules are fed ----
 
     @torch.no_grad()
     def module_inputs(
@@ -253,8 +247,6 @@ class BaseModel:
             )
         return heard
 
-    # ---- generation ----
-
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16) -> list[str]:
         """The greedy continuation of each prompt, in the order of the prompts."""
         texts = [""] * len(prompts)
@@ -303,8 +295,6 @@ class BaseModel:
             if token in self.ends:
                 return ids[:place]
         return ids
-
-    # ---- wearing ----
 
     def check(self, shapes: Mapping[str, tuple[int, int]], who: str) -> None:
         """Refuse an update that does not fit: a module that is missing here or has another shape.

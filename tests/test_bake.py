@@ -103,9 +103,6 @@ def adapter(tmp_path: Path) -> Path:
     return adapter_of(tmp_path / "adapter")
 
 
-# ---- the sum ----
-
-
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "fp16"])
 def test_every_weight_is_the_rounded_sum_and_the_loss_is_what_dense_arithmetic_finds(
     base: Path, tmp_path: Path, dtype: str
@@ -207,9 +204,6 @@ def test_a_real_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(Path("out")), logits(base, adapter), rtol=1e-4, atol=1e-4)
 
 
-# ---- names ----
-
-
 @pytest.mark.parametrize(
     ("module", "tensors", "found"),
     [
@@ -226,9 +220,6 @@ def test_a_module_is_found_under_its_name_with_or_without_the_prefix(
     module: str, tensors: list[str], found: str | None
 ) -> None:
     assert weights_of([module], tensors) == {module: found}
-
-
-# ---- the folder ----
 
 
 def test_what_comes_out_is_the_base_with_other_weights(base: Path, adapter: Path) -> None:
@@ -321,9 +312,6 @@ def test_a_plan_changes_nothing(base: Path, adapter: Path) -> None:
     assert (plan["out"], plan["fetch_base"]) == (None, "acme/base")
 
 
-# ---- what was lost ----
-
-
 def test_a_loss_is_warned_of_and_shown_by_layer(base: Path, tmp_path: Path) -> None:
     adapter = adapter_of(tmp_path / "faint", size=5e-4)
     words = ("bake", str(adapter), "--base", str(base), "-o", "out", "--dtype", "bf16")
@@ -346,9 +334,6 @@ def test_an_update_that_no_weight_feels_is_refused(base: Path, tmp_path: Path) -
     assert "too small for bf16: none of 9,216 weights would change" in told
     assert "changes nothing" in refused(5, "bake", str(none), "--base", str(base), "-o", "out")
     assert [*Path().iterdir()] == []
-
-
-# ---- what is refused ----
 
 
 def _quantised(base: Path) -> Path:
@@ -464,9 +449,6 @@ def test_what_has_no_place_or_no_sense_is_refused(
     monkeypatch.setattr(baking.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     assert "GB free at" in refused(1, *words, "-o", "out")
     assert [*Path().iterdir()] == []
-
-
-# ---- where it comes from, how it goes ----
 
 
 def test_a_base_of_the_hub_is_brought_into_its_cache_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

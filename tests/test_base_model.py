@@ -35,9 +35,6 @@ def ids(text: str) -> list[int]:
     return list(characters()(text, add_special_tokens=False)["input_ids"])
 
 
-# ---- text to tokens ----
-
-
 def test_a_prompt_becomes_a_user_turn_where_there_is_a_chat_template(base: BaseModel) -> None:
     encoded = base.encode(Example(id="1", prompt="hi", completion="ok"))
     assert list(encoded.ids) == [*ids("<bos>"), 4, *ids("hi"), 5, *ids("ok"), 2]
@@ -64,9 +61,6 @@ def test_an_example_longer_than_the_model_takes_is_named(base: BaseModel) -> Non
         base.generate(["x" * 40])
 
 
-# ---- loss ----
-
-
 def test_the_loss_covers_the_completion_only(any_base: BaseModel) -> None:
     batch = [any_base.encode(e) for e in (*examples(3), Example(id="9", prompt="q", completion="long one"))]
     losses = any_base.completion_losses(batch)
@@ -82,9 +76,6 @@ def test_log_likelihoods_are_means_per_token_in_the_given_order(base: BaseModel)
     alone = [-float(base.completion_losses([item]).sum()) / item.tokens for item in map(base.encode, wanted)]
     assert together == pytest.approx(alone, rel=1e-5)
     assert all(value < 0 for value in together)
-
-
-# ---- generation ----
 
 
 def test_a_left_padded_batch_writes_what_single_prompts_write(any_base: BaseModel) -> None:
@@ -116,9 +107,6 @@ def test_generation_stops_at_every_end_token_the_model_names() -> None:
     model = tiny_llama()
     model.generation_config.eos_token_id = [2, end]
     assert BaseModel("acme/tiny", model, characters()).generate(["shift:abc"], max_new_tokens=12) == [""]
-
-
-# ---- wearing ----
 
 
 def peft_adapter(model: torch.nn.Module, folder: Path, *targets: str) -> Path:
@@ -184,9 +172,6 @@ def test_an_adapter_of_another_base_is_refused_by_name(
     assert problem in caught.value.message
 
 
-# ---- a new adapter ----
-
-
 def test_a_new_adapter_trains_saves_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
     base = llama()
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
@@ -214,9 +199,6 @@ def test_target_modules_that_the_base_lacks_are_refused(base: BaseModel) -> None
         base.new_adapter(rank=2, alpha=4, dropout=0.0, target_modules=["c_attn"], seed=0),
     ):
         pass
-
-
-# ---- loading ----
 
 
 def test_a_folder_is_loaded_and_its_shapes_are_known_without_weights(tmp_path: Path) -> None:

@@ -30,9 +30,6 @@ def record(folder: str) -> str:
     return Path(folder, "run.json").read_text()
 
 
-# ---- the version ----
-
-
 def test_the_version_of_a_folder_is_that_of_what_loading_reads(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base")
     version = pin(str(folder)).version
@@ -103,9 +100,6 @@ def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: 
     assert told("http://127.0.0.1:9") == [first, first]
 
 
-# ---- what is kept under it ----
-
-
 def test_rows_and_states_of_another_base_of_the_same_name_are_not_taken_up(tmp_path: Path) -> None:
     one, other = (BaseModel("acme/tiny", tiny_llama(), characters(), version) for version in ("1" * 40, "2" * 40))
     rows = tmp_path / "rows.jsonl"
@@ -151,9 +145,6 @@ def test_auto_is_the_same_run_as_what_it_means(tmp_path: Path) -> None:
     spelled = ("--device", ref.device, "--dtype", ref.dtype)
     assert ok(*command).out == ok(*command, *spelled).out == ok(*command, "--dtype", "auto").out
     assert ok(*command, "--dtype", "fp16").out != ok(*command).out
-
-
-# ---- the name for others ----
 
 
 def test_a_public_name_is_never_a_place_on_this_machine(tmp_path: Path, own_home: Path) -> None:

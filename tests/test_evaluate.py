@@ -121,9 +121,6 @@ def test_batch_size_changes_nothing_but_speed(base: BaseModel, skilled: System) 
     assert one.log_likelihood == pytest.approx(many.log_likelihood, rel=1e-5)
 
 
-# ---- resuming ----
-
-
 class Killed(Exception):
     pass
 
@@ -222,9 +219,6 @@ def test_a_file_of_something_else_is_not_written_over(base: BaseModel, tmp_path:
         assert notes.read_text() == content
     with pytest.raises(OutputError, match="cannot be written"):
         run(base, BASE, rows_path=notes / "rows.jsonl")
-
-
-# ---- refusals ----
 
 
 def test_what_cannot_be_evaluated_is_said_before_any_work(base: BaseModel, skilled: System, tmp_path: Path) -> None:

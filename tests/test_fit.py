@@ -57,9 +57,6 @@ def same(one: FitResult, other: FitResult) -> bool:
     return one.coefficients == other.coefficients and one.learnt == other.learnt
 
 
-# ---- the recipe ----
-
-
 def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine() -> None:
     recipe = Recipe(steps=100, lr=1.0)
     assert [recipe.rate(step) for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 1.0])
@@ -74,9 +71,6 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine() -> None:
 def test_a_recipe_that_cannot_be_followed(setting: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(setting))}"):
         dataclasses.replace(Recipe(), **setting)
-
-
-# ---- fit ----
 
 
 def test_fit_finds_the_adapter_that_helps(base: BaseModel, pool: list[OpenAdapter]) -> None:
@@ -196,9 +190,6 @@ def test_a_loss_that_is_not_finite_is_refused(base: BaseModel, tmp_path: Path) -
         fit(base, [huge], examples(20), shape=Shape(activation="linear", init="average"), recipe=SHORT)
 
 
-# ---- resuming ----
-
-
 class Killed(Exception):
     pass
 
@@ -243,9 +234,6 @@ def test_a_state_that_cannot_be_written(base: BaseModel, pool: list[OpenAdapter]
         fit(base, pool, examples(20), recipe=SHORT, checkpoint=tmp_path / "file" / "fit.state")
 
 
-# ---- train ----
-
-
 def test_training_repeats_to_the_bit_with_dropout(base: BaseModel, tmp_path: Path) -> None:
     results = []
     for name in ("one", "two"):
@@ -273,9 +261,6 @@ def test_a_trained_adapter_holds_its_best_step(base: BaseModel, relevant: OpenAd
 def test_settings_that_make_no_lora(base: BaseModel, tmp_path: Path, setting: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         train(base, examples(20), tmp_path, recipe=SHORT, **setting)  # type: ignore[arg-type]
-
-
-# ---- a real pretrained model ----
 
 
 @needs_stories

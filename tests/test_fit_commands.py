@@ -183,9 +183,6 @@ def test_dry_run_prints_the_plan_and_changes_nothing(here: World) -> None:
     assert not Path("lora-runs").exists()
 
 
-# ---- eval ----
-
-
 def test_eval_without_test_data_takes_the_validation_part_of_the_last_fit(here: World) -> None:
     settings = Path("lora.toml")
     settings.write_text("\n".join(line for line in settings.read_text().splitlines() if not line.startswith("test")))
@@ -247,9 +244,6 @@ def test_a_record_that_does_not_name_its_data(here: World) -> None:
     assert "does not say what the last fit was made on" in refused(1, "eval")
 
 
-# ---- bad input ----
-
-
 def test_bad_input_is_answered_in_a_line(here: World) -> None:
     bad = Path("bad.jsonl")
     bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"\n')
@@ -298,9 +292,6 @@ def test_a_base_is_needed(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "LORA_BASE" in told
 
 
-# ---- kill ----
-
-
 @pytest.mark.parametrize("moment", ["while loading", "second state", "end"])
 def test_a_fit_that_is_killed_leaves_nothing_half_done_and_goes_on(here: World, moment: str) -> None:
     command = ("fit", "--steps", "100", "-o")
@@ -331,9 +322,6 @@ def test_a_fit_that_is_killed_leaves_nothing_half_done_and_goes_on(here: World, 
     for file in whole.iterdir():
         assert file.read_bytes() == Path("killed", file.name).read_bytes(), file.name
     assert not list(here.folder.glob(".*"))
-
-
-# ---- a real pretrained model ----
 
 
 @needs_stories

@@ -48,9 +48,6 @@ def contents(world: World) -> dict[str, bytes]:
     }
 
 
-# ---- what was learnt ----
-
-
 def test_base_cannot_do_the_main_target_and_the_relevant_adapter_can(world: World, base: BaseModel) -> None:
     main = world.targets[0]
     assert right(base, main) < 0.2
@@ -86,9 +83,6 @@ def test_training_text_is_the_chat_templates_rendering(world: World, base: BaseM
     assert whole["input_ids"] == ids
     masked = [token for token, mask in zip(ids, whole["assistant_masks"], strict=True) if mask]
     assert base.tokenizer.decode(masked) == row["completion"] + "<eos>"
-
-
-# ---- what lies in the folder ----
 
 
 def test_pool_holds_adapters_of_different_shapes(world: World) -> None:
@@ -183,9 +177,6 @@ def test_no_file_names_a_place_on_this_machine(world: World) -> None:
 )
 def test_operations(prompt: str, completion: str) -> None:
     assert answer(*prompt.split(":")) == completion
-
-
-# ---- how it is built ----
 
 
 def test_same_seed_gives_the_same_bytes_in_silence_and_clears_what_a_killed_build_left(

@@ -30,9 +30,6 @@ def average(updates: Updates, weights: Sequence[float]) -> Tensor:
     return sum(w * u.dense() for w, u in zip(weights, updates, strict=True)) / sum(map(abs, weights))
 
 
-# ---- WUDI ----
-
-
 def test_wudi_acts_on_each_adapters_inputs_as_that_adapter_does() -> None:
     result = wudi(MIXED, WEIGHTS, ridge=1e-12)
     for w, u in zip(WEIGHTS, MIXED, strict=True):
@@ -88,9 +85,6 @@ def test_wudi_counts_an_update_of_zero_as_absent() -> None:
 
 def test_wudi_in_single_precision() -> None:
     same(wudi(mapped(MIXED, lambda u: u.to(torch.float32))).double(), wudi(MIXED), 1e-4)
-
-
-# ---- RegMean ----
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 40])
