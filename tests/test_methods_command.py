@@ -92,7 +92,7 @@ def test_a_method_that_runs_others_inside_names_their_options(tmp_path: Path) ->
     folder = MethodFolder("lora_cli.merge_methods", "merge method")
     folder.folder = tmp_path
     text = page(folder.get("room"), folder)
-    assert "--inside knobbed  method that merges there (knobbed, plain)" in text
+    assert "--inside knobbed  method that merges in the space found (knobbed, plain)" in text
     assert "With --inside knobbed\n  --k 3  some (1 <= x)" in text
     assert "--inside plain" not in text
     facts = facts_of(folder.get("room"), folder)
