@@ -29,7 +29,8 @@ KEEPERS = {
     "torch": (
         "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates",
         "adapters.devices", "adapters.draws", "adapters.kernels", "adapters.pairs", "adapters.spectra",
-        "adapters.checkpoint", "base_model", "mixture", "merge_methods", "selection_methods", "steps", "world",
+        "adapters.checkpoint", "adapters.delta",
+        "base_model", "mixture", "merge_methods", "selection_methods", "steps", "world",
     ),
     "transformers": ("base_model", "world"),
     "peft": ("base_model", "world"),

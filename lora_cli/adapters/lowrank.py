@@ -12,6 +12,8 @@ from torch import Tensor
 from lora_cli.adapters import kernels
 
 _KRYLOV_STEPS = 4
+# Squares of singular values in fp32 do not say more precisely what share of the energy they hold.
+_SHARE_NOISE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,20 +169,24 @@ class RankChoice:
 
     `ceiling` is the highest rank that may come out (None: no limit). `energy` keeps the fewest leading directions that
     hold this share of the squared norm. Directions at the level of rounding noise are dropped unless `exact`, which
-    leaves factors as they are.
+    leaves factors as they are. A share that fp32 cannot tell from 1 is all above that level.
     """
 
     ceiling: int | None = None
     energy: float | None = None
     exact: bool = False
 
+    @property
+    def share(self) -> float | None:
+        """`energy`, or None where it asks for everything."""
+        return None if self.energy is None or self.energy >= 1 - _SHARE_NOISE else self.energy
+
     def choose(self, s: Tensor, total: float) -> int:
         """How many of the singular values `s` (descending) to keep; `total` is the squared norm of the whole update."""
         k = numerical_rank(s)
-        if self.energy is not None and total > 0:
+        if self.share is not None and total > 0:
             kept = s.double().square().cumsum(0) / total
-            # A share of 1 cannot be reached to the last bit.
-            k = min(k, int((kept < self.energy - 1e-9).sum()) + 1)
+            k = min(k, int((kept < self.share).sum()) + 1)
         return k if self.ceiling is None else min(k, self.ceiling)
 
 
@@ -207,13 +213,13 @@ def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
 def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
     total = squared_norm(update)
     full = min(update.shape)
-    if choice.energy is None:
+    if choice.share is None:
         width = min(choice.ceiling or full, full)
         return _reduced(dense_svd(update, width), total, choice)
     width = min(64, full)
     while True:
         reduced = _reduced(dense_svd(update, width), total, choice)
-        enough = reduced.kept >= (choice.energy - 1e-9) * total or reduced.update.rank < width
+        enough = reduced.kept >= choice.share * total or reduced.update.rank < width
         if enough or width >= min(choice.ceiling or full, full):
             return reduced
         width = min(4 * width, full)

@@ -38,6 +38,25 @@ class OpenAdapter:
         return self.files.ref
 
     @property
+    def base(self) -> str:
+        """The base model that it declares."""
+        return self.config.base
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether it says that the base stores its weights (in, out)."""
+        return self.config.fan_in_fan_out
+
+    @property
+    def folder(self) -> Path:
+        """Where its files stand."""
+        return self.files.weights.parent
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """(out, in) of one module."""
+        return self.modules[module].out_features, self.modules[module].in_features
+
+    @property
     def dtypes(self) -> set[torch.dtype]:
         """The precisions its factors are stored in."""
         return {DTYPES[entry.dtype] for factors in self.modules.values() for entry in (factors.a, factors.b)}
@@ -55,8 +74,8 @@ class OpenAdapter:
         """
         factors = self.modules[module]
         with self.files.weights.open("rb", buffering=0) as file:
-            a = _read(file.fileno(), factors.a, dtype)
-            b = _read(file.fileno(), factors.b, dtype)
+            a = read_tensor(file.fileno(), factors.a, dtype)
+            b = read_tensor(file.fileno(), factors.b, dtype)
         b.mul_(self.scale(module))
         update = LowRank(b, a)
         largest = bound(update)
@@ -88,14 +107,20 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
     """Every module that one of `adapters` touches, in natural order (layer 2 before layer 10)."""
-    return sorted({module for adapter in adapters for module in adapter.modules}, key=_natural)
+    return natural({module for adapter in adapters for module in adapter.modules})
 
 
-def _natural(module: str) -> list[tuple[int, str]]:
+def natural(modules: Iterable[str]) -> list[str]:
+    """`modules` in natural order."""
+    return sorted(modules, key=_parts)
+
+
+def _parts(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
-def _read(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+def read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    """One tensor of an open file, in `dtype`. Refused where the file ends inside it."""
     data = bytearray(entry.end - entry.begin)
     view, done = memoryview(data), 0
     while done < len(data):

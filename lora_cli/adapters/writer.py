@@ -29,15 +29,19 @@ class TensorStream:
         path: the file to write.
         names: of every tensor that will be added, in any order.
         dtype: precision on disk.
+        says: what stands in the header besides the tensors.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, names: Sequence[str], dtype: torch.dtype, says: Mapping[str, str] | None = None
+    ) -> None:
         self.dtype = dtype
         self.empty = True
         """Whether nothing but zeros was written."""
-        longest = sum(len(json.dumps(name)) + 120 for name in names) + 64
+        metadata = {"format": "pt", **(says or {})}
+        longest = sum(len(json.dumps(name)) + 120 for name in names) + len(json.dumps(metadata)) + 64
         self._room = -(-longest // 8) * 8
-        self._entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self._entries: dict[str, Any] = {"__metadata__": metadata}
         self._position = 0
         self._file: BinaryIO = path.open("wb")
         self._file.seek(8 + self._room)

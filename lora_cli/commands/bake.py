@@ -25,7 +25,10 @@ _SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %
 
 def bake(
     adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="Id of the catalogue or the Hub, folder, or - for stdin.")
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="Id of the catalogue or the Hub, folder (also of merge --dense), or - for stdin."
+        ),
     ],
     base: Base = None,
     dtype: Annotated[str, typer.Option("--dtype", help="Precision on disk: auto (as the base), fp32, bf16, fp16.")] = (
@@ -47,7 +50,7 @@ def bake(
     from lora_cli import runs
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps import bake as step
-    from lora_cli.steps.gather import gather, to_fetch
+    from lora_cli.steps.gather import gather_update, to_fetch
 
     screen = screen_for(json)
     settings = load({"base": base, "db": db})
@@ -62,17 +65,17 @@ def bake(
                 waiting = {} if step.is_here(model) else {"fetch_base": model}
                 screen.document("lora.bake.plan/1", {"out": None, **download_plan(left), **waiting})
                 return
-        gathered = gather(
+        update, name, parents = gather_update(
             catalogue,
-            names,
+            names[0],
             base=settings.base,
             aliases=settings.base_aliases,
             announce=screen.say,
             progress=progress,
         )
-        found = step.find_base(model, name=gathered.base, announce=screen.say, progress=progress)
-        plan = step.plan(gathered.adapters[0], found, dtype=dtype)
-        inputs = {**found.inputs, **gathered.inputs}
+        found = step.find_base(model, name=name, announce=screen.say, progress=progress)
+        plan = step.plan(update, found, dtype=dtype)
+        inputs = {**found.inputs, **parents}
         key = runs.key_of("bake", plan.settings, inputs)
         folder = out or settings.runs / f"bake-{key[:8]}"
         step.demand_apart(plan, folder)

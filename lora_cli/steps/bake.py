@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import shutil
 import time
 from collections import Counter, deque
@@ -23,7 +22,7 @@ from lora_cli.adapters.reader import DTYPES
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
-from lora_cli.runs import RECORD_FILE, Run, record_text
+from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.steps.bake_plan import BakePlan, find_base, is_here, plan
 from lora_cli.steps.merge_module import one_thread_each
 
@@ -84,7 +83,7 @@ class BakeReport:
 def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progress: Progress = silent) -> BakeReport:
     """Carry out a plan: write the base's files with the update added, then rename the finished folder into place.
 
-    Memory: one block of rows of one tensor, and the factors of one module.
+    Memory: one block of rows of one tensor, and the factors of one module, or its update where that came dense.
 
     Raises:
         Refused: the result does not fit its precision, or no entry of it differs from the base.
@@ -106,7 +105,7 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
             layers=_by_layer(modules),
             total=sum(modules.values(), Survival()),
             seconds=time.monotonic() - started,
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_bytes=peak_bytes(),
         )
         _demand_effect(plan, report.total)
         run.results.update(_results(plan, report))
@@ -117,7 +116,7 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
 def demand_apart(plan: BakePlan, folder: Path) -> None:
     """OutputError where the output would stand in, on or around the base or the adapter."""
     out = folder.resolve()
-    for what, path in (("base", plan.base.checkpoint.folder), ("adapter", plan.adapter.files.weights.parent)):
+    for what, path in (("base", plan.base.checkpoint.folder), ("adapter", plan.adapter.folder)):
         place = path.resolve()
         if out.is_relative_to(place) or place.is_relative_to(out):
             raise OutputError(f"{folder}: that is where the {what} is", hint="choose another folder with -o")
@@ -174,12 +173,13 @@ def _write_baked(
     """Write one tensor with the module's update added, blocks of rows at a time."""
     # Where the base is wider than fp32, so is the sum.
     update = plan.adapter.read(module, torch.promote_types(DTYPES[entry.dtype], torch.float32))
-    left, right = (update.A.T, update.B.T) if plan.places[module].transposed else (update.B, update.A)
+    if plan.places[module].transposed:
+        update = update.T if isinstance(update, Tensor) else LowRank(update.A.T, update.B.T)
     dtype = DTYPES[plan.stored_as(entry)]
 
     def work(row: int, block: bytearray) -> tuple[Tensor, Survival]:
         weight = as_tensor(block, entry.dtype).view(-1, entry.shape[1])
-        baked, survival = add(weight, LowRank(left[row : row + len(weight)], right), dtype)
+        baked, survival = add(weight, rows_of(update, slice(row, row + len(weight))), dtype)
         if not math.isfinite(survival.error):
             raise _does_not_fit(module, weight, dtype)
         return baked, survival
@@ -191,22 +191,31 @@ def _write_baked(
     return found
 
 
-def add(weight: Tensor, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Survival]:
+def rows_of(update: LowRank | Tensor, rows: slice) -> LowRank | Tensor:
+    """Some rows of an update."""
+    return update[rows] if isinstance(update, Tensor) else LowRank(update.B[rows], update.A)
+
+
+def add(weight: Tensor, update: LowRank | Tensor, dtype: torch.dtype) -> tuple[Tensor, Survival]:
     """cast(W + Δ) and what of Δ survived. `weight` is (rows, columns) as stored, the sum has the dtype of `update`."""
     rows, columns = weight.shape
     height = max(1, _TILE // columns)
     baked, found = torch.empty(weight.shape, dtype=dtype), Survival()
-    room = torch.empty(4, min(height, rows), columns, dtype=update.A.dtype)
+    wide = update.dtype if isinstance(update, Tensor) else update.A.dtype
+    room = torch.empty(4, min(height, rows), columns, dtype=wide)
     for at in range(0, rows, height):
         tile = slice(at, at + height)
-        found += _add_tile(weight[tile], LowRank(update.B[tile], update.A), baked[tile], room)
+        found += _add_tile(weight[tile], rows_of(update, tile), baked[tile], room)
     return baked, found
 
 
-def _add_tile(weight: Tensor, update: LowRank, baked: Tensor, room: Tensor) -> Survival:
+def _add_tile(weight: Tensor, update: LowRank | Tensor, baked: Tensor, room: Tensor) -> Survival:
     """Fill `baked` with cast(W + Δ). All arithmetic is in place: fresh memory would cost more than the arithmetic."""
     delta, exact, total, back = room[:, : len(weight)]
-    torch.mm(update.B, update.A, out=delta)
+    if isinstance(update, Tensor):
+        delta.copy_(update)
+    else:
+        torch.mm(update.B, update.A, out=delta)
     torch.add(exact.copy_(weight), delta, out=total)
     baked.copy_(total)
     norm = _squared(delta)

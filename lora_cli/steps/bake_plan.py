@@ -17,8 +17,9 @@ from lora_cli.adapters.checkpoint import (
     wanted_files,
 )
 from lora_cli.adapters.checks import public_base
+from lora_cli.adapters.delta import OpenDelta
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
-from lora_cli.adapters.reader import OpenAdapter, all_modules
+from lora_cli.adapters.reader import OpenAdapter, natural
 from lora_cli.errors import HeaderError, Refused, UsageError
 from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Progress, silent
@@ -108,7 +109,7 @@ class Place:
 class BakePlan:
     """A bake that passed every check which needs no weights. `places` is by module; `note` says what was assumed."""
 
-    adapter: OpenAdapter
+    adapter: OpenAdapter | OpenDelta
     base: Base
     places: Mapping[str, Place]
     dtype: str
@@ -141,7 +142,7 @@ class BakePlan:
         return entry.dtype if self.dtype == "auto" or entry.dtype not in FLOAT_DTYPES else PRECISIONS[self.dtype]
 
 
-def plan(adapter: OpenAdapter, base: Base, *, dtype: str = "auto") -> BakePlan:
+def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -> BakePlan:
     """Check everything that can be checked before a weight is read.
 
     Args:
@@ -154,12 +155,11 @@ def plan(adapter: OpenAdapter, base: Base, *, dtype: str = "auto") -> BakePlan:
     if dtype not in ("auto", *PRECISIONS):
         raise UsageError(f"--dtype is auto, {', '.join(PRECISIONS)}, not {dtype!r}")
     checkpoint = base.checkpoint
-    tensors = _present(adapter, base, weights_of(all_modules([adapter]), checkpoint.tensors))
+    tensors = _present(adapter, base, weights_of(natural(adapter.modules), checkpoint.tensors))
     places: dict[str, Place] = {}
     assumed = []
     for module, tensor in tensors.items():
-        entry, factors = checkpoint.entry(tensor), adapter.modules[module]
-        shape = (factors.out_features, factors.in_features)
+        entry, shape = checkpoint.entry(tensor), adapter.shape(module)
         if entry.dtype not in FLOAT_DTYPES:
             raise Refused(f"{module} is {entry.dtype} in {base.name}: an update is added to floats only")
         if entry.shape not in (shape, shape[::-1]):
@@ -169,7 +169,7 @@ def plan(adapter: OpenAdapter, base: Base, *, dtype: str = "auto") -> BakePlan:
             )
         square = shape[0] == shape[1]
         transposed = _is_conv1d(module, checkpoint, adapter) if square else entry.shape != shape
-        if square and (transposed or adapter.config.fan_in_fan_out):
+        if square and (transposed or adapter.fan_in_fan_out):
             assumed.append(transposed)
         places[module] = Place(tensor=tensor, transposed=transposed)
     return BakePlan(adapter=adapter, base=base, places=places, dtype=dtype, note=_note(assumed, checkpoint, adapter))
@@ -204,7 +204,7 @@ def _shorter(module: str, tensors: Collection[str]) -> list[str]:
     return [name for name in names if name in tensors]
 
 
-def _present(adapter: OpenAdapter, base: Base, weights: Mapping[str, str | None]) -> dict[str, str]:
+def _present(adapter: OpenAdapter | OpenDelta, base: Base, weights: Mapping[str, str | None]) -> dict[str, str]:
     """Module → tensor; Refused where a module has no weight of its own in the base's files."""
     tied = base.checkpoint.config.get("tie_word_embeddings")
     found: dict[str, str] = {}
@@ -228,19 +228,19 @@ def _present(adapter: OpenAdapter, base: Base, weights: Mapping[str, str | None]
     return found
 
 
-def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter) -> bool:
+def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> bool:
     """Is a square weight stored (in, out)? The model decides, as in PEFT; where none is named, the adapter's flag."""
     model = checkpoint.config.get("model_type")
     if not model:
-        return adapter.config.fan_in_fan_out
+        return adapter.fan_in_fan_out
     return model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
-def _note(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter) -> str:
+def _note(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> str:
     """What was assumed of square weights, "" where the question does not arise."""
     if not assumed:
         return ""
-    flag = adapter.config.fan_in_fan_out
+    flag = adapter.fan_in_fan_out
     model = checkpoint.config.get("model_type")
     because = f"the base is a {model}" if model else "the adapter says fan_in_fan_out"
     though = f", though the adapter says fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_cli.adapters.checks import public_base, same_base
+from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
@@ -88,15 +89,40 @@ def gather(
     for ref, row in found:
         files = locate(ref)
         if files is None:
-            raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it")
+            hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
+            raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
         inputs[ref.pinned] = _sha256(files, row)
         opened.append(_open(files))
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
     _check_bases(ordered, base, known)
-    public = public_base(base or "", known, [adapter.config.base for adapter in ordered])
+    public = public_base(base or "", known, [adapter.base for adapter in ordered])
     return Gathered(adapters=tuple(opened), base=public, inputs=inputs)
+
+
+def gather_update(
+    catalogue: Catalogue,
+    name: str,
+    *,
+    base: str | None = None,
+    aliases: Sequence[str] = (),
+    announce: Callable[[str], None],
+    progress: Progress = silent,
+) -> tuple[OpenAdapter | OpenDelta, str, Mapping[str, str]]:
+    """One adapter, or the dense result of a merge in a folder, with `base` and `inputs` as in `Gathered`.
+
+    Raises:
+        DataError: the record of a dense result is missing or malformed. Else as `gather` does.
+    """
+    folder = dense_folder(name)
+    if folder is None:
+        found = gather(catalogue, [name], base=base, aliases=aliases, announce=announce, progress=progress)
+        return found.adapters[0], found.base, found.inputs
+    delta = open_delta(folder)
+    known = names_of(catalogue, base, aliases)
+    _check_bases([delta], base, known)
+    return delta, public_base(base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
 
 
 def to_fetch(
@@ -150,11 +176,11 @@ def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tu
     return usable(here).ref, here
 
 
-def _check_bases(adapters: Sequence[OpenAdapter], base: str | None, aliases: Sequence[str]) -> None:
+def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
     first = adapters[0]
-    asked = base if base is not None else first.config.base
+    asked = base if base is not None else first.base
     for adapter in adapters:
-        declared = adapter.config.base
+        declared = adapter.base
         if declared == asked or same_base(declared, asked, aliases):
             continue
         if base is None:

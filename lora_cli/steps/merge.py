@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,22 +13,21 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.checks import WEIGHTS_NAME
+from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
 from lora_cli.adapters.writer import AdapterWriter, TensorStream, target_modules
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
-from lora_cli.runs import RECORD_FILE, Run, record_text
+from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
 from lora_cli.steps.serving import demand_servable, pad_for_vllm
 
-__all__ = ["DENSE_FILE", "METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
-
-DENSE_FILE = "delta.safetensors"
+__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,10 +86,10 @@ def merge(
         OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
-    if folder.resolve() in {adapter.files.weights.parent.resolve() for adapter in plan.adapters}:
+    if folder.resolve() in {adapter.folder.resolve() for adapter in plan.adapters}:
         raise OutputError(f"{folder}: one of the adapters to be merged", hint="choose another folder with -o")
     if plan.serve:
-        demand_servable(plan.modules, transposed=plan.adapters[0].config.fan_in_fan_out)
+        demand_servable(plan.modules, transposed=plan.adapters[0].fan_in_fan_out)
     with whole_folder(folder, replace=replace) as partial:
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
@@ -107,7 +105,7 @@ def merge(
             served_rank=served_rank,
             sha256=sha256,
             seconds=time.monotonic() - started,
-            peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            peak_bytes=peak_bytes(),
         )
         run.outputs[weights] = sha256
         if lock is not None:
@@ -147,11 +145,12 @@ def _write_dense(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module's whole update, under the name of the weight that it belongs to."""
     reports, total = [], 0.0
-    names = {module: f"{module}.weight" for module in plan.modules}
-    with TensorStream(folder / DENSE_FILE, [*names.values()], _dtype(plan)) as stream:
+    names = [weight_of(module) for module in plan.modules]
+    says = metadata(fan_in_fan_out=plan.adapters[0].fan_in_fan_out)
+    with TensorStream(folder / DENSE_FILE, names, _dtype(plan), says) as stream:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, Tensor)
-            stream.add(names[module], merged.update)
+            stream.add(weight_of(module), merged.update)
             total += merged.total
             reports.append(
                 ModuleReport(module=module, rank=min(merged.update.shape), norm=math.sqrt(merged.total), energy=1.0)

@@ -247,6 +247,6 @@ def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) 
                 f"{module} is {one[0]}×{one[1]} in {first} but {other[0]}×{other[1]} in {second}",
                 hint="these adapters belong to different base models",
             )
-    transposed = {adapter.config.fan_in_fan_out for adapter in adapters}
+    transposed = {adapter.fan_in_fan_out for adapter in adapters}
     if len(transposed) > 1:
         raise Refused("fan_in_fan_out is true in some of the adapters and false in others")
