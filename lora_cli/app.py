@@ -4,7 +4,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Never
 
 import typer
@@ -49,19 +50,32 @@ class Root(TyperGroup):
         ]
         return sorted(super().list_commands(ctx), key=lambda name: order.index(name))
 
+    def make_context(self, *args: Any, **extra: Any) -> Any:
+        # Help is printed while arguments are read.
+        with _quiet_at_closed_pipes():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with _quiet_at_closed_pipes():
+                return super().invoke(ctx)
         except LoraError as error:
             _fail(error)
-        except BrokenPipeError:
-            # The reader has what it wanted; the interpreter must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(ExitCode.OK) from None
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
             _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
+
+
+@contextmanager
+def _quiet_at_closed_pipes() -> Iterator[None]:
+    """A reader that has what it wanted ends the command with 0."""
+    try:
+        yield
+    except BrokenPipeError:
+        # The interpreter must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(ExitCode.OK) from None
 
 
 def _fail(error: LoraError) -> Never:
@@ -105,4 +119,13 @@ config.register(app)
 
 def main() -> None:
     """Console script."""
+    _open_what_is_closed()
     app(prog_name="lora")
+
+
+def _open_what_is_closed() -> None:
+    """Standard streams that the caller closed lead nowhere: else the next file to be opened would take their place."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))

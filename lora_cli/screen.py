@@ -183,8 +183,7 @@ class Screen:
 
 
 def _on_terminal() -> bool:
-    # A closed stdout is None.
-    return sys.stdout is not None and sys.stdout.isatty()
+    return sys.stdout.isatty()
 
 
 def _out(text: str, end: str = "\n") -> None:

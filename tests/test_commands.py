@@ -97,6 +97,23 @@ def test_data_flows_through_a_script(own_world: World) -> None:
     assert closed.stderr == ""
 
 
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("lora methods >&-", 0),
+        ("lora methods --json >&- 2>&- <&-", 0),
+        ("lora merge nobody/nothing 2>&-", 3),
+        ("lora merge - <&-", 3),
+        ("lora --help | true; exit ${PIPESTATUS[0]}", 0),
+        ("lora merge --help | true; exit ${PIPESTATUS[0]}", 0),
+    ],
+)
+def test_streams_that_are_closed_change_no_exit_code(line: str, code: int, tmp_path: Path) -> None:
+    done = run(line, tmp_path)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture(scope="module")
 def catalogued(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the shared world whose pool is catalogued."""
