@@ -120,12 +120,17 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
     """True when `folder` already holds this very run; False when the work is to be done and may go there.
 
     Raises:
-        OutputError: something else is there and `force` was not given; with `force`, it is nothing that this tool made.
+        OutputError: something else is there, or a result that was changed or cut short since, and `force` was not
+            given; with `force`, it is nothing that this tool made.
     """
     try:
         if folder.is_symlink():
             raise OutputError(f"{folder}: a link; outputs are never written through links")
         if finished(folder, key):
+            if not force and (changed := _changed(folder)):
+                raise OutputError(
+                    f"{folder / changed} is not what was written there", hint="replace the folder with --force"
+                )
             return not force
         if not folder.exists():
             return False
@@ -138,6 +143,18 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
             f"{folder}: cannot be read ({error.strerror})", hint="choose another folder with -o"
         ) from error
     return False
+
+
+def _changed(folder: Path) -> str:
+    """The first output that is missing or no longer what its record says, "" for none."""
+    for name, sha256 in read_record(folder)["outputs"].items():
+        try:
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                    return str(name)
+        except FileNotFoundError:
+            return str(name)
+    return ""
 
 
 def is_output(folder: Path) -> bool:

@@ -148,6 +148,15 @@ def test_a_base_in_fp64_is_added_to_in_fp64() -> None:
     assert 0 < survival.lost < 1e-15
 
 
+def test_an_update_that_vanishes_is_lost_whole_and_not_more() -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 64, generator=g).bfloat16()
+    update = LowRank(1e-8 * torch.randn(64, 2, generator=g), torch.randn(2, 64, generator=g))
+    baked, survival = add(weight, update, torch.bfloat16)
+    assert torch.equal(baked, weight)
+    assert survival.lost == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["one file", "parts"])
 def test_peft_and_transformers_agree_on_a_llama(tmp_path: Path, adapter: Path, options: dict[str, str]) -> None:
     base = saved(tmp_path / "base")
@@ -302,6 +311,31 @@ def test_the_same_bake_is_up_to_date_and_equal_bytes_come_out_of_force(base: Pat
     assert "exists" in refused(1, *words, "--dtype", "bf16")
 
 
+def test_a_result_that_was_damaged_is_not_up_to_date(base: Path, adapter: Path) -> None:
+    words = ("bake", str(adapter), "--base", str(base), "-o", "out")
+    ok(*words)
+    file = Path("out/model.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    assert "out/model.safetensors is not what was written there" in refused(1, *words)
+    file.unlink()
+    assert "replace the folder with --force" in refused(1, *words)
+    ok(*words, "--force")
+    assert file.read_bytes() == whole
+
+
+def test_code_and_a_tokenizer_that_do_not_come_along_are_named(base: Path, adapter: Path) -> None:
+    told = ok("bake", str(adapter), "--base", str(base), "-o", "plain").err
+    assert "not copied" not in told
+    assert "no tokenizer" not in told
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    configured(base, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    told = ok("bake", str(adapter), "--base", str(base), "-o", "out").err
+    assert "comes with code (auto_map), which is not copied" in told
+    assert "no tokenizer beside its weights" in told
+
+
 def test_a_plan_changes_nothing(base: Path, adapter: Path) -> None:
     told = ok("bake", str(adapter), "--base", str(base), "--dtype", "bf16", "--dry-run", "--json")
     plan = json.loads(told.out)
@@ -385,6 +419,18 @@ def _outside(base: Path) -> Path:
     return _emptied(base)
 
 
+def _linked_out(base: Path) -> Path:
+    (base.parent / "secret").write_text("{}")
+    (base / "tokenizer.json").unlink()
+    (base / "tokenizer.json").symlink_to(base.parent / "secret")
+    return base
+
+
+def _listed_type(base: Path) -> Path:
+    configured(base, model_type=["llama"])
+    return _one_layer(base)
+
+
 def _cut(base: Path) -> Path:
     file = base / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -410,6 +456,8 @@ def _part_missing(base: Path) -> Path:
         (_huge, "model.layers.0.mlp.up_proj: values overflow float16"),
         (_huge_elsewhere, "model.embed_tokens.weight: values overflow float16"),
         (_outside, "names ../model.safetensors, which is no file beside it"),
+        (_linked_out, "acme/base: tokenizer.json is a link to outside its folder"),
+        (_listed_type, "6 of 8 modules match"),
         (_cut, "acme/base: truncated"),
         (_part_missing, "model-00001-of-00002.safetensors is missing"),
     ],
@@ -444,7 +492,7 @@ def test_what_has_no_place_or_no_sense_is_refused(
     assert "where the adapter is" in refused(1, *words, "-o", str(adapter), "--force")
     assert "--dtype is auto, fp32, bf16, fp16, not 'int4'" in refused(2, *words, "--dtype", "int4")
     assert "bake takes one adapter" in refused(2, "bake", "-", "--base", str(base), stdin="a\nb\n")
-    assert "no base model" in refused(2, "bake", str(adapter))
+    assert "is for acme/base: give --base" in refused(2, "bake", str(adapter))
     assert "no base model at" in refused(3, "bake", str(adapter), "--base", "./none/base")
     monkeypatch.setattr(baking.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     assert "GB free at" in refused(1, *words, "-o", "out")
@@ -467,6 +515,28 @@ def test_a_base_of_the_hub_is_brought_into_its_cache_whole(tmp_path: Path, monke
     assert "fetching" not in told.err
     record = json.loads(Path("out/run.json").read_text())
     assert record["inputs"][f"base:acme/base@{repo.sha}"] == repo.sha
+    torch.testing.assert_close(logits(Path("out")), logits(tmp_path / "base", adapter), rtol=1e-5, atol=1e-4)
+
+
+def test_parts_of_a_base_of_the_hub_are_those_that_its_index_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    tiny_llama().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    renamed = {}
+    for file in sorted((tmp_path / "base").iterdir()):
+        text = file.read_bytes()
+        if file.name.endswith(".index.json"):
+            text = text.replace(b'"model-0', b'"model.safetensors-0')
+        renamed[file.name.replace("model-0", "model.safetensors-0")] = text
+    adapter = adapter_of(tmp_path / "adapter")
+    with FakeHub() as hub:
+        hub.add("acme/base", renamed)
+        folder = download_base(Hub(hub.endpoint), "acme/base", announce=print)
+    assert {file.name for file in folder.iterdir()} == renamed.keys()
+    # It has no tokenizer, and is here all the same once its weights are.
+    told = ok("bake", str(adapter), "--base", "acme/base", "-o", "out")
+    assert "no tokenizer beside its weights" in told.err
     torch.testing.assert_close(logits(Path("out")), logits(tmp_path / "base", adapter), rtol=1e-5, atol=1e-4)
 
 

@@ -30,7 +30,9 @@ BLOCK: Final = 1 << 20
 """Entries that are read at a time, or one row where a row has more."""
 
 # What loading reads in a model's folder, and what therefore decides its version.
-_READ: Final = frozenset((".json", ".jinja", ".model", ".safetensors", ".txt"))
+_READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"))
+# Mistral's tokenizers carry their version as a suffix.
+_NUMBERED: Final = "tokenizer.model."
 _TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
@@ -90,7 +92,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         index=index,
         headers=headers,
         tensors=tensors,
-        beside=tuple(file for file in _files(folder) if _goes_along(file)),
+        beside=_beside(folder, name),
     )
 
 
@@ -105,10 +107,13 @@ def folder_or_hub(name: str) -> Path | None:
     return folder
 
 
-def cached_model(repo: str, version: str = "main") -> Path | None:
-    """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole."""
+def cached_model(repo: str, version: str = "main", *, tokenizer: bool = True) -> Path | None:
+    """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole.
+
+    tokenizer: whether one belongs to a whole model.
+    """
     config = cached_file(repo, CONFIG, version)
-    if config is None or cached_file(repo, "tokenizer_config.json", version) is None:
+    if config is None or (tokenizer and cached_file(repo, "tokenizer_config.json", version) is None):
         return None
     parts = {WEIGHTS}
     # An index names every part of split weights.
@@ -117,14 +122,17 @@ def cached_model(repo: str, version: str = "main") -> Path | None:
     return config.parent if all(cached_file(repo, part, version) for part in parts) else None
 
 
-def wanted_files(files: Collection[str]) -> list[str]:
-    """Of the files in a model's repository those that a copy of it needs here, weights last."""
-    plain = {name for name in files if "/" not in name}
-    other = sorted(name for name in plain if Path(name).suffix != ".safetensors" and _goes_along(Path(name)))
-    if WEIGHTS in plain:
-        return [*other, WEIGHTS]
-    parts = sorted(name for name in plain if name.startswith("model-") and name.endswith(".safetensors"))
-    return [*other, INDEX, *parts] if INDEX in plain else other
+def wanted_files(files: Collection[str], index: Path | None, name: str) -> list[str]:
+    """Of the files in a model's repository those that a copy of it needs here, weights last.
+
+    Args:
+        index: the model's own, where its weights are split.
+        name: what messages call the model.
+    """
+    other = sorted(file for file in files if "/" not in file and _goes_along(Path(file)))
+    if index is None:
+        return [*other, WEIGHTS] if WEIGHTS in files else other
+    return [*other, INDEX, *sorted(set(_weight_map(_object(index, name), name).values()))]
 
 
 def version_of_folder(folder: Path) -> str:
@@ -132,7 +140,7 @@ def version_of_folder(folder: Path) -> str:
 
     Takes a second per gigabyte or so.
     """
-    read = [file for file in _files(folder) if file.suffix in _READ]
+    read = [file for file in _files(folder) if file.suffix in _READ or file.name.startswith(_NUMBERED)]
     text = "".join(f"{file.name}\n{sha256_of(file)}\n" for file in read)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
@@ -213,11 +221,24 @@ def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:
 
 
 def _goes_along(file: Path) -> bool:
-    if file.stem.upper() in _TERMS:
+    if file.stem.upper() in _TERMS or file.name.startswith(_NUMBERED):
         return True
     # Weights have indices of their own; what an adapter or an earlier run left here is not the model's.
     foreign = file.name.endswith(".index.json") or file.name.startswith("adapter_") or file.name == "run.json"
     return file.suffix in _READ and file.suffix != ".safetensors" and not foreign
+
+
+def _beside(folder: Path, name: str) -> tuple[Path, ...]:
+    """What goes along with the weights. Refused where a link would bring in a file from elsewhere."""
+    found = tuple(file for file in _files(folder) if _goes_along(file))
+    here = folder.resolve()
+    # In the Hub client's cache every file is a link to a blob.
+    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
+    for file in found:
+        target = file.resolve()
+        if not (target.is_relative_to(here) or target.is_relative_to(blobs)):
+            raise Refused(f"{name}: {file.name} is a link to outside its folder", hint="put the file itself there")
+    return found
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.fit import base_of
 from lora_cli.commands.merge import download_plan
 from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for, show_output
 from lora_cli.errors import UsageError
@@ -54,12 +53,12 @@ def bake(
 
     screen = screen_for(json)
     settings = load({"base": base, "db": db})
-    model = base_of(settings)
+    model = settings.base
     names = expand([adapter])
     if len(names) != 1:
         raise UsageError(f"bake takes one adapter, not {len(names)}", hint="make one of them first: lora merge")
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        if dry_run:
+        if dry_run and model is not None:
             left = to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
             if left or not step.is_here(model):
                 waiting = {} if step.is_here(model) else {"fetch_base": model}
@@ -73,6 +72,8 @@ def bake(
             announce=screen.say,
             progress=progress,
         )
+        if model is None:
+            raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
         found = step.find_base(model, name=name, announce=screen.say, progress=progress)
         plan = step.plan(update, found, dtype=dtype)
         inputs = {**found.inputs, **parents}
@@ -83,8 +84,8 @@ def bake(
             planned = {"out": str(folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
             screen.document("lora.bake.plan/1", planned)
             return
-        if plan.note:
-            screen.say(plan.note)
+        for note in plan.notes:
+            screen.say(note)
         done = runs.claim(folder, key, force=force)
         with runs.recorded(settings.db, "bake", plan.settings, inputs, folder) as run:
             if done:

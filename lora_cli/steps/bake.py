@@ -225,10 +225,10 @@ def _add_tile(weight: Tensor, update: LowRank | Tensor, baked: Tensor, room: Ten
         error = exact.sub_(total.sub_(back)).add_(delta.sub_(back))
         changed = torch.ne(back, 0, out=total).sum()
     else:
-        plain = exact if weight.dtype == baked.dtype else exact.copy_(weight.to(baked.dtype))
+        plain = exact if weight.dtype == baked.dtype else total.copy_(weight.to(baked.dtype))
         # As floats 0 and 1, which are several times faster to sum than bools to count.
-        changed = torch.ne(back.copy_(baked), plain, out=delta).sum()
-        error = back.sub_(total)
+        changed = torch.ne(back.copy_(baked), plain, out=total).sum()
+        error = back.sub_(exact).sub_(delta)
     return Survival(delta=norm, error=_squared(error), same=weight.numel() - int(changed), entries=weight.numel())
 
 

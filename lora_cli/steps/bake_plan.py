@@ -8,6 +8,8 @@ from typing import Any
 
 from lora_cli.adapters.checkpoint import (
     CONFIG,
+    INDEX,
+    WEIGHTS,
     Checkpoint,
     cached_model,
     folder_or_hub,
@@ -48,7 +50,12 @@ class Base:
 
 def is_here(model: str) -> bool:
     """False when `model` is a Hub id that would have to be downloaded. NothingMatched when it can be neither."""
-    return folder_or_hub(model) is not None or cached_model(model) is not None
+    return folder_or_hub(model) is not None or _cached(model) is not None
+
+
+def _cached(model: str) -> Path | None:
+    """A model in the Hub client's cache, with or without a tokenizer."""
+    return cached_model(model, tokenizer=False)
 
 
 def find_base(model: str, *, name: str = "", announce: Callable[[str], None], progress: Progress = silent) -> Base:
@@ -68,7 +75,7 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
     if folder is not None:
         checkpoint = _open(folder, name)
         return Base(name=name, version=version_of_folder(folder), checkpoint=checkpoint)
-    cached = cached_model(model) or download_base(Hub(progress=progress), model, announce=announce, progress=progress)
+    cached = _cached(model) or download_base(Hub(progress=progress), model, announce=announce, progress=progress)
     return Base(name=name, version=cached.name, checkpoint=_open(cached, name))
 
 
@@ -84,7 +91,9 @@ def download_base(hub: Hub, repo: str, *, announce: Callable[[str], None], progr
     """Bring a model into the Hub client's cache: its folder there, named by the commit."""
     # Asked for as main, so that the cache learns which commit that is and needs no network tomorrow.
     commit = hub.download(repo, CONFIG, "main").parent.name
-    files = wanted_files(hub.repository(repo, commit).files)
+    listed = hub.repository(repo, commit).files
+    split = INDEX in listed and WEIGHTS not in listed
+    files = wanted_files(listed, hub.download(repo, INDEX, commit) if split else None, repo)
     missing = [file for file in files if cached_file(repo, file, commit) is None]
     size = sum(hub.file_facts(repo, file, commit).size for file in missing)
     announce(f"fetching the base {repo}, {len(missing)} files, {size / 1e6:,.1f} MB")
@@ -107,13 +116,13 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class BakePlan:
-    """A bake that passed every check which needs no weights. `places` is by module; `note` says what was assumed."""
+    """A bake that passed every check which needs no weights. `places` is by module; `notes` say what was assumed."""
 
     adapter: OpenAdapter | OpenDelta
     base: Base
     places: Mapping[str, Place]
     dtype: str
-    note: str
+    notes: tuple[str, ...]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -172,7 +181,8 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
         if square and (transposed or adapter.fan_in_fan_out):
             assumed.append(transposed)
         places[module] = Place(tensor=tensor, transposed=transposed)
-    return BakePlan(adapter=adapter, base=base, places=places, dtype=dtype, note=_note(assumed, checkpoint, adapter))
+    notes = (_of_squares(assumed, checkpoint, adapter), *_of_absent(checkpoint))
+    return BakePlan(adapter=adapter, base=base, places=places, dtype=dtype, notes=tuple(filter(None, notes)))
 
 
 def weights_of(modules: Sequence[str], tensors: Collection[str]) -> dict[str, str | None]:
@@ -233,10 +243,10 @@ def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenD
     model = checkpoint.config.get("model_type")
     if not model:
         return adapter.fan_in_fan_out
-    return model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+    return isinstance(model, str) and model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
-def _note(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> str:
+def _of_squares(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> str:
     """What was assumed of square weights, "" where the question does not arise."""
     if not assumed:
         return ""
@@ -246,6 +256,16 @@ def _note(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter 
     though = f", though the adapter says fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""
     how = "(in, out)" if all(assumed) else "(out, in)" if not any(assumed) else "(in, out) where they are Conv1D"
     return f"{len(assumed)} square weights are read as {how}: {because}{though}"
+
+
+def _of_absent(checkpoint: Checkpoint) -> list[str]:
+    """What loading the result will want that does not come along."""
+    absent = []
+    if checkpoint.config.get("auto_map"):
+        absent.append("the base comes with code (auto_map), which is not copied: loading the result will ask for it")
+    if not any(file.name.startswith(("tokenizer", "tekken", "vocab", "spiece")) for file in checkpoint.beside):
+        absent.append("the base has no tokenizer beside its weights, so the result has none")
+    return absent
 
 
 def _times(shape: Sequence[int]) -> str:
