@@ -79,7 +79,10 @@ def draw_similarity(
             if n <= 12:
                 _write_values(axes, cosines)
         else:
-            axes.set(xticks=[], yticks=[])
+            # As much room as a label takes: the clusters of the table, where they are large enough to be seen.
+            seen = [(start, end) for start, end in frames if (end - start) * _MOST_LABELS >= n]
+            axes.set(xticks=[], ylabel="cluster")
+            axes.set_yticks([(start + end - 1) / 2 for start, end in seen], [str(clusters[at]) for at, _ in seen])
             axes.set_xlabel(f"{n} adapters in the order of their clusters")
         many = f"{len(frames)} cluster{'s' if len(frames) != 1 else ''} of two or more"
         axes.set_title(f"{n} adapters · {modules} modules · {many}")
@@ -92,7 +95,8 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
         Refused: more modules than a picture has room for.
     """
-    layers, kinds = _layers_and_kinds([pair.module for pair in pairs])
+    cells = _cells([pair.module for pair in pairs])
+    layers, kinds = (list(dict.fromkeys(side)) for side in zip(*cells, strict=True))
     if len(layers) * len(kinds) > _MOST_CELLS:
         raise Refused(
             f"{len(kinds):,} kinds of modules in {len(layers):,} layers: too many to draw", hint="leave out --plot"
@@ -111,14 +115,14 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
             ("norm of B", "norm", other, "viridis"),
         )
         for axes, (title, what, values, colours) in zip(upper.subplots(1, 3, sharey=True), panels, strict=True):
-            grid = _grid(pairs, layers, kinds, values)
+            grid = _grid(cells, layers, kinds, values)
             low, high = limits[what]
             image = axes.imshow(grid, cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
             axes.set_facecolor("#dddddd")
             axes.set_title(title, fontsize=8)
             axes.set_xticks(range(len(shown)), shown, rotation=90)
             step = 1 + (len(layers) - 1) // 32
-            axes.set_yticks(range(0, len(layers), step), [_label(layer, 8) for layer in layers[::step]])
+            axes.set_yticks(range(0, len(layers), step), [_label(layer, 24) for layer in layers[::step]])
             axes.tick_params(length=0, labelsize=7)
             upper.colorbar(image, ax=axes, location="right")
         upper.axes[0].set_ylabel("layer")
@@ -128,6 +132,7 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
 def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
     """Every module's singular values as a thin line, and their median over the modules."""
     import numpy as np
+    from matplotlib.ticker import LogFormatter
 
     for side, (axes, colour) in enumerate(zip(both, (_ONE, _OTHER), strict=True)):
         spectra = [pair.spectra[side] for pair in pairs if len(pair.spectra[side])]
@@ -145,7 +150,8 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
         axes.plot(range(1, longest + 1), medians, color=colour, linewidth=1.8, label="median", marker=_dot(medians))
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        # Within less than two decades there are too few powers of ten to read values from.
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.7)))
         axes.set_xlim(0.5, longest + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -177,33 +183,51 @@ def _write_values(axes: Any, cosines: Sequence[Sequence[float]]) -> None:
 
 
 def _grid(
-    pairs: Sequence[ModulePair], layers: Sequence[str], kinds: Sequence[str], values: Sequence[float | None]
+    cells: Sequence[tuple[str, str]], layers: Sequence[str], kinds: Sequence[str], values: Sequence[float | None]
 ) -> list[list[float]]:
     """Values by layer and kind, NaN where there is none."""
     grid = [[float("nan")] * len(kinds) for _ in layers]
-    for pair, value in zip(pairs, values, strict=True):
-        layer, kind = _split(pair.module)
+    for (layer, kind), value in zip(cells, values, strict=True):
         if value is not None:
             grid[layers.index(layer)][kinds.index(kind)] = value
     return grid
 
 
-def _layers_and_kinds(modules: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The rows and columns that the modules make, in the order in which they come."""
-    split = [_split(module) for module in modules]
-    return list(dict.fromkeys(layer for layer, _ in split)), list(dict.fromkeys(kind for _, kind in split))
+def _cells(modules: Sequence[str]) -> list[tuple[str, str]]:
+    """Row and column of every module: its layer, and what it is there.
+
+    `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`. Where a model has several stacks of layers, as an encoder
+    and a decoder, the row says which; a module outside them has the row –.
+    """
+    split = [(module, re.search(r"\.(\d+)\.", module)) for module in modules]
+    stacks = _told_apart(list(dict.fromkeys(module[: match.start()] for module, match in split if match)))
+    return [
+        (f"{stacks[module[: match.start()]]} {match[1]}".strip(), module[match.end() :]) if match else ("–", module)
+        for module, match in split
+    ]
 
 
-def _split(module: str) -> tuple[str, str]:
-    """A module's layer and what it is there: `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`."""
-    match = re.search(r"\.(\d+)\.", module)
-    return (match[1], module[match.end() :]) if match else ("–", module)
+def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
+    """A short name for each stack of layers, "" for the only one: the first part in which they differ, if that will do.
+
+    `encoder.block` and `decoder.block` are `encoder` and `decoder`.
+    """
+    if len(stacks) < 2:
+        return dict.fromkeys(stacks, "")
+    parts = [stack.split(".") for stack in stacks]
+    shared = next((i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), min(map(len, parts)))
+    names = [".".join(one[shared : shared + 1]) for one in parts]
+    return dict(zip(stacks, names if len(set(names)) == len(names) else stacks, strict=True))
 
 
 def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
     """An id as it may stand in a picture: nothing that does not print or that the font lacks, and not too long."""
     shown = "".join(c if c < "\u0250" else c.encode("ascii", "backslashreplace").decode() for c in safe(text))
-    return shown if len(shown) <= longest else f"…{shown[1 - longest :]}"
+    if len(shown) <= longest:
+        return shown
+    # Ids differ in their owners as often as in their ends.
+    head = longest // 3
+    return f"{shown[:head]}…{shown[head + 1 - longest :]}"
 
 
 @contextmanager

@@ -180,7 +180,13 @@ def test_near_copies_are_left_out_by_name() -> None:
 def test_vllm_gets_one_rank_that_it_accepts() -> None:
     ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "-o", "plain")
     told = ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "--for", "vllm", "-o", "served").err
-    assert "vllm serve acme/tiny --enable-lora --max-lora-rank 8 --lora-modules served=served" in told
+    line = f"vllm serve acme/tiny --enable-lora --max-lora-rank 8 --lora-modules served={Path.cwd()}/served"
+    assert line in told
+    assert "filled up to 8" in told
+    assert "not checked" not in told
+    again = ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "--for", "vllm", "-o", "served").err
+    assert "up to date" in again
+    assert line in again
     config = json.loads(Path("served/adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
     assert {t.shape[0] for n, t in load_file("served/adapter_model.safetensors").items() if "lora_A" in n} == {8}
@@ -188,21 +194,36 @@ def test_vllm_gets_one_rank_that_it_accepts() -> None:
 
 
 def test_the_line_that_serves_is_safe_to_paste(monkeypatch: pytest.MonkeyPatch) -> None:
-    out = "a b;$(touch pwned)'\"`id`"
-    told = ok("merge", *TWO, "--for", "vllm", "-o", out).err
-    [line] = [line for line in told.splitlines() if "vllm serve" in line]
-    shown = subprocess.run(["sh", "-c", line.replace("vllm", "printf '%s\\n'", 1)], capture_output=True, text=True)
-    assert shown.stdout.splitlines()[-1] == f"{out}={out}"
+    for out in ("a b;$(touch pwned)'\"`id`", "lr=1e-4,bs=8", "-x"):
+        told = ok("merge", *TWO, "--for", "vllm", "-o", f"./{out}").err
+        [line] = [line for line in told.splitlines() if "vllm serve" in line]
+        shown = subprocess.run(["sh", "-c", line.replace("vllm", "printf '%s\\n'", 1)], capture_output=True, text=True)
+        last = shown.stdout.splitlines()[-1]
+        # vLLM splits NAME=PATH at equals signs, and at commas takes it for JSON.
+        name, path = last.split("=") if "," not in last else json.loads(last).values()
+        assert (name, path) == (out, str(Path(out).absolute()))
     assert not Path("pwned").exists()
     monkeypatch.setenv("LORA_BASE", "acme/Tiny")
     assert "vllm serve acme/Tiny --enable" in ok("merge", *TWO, "--for", "vllm", "-o", "with-base").err
 
 
-def test_what_vllm_does_not_take_is_refused() -> None:
+def test_a_base_that_nobody_here_has_is_left_open() -> None:
+    write_adapter(Path("lost"), random_factors(SHAPES, 3, seed=4), base="/content/llama")
+    assert "vllm serve BASE-MODEL --enable" in ok("merge", "lost", "--for", "vllm", "-o", "out").err
+
+
+def test_what_vllm_does_not_take_is_refused_before_the_work_and_what_it_may_not_take_is_told() -> None:
     write_adapter(Path("head"), random_factors({"lm_head": (90, 16)}, 2, seed=3))
-    assert "not on lm_head" in refused(5, "merge", "head", "--for", "vllm")
-    write_adapter(Path("wide"), random_factors({"model.layers.0.mlp.up_proj": (700, 600)}, 520, seed=3))
-    assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm")
+    assert "whether vLLM adapts lm_head depends on the model" in ok("merge", "head", "--for", "vllm", "-o", "h").err
+    write_adapter(Path("turned"), random_factors(SHAPES, 3, seed=4), fan_in_fan_out=True)
+    wide = {"model.layers.0.mlp.up_proj": (700, 600)}
+    write_adapter(Path("wide"), random_factors(wide, 520, seed=3))
+    for plan in ([], ["--dry-run"]):
+        assert "no LoRA on Conv1D" in refused(5, "merge", "turned", "--for", "vllm", *plan)
+        assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "sum", *plan)
+        assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "520", *plan)
+    assert "filled up" in ok("merge", "wide", "--for", "vllm", "-o", "w").err
+    assert json.loads(Path("w/adapter_config.json").read_text())["r"] == 512
     assert "--for is vllm" in refused(2, "merge", *TWO, "--for", "tgi")
     assert not Path("lora-runs").exists() or not list(Path("lora-runs").iterdir())
 

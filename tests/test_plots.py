@@ -18,7 +18,7 @@ from tests.test_merge import SHAPES
 HOSTILE = (
     "plain/adapter",
     "$\\frac{1}{0}$ and $x",
-    "</text><script>alert(1)</script>&amp;",
+    "</text><script>x()</script>&amp;",
     "esc\x1b[31m\x07 and \x00",
     "bidi\u202egnp.exe\u2066",
     "中文/🙂 \ud800",
@@ -139,3 +139,50 @@ def test_commands_draw_beside_their_rows(tmp_path: Path) -> None:
     ok("pool", "similarity", one, other, "--plot", "pool.png")
     assert Path("diff.svg").read_bytes().startswith(b"<?xml")
     assert Path("pool.png").read_bytes().startswith(b"\x89PNG")
+
+
+def words_of(file: Path) -> list[str]:
+    """Every text in an SVG."""
+    root = ElementTree.fromstring(file.read_text("utf-8"))
+    return ["".join(element.itertext()) for element in root.iter() if element.tag.endswith("text")]
+
+
+def test_stacks_of_layers_with_the_same_modules_have_rows_of_their_own(tmp_path: Path) -> None:
+    pairs = [
+        ModulePair(
+            module=f"{stack}.block.{layer}.q",
+            norms=(1, 1),
+            cosine=cosine,
+            spectra=((3.0, 2.5), (4.0,)),
+        )
+        for stack, cosine in (("encoder", 1.0), ("decoder", -1.0))
+        for layer in range(2)
+    ]
+    draw_diff(tmp_path / "x.svg", ("a", "b"), pairs)
+    words = words_of(tmp_path / "x.svg")
+    assert {"encoder 0", "encoder 1", "decoder 0", "decoder 1"} <= set(words)
+    draw_diff(tmp_path / "one.svg", ("a", "b"), pairs[:2])
+    assert {"0", "1"} <= set(words_of(tmp_path / "one.svg"))
+
+
+def test_singular_values_within_one_decade_have_numbers_beside_them(tmp_path: Path) -> None:
+    pair = ModulePair(module="layers.0.q", norms=(1, 1), cosine=0, spectra=((4.0, 3.5, 2.5), (4.0, 2.6)))
+    draw_diff(tmp_path / "x.svg", ("a", "b"), [pair])
+    assert {"3", "4"} <= set(words_of(tmp_path / "x.svg"))
+
+
+def test_long_ids_keep_their_owners_and_ends(tmp_path: Path) -> None:
+    ids = tuple(f"{owner}/llama-3.1-8b-instruct-lora-finance-assistant-v1" for owner in ("alice", "bob"))
+    similarity(tmp_path / "x.svg", ids)
+    assert {"alice/llama-…ra-finance-assistant-v1", "bob/llama-3.…ra-finance-assistant-v1"} <= set(
+        words_of(tmp_path / "x.svg")
+    )
+
+
+def test_a_crowd_is_labelled_by_cluster(tmp_path: Path) -> None:
+    n = 80
+    matrix = [[1.0 if i == j else 0.0 for j in range(n)] for i in range(n)]
+    draw_similarity(tmp_path / "x.svg", ["x/y"] * n, matrix, [1] * 40 + [2] * 39 + [3], 7)
+    words = set(words_of(tmp_path / "x.svg"))
+    assert {"1", "2", "cluster"} <= words
+    assert "3" not in words

@@ -110,10 +110,12 @@ def told(found: Any) -> list[str]:
     """What a steps.compare.Diff comes to, and what only one of the two adapters changes."""
     norms = found.norms
     if found.cosine is None:
-        zero = " and ".join(name for name, norm in zip("AB", norms, strict=True) if norm == 0)
-        return [f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · {zero} changes nothing, so there is no cosine"]
+        zero = [name for name, norm in zip("AB", norms, strict=True) if norm == 0]
+        still = f"{zero[0]} changes nothing" if len(zero) == 1 else "neither changes anything"
+        return [f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · {still}, so there is no cosine"]
+    n = len(found.modules)
     lines = [
-        f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · cosine {found.cosine:.4f} over {len(found.modules)} modules "
+        f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · cosine {found.cosine:.4f} over {n} module{'s'[: n != 1]} "
         f"(random directions: ±{found.chance:.1g}) · {verdict(found.cosine)}"
     ]
     for name, here, there in (("A", "one", "other"), ("B", "other", "one")):
@@ -126,7 +128,7 @@ def told(found: Any) -> list[str]:
 def verdict(cosine: float) -> str:
     """A cosine of whole adapters in words."""
     if abs(cosine) >= _COPIES:
-        return "near copies but for their size" if cosine > 0 else "near opposites"
+        return "near copies, whatever their sizes" if cosine > 0 else "near opposites"
     if abs(cosine) < _ORTHOGONAL:
         return "nearly orthogonal"
     return f"{'partly' if abs(cosine) >= _PARTLY else 'weakly'} {'aligned' if cosine > 0 else 'opposed'}"

@@ -1,7 +1,7 @@
 """`lora merge`: several adapters become one."""
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -203,12 +203,12 @@ def merge(
                 run.take(folder)
                 if lock is not None:
                     locking.demand_same_outputs(lock, {name: sha256_of(folder / name) for name in run.outputs})
-                told = [f"merge: {near(folder)} is up to date"]
+                told = [f"merge: {near(folder)} is up to date", *_to_serve(plan, folder, run.results, settings.base)]
             else:
                 if samples is not None:
                     samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
-                told = [outcome(plan, report), *_notes(plan, report, settings.base)]
+                told = [outcome(plan, report), *_notes(report), *_to_serve(plan, folder, run.results, settings.base)]
     show_output(screen, "lora.merge/1", folder, run.record())
     for line in told:
         screen.say(line)
@@ -255,6 +255,8 @@ def outcome(plan: Any, report: Any) -> str:
     """The one line that says what a merge did."""
     low, high = report.ranks
     rank = f"rank {high}" if low == high else f"rank {low} to {high}"
+    if report.served_rank is not None and report.served_rank > low:
+        rank += f", filled up to {report.served_rank}"
     many = f"{len(plan.adapters)} adapter{'s' if len(plan.adapters) != 1 else ''}"
     kept = "dense" if plan.dense else f"{rank} · {percent(report.energy)} of the energy kept"
     return (
@@ -264,19 +266,28 @@ def outcome(plan: Any, report: Any) -> str:
     )
 
 
-def _notes(plan: Any, report: Any, base: str | None) -> list[str]:
-    """What a user should know besides: that little came out, how to serve it, whether a rebuild is exact."""
-    from lora_cli.steps.serving import serve_line
+def _notes(report: Any) -> list[str]:
+    """What a user should know besides: that little came out."""
+    if report.norm >= SMALL * report.mean_norm:
+        return []
+    return [
+        f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
+        "little; --norm-match or --lambda makes it larger"
+    ]
 
-    notes = []
-    if report.norm < SMALL * report.mean_norm:
-        notes.append(
-            f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
-            "little; --norm-match or --lambda makes it larger"
-        )
-    if report.served_rank is not None:
-        notes.append(f"  {serve_line(base or plan.base, report.folder, report.served_rank)}")
-    return notes
+
+def _to_serve(plan: Any, folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:
+    """How to serve the result where that was asked for, and what the server may not take."""
+    from lora_cli.steps.serving import not_surely_served, serve_line
+
+    if not plan.serve:
+        return []
+    # What adapters declare may be a folder of a machine that nobody here has.
+    model = base or (plan.base if "/" in plan.base else "BASE-MODEL")
+    lines = [f"  {serve_line(model, folder, results['served_rank'])}"]
+    if unsure := not_surely_served(plan.modules):
+        lines.append(f"  whether vLLM adapts {', '.join(unsure)} depends on the model: not checked")
+    return lines
 
 
 def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any]) -> Any:

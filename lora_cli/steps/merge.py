@@ -25,7 +25,7 @@ from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
-from lora_cli.steps.serving import demand_servable, pad_for_vllm
+from lora_cli.steps.serving import pad_for_vllm
 
 __all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
 
@@ -46,7 +46,7 @@ class MergeReport:
 
     `energy` is the kept share of the squared Frobenius norm over all modules; `mean_norm` the weighted mean of the
     adapters' own norms, beside which `norm`, that of the result, shows whether the merge left much of them;
-    `served_rank` the rank that a server has to be told, where one was asked for.
+    `served_rank` the rank to which all modules were filled up with zeros for a server, where one was asked for.
     """
 
     folder: Path
@@ -88,8 +88,6 @@ def merge(
     started = time.monotonic()
     if folder.resolve() in {adapter.folder.resolve() for adapter in plan.adapters}:
         raise OutputError(f"{folder}: one of the adapters to be merged", hint="choose another folder with -o")
-    if plan.serve:
-        demand_servable(plan.modules, transposed=plan.adapters[0].fan_in_fan_out)
     with whole_folder(folder, replace=replace) as partial:
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
@@ -116,6 +114,8 @@ def merge(
             mean_norm=report.mean_norm,
             modules={m.module: {"rank": m.rank, "norm": m.norm, "energy": m.energy} for m in reports},
         )
+        if served_rank is not None:
+            run.results["served_rank"] = served_rank
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
         (partial / "README.md").write_text(_card(plan, report), encoding="utf-8")
     return report
@@ -236,23 +236,24 @@ def _covers_whole_base(plan: MergePlan) -> bool:
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
     base = _code(plan.base)
-    front = {
-        "base_model": plan.base,
-        "library_name": "peft",
-        "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"],
-    }
+    front: dict[str, Any] = {"base_model": plan.base, "tags": ["merge"]}
     low, high = report.ranks
+    if plan.dense:
+        title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
+    else:
+        front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"]}
+        title, made = "Merged LoRA", f"rank {low if low == high else f'{low} to {high}'}"
+        made += f", {percent(report.energy)} of the energy of the merged update kept"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         "---",
         "",
-        "# Merged LoRA",
+        f"# {title}",
         "",
         f"{len(plan.adapters)} adapters of {base} merged by `{plan.method}`"
         + (f" ({', '.join(f'{k} {v}' for k, v in plan.knobs.items())})" if plan.knobs else "")
-        + f": {len(report.modules)} modules, rank {low if low == high else f'{low} to {high}'}, "
-        f"{percent(report.energy)} of the energy of the merged update kept.",
+        + f": {len(report.modules)} modules, {made}.",
         "",
         "| parent | commit | weight |",
         "|---|---|---|",

@@ -171,9 +171,10 @@ class ModuleMerger:
         plan = self.plan
         # One adapter alone has nothing to be reduced to: it comes back as it is.
         alone = isinstance(merged.update, LowRank) and len(merged.ranks) == 1
-        if alone and plan.rank == "auto" and plan.energy is None:
+        choice = plan.rank_choice(merged.ranks)
+        if alone and plan.rank == "auto" and plan.energy is None and merged.ranks[0] <= (choice.ceiling or 0):
             return RankChoice(exact=True)
-        return plan.rank_choice(merged.ranks)
+        return choice
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,7 +3,7 @@
 import fnmatch
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,7 @@ from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.records import Coefficients
+from lora_cli.steps.serving import VLLM_RANKS, demand_servable
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,10 +74,13 @@ class MergePlan:
             "coefficients": None if self.coefficients is None else self.coefficients.sha256,
         }
 
-    @property
-    def rank_choice(self) -> Callable[[Sequence[int]], RankChoice]:
-        """From the ranks of the adapters in one module to how the rank of its result is chosen."""
-        return lambda ranks: rank_choice(self.rank, self.energy, ranks)
+    def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
+        """How the rank of a module's result is chosen where its adapters have `ranks`."""
+        choice = rank_choice(self.rank, self.energy, ranks)
+        if not self.serve or choice.exact:
+            return choice
+        most = VLLM_RANKS[-1]
+        return replace(choice, ceiling=min(choice.ceiling or most, most))
 
 
 def plan(
@@ -119,7 +123,7 @@ def plan(
         UsageError: an unknown method, knob, rank, scope or dtype.
         NothingMatched: no module in the scope.
         Refused: shapes that contradict each other, an adapter given twice, or one that has no module in the scope,
-            a device that lacks float64.
+            a device that lacks float64, what the server cannot serve.
     """
     checked = METHODS.check(method, knobs or {})
     if missing not in ("zero", "renorm"):
@@ -161,6 +165,8 @@ def plan(
         raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
     demand_same_shapes(ordered, modules)
     _check_rank(ordered, modules, rank)
+    if serve:
+        demand_servable(transposed=ordered[0].fan_in_fan_out, rank=_asked_rank(ordered, modules, rank, energy))
     if missing == "renorm" and coefficients is None and cancel(weights):
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     return MergePlan(
@@ -232,6 +238,15 @@ def _check_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
     most = max(min(factors.out_features, factors.in_features) for factors in shapes)
     if rank.isdecimal() and int(rank) > most:
         raise Refused(f"--rank {rank} is more than any of these modules can have, {most}", hint="use --rank auto")
+
+
+def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: str, energy: float | None) -> int:
+    """The highest rank that the result is asked to have; 0 where that is left open."""
+    if rank.isdecimal():
+        return int(rank)
+    if rank != "sum" or energy is not None:
+        return 0
+    return max(sum(a.modules[module].rank for a in adapters if module in a.modules) for module in modules)
 
 
 def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:

@@ -16,8 +16,11 @@ from lora_cli.errors import Refused
 
 # `max_lora_rank` of vLLM 0.14 takes these values (its configuration reference), and 1, which nobody serves.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# What vLLM fuses and adapts in the decoder models of the Llama kind.
-_VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Linear layers of decoder models of the Llama kind, apart and as vLLM fuses them. Which others it adapts hangs on its
+# implementation of the model.
+_VLLM_MODULES = frozenset(
+    ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
+)
 
 
 def served_rank(rank: int) -> int:
@@ -28,16 +31,16 @@ def served_rank(rank: int) -> int:
     raise Refused(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this result has {rank}", hint="give a lower --rank")
 
 
-def demand_servable(modules: Sequence[str], *, transposed: bool) -> None:
-    """Refused, by name, for modules that vLLM has no LoRA layer for."""
+def demand_servable(*, transposed: bool, rank: int) -> None:
+    """Refused for what vLLM has no LoRA layer for, and for a rank beyond those it serves."""
     if transposed:
         raise Refused("vLLM takes no LoRA on Conv1D modules (fan_in_fan_out)")
-    if other := sorted({module for module in modules if module.rpartition(".")[2] not in _VLLM_MODULES}):
-        raise Refused(
-            f"vLLM takes LoRA on {', '.join(_VLLM_MODULES)}, not on {other[0]}"
-            + (f" and {len(other) - 1} more" if len(other) > 1 else ""),
-            hint=f"leave them out: --scope modules={','.join(_VLLM_MODULES)}",
-        )
+    served_rank(rank)
+
+
+def not_surely_served(modules: Sequence[str]) -> list[str]:
+    """The kinds of modules that vLLM may have no LoRA layer for."""
+    return sorted({module.rpartition(".")[2] for module in modules} - _VLLM_MODULES)
 
 
 def pad_for_vllm(folder: Path) -> int:
@@ -63,8 +66,12 @@ def pad_for_vllm(folder: Path) -> int:
 
 def serve_line(base: str, folder: Path, rank: int) -> str:
     """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold."""
-    options = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", f"{folder.name}={folder}"]
-    return shlex.join(["vllm", "serve", base, *options])
+    name, path = folder.name, str(folder.absolute())
+    module = f"{name}={path}"
+    if module.count("=") > 1 or "," in module or name.startswith(("-", "{")):
+        # vLLM takes NAME=PATH apart at these signs; in JSON they are letters.
+        module = json.dumps({"name": name, "path": path})
+    return shlex.join(["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module])
 
 
 def _padded(update: LowRank, rank: int) -> LowRank:
