@@ -2,6 +2,7 @@
 
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,15 @@ config.register(app)
 def main() -> None:
     """Console script."""
     _open_what_is_closed()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        # A batch system's end and a closed terminal clean up as Ctrl-C does; who started this with nohup meant it.
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _end)
     app(prog_name="lora")
+
+
+def _end(number: int, frame: object) -> Never:
+    sys.exit(128 + number)
 
 
 def _open_what_is_closed() -> None:

@@ -77,3 +77,17 @@ def _seen(has_come: Callable[[Path], bool], folder: Path) -> bool:
         return has_come(folder)
     except FileNotFoundError:
         return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_is_told_to_end_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
+    for seed, name in enumerate("abc"):
+        write_adapter(tmp_path / name, random_factors(SHAPES, 4 + seed, seed=seed))
+    process = start(tmp_path, "out")
+    while process.poll() is None and not any(tmp_path.glob(".out.*.partial")):
+        time.sleep(0.001)
+    process.send_signal(number)
+    assert process.wait() == 128 + number
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "lora.db"]
+    with closing(sqlite3.connect(tmp_path / "lora.db")) as database:
+        assert database.execute("select status from runs").fetchall() == [("failed",)]
