@@ -60,7 +60,7 @@ def lego(case: Case, clusters: int = 0, gauge: str = "svd", seed: int = 0) -> De
         centroid = (u[inside, None] * turned[inside]).sum(0) / u[inside].sum()
         grown = (u[inside] * np.abs(x[inside]).max(1)).sum() / u[inside].sum() / np.abs(centroid).max()
         merged += grown**2 * np.outer(centroid[features:], centroid[:features])
-    return np.sqrt(mean_rank / k) * merged
+    return np.sqrt(mean_rank / len(set(labels))) * merged
 
 
 def _ranks_of(b: Dense, a: Dense, scale: float, gauge: str) -> list[tuple[Dense, Dense]]:

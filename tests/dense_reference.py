@@ -71,7 +71,7 @@ def breadcrumbs(case: Case, density: float = 0.2, gamma: float = 0.01, per: str 
 
 
 def sce(case: Case, density: float = 0.5) -> Dense:
-    scaled = np.stack([w * delta for w, delta in zip(case.weights, case.deltas, strict=True)])
+    scaled = np.stack([w * delta for w, delta in zip(case.weights, case.deltas, strict=True) if w])
     variance = scaled.var(axis=0)
     scaled *= variance >= np.sort(variance, axis=None)[::-1][max(1, round(density * variance.size)) - 1]
     energies = (scaled**2).sum(axis=(1, 2))[:, None, None]

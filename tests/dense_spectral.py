@@ -89,18 +89,21 @@ def shared_subspaces(deltas: list[Dense], k: int, beta: float) -> tuple[Dense, D
     norms = [np.linalg.norm(delta) for delta in deltas]
     even = [(beta + (1 - beta) * np.mean(norms) / norm) * delta for delta, norm in zip(deltas, norms, strict=True)]
 
-    def leading(matrices: list[Dense]) -> Dense:
-        return triplets(np.hstack(matrices))[0][:, :k]
+    # As many directions as there are on either side, however few the other has.
+    most_u, most_v = (triplets(np.hstack(side))[0].shape[1] for side in (even, [delta.T for delta in even]))
 
-    u, v = leading(even), leading([delta.T for delta in even])
+    def leading(matrices: list[Dense], most: int) -> Dense:
+        return np.linalg.svd(np.hstack(matrices))[0][:, : min(k, most)]
+
+    u, v = leading(even, most_u), leading([delta.T for delta in even], most_v)
     kept = 0.0
     for _ in range(5000):
-        u = leading([delta @ v for delta in even])
-        v = leading([delta.T @ u for delta in even])
+        u = leading([delta @ v for delta in even], most_u)
+        v = leading([delta.T @ u for delta in even], most_v)
         before, kept = kept, sum(np.linalg.norm(u.T @ delta @ v) ** 2 for delta in even)
         if kept - before <= 1e-14 * kept:
             break
-    return leading([delta @ v for delta in even]), v
+    return leading([delta @ v for delta in even], most_u), v
 
 
 def ctm(case: Case, inside: str = "ties", compress_to: int = 16, beta: float = 0.25, **knobs: object) -> Dense:
@@ -113,11 +116,12 @@ def pico(case: Case, inside: str = "linear", **knobs: object) -> Dense:
     deltas, weights, keys = map(list, zip(*weighing(case), strict=True))
     pairs = [balanced(delta) for delta in deltas]
     u, s, _ = triplets(np.hstack([b for b, _ in pairs]))
+    moving = sum(bool(delta.any()) for delta in deltas)
     calmed = []
     for b, a in pairs:
         change = np.zeros_like(b)
         for j, energy in enumerate(s**2 / sum(s**2)):
-            change += (1 / (1 + (len(pairs) - 1) * energy) - 1) * np.outer(u[:, j], u[:, j]) @ b
+            change += (1 / (1 + (moving - 1) * energy) - 1) * np.outer(u[:, j], u[:, j]) @ b
         calmed.append((b + change) @ a)
     merged = run(inside, calmed, weights, keys, **knobs)
     target = np.average([np.linalg.norm(delta) for delta in deltas], weights=np.abs(weights))

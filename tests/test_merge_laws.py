@@ -102,7 +102,7 @@ LAWS = {
     "pico": Laws(identity={}, doubling="nothing"),
     "rank-dare": Laws(identity={"density": 1.0}, copies={"density": 1.0}),
     "regmean": Laws(identity={}, copies={}, doubling="nothing"),
-    "sce": Laws(identity={}, copies={}, dropping=False),
+    "sce": Laws(identity={}, copies={}),
     "slerp": Laws(identity={}, copies={}, takes=2),
     "ties": Laws(identity={"density": 1.0}, copies={"density": 1.0}, doubling="nothing"),
     "tsv": Laws(identity={}, copies={}),

@@ -222,7 +222,7 @@ def test_what_vllm_does_not_take_is_refused_before_the_work_and_what_it_may_not_
         assert "no LoRA on Conv1D" in refused(5, "merge", "turned", "--for", "vllm", *plan)
         assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "sum", *plan)
         assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "520", *plan)
-    assert "filled up" in ok("merge", "wide", "--for", "vllm", "-o", "w").err
+    assert "1 module · rank 512 · " in ok("merge", "wide", "--for", "vllm", "-o", "w").err
     assert json.loads(Path("w/adapter_config.json").read_text())["r"] == 512
     assert "--for is vllm" in refused(2, "merge", *TWO, "--for", "tgi")
     assert not Path("lora-runs").exists() or not list(Path("lora-runs").iterdir())

@@ -26,10 +26,11 @@ class Whole(Protocol):
 class Updates(Sequence[LowRank]):
     """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user.
 
-    keys: one integer per adapter, made of its commit and the module: what randomness is keyed by.
+    keys: one integer per adapter, made of where it is, its commit and the module: what randomness is keyed by.
     scales: the alpha/rank that is folded into each B, for the methods that reproduce what others do with A and B apart.
     whole: measures over the whole adapters; None where this module is all there is.
     inputs: per adapter a sample of what the module is fed, (tokens, in); empty unless the method asks for it.
+    absent: weights of the adapters that lack the module and count as updates of zero there.
     """
 
     items: tuple[LowRank, ...]
@@ -37,6 +38,7 @@ class Updates(Sequence[LowRank]):
     scales: tuple[float, ...]
     whole: Whole | None = None
     inputs: tuple[Tensor, ...] = ()
+    absent: tuple[float, ...] = ()
 
     def __len__(self) -> int:
         return len(self.items)

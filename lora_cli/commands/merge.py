@@ -257,10 +257,10 @@ def outcome(plan: Any, report: Any) -> str:
     rank = f"rank {high}" if low == high else f"rank {low} to {high}"
     if report.served_rank is not None and report.served_rank > low:
         rank += f", filled up to {report.served_rank}"
-    many = f"{len(plan.adapters)} adapter{'s' if len(plan.adapters) != 1 else ''}"
+    n, modules = len(plan.adapters), len(report.modules)
     kept = "dense" if plan.dense else f"{rank} · {percent(report.energy)} of the energy kept"
     return (
-        f"{plan.method}: {many} → {len(report.modules)} modules · {kept} · "
+        f"{plan.method}: {n} adapter{'s'[: n != 1]} → {modules} module{'s'[: modules != 1]} · {kept} · "
         f"norm {report.norm / report.mean_norm:.2f} of the adapters' mean · "
         f"{report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
     )

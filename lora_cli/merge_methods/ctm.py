@@ -25,12 +25,13 @@ def ctm(
         float, Knob("0 finds the space with all adapters at one norm, 1 each at its own", low=0, high=1)
     ] = 0.25,
 ) -> LowRank:
-    """Merge in the k × k space that holds most of all updates, by the method of --inside.
+    """Merge in the small space that holds most of all updates, by the method of --inside.
 
-    k = compress_to, or the rank of all updates together if that is less. Orthonormal U (out, k) and V (in, k) maximise
+    Orthonormal U (out, k) and V (in, l), k and l = compress_to or, where that is less, as many as there are directions
+    on that side in all updates together, maximise
     Σ c_i² ‖Uᵀ ΔW_i V‖², c_i = β + (1 − β) n̄ / ‖ΔW_i‖ with n̄ the mean norm of the updates that are not zero: at β = 0
-    all adapters count alike, at β = 1 by their squared norms. The method inside merges the Uᵀ ΔW_i V, (k, k), of the
-    updates as they are; ΔW = U · merged · Vᵀ, of rank k at most, which no later reduction to that rank changes.
+    all adapters count alike, at β = 1 by their squared norms. The method inside merges the Uᵀ ΔW_i V, (k, l), of the
+    updates as they are; ΔW = U · merged · Vᵀ, of rank compress_to at most, which no later reduction to it changes.
 
     V starts from the leading right singular vectors of the updates on top of each other, U and then V from an SVD with
     the other held; after that one is improved with the other held, U ← orth(S_V U), S_V = Σ c_i² ΔW_i V Vᵀ ΔW_iᵀ,
@@ -63,8 +64,8 @@ def ctm(
 
 
 def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
-    """Orthonormal U (k, q) and V (l, q), q ≤ most, between which most of a k × l space's items M_i = B_i A_i lies."""
-    q = min(most, space.U.shape[1], space.V.shape[1])
+    """Orthonormal U (k, p) and V (l, q) between which most of a k × l space's items M_i = B_i A_i lies; p, q ≤ most."""
+    p, q = min(most, space.U.shape[1]), min(most, space.V.shape[1])
     B, A = torch.cat([one.B for one in space.items], dim=1), torch.cat([one.A for one in space.items])  # (k, R), (R, l)
     ranks = [one.rank for one in space.items]
     owner = torch.arange(len(ranks)).repeat_interleave(torch.tensor(ranks))
@@ -81,7 +82,7 @@ def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
         return (parts @ (parts.mT @ by_adapter(X)))[owner, place]
 
     V = _leading(A.T @ own(B.T, A), q)
-    U = _leading(B @ own(A @ V, B.T), q)
+    U = _leading(B @ own(A @ V, B.T), p)
     V = _leading(A.T @ own(B.T @ U, A), q)
     kept = 0.0
     for _ in range(_ROUNDS):
@@ -92,8 +93,8 @@ def _shared(space: Space, most: int) -> tuple[Tensor, Tensor]:
         if now - kept <= _SETTLED * now:
             break
         kept = now
-    left, right = B.T @ U, A @ V  # (R, q)
-    U, V = U @ _leading(left.T @ own(right, left), q), V @ _leading(right.T @ own(left, right), q)
+    left, right = B.T @ U, A @ V  # (R, p), (R, q)
+    U, V = U @ _leading(left.T @ own(right, left), p), V @ _leading(right.T @ own(left, right), q)
     return U * signs(space.U @ U), V * signs(space.V @ V)
 
 

@@ -19,8 +19,9 @@ def dare(
     """Drop entries of each update at random, enlarge the rest to make up for it, and sum.
 
     ΔW = Σ w_i m_i ∘ ΔW_i / density, where each entry of the mask m_i (out, in) is 1 with probability `density` and
-    else 0. What is drawn hangs on the seed, the adapter's commit, the module and the entry's place: not on the order
-    of the adapters or on how the work is cut. The mean over all seeds is `linear`; at density 1 it is `linear`.
+    else 0. What is drawn hangs on the seed, the adapter (its commit, and its folder where a repository holds several),
+    the module and the entry's place: not on the order of the adapters or on how the work is cut. The mean over all
+    seeds is `linear`; at density 1 it is `linear`.
 
     Weights: those of `linear`.
 

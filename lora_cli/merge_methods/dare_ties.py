@@ -26,7 +26,7 @@ def dare_ties(
 
     Cost: O(R · out · in), once: nothing is ranked. One tile per thread and the dense result are held.
 
-    Use: where `ties` is wanted without ranking entries by size. The norm of its result is about that of `ties`: five
+    Use: where `ties` is wanted without ranking entries by size. The norm of its result is about that of `ties`: six
     times the plain average's for 8 unrelated adapters, ten times for 30.
 
     Source: Yu et al. 2023, arXiv 2311.03099, with the election of Yadav et al. 2023, arXiv 2306.01708; on ΔW itself.

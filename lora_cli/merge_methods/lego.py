@@ -35,8 +35,8 @@ def lego(
 
         ΔW = √(r̄/k) Σ_c ν_c² b_c a_cᵀ,  ν_c = mean_{x in c} ‖x‖_∞ / ‖[a_c; b_c]‖_∞,
 
-    where k = `clusters` and r̄ is the mean rank. ν undoes the shrinking of a mean (parameter reweighting), the root
-    the growth of the variance with k (output reweighting).
+    where k is how many of the `clusters` have points and r̄ is the mean rank. ν undoes the shrinking of a mean
+    (parameter reweighting), the root the growth of the variance with k (output reweighting).
 
     `gauge` says which points those are. svd: √σ v and √σ u of the update's singular triplets, signed so that the
     largest |entry| of u is positive; a point may turn round, distances are ‖x‖² + ‖c‖² − 2|x·c|, and it does so when
@@ -46,8 +46,9 @@ def lego(
     k-means starts 10 times by k-means++ (squared distances, drawn per point and so in any order), moves for at most
     300 rounds, and gives an empty cluster the point farthest from its centroid; where all points lie on centroids it
     stays empty. The start with the least sum of squares wins, the first among equals. More clusters than points are
-    refused. One adapter at k = r comes back, so do copies; k = Σ r_i gives √(r̄/Σ r_i) times the sum. Singular values
-    that are equal, or two clusterings that are equally good, leave the result to rounding.
+    refused. One adapter at k = r comes back, so do copies at r clusters or more; a cluster for every point gives
+    √(r̄/Σ r_i) times the sum. Singular values that are equal, or two clusterings that are equally good, leave the
+    result to rounding.
 
     Weights: a point's weight in k-means and in both means; a negative one turns its update round. Only their ratios
     matter. An adapter with weight 0, or whose update is zero, is left out.
@@ -85,7 +86,8 @@ def lego(
     largest = torch.maximum(a.abs().amax(1), b.abs().amax(1))
     own = torch.maximum(a_mean.abs().amax(1), b_mean.abs().amax(1))
     nu = means.abs() @ largest / torch.where(own > 0, own, 1)
-    return LowRank((b_mean * nu.square()[:, None]).T * (mean_rank / k) ** 0.5, a_mean)
+    filled = int(means.any(1).sum())
+    return LowRank((b_mean * nu.square()[:, None]).T * (mean_rank / filled) ** 0.5, a_mean)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ def pico(updates: Updates, weights: Tensor, inside: Inside) -> LowRank | Tensor:
     [B_1, …, B_N] = U diag(σ) Wᵀ, direction j has the share p_j = σ_j² / Σ σ². Each B_i becomes U diag(a) Uᵀ B_i,
     a_j = 1 / (1 + (N − 1) p_j): a direction that holds everything is divided by N, a small one stays. The method inside
     merges the B_i A_i, and the result is scaled to the mean norm of the ΔW_i by |w_i|; a result of zero stays zero.
-    Updates of zero do not count in N.
+    Updates of zero do not count in N, but they do in that mean, as under --missing zero adapters that lack the module.
 
     Weights: shares; twice the weights give the same result.
 
@@ -42,7 +42,7 @@ def pico(updates: Updates, weights: Tensor, inside: Inside) -> LowRank | Tensor:
     stacks = torch.split(calmed, [one.s.numel() for one in spectra], dim=1)
     dtype = kept[0].B.dtype
     items = [LowRank(B, (one.V * one.s.sqrt()).T).to(dtype) for B, one in zip(stacks, spectra, strict=True)]
-    shares = w / (w.abs().sum() if w.any() else 1)
+    shares = w / (float(w.abs().sum()) + sum(map(abs, kept.absent)) or 1)
     merged = inside(kept.moved(items), shares)
     return _of_norm(merged, float(shares.abs() @ torch.stack([one.s.norm().cpu() for one in spectra])))
 

@@ -16,14 +16,14 @@ def rank_dare(
     updates: Updates,
     weights: Tensor,
     *,
-    density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.5,
+    density: Annotated[float, Knob("share of each update's singular directions that is kept", above=0, high=1)] = 0.5,
     seed: Annotated[int, Knob("which random numbers are drawn", low=0)] = 0,
 ) -> LowRank:
     """Drop singular directions of each update at random, enlarge the rest to make up for it, and sum.
 
     With the compact SVD ΔW_i = Σ_k σ_ik u_ik v_ikᵀ, U_i (out, r_i) and V_i (in, r_i):
     ΔW = Σ_i w_i/density · Σ_k m_ik σ_ik u_ik v_ikᵀ, where m_ik is 1 with probability `density` and else 0. Draws hang
-    on the seed, the adapter's commit, the module and k, which counts from the largest σ. The mean over all seeds is
+    on the seed, the adapter, the module and k, which counts from the largest σ. The mean over all seeds is
     `linear`; at density 1 it is `linear`. Which directions belong to equal singular values is not defined, nor then
     what dropping one of them leaves.
 

@@ -10,6 +10,9 @@ from lora_cli.adapters.kernels import largest, squares
 from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
 from lora_cli.methods import Knob, method
 
+# Standard deviations below so many units of rounding of a row's largest mean are none.
+_NOISE = 64
+
 
 @method("elementwise", weights="sum")
 def sce(
@@ -21,10 +24,12 @@ def sce(
     """Keep the entries on which the adapters differ most, weigh adapters by their energy there, drop minority signs.
 
     With τ_i = w_i ΔW_i (out, in). Select: the mask S keeps the entries whose variance over the n adapters reaches the
-    k-th largest, k = round(density · out · in); equal ones at the border all stay. Calculate: e_i = ‖S ∘ τ_i‖².
+    k-th largest, k = round(density · out · in); equal ones at the border all stay, and variances that rounding may have
+    made are 0. Under --missing zero the n count adapters that lack the module. Calculate: e_i = ‖S ∘ τ_i‖².
     Erase: γ = sgn Σ τ_i, a sum of zero elects nothing. ΔW = S ∘ Σ e_i τ_i / Σ e_i over the adapters with sgn τ_i = γ.
 
-    Weights: each scales its update before all else, so that twice the weights give twice the result.
+    Weights: each scales its update before all else, so that twice the weights give twice the result. An adapter of
+    weight 0 is left out.
 
     Cost: O(R · out · in), three times, once at density 1; besides the result the variances and a mask of bytes are
     held. Variances of copies are all zero: every entry ties, and copies come back as they are.
@@ -60,15 +65,25 @@ def sce(
 
 def _selected(deltas: DeltaTiles, scales: Sequence[float], density: float) -> Tensor:
     """Where the scaled updates differ most, (out, in) bool."""
-    variance = deltas.merge(lambda block: _variance(block, scales))
+    zeros = sum(weight != 0 for weight in deltas.updates.absent)
+    variance = deltas.merge(lambda block: _variance(block, scales, zeros))
     return variance >= largest(variance.view(-1), max(1, round(density * variance.numel())))
 
 
-def _variance(block: Block, scales: Sequence[float]) -> Tensor:
-    """n times the population variance of the scaled updates, without the cancellation in Σx² - (Σx)²/n."""
-    mean, total = block.zeros(), block.zeros()
-    for seen, (tile, weight) in enumerate(zip(block, scales, strict=True), start=1):
-        step = tile.mul_(weight) - mean
-        mean.add_(step, alpha=1 / seen)
-        total.add_(step.mul_(tile.sub_(mean)))
-    return total
+def _variance(block: Block, scales: Sequence[float], zeros: int) -> Tensor:
+    """n times the population variance of the scaled updates, without the cancellation in Σx² - (Σx)²/n.
+
+    Updates of scale 0 are left out, `zeros` more that are zero everywhere are counted in.
+    """
+    mean, total, seen = block.zeros(), block.zeros(), 0
+    for tile, scale in zip(block, scales, strict=True):
+        if scale:
+            seen += 1
+            step = tile.mul_(scale) - mean
+            mean.add_(step, alpha=1 / seen)
+            total.add_(step.mul_(tile.sub_(mean)))
+    squares = mean.square_()
+    # An entry is rounded on the scale of its row's.
+    noise = squares.amax(1, keepdim=True) * (seen * (_NOISE * torch.finfo(mean.dtype).eps) ** 2)
+    total.add_(squares, alpha=seen * zeros / max(1, seen + zeros))
+    return total.masked_fill_(total <= noise, 0)

@@ -140,6 +140,7 @@ class ModuleMerger:
             scales=tuple(adapter.scale(module) for adapter in adapters),
             whole=self._whole.of(places),
             inputs=tuple(plan.inputs(a, module).to(plan.device) for a in adapters) if plan.inputs is not None else (),
+            absent=self._absent(places),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
         squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update in updates])
@@ -149,7 +150,14 @@ class ModuleMerger:
         else:
             merged = run_method(plan.method, updates, weights, plan.knobs, workers=self._tile_workers)
         demand_room(module, bound(merged))
-        return _Merged(merged, [adapter.ref.pinned for adapter in adapters], updates.ranks, squares, weights)
+        pinned = [adapter.ref.pinned for adapter in adapters]
+        return _Merged(merged, pinned, updates.ranks, squares, weights, sum(map(abs, updates.absent)))
+
+    def _absent(self, places: Sequence[int]) -> tuple[float, ...]:
+        """The weights of the adapters not at `places` that count as zero updates all the same."""
+        if self.plan.missing != "zero" or self.plan.coefficients is not None:
+            return ()
+        return tuple(weight for i, weight in enumerate(self.plan.weights) if i not in places)
 
     @cached_property
     def _whole_factors(self) -> Tensor:
@@ -179,13 +187,17 @@ class ModuleMerger:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Merged:
-    """What a method made of one module, and of what: ranks, squared norms (n,) and weights (n,) of the updates."""
+    """What a method made of one module, and of what: ranks, squared norms (n,) and weights (n,) of the updates.
+
+    `absent` is the sum of the sizes of the weights of adapters that count as zero here.
+    """
 
     update: LowRank | Tensor
     pinned: list[str]
     ranks: list[int]
     squares: Tensor
     weights: Tensor
+    absent: float
 
     @property
     def terms(self) -> float:
@@ -198,7 +210,7 @@ class _Merged:
         """The factor from the squared norm `total` to the weighted mean of the updates' norms; 1 for mere noise."""
         if total <= _CANCELLED * self.terms:
             return 1.0
-        target = float(self.weights.abs() @ self.squares.sqrt() / self.weights.abs().sum())
+        target = float(self.weights.abs() @ self.squares.sqrt() / (self.weights.abs().sum() + self.absent))
         return target / math.sqrt(total)
 
 
@@ -322,4 +334,6 @@ def _with_coefficients(
 
 
 def _key(adapter: OpenAdapter, module: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{adapter.ref.commit}\n{module}".encode()).digest()[:8], "big")
+    # One repository may hold several adapters, all at its commit.
+    text = f"{adapter.ref.commit}\n{adapter.ref.subfolder}\n{module}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
