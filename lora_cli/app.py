@@ -1,25 +1,26 @@
 """The command tree, and the one place where a LoraError becomes an exit code."""
 
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Never
+from typing import Annotated, Any, Never
 
 import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
-from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, train
+from lora_cli.commands.options import Group
 from lora_cli.errors import ExitCode, LoraError, OutputError
 from lora_cli.screen import Screen
 
 
-class Root(TyperGroup):
+class Root(Group):
     """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
 
     def main(
@@ -93,16 +94,31 @@ def _tell(message: str, hint: str) -> None:
         screen.say(f"  {hint}")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        Screen().text(f"lora {importlib.metadata.version('lora-cli')}\n")
+        raise typer.Exit
+
+
 app = typer.Typer(
     cls=Root,
     name="lora",
-    help="Catalogue, select, merge, fit and evaluate pools of LoRA adapters.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """Catalogue, select, merge, fit and evaluate pools of LoRA adapters."""
+
+
 demo.register(app)
 app.add_typer(pool.app, name="pool")
 select.register(app)

@@ -164,7 +164,9 @@ class Catalogue:
         if text.startswith((".", "/", "~")) and (folder := folder_of(text)) is not None:
             found = self.at(folder)
             if found is None:
-                raise NothingMatched(f"{text}: not in the catalogue", hint=f"lora pool sync --from {folder.parent}")
+                raise NothingMatched(
+                    f"{text}: not in the catalogue", hint=f"lora pool verify {text} looks at a folder as it is"
+                )
             return found
         wanted = _REVISION.search(text)
         row = self.get(_REVISION.sub("", text))

@@ -243,12 +243,15 @@ def find(db: Path, prefix: str) -> dict[str, Any]:
     return {**row, "record": json.loads(row["record"]), "scores": scores}
 
 
-def latest_output(db: Path, commands: Sequence[str]) -> tuple[str, Path] | None:
-    """Command and folder of the newest finished run of one of `commands` whose output still exists."""
+def latest_output(db: Path, commands: Sequence[str], holding: str = "") -> tuple[str, Path] | None:
+    """Command and folder of the newest finished run of one of `commands` whose output still exists.
+
+    holding: a file that must be in the output.
+    """
     with closing(open_for_reading(db)) as connection:
         marks = ", ".join("?" * len(commands))
         where = f"status = 'done' and out is not null and command in ({marks})"
         for row in connection["runs"].rows_where(where, list(commands), order_by="started desc, rowid desc"):
-            if Path(row["out"]).exists():
+            if Path(row["out"], holding).exists():
                 return row["command"], Path(row["out"])
     return None

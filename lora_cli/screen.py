@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,12 @@ from typing import Any, Literal
 
 from lora_cli.records import Progress
 
+# Between two columns.
+_GAP = 2
+# Entries of a list or lines of a text that a terminal shows of one thing among others.
+_MOST_SHOWN = 15
+# A cell broken over more lines than this makes a minor column give way.
+_MOST_LINES = 3
 Format = Literal["auto", "json", "jsonl", "csv", "quiet"]
 
 # Bidirectional controls and zero-width characters print as nothing and change how the text around them reads.
@@ -54,8 +61,8 @@ def near(path: Path) -> str:
 class Column:
     """A column of a table: its heading, the key of the row it shows, and how it reads.
 
-    On a narrow terminal `minor` columns are left out, the rightmost first, and `wide` ones break over several lines,
-    at `least` so many characters each; the others keep their width.
+    On a narrow terminal `minor` columns are left out, the rightmost first, which the table then says, and `wide` ones
+    break over several lines, at `least` so many characters each; the others keep their width. Nothing is ever cut off.
     """
 
     heading: str
@@ -104,7 +111,10 @@ class Screen:
                 _out("\t".join(_cell(row.get(column.key)) for column in columns))
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
-        """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`."""
+        """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
+
+        On a terminal what is nested stands indented below its key, and long texts and lists are shown in part.
+        """
         if self.format == "json":
             # What is shown may be a record with a schema of its own.
             _out(json.dumps({"schema": schema} | {**values, "schema": schema}, indent=2))
@@ -114,10 +124,12 @@ class Screen:
             _out(_csv([values], header_only=False), end="")
         elif self.format == "quiet":
             _out(safe(values[identity]))
+        elif _on_terminal():
+            for line in _outline(values):
+                _out(line)
         else:
-            width = max((len(key) for key in values), default=0) if _on_terminal() else 0
             for key, value in values.items():
-                _out(f"{key.ljust(width)}  {_cell(value)}" if width else f"{key}\t{_cell(value)}")
+                _out(f"{key}\t{_cell(value)}")
 
     def text(self, text: str) -> None:
         """Text that the tool itself made, to stdout as it is."""
@@ -170,16 +182,30 @@ class Screen:
 
         console = Console(markup=False, emoji=False, highlight=False)
         cells = [[_cell(row.get(column.key)) for column in columns] for row in rows]
-        shown = _fitting(columns, cells, console.width)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        widths = _widths(columns, cells, console.width)
+        if not widths:
+            self._records(columns, cells, console.width)
+        else:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+            for column, width in zip(columns, widths, strict=True):
+                if width:
+                    table.add_column(Text(column.heading), justify=column.align, width=width, no_wrap=True)
+            for line in cells:
+                table.add_row(*(Text("\n".join(_broken(t, w))) for t, w in zip(line, widths, strict=True) if w))
+            console.print(table)
         if caption:
-            table.caption, table.caption_justify = Text(safe(caption)), "left"
-        for place in shown:
-            column = columns[place]
-            table.add_column(Text(column.heading), justify=column.align, overflow="fold", no_wrap=not column.wide)
+            console.print(Text(safe(caption), style="italic"))
+        if left_out := [column.heading for column, width in zip(columns, widths, strict=False) if not width]:
+            console.print(Text(f"no room for {', '.join(left_out)}: widen the terminal, or see --json", style="italic"))
+
+    def _records(self, columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> None:
+        """Each row as a block of lines, one per column: where a table would have to cut."""
+        indent = 2 + max(len(column.heading) for column in columns)
         for line in cells:
-            table.add_row(*(Text(line[place]) for place in shown))
-        console.print(table)
+            for column, text in zip(columns, line, strict=True):
+                first, *rest = _broken(text, max(10, room - indent))
+                _out("\n".join([column.heading.ljust(indent) + first, *(" " * indent + more for more in rest)]))
+            _out("")
 
 
 def _on_terminal() -> bool:
@@ -191,17 +217,86 @@ def _out(text: str, end: str = "\n") -> None:
     print(text, end=end, flush=True)
 
 
-def _fitting(columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The places of the columns that fit side by side; a wide one needs no more than its `least`."""
-    need = []
-    for place, column in enumerate(columns):
-        longest = max(len(text) for text in (column.heading, *(line[place] for line in cells)))
-        need.append(2 + (min(longest, column.least) if column.wide else longest))
+def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:
+    """How wide each column is, 0 for one that is left out; none at all where the others do not fit side by side.
+
+    Minor columns give way where there is no room for them, or where wide ones would break over many lines beside them.
+    """
+    from rich.cells import cell_len
+
+    natural = [max(map(cell_len, (column.heading, *(line[at] for line in cells)))) for at, column in enumerate(columns)]
+    least = [
+        min(full, max(column.least, len(column.heading))) if column.wide else full
+        for column, full in zip(columns, natural, strict=True)
+    ]
     shown = list(range(len(columns)))
-    for place in reversed(range(len(columns))):
-        if sum(need[at] for at in shown) > width and columns[place].minor:
-            shown.remove(place)
-    return shown
+    for place in reversed([place for place, column in enumerate(columns) if column.minor]):
+        widths = _shared_out(natural, least, shown, room - _GAP * len(shown))
+        if widths and all(natural[at] <= _MOST_LINES * widths[at] for at in shown):
+            break
+        shown.remove(place)
+    return _shared_out(natural, least, shown, room - _GAP * len(shown))
+
+
+def _shared_out(natural: Sequence[int], least: Sequence[int], shown: Sequence[int], room: int) -> list[int]:
+    """`room` shared out among the columns shown, one at a time to those that want more; [] if it is too little."""
+    widths = [least[at] if at in shown else 0 for at in range(len(least))]
+    spare = room - sum(widths)
+    if spare < 0:
+        return []
+    while spare and (wanting := [at for at in shown if widths[at] < natural[at]]):
+        for at in wanting[:spare]:
+            widths[at] += 1
+        spare -= len(wanting[:spare])
+    return widths
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """`text` in lines of at most `width`, broken behind spaces and the signs that part an id where there are any."""
+    from rich.cells import cell_len, chop_cells
+
+    lines = [""]
+    for word in re.split(r"(?<=[\s/_.,:;@=-])", text):
+        if cell_len(lines[-1] + word.rstrip()) <= width:
+            lines[-1] += word
+        else:
+            lines += chop_cells(word, width)
+    return [line.rstrip() for line in lines if line.strip()] or [""]
+
+
+def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """`key  value` lines, what is nested indented below its key, at most `_MOST_SHOWN` entries or lines of each."""
+    width = max((len(safe(key)) for key in values), default=0)
+    for key, value in values.items():
+        head = f"{indent}{safe(key).ljust(width)}"
+        if isinstance(value, Mapping) and value:
+            yield head.rstrip()
+            below = dict([*value.items()][:_MOST_SHOWN])
+            yield from _outline(below, indent + "  ")
+            yield from _rest(len(value) - len(below), "entries", indent)
+        elif isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
+            yield head.rstrip()
+            for one in value[:_MOST_SHOWN]:
+                first, *others = _outline(one, indent + "    ") if isinstance(one, Mapping) and one else [_cell(one)]
+                yield f"{indent}  - {first.strip()}"
+                yield from others
+            yield from _rest(len(value) - _MOST_SHOWN, "entries", indent)
+        elif isinstance(value, list | tuple):
+            more = f" … {len(value) - _MOST_SHOWN} more: --json" if len(value) > _MOST_SHOWN else ""
+            yield f"{head}  {', '.join(map(_cell, value[:_MOST_SHOWN])) or '-'}{more}"
+        elif isinstance(value, str) and "\n" in value.strip():
+            lines = value.strip().split("\n")
+            yield head.rstrip()
+            for line in lines[:_MOST_SHOWN]:
+                yield f"{indent}  {safe(line.expandtabs(4))}".rstrip()
+            yield from _rest(len(lines) - _MOST_SHOWN, "lines", indent)
+        else:
+            yield f"{head}  {_cell(value) if value != {} else '-'}"
+
+
+def _rest(count: int, what: str, indent: str) -> Iterator[str]:
+    if count > 0:
+        yield f"{indent}  … {count:,} more {what}: --json"
 
 
 def _cell(value: Any) -> str:

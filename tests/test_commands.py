@@ -1,5 +1,6 @@
 """Every command: documented, with examples that run; light to start; and the four lines of the demo's folder."""
 
+import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 
 from lora_cli.world import World
 from tests import generate
+from tests.cli import ok
 
 COMMANDS = {words: command for words, command, _ in generate.commands()}
 LEAVES = {words: command for words, command in COMMANDS.items() if not getattr(command, "commands", None)}
@@ -201,3 +203,15 @@ def test_a_mistake_gives_one_clear_line_and_its_code(line: str, code: int, words
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) <= 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["", "pool", "runs", "config"])
+def test_a_group_named_alone_shows_its_help(words: str) -> None:
+    told = ok(*words.split())
+    assert told.out == ok(*words.split(), "--help").out
+    assert "Usage: lora" in told.out
+    assert "..." not in told.out.split("Commands:")[1]
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert ok("--version").out == f"lora {importlib.metadata.version('lora-cli')}\n"

@@ -123,7 +123,7 @@ def coefficients(**changes: Any) -> Coefficients:
 
 def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
-    ok("merge", *TWO, "--coef", "c.json", "-m", "linear", "-o", "out")
+    ok("merge", *TWO, "--coef", "c.json", "-o", "out")
     one, tensors = deltas(Path("one")), load_file("two/adapter_model.safetensors")
     wanted = {}
     for module in SHAPES:

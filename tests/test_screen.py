@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -91,3 +92,69 @@ def test_a_table_on_a_terminal_shows_hostile_text_as_text() -> None:
     assert b"[link=http://x]a[/link] [/foo] :smile: \\x1b]0;t\\x07" in shown
     assert b"\x1b]" not in shown
     assert b"\x07" not in shown
+
+
+def on_terminal(code: str, width: int) -> str:
+    """What a piece of Python shows on a terminal so many columns wide, without styles."""
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(width)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=slave, env=environment)
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(master, 65536)
+        except OSError:
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait() == 0
+    os.close(master)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 100, 160])
+def test_a_table_cuts_nothing_and_says_what_it_leaves_out(width: int) -> None:
+    long = "someone-with-a-long-name/llama-3.1-8b-instruct-lora-for-customer-support-v2"
+    code = (
+        "from lora_cli.screen import Column, Screen\n"
+        "columns = (Column('ADAPTER', 'id', wide=True), Column('RANK', 'rank', 'right'),\n"
+        "    Column('INTERVAL', 'interval', 'right'), Column('MINOR', 'minor', minor=True),\n"
+        "    Column('REASON', 'reason', wide=True))\n"
+        f"rows = [{{'id': {long!r}, 'rank': 12345678, 'interval': '[+0.885, +0.960]', 'minor': 'm' * 9,\n"
+        "    'reason': 'declares one base and was asked for another, ' * 2}]\n"
+        "Screen().rows('s', columns, rows)"
+    )
+    shown = on_terminal(code, width)
+    lines = shown.split("\n")
+    assert all(len(line) <= width for line in lines)
+    assert "12345678" in shown
+    assert "[+0.885, +0.960]" in re.sub(r"\n\s*", " ", shown)
+    words = re.sub(r"\s", "", shown)
+    if width <= 40:
+        # Too narrow for a table: a line per column.
+        assert re.search(r"RANK +12345678", shown)
+    for part in ("someone-with-a-long-name", "customer-support-v2"):
+        # Broken over lines, the parts of other columns stand between, but no letter is lost.
+        assert all(piece in shown for piece in part.split("-"))
+    assert ("m" * 9 in words) != ("no room for MINOR" in " ".join(shown.split()))
+    assert ("m" * 9 in words) == (width in (20, 40, 160))
+
+
+def test_a_document_on_a_terminal_is_an_outline_and_says_what_it_leaves_out() -> None:
+    code = (
+        "from lora_cli.screen import Screen\n"
+        "Screen().document('s', {'id': 'x', 'ranks': {f'layer {i}': i for i in range(20)}, 'none': {},\n"
+        "    'card': '\\n'.join(f'line {i} \\x1b]0;t' for i in range(17)), 'names': ['a', 'b'],\n"
+        "    'scores': [{'system': 'base', 'value': 0.5}, {'system': 'other', 'value': 1.0}]})"
+    )
+    shown = on_terminal(code, 80)
+    assert "ranks\n  layer 0   0\n" in shown
+    assert "layer 15" not in shown
+    assert "  … 5 more entries: --json\n" in shown
+    assert "card\n  line 0 \\x1b]0;t\n" in shown
+    assert "  … 2 more lines: --json\n" in shown
+    assert "names   a, b\n" in shown
+    assert "none    -\n" in shown
+    assert "scores\n  - system  base\n    value   0.5\n  - system  other\n" in shown

@@ -5,12 +5,12 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.commands.options import Csv, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.commands.options import Csv, Group, Json, Jsonl, Quiet, examples, screen_for
 from lora_cli.errors import UsageError
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import KEYS, load
 
-app = typer.Typer(help="Settings and where each comes from.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Settings and where each comes from.")
 
 _COLUMNS = (Column("SETTING", "id"), Column("VALUE", "value", wide=True), Column("FROM", "origin"))
 SHELLS = ("bash", "zsh", "fish", "pwsh")

@@ -10,13 +10,13 @@ from lora_cli.screen import Column, Screen, near
 from lora_cli.settings import load
 
 _COLUMNS = (
-    Column("TASK", "task"),
-    Column("SYSTEM", "system"),
+    Column("TASK", "task", wide=True, least=12),
+    Column("SYSTEM", "system", wide=True, least=18),
     Column("SCORE", "score", "right"),
     Column("95 % CI", "interval", "right"),
-    Column("N", "n", "right"),
+    Column("N", "n", "right", minor=True),
     Column("Δ VS BASE", "difference", "right"),
-    Column("CHANGED", "changed", "right"),
+    Column("CHANGED", "changed", "right", minor=True),
 )
 
 

@@ -16,7 +16,7 @@ Plot = Annotated[
 ]
 
 _COLUMNS = (
-    Column("MODULE", "module"),
+    Column("MODULE", "module", wide=True),
     Column("NORM A", "norm_a", "right"),
     Column("NORM B", "norm_b", "right"),
     Column("COSINE", "cosine", "right"),

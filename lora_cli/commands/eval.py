@@ -29,14 +29,14 @@ from lora_cli.settings import Settings, load
 from lora_cli.task import load_task, split, task_sha256
 
 _COLUMNS = (
-    Column("SYSTEM", "system", wide=True),
+    Column("SYSTEM", "system", wide=True, least=18),
     Column("SCORE", "score", "right"),
     Column("95 % CI", "interval", "right"),
     Column("DELTA", "difference", "right"),
-    Column("P", "p", "right"),
+    Column("P", "p", "right", minor=True),
     Column("CHANGED", "changed_of", "right"),
-    Column("LOG-LIK", "log_likelihood", "right"),
-    Column("TOK/S", "speed", "right"),
+    Column("LOG-LIK", "log_likelihood", "right", minor=True),
+    Column("TOK/S", "speed", "right", minor=True),
 )
 
 
@@ -157,10 +157,11 @@ def evaluate(
 
 
 def last_written(db: Path) -> list[str]:
-    """The folders that merge and fit wrote last; NothingMatched when there is none."""
+    """The adapters that merge, fit and train wrote last; NothingMatched when there is none."""
     from lora_cli import runs
+    from lora_cli.adapters.checks import CONFIG_NAME
 
-    found = [runs.latest_output(db, [command]) for command in ("merge", "fit")]
+    found = [runs.latest_output(db, [command], CONFIG_NAME) for command in ("merge", "fit", "train")]
     names = [str(output[1]) for output in found if output is not None]
     if not names:
         raise NothingMatched("no adapters named, and none written yet", hint="run lora merge or lora fit, or name some")

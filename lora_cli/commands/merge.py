@@ -44,14 +44,15 @@ def merge(
         ),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--method",
             "-m",
             help="How; 'lora methods' lists and explains all of them.",
             autocompletion=lambda: [*METHODS.methods],
+            show_default="norm-matched; linear with --coef",
         ),
-    ] = "norm-matched",
+    ] = None,
     weights: Annotated[
         str | None,
         typer.Option(
@@ -133,6 +134,8 @@ def merge(
     screen = screen_for(json)
     settings = load({"base": base, "db": db, "device": device})
     lock = None if locked is None else _read_lock(context, locked)
+    # Learnt coefficients were learnt for a weighted sum.
+    method = method or ("norm-matched" if coef is None else "linear")
     options: dict[str, Any] = {
         "method": method,
         "knobs": {name: value for name, value in knobs.items() if value is not None},

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lora_cli.errors import UsageError
 from lora_cli.screen import Format, Screen, near
@@ -40,6 +41,18 @@ Where = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
 ]
+
+
+class Group(TyperGroup):
+    """A command with commands below it: named without one it shows its help, in which every line is whole."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        rows = [(name, self.commands[name].get_short_help_str(limit=200)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
 
 
 def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet: bool = False) -> Screen:

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_cli.commands import similarity
-from lora_cli.commands.options import Base, Csv, Db, DryRun, Force, Json, Jsonl, Quiet, Where, examples, screen_for
+from lora_cli.commands.options import (
+    Base,
+    Csv,
+    Db,
+    DryRun,
+    Force,
+    Group,
+    Json,
+    Jsonl,
+    Quiet,
+    Where,
+    examples,
+    screen_for,
+)
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
 from lora_cli.records import Adapter, Progress
 from lora_cli.screen import Column, Screen
@@ -20,10 +33,10 @@ from lora_cli.settings import Settings, folder_of, load
 if TYPE_CHECKING:
     from lora_cli.catalogue import Catalogue
 
-app = typer.Typer(help="Adapters that are known of: find them, list them, fetch and check them.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="Adapters that are known of: find them, list them, fetch and check them.")
 
 _ADAPTERS = (
-    Column("ADAPTER", "id"),
+    Column("ADAPTER", "id", wide=True),
     Column("REV", "rev"),
     Column("RANK", "rank", "right"),
     Column("SCALE", "scale", "right", minor=True),
@@ -34,9 +47,9 @@ _ADAPTERS = (
     Column("STATUS", "state", wide=True),
 )
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
-_FETCHED = (Column("ADAPTER", "id"), Column("ACTION", "action"), Column("SIZE", "size", "right"))
+_FETCHED = (Column("ADAPTER", "id", wide=True), Column("ACTION", "action"), Column("SIZE", "size", "right"))
 _VERDICTS = (
-    Column("ADAPTER", "id"),
+    Column("ADAPTER", "id", wide=True),
     Column("STATUS", "status"),
     Column("BASE", "base", minor=True),
     Column("MATCH", "base_match", minor=True),
@@ -250,7 +263,7 @@ def sql(
         names, rows = catalogue.sql(query)
     keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
     shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
-    columns = [Column(key.upper(), key) for key in keys]
+    columns = [Column(key.upper(), key, wide=True, least=12) for key in keys]
     screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
 
 
@@ -371,8 +384,6 @@ def verify(
                 base_shapes=shapes() if shapes else None,
                 deep=deep,
             )
-            if verdict.deep and verdict.adapter.base == row.base:
-                catalogue.learn(verdict.adapter)
             covered = None if verdict.coverage is None else f"{verdict.coverage:.0%}"
             rows.append({**_facts(verdict.adapter), "coverage": verdict.coverage, "covered": covered})
     screen.rows("lora.pool.verify/1", _VERDICTS, rows)

@@ -5,17 +5,17 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.commands.options import Csv, Db, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.commands.options import Csv, Db, Group, Json, Jsonl, Quiet, examples, screen_for
 from lora_cli.screen import Column, near
 from lora_cli.settings import load
 
-app = typer.Typer(help="What was run, on what data and adapters, and how it ended.", no_args_is_help=True)
+app = typer.Typer(cls=Group, help="What was run, on what data and adapters, and how it ended.")
 
 _COLUMNS = (
     Column("RUN", "id"),
-    Column("COMMAND", "command"),
+    Column("COMMAND", "command", minor=True),
     Column("STATUS", "status"),
-    Column("STARTED", "started"),
+    Column("STARTED", "started", minor=True),
     Column("OUTPUT", "out", wide=True),
 )
 

@@ -17,7 +17,7 @@ _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
     Column("REV", "rev"),
     Column("RANK", "rank", "right"),
-    Column("DOWNLOADS", "downloads", "right"),
+    Column("DOWNLOADS", "downloads", "right", minor=True),
     Column("SCORE", "score", "right"),
 )
 

@@ -42,9 +42,9 @@ def default_names(catalogue: Catalogue, base: str | None, name: str | None = Non
     """
     selection = catalogue.last_selection(name)
     if selection is not None:
-        label = f" {selection.name!r}" if selection.name else ""
+        label = f"selection {name!r}" if name else f"last selection{f' {selection.name!r}' if selection.name else ''}"
         names = [f"{ref.id}@{ref.commit}" for ref in selection.refs]
-        return names, f"adapters: the last selection{label}, {len(names)} by {selection.method}"
+        return names, f"adapters: the {label}, {len(names)} by {selection.method}"
     if name is not None:
         raise NothingMatched(f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME")
     usable = [row for row in catalogue.find(status="ok") if base is None or row.base == base]
@@ -70,7 +70,8 @@ def gather(
 
     Args:
         names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
-        base: the base model they must belong to; None takes the one they declare.
+        base: the base model they must belong to; None takes the one for which the catalogue found them usable, else
+            the one they declare.
         aliases: other names of that base.
         announce: is told what was looked up on the Hub and, before weights are downloaded, how many bytes.
 
@@ -84,6 +85,7 @@ def gather(
         raise NothingMatched("no adapters selected", hint="name some, or run lora select")
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, progress=progress)
     found = [_find(catalogue, name, look) for name in names]
+    base = base or _judged_for([row for _, row in found if row is not None])
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
     opened, inputs = [], {}
     for ref, row in found:
@@ -171,9 +173,16 @@ def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tu
         row = usable(look(name))
         return row.ref, row
     ref, here = folder_ref(folder), catalogue.at(folder)
-    if here is None or here.commit != ref.commit:
+    # What is wrong with it may be wrong for the base of the last sync only: its files are judged anew.
+    if here is None or here.commit != ref.commit or here.status != "ok":
         return ref, None
-    return usable(here).ref, here
+    return here.ref, here
+
+
+def _judged_for(rows: Sequence[Adapter]) -> str | None:
+    """The one base for which the catalogue has them as usable, under whatever names they declare; None for several."""
+    bases = {row.base for row in rows}
+    return bases.pop() or None if len(bases) == 1 else None
 
 
 def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
@@ -186,7 +195,7 @@ def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, 
         if base is None:
             raise Refused(
                 f"two base models: {first.ref.id} is for {asked or 'none'}, {adapter.ref.id} for {declared or 'none'}",
-                hint="if these are one model, set base and base_aliases in lora.toml",
+                hint="if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
             f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",

@@ -92,7 +92,11 @@ def usable(row: Adapter) -> Adapter:
             hint=f"ask for access on its page, run hf auth login, then lora pool fetch {row.id}",
         )
     if row.status != "ok":
-        raise Refused(f"{row.id}: {row.reason}", hint="leave this adapter out")
+        other = row.base_match == "mismatch"
+        raise Refused(
+            f"{row.id}: {row.reason}",
+            hint="sync its own base to use it there, or name its folder" if other else "leave this adapter out",
+        )
     return row
 
 
