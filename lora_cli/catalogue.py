@@ -242,8 +242,8 @@ class Catalogue:
         with self._lock:
             db = self._read()
             [totals] = db.query(
-                "SELECT count(*) AS adapters, coalesce(sum(bytes), 0) AS bytes, count(DISTINCT author) AS authors, "
-                "coalesce(sum(status = 'ok'), 0) AS usable FROM adapters"
+                "SELECT count(*) AS adapters, coalesce(sum(bytes), 0) AS bytes, "
+                "count(DISTINCT nullif(author, '')) AS authors, coalesce(sum(status = 'ok'), 0) AS usable FROM adapters"
             )
             groups = {
                 name: {

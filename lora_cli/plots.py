@@ -16,6 +16,8 @@ from lora_cli.screen import safe
 FORMATS = (".png", ".svg")
 # Beyond so many rows, labels would run into each other.
 _MOST_LABELS = 60
+# Beyond so many adapters, numbers would not fit their cells.
+_MOST_VALUES = 20
 # No model has so many; an adapter's names are its author's.
 _MOST_CELLS = 1_000_000
 _LONGEST_LABEL = 36
@@ -64,7 +66,7 @@ def draw_similarity(
     n = len(labels)
     shown = [_label(label) for label in labels] if n <= _MOST_LABELS else []
     margin = 0.065 * max(map(len, shown), default=0)
-    side = max(2.6, 0.17 * n) if shown else 7.0
+    side = max(2.6, (0.3 if n <= _MOST_VALUES else 0.17) * n) if shown else 7.0
     with _figure(file, (side + margin + 1.3, side + margin + 0.5)) as figure:
         axes = figure.add_subplot()
         image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
@@ -76,7 +78,7 @@ def draw_similarity(
             axes.set_xticks(range(n), shown, rotation=90)
             axes.set_yticks(range(n), shown)
             axes.tick_params(length=0, labelsize=7)
-            if n <= 12:
+            if n <= _MOST_VALUES:
                 _write_values(axes, cosines)
         else:
             # As much room as a label takes: the clusters of the table, where they are large enough to be seen.
@@ -146,8 +148,12 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
                 range(1, len(spectrum) + 1), spectrum, color=colour, alpha=0.25, linewidth=0.6, marker=_dot(spectrum)
             )
         longest = max(len(spectrum) for spectrum in spectra)
-        medians = [np.median([s[k] for s in spectra if len(s) > k]) for k in range(longest)]
-        axes.plot(range(1, longest + 1), medians, color=colour, linewidth=1.8, label="median", marker=_dot(medians))
+        # A module without a direction has it at strength 0: over those that have it alone a median would rise again.
+        all_medians = [np.median([s[k] if k < len(s) else 0.0 for s in spectra]) for k in range(longest)]
+        medians = [median for median in all_medians if median > 0]
+        axes.plot(
+            range(1, len(medians) + 1), medians, color=colour, linewidth=1.8, label="median", marker=_dot(medians)
+        )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         # Within less than two decades there are too few powers of ten to read values from.
@@ -179,7 +185,13 @@ def _write_values(axes: Any, cosines: Sequence[Sequence[float]]) -> None:
     for row, line in enumerate(cosines):
         for column, value in enumerate(line):
             colour = "white" if abs(value) > 0.6 else "black"
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=6)
+            axes.text(column, row, _short(value), ha="center", va="center", color=colour, fontsize=6)
+
+
+def _short(cosine: float) -> str:
+    """Two digits, or three where two would say that a pair is the same."""
+    text = f"{cosine:.2f}".replace("-0.00", "0.00")
+    return f"{cosine:.3f}" if text in ("1.00", "-1.00") and abs(cosine) < 0.9995 else text
 
 
 def _grid(

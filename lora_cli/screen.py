@@ -167,6 +167,9 @@ class Screen:
 
             def report(what: str, done: int, total: int) -> None:
                 if what not in known:
+                    # Work whose end is unknown is over when other work begins.
+                    for open_ended in [name for name, task in known.items() if bars.tasks[task].total is None]:
+                        bars.update(known.pop(open_ended), visible=False)
                     known[what] = bars.add_task(safe(what), total=total or None)
                 bars.update(known[what], completed=done, total=total or None)
                 if total and done >= total:

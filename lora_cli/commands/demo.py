@@ -1,5 +1,7 @@
 """`lora demo`: the whole tool on a miniature world that is built on the spot."""
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -62,6 +64,9 @@ def demo(
     for chapter in found.chapters:
         _tell(screen, chapter)
     screen.say("")
+    activate = Path(sys.prefix) / "bin" / "activate"
+    if shutil.which("lora") is None and activate.is_file():
+        screen.say(f"for `lora` to be found: . {near(activate)}")
     screen.say(f"next: cd {near(folder.absolute())}, then")
     for line in ("lora pool sync", "lora merge --method ties", "lora fit --data task.jsonl", "lora eval"):
         screen.say(f"  {line}")

@@ -87,7 +87,7 @@ def diff(
     for line in told(found):
         screen.say(line)
     if plot is not None:
-        screen.say(f"  {near(plot)}")
+        screen.say(f"  plot: {near(plot)}")
 
 
 def draw(file: Path, names: tuple[str, str], found: Any) -> None:

@@ -211,7 +211,11 @@ def merge(
                 if samples is not None:
                     samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
-                told = [outcome(plan, report), *_notes(report), *_to_serve(plan, folder, run.results, settings.base)]
+                told = [
+                    outcome(plan, report),
+                    *_notes(plan, report),
+                    *_to_serve(plan, folder, run.results, settings.base),
+                ]
     show_output(screen, "lora.merge/1", folder, run.record())
     for line in told:
         screen.say(line)
@@ -269,14 +273,20 @@ def outcome(plan: Any, report: Any) -> str:
     )
 
 
-def _notes(report: Any) -> list[str]:
-    """What a user should know besides: that little came out."""
-    if report.norm >= SMALL * report.mean_norm:
-        return []
-    return [
-        f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
-        "little; --norm-match or --lambda makes it larger"
-    ]
+def _notes(plan: Any, report: Any) -> list[str]:
+    """What a user should know besides: that little came out, or less than was asked for."""
+    notes = []
+    if report.norm < SMALL * report.mean_norm:
+        notes.append(
+            f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
+            "little; --norm-match or --lambda makes it larger"
+        )
+    if short := [one for one in report.modules if plan.energy and one.energy < plan.energy - 1e-6]:
+        notes.append(
+            f"  {len(short)} of {len(report.modules)} modules hold less than --energy {plan.energy:g} at this rank, "
+            f"{short[0].module} {percent(short[0].energy)}"
+        )
+    return notes
 
 
 def _to_serve(plan: Any, folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:

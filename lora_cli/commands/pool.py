@@ -236,7 +236,7 @@ def stats(db: Db = None, json: Json = False, jsonl: Jsonl = False, csv: Csv = Fa
     totals = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
     screen.rows("lora.pool.stats/1", _COUNTS, rows, identity="value", extra=totals)
     screen.say(
-        f"{totals['adapters']:,} adapters of {totals['authors']:,} authors · {totals['usable']:,} usable · "
+        f"{totals['adapters']:,} adapters of {totals['authors']:,} known authors · {totals['usable']:,} usable · "
         f"{_size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
     )
 

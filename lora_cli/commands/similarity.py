@@ -88,7 +88,7 @@ def similarity(
     for line in _told(found, matrix, cut):
         screen.say(line)
     if plot is not None:
-        screen.say(f"  {near(plot)}")
+        screen.say(f"  plot: {near(plot)}")
 
 
 def _rows(found: Any, matrix: list[list[float]]) -> list[dict[str, Any]]:

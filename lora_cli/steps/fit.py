@@ -95,7 +95,7 @@ def fit(
             penalty=(lambda: l1 * mixture.penalty()) if l1 else None,
             checkpoint=checkpoint,
             key=hashlib.sha256(key.encode()).hexdigest(),
-            what="fit control" if reinit else "fit",
+            what="fit: random control" if reinit else "fit: adapters",
             progress=progress,
         )
     coefficients = Coefficients(

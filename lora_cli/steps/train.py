@@ -68,7 +68,7 @@ def train(
             [base.encode(example) for example in validation],
             recipe,
             while_training=adapter.dropout,
-            what="train",
+            what="train: new LoRA",
             progress=progress,
         )
         adapter.save(folder)
