@@ -81,7 +81,7 @@ def _quiet_at_closed_pipes() -> Iterator[None]:
 
 
 def _fail(error: LoraError) -> Never:
-    if os.environ.get("LORA_DEBUG"):
+    if os.environ.get("LORA_DEBUG", "0") != "0":
         traceback.print_exception(error)
     _tell(error.message, error.hint)
     raise typer.Exit(error.exit_code) from None

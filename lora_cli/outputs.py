@@ -1,5 +1,6 @@
 """Output folders that are whole or absent: written beside their place, renamed into it last."""
 
+import errno
 import os
 import re
 import shutil
@@ -17,10 +18,10 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     What a killed process left behind for the same target is swept first. Existence of `target` means it is complete.
 
     Raises:
-        OutputError: `target` exists and `replace` is false, is a link, or its place cannot be written.
+        OutputError: `target` exists and `replace` is false (also where it came to be during the work), is a link, or
+            its place cannot be written.
     """
-    if target.is_symlink():
-        raise OutputError(f"{target}: a link; outputs are never written through links")
+    _refuse_link(target)
     target = target.absolute()
     partial = target.parent / f".{target.name}.{os.getpid()}.partial"
     try:
@@ -36,18 +37,36 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         for file in sorted(partial.rglob("*")):
             _sync(file)
         _sync(partial)
-        _swap(partial, target)
+        _put(partial, target, replace=replace)
         _sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _swap(partial: Path, target: Path) -> None:
+def _refuse_link(target: Path) -> None:
+    if target.is_symlink():
+        raise OutputError(f"{target}: a link; outputs are never written through links")
+
+
+def _put(partial: Path, target: Path, *, replace: bool) -> None:
+    """Rename the finished folder into place. What somebody else put there meanwhile is not replaced unasked."""
+    _refuse_link(target)
+    if not replace:
+        try:
+            # Fails where there is a file or a folder with anything in it.
+            partial.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise OutputError(
+                f"{target} was made by another process meanwhile", hint="choose another folder with -o, or run again"
+            ) from error
+        return
     old = partial.with_suffix(".old")
     if target.exists():
         target.rename(old)
     partial.rename(target)
-    if old.is_dir():
+    if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
     else:
         old.unlink(missing_ok=True)

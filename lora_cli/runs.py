@@ -99,8 +99,8 @@ def record_text(record: Mapping[str, Any]) -> str:
 def finished(folder: Path, key: str) -> bool:
     """True when `folder` holds the finished output of a run with this key."""
     try:
-        return bool(json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["key"] == key)
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read_record(folder)["key"] == key)
+    except DataError:
         return False
 
 
@@ -111,9 +111,21 @@ def read_record(folder: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file}: {error}") from None
+    except RecursionError:
+        raise DataError(f"{file}: not a record of lora") from None
     if not isinstance(record, dict) or record.get("schema") != "lora.run/1":
         raise DataError(f"{file}: not a record of lora")
+    wanted = {"key": str, "device": str, "settings": dict, "inputs": dict, "outputs": dict, "results": dict}
+    if not all(isinstance(record.get(name), kind) for name, kind in wanted.items()):
+        raise DataError(f"{file}: a damaged record")
+    if not isinstance(record.get("merge.lock", {}), dict) or not all(map(_is_plain, record["outputs"])):
+        raise DataError(f"{file}: a damaged record")
     return record
+
+
+def _is_plain(name: str) -> bool:
+    """Does a name mean a file in its folder, and nowhere else?"""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
 def claim(folder: Path, key: str, *, force: bool) -> bool:
@@ -138,7 +150,7 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
             raise OutputError(f"{folder} exists", hint="choose another folder with -o, or replace it with --force")
         if not (folder.is_dir() and (is_output(folder) or not any(folder.iterdir()))):
             raise OutputError(f"{folder}: not an output of lora, so --force leaves it alone", hint="choose another -o")
-    except PermissionError as error:
+    except OSError as error:
         raise OutputError(
             f"{folder}: cannot be read ({error.strerror})", hint="choose another folder with -o"
         ) from error
@@ -147,14 +159,15 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
 
 def _changed(folder: Path) -> str:
     """The first output that is missing or no longer what its record says, "" for none."""
-    for name, sha256 in read_record(folder)["outputs"].items():
-        try:
-            with (folder / name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                    return str(name)
-        except FileNotFoundError:
+    outputs = read_record(folder)["outputs"]
+    for name, sha256 in outputs.items():
+        # Opening what is no file could wait for ever.
+        if not (folder / name).is_file():
             return str(name)
-    return ""
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                return str(name)
+    return "" if outputs else RECORD_FILE
 
 
 def is_output(folder: Path) -> bool:
@@ -176,6 +189,8 @@ def recorded(
         inputs: `id@commit` (or a file's name) → SHA-256 of its bytes.
         out: folder or file that the run makes.
     """
+    if out is not None and not str(out).isprintable():
+        raise OutputError(f"{str(out)!r}: a name with characters that do not print", hint="choose another -o")
     now = datetime.now(UTC)
     run = Run(
         id=f"{now:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
@@ -186,6 +201,12 @@ def recorded(
     )
     with closing(open_for_writing(db)) as connection:
         with writing(connection) as table:
+            # Of two runs into one place only one ends well: what is still running there was killed, or will be late.
+            table.execute(
+                "UPDATE runs SET status = 'failed', error = 'ended without a word' "
+                "WHERE status = 'running' AND out = ?",
+                [str(out.absolute()) if out else None],
+            )
             table.table("runs").insert(
                 {"id": run.id, "command": command, "status": "running", "started": now.isoformat(),
                  "out": str(out.absolute()) if out else None, "record": json.dumps(run.record())}

@@ -8,7 +8,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,8 +136,9 @@ class Screen:
         _out(text, end="")
 
     def say(self, text: str) -> None:
-        """One line of talk on stderr."""
-        print(safe(text), file=sys.stderr)
+        """One line of talk on stderr; where nobody takes it, the work and its exit code matter more."""
+        with suppress(OSError):
+            print(safe(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         """One line on stderr that asks for attention."""
@@ -146,7 +147,7 @@ class Screen:
     @contextmanager
     def progress(self) -> Iterator[Progress]:
         """A Progress that draws bars on stderr when it is a terminal, and nothing otherwise."""
-        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb" or os.environ.get("NO_COLOR"):
             yield lambda what, done, total: None
             return
         from rich.console import Console

@@ -55,7 +55,10 @@ def _base(value: Any, folder: Path) -> str:
 
 
 def _path(value: Any, folder: Path) -> Path:
-    return (folder / _at_home(_text(value, folder))).absolute()
+    text = _text(value, folder)
+    if "\0" in text:
+        raise ValueError("a path")
+    return (folder / _at_home(text)).absolute()
 
 
 def _at_home(text: str) -> Path:
@@ -76,10 +79,8 @@ def _texts(value: Any, folder: Path) -> tuple[str, ...]:
 def _seed(value: Any, folder: Path) -> int:
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError("a whole number from 0")
-    try:
-        number = int(value)
-    except ValueError:
-        number = -1
+    text = str(value)
+    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 20 else -1
     if number < 0:
         raise ValueError("a whole number from 0")
     return number
@@ -182,7 +183,8 @@ def _parsed(name: str, key: Key, value: Any, folder: Path, label: str) -> Any:
     try:
         return key.parse(value, folder)
     except ValueError as error:
-        raise UsageError(f"{label}: {name} must be {error}, not {value!r}") from None
+        said = f"--{name}" if label == "flag" else f"{label}: {name}"
+        raise UsageError(f"{said} must be {error}, not {value!r}") from None
 
 
 def _read(file: Path) -> Mapping[str, Any]:
@@ -190,7 +192,7 @@ def _read(file: Path) -> Mapping[str, Any]:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file.name} cannot be read: {error}") from None
     for name in values:
         if name not in KEYS:

@@ -121,6 +121,20 @@ def coefficients(**changes: Any) -> Coefficients:
     return Coefficients(**made | changes)
 
 
+def test_learnt_coefficients_leave_nothing_to_missing() -> None:
+    Path("c.json").write_text(coefficients_text(coefficients()))
+    told = refused(2, "merge", *TWO, "--coef", "c.json", "--missing", "renorm", "-o", "out")
+    assert "--missing has no meaning beside them" in told
+
+
+@pytest.mark.parametrize("row", [["0.5"], [True], [None], []])
+def test_a_coefficient_that_is_no_number(row: list[Any]) -> None:
+    found = json.loads(coefficients_text(coefficients()))
+    found["values"] = {module: [row, row] for module in found["values"]}
+    Path("c.json").write_text(json.dumps(found))
+    assert refused(5 if row == [] else 1, "merge", *TWO, "--coef", "c.json", "-o", "out")
+
+
 def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
     ok("merge", *TWO, "--coef", "c.json", "-o", "out")

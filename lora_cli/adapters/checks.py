@@ -188,7 +188,9 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightF
                 nonfinite = name
                 break
             zero_b = zero_b and untrained
-            square += update * config.scale(name, factors.rank) ** 2
+            scale = config.scale(name, factors.rank)
+            # A product of floats overflows to Inf, a power raises.
+            square += update * scale * scale
     if nonfinite is not None:
         return WeightFacts(sha256, None, nonfinite, zero=False, zero_b=False)
     norm = math.sqrt(square) if math.isfinite(square) else None

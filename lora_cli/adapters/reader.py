@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
-from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, tensor_refusals
+from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, reading, tensor_refusals
 from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.store import AdapterFiles
 from lora_cli.errors import Refused
@@ -31,6 +31,8 @@ class OpenAdapter:
     files: AdapterFiles
     config: LoraConfigFacts
     modules: dict[str, ModuleFactors] = field(repr=False)
+    stamp: tuple[int, int, int] = field(repr=False)
+    """Device-wide number, size and time of change of the weights' file when it was opened."""
 
     @property
     def ref(self) -> AdapterRef:
@@ -69,21 +71,24 @@ class OpenAdapter:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
 
         Raises:
-            Refused: a factor holds NaN, Inf, or values so large that their product overflows.
+            Refused: a factor holds NaN, Inf, or values so large that their product overflows; another file than was
+                opened, or one that was written to since.
+            DataError: the file is gone.
             KeyError: the adapter does not touch `module`.
         """
         factors = self.modules[module]
-        with self.files.weights.open("rb", buffering=0) as file:
+        with reading(self.files.weights), self.files.weights.open("rb", buffering=0) as file:
+            if _stamp(os.fstat(file.fileno())) != self.stamp:
+                raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
             a = read_tensor(file.fileno(), factors.a, dtype)
             b = read_tensor(file.fileno(), factors.b, dtype)
-        b.mul_(self.scale(module))
-        update = LowRank(b, a)
-        largest = bound(update)
+        scale = self.scale(module)
+        largest = bound(LowRank(b, a))
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
-        if largest > torch.finfo(dtype).max / HEADROOM:
+        if not largest * abs(scale) <= torch.finfo(dtype).max / HEADROOM:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        return update
+        return LowRank(b.mul_(scale), a)
 
 
 def open_adapter(files: AdapterFiles) -> OpenAdapter:
@@ -94,6 +99,8 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
         Refused: the update is not s·B·A (DoRA, bias, saved heads, …), each reason by name.
     """
     name = files.ref.id
+    with reading(files.weights):
+        stamp = _stamp(files.weights.stat())
     config = parse_config(_bytes(files.config, name))
     header = read_header(files.weights)
     modules, _ = lora_modules(header)
@@ -102,7 +109,11 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
         raise Refused(f"{name}: {'; '.join(reasons)}")
     if not modules:
         raise Refused(f"{name}: no LoRA tensors")
-    return OpenAdapter(files, config, modules)
+    return OpenAdapter(files, config, modules, stamp)
+
+
+def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

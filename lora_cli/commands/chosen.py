@@ -16,7 +16,8 @@ def expand(texts: Sequence[str]) -> list[str]:
 
 
 def _from_stdin() -> list[str]:
-    lines = [line.strip() for line in sys.stdin]
+    # Some editors begin a file with a mark of its encoding.
+    lines = [line.strip().removeprefix("\ufeff") for line in sys.stdin]
     return [_id_in(line) for line in lines if line]
 
 
@@ -25,6 +26,8 @@ def _id_in(line: str) -> str:
         return line.split("\t")[0]
     try:
         row = json.loads(line)
-        return f"{row['id']}@{row['commit']}" if row.get("commit") else str(row["id"])
-    except (ValueError, KeyError, TypeError):
+        if not isinstance(row["id"], str):
+            raise TypeError("an id that is no text")
+        return f"{row['id']}@{row['commit']}" if row.get("commit") else row["id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UsageError(f"stdin: no id in {line[:60]!r}", hint="give ids, or JSON objects with an id") from None

@@ -124,7 +124,6 @@ def merge(
     """
     from lora_cli import runs
     from lora_cli.adapters.devices import resolve_device
-    from lora_cli.adapters.store import sha256_of
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps import lock as locking
     from lora_cli.steps import merge as step
@@ -205,7 +204,7 @@ def merge(
             if done:
                 run.take(folder)
                 if lock is not None:
-                    locking.demand_same_outputs(lock, {name: sha256_of(folder / name) for name in run.outputs})
+                    locking.demand_same_outputs(lock, run.outputs)
                 told = [f"merge: {near(folder)} is up to date", *_to_serve(plan, folder, run.results, settings.base)]
             else:
                 if samples is not None:
@@ -347,6 +346,8 @@ def _split(argument: str) -> tuple[str, float | None]:
     if not equals or folder_of(argument) is not None:
         return argument, None
     try:
+        if not weight.isascii() or "_" in weight:
+            raise ValueError("a spelling of Python's own")
         return name, float(weight)
     except ValueError:
         raise UsageError(f"{argument}: the weight after = is no number") from None

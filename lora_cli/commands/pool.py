@@ -1,5 +1,6 @@
 """`lora pool`: the adapters that are known of, and what is known of each."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -59,7 +60,7 @@ _VERDICTS = (
 )
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
-Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, show_default="all")]
+Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000, show_default="all")]
 Alias = Annotated[
     list[str] | None, typer.Option("--alias", help="Another name under which adapters declare this base; repeatable.")
 ]
@@ -172,7 +173,7 @@ def list_(
 @app.command(epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5"))
 def search(
     text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
-    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 50,
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
     db: Db = None,
     json: Json = False,
     jsonl: Jsonl = False,
@@ -553,4 +554,6 @@ def _duration(seconds: float) -> str:
 
 
 def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value.hex() if isinstance(value, bytes) else value

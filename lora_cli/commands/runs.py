@@ -23,7 +23,7 @@ _COLUMNS = (
 @app.command("list", epilog=examples("lora runs list -n 5", "lora runs list --command fit --json"))
 def list_(
     command: Annotated[str | None, typer.Option("--command", help="Only runs of this command.")] = None,
-    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1)] = 50,
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
     db: Db = None,
     json: Json = False,
     jsonl: Jsonl = False,

@@ -29,6 +29,8 @@ def read_coefficients(file: Path) -> Coefficients:
         if not all(isinstance(found[key], str) for key in ("granularity", "activation", "task_sha256", "base")):
             raise TypeError("a text that is none")
         found["adapters"] = tuple(map(str, found["adapters"]))
+        if not found["adapters"]:
+            raise ValueError("no adapters")
         found["values"] = {module: tuple(map(_numbers, rows)) for module, rows in found["values"].items()}
         return Coefficients(**found)
     except OSError as error:
@@ -51,6 +53,8 @@ def demand_fitting(coefficients: Coefficients, adapters: Sequence[OpenAdapter]) 
 
 
 def _numbers(row: Any) -> tuple[float, ...]:
+    if not all(type(value) in (int, float) for value in row):
+        raise TypeError("a coefficient that is no number")
     numbers = tuple(float(value) for value in row)
     if not all(map(math.isfinite, numbers)):
         raise ValueError("a coefficient that is no finite number")

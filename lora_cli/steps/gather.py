@@ -93,8 +93,9 @@ def gather(
         if files is None:
             hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
             raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
-        inputs[ref.pinned] = _sha256(files, row)
+        # Opened first: what changes after it was hashed is then noticed when it is read.
         opened.append(_open(files))
+        inputs[ref.pinned] = _sha256(files, row)
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)

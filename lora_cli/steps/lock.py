@@ -79,7 +79,7 @@ def read_lock(file: Path) -> Lock:
         return Lock(
             settings=_settings(record["settings"], lock["parents"].keys()),
             parents={name: str(parent["sha256"]) for name, parent in lock["parents"].items()},
-            versions=dict(lock["versions"]),
+            versions={str(name): str(version) for name, version in lock["versions"].items()},
             outputs=dict(_not_empty(record["outputs"])),
         )
     except OSError as error:

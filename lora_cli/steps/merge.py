@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.checks import WEIGHTS_NAME
+from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
@@ -86,8 +86,8 @@ def merge(
         OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
-    if folder.resolve() in {adapter.folder.resolve() for adapter in plan.adapters}:
-        raise OutputError(f"{folder}: one of the adapters to be merged", hint="choose another folder with -o")
+    if any(adapter.folder.resolve().is_relative_to(folder.resolve()) for adapter in plan.adapters):
+        raise OutputError(f"{folder}: one of the adapters to be merged is there", hint="choose another folder with -o")
     with whole_folder(folder, replace=replace) as partial:
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
@@ -106,6 +106,8 @@ def merge(
             peak_bytes=peak_bytes(),
         )
         run.outputs[weights] = sha256
+        if not plan.dense:
+            run.outputs[CONFIG_NAME] = sha256_of(partial / CONFIG_NAME)
         if lock is not None:
             demand_same_outputs(lock, run.outputs)
         run.results.update(
@@ -174,7 +176,10 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
     """Refused where an adapter, the result, or (`empty`) what was written of it is zero."""
     if still := [adapter.ref.id for adapter in plan.adapters if effect.norm(adapter) == 0]:
         where = " in the scope" if plan.scope else ""
-        raise Refused(f"{', '.join(still)}: every lora_B{where} is zero, so it changes nothing", hint="leave it out")
+        raise Refused(
+            f"{', '.join(still)}: every lora_B{where} is zero, or the scale is, so it changes nothing",
+            hint="leave it out",
+        )
     if effect.cancelled:
         raise Refused(
             "the merged update is zero: weights are zero, or the updates cancel or have nothing in common",
@@ -244,6 +249,8 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"]}
         title, made = "Merged LoRA", f"rank {low if low == high else f'{low} to {high}'}"
         made += f", {percent(report.energy)} of the energy of the merged update kept"
+        if report.served_rank is not None:
+            made += f", filled up with zeros to rank {report.served_rank}"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

@@ -144,6 +144,10 @@ def plan(
         raise Refused("a merge computes in float64, which Apple's GPUs do not have", hint="use --device cpu")
     if METHODS.get(method).needs == "inputs" and inputs is None:
         raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
+    if coefficients is not None and missing != "zero":
+        raise UsageError(
+            "learnt coefficients stand for every module by themselves: --missing has no meaning beside them"
+        )
     if coefficients is not None and checked.get("per") == "adapter":
         raise UsageError("learnt coefficients differ between modules: --per adapter has no meaning beside them")
     if "inside" in checked and checked.get("per") == "adapter":
@@ -204,9 +208,13 @@ def rank_choice(rank: str, energy: float | None, ranks: Sequence[int]) -> RankCh
         return RankChoice(ceiling=sum(ranks), energy=energy, exact=energy is None)
     if rank == "auto":
         return RankChoice(ceiling=max(AUTO_RANK, *ranks) if energy is None else None, energy=energy)
-    if not (rank.isdecimal() and len(rank) < 10) or int(rank) == 0:
+    if not _is_number(rank) or int(rank) == 0:
         raise UsageError(f"--rank is a number above 0, sum or auto, not {rank!r}")
     return RankChoice(ceiling=int(rank), energy=energy)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
 
 
 def _in_scope(module: str, scope: Sequence[str]) -> bool:
@@ -227,7 +235,7 @@ def _holds(module: str, condition: str) -> bool:
 
 def _layers(part: str, condition: str) -> tuple[int, int]:
     low, dash, high = part.partition("-")
-    if not low.isdecimal() or (dash and not high.isdecimal()) or (dash and int(high) < int(low)):
+    if not _is_number(low) or (dash and not _is_number(high)) or (dash and int(high) < int(low)):
         raise UsageError(f"--scope {condition}: {part!r} is no layer and no range of layers such as 0-15")
     return int(low), int(high) if dash else int(low)
 
