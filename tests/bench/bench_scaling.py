@@ -3,8 +3,7 @@
     python -m tests.bench.bench_scaling docs/scaling.svg
 
 One 1024 × 4096 module (k of an 8B model), the method and the reduction to rank 16, medians of three runs on random
-adapters, on one thread as in a merge (elementwise methods on all). What takes longer than one second is run once, and
-a curve ends after two.
+adapters, on one thread as in a merge (elementwise methods on all). What takes longer than one second is run once.
 """
 
 import statistics
@@ -50,25 +49,15 @@ def seconds(name: str, n: int, rank: int) -> float:
     return statistics.median(times)
 
 
-def curve(name: str, cases: list[tuple[int, int]]) -> list[float]:
-    """Times of growing cases, up to the first that takes longer than two seconds."""
-    found: list[float] = []
-    for n, rank in cases:
-        if not found or found[-1] <= 2:
-            found.append(seconds(name, n, rank))
-    return found
-
-
 def main(file: Path) -> None:
     for name in SHOWN:
         seconds(name, 2, 4)  # compilers and libraries warm up
-    against_n = {name: curve(name, [(n, RANK) for n in COUNTS]) for name in SHOWN}
-    against_rank = {name: curve(name, [(N, rank) for rank in RANKS]) for name in SHOWN}
+    against_n = {name: [seconds(name, n, RANK) for n in COUNTS] for name in SHOWN}
+    against_rank = {name: [seconds(name, N, rank) for rank in RANKS] for name in SHOWN}
     for title, across, table in (("N", COUNTS, against_n), ("rank", RANKS, against_rank)):
         print(f"| {title} | " + " | ".join(map(str, across)) + " |\n|---|" + "---|" * len(across))
         for name, row in table.items():
-            cells = [f"{value:.3f}" for value in row] + [""] * (len(across) - len(row))
-            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+            print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |", flush=True)
         print()
     draw(file, against_n, against_rank)
 
@@ -83,9 +72,7 @@ def draw(file: Path, against_n: dict[str, list[float]], against_rank: dict[str, 
         (right, RANKS, against_rank, f"rank of {N} adapters"),
     ):
         for place, (name, row) in enumerate(table.items()):
-            axes.plot(
-                across[: len(row)], row, marker="osD^vP"[place % 6], markersize=4, color=f"C{place % 10}", label=name
-            )
+            axes.plot(across, row, marker="osD^vP"[place % 6], markersize=4, color=f"C{place % 10}", label=name)
         axes.set(xscale="log", yscale="log", xlabel=label, xticks=across, xticklabels=across)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
