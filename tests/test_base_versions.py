@@ -121,7 +121,7 @@ def test_rows_and_states_of_another_base_of_the_same_name_are_not_taken_up(tmp_p
     for base, begins in ((one, 2), (other, 0)):
         counted.clear()
         fit(base, [adapter], examples(5), recipe=recipe, checkpoint=state, progress=progress)
-        assert counted[0] == f"fit {begins}"
+        assert counted[0] == f"fit: adapters {begins}"
 
 
 def test_a_run_names_the_version_of_its_base_and_is_done_again_for_another(tmp_path: Path) -> None:
