@@ -16,7 +16,7 @@ from typer.exceptions import TyperException
 
 from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, train
 from lora_cli.commands.options import Group
-from lora_cli.errors import ExitCode, LoraError, OutputError
+from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
 from lora_cli.screen import Screen
 
 
@@ -64,9 +64,14 @@ class Root(Group):
         except LoraError as error:
             _fail(error)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
+        except (MemoryError, RuntimeError) as error:
+            # torch's own class for it would want torch to be imported.
+            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+                raise
+            _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -102,6 +103,11 @@ class BaseModel:
         dtype: torch.dtype = self.model.dtype
         return dtype
 
+    @property
+    def dtype_name(self) -> str:
+        """`dtype` as users spell it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every module that can wear an update, by name."""
@@ -117,7 +123,7 @@ class BaseModel:
         """The tokens before the completion: the chat template around the prompt where there is one, else plain text.
 
         Raises:
-            DataError: a chat, but this base has no chat template.
+            DataError: a chat, but this base has no chat template, or one that refuses it.
         """
         if self.tokenizer.chat_template is None:
             if not isinstance(prompt, str):
@@ -127,8 +133,17 @@ class BaseModel:
                 )
             return list(self.tokenizer(prompt)["input_ids"])
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-        encoded = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"])
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        try:
+            return list(self.tokenizer.apply_chat_template(turns, **options)["input_ids"])
+        except Exception as error:
+            if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
+                raise
+            roles = ", ".join(str(turn["role"]) for turn in turns)
+            raise DataError(
+                f"the chat template of {self.name} refuses an example with the roles {roles}: {error}",
+                hint="write the examples' messages as this base was trained on them",
+            ) from error
 
     def encode(self, example: Example) -> Encoded:
         """Prompt and completion tokenised apart, so that the boundary is exact, then the end token.
@@ -165,12 +180,21 @@ class BaseModel:
 
     @torch.no_grad()
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
-        """Mean log-likelihood per completion token (the end token included) of each example, in nats."""
+        """Mean log-likelihood per completion token (the end token included) of each example, in nats.
+
+        Raises:
+            Refused: one that is not finite.
+        """
         encoded = [self.encode(example) for example in examples]
         found = [0.0] * len(encoded)
         for rows in _by_length([len(item.ids) for item in encoded], batch_size):
             losses = self.completion_losses([encoded[row] for row in rows]).tolist()
             for row, loss in zip(rows, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise Refused(
+                        f"the likelihood of example {examples[row].id} is not finite in {self.dtype_name}",
+                        hint="evaluate with --dtype fp32 or bf16, or leave this adapter out",
+                    )
                 found[row] = -loss / encoded[row].tokens
         return found
 

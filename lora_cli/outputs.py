@@ -34,11 +34,16 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise OutputError(f"{target.parent}: cannot be written ({error.strerror})") from error
     try:
         yield partial
-        for file in sorted(partial.rglob("*")):
-            _sync(file)
-        _sync(partial)
-        _put(partial, target, replace=replace)
-        _sync(target.parent)
+        try:
+            for file in sorted(partial.rglob("*")):
+                _sync(file)
+            _sync(partial)
+            _put(partial, target, replace=replace)
+            _sync(target.parent)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -65,7 +70,12 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
     old = partial.with_suffix(".old")
     if target.exists():
         target.rename(old)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
     else:

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ BASE = System(name="base")
 
 
 @pytest.fixture(scope="module")
-def base() -> BaseModel:
+def base() -> Iterator[BaseModel]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return llama()
+    yield llama()
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

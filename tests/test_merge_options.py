@@ -284,15 +284,21 @@ def test_what_differs_from_a_lock_is_told(lock: Path) -> None:
     assert "not the adapters" in refused(5, "merge", "one", "three", "--locked", str(lock), "-o", "again")
 
 
-def test_bytes_do_not_depend_on_hash_seeds_and_order_nor_values_on_threads() -> None:
-    written = []
-    for seed, threads, adapters in (("1", "1", TWO), ("2", "1", TWO[::-1]), ("3", "2", TWO)):
+@pytest.mark.parametrize("method", ["dare-ties", "norm-matched", "tsv"])
+def test_bytes_do_not_depend_on_hash_seeds_order_and_threads(method: str, own_home: Path) -> None:
+    # More than one block of rows, and more modules than threads.
+    shapes = {f"model.layers.{i}.mlp.up_proj": (640, 512) for i in range(6)}
+    for seed in range(3):
+        write_adapter(own_home / f"{seed}", random_factors(shapes, 3 + seed, seed=seed))
+    names = ["0", "1", "2"]
+    options = ["--seed", "3"] if method == "dare-ties" else []
+    written = set()
+    for seed, threads, adapters in (("1", "1", names), ("2", "2", names[::-1]), ("3", "4", names)):
         environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads}
-        command = ["merge", *adapters, "-m", "dare-ties", "--seed", "3", "-o", f"out{seed}"]
+        command = ["merge", *adapters, "-m", method, *options, "-o", f"out{seed}"]
         subprocess.run([sys.executable, "-m", "lora_cli", *command], env=environment, check=True, capture_output=True)
-        written.append((Path(f"out{seed}") / "adapter_model.safetensors").read_bytes())
-    assert written[0] == written[1]
-    close(deltas(Path("out3")), deltas(Path("out1")), 1e-5)
+        written.add((Path(f"out{seed}") / "adapter_model.safetensors").read_bytes())
+    assert len(written) == 1
 
 
 HOSTILE: list[Any] = [None, 5, -1.0, True, "x", "../x", [], [[]], {}, {"x": []}, {"seed": "x"}, 10**400, float("nan")]

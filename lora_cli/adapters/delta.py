@@ -1,5 +1,6 @@
 """Whole updates on the disk, as `lora merge --dense` writes them: tensors (out, in) by the names of their weights."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry, read_header
-from lora_cli.adapters.reader import read_tensor
+from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry, read_header, reading
+from lora_cli.adapters.reader import read_tensor, stamp
 from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import HeaderError, Refused
 from lora_cli.records import AdapterRef
@@ -34,6 +35,7 @@ class OpenDelta:
     fan_in_fan_out: bool
     sha256: str
     file: Path
+    stamp: tuple[int, int, int] = field(repr=False)
     modules: Mapping[str, TensorEntry] = field(repr=False)
 
     @property
@@ -47,8 +49,10 @@ class OpenDelta:
         return out_features, in_features
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The update of one module, (out, in). Refused where it holds NaN or Inf."""
-        with self.file.open("rb", buffering=0) as file:
+        """The update of one module, (out, in). Refused where it holds NaN or Inf, or where the file was written to."""
+        with reading(self.file), self.file.open("rb", buffering=0) as file:
+            if stamp(os.fstat(file.fileno())) != self.stamp:
+                raise Refused(f"{self.ref.id}: its updates changed while they were used", hint="run this again")
             update = read_tensor(file.fileno(), self.modules[module], dtype)
         if not torch.isfinite(update).all():
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="merge again")
@@ -79,6 +83,8 @@ def open_delta(folder: Path) -> OpenDelta:
         Refused: the file is not what its record says.
     """
     record, file = read_record(folder), folder / DENSE_FILE
+    with reading(file):
+        opened = stamp(file.stat())
     name = "/".join(folder.resolve().parts[-2:]).lstrip("/")
     sha256 = sha256_of(file)
     try:
@@ -97,5 +103,6 @@ def open_delta(folder: Path) -> OpenDelta:
         fan_in_fan_out=header.metadata.get(_FLAG) == "true",
         sha256=sha256,
         file=file,
+        stamp=opened,
         modules={tensor.name.removesuffix(_SUFFIX): tensor for tensor in header.tensors.values()},
     )

@@ -1,6 +1,7 @@
 """Inner loops of the work done element by element: compiled by numba on a CPU, the same formulas in torch elsewhere.
 
-Nothing else knows which of the two runs. Both give the same bits, and the compiled ones several times faster.
+Nothing else knows which of the two runs. Both count, elect and draw the same, sums of floats differ by rounding; the
+compiled ones are several times faster.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def largest(magnitudes: Tensor, k: int) -> float:
 
 
 def entries(B: Tensor, A: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Single entries of B @ A: those at (rows[j], columns[j]), rounded as a sum over the ranks in their order."""
+    """Single entries of B @ A: those at (rows[j], columns[j]), sums over the ranks."""
     across = A.T.contiguous()  # (in, r): what one entry needs lies together
     if _compiles(B):
         found = torch.empty(len(rows), dtype=B.dtype)

@@ -222,7 +222,8 @@ def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
         enough = reduced.kept >= choice.share * total or reduced.update.rank < width
         if enough or width >= min(choice.ceiling or full, full):
             return reduced
-        width = min(4 * width, full)
+        # Of the flat spectra that this is met with, most directions are wanted: no more guesses.
+        width = full
 
 
 def _reduced(spectrum: Spectrum, total: float, choice: RankChoice) -> Reduced:

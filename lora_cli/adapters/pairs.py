@@ -117,7 +117,8 @@ def _refine(
     block: Tensor, noise: Tensor, rows: Sequence[LowRank], columns: Sequence[LowRank], dtype: torch.dtype
 ) -> None:
     """Compute again, in `dtype`, the smallest part of a tile that holds all pairs which rounding may have moved."""
-    doubtful = noise > _TOLERANCE
+    # Also what overflowed and is no number any more.
+    doubtful = ~(noise <= _TOLERANCE)
     i, j = (doubtful.any(side).nonzero().flatten() for side in (1, 0))
     if len(i):
         some = _Stack.of([rows[place] for place in i.tolist()], dtype)

@@ -78,7 +78,7 @@ class OpenAdapter:
         """
         factors = self.modules[module]
         with reading(self.files.weights), self.files.weights.open("rb", buffering=0) as file:
-            if _stamp(os.fstat(file.fileno())) != self.stamp:
+            if stamp(os.fstat(file.fileno())) != self.stamp:
                 raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
             a = read_tensor(file.fileno(), factors.a, dtype)
             b = read_tensor(file.fileno(), factors.b, dtype)
@@ -100,7 +100,7 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
     """
     name = files.ref.id
     with reading(files.weights):
-        stamp = _stamp(files.weights.stat())
+        opened = stamp(files.weights.stat())
     config = parse_config(_bytes(files.config, name))
     header = read_header(files.weights)
     modules, _ = lora_modules(header)
@@ -109,10 +109,11 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
         raise Refused(f"{name}: {'; '.join(reasons)}")
     if not modules:
         raise Refused(f"{name}: no LoRA tensors")
-    return OpenAdapter(files, config, modules, stamp)
+    return OpenAdapter(files, config, modules, opened)
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int, int]:
+def stamp(status: os.stat_result) -> tuple[int, int, int]:
+    """What tells a file that was written to or replaced from the one it was."""
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
@@ -76,6 +77,16 @@ def read_config(folder: Path) -> bytes | None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read."""
-    with reading(path), path.open("rb") as file:
+    """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
+
+    A file that is as it was when this process hashed it is not read again.
+    """
+    with reading(path):
+        status = path.stat()
+        return _hashed(path.absolute(), (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=4096)
+def _hashed(path: Path, state: tuple[int, ...]) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

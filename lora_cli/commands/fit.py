@@ -120,7 +120,13 @@ def fit(
         )
         joined = "" if target is None else gathered.adapters[-1].ref.pinned
         plan = merge.plan(
-            gathered.adapters, [1.0] * len(gathered.adapters), base=gathered.base, rank=rank, energy=energy
+            gathered.adapters,
+            [1.0] * len(gathered.adapters),
+            base=gathered.base,
+            rank=rank,
+            energy=energy,
+            # A merge computes in float64, which Apple's GPUs do not have.
+            device=ref.device if ref.device.startswith("cuda") else "cpu",
         )
         ref = replace(ref, name=gathered.base)
         asked = ref.settings | step.asked(

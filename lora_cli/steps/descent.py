@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -278,6 +279,7 @@ def _passes(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
     yield part
 
 
+@lru_cache(maxsize=4)
 def _shuffled(n: int, seed: int, number: int) -> list[int]:
     return sorted(range(n), key=lambda row: _number(f"{seed} round {number} row {row}"))
 

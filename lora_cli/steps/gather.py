@@ -136,8 +136,8 @@ def to_fetch(
     aliases: Sequence[str] = (),
     announce: Callable[[str], None],
 ) -> list[Adapter]:
-    """The adapters of `names` whose weights `gather` would have to download. Raises as `gather` does."""
-    look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce)
+    """The adapters of `names` whose weights `gather` would have to download, storing nothing. Raises as it does."""
+    look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, store=False)
     found = [_find(catalogue, name, look) for name in names]
     return [row for ref, row in found if row is not None and locate(ref) is None]
 

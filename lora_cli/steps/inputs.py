@@ -1,6 +1,7 @@
 """Samples of what each module is fed while each adapter is worn: what RegMean merges by."""
 
 import hashlib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from lora_cli.adapters.draws import uniform
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel, BaseRef, Encoded
-from lora_cli.errors import OutputError, UsageError
+from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
@@ -24,7 +25,7 @@ def data_of(given: Sequence[str], adapters: Sequence[OpenAdapter]) -> dict[str, 
     Raises:
         UsageError: both at once, an adapter left without a file, or a name that is none of the adapters.
     """
-    whole = [one for one in given if "=" not in one or Path(one).is_file()]
+    whole = [one for one in given if "=" not in one or os.path.isfile(one)]  # noqa: PTH113 - never raises
     if len(whole) > 1 or (whole and len(given) > 1):
         raise UsageError(f"--data is one FILE for all adapters or ADAPTER=FILE for each, not {' and '.join(given)}")
     if whole:
@@ -149,6 +150,10 @@ class ModuleInputs:
         written: dict[bytes, int] = {}
         with self._spool.open("ab") as spool:
             for module, sample in fed.items():
+                if not torch.isfinite(sample).all():
+                    raise Refused(
+                        f"{adapter.ref.id}: what {module} is fed is not finite", hint="use --dtype fp32 or bf16"
+                    )
                 data = sample.to(self._dtype).contiguous().view(torch.uint8).numpy().data
                 digest = hashlib.sha256(data).digest()
                 if digest not in written:

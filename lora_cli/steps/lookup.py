@@ -28,6 +28,7 @@ def look_up(
     aliases: Sequence[str] = (),
     announce: Callable[[str], None],
     progress: Progress = silent,
+    store: bool = True,
 ) -> Adapter:
     """The row that `text` means. Where there is none for a Hub id, the Hub is asked for that repository alone.
 
@@ -40,6 +41,7 @@ def look_up(
         base: the base model that an adapter from the Hub has to be for, "" for any.
         aliases: other names of that base, beside those that the catalogue remembers.
         announce: is told what was taken from the Hub, and what is older than its row.
+        store: whether what is found may be stored.
 
     Raises:
         NothingMatched: neither the catalogue nor the Hub knows it.
@@ -66,7 +68,8 @@ def look_up(
         row = usable(found.read(stored))
     except NetworkError as error:
         raise _both(unknown, error, found.stub.repo) from error
-    catalogue.add([row], {id: found.hub_id})
+    if store:
+        catalogue.add([row], {id: found.hub_id})
     announce(f"{id}: taken from the Hub at {row.commit[:12]}")
     return row
 

@@ -26,6 +26,8 @@ from lora_cli.steps.merge_plan import METHODS, MergePlan, cancel
 _CANCELLED = 1e-12
 # A dense module of an 8B model takes a quarter of a gigabyte, and as much again while its rank is reduced.
 _DENSE_AT_ONCE = 4
+# Of factors and what is computed from them, as numbers of fp32: so many times the factors, in so many bytes at once.
+_FACTORS_HELD, _FACTORS_BYTES = 12, 4 << 30
 
 
 class Effect:
@@ -76,8 +78,10 @@ class ModuleMerger:
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         threads = torch.get_num_threads() if plan.device == "cpu" else 1
-        held_dense = plan.dense or METHODS.get(plan.method).kind == "elementwise"
-        self._workers = min(threads, _DENSE_AT_ONCE) if held_dense else threads
+        inside = plan.knobs.get("inside", plan.method)
+        held_dense = plan.dense or METHODS.get(inside).kind == "elementwise"
+        most = _DENSE_AT_ONCE if held_dense else max(1, _FACTORS_BYTES // _largest_module(plan))
+        self._workers = min(threads, most)
         self._tile_workers = threads // self._workers
         self._whole = _WholeAdapters(plan, threads)
 
@@ -148,7 +152,10 @@ class ModuleMerger:
         if METHODS.get(plan.method).kind == "coefficients" and plan.knobs.get("per") == "adapter":
             merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
         else:
-            merged = run_method(plan.method, updates, weights, plan.knobs, workers=self._tile_workers)
+            try:
+                merged = run_method(plan.method, updates, weights, plan.knobs, workers=self._tile_workers)
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+                raise Refused(f"{module}: {plan.method} finds no solution there ({error})") from error
         demand_room(module, bound(merged))
         pinned = [adapter.ref.pinned for adapter in adapters]
         return _Merged(merged, pinned, updates.ranks, squares, weights, sum(map(abs, updates.absent)))
@@ -183,6 +190,16 @@ class ModuleMerger:
         if alone and plan.rank == "auto" and plan.energy is None and merged.ranks[0] <= (choice.ceiling or 0):
             return RankChoice(exact=True)
         return choice
+
+
+def _largest_module(plan: MergePlan) -> int:
+    """About how many bytes the work on the module with the most factors takes."""
+    sizes = [
+        sum((adapter.shape(module)[0] + adapter.shape(module)[1]) * adapter.modules[module].rank for adapter in having)
+        for module in plan.modules
+        if (having := [adapter for adapter in plan.adapters if module in adapter.modules])
+    ]
+    return max(sizes) * 4 * _FACTORS_HELD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,12 +293,17 @@ class _WholeAdapters:
             if self._gram is None:
                 n = len(self._plan.adapters)
                 found = torch.zeros(n, n, dtype=torch.float64)
-                for module in self._plan.modules:
-                    places = [i for i, adapter in enumerate(self._plan.adapters) if module in adapter.modules]
-                    products = gram([_read(self._plan, i, module)[0] for i in places])
-                    found[torch.tensor(places)[:, None], torch.tensor(places)] += products.cpu()
+                with ThreadPoolExecutor(self._workers) as pool:
+                    # In the order of the modules, whichever is ready first: sums of floats depend on theirs.
+                    for places, products in pool.map(self._products, self._plan.modules):
+                        found[torch.tensor(places)[:, None], torch.tensor(places)] += products
                 self._gram = found
             return self._gram
+
+    def _products(self, module: str) -> tuple[list[int], Tensor]:
+        """The adapters that have a module, and their inner products there."""
+        places = [i for i, adapter in enumerate(self._plan.adapters) if module in adapter.modules]
+        return places, gram([_read(self._plan, i, module)[0] for i in places])
 
     def thresholds(self, density: float) -> Tensor:
         with self._first:
