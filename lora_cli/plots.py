@@ -134,7 +134,6 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
 def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
     """Every module's singular values as a thin line, and their median over the modules."""
     import numpy as np
-    from matplotlib.ticker import LogFormatter
 
     for side, (axes, colour) in enumerate(zip(both, (_ONE, _OTHER), strict=True)):
         spectra = [pair.spectra[side] for pair in pairs if len(pair.spectra[side])]
@@ -156,8 +155,12 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
         )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        # Within less than two decades there are too few powers of ten to read values from.
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.7)))
+        # Where there are few powers of ten to read values from, others are written too.
+        low, high = axes.get_ylim()
+        digits = "123456789" if high < 10 * low else "25" if high < 1000 * low else ""
+        axes.yaxis.set_minor_formatter(
+            lambda value, _, digits=digits: f"{value:.6g}" if f"{value:e}"[0] in digits else ""
+        )
         axes.set_xlim(0.5, longest + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
