@@ -75,27 +75,14 @@ def test_a_table_on_a_terminal_shows_hostile_text_as_text() -> None:
         "hostile = '[link=http://x]a[/link] [/foo] :smile: \\x1b]0;t\\x07'\n"
         "Screen().rows('s', (Column('ADAPTER', 'id'),), [{'id': hostile}])"
     )
-    master, slave = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=slave, env={**os.environ, "TERM": "xterm"})
-    os.close(slave)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(master, 65536)
-        except OSError:
-            break
-        if not piece:
-            break
-        shown += piece
-    assert process.wait() == 0
-    os.close(master)
-    assert b"[link=http://x]a[/link] [/foo] :smile: \\x1b]0;t\\x07" in shown
-    assert b"\x1b]" not in shown
-    assert b"\x07" not in shown
+    shown = on_terminal(code, 80, styled=True)
+    assert "[link=http://x]a[/link] [/foo] :smile: \\x1b]0;t\\x07" in shown
+    assert "\x1b]" not in shown
+    assert "\x07" not in shown
 
 
-def on_terminal(code: str, width: int) -> str:
-    """What a piece of Python shows on a terminal so many columns wide, without styles."""
+def on_terminal(code: str, width: int, *, styled: bool = False) -> str:
+    """What a piece of Python shows on a terminal so many columns wide, as it comes or without styles."""
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": str(width)}
     process = subprocess.Popen([sys.executable, "-c", code], stdout=slave, env=environment)
@@ -111,7 +98,8 @@ def on_terminal(code: str, width: int) -> str:
         shown += piece
     assert process.wait() == 0
     os.close(master)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r\n", "\n")
+    text = shown.decode().replace("\r\n", "\n")
+    return text if styled else re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 100, 160])
