@@ -8,7 +8,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -137,8 +137,11 @@ class Screen:
 
     def say(self, text: str) -> None:
         """One line of talk on stderr; where nobody takes it, the work and its exit code matter more."""
-        with suppress(OSError):
+        try:
             print(safe(text), file=sys.stderr, flush=True)
+        except OSError:
+            # What could not be written stays in a buffer, and the interpreter would fail over it when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def warn(self, text: str) -> None:
         """One line on stderr that asks for attention."""

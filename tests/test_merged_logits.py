@@ -1,6 +1,7 @@
 """What every method merges loads in PEFT, and the model then says what base + ΔW says: on two real, tiny bases."""
 
 import copy
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def logits(model: Any) -> Tensor:
     return found
 
 
+def fed(adapter: OpenAdapter, module: str) -> Tensor:
+    """What a module is fed: random, and the same for whoever asks, in whatever order the modules are worked on."""
+    seed = zlib.crc32(f"{adapter.ref.pinned} {module}".encode())
+    return torch.randn(9, adapter.modules[module].in_features, generator=torch.Generator().manual_seed(seed))
+
+
 @pytest.mark.parametrize("name", sorted(METHODS.methods))
 def test_the_merged_adapter_says_what_the_dense_update_says(
     name: str, base: Any, adapters: list[OpenAdapter], tmp_path: Path
@@ -64,23 +71,21 @@ def test_the_merged_adapter_says_what_the_dense_update_says(
     if LAWS[name].equal_ranks:
         chosen = [adapters[0]]
     kept = {} if METHODS.get(name).kind == "factors" else {"energy": 1.0}
-    generator = torch.Generator().manual_seed(0)
     planned = plan(
         chosen,
         [0.7, 0.5, 0.9][: len(chosen)],
         base="acme/tiny",
         method=name,
-        inputs=lambda adapter, module: torch.randn(9, adapter.modules[module].in_features, generator=generator),
+        inputs=fed,
         **kept,
     )
     with recorded(tmp_path / "runs.db", "merge", planned.settings, {}, tmp_path / "out") as run:
         merge(planned, tmp_path / "out", run)
-    generator.manual_seed(0)
     by_hand, merger = copy.deepcopy(base), ModuleMerger(planned)
     for module in planned.modules:
         by_hand.get_submodule(module).weight.data += merger.merge_dense(module).update
     in_peft = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "out").eval()
     effect = (logits(by_hand) - logits(base)).norm()
     assert effect > 0.01
-    # --energy 1 leaves out a billionth of the squared norm of an update.
+    # Where little is merged, as by model-stock, rounding of the logits is most of what differs.
     assert (logits(in_peft) - logits(by_hand)).norm() < 1e-3 * effect
