@@ -33,6 +33,8 @@ _hf.utils.logging.disable_progress_bar()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
+# transformers would wear an adapter that it finds beside a model, and ask the network whether there is one.
+_NO_ADAPTER: Mapping[str, Any] = {"local_files_only": True, "subfolder": "no-adapter"}
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 Term = Callable[[Tensor, Tensor], Tensor]
@@ -488,6 +490,7 @@ class BaseRef:
                     dtype=DTYPES[self.dtype],
                     use_safetensors=True,
                     output_loading_info=True,
+                    adapter_kwargs=_NO_ADAPTER,
                     **options,
                 )
         except Exception as error:

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lora_cli.adapters.checks import public_base
-from lora_cli.base_model import BaseModel, pin
+from lora_cli.base_model import BaseModel, load, pin
+from lora_cli.records import Example
 from lora_cli.steps.descent import Recipe
 from lora_cli.steps.evaluate import System, evaluate
 from lora_cli.steps.fit import fit
@@ -55,7 +57,11 @@ def in_cache(id: str, commit: str, **config: int) -> None:
     (repo / "refs" / "main").write_text(commit)
 
 
-def test_a_base_of_the_hub_is_loaded_at_the_commit_it_was_pinned_to() -> None:
+def test_a_base_of_the_hub_is_loaded_at_the_commit_it_was_pinned_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*args: Any, **options: Any) -> None:
+        raise AssertionError("the network was asked for what is in the cache")
+
+    monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", asked)
     in_cache("acme/pinned", "a" * 40)
     ref = pin("acme/pinned")
     assert (ref.name, ref.version) == ("acme/pinned", "a" * 40)
@@ -64,6 +70,16 @@ def test_a_base_of_the_hub_is_loaded_at_the_commit_it_was_pinned_to() -> None:
     loaded = ref.load()
     assert (loaded.version, loaded.pinned) == ("a" * 40, f"acme/pinned@{'a' * 40}")
     assert "model.layers.1.mlp.up_proj" in loaded.shapes
+
+
+def test_an_adapter_that_lies_beside_a_base_is_not_worn(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "base")
+    shapes = {"model.layers.0.mlp.up_proj": (48, 32)}
+    example = Example(id="1", prompt="abc", completion="de")
+    plain = load(str(folder)).log_likelihoods([example])
+    adapter = write_adapter(tmp_path / "adapter", random_factors(shapes, 4, seed=0), lora_alpha=64)
+    shutil.copytree(adapter, folder, dirs_exist_ok=True)
+    assert load(str(folder)).log_likelihoods([example]) == plain
 
 
 def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: Path) -> None:
