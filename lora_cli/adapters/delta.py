@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry, read_header, reading
-from lora_cli.adapters.reader import read_tensor, stamp
-from lora_cli.adapters.store import sha256_of
+from lora_cli.adapters.reader import read_tensor
+from lora_cli.adapters.store import Stamp, sha256_of, stamp
 from lora_cli.errors import HeaderError, Refused
 from lora_cli.records import AdapterRef
 from lora_cli.runs import read_record
@@ -35,7 +35,7 @@ class OpenDelta:
     fan_in_fan_out: bool
     sha256: str
     file: Path
-    stamp: tuple[int, int, int] = field(repr=False)
+    stamp: Stamp = field(repr=False)
     modules: Mapping[str, TensorEntry] = field(repr=False)
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
 from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, reading, tensor_refusals
 from lora_cli.adapters.lowrank import LowRank, bound
-from lora_cli.adapters.store import AdapterFiles
+from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
 
@@ -31,8 +31,8 @@ class OpenAdapter:
     files: AdapterFiles
     config: LoraConfigFacts
     modules: dict[str, ModuleFactors] = field(repr=False)
-    stamp: tuple[int, int, int] = field(repr=False)
-    """Device-wide number, size and time of change of the weights' file when it was opened."""
+    stamp: Stamp = field(repr=False)
+    """That of the weights' file when it was opened."""
 
     @property
     def ref(self) -> AdapterRef:
@@ -110,11 +110,6 @@ def open_adapter(files: AdapterFiles) -> OpenAdapter:
     if not modules:
         raise Refused(f"{name}: no LoRA tensors")
     return OpenAdapter(files, config, modules, opened)
-
-
-def stamp(status: os.stat_result) -> tuple[int, int, int]:
-    """What tells a file that was written to or replaced from the one it was."""
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

@@ -1,6 +1,7 @@
 """Where an adapter's files are: a folder, or the Hub's cache. Nothing is downloaded, and no pickle is opened."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,9 @@ from lora_cli.adapters.header import reading
 from lora_cli.errors import NothingMatched
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of
+
+Stamp = tuple[int, int, int, int]
+"""Device, inode, size and time of change of a file."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +80,21 @@ def read_config(folder: Path) -> bytes | None:
             return file.read(MAX_CONFIG_BYTES + 1)
 
 
+def stamp(status: os.stat_result) -> Stamp:
+    """What tells a file that was written to or replaced from the one it was."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
 
     A file that is as it was when this process hashed it is not read again.
     """
     with reading(path):
-        status = path.stat()
-        return _hashed(path.absolute(), (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        return _hashed(path.absolute(), stamp(path.stat()))
 
 
 @lru_cache(maxsize=4096)
-def _hashed(path: Path, state: tuple[int, ...]) -> str:
+def _hashed(path: Path, state: Stamp) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
