@@ -156,7 +156,8 @@ def test_the_scale_is_that_of_peft(rslora: bool, rank_pattern: dict[str, int], a
     assert len(layers) == 25
     for name, layer in layers:
         rank = layer.lora_A["default"].weight.shape[0]
-        assert ours.scale(name.removeprefix("base_model.model."), rank) == layer.scaling["default"]
+        module = name.removeprefix("base_model.model.")
+        assert (ours.rank_of(module), ours.scale(module, rank)) == (rank, layer.scaling["default"])
 
 
 parts = st.lists(st.sampled_from(["q", "qx", "1", "11", "a_b"]), min_size=1, max_size=4)
@@ -181,12 +182,30 @@ def test_the_rank_is_that_of_the_tensor() -> None:
     assert config(r=8, lora_alpha=16, use_rslora=True).scale("q_proj", 4) == 8.0
 
 
-@pytest.mark.parametrize("key", ["(a+)+", ".*", "q_proj|v_proj", "[qv]_proj", "q_proj\\", "", r"\d", "q{1,9}"])
-def test_a_regular_expression_of_a_stranger_is_refused_and_never_run(key: str) -> None:
-    found = config(alpha_pattern={key: 4})
-    assert any("no regular expressions" in reason for reason in found.refusals())
+@pytest.mark.parametrize("key", ["(a+)+", ".*", "q_proj|v_proj", "[qv]_proj", r".*\.up", r"layers\.\d", "q{1,9}"])
+def test_a_regular_expression_matches_as_in_peft(key: str) -> None:
+    found = config(lora_alpha=1, alpha_pattern={"first": 9, key: 5, "last": 7})
+    for module in ("m.q_proj", "first", "m.last", "aaaa", "a.up", "layers.7", "layers.77", "x.qqq", "x.q", "q_proj.x"):
+        expected = {"first": 9, key: 5, "last": 7}.get(get_pattern_key(["first", key, "last"], module), 1)
+        assert found.scale(module, 1) == expected, module
+
+
+@pytest.mark.parametrize("key", [r"(?=q)q", r"(q)\1", "q_proj\\", "(", "a" * 5_000])
+def test_a_regular_expression_that_only_backtracking_evaluates_is_refused_and_never_run(key: str) -> None:
+    found = config(alpha_pattern={key: 4}) if len(key) < 1000 else config(alpha_pattern={f"({key})": 4})
+    assert any("alpha_pattern has the key" in reason for reason in found.refusals())
     with pytest.raises(ConfigError, match="alpha_pattern"):
         found.scale("a" * 10_000, 4)
+
+
+def test_regular_expressions_that_cost_much_end_with_a_word() -> None:
+    slow = "".join(f"[a-z.]{{0,900}}{letter}?" for letter in "abcdefghijklmnopqrstuvwxyz") + "!"
+    found = config(alpha_pattern={slow: 4})
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"take too long|not evaluated here"):
+        for number in range(100_000):
+            found.scale(f"model.layers.{number}." + "q" * 900, 4)
+    assert time.process_time() - start < 20
 
 
 def test_thirty_thousand_patterns_cost_no_more_than_a_few() -> None:
@@ -216,7 +235,6 @@ def test_a_missing_alpha_is_told() -> None:
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias=all"),
         ({"bias": "lora_only"}, "bias=lora_only"),
-        ({"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),

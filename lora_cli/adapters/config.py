@@ -1,17 +1,18 @@
 """adapter_config.json of any PEFT version, read as data: typed facts, and reasons why an update is not s·B·A.
 
-Nothing named by a configuration is imported, opened or run, and no text of a stranger is ever used as a regular
-expression. Rules of scale and of variants: PEFT 0.21 (`peft/tuners/lora/layer.py`, `variants.py`,
-`peft/utils/other.py:get_pattern_key`).
+Nothing named by a configuration is imported, opened or run; its regular expressions go to RE2 (see `targets`). Rules of
+scale and of variants: PEFT 0.21 (`peft/tuners/lora/layer.py`, `variants.py`, `peft/utils/other.py:get_pattern_key`).
 """
 
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from lora_cli.adapters.targets import SECONDS, Targets, Test, Undecided, fullmatch
 from lora_cli.errors import ConfigError
 
 T = TypeVar("T")
@@ -21,6 +22,9 @@ MAX_CONFIG_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_NAME = 1_000
 MAX_PATTERN_SHAPES = 512
+MAX_REGEX_KEYS = 64
+DEFAULT_RANK = 8
+"""The rank of a configuration that gives none, as in PEFT."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -80,17 +84,32 @@ class LoraConfigFacts:
 
     @cached_property
     def _alphas(self) -> "_Patterns":
-        return _Patterns(self.alpha_pattern)
+        return _Patterns("alpha_pattern", self.alpha_pattern)
+
+    @cached_property
+    def _ranks(self) -> "_Patterns":
+        return _Patterns("rank_pattern", self.rank_pattern)
+
+    @cached_property
+    def targets(self) -> Targets:
+        """The modules and parameters that it means."""
+        return Targets(self)
+
+    def rank_of(self, module: str) -> int:
+        """The rank that it gives to `module`, by the first matching key of `rank_pattern`, else r.
+
+        Raises ConfigError where a key cannot be evaluated.
+        """
+        found = self._ranks.find(module)
+        return (self.rank or DEFAULT_RANK) if found is None else int(found)
 
     def scale(self, module: str, rank: int) -> float:
         """The factor s of s·B·A in `module` (its name in the base model), whose A has `rank` rows.
 
         alpha/rank, or alpha/sqrt(rank) for rslora, with alpha from the first matching key of `alpha_pattern` as
-        `peft.utils.other.get_pattern_key` finds it. The rank is the tensor's: it equals r or rank_pattern in every
-        adapter that PEFT can load. Raises ConfigError where alpha is not known or a key is a regular expression.
+        `peft.utils.other.get_pattern_key` finds it. Raises ConfigError where alpha is not known or a key cannot be
+        evaluated.
         """
-        if self._alphas.unsupported is not None:
-            raise ConfigError(_regex_key(self._alphas.unsupported))
         found = self._alphas.find(module)
         alpha = self.alpha if found is None else found
         if alpha is None:
@@ -114,12 +133,9 @@ class LoraConfigFacts:
             reasons.append("lora_bias: B has a bias of its own")
         if self.bias != "none":
             reasons.append(f"bias={shortened(self.bias)}: biases of the base were trained")
-        if self.target_parameters:
-            reasons.append("target_parameters: adapts bare parameters, not modules")
         reasons.extend(why for key, why in _VARIANTS.items() if self._switched_on(key))
         reasons.extend(self._init_refusals())
-        if self._alphas.unsupported is not None:
-            reasons.append(_regex_key(self._alphas.unsupported))
+        reasons.extend(patterns.unsupported for patterns in (self._alphas, self._ranks) if patterns.unsupported)
         if self.alpha is None and not self.alpha_pattern:
             reasons.append("lora_alpha is missing: the scale of the update is not known")
         return tuple(reasons)
@@ -141,29 +157,46 @@ class LoraConfigFacts:
 
 
 class _Patterns:
-    """Values by PEFT's rule: the first key with re.match(rf"(.*\\.)?({key})$", module), for keys that are names.
+    """Values by PEFT's rule: the first key with re.match(rf"(.*\\.)?({key})$", module).
 
-    A key may start with ^, end with $, and hold \\. for a dot; its bare dots match any character, as in PEFT. Keys
-    are tables by their shape (anchor, length, places of bare dots), so that a lookup costs one probe per shape however
-    many keys a stranger wrote. Any other key is left in `unsupported`.
+    A key that is a name may start with ^, end with $, and hold \\. for a dot; its bare dots match any character, as in
+    PEFT. Such keys are tables by their shape (anchor, length, places of bare dots), so that a lookup costs one probe
+    per shape however many keys a stranger wrote. Every other key is a regular expression, of which a few are evaluated
+    on a budget of time. `unsupported` says why a key cannot be evaluated, "" where all can.
     """
 
-    def __init__(self, patterns: Mapping[str, float]) -> None:
-        self.unsupported: str | None = None
+    def __init__(self, what: str, patterns: Mapping[str, float]) -> None:
+        self.unsupported = ""
+        self._what = what
         self._shapes: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
+        self._tests: list[tuple[int, Test, float]] = []
+        self._left = SECONDS
         for order, (key, value) in enumerate(patterns.items()):
             plain = _plain_key(key)
-            if plain is None:
-                self.unsupported = key
-                return
-            anchored, literal, dots = plain
-            self._shapes.setdefault((anchored, len(literal), dots), {}).setdefault(literal, (order, value))
-            if len(self._shapes) > MAX_PATTERN_SHAPES:
-                self.unsupported = key
+            try:
+                if plain is None:
+                    self._tests.append((order, fullmatch(rf"(.*\.)?({key})"), value))
+                else:
+                    anchored, literal, dots = plain
+                    self._shapes.setdefault((anchored, len(literal), dots), {}).setdefault(literal, (order, value))
+            except Undecided:
+                self._refuse(key)
+            if len(self._shapes) > MAX_PATTERN_SHAPES or len(self._tests) > MAX_REGEX_KEYS:
+                self._refuse(key)
+            if self.unsupported:
                 return
 
+    def _refuse(self, key: str) -> None:
+        self.unsupported = f"{self._what} has the key {shortened(key)}, a regular expression that is not evaluated here"
+
     def find(self, module: str) -> float | None:
-        best: tuple[int, float] | None = None
+        if self.unsupported:
+            raise ConfigError(self.unsupported)
+        found = [(order, value) for order, value in (self._named(module), self._matching(module)) if order >= 0]
+        return min(found)[1] if found else None
+
+    def _named(self, module: str) -> tuple[int, float]:
+        best = (-1, 0.0)
         for (anchored, length, dots), table in self._shapes.items():
             cut = len(module) - length
             if cut < 0 or (cut > 0 and (anchored or module[cut - 1] != ".")):
@@ -172,9 +205,17 @@ class _Patterns:
             for place in dots:
                 tail[place] = "."
             found = table.get("".join(tail))
-            if found is not None and (best is None or found[0] < best[0]):
+            if found is not None and (best[0] < 0 or found[0] < best[0]):
                 best = found
-        return None if best is None else best[1]
+        return best
+
+    def _matching(self, module: str) -> tuple[int, float]:
+        begin = time.monotonic()
+        found = next(((order, value) for order, test, value in self._tests if test(module)), (-1, 0.0))
+        self._left -= time.monotonic() - begin
+        if self._left < 0:
+            raise ConfigError(f"{self._what}: its regular expressions take too long")
+        return found
 
 
 def _plain_key(key: str) -> tuple[bool, str, tuple[int, ...]] | None:
@@ -202,10 +243,6 @@ def _plain_key(key: str) -> tuple[bool, str, tuple[int, ...]] | None:
     if escaped or not literal:
         return None
     return anchored, "".join(literal), tuple(dots)
-
-
-def _regex_key(key: str) -> str:
-    return f"alpha_pattern has the key {shortened(key)}: only module names are read there, no regular expressions"
 
 
 def shortened(value: object) -> str:
