@@ -1,0 +1,258 @@
+"""The factors in an adapter's file: which tensors belong together, and what the other tensors are."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from lora_cli.adapters.config import shortened
+from lora_cli.adapters.header import FLOAT_DTYPES, Header, TensorEntry
+from lora_cli.adapters.skeleton import Kind
+from lora_cli.errors import HeaderError
+
+PREFIX = "base_model.model."
+"""What PEFT puts in front of every name of the base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two factors as they stand in the file. `place` is their tensors' name up to ".lora_"; `embedding`: of such names.
+
+    A is (r, in), or (r, in, kernel…) of a convolution; B is (out, r), or (out, r, 1…).
+    """
+
+    place: str
+    a: TensorEntry
+    b: TensorEntry
+    embedding: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return self.a.shape[0]
+
+    @property
+    def convolution(self) -> bool:
+        """Whether the factors have a kernel."""
+        return len(self.a.shape) > 2
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleFactors:
+    """The factors of one matrix of the base: A (rank, in), B (out, rank), as stored or as a part of what is stored.
+
+    `module` is the matrix's name in the base (see `adapters.skeleton`), `pattern` the name under which PEFT looks for
+    its rank and alpha. Of fused experts, `expert` of `experts` takes its rows of A and its columns of B.
+    """
+
+    module: str
+    a: TensorEntry
+    b: TensorEntry
+    kind: Kind = "linear"
+    pattern: str = ""
+    expert: int = 0
+    experts: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0] // self.experts
+
+    @property
+    def out_features(self) -> int:
+        return self.b.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return math.prod(self.a.shape[1:])
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Of a convolution the size of its kernel, else ()."""
+        return self.a.shape[2:]
+
+    @property
+    def form(self) -> str:
+        """Of what the factors are, in words; factors of one form can be added up."""
+        kernel = "×".join(map(str, self.kernel))
+        return f"a convolution {kernel}" if self.kernel else "an embedding" if self.kind == "embedding" else "a layer"
+
+    @property
+    def parts(self) -> "tuple[ModuleFactors, ...]":
+        """The factors that are stored: itself."""
+        return (self,)
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The first row of each part."""
+        return (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class FusedFactors:
+    """The factors of a matrix of `out_features` rows, shares of which have factors of their own.
+
+    `parts` are those factors and `rows` the first row of each. The update is block-diagonal in B, so that ranks add up;
+    a share without factors is zero.
+    """
+
+    module: str
+    parts: tuple[ModuleFactors, ...]
+    rows: tuple[int, ...]
+    out_features: int
+    kind: Kind = "parameter"
+
+    @property
+    def rank(self) -> int:
+        return sum(part.rank for part in self.parts)
+
+    @property
+    def in_features(self) -> int:
+        return self.parts[0].in_features
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def form(self) -> str:
+        return "a layer"
+
+
+AnyFactors = ModuleFactors | FusedFactors
+
+
+@dataclass(frozen=True, slots=True)
+class Sorted:
+    """The tensors of a file: pairs of factors by place, and what else there is.
+
+    `names` are the adapters' names inside tensor names (`lora_A.NAME.weight`), which PEFT does not save. `whole` are
+    weights of the base that were saved, `refused` the reasons why the pairs are not the whole update, one per kind.
+    """
+
+    pairs: Mapping[str, Pair]
+    names: frozenset[str]
+    whole: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+def sort_tensors(header: Header) -> Sorted:
+    """Which tensors are factors, and what the others are, in the order of the file.
+
+    Raises HeaderError where a factor has no partner or is there twice, or the ranks of the two differ or are 0.
+    """
+    sides: dict[str, dict[str, TensorEntry]] = {}
+    names, others = set(), []
+    for entry in header.tensors.values():
+        found = _factor(entry)
+        if found is None:
+            others.append(entry)
+            continue
+        place, side, name = found
+        if name:
+            names.add(name)
+        if sides.setdefault(place, {}).setdefault(side, entry) is not entry:
+            raise HeaderError(f"{shortened(shown(place))} has {side} twice")
+    pairs = {place: _pair(place, found) for place, found in sides.items()}
+    whole: list[str] = []
+    refused: dict[str, str] = {}
+    for entry in others:
+        kind, reason = _other(entry.name, pairs, header)
+        if kind == "whole":
+            whole.append(entry.name.rpartition(".")[0])
+        elif kind:
+            refused.setdefault(kind, reason)
+    for pair in pairs.values():
+        for entry in (pair.a, pair.b):
+            if entry.dtype not in FLOAT_DTYPES:
+                reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
+                refused.setdefault("dtype", reason)
+    return Sorted(pairs, frozenset(names), tuple(dict.fromkeys(whole)), tuple(refused.values()))
+
+
+def whole_reason(names: Sequence[str]) -> str:
+    """Why modules that were saved whole make an adapter more than its update; "" where there are none."""
+    if not names:
+        return ""
+    head = _HEADS.intersection(names[0].split("."))
+    return f"{'tensors of a full head' if head else 'full weights'} saved ({shortened(names[0])}.weight)"
+
+
+def shown(name: str) -> str:
+    """A tensor's name as people know it: without PEFT's prefix."""
+    return name.removeprefix(PREFIX)
+
+
+# Each side of a pair, with the parts that follow it in a tensor's name.
+_SIDES: Mapping[str, list[str]] = {
+    "lora_A": ["weight"],
+    "lora_B": ["weight"],
+    "lora_embedding_A": [],
+    "lora_embedding_B": [],
+}
+
+
+def _factor(entry: TensorEntry) -> tuple[str, str, str] | None:
+    """(place, side, name of an adapter in it or "") of a factor, else None."""
+    parts = entry.name.split(".")
+    for at in range(1, len(parts)):
+        if (side := parts[at]) in _SIDES:
+            ending, rest = _SIDES[side], parts[at + 1 :]
+            named = rest[: len(rest) - len(ending)]
+            fits = rest[len(named) :] == ending and len(named) <= 1
+            matrix = len(entry.shape) == 2 or (len(entry.shape) in (3, 4, 5) and bool(ending))
+            return (".".join(parts[:at]), side, "".join(named)) if fits and matrix else None
+    return None
+
+
+def _pair(place: str, sides: Mapping[str, TensorEntry]) -> Pair:
+    for one, other in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for side, missing in ((one, other), (other, one)):
+            if side in sides and missing not in sides:
+                raise HeaderError(f"{shortened(shown(place))} has {side} but no {missing}")
+    embedding = "lora_embedding_A" in sides
+    if embedding and "lora_A" in sides:
+        raise HeaderError(f"{shortened(shown(place))} has factors of a layer and of an embedding")
+    a, b = (sides[f"lora_embedding_{side}" if embedding else f"lora_{side}"] for side in "AB")
+    if a.shape[0] != b.shape[1]:
+        raise HeaderError(f"{shortened(shown(place))} has rank {a.shape[0]} in lora_A but {b.shape[1]} in lora_B")
+    if 0 in a.shape or 0 in b.shape:
+        raise HeaderError(f"{shortened(shown(place))} has an empty factor")
+    if len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
+        raise HeaderError(f"{shortened(shown(place))} has a kernel in lora_A that does not go with lora_B")
+    return Pair(place, a, b, embedding)
+
+
+_HEADS = frozenset(("score", "classifier", "pre_classifier", "lm_head", "qa_outputs", "v_head"))
+_ONLY_TRAINING = frozenset(("lora_velora_embed", "lora_monteclora_sampler"))
+_KINDS = (
+    ("lora_magnitude_vector", "DoRA", "DoRA: weights are rescaled by a trained magnitude ({})"),
+    ("lora_diag", "KaSA", "KaSA: a diagonal stands between B and A ({})"),
+    ("token_adapter", "tokens", "single token embeddings were trained ({})"),
+)
+
+
+def _other(name: str, pairs: Mapping[str, Pair], header: Header) -> tuple[str, str]:
+    """(kind, reason) of a tensor that is no factor; "whole" for a saved weight, "" where it says nothing new."""
+    parts = name.split(".")
+    text = shortened(shown(name))
+    if _ONLY_TRAINING.intersection(parts):
+        return "", ""
+    for part, kind, reason in _KINDS:
+        if part in parts:
+            return kind, reason.format(text)
+    if _SIDES.keys() & set(parts):
+        return _odd_factor(name, text, len(header.tensors[name].shape))
+    if any(part.startswith("lora_") for part in parts):
+        return "variant", f"a variant of LoRA that is not known here ({text})"
+    if "base_layer" in parts and ".".join(parts[: parts.index("base_layer")]) in pairs:
+        return "", ""  # PEFT saves an untouched copy of an adapted embedding or head
+    if parts[-1] == "bias" and name.removesuffix("bias") + "weight" not in header.tensors:
+        return "bias", f"biases of the base were trained ({text})"
+    return "whole", ""
+
+
+def _odd_factor(name: str, text: str, dimensions: int) -> tuple[str, str]:
+    if name.endswith(".bias"):
+        return "lora_bias", f"lora_bias: B has a bias of its own ({text})"
+    if dimensions == 2:
+        return "name", f"a factor under a name that PEFT does not use ({text})"
+    return "shard", f"a factor is not a matrix, as after saving a shard ({text} has {dimensions} dimensions)"

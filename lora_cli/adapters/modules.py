@@ -1,0 +1,350 @@
+"""From the names in an adapter's file to the matrices of its base model, and how: one answer for every command.
+
+What PEFT would apply is taken under the base's own name. What PEFT would leave out in silence is repaired where only
+one meaning is possible, and said; the rest is refused by name. Rules: PEFT 0.21 (`peft/utils/save_and_load.py`,
+`utils/transformers_weight_conversion.py`, `tuners/lora/layer.py:ParamWrapper`).
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from lora_cli.adapters.config import LoraConfigFacts, shortened
+from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
+from lora_cli.adapters.header import Header
+from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+
+# What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
+_WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
+_INNER = ".base_layer"
+_TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
+# The order in which transformers registers the parameters of fused experts.
+_EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Located:
+    """What an adapter's file holds, by the base's own names.
+
+    `notes` say what was repaired or left out; `whole` names modules whose weights were saved as they are, beside the
+    update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
+    its configuration describes. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
+    """
+
+    modules: Mapping[str, AnyFactors]
+    notes: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    misfits: tuple[str, ...] = ()
+
+    @property
+    def conflict(self) -> str:
+        """What keeps it from the base that it was held against, "" where nothing does."""
+        total = len(self.modules) + len(self.missing)
+        if self.missing and not self.modules:
+            return f"targets match no module of the base (such as {shortened(self.missing[0])})"
+        if self.misfits:
+            return self.misfits[0]
+        if self.missing:
+            return f"{len(self.missing)} of {total} modules are not in the base (such as {shortened(self.missing[0])})"
+        return ""
+
+    @property
+    def coverage(self) -> float:
+        """The share of its matrices that the base has in the same shape."""
+        total = len(self.modules) + len(self.missing)
+        return (len(self.modules) - len(self.misfits)) / total if total else 0.0
+
+
+def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | None = None) -> Located:
+    """The factors of an adapter by the names of its base; without `base` by those in its file, wrappers taken off.
+
+    Raises HeaderError where factors do not belong together.
+    """
+    found = sort_tensors(header)
+    work = _Locating(config, base)
+    work.place(found.pairs)
+    notes, refusals = work.notes, [*found.refused, *work.refusals]
+    notes += [f"modules that PEFT does not apply are left out: {why}" for why in work.ignored]
+    if len(found.names) > 1:
+        refusals.append(f"several adapters in one file ({', '.join(map(shortened, sorted(found.names)))})")
+    elif found.names:
+        notes.append(f"names repaired: without the adapter's name {shortened(min(found.names))}")
+    whole = tuple(_unwrapped(name)[0] for name in found.whole)
+    if not (found.pairs or refusals):
+        refusals.append("no LoRA tensors in its weights")
+    elif not (work.modules or work.missing or refusals):
+        refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
+    return Located(work.modules, tuple(notes), whole, tuple(refusals), tuple(work.missing), tuple(work.misfits))
+
+
+def fused(located: Located, base: Skeleton) -> Located:
+    """The same with the parts of each expert's matrix as one, where a stack of `base` has that as its matrix."""
+    modules: dict[str, AnyFactors] = {}
+    parts: dict[str, dict[int, ModuleFactors]] = {}
+    for name, factors in located.modules.items():
+        matrix = base.get(name)
+        if matrix is None or matrix.expert is None or not isinstance(factors, ModuleFactors):
+            modules[name] = factors
+        elif matrix.shape[0] == base.stacks[matrix.parameter].shape[0]:
+            modules[_whole_name(matrix)] = replace(factors, module=_whole_name(matrix))
+        else:
+            parts.setdefault(_whole_name(matrix), {})[matrix.row] = factors
+    for whole, by_row in parts.items():
+        rows = tuple(sorted(by_row))
+        height = _demanded(base, whole).shape[0]
+        modules[whole] = FusedFactors(whole, tuple(by_row[row] for row in rows), rows, height)
+    return replace(located, modules=modules)
+
+
+def _demanded(base: Skeleton, name: str) -> Matrix:
+    matrix = base.get(name)
+    assert matrix is not None
+    return matrix
+
+
+class _Locating:
+    """One file's pairs on their way to names."""
+
+    def __init__(self, config: LoraConfigFacts, base: Skeleton | None) -> None:
+        self._config = config
+        self._base = base
+        self.modules: dict[str, AnyFactors] = {}
+        self.notes: list[str] = []
+        self.ignored: list[str] = []
+        self.refusals: list[str] = []
+        self.missing: list[str] = []
+        self.misfits: list[str] = []
+
+    def place(self, pairs: Mapping[str, Pair]) -> None:
+        """Give every pair its name, or say why it has none."""
+        plain = {place: place.removeprefix(PREFIX) for place in pairs if place.startswith(PREFIX)}
+        bare = [place for place in pairs if place not in plain]
+        names = self._direct(plain)
+        odd = {place: pairs[place] for place in pairs if place not in names}
+        if self._base is not None and self._base.peft_renames:
+            names |= self._direct({place: place for place in bare})
+            odd = {place: pair for place, pair in odd.items() if place not in names}
+        ignored = [place for place in odd if not _unwrapped(place)[1]]
+        self._note_ignored(ignored, f"without the prefix {PREFIX[:-1]}")
+        names |= self._repaired([place for place in odd if place not in ignored])
+        self._keep(pairs, names)
+        if self._base is not None:
+            self._demand_whole_experts(self._base)
+            self.notes += _left_out_by_peft(self._base, self._config, self.modules)
+
+    def _direct(self, plain: Mapping[str, str]) -> dict[str, str]:
+        """The places whose names are the base's, or become so as PEFT renames them."""
+        if self._base is None:
+            return {place: name for place, name in plain.items() if _cleaned(place) == name}
+        found = {place: name for place, name in plain.items() if self._known(name)}
+        rest = {place: name for place, name in plain.items() if place not in found}
+        if rest and self._base.peft_renames:
+            renamed = self._base.renamed(rest.values(), ".lora_A.weight")
+            # PEFT takes a renaming back that only cut something off the front.
+            news = {place: new for place, name in rest.items() if not place.endswith(new := renamed.get(name, ""))}
+            found |= {place: new for place, new in news.items() if self._known(new)}
+        return found
+
+    def _known(self, name: str) -> bool:
+        assert self._base is not None
+        return self._base.get(name) is not None or name.replace(_INNER, "") in self._base.below
+
+    def _repaired(self, places: Sequence[str]) -> dict[str, str]:
+        """Names for the others by the first rule that gives all of them one; none where no rule does."""
+        if not places:
+            return {}
+        if self._base is None:
+            names = {place: _cleaned(place) for place in places}
+            self._note_repaired(names)
+            return names
+        cleaned = {place: _unwrapped(place)[0] for place in places}
+        for rule in _rules(self._base):
+            names = dict(zip(cleaned, rule([*cleaned.values()]), strict=True))
+            if all(map(self._known, names.values())):
+                self._note_repaired(names)
+                return names
+        self.missing += cleaned.values()
+        return {}
+
+    def _note_repaired(self, names: Mapping[str, str]) -> None:
+        place, name = next(iter(names.items()))
+        self.notes.append(f"names repaired: {shortened(shown(place))} is {shortened(name)}")
+
+    def _note_ignored(self, places: Sequence[str], why: str) -> None:
+        if places:
+            self.ignored.append(f"{len(places)} {why} (such as {shortened(shown(places[0]))})")
+
+    def _keep(self, pairs: Mapping[str, Pair], names: Mapping[str, str]) -> None:
+        outside = []
+        for place, name in names.items():
+            container = name.replace(_INNER, "")
+            if self._is_stack(container, name, pairs[place]):
+                self._keep_stack(pairs[place], container, (len(name) - len(container)) // len(_INNER))
+            elif not self._meant(name, place):
+                outside.append(place)
+            else:
+                self._keep_matrix(pairs[place], name)
+        if self._config.targets.undecided:
+            self.notes.append("target_modules is a regular expression that is not evaluated here: all modules count")
+        self._note_ignored(outside, "outside target_modules")
+
+    def _meant(self, name: str, place: str) -> bool:
+        """Whether the configuration means this module, by the base's name or by the one it was saved under."""
+        targets = self._config.targets
+        names = dict.fromkeys((name, _unwrapped(place)[0]))
+        return any(targets.module(one) or targets.parameter(one + WEIGHT) for one in names)
+
+    def _is_stack(self, container: str, name: str, pair: Pair) -> bool:
+        if self._base is not None:
+            return container in self._base.below
+        return container.endswith(".experts") and not pair.convolution
+
+    def _keep_stack(self, pair: Pair, container: str, depth: int) -> None:
+        """Factors of fused experts: PEFT nests its layers, the parameter that is registered first innermost."""
+        stacks = self._stacks_of(container)
+        if depth >= len(stacks):
+            self.refusals.append(
+                f"factors of fused experts that its target_parameters do not name ({shortened(container)})"
+            )
+            return
+        parameter, stack = stacks[len(stacks) - 1 - depth]
+        rank = self._config.rank_of(parameter)
+        experts = stack.experts if stack is not None else pair.rank // rank
+        if pair.rank != rank * experts or not experts:
+            self._refuse_rank(parameter, pair.rank, rank * max(experts, 1))
+            return
+        container, _, last = parameter.rpartition(".")
+        for expert in range(experts):
+            name = f"{container}.{expert}.{last}"
+            factors = ModuleFactors(name, pair.a, pair.b, "parameter", parameter, expert, experts)
+            self._add(factors, None if self._base is None else self._base.get(name))
+
+    def _stacks_of(self, container: str) -> list[tuple[str, Stack | None]]:
+        """The stacked parameters of a module that the configuration means, in the order of their registration."""
+        targets = self._config.targets
+        if self._base is not None:
+            owned = self._base.below[container]
+            return [(name, stack) for last, stack in owned.items() if targets.parameter(name := f"{container}.{last}")]
+        names = [f"{container}.{last}" for last in _EXPERT_PARAMETERS]
+        return [(name, None) for name in names if targets.parameter(name)]
+
+    def _keep_matrix(self, pair: Pair, name: str) -> None:
+        matrix = None if self._base is None else self._base.get(name)
+        kind: Kind = "embedding" if pair.embedding else "conv" if pair.convolution else "linear"
+        if matrix is not None and matrix.kind != kind and not (matrix.kind == "parameter" and kind == "linear"):
+            self.misfits.append(f"{shortened(name)} takes factors of another kind than those there")
+        factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, name)
+        if (wanted := self._config.rank_of(name)) != factors.rank:
+            self._refuse_rank(name, factors.rank, wanted)
+        self._add(factors, matrix)
+
+    def _refuse_rank(self, name: str, rank: int, wanted: int) -> None:
+        self.refusals.append(
+            f"{shortened(name)} has rank {rank} in its tensors and {wanted} in its configuration: PEFT cannot load it"
+        )
+
+    def _add(self, factors: ModuleFactors, matrix: Matrix | None) -> None:
+        name, shape = factors.module, (factors.out_features, factors.in_features)
+        if name in self.modules:
+            self.refusals.append(f"{shortened(name)} is there twice, under two names")
+        self.modules[name] = factors
+        if matrix is not None and shape != matrix.shape:
+            self.misfits.append(f"shapes differ from base at {shortened(name)}: {shape} here, {matrix.shape} there")
+
+    def _demand_whole_experts(self, base: Skeleton) -> None:
+        """Of a stack either all experts are adapted or none: PEFT fuses them into one."""
+        seen: dict[tuple[str, int], set[int]] = {}
+        for _, matrix in _experts(base, self.modules):
+            assert matrix.expert is not None
+            seen.setdefault((matrix.parameter, matrix.row), set()).add(matrix.expert)
+        for (parameter, _), experts in seen.items():
+            if left := sorted(set(range(base.stacks[parameter].experts)) - experts):
+                self.refusals.append(f"expert {left[0]} of {shortened(parameter)} has no factors: PEFT cannot load it")
+                return
+
+
+def _experts(base: Skeleton, modules: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
+    """The modules that are matrices of experts, or parts of them."""
+    for name in modules:
+        if (matrix := base.get(name)) is not None and matrix.expert is not None:
+            yield name, matrix
+
+
+def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> list[str]:
+    """Where PEFT does not apply factors of single experts, or of modules it takes for such, as they were trained."""
+    singles = {name: matrix for name, matrix in _experts(base, modules) if modules[name].parts[0].experts == 1}
+    last = {name.rpartition(".")[2] for name in singles}
+    notes = []
+    if last - base.retargeted:
+        notes.append(f"PEFT does not apply factors of single experts on a {base.architecture}")
+    elif singles:
+        fused = {matrix.parameter.rpartition(".")[2] for matrix in singles.values()}
+        if config.rslora and any(matrix.shape != base.stacks[matrix.parameter].shape for matrix in singles.values()):
+            notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
+        if "down_proj" not in fused and not config.targets.module(f"{min(singles).rpartition('.')[0]}.down_proj"):
+            notes.append("PEFT does not apply the experts' factors without those of down_proj")
+    taken = [name for name in modules if name not in singles and name.rpartition(".")[2] in base.retargeted]
+    if taken := [name for name in taken if modules[name].kind == "linear" and not _by_parameter(config, name)]:
+        notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
+    return notes
+
+
+def _by_parameter(config: LoraConfigFacts, name: str) -> bool:
+    return config.targets.parameter(name + WEIGHT)
+
+
+def _unwrapped(place: str) -> tuple[str, bool]:
+    """A name without what PEFT and training wrappers put around it, and whether PEFT's prefix was there."""
+    parts = place.split(".")
+    prefixed = False
+    while True:
+        if parts[:2] == ["base_model", "model"]:
+            parts, prefixed = parts[2:], True
+        elif parts[0] in _WRAPPERS or (parts[0] == "module" and len(parts) > 1):
+            parts = parts[1:]
+        else:
+            return ".".join(part for part in parts if part not in _WRAPPERS), prefixed
+
+
+def _cleaned(place: str) -> str:
+    """A name without wrappers, nor a layer of another adapter below it, where the base is not known."""
+    name, _ = _unwrapped(place)
+    return name if f".experts{_INNER}" in name else name.replace(_INNER, "")
+
+
+Rule = Callable[[Sequence[str]], list[str]]
+
+
+def _rules(base: Skeleton) -> Iterator[Rule]:
+    """Ways to read names that PEFT does not apply as names of the base, the surest first."""
+
+    def renamed(names: Sequence[str]) -> list[str]:
+        found = base.renamed(names, WEIGHT)
+        return [found.get(name, name) for name in names]
+
+    places: list[Callable[[str], str]] = [
+        lambda name: name,
+        lambda name: f"{base.prefix}.{name}",
+        lambda name: name.removeprefix(f"{base.prefix}."),
+        lambda name: f"{base.decoder}.{name.removeprefix('model.')}",
+        lambda name: f"{base.decoder}.{name}",
+        lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name),
+    ]
+    for cut in ("", _INNER):
+        for reading in (list[str], renamed):
+            for place in places:
+                yield partial(_read_by, cut, reading, place)
+
+
+def _read_by(
+    cut: str, reading: Callable[[Sequence[str]], list[str]], place: Callable[[str], str], names: Sequence[str]
+) -> list[str]:
+    return [place(name) for name in reading([name.removesuffix(cut) for name in names])]
+
+
+def _whole_name(matrix: Matrix) -> str:
+    container, _, last = matrix.parameter.rpartition(".")
+    return f"{container}.{matrix.expert}.{last}"

@@ -1,0 +1,1 @@
+"""Base models: what their classes are made of."""

@@ -1,0 +1,202 @@
+"""The skeleton of a base model: its own class built on the meta device, from a configuration alone.
+
+Which names mean which modules is taken from transformers (`conversion_mapping.py`: the renamings that loading applies
+to checkpoints) and from PEFT (`utils/transformers_weight_conversion.py`: which of them it applies to adapters).
+"""
+
+import functools
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_cli.adapters.skeleton import WEIGHT, Matrix, Skeleton, Stack
+from lora_cli.models.stored import stored
+
+_hf: Any = transformers
+
+_MOST_LAYERS = 2_000
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def skeleton(folder: Path) -> Skeleton | None:
+    """The skeleton of the model whose config.json is in `folder`; None where transformers has no class for it."""
+    file = (folder / "config.json").resolve()
+    return _built(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=8)
+def _built(file: Path, changed: int) -> Skeleton | None:
+    config = read_config(file.parent)
+    cls = None if config is None else class_of(config)
+    if cls is None or not _modest(config):
+        return None
+    try:
+        with quiet(), torch.device("meta"):
+            return skeleton_of(cls(config))
+    except Exception:  # a configuration may say anything, and each class fails in its own way
+        return None
+
+
+def read_config(folder: Path) -> Any:
+    """A model's configuration; None for one that this version of transformers cannot read. No code of it is run."""
+    try:
+        with quiet():
+            return _hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception:  # see `_built`
+        return None
+
+
+def class_of(config: Any) -> Any:
+    """The class that `architectures` names; where it names none of transformers', the causal language model's."""
+    for name in config.architectures or ():
+        cls = getattr(_hf, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, _hf.PreTrainedModel):
+            return cls
+    for mapping in (_hf.MODEL_FOR_CAUSAL_LM_MAPPING, _hf.MODEL_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    return None
+
+
+def _modest(config: Any) -> bool:
+    """Whether a class could really be built of this: every layer of it costs time and memory."""
+    nested = [config.to_dict()]
+    while nested:
+        values = nested.pop()
+        nested += [value for value in values.values() if isinstance(value, dict)]
+        counts = [value for key, value in values.items() if "layer" in str(key) or key == "depth"]
+        if any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
+            return False
+    return True
+
+
+def skeleton_of(model: Any) -> Skeleton:
+    """The skeleton of a model that is there, with or without weights."""
+    transforms = _transforms(model)
+    renames, retargeted = _peft_tables(model.config.model_type)
+    matrices: dict[str, Matrix] = {}
+    stacks: dict[str, Stack] = {}
+    others = set()
+    for name, module in model.named_modules():
+        own = _matrix(name, module)
+        if own is not None:
+            matrices[name] = own
+            continue
+        others.add(name.rpartition(".")[2])
+        for last, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{last}" if name else last
+            if parameter.ndim == 2 and name:
+                matrices[full.removesuffix(WEIGHT)] = Matrix(
+                    "parameter", tuple(parameter.shape), full, tuple(parameter.shape)
+                )
+            elif parameter.ndim == 3 and name and min(parameter.shape) > 1:
+                stacks[full] = _stack(full, module, parameter, transforms)
+    return Skeleton(
+        architecture=type(model).__name__,
+        matrices=matrices,
+        stacks=stacks,
+        others=frozenset(others),
+        prefix=model.base_model_prefix,
+        decoder="" if getattr(model.config, "is_encoder_decoder", False) else _name_of(model, "get_decoder"),
+        head=_name_of(model, "get_output_embeddings"),
+        embedding=_name_of(model, "get_input_embeddings"),
+        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        peft_renames=renames,
+        retargeted=retargeted,
+        renamed=functools.partial(_renamed, model),
+        stored=functools.partial(stored, model),
+    )
+
+
+def _matrix(name: str, module: nn.Module) -> Matrix | None:
+    weight = getattr(module, "weight", None)
+    if not name or not isinstance(weight, torch.Tensor):
+        return None
+    stored, parameter = tuple(weight.shape), f"{name}{WEIGHT}"
+    if isinstance(module, nn.Linear):
+        # A subclass may return more than a tensor (a router), so that nothing can be added to its output.
+        plain = type(module).forward is nn.Linear.forward
+        return Matrix("linear" if plain else "parameter", (stored[0], stored[1]), parameter, stored)
+    if isinstance(module, Conv1D):
+        return Matrix("linear", (stored[1], stored[0]), parameter, stored, transposed=True)
+    if isinstance(module, nn.Embedding):
+        return Matrix("embedding", (stored[1], stored[0]), parameter, stored, transposed=True)
+    if isinstance(module, _CONVOLUTIONS) and module.groups == 1:
+        return Matrix("conv", (stored[0], weight[0].numel()), parameter, stored)
+    return None
+
+
+def _stack(name: str, module: nn.Module, parameter: torch.Tensor, transforms: list[Any]) -> Stack:
+    experts, first, second = parameter.shape
+    if getattr(module, "is_transposed", False):
+        return Stack(experts, (second, first), transposed=True)
+    return Stack(experts, (first, second), parts=_parts(name, transforms))
+
+
+def _parts(name: str, transforms: list[Any]) -> tuple[str, ...]:
+    """The last names under which a checkpoint keeps the shares of one expert's matrix."""
+    for transform in transforms:
+        operations = [type(operation).__name__ for operation in getattr(transform, "operations", ())]
+        if operations[:1] != ["MergeModulelist"] or operations[1:] not in ([], ["Concatenate"]):
+            continue
+        if name.endswith(_plain(transform.target_patterns[0])):
+            return tuple(_plain(source).rpartition("*.")[2] for source in transform.source_patterns)
+    return ()
+
+
+def _plain(pattern: str) -> str:
+    """A pattern of these tables as the name that it stands for."""
+    return pattern.replace("\\", "").strip("^$").removesuffix(WEIGHT)
+
+
+def _transforms(model: Any) -> list[Any]:
+    """What loading does to the tensors of a checkpoint of this class, in order."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    found: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
+    return found
+
+
+def _renamed(model: Any, names: Collection[str], ending: str) -> dict[str, str]:
+    """Each of `names` as loading renames the tensor called name + `ending`, without what follows."""
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [one for one in _transforms(model) if isinstance(one, WeightRenaming)]
+    found = {name: rename_source_key(name + ending, renamings, [])[0] for name in names}
+    return {name: new.removesuffix(ending) for name, new in found.items() if new.endswith(ending)}
+
+
+def _peft_tables(model_type: str) -> tuple[bool, frozenset[str]]:
+    """Whether PEFT renames adapters of this kind of model, and the target names it takes for parts of the experts."""
+    from peft.utils import transformers_weight_conversion
+
+    tables: Any = transformers_weight_conversion
+    if tables.get_checkpoint_conversion_mapping(model_type) is None:
+        return False, frozenset()
+    kind = tables._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")
+    return True, frozenset(tables._MOE_TARGET_MODULE_MAPPING.get(kind, ()))
+
+
+def _name_of(model: Any, getter: str) -> str:
+    """The name of the module that a method of the model gives, "" where it gives none."""
+    try:
+        wanted = getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return ""
+    return next((name for name, module in model.named_modules() if module is wanted), "")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """These libraries' remarks about themselves are no news to the user."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
