@@ -467,7 +467,8 @@ def test_a_base_that_cannot_take_the_update_is_refused(
 ) -> None:
     told = refused(5, "bake", str(adapter), "--base", str(change(base)), "--dtype", "fp16", "-o", "out")
     assert words in told
-    assert len(told.strip().splitlines()) <= 2
+    said = [line for line in told.splitlines() if not line.startswith("module names are not checked")]
+    assert len(said) <= 2
     assert [*Path().iterdir()] == []
 
 

@@ -5,9 +5,10 @@ import math
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
-from lora_cli.steps.bake_plan import BakePlan, find_base, is_here, plan
+from lora_cli.steps.bake_plan import BakePlan, Piece, find_base, is_here, plan
 from lora_cli.steps.merge_module import one_thread_each
 
 __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base", "is_here", "plan"]
@@ -34,6 +35,7 @@ TOO_MUCH = 0.1
 """A larger share of the update lost is worth a warning."""
 _IN_CONFIG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SPARE_ROOM = 1.05
+_UPDATES_HELD = 4
 # So many entries fit a cache with all that is computed from them.
 _TILE = 1 << 16
 
@@ -158,9 +160,9 @@ def _write_part(
     ):
         for entry in header.tensors.values():
             # A tensor may stand in a file that the index does not name for it: loading does not take it from there.
-            module = plan.modules.get(entry.name) if plan.base.checkpoint.tensors.get(entry.name) == part else None
-            if module is not None:
-                found[module] = _write_baked(plan, module, entry, source, target, workers)
+            pieces = plan.pieces.get(entry.name) if plan.base.checkpoint.tensors.get(entry.name) == part else None
+            if pieces:
+                _write_baked(plan, pieces, entry, source, target, found, workers)
             else:
                 _write_cast(entry, dtypes[entry.name], source, target)
             steps.next()
@@ -168,27 +170,52 @@ def _write_part(
 
 
 def _write_baked(
-    plan: BakePlan, module: str, entry: TensorEntry, source: FileIO, target: ShardWriter, workers: int
-) -> Survival:
-    """Write one tensor with the module's update added, blocks of rows at a time."""
-    # Where the base is wider than fp32, so is the sum.
-    update = plan.adapter.read(module, torch.promote_types(DTYPES[entry.dtype], torch.float32))
-    if plan.places[module].transposed:
-        update = update.T if isinstance(update, Tensor) else LowRank(update.A.T, update.B.T)
+    plan: BakePlan,
+    pieces: Sequence[tuple[str, Piece]],
+    entry: TensorEntry,
+    source: FileIO,
+    target: ShardWriter,
+    found: dict[str, Survival],
+    workers: int,
+) -> None:
+    """Write one tensor with the updates of its modules added, blocks of rows at a time, and note what survived."""
+    columns = entry.shape[-1] if len(entry.shape) == 3 and len(pieces) > 1 else math.prod(entry.shape[1:])
     dtype = DTYPES[plan.stored_as(entry)]
+    update_of = _oriented(plan, entry)
 
-    def work(row: int, block: bytearray) -> tuple[Tensor, Survival]:
-        weight = as_tensor(block, entry.dtype).view(-1, entry.shape[1])
-        baked, survival = add(weight, rows_of(update, slice(row, row + len(weight))), dtype)
-        if not math.isfinite(survival.error):
-            raise _does_not_fit(module, weight, dtype)
-        return baked, survival
+    def work(row: int, block: bytearray) -> tuple[Tensor, list[tuple[str, Survival]]]:
+        weight = as_tensor(block, entry.dtype).view(-1, columns)
+        baked, survived = weight.to(dtype), []
+        for module, piece in pieces:
+            begin, end = max(piece.at, row), min(piece.at + piece.rows, row + len(weight))
+            if begin < end:
+                first = piece.row + begin - piece.at
+                here = slice(begin - row, end - row)
+                update = rows_of(update_of(module, piece.transposed), slice(first, first + end - begin))
+                baked[here], survival = add(weight[here], update, dtype)
+                if not math.isfinite(survival.error):
+                    raise _does_not_fit(module, weight, dtype)
+                survived.append((module, survival))
+        return baked, survived
 
-    found = Survival()
-    for baked, survival in _in_order(work, blocks(source, entry, entry.shape[1]), workers):
+    for baked, survived in _in_order(work, blocks(source, entry, columns), workers):
         target.write(_bytes(baked))
-        found += survival
-    return found
+        for module, survival in survived:
+            found[module] = found.get(module, Survival()) + survival
+
+
+def _oriented(plan: BakePlan, entry: TensorEntry) -> Callable[[str, bool], LowRank | Tensor]:
+    """Reads updates as they are added to a tensor, and holds the last few."""
+    # Where the base is wider than fp32, so is the sum.
+    wide = torch.promote_types(DTYPES[entry.dtype], torch.float32)
+
+    def read(module: str, transposed: bool) -> LowRank | Tensor:
+        update = plan.adapter.read(module, wide)
+        if not transposed:
+            return update
+        return update.T if isinstance(update, Tensor) else LowRank(update.A.T, update.B.T)
+
+    return lru_cache(maxsize=_UPDATES_HELD)(read)
 
 
 def rows_of(update: LowRank | Tensor, rows: slice) -> LowRank | Tensor:
@@ -339,7 +366,11 @@ def _results(plan: BakePlan, report: BakeReport) -> dict[str, Any]:
         **report.total.figures,
         "precision": plan.precision,
         "layers": [{"layer": layer, "modules": count[layer], **s.figures} for layer, s in report.layers.items()],
-        "modules": [
-            {"module": module, **asdict(plan.places[module]), **s.figures} for module, s in report.modules.items()
-        ],
+        "modules": [{"module": module, **_place(plan, module), **s.figures} for module, s in report.modules.items()],
     }
+
+
+def _place(plan: BakePlan, module: str) -> dict[str, Any]:
+    """The tensor that a module's update was added to, the first of them where there are several."""
+    first = plan.places[module][0]
+    return {"tensor": first.tensor, "transposed": first.transposed}

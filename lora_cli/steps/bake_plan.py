@@ -1,10 +1,10 @@
 """What a bake will do, decided and checked before a weight is read: which base, and where each module's weight is."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.adapters.checkpoint import (
     CONFIG,
@@ -22,9 +22,11 @@ from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.delta import OpenDelta
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
 from lora_cli.adapters.reader import OpenAdapter, natural
+from lora_cli.adapters.skeleton import Matrix, Share, Skeleton
 from lora_cli.errors import HeaderError, Refused, UsageError
 from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Progress, silent
+from lora_cli.steps.bases import skeleton_at
 
 PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 _SHORT = {stored: short for short, stored in PRECISIONS.items()}
@@ -34,13 +36,18 @@ _CONV1D_MODULES = frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
 _TIED_MODULES = frozenset(("lm_head", "embed_out"))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Base:
     """A base model on this machine: what records call it, its version as `base_model.pin` has it, and its files."""
 
     name: str
     version: str
     checkpoint: Checkpoint
+
+    @cached_property
+    def skeleton(self) -> Skeleton | None:
+        """What its class is made of, None where transformers has no class for it."""
+        return skeleton_at(self.checkpoint.folder)
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -106,21 +113,26 @@ def download_base(hub: Hub, repo: str, *, announce: Callable[[str], None], progr
     return config.parent
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Where a module's weight is: the tensor's name, and whether it is stored (in, out) and not (out, in)."""
+class Piece(NamedTuple):
+    """A part of a module's update and where it is added: to `rows` rows of `tensor`, seen as a matrix, from `at` on.
+
+    These are the rows from `row` on of the update (out, in), or of its transpose where the weight is stored (in, out).
+    """
 
     tensor: str
     transposed: bool
+    at: int
+    row: int
+    rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class BakePlan:
-    """A bake that passed every check which needs no weights. `places` is by module; `notes` say what was assumed."""
+    """A bake that passed every check which needs no weights. `places` are by module; `notes` say what was assumed."""
 
     adapter: OpenAdapter | OpenDelta
     base: Base
-    places: Mapping[str, Place]
+    places: Mapping[str, tuple[Piece, ...]]
     dtype: str
     notes: tuple[str, ...]
 
@@ -130,14 +142,18 @@ class BakePlan:
         return {"base": self.base.name, "dtype": self.dtype}
 
     @cached_property
-    def modules(self) -> Mapping[str, str]:
-        """Tensor → module."""
-        return {place.tensor: module for module, place in self.places.items()}
+    def pieces(self) -> Mapping[str, tuple[tuple[str, Piece], ...]]:
+        """Tensor → the modules whose updates are added to it and where, in the order of its rows."""
+        found: dict[str, list[tuple[str, Piece]]] = {}
+        for module, pieces in self.places.items():
+            for piece in pieces:
+                found.setdefault(piece.tensor, []).append((module, piece))
+        return {tensor: tuple(sorted(some, key=lambda pair: pair[1].at)) for tensor, some in found.items()}
 
     @property
     def precision(self) -> str:
         """Of the baked tensors, in words."""
-        entries = [self.base.checkpoint.entry(place.tensor) for place in self.places.values()]
+        entries = map(self.base.checkpoint.entry, self.pieces)
         return ", ".join(sorted({_SHORT.get(stored, stored.lower()) for stored in map(self.stored_as, entries)}))
 
     @property
@@ -159,30 +175,125 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
 
     Raises:
         UsageError: an unknown dtype.
-        Refused: a module that the base does not have, has in another shape or type, or ties to its embedding.
+        Refused: a module that the base does not have, has in another shape or type, or shares with its embedding.
     """
     if dtype not in ("auto", *PRECISIONS):
         raise UsageError(f"--dtype is auto, {', '.join(PRECISIONS)}, not {dtype!r}")
     checkpoint = base.checkpoint
-    tensors = _present(adapter, base, weights_of(natural(adapter.modules), checkpoint.tensors))
-    places: dict[str, Place] = {}
-    assumed = []
-    for module, tensor in tensors.items():
+    _refuse_tied(adapter, base)
+    skeleton = base.skeleton
+    found = _by_name(adapter, base) if skeleton is None else _by_class(adapter, base, skeleton)
+    _demand_one_each(adapter, base, found)
+    for module, pieces in found.items():
+        for piece in pieces:
+            if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOAT_DTYPES:
+                raise Refused(f"{module} is {stored} in {base.name}: an update is added to floats only")
+    notes = (_of_squares(found, checkpoint, adapter), *_of_absent(checkpoint))
+    return BakePlan(adapter=adapter, base=base, places=found, dtype=dtype, notes=tuple(filter(None, notes)))
+
+
+def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
+    """Where each module's update goes, by the base's own class and the names under which loading would find it."""
+    tensors = {name: base.checkpoint.entry(name).shape for name in base.checkpoint.tensors}
+    stored = skeleton.stored(tensors)
+    found: dict[str, tuple[Piece, ...]] = {}
+    missing = []
+    for module in natural(adapter.modules):
+        matrix = skeleton.get(module)
+        if matrix is None or matrix.parameter not in stored.shares:
+            if matrix is not None and (how := stored.others.get(matrix.parameter)):
+                raise Refused(f"{module} is kept in {base.name} in another arrangement ({how}): bake cannot add to it")
+            missing.append(module)
+            continue
+        if matrix.shape != adapter.shape(module):
+            raise _other_shape(module, matrix.shape, adapter, base)
+        pieces = tuple(_pieces(matrix, stored.shares[matrix.parameter], tensors))
+        if sum(piece.rows for piece in pieces) != matrix.shape[1 if matrix.transposed else 0]:
+            raise _other_shape(module, tensors[stored.shares[matrix.parameter][0].tensor], adapter, base)
+        found[module] = pieces
+    _demand_all(adapter, base, missing)
+    return found
+
+
+def _pieces(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
+    """The parts of a matrix's rows (of its transpose, where it is stored so) that each tensor of a checkpoint holds."""
+    height = matrix.shape[1] if matrix.transposed else matrix.shape[0]
+    for share in shares:
+        if not share.rows:
+            if tensors[share.tensor] == matrix.stored:
+                first = (matrix.expert or 0) * matrix.stored[1] + matrix.row if len(matrix.stored) == 3 else 0
+                at = first if matrix.expert is not None else 0
+                yield Piece(share.tensor, matrix.transposed, at, 0, height)
+        elif share.expert == matrix.expert:
+            begin, end = max(share.row, matrix.row), min(share.row + share.rows, matrix.row + height)
+            if begin < end:
+                at = share.at + begin - share.row
+                yield Piece(share.tensor, matrix.transposed, at, begin - matrix.row, end - begin)
+
+
+def _by_name(adapter: OpenAdapter | OpenDelta, base: Base) -> dict[str, tuple[Piece, ...]]:
+    """Where each module's update goes in a base of no known class: to the tensor that has the module's name."""
+    checkpoint = base.checkpoint
+    found: dict[str, tuple[Piece, ...]] = {}
+    missing = []
+    for module, tensor in weights_of(natural(adapter.modules), checkpoint.tensors).items():
+        if tensor is None:
+            missing.append(module)
+            continue
         entry, shape = checkpoint.entry(tensor), adapter.shape(module)
-        if entry.dtype not in FLOAT_DTYPES:
-            raise Refused(f"{module} is {entry.dtype} in {base.name}: an update is added to floats only")
         if entry.shape not in (shape, shape[::-1]):
-            raise Refused(
-                f"{module} is {_times(entry.shape)} in {base.name} and {_times(shape)} in {adapter.ref.id}",
-                hint="use the adapter with the base model it was trained on",
-            )
+            raise _other_shape(module, entry.shape, adapter, base)
         square = shape[0] == shape[1]
         transposed = _is_conv1d(module, checkpoint, adapter) if square else entry.shape != shape
-        if square and (transposed or adapter.fan_in_fan_out):
-            assumed.append(transposed)
-        places[module] = Place(tensor=tensor, transposed=transposed)
-    notes = (_of_squares(assumed, checkpoint, adapter), *_of_absent(checkpoint))
-    return BakePlan(adapter=adapter, base=base, places=places, dtype=dtype, notes=tuple(filter(None, notes)))
+        found[module] = (Piece(tensor, transposed, 0, 0, entry.shape[0]),)
+    _demand_all(adapter, base, missing)
+    return found
+
+
+def _demand_all(adapter: OpenAdapter | OpenDelta, base: Base, missing: Sequence[str]) -> None:
+    if missing:
+        total = len(adapter.modules)
+        raise Refused(
+            f"{adapter.ref.id} does not fit {base.name}: no module {missing[0]}; "
+            f"{total - len(missing)} of {total} modules match",
+            hint="use the adapter with the base model it was trained on",
+        )
+
+
+def _other_shape(module: str, shape: Sequence[int], adapter: OpenAdapter | OpenDelta, base: Base) -> Refused:
+    return Refused(
+        f"{module} is {_times(shape)} in {base.name} and {_times(adapter.shape(module))} in {adapter.ref.id}",
+        hint="use the adapter with the base model it was trained on",
+    )
+
+
+def _refuse_tied(adapter: OpenAdapter | OpenDelta, base: Base) -> None:
+    """Refused where an update of one module would change another that shares its weight."""
+    skeleton, tied = base.skeleton, base.checkpoint.config.get("tie_word_embeddings")
+    for module in natural(adapter.modules):
+        if skeleton is not None:
+            matrix = skeleton.matrices.get(module)
+            shared = skeleton.tied and (
+                module == skeleton.head or (matrix is not None and matrix.kind == "embedding" and bool(skeleton.head))
+            )
+        else:
+            named = module.rpartition(".")[2] in _TIED_MODULES
+            shared = named and bool(tied or (tied is None and f"{module}.weight" not in base.checkpoint.tensors))
+        if shared:
+            raise Refused(
+                f"{adapter.ref.id} adapts {module}, whose weight in {base.name} is tied to the embedding",
+                hint="keep the adapter: baking it would change the other module too",
+            )
+
+
+def _demand_one_each(adapter: OpenAdapter | OpenDelta, base: Base, found: Mapping[str, tuple[Piece, ...]]) -> None:
+    """Refused where two modules would be added to the same rows of one tensor."""
+    taken: dict[tuple[str, int], str] = {}
+    for module, pieces in found.items():
+        for piece in pieces:
+            if taken.setdefault((piece.tensor, piece.at), module) != module:
+                other = taken[piece.tensor, piece.at]
+                raise Refused(f"{adapter.ref.id}: {other} and {module} are one weight in {base.name}")
 
 
 def weights_of(modules: Sequence[str], tensors: Collection[str]) -> dict[str, str | None]:
@@ -214,30 +325,6 @@ def _shorter(module: str, tensors: Collection[str]) -> list[str]:
     return [name for name in names if name in tensors]
 
 
-def _present(adapter: OpenAdapter | OpenDelta, base: Base, weights: Mapping[str, str | None]) -> dict[str, str]:
-    """Module → tensor; Refused where a module has no weight of its own in the base's files."""
-    tied = base.checkpoint.config.get("tie_word_embeddings")
-    found: dict[str, str] = {}
-    taken: dict[str, str] = {}
-    for module, tensor in weights.items():
-        if module.rpartition(".")[2] in _TIED_MODULES and (tied or (tensor is None and tied is None)):
-            raise Refused(
-                f"{adapter.ref.id} adapts {module}, whose weight in {base.name} is tied to the embedding",
-                hint="keep the adapter: baking it would change the embedding too",
-            )
-        if tensor is None:
-            matching = sum(name is not None for name in weights.values())
-            raise Refused(
-                f"{adapter.ref.id} does not fit {base.name}: no module {module}; "
-                f"{matching} of {len(weights)} modules match",
-                hint="use the adapter with the base model it was trained on",
-            )
-        if taken.setdefault(tensor, module) != module:
-            raise Refused(f"{adapter.ref.id}: {taken[tensor]} and {module} are one weight in {base.name}")
-        found[module] = tensor
-    return found
-
-
 def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> bool:
     """Is a square weight stored (in, out)? The model decides, as in PEFT; where none is named, the adapter's flag."""
     model = checkpoint.config.get("model_type")
@@ -246,11 +333,15 @@ def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenD
     return isinstance(model, str) and model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
 
 
-def _of_squares(assumed: Sequence[bool], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> str:
-    """What was assumed of square weights, "" where the question does not arise."""
+def _of_squares(
+    found: Mapping[str, tuple[Piece, ...]], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta
+) -> str:
+    """How square weights are read, "" where that is as the adapter says and not transposed."""
+    flag = adapter.fan_in_fan_out
+    squares = [pieces[0].transposed for module, pieces in found.items() if len(set(adapter.shape(module))) == 1]
+    assumed = [transposed for transposed in squares if transposed or flag]
     if not assumed:
         return ""
-    flag = adapter.fan_in_fan_out
     model = checkpoint.config.get("model_type")
     because = f"the base is a {model}" if model else "the adapter says fan_in_fan_out"
     though = f", though the adapter says fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""
