@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,14 +15,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from lora_cli.adapters.checkpoint import cached_model, folder_or_hub, version_of_folder
 from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.skeleton import Matrix, Skeleton
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
+from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
+from lora_cli.models.new_adapter import NewAdapter, adapted, choose
+from lora_cli.models.skeleton import class_of, skeleton_of
 from lora_cli.records import Example
 from lora_cli.settings import folder_of
 
@@ -31,14 +34,10 @@ _hf.utils.logging.set_verbosity_error()
 _hf.utils.logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SEVEN_LINEAR = "all-linear"
 _IGNORED = -100
 # transformers would wear an adapter that it finds beside a model, and ask the network whether there is one.
 _NO_ADAPTER: Mapping[str, Any] = {"local_files_only": True, "subfolder": "no-adapter"}
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
-
-Term = Callable[[Tensor, Tensor], Tensor]
-"""Called as term(input, output) of a module, (…, in) and (…, out); returns what the module's output becomes."""
 
 Prompt = str | tuple[Mapping[str, str], ...]
 
@@ -111,9 +110,14 @@ class BaseModel:
         return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
 
     @cached_property
+    def skeleton(self) -> Skeleton:
+        """Every matrix that can take an update, by name."""
+        return skeleton_of(self.model)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of every module that can wear an update, by name."""
-        return _shapes(self.model)
+        """(out, in) of every linear layer, by name."""
+        return {name: matrix.shape for name, matrix in self.skeleton.matrices.items() if matrix.kind == "linear"}
 
     @cached_property
     def longest(self) -> int:
@@ -323,126 +327,88 @@ class BaseModel:
         return ids
 
     def check(self, shapes: Mapping[str, tuple[int, int]], who: str) -> None:
-        """Refuse an update that does not fit: a module that is missing here or has another shape.
+        """Refuse an update that does not fit: a matrix that is missing here or has another shape.
 
         Args:
-            shapes: (out, in) of each module the update touches.
+            shapes: (out, in) of each matrix the update touches.
             who: what to call the update in the message.
         """
-        wrong = [module for module, shape in shapes.items() if self.shapes.get(module) != tuple(shape)]
+        ours = {name: self.skeleton.get(name) for name in shapes}
+        wrong = [name for name, matrix in ours.items() if matrix is None or matrix.shape != tuple(shapes[name])]
         if not wrong:
             return
         first, covered = wrong[0], len(shapes) - len(wrong)
-        ours = self.shapes.get(first)
-        problem = f"no module {first}"
-        if ours is not None:
-            problem = f"{first} is {_times(ours)} here and {_times(shapes[first])} there"
+        problem, here = f"no module {first}", ours[first]
+        if here is not None:
+            problem = f"{first} is {_times(here.shape)} here and {_times(shapes[first])} there"
         raise Refused(
             f"{who} does not fit {self.name}: {problem}; {covered} of {len(shapes)} modules match",
             hint="use the adapter with the base model it was trained on",
         )
 
     @contextmanager
-    def attach(self, terms: Mapping[str, Term], *, before: Callable[[], None] | None = None) -> Iterator[None]:
-        """While the block runs, each named module's output goes through its term; `before` runs ahead of each pass."""
-        hooks = [self.model.get_submodule(name).register_forward_hook(_hook(term)) for name, term in terms.items()]
-        if before is not None:
-            hooks.append(self.model.register_forward_pre_hook(lambda module, arguments: before()))
-        try:
+    def attach(
+        self,
+        factors: Mapping[str, Factors],
+        terms: Mapping[str, Term] | None = None,
+        *,
+        before: Callable[[], None] | None = None,
+    ) -> Iterator[None]:
+        """While the block runs, each named matrix has B·A added, whatever its factors are at that moment.
+
+        Args:
+            factors: by matrix, how to get B and A in the model's precision, on its device.
+            terms: outputs of linear layers that go through a term in place of one made of factors.
+            before: runs ahead of each pass.
+        """
+        made = dict(terms or {})
+        by_parameter: dict[str, dict[str, Matrix]] = {}
+        for name, one in factors.items():
+            matrix = self.skeleton.get(name)
+            assert matrix is not None
+            if matrix.kind in ("linear", "embedding"):
+                made[name] = as_term(self.model.get_submodule(name), matrix, one)
+            else:
+                by_parameter.setdefault(matrix.parameter, {})[name] = matrix
+        changes = {
+            parameter: as_change(self.model.get_parameter(parameter), matrices, factors)
+            for parameter, matrices in by_parameter.items()
+        }
+        with applied(self.model, made, changes, before=before):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @contextmanager
     def wear(self, updates: Mapping[str, LowRank] | None, *, who: str = "the adapter") -> Iterator[None]:
-        """While the block runs, the base behaves as if each update were added to its module's weight; None adds none.
+        """While the block runs, the base behaves as if each update were added to its weight; None adds none.
 
         Raises:
-            Refused: a module does not exist here or has another shape.
+            Refused: a matrix does not exist here or has another shape.
         """
-        shapes, terms = {}, {}
+        shapes, factors = {}, {}
         # Once through: an update may be read from the disk each time it is asked for.
-        for module, update in (updates or {}).items():
-            shapes[module], terms[module] = update.shape, self._term(update)
+        for name, update in (updates or {}).items():
+            shapes[name] = update.shape
+            factors[name] = fixed(update.to(self.device).to(self.dtype))
         self.check(shapes, who)
-        with self.attach(terms):
+        with self.attach(factors):
             yield
-
-    def _term(self, update: LowRank) -> Term:
-        a, b = (factor.to(self.device, self.dtype) for factor in (update.A, update.B))
-
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, r)
-            return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, b.T).view(y.shape)
-
-        return add
 
     @contextmanager
     def new_adapter(
         self, *, rank: int, alpha: float, dropout: float, target_modules: str | Sequence[str], seed: int
-    ) -> Iterator["NewAdapter"]:
+    ) -> Iterator[NewAdapter]:
         """While the block runs, the base carries a fresh trainable PEFT LoRA; afterwards it is as before.
 
         Raises:
             Refused: no module of the base bears one of the `target_modules` names.
         """
-        from peft import LoraConfig, get_peft_model
-
-        with _silence(), torch.random.fork_rng(devices=_cuda_devices(self.device)):
-            torch.manual_seed(seed)
-            config = LoraConfig(
-                r=rank,
-                lora_alpha=alpha,  # type: ignore[arg-type]
-                lora_dropout=dropout,
-                target_modules=target_modules if isinstance(target_modules, str) else sorted(target_modules),
-                task_type="CAUSAL_LM",
-            )
-            try:
-                adapted: Any = get_peft_model(self.model, config)
-            except ValueError as error:
-                raise Refused(
-                    f"{self.name}: {error}", hint="name modules of this base with --target-modules"
-                ) from error
-        try:
-            yield NewAdapter(adapted, self.name)
-        finally:
-            with _silence():
-                adapted.unload()
-            self.model.eval().requires_grad_(False)
-
-
-class NewAdapter:
-    """A LoRA in training; see `BaseModel.new_adapter`."""
-
-    def __init__(self, adapted: Any, base: str) -> None:
-        self._adapted = adapted
-        self._base = base
-
-    @property
-    def parameters(self) -> list[Tensor]:
-        """The trainable factors, in a fixed order."""
-        return [parameter for _, parameter in self._adapted.named_parameters() if parameter.requires_grad]
-
-    @contextmanager
-    def dropout(self) -> Iterator[None]:
-        """While the block runs, dropout is on."""
-        self._adapted.train()
-        try:
-            yield
-        finally:
-            self._adapted.eval()
-
-    def save(self, folder: Path) -> None:
-        """Write adapter_config.json and adapter_model.safetensors as PEFT does; the card is left to the caller."""
-        config = self._adapted.peft_config["default"]
-        config.base_model_name_or_path = self._base
-        # A set: its order would differ between two runs.
-        config.target_modules = sorted(config.target_modules)
-        with _silence():
-            # Without False PEFT asks the Hub whether the base's vocabulary was changed.
-            self._adapted.save_pretrained(folder, save_embedding_layers=False)
-        (folder / "README.md").unlink(missing_ok=True)
+        chosen = choose(self.skeleton, target_modules, dropout)
+        with ExitStack() as stack:
+            with torch.random.fork_rng(devices=_cuda_devices(self.device)):
+                torch.manual_seed(seed)
+                new = adapted(self.model, chosen, self.name, rank=rank, alpha=alpha, dropout=dropout)
+                adapter = stack.enter_context(new)
+            yield adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -484,7 +450,9 @@ class BaseRef:
         try:
             with _silence():
                 tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
-                model, report = _hf.AutoModelForCausalLM.from_pretrained(
+                config = _hf.AutoConfig.from_pretrained(self.place, trust_remote_code=False, **options)
+                cls = _writer_of_text(config, self.place)
+                model, report = cls.from_pretrained(
                     self.place,
                     trust_remote_code=False,
                     dtype=DTYPES[self.dtype],
@@ -493,6 +461,8 @@ class BaseRef:
                     adapter_kwargs=_NO_ADAPTER,
                     **options,
                 )
+        except LoraError:
+            raise
         except Exception as error:
             _translate(self.place, error)
         missing = sorted(report["missing_keys"])
@@ -549,36 +519,6 @@ def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     return device, dtype
 
 
-def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:
-    """(out, in) of every module that can wear an update, from a model's configuration alone, without weights.
-
-    None when the configuration is not on this machine (nothing is asked of the network) or is not that of a causal
-    language model.
-    """
-    try:
-        with _silence():
-            config = _hf.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=True)
-            with torch.device("meta"):
-                return _shapes(_hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            shapes[name] = (module.out_features, module.in_features)
-        elif isinstance(module, Conv1D):
-            inputs, outputs = module.weight.shape
-            shapes[name] = (outputs, inputs)
-    return shapes
-
-
-def _hook(term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    return lambda module, inputs, output: term(inputs[0], output)
-
-
 def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     for start in range(0, len(order), batch_size):
@@ -613,6 +553,15 @@ def _version_on_hub(name: str) -> str:
     except Exception as error:
         _translate(name, error)
     return Path(found).parent.name
+
+
+def _writer_of_text(config: Any, name: str) -> Any:
+    """The model's own class; Refused for one that does not continue a text."""
+    cls = class_of(config)
+    if cls is None or not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
+        kind = "no model of transformers" if cls is None else f"a {cls.__name__}"
+        raise Refused(f"{name} is {kind}, which does not continue a text", hint="use a causal language model as base")
+    return cls
 
 
 def _translate(name: str, error: Exception) -> NoReturn:

@@ -121,10 +121,19 @@ class Hub:
         progress: is told of every wait that lasts longer than a second.
         budget: how many requests this object may send, None for no limit; BudgetSpent is raised past it.
         first_wait: seconds before the first repetition of a failed request; doubled each time.
+        silence: seconds for which a server may say nothing.
+        tries: how often a request that fails is sent at most.
     """
 
     def __init__(
-        self, endpoint: str = "", *, progress: Progress = silent, budget: int | None = None, first_wait: float = 1.0
+        self,
+        endpoint: str = "",
+        *,
+        progress: Progress = silent,
+        budget: int | None = None,
+        first_wait: float = 1.0,
+        silence: float = _SILENCE_SECONDS,
+        tries: int = _TRIES,
     ) -> None:
         from huggingface_hub import constants
 
@@ -134,6 +143,8 @@ class Hub:
         self._progress = progress
         self._budget = budget
         self._first_wait = first_wait
+        self._silence = silence
+        self._tries = tries
         self._start = _meter.reading()
         self._stopped = threading.Event()
         self._pause_until = 0.0
@@ -202,6 +213,14 @@ class Hub:
         except NothingMatched:
             return False
         return True
+
+    def read_newest(self, repo: str, filename: str, limit: int) -> bytes:
+        """The whole of a small file on the main branch, by one request; of one longer than `limit`, `limit + 1` bytes.
+
+        For looking, never for recording: which commit it is from is not said.
+        """
+        url = f"{self.endpoint}/{quote(repo)}/resolve/main/{quote(filename)}"
+        return self._get(url, repo, lambda r: _collect(r, limit + 1))
 
     def read_file(self, repo: str, filename: str, commit: str, limit: int) -> bytes:
         """The whole of a small file. Of one longer than `limit`, `limit + 1` bytes: enough for the caller to tell."""
@@ -295,7 +314,8 @@ class Hub:
         from huggingface_hub.utils._http import hf_raise_for_status
 
         def ask(client: "httpx2.Client") -> T:
-            with client.stream("GET", url, headers={**build_hf_headers(**_identity()), **(headers or {})}) as response:
+            sent = {**build_hf_headers(**_identity()), **(headers or {})}
+            with client.stream("GET", url, headers=sent, timeout=self._silence) as response:
                 self._obey(response)
                 if response.status_code not in allowed:
                     try:
@@ -326,7 +346,7 @@ class Hub:
                         raise
                     # A host that does not exist will not exist in eight seconds either.
                     tries = 3 if isinstance(error, httpx2.ConnectError) else _TRIES
-                    if attempt >= tries or self._stopped.is_set():
+                    if attempt >= min(tries, self._tries) or self._stopped.is_set():
                         raise
                     if response is not None and response.status_code == 429:
                         # The limit is the account's: every thread has to wait.

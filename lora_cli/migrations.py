@@ -28,6 +28,12 @@ def m001_adapters_selections_runs(db: Database) -> None:
         db.execute(statement)
 
 
+@migrations()
+def m002_notes(db: Database) -> None:
+    """What of an adapter's file was repaired or left out."""
+    db.execute("ALTER TABLE adapters ADD COLUMN notes TEXT NOT NULL DEFAULT ''")
+
+
 _M001 = (
     """
     CREATE TABLE adapters (

@@ -6,7 +6,7 @@ into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arX
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -17,8 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.base_model import BaseModel, Term
+from lora_cli.adapters.skeleton import Matrix
+from lora_cli.base_model import BaseModel
 from lora_cli.errors import Refused, UsageError
+from lora_cli.models.apply import Factors, Term
 
 Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
 Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
@@ -116,14 +118,14 @@ class Mixture:
         for module in all_modules(adapters):
             generator = torch.Generator().manual_seed(_seed_of(seed, module)) if reinit else None
             self._blocks[module] = _block(base, adapters, module, generator, kept)
-        self._lay_out(base.device)
+        self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
         self.theta = self._start(seed).to(base.device).requires_grad_()
         self._current: dict[str, Tensor] = {}
 
-    def _lay_out(self, device: torch.device) -> None:
-        """Where in θ each rank of each module finds its coefficient."""
+    def _lay_out(self, device: torch.device, units: Mapping[str, str]) -> None:
+        """Where in θ each rank of each module finds its coefficient; `units` names the module that matrices make up."""
         n, granularity = len(self.adapters), self.shape.granularity
-        keys = {module: _group(module, granularity) for module in self._blocks}
+        keys = {module: _group(unit, granularity) for module, unit in units.items()}
         groups = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
         present = torch.zeros(len(groups), n, dtype=torch.bool)
         index: list[Tensor] = []
@@ -185,6 +187,10 @@ class Mixture:
         spread = self._factors()[self._index].split_with_sizes(self._widths)
         self._current = dict(zip(self._blocks, spread, strict=True))
 
+    def _factors_of(self, module: str) -> Factors:
+        block = self._blocks[module]
+        return lambda: (block.b * self._current[module].to(block.b.dtype), block.a)
+
     def _term(self, module: str) -> Term:
         block = self._blocks[module]
 
@@ -198,7 +204,13 @@ class Mixture:
     @contextmanager
     def worn(self, base: BaseModel) -> Iterator[None]:
         """While the block runs, every pass of `base` goes through the mixture with the coefficients of that moment."""
-        with base.attach({module: self._term(module) for module in self._blocks}, before=self._refresh):
+        linear = [module for module in self._blocks if module in base.shapes]
+        others = [module for module in self._blocks if module not in base.shapes]
+        with base.attach(
+            {module: self._factors_of(module) for module in others},
+            {module: self._term(module) for module in linear},
+            before=self._refresh,
+        ):
             yield
 
     @torch.no_grad()
@@ -238,7 +250,7 @@ def _block(
 ) -> _Block:
     parts = tuple((i, adapter.modules[module].rank) for i, adapter in enumerate(adapters) if module in adapter.modules)
     width = sum(rank for _, rank in parts)
-    outputs, inputs = base.shapes[module]
+    outputs, inputs = adapters[parts[0][0]].shape(module)
     a, b = torch.empty(width, inputs), torch.empty(outputs, width)
     at = first_drawn = 0
     for place, rank in parts:
@@ -256,6 +268,11 @@ def _block(
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise Refused(f"{module}: an adapter's values overflow {base.dtype}", hint="use --dtype bf16 or fp32")
     return _Block(a, b, parts)
+
+
+def _unit(matrix: Matrix | None, module: str) -> str:
+    """The parameter that holds the matrices of all experts; else the module itself."""
+    return module if matrix is None or matrix.expert is None else matrix.parameter
 
 
 def _group(module: str, granularity: Granularity) -> str:

@@ -46,7 +46,7 @@ class Adapter:
     `ranks` maps each module to its rank, from tensor shapes. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) where
     it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules and,
     like `sha256` (of the weights file), is known only once the weights were at hand. `status` other than "ok" comes
-    with a `reason`.
+    with a `reason`. `notes` say what of the file was repaired or left out, and what it holds besides the update.
     """
 
     id: str
@@ -82,6 +82,7 @@ class Adapter:
     stamp: str = ""
     status: Status = "ok"
     reason: str = ""
+    notes: str = ""
 
     @property
     def ref(self) -> AdapterRef:

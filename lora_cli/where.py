@@ -49,6 +49,7 @@ COLUMNS: Final[Mapping[str, Kind]] = {
     "modified_at": "text",
     "status": "text",
     "reason": "text",
+    "notes": "text",
 }
 _SPELLINGS: Final = {
     "license": "licence",

@@ -8,8 +8,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_cli import base_model
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.base_model import BaseModel, load, module_shapes, resolve
+from lora_cli.base_model import BaseModel, load, resolve
 from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.models.skeleton import skeleton
 from lora_cli.records import Example
 from tests.tiny_bases import characters, examples, gpt2, llama, opened, saved, tiny_gpt2, tiny_llama
 
@@ -155,7 +156,8 @@ def test_an_update_is_taken_off_even_when_the_work_fails(base: BaseModel) -> Non
     [
         ("model.layers.7.mlp.up_proj", (48, 32), "no module model.layers.7.mlp.up_proj; 1 of 2 modules match"),
         ("model.layers.0.mlp.up_proj", (32, 48), "is 48×32 here and 32×48 there; 1 of 2 modules match"),
-        ("model.embed_tokens", (104, 32), "no module model.embed_tokens"),
+        ("model.embed_tokens", (104, 32), "is 32×104 here and 104×32 there"),
+        ("model.norm", (32, 32), "no module model.norm"),
     ],
 )
 def test_an_adapter_of_another_base_is_refused_by_name(
@@ -208,24 +210,23 @@ def test_a_folder_is_loaded_and_its_shapes_are_known_without_weights(tmp_path: P
     assert loaded.generate(PROMPTS, max_new_tokens=8) == llama().generate(PROMPTS, max_new_tokens=8)
     assert load(str(folder), dtype="bf16").dtype == torch.bfloat16
     (folder / "model.safetensors").unlink()
-    shapes = module_shapes(str(folder))
-    assert shapes == loaded.shapes
-    assert shapes is not None
-    assert shapes["model.layers.1.self_attn.k_proj"] == (16, 32)
-    assert shapes["lm_head"] == (104, 32)
+    known = skeleton(folder)
+    assert known == loaded.skeleton
+    assert known is not None
+    assert known.matrices["model.layers.1.self_attn.k_proj"].shape == loaded.shapes["model.layers.1.self_attn.k_proj"]
+    assert loaded.shapes["model.layers.1.self_attn.k_proj"] == (16, 32)
+    assert loaded.shapes["lm_head"] == (104, 32)
 
 
 def test_conv1d_shapes_are_out_by_in() -> None:
     assert gpt2().shapes["transformer.h.0.attn.c_attn"] == (96, 32)
 
 
-def test_shapes_are_unknown_where_there_is_no_configuration(tmp_path: Path) -> None:
-    assert module_shapes("acme/not-downloaded") is None
-    assert module_shapes(str(tmp_path)) is None
+def test_what_a_base_is_made_of_is_unknown_without_a_class_for_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
-    assert module_shapes(str(tmp_path)) is None
+    assert skeleton(tmp_path) is None
     (tmp_path / "config.json").write_text("{")
-    assert module_shapes(str(tmp_path)) is None
+    assert skeleton(tmp_path) is None
 
 
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
@@ -263,7 +264,7 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(Refused, match="cannot be loaded"):
         load(str(folder))
-    assert module_shapes(str(folder)) is None
+    assert skeleton(folder) is None
     assert not (tmp_path / "ran").exists()
 
 

@@ -32,7 +32,7 @@ FULL = Adapter(
     rslora=True, ranks={"layers.0.q_proj": 8}, target_modules=("q_proj", "v_proj"), modules=1, layers=1,
     dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, norm=1.5, licence="mit", downloads=7, likes=2,
     gated="auto", created_at="2026-01-01", modified_at="2026-01-02", card="Turns questions into SQL.", stamp="s",
-    status="unusable", reason="no luck",
+    status="unusable", reason="no luck", notes="names repaired",
 )  # fmt: skip
 
 

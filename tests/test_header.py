@@ -14,10 +14,8 @@ from safetensors import SafetensorError, deserialize
 from lora_cli.adapters.header import (
     Header,
     header_length,
-    lora_modules,
     parse_header,
     read_header,
-    tensor_refusals,
 )
 from lora_cli.errors import HeaderError
 from tests.hostile.corpus import MODULE, good_weights, header_bombs, malformed_headers, safetensors, tensor
@@ -199,80 +197,3 @@ def test_a_valid_file_and_the_same_file_with_bytes_changed(file: bytes, data: st
 def test_any_bytes(file: bytes) -> None:
     agrees_with_the_library(file)
     agrees_with_the_library(struct.pack("<Q", len(file)) + file)
-
-
-# Factors -----------------------------------------------------------------------------------------------------------
-
-
-def test_factors_are_found_under_their_module_in_the_base() -> None:
-    modules, extra = lora_modules(
-        adapter(
-            (f"{MODULE}.lora_A.weight", "F32", [2, 3]),
-            (f"{MODULE}.lora_B.weight", "F32", [4, 2]),
-            ("base_model.model.lm_head.lora_A.default.weight", "BF16", [1, 5]),
-            ("base_model.model.lm_head.lora_B.default.weight", "BF16", [6, 1]),
-            ("base_model.model.score.weight", "F32", [2, 3]),
-        )
-    )
-    assert list(modules) == ["model.layers.0.self_attn.q_proj", "lm_head"]
-    found = modules["model.layers.0.self_attn.q_proj"]
-    assert (found.rank, found.out_features, found.in_features) == (2, 4, 3)
-    assert extra == ("base_model.model.score.weight",)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "reason"),
-    [
-        ([("x.y.lora_A.weight", "F32", [2, 3])], "x.y has lora_A but no lora_B"),
-        ([("x.y.lora_B.weight", "F32", [2, 3])], "x.y has lora_B but no lora_A"),
-        (
-            [("x.y.lora_A.weight", "F32", [2, 3]), ("x.y.lora_B.weight", "F32", [4, 3])],
-            "rank 2 in lora_A but 3 in lora_B",
-        ),
-        ([("x.y.lora_A.weight", "F32", [0, 3]), ("x.y.lora_B.weight", "F32", [4, 0])], "empty factor"),
-        (
-            [("x.y.lora_A.a.weight", "F32", [2, 3]), ("x.y.lora_A.b.weight", "F32", [2, 3])],
-            "x.y has lora_A twice",
-        ),
-    ],
-)
-def test_factors_that_do_not_belong_together_are_refused(
-    tensors: list[tuple[str, str, list[int]]], reason: str
-) -> None:
-    with pytest.raises(HeaderError, match=reason):
-        lora_modules(adapter(*tensors))
-
-
-@pytest.mark.parametrize(
-    ("name", "shape", "reason"),
-    [
-        (f"{MODULE}.lora_magnitude_vector", [4], "DoRA"),
-        (f"{MODULE}.lora_magnitude_vector.weight", [4], "DoRA"),
-        ("base_model.model.model.embed_tokens.lora_embedding_A", [2, 9], "LoRA on an embedding"),
-        ("base_model.model.model.embed_tokens.lora_embedding_B", [9, 2], "LoRA on an embedding"),
-        ("base_model.model.conv.lora_A.weight", [2, 3, 3, 3], "convolution"),
-        ("base_model.model.conv.lora_A.weight", [6], "not a matrix"),
-        (f"{MODULE}.lora_B.bias", [4], "lora_bias"),
-        (f"{MODULE}.lora_diag", [2], "KaSA"),
-        (f"{MODULE}.lora_new_thing", [2], "not known here"),
-        ("base_model.model.model.layers.0.mlp.up_proj.bias", [4], "biases of the base were trained"),
-        ("base_model.model.score.weight", [2, 3], r"full head saved \(score.weight\)"),
-        ("base_model.model.model.embed_tokens.weight", [9, 3], r"full weights saved \(model.embed_tokens.weight\)"),
-        ("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta", [1, 3], "token embeddings"),
-        (f"{MODULE}.lora_velora_embed", [3], None),
-    ],
-)
-def test_what_else_was_trained_is_told(name: str, shape: list[int], reason: str | None) -> None:
-    header = adapter(
-        (f"{MODULE}.lora_A.weight", "F32", [2, 3]), (f"{MODULE}.lora_B.weight", "F32", [4, 2]), (name, "F32", shape)
-    )
-    if reason is None:
-        assert tensor_refusals(header) == ()
-    else:
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(*tensor_refusals(header))
-
-
-def test_factors_of_integers_are_refused() -> None:
-    header = adapter((f"{MODULE}.lora_A.weight", "I8", [2, 3]), (f"{MODULE}.lora_B.weight", "I8", [4, 2]))
-    assert [reason for reason in tensor_refusals(header) if "I8" in reason]

@@ -22,6 +22,7 @@ from lora_cli.catalogue import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, UsageError
 from lora_cli.hub import Hub
 from lora_cli.steps.sync import SyncReport, sync
+from tests.architectures import linear_skeleton
 from tests.fake_hub import BASE, FakeHub, lora_files, safetensors_bytes
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -303,11 +304,11 @@ def test_the_shapes_of_the_base_are_compared_with_the_header(fake: FakeHub, cata
     fake.add("alice/too-wide", lora_files(hidden=16))
     shapes = {f"model.layers.{n}.self_attn.{m}": (8, 8) for n in (0, 1) for m in ("q_proj", "v_proj")}
     asked = []
-    synced(catalogue, base_shapes=lambda: asked.append(1) or shapes)
+    synced(catalogue, skeleton=lambda: asked.append(1) or linear_skeleton(shapes))
     assert asked == [1], "found once, by whichever thread came first"
     assert catalogue.get("alice/fits").status == "ok"
     assert "shapes differ from base" in catalogue.get("alice/too-wide").reason
-    synced(catalogue, base_shapes=lambda: asked.append(2) or shapes)
+    synced(catalogue, skeleton=lambda: asked.append(2) or linear_skeleton(shapes))
     assert asked == [1], "not needed where nothing has changed"
 
 

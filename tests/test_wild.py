@@ -8,9 +8,11 @@ import pytest
 
 from lora_cli.adapters.checks import Facts, examine, same_base, scan_weights, weight_status
 from lora_cli.adapters.config import parse_config
-from lora_cli.adapters.header import lora_modules, read_header
+from lora_cli.adapters.header import read_header
+from lora_cli.adapters.modules import locate_modules
 from lora_cli.adapters.store import folder_ref, locate, read_config
 from lora_cli.errors import ConfigError
+from tests.architectures import linear_skeleton
 
 WILD = Path(__file__).parents[2] / "shared" / "wild"
 
@@ -80,14 +82,15 @@ def test_one_base_under_four_spellings() -> None:
 def test_a_windows_path_fits_by_shape_and_is_accepted_by_alias() -> None:
     (mine,) = [folder for folder in ADAPTERS if folder.name.startswith("zouhe0")]
     (known,) = [folder for folder in ADAPTERS if folder.name == "ao-wei__gemma3-270m-svg-lora-partb__adapter"]
-    modules, _ = lora_modules(read_header(known / "adapter_model.safetensors"))
+    config = parse_config((known / "adapter_config.json").read_bytes())
+    modules = locate_modules(config, read_header(known / "adapter_model.safetensors")).modules
     shapes = {name: (factors.out_features, factors.in_features) for name, factors in modules.items()}
 
-    assert facts_of(mine, base_name=GEMMA, base_shapes=shapes)["base_match"] == "shape"
-    vouched = facts_of(mine, base_name=GEMMA, base_shapes=shapes, base_aliases=["gemma3-270m"])
+    assert facts_of(mine, base_name=GEMMA, skeleton=linear_skeleton(shapes))["base_match"] == "shape"
+    vouched = facts_of(mine, base_name=GEMMA, skeleton=linear_skeleton(shapes), base_aliases=["gemma3-270m"])
     assert (vouched["base_match"], vouched["status"]) == ("alias", "ok")
     gpt2 = {"transformer.h.0.attn.c_attn": (2304, 768)}
-    assert facts_of(mine, base_name=GEMMA, base_shapes=gpt2)["base_match"] == "mismatch"
+    assert facts_of(mine, base_name=GEMMA, skeleton=linear_skeleton(gpt2))["base_match"] == "mismatch"
 
 
 @pytest.mark.parametrize("name", NORMS)

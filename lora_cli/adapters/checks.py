@@ -14,14 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
-from lora_cli.adapters.header import (
-    FLOAT_DTYPES,
-    Header,
-    ModuleFactors,
-    TensorEntry,
-    lora_modules,
-    tensor_refusals,
-)
+from lora_cli.adapters.factors import ModuleFactors, whole_reason
+from lora_cli.adapters.header import FLOAT_DTYPES, Header, TensorEntry
+from lora_cli.adapters.modules import Located, locate_modules
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
 from lora_cli.settings import folder_of
@@ -56,6 +52,7 @@ class Facts(TypedDict):
     bytes: int
     status: Status
     reason: str
+    notes: str
 
 
 @dataclass(frozen=True)
@@ -73,15 +70,6 @@ class WeightFacts:
     zero_b: bool
 
 
-def refusals(config: LoraConfigFacts, header: Header) -> tuple[str, ...]:
-    """Every reason why this adapter is not one s·B·A per module; empty when it is. Raises HeaderError."""
-    if reasons := config.refusals():
-        return reasons + (tensor_refusals(header) if config.peft_type == "LORA" else ())
-    if reasons := tensor_refusals(header):
-        return reasons
-    return () if lora_modules(header)[0] else ("no LoRA tensors in its weights",)
-
-
 def examine(
     config: bytes | None,
     header: Header | HeaderError | None,
@@ -89,14 +77,14 @@ def examine(
     file_names: Collection[str] = (),
     base_name: str = "",
     base_aliases: Collection[str] = (),
-    base_shapes: Mapping[str, tuple[int, int]] | None = None,
+    skeleton: Skeleton | None = None,
 ) -> Facts:
     """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
 
     `config` holds the bytes of adapter_config.json (None: there is none), `header` the parsed header of its weights,
     or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
     nothing. `base_name` is the base model asked for ("" for any), `base_aliases` are further names that the user
-    vouches for, `base_shapes` gives (out, in) of the base's modules where they are known.
+    vouches for, `skeleton` is what the base's class is made of, where that is known.
     """
     problems: list[str] = []
     settings = None
@@ -107,24 +95,25 @@ def examine(
             settings = parse_config(config)
         except ConfigError as error:
             problems.append(error.message)
-    modules: dict[str, ModuleFactors] = {}
-    if isinstance(header, Header):
+    said = settings or LoraConfigFacts(peft_type="")
+    problems.extend(said.refusals() if settings is not None else ())
+    located = Located({})
+    if not isinstance(header, Header):
+        problems.append(header.message if header is not None else _no_weights(file_names))
+    else:
         try:
-            modules = lora_modules(header)[0]
-        except HeaderError as error:
+            located = locate_modules(said, header, skeleton)
+        except (HeaderError, ConfigError) as error:
             problems.append(error.message)
         else:
-            problems.extend(refusals(settings, header) if settings is not None else ())
-    else:
-        problems.append(header.message if header is not None else _no_weights(file_names))
-        problems.extend(settings.refusals() if settings is not None else ())
-
-    base_match, base, base_problem = _judge_base(settings, modules, base_name, base_aliases, base_shapes)
-    if base_problem:
-        problems.append(base_problem)
-    said = settings or LoraConfigFacts(peft_type="")
-    ranks = {name: factors.rank for name, factors in modules.items()}
-    entries = [entry for factors in modules.values() for entry in (factors.a, factors.b)]
+            problems.extend(located.refusals if said.peft_type == "LORA" else ())
+    known = skeleton is not None and bool(located.modules or located.missing)
+    base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known)
+    # Modules saved whole come last: they alone leave an update that can be compared and merged.
+    problems.extend(filter(None, [base_problem, whole_reason(located.whole)]))
+    factors = [part for found in located.modules.values() for part in found.parts]
+    ranks = {part.pattern: part.rank for part in factors}
+    entries = {entry.name: entry for part in factors for entry in (part.a, part.b)}
     return Facts(
         base_declared=said.base,
         base=base,
@@ -135,15 +124,21 @@ def examine(
         scale=_common_scale(said, ranks),
         rslora=said.rslora,
         ranks=ranks,
-        target_modules=_targets(said, modules),
-        modules=len(modules),
-        layers=len({layer for name in modules if (layer := _layer(name))}),
-        dtype="+".join(sorted({entry.dtype for entry in entries})),
-        parameters=sum(entry.shape[0] * entry.shape[1] for entry in entries),
+        target_modules=_targets(said, ranks),
+        modules=len(ranks),
+        layers=len({layer for name in ranks if (layer := _layer(name))}),
+        dtype="+".join(sorted({entry.dtype for entry in entries.values()})),
+        parameters=sum(math.prod(entry.shape) for entry in entries.values()),
         bytes=header.file_size if isinstance(header, Header) else 0,
         status="unusable" if problems else "ok",
         reason=problems[0] if problems else "",
+        notes="; ".join(located.notes),
     )
+
+
+def only_saved_whole(reason: str) -> bool:
+    """Whether all that is wrong with an adapter is that modules were saved whole beside its update."""
+    return reason.startswith(("tensors of a full head saved (", "full weights saved ("))
 
 
 def weight_status(facts: WeightFacts) -> tuple[Status, str]:
@@ -163,17 +158,19 @@ def weight_status(facts: WeightFacts) -> tuple[Status, str]:
     return "ok", ""
 
 
-def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightFacts:
+def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: Skeleton | None = None) -> WeightFacts:
     """SHA-256 of the file, and the norm and finiteness of its factors, in float64.
 
-    The norm needs no product of the size of a layer: ‖s·B·A‖² = s² ⟨BᵀB, AAᵀ⟩, with r×r matrices. Memory: one
-    factor A at a time, and chunks of the rest. The factors are read module by module after the hash, from the pages
-    that hashing left in the cache. Raises Refused for a file that no longer fits its header, HeaderError, ConfigError.
+    The norm needs no product of the size of a layer: ‖s·B·A‖² = s² ⟨BᵀB, AAᵀ⟩, with r×r matrices. Memory: the factors
+    A of one place in the file, and chunks of the rest. The factors are read place by place after the hash, from the
+    pages that hashing left in the cache. Raises Refused for a file that no longer fits its header, HeaderError,
+    ConfigError.
     """
-    modules, _ = lora_modules(header)
-    for name, factors in modules.items():
-        if (size := factors.rank * factors.in_features) > _MAX_FACTOR_ELEMENTS:
-            raise Refused(f"{shortened(name)} has {size:,} numbers in lora_A: more than any LoRA needs")
+    located = locate_modules(config, header, skeleton)
+    stored = {part.a.name: part for factors in located.modules.values() for part in factors.parts}
+    for factors in stored.values():
+        if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
+            raise Refused(f"lora_A of {shortened(factors.pattern)} has {size:,} entries, over the safety limit")
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
@@ -182,51 +179,52 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts) -> WeightF
             raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
         file.seek(0)
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        for name, factors in modules.items():
+        for factors in stored.values():
             finite, untrained, update = _square_of(file, factors)
             if not finite:
-                nonfinite = name
+                nonfinite = factors.pattern
                 break
             zero_b = zero_b and untrained
-            scale = config.scale(name, factors.rank)
+            scale = config.scale(factors.pattern, factors.rank)
             # A product of floats overflows to Inf, a power raises.
             square += update * scale * scale
     if nonfinite is not None:
         return WeightFacts(sha256, None, nonfinite, zero=False, zero_b=False)
     norm = math.sqrt(square) if math.isfinite(square) else None
-    return WeightFacts(sha256, norm, None, zero=norm == 0.0, zero_b=zero_b and bool(modules))
+    return WeightFacts(sha256, norm, None, zero=norm == 0.0, zero_b=zero_b and bool(stored))
 
 
 def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool, float]:
-    """(all finite, B is zero, ‖B·A‖²) of one module."""
-    rank, width = factors.a.shape
-    a = np.concatenate(list(_rows(file, factors.a)))  # (rank, in)
+    """(all finite, B is zero, ‖B·A‖² summed over the experts) of one place in the file."""
+    experts, rank = factors.experts, factors.rank
+    a = np.concatenate(list(_rows(file, factors.a))).reshape(experts, rank, -1)  # (experts, rank, in)
     if not np.isfinite(a).all():
         return False, False, 0.0
-    small = rank <= width
-    gram_b = np.zeros((rank, rank) if small else (0, 0))
+    small = rank <= a.shape[2]
+    gram_b = np.zeros((experts, rank, rank) if small else (0, 0, 0))
     square = 0.0
     zero_b = True
     with np.errstate(over="ignore", invalid="ignore"):
-        for b in _rows(file, factors.b):  # (some of out, rank)
-            if not np.isfinite(b).all():
+        for rows in _rows(file, factors.b):
+            if not np.isfinite(rows).all():
                 return False, False, 0.0
-            zero_b = zero_b and not b.any()
+            zero_b = zero_b and not rows.any()
+            b = rows.reshape(len(rows), rank, experts).transpose(2, 0, 1)  # (experts, some of out, rank)
             if small:
-                gram_b += b.T @ b
+                gram_b += b.transpose(0, 2, 1) @ b
             else:
                 update = b @ a
                 square += float(np.vdot(update, update))
         if small:
-            square = float(np.vdot(gram_b, a @ a.T))
+            square = float(np.vdot(gram_b, a @ a.transpose(0, 2, 1)))
     return True, zero_b, max(square, 0.0) if math.isfinite(square) else math.inf
 
 
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
-    """The rows of one stored matrix in chunks, as float64."""
+    """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
     if entry.dtype not in FLOAT_DTYPES:
         raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
-    rows, columns = entry.shape
+    rows, columns = entry.shape[0], math.prod(entry.shape[1:])
     stored = np.dtype(_DECODED[entry.dtype])
     step = max(1, _CHUNK_BYTES // (columns * 8))
     file.seek(entry.begin)
@@ -389,13 +387,12 @@ def _key(model: str) -> tuple[str, ...]:
 
 
 def _judge_base(
-    config: LoraConfigFacts | None,
-    modules: Mapping[str, ModuleFactors],
-    asked: str,
-    aliases: Collection[str],
-    shapes: Mapping[str, tuple[int, int]] | None,
+    config: LoraConfigFacts | None, conflict: str, asked: str, aliases: Collection[str], known: bool
 ) -> tuple[BaseMatch, str, str]:
-    """(how the declared base matches, the base as resolved, what is wrong with it or "")."""
+    """(how the declared base matches, the base as resolved, what is wrong with it or "").
+
+    `known`: the adapter was held against the base's skeleton; `conflict` is what that found.
+    """
     if config is None:
         return "unknown", "", ""
     declared = config.base
@@ -404,7 +401,6 @@ def _judge_base(
         if not declared:
             return "unknown", "", _undeclared(config)
         return ("exact" if resolved == declared else "alias"), resolved, ""
-    conflict = _shape_conflict(modules, shapes) if modules and shapes is not None else ""
     if declared == asked:
         return "exact", asked, conflict
     if same_base(declared, asked, aliases):
@@ -414,9 +410,8 @@ def _judge_base(
     if conflict:
         said = shortened(declared) if declared else "none"
         return "mismatch", resolved, f"wrong base: declares {said}, asked for {asked}; {conflict}"
-    fits = bool(modules) and shapes is not None
-    match: BaseMatch = "shape" if fits else "unknown"
-    but = "; its shapes fit" if fits else ""
+    match: BaseMatch = "shape" if known else "unknown"
+    but = "; its shapes fit" if known else ""
     if not declared:
         return match, "", _undeclared(config) + but
     return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
@@ -426,16 +421,3 @@ def _undeclared(config: LoraConfigFacts) -> str:
     mapping = config.unknown.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     return f"declares no base model, only the class {shortened(named)}" if named else "declares no base model"
-
-
-def _shape_conflict(modules: Mapping[str, ModuleFactors], shapes: Mapping[str, tuple[int, int]]) -> str:
-    absent = [name for name in modules if name not in shapes]
-    if len(absent) == len(modules):
-        return f"targets match no module of the base (such as {shortened(absent[0])})"
-    for name, factors in modules.items():
-        here = (factors.out_features, factors.in_features)
-        if name in shapes and shapes[name] != here:
-            return f"shapes differ from base at {shortened(name)}: {here} here, {tuple(shapes[name])} there"
-    if absent:
-        return f"{len(absent)} of {len(modules)} modules are not in the base (such as {shortened(absent[0])})"
-    return ""

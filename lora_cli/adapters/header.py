@@ -30,7 +30,6 @@ DTYPE_BYTES: Final = {
 }  # fmt: skip
 FLOAT_DTYPES: Final = ("BF16", "F16", "F32", "F64")
 
-_PREFIX = "base_model.model."
 _MAX_ELEMENTS = 2**53  # products stay far below the 64-bit overflow that the library refuses
 _MAX_ENTRY_BYTES = 8_192
 
@@ -61,27 +60,6 @@ class Header:
     tensors: Mapping[str, TensorEntry]
     file_size: int
     metadata: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleFactors:
-    """Where one module's A (rank, in) and B (out, rank) are; `module` is its name in the base model."""
-
-    module: str
-    a: TensorEntry
-    b: TensorEntry
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    @property
-    def out_features(self) -> int:
-        return self.b.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.a.shape[1]
 
 
 def header_length(first8: bytes, file_size: int) -> int:
@@ -273,105 +251,3 @@ def _contiguous(tensors: dict[str, TensorEntry], data_start: int, file_size: int
     if at < file_size:
         raise HeaderError(f"malformed: header says {at:,} bytes, file has {file_size:,}")
     return {entry.name: entry for entry in ordered}
-
-
-def lora_modules(header: Header) -> tuple[dict[str, ModuleFactors], tuple[str, ...]]:
-    """The LoRA factors by module, and the names of all other tensors, both in the order of the file.
-
-    A module's name is the tensor's without "base_model.model." and without ".lora_A.weight" (or
-    ".lora_A.<adapter>.weight"). Factors that are not matrices (convolutions, shards) count as other tensors. Raises
-    HeaderError where a factor has no partner, is there twice, or the ranks of the two differ or are 0.
-    """
-    factors: dict[str, dict[str, TensorEntry]] = {}
-    extra = []
-    for entry in header.tensors.values():
-        found = _factor(entry.name)
-        if found is None or len(entry.shape) != 2:
-            extra.append(entry.name)
-            continue
-        module, side = found
-        if factors.setdefault(module, {}).setdefault(side, entry) is not entry:
-            raise HeaderError(f"{shortened(module)} has lora_{side} twice")
-    modules = {}
-    for module, sides in factors.items():
-        for side, other in (("A", "B"), ("B", "A")):
-            if side not in sides:
-                raise HeaderError(f"{shortened(module)} has lora_{other} but no lora_{side}")
-        a, b = sides["A"], sides["B"]
-        if a.shape[0] != b.shape[1]:
-            raise HeaderError(f"{shortened(module)} has rank {a.shape[0]} in lora_A but {b.shape[1]} in lora_B")
-        if 0 in a.shape or 0 in b.shape:
-            raise HeaderError(f"{shortened(module)} has an empty factor")
-        modules[module] = ModuleFactors(module, a, b)
-    return modules, tuple(extra)
-
-
-def tensor_refusals(header: Header) -> tuple[str, ...]:
-    """Why the tensors are more than one s·B·A per module; empty when they are not. Raises as `lora_modules` does.
-
-    One reason per kind of tensor, naming the first of the kind. Buffers that only training reads are no reason.
-    """
-    modules, extra = lora_modules(header)
-    reasons: dict[str, str] = {}
-    for name in extra:
-        found = _kind(name, header)
-        if found is not None:
-            kind, reason = found
-            reasons.setdefault(kind, reason)
-    for factors in modules.values():
-        for entry in (factors.a, factors.b):
-            if entry.dtype not in FLOAT_DTYPES:
-                reasons.setdefault(
-                    "dtype", f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
-                )
-    return tuple(reasons.values())
-
-
-def _factor(name: str) -> tuple[str, str] | None:
-    """(module, "A" or "B") of a factor's tensor name, else None."""
-    parts = name.removeprefix(_PREFIX).split(".")
-    if parts[-1] != "weight":
-        return None
-    for back in (2, 3):
-        if len(parts) > back and parts[-back] in ("lora_A", "lora_B"):
-            return ".".join(parts[:-back]), parts[-back][-1]
-    return None
-
-
-_ONLY_TRAINING = ("lora_velora_embed", "lora_monteclora_sampler")
-_HEADS = frozenset({"score", "classifier", "pre_classifier", "lm_head", "qa_outputs", "v_head"})
-_KINDS = (
-    ("lora_magnitude_vector", "DoRA", "DoRA: weights are rescaled by a trained magnitude ({})"),
-    ("lora_embedding_A", "embedding", "LoRA on an embedding ({})"),
-    ("lora_embedding_B", "embedding", "LoRA on an embedding ({})"),
-    ("lora_diag", "KaSA", "KaSA: a diagonal stands between B and A ({})"),
-    ("token_adapter", "tokens", "single token embeddings were trained ({})"),
-)
-
-
-def _kind(name: str, header: Header) -> tuple[str, str] | None:
-    """(kind, reason) of a tensor that is no factor; None where it says nothing new."""
-    entry = header.tensors[name]
-    parts = set(name.split("."))
-    shown = shortened(name.removeprefix(_PREFIX))
-    if parts.intersection(_ONLY_TRAINING):
-        return None
-    for part, kind, reason in _KINDS:
-        if part in parts:
-            return kind, reason.format(shown)
-    if parts & {"lora_A", "lora_B"}:
-        if name.endswith(".bias"):
-            return "lora_bias", f"lora_bias: B has a bias of its own ({shown})"
-        if len(entry.shape) in (3, 4, 5):
-            return "conv", f"LoRA on a convolution or on stacked weights ({shown}, {len(entry.shape)} dimensions)"
-        if len(entry.shape) == 2:
-            return "name", f"a factor under a name that PEFT does not use ({shown})"
-        return "shard", f"a factor is not a matrix, as after saving a shard ({shown} has the shape {list(entry.shape)})"
-    if any(part.startswith("lora_") for part in parts):
-        return "variant", f"a variant of LoRA that is not known here ({shown})"
-    if name.endswith(".bias"):
-        whole = name.removesuffix("bias") + "weight" in header.tensors
-        return None if whole else ("bias", f"biases of the base were trained ({shown})")
-    if parts & _HEADS:
-        return "full", f"tensors of a full head saved ({shown})"
-    return "full", f"full weights saved ({shown})"

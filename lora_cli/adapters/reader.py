@@ -1,22 +1,27 @@
-"""From an adapter's files to one LowRank per module, scale folded in; what cannot be represented is refused here."""
+"""From an adapter's files to one LowRank per matrix, scale folded in; what cannot be represented is refused here."""
 
 import math
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
-from lora_cli.adapters.header import ModuleFactors, TensorEntry, lora_modules, read_header, reading, tensor_refusals
+from lora_cli.adapters.factors import AnyFactors, ModuleFactors, whole_reason
+from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
+from lora_cli.adapters.modules import fused, locate_modules
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_HELD_STACKS = 4
 HEADROOM = 1e6
 """How far below the end of its precision an update's entries stay, for sums and norms of them to fit as well."""
 
@@ -25,14 +30,19 @@ HEADROOM = 1e6
 class OpenAdapter:
     """An adapter whose configuration and header were read and found representable.
 
-    `modules` maps a module's name in the base model (`model.layers.0.self_attn.q_proj`) to its two factors.
+    `modules` maps a matrix's name in the base model (`model.layers.0.self_attn.q_proj`, or of an expert
+    `model.layers.0.mlp.experts.3.down_proj`) to its factors. `whole` names modules whose weights were saved beside the
+    update, which is not the whole adapter then; `notes` say what was repaired or left out.
     """
 
     files: AdapterFiles
     config: LoraConfigFacts
-    modules: dict[str, ModuleFactors] = field(repr=False)
+    modules: Mapping[str, AnyFactors] = field(repr=False)
     stamp: Stamp = field(repr=False)
     """That of the weights' file when it was opened."""
+    whole: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
     @property
     def ref(self) -> AdapterRef:
@@ -61,11 +71,14 @@ class OpenAdapter:
     @property
     def dtypes(self) -> set[torch.dtype]:
         """The precisions its factors are stored in."""
-        return {DTYPES[entry.dtype] for factors in self.modules.values() for entry in (factors.a, factors.b)}
+        return {
+            DTYPES[entry.dtype] for one in self.modules.values() for part in one.parts for entry in (part.a, part.b)
+        }
 
     def scale(self, module: str) -> float:
         """alpha/rank (alpha/√rank for rslora) in one module: what `read` folds into B."""
-        return self.config.scale(module, self.modules[module].rank)
+        part = self.modules[module].parts[0]
+        return self.config.scale(part.pattern, part.rank)
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
@@ -80,36 +93,90 @@ class OpenAdapter:
         with reading(self.files.weights), self.files.weights.open("rb", buffering=0) as file:
             if stamp(os.fstat(file.fileno())) != self.stamp:
                 raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
-            a = read_tensor(file.fileno(), factors.a, dtype)
-            b = read_tensor(file.fileno(), factors.b, dtype)
+            parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
+        update = parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
         scale = self.scale(module)
-        largest = bound(LowRank(b, a))
+        largest = bound(update)
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
         if not largest * abs(scale) <= torch.finfo(dtype).max / HEADROOM:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        return LowRank(b.mul_(scale), a)
+        return LowRank(update.B.mul_(scale), update.A)
 
 
-def open_adapter(files: AdapterFiles) -> OpenAdapter:
+class _Stacks:
+    """The last factors B of fused experts that were read: every expert has columns in all of it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def read(self, descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+        """A tensor, from the file unless it is one of the last few. The caller may not write to it."""
+        key = entry.name, dtype
+        with self._lock:
+            if key not in self._held:
+                while len(self._held) >= _HELD_STACKS:
+                    self._held.pop(next(iter(self._held)))
+                self._held[key] = read_tensor(descriptor, entry, dtype)
+            return self._held[key]
+
+
+def _read_part(descriptor: int, part: ModuleFactors, dtype: torch.dtype, stacks: _Stacks) -> LowRank:
+    """One pair of factors as they act, B (out, r) and A (r, in); of fused experts those of one expert."""
+    if part.experts == 1:
+        return LowRank(*(read_tensor(descriptor, entry, dtype).flatten(1) for entry in (part.b, part.a)))
+    # A is grouped by expert, B by rank.
+    size = (part.a.end - part.a.begin) // part.experts
+    begin = part.a.begin + part.expert * size
+    rows = replace(part.a, shape=(part.rank, part.in_features), begin=begin, end=begin + size)
+    b = stacks.read(descriptor, part.b, dtype).view(part.out_features, part.rank, part.experts)
+    return LowRank(b[:, :, part.expert].clone(), read_tensor(descriptor, rows, dtype))
+
+
+def _stacked(parts: Sequence[LowRank], rows: Sequence[int], out_features: int) -> LowRank:
+    """Updates of some of the rows each, as one of all `out_features` rows."""
+    b = parts[0].B.new_zeros(out_features, sum(part.rank for part in parts))
+    at = 0
+    for part, row in zip(parts, rows, strict=True):
+        b[row : row + part.shape[0], at : at + part.rank] = part.B
+        at += part.rank
+    return LowRank(b, torch.cat([part.A for part in parts]))
+
+
+def open_adapter(
+    files: AdapterFiles, base: Skeleton | None = None, *, fuse: bool = False, whole: bool = False
+) -> OpenAdapter:
     """Read configuration and header of an adapter; its weights stay on disk.
+
+    Args:
+        base: what its base model is made of, where that is known: modules then go by the base's own names, and what
+            the base does not have is refused.
+        fuse: factors of the parts of an expert's matrix as those of the whole matrix; needs `base`.
+        whole: open it although modules were saved whole, so that the factors are not the whole adapter.
 
     Raises:
         ConfigError, HeaderError: a file is malformed.
-        Refused: the update is not s·B·A (DoRA, bias, saved heads, …), each reason by name.
+        Refused: the update is not s·B·A (DoRA, bias, …), its factors are not those of its configuration, or do not fit
+            the base; each reason by name.
     """
     name = files.ref.id
     with reading(files.weights):
         opened = stamp(files.weights.stat())
     config = parse_config(_bytes(files.config, name))
-    header = read_header(files.weights)
-    modules, _ = lora_modules(header)
-    reasons = [*config.refusals(), *tensor_refusals(header)]
-    if reasons:
+    located = locate_modules(config, read_header(files.weights), base)
+    saved = [] if whole else [*filter(None, [whole_reason(located.whole)])]
+    if reasons := [*config.refusals(), *located.refusals, *saved]:
         raise Refused(f"{name}: {'; '.join(reasons)}")
-    if not modules:
-        raise Refused(f"{name}: no LoRA tensors")
-    return OpenAdapter(files, config, modules, opened)
+    if located.conflict:
+        assert base is not None
+        raise Refused(
+            f"{name} does not fit {base.architecture}: {located.conflict}",
+            hint="use the adapter with the base model it was trained on",
+        )
+    if fuse and base is not None:
+        located = fused(located, base)
+    return OpenAdapter(files, config, located.modules, opened, located.whole, located.notes)
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

@@ -32,6 +32,7 @@ from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, folder_of, load
 
 if TYPE_CHECKING:
+    from lora_cli.adapters.skeleton import Skeleton
     from lora_cli.catalogue import Catalogue
 
 app = typer.Typer(cls=Group, help="Adapters that are known of: find them, list them, fetch and check them.")
@@ -119,7 +120,7 @@ def sync(
             base=settings.base or "",
             aliases=aliases,
             dropped=no_alias or (),
-            base_shapes=_shapes_of(settings.base),
+            skeleton=_skeleton_of(settings.base),
             limit=limit,
             since=created,
             force=force,
@@ -376,13 +377,13 @@ def verify(
         for done, row in enumerate(rows_known):
             progress("verifying adapters", done, len(texts))
             asked = settings.base or row.base
-            shapes = _shapes_of(asked)
+            skeleton = _skeleton_of(asked)
             verdict = step(
                 row,
                 hub=hub,
                 base=settings.base or "",
                 aliases=aliases,
-                base_shapes=shapes() if shapes else None,
+                skeleton=skeleton() if skeleton else None,
                 deep=deep,
             )
             covered = None if verdict.coverage is None else f"{verdict.coverage:.0%}"
@@ -419,21 +420,17 @@ def _assumed(settings: Settings) -> str:
     return f"{base} · from {settings.pool} ({settings.origin('pool')})"
 
 
-def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] | None] | None:
-    """How to find the base's module shapes; None where its configuration is not on this machine."""
-    from lora_cli.hub import cached_file
+def _skeleton_of(base: str | None) -> Callable[[], "Skeleton | None"] | None:
+    """How to find what the base is made of; None where its configuration is not on this machine."""
+    from lora_cli.steps.bases import config_here
 
-    if not base:
-        return None
-    folder = folder_of(base)
-    here = folder is not None and (folder / "config.json").is_file()
-    if not here and (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None or cached_file(base, "config.json") is None):
+    if not base or (folder := config_here(base)) is None:
         return None
 
-    def look() -> Mapping[str, tuple[int, int]] | None:
-        from lora_cli.base_model import module_shapes
+    def look() -> "Skeleton | None":
+        from lora_cli.steps.bases import skeleton_at
 
-        return module_shapes(base)
+        return skeleton_at(folder)
 
     return look
 
@@ -499,7 +496,7 @@ def _as_row(adapter: Adapter) -> dict[str, Any]:
         "targets": _targets(adapter.target_modules),
         "model": adapter.base.replace("\\", "/").rstrip("/").rpartition("/")[2],
         "size": _size(adapter.bytes) if adapter.bytes else None,
-        "state": f"{adapter.status}: {adapter.reason}" if adapter.reason else adapter.status,
+        "state": ": ".join(filter(None, (adapter.status, adapter.reason or adapter.notes))),
     }
 
 

@@ -75,7 +75,7 @@ def train(
     key = runs.key_of("train", asked, inputs)
     folder = out or settings.runs / f"train-{key[:8]}"
     if dry_run:
-        screen.document("lora.train.plan/1", {"out": str(folder), **asked})
+        screen.document("lora.train.plan/1", {"out": str(folder), **asked, "matrices": _chosen(ref.place, shape)})
         return
     done = runs.claim(folder, key, force=force)
     if not done:
@@ -83,15 +83,16 @@ def train(
     with screen.progress() as progress, runs.recorded(settings.db, "train", asked, inputs, folder) as run:
         if done:
             run.take(folder)
-            told = f"train: {near(folder)} is up to date"
+            told = [f"train: {near(folder)} is up to date"]
         else:
             run.device = ref.device
             result = step.train_and_write(
                 ref.load(), task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
             )
-            told = outcome(result, rank)
+            told = [outcome(result, rank), *([f"  {result.adapted}"] if result.adapted else [])]
     show_output(screen, "lora.train/1", folder, run.record())
-    screen.say(told)
+    for line in told:
+        screen.say(line)
 
 
 def outcome(result: Any, rank: int) -> str:
@@ -101,6 +102,16 @@ def outcome(result: Any, rank: int) -> str:
         f"train: validation loss {learnt.loss_before:.3f} → {learnt.loss_after:.3f} · rank {rank} · "
         f"{result.parameters:,} parameters · best at step {learnt.best_step} of {learnt.curve[-1].step}"
     )
+
+
+def _chosen(base: str, shape: dict[str, Any]) -> str | None:
+    """Which matrices of the base are adapted and which not, where that does not go without saying."""
+    from lora_cli.models.new_adapter import choose
+    from lora_cli.steps.bases import config_here, skeleton_at
+
+    folder = config_here(base)
+    skeleton = skeleton_at(folder) if folder is not None else None
+    return choose(skeleton, shape["target_modules"], shape["dropout"]).said or None if skeleton is not None else None
 
 
 def _modules(text: str) -> str | list[str]:

@@ -1,18 +1,23 @@
 """From what the user named to adapters that are here, readable and of one base model."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from lora_cli.adapters.checks import public_base, same_base
+from lora_cli.adapters.config import parse_config
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
-from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
+from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
+from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.fetch import bring
 from lora_cli.steps.lookup import look_up, names_of, usable
 
@@ -24,12 +29,13 @@ class Gathered:
     """Adapters ready to be read.
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
-    its weights.
+    its weights; `skeleton` is what the base's class is made of, None where that is not known.
     """
 
     adapters: tuple[OpenAdapter, ...]
     base: str
     inputs: Mapping[str, str]
+    skeleton: Skeleton | None = None
 
 
 def default_names(catalogue: Catalogue, base: str | None, name: str | None = None) -> tuple[list[str], str]:
@@ -87,21 +93,26 @@ def gather(
     found = [_find(catalogue, name, look) for name in names]
     base = base or _judged_for([row for _, row in found if row is not None])
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
-    opened, inputs = [], {}
-    for ref, row in found:
-        files = locate(ref)
-        if files is None:
-            hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
-            raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
-        # Opened first: what changes after it was hashed is then noticed when it is read.
-        opened.append(_open(files))
-        inputs[ref.pinned] = _sha256(files, row)
+    here = [_files(ref) for ref, _ in found]
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
-    ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
-    _check_bases(ordered, base, known)
-    public = public_base(base or "", known, [adapter.base for adapter in ordered])
-    return Gathered(adapters=tuple(opened), base=public, inputs=inputs)
+    declared = sorted(map(_declared, here), key=lambda one: one.ref.pinned)
+    _check_bases(declared, base, known)
+    skeleton = skeleton_of(base or declared[0].base, announce) if base or declared[0].base else None
+    opened, inputs = [], {}
+    for files, (ref, row) in zip(here, found, strict=True):
+        # Opened first: what changes after it was hashed is then noticed when it is read.
+        opened.append(_open(files, skeleton))
+        inputs[ref.pinned] = _sha256(files, row)
+    if skeleton is not None and needs_fusing(opened, skeleton):
+        opened = [_open(files, skeleton, fuse=True) for files in here]
+    if skeleton is None:
+        _demand_common_names(opened)
+    for adapter in opened:
+        for note in adapter.notes:
+            announce(f"{adapter.ref.id}: {note}")
+    public = public_base(base or "", known, [one.base for one in declared])
+    return Gathered(adapters=tuple(opened), base=public, inputs=inputs, skeleton=skeleton)
 
 
 def gather_update(
@@ -142,10 +153,74 @@ def to_fetch(
     return [row for ref, row in found if row is not None and locate(ref) is None]
 
 
-def _open(files: AdapterFiles) -> OpenAdapter:
+class _Declared(NamedTuple):
+    """An adapter and the base model that its configuration declares."""
+
+    ref: AdapterRef
+    base: str
+
+
+def _files(ref: AdapterRef) -> AdapterFiles:
+    files = locate(ref)
+    if files is None:
+        hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
+        raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
+    return files
+
+
+def _declared(files: AdapterFiles) -> _Declared:
+    try:
+        return _Declared(files.ref, parse_config(read_config(files.config.parent) or b"").base)
+    except ConfigError as error:
+        raise ConfigError(f"{files.ref.id}: {error.message}", hint=error.hint) from error
+
+
+def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
+    """Whether the parts of experts' matrices have to be taken together.
+
+    They have where another adapter has factors of whole matrices, or where PEFT does not apply factors of the parts.
+    """
+    parts, whole = set[str](), False
+    for adapter in adapters:
+        for name, factors in adapter.modules.items():
+            matrix = skeleton.get(name)
+            if matrix is not None and matrix.expert is not None:
+                whole |= factors.parts[0].experts > 1
+                if factors.parts[0].experts == 1:
+                    parts.add(name.rpartition(".")[2])
+    return bool(parts) and (whole or not parts <= skeleton.retargeted)
+
+
+def _demand_common_names(adapters: Sequence[OpenAdapter]) -> None:
+    """Refused where two adapters adapt modules of the same last names that are never the same modules.
+
+    Which of them are the same only the base's own class can say.
+    """
+    first = adapters[0]
+    for adapter in adapters[1:]:
+        one, other = _kinds_of_names(first), _kinds_of_names(adapter)
+        shared = one.keys() & other.keys()
+        if shared and all(one[last].isdisjoint(other[last]) for last in shared):
+            last = min(shared)
+            raise Refused(
+                f"{first.ref.id} and {adapter.ref.id} name their modules differently: "
+                f"{min(one[last])} and {min(other[last])}",
+                hint="give --base, a folder or a Hub id, so that they can be held against its class",
+            )
+
+
+def _kinds_of_names(adapter: OpenAdapter) -> dict[str, set[str]]:
+    """Last name → the names that end with it, whatever the numbers of their layers."""
+    found: dict[str, set[str]] = {}
+    for name in adapter.modules:
+        found.setdefault(name.rpartition(".")[2], set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:])
+    return found
+
+
+def _open(files: AdapterFiles, skeleton: Skeleton | None, *, fuse: bool = False) -> OpenAdapter:
     """`open_adapter`, with the adapter's name in what it says of malformed files."""
     try:
-        return open_adapter(files)
+        return open_adapter(files, skeleton, fuse=fuse)
     except (ConfigError, HeaderError) as error:
         raise type(error)(f"{files.ref.id}: {error.message}", hint=error.hint) from error
 
@@ -186,7 +261,7 @@ def _judged_for(rows: Sequence[Adapter]) -> str | None:
     return bases.pop() or None if len(bases) == 1 else None
 
 
-def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
+def _check_bases(adapters: Sequence[_Declared | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
     first = adapters[0]
     asked = base if base is not None else first.base
     for adapter in adapters:

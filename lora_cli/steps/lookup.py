@@ -57,7 +57,7 @@ def look_up(
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter)
         announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
         return row
-    ask = Ask(base, names, lambda: None, with_shapes=False)
+    ask = Ask(base, names, lambda: None, with_skeleton=False)
     found = _on_hub(catalogue, text, ask, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id]).get(id)
@@ -83,7 +83,7 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
         return catalogue.named(text)
     except NothingMatched as error:
         unknown = error
-    ask = Ask("", (), lambda: None, with_shapes=False)
+    ask = Ask("", (), lambda: None, with_skeleton=False)
     return _older(catalogue, text) or _on_hub(catalogue, text, ask, unknown, progress).stub
 
 

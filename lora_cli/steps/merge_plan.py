@@ -258,12 +258,20 @@ def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
 
 
 def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
-    """Refused where adapters disagree about the shape of a module or about its orientation."""
+    """Refused where adapters disagree about the kind or the shape of a module, or about its orientation."""
     for module in modules:
         shapes: dict[tuple[int, int], str] = {}
+        kinds: dict[str, str] = {}
         for adapter in adapters:
             if factors := adapter.modules.get(module):
                 shapes.setdefault((factors.out_features, factors.in_features), adapter.ref.id)
+                kinds.setdefault(factors.form, adapter.ref.id)
+        if len(kinds) > 1:
+            (form, first), (another, second) = list(kinds.items())[:2]
+            raise Refused(
+                f"{module} has factors of {form} in {first} but of {another} in {second}",
+                hint="these adapters belong to different base models",
+            )
         if len(shapes) > 1:
             (one, first), (other, second) = list(shapes.items())[:2]
             raise Refused(

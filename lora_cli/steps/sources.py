@@ -11,17 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, Facts, examine, scan_weights, weight_status
+from lora_cli.adapters.checks import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Facts,
+    examine,
+    only_saved_whole,
+    scan_weights,
+    weight_status,
+)
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.hub import Gated, Hub, Listed, MissingFile, login_mark
 from lora_cli.records import Adapter, Progress
 from lora_cli.settings import folder_of
-
-Shapes = Mapping[str, tuple[int, int]]
 
 _PROBE_BYTES = 4096
 _LARGEST_GUESS = 65_536
@@ -36,17 +43,17 @@ _FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)
 
 @dataclass(frozen=True)
 class Ask:
-    """What adapters are judged by: the base asked for ("" for any), names that mean it, and its module shapes."""
+    """What adapters are judged by: the base asked for ("" for any), names that mean it, and what it is made of."""
 
     base: str
     aliases: tuple[str, ...]
-    shapes: Callable[[], Shapes | None]
-    with_shapes: bool
+    skeleton: Callable[[], Skeleton | None]
+    with_skeleton: bool
 
     @property
     def digest(self) -> str:
         """Equal for equal questions: a row with another one was judged by other rules."""
-        text = "\0".join([self.base, str(self.with_shapes), *sorted(set(self.aliases))])
+        text = "\0".join([self.base, str(self.with_skeleton), *sorted(set(self.aliases))])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
@@ -57,7 +64,7 @@ class Ask:
             file_names=names,
             base_name=self.base,
             base_aliases=self.aliases,
-            base_shapes=self.shapes() if isinstance(header, Header) else None,
+            skeleton=self.skeleton() if isinstance(header, Header) else None,
         )
 
 
@@ -283,9 +290,10 @@ class FolderSource(Source):
             adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
             if row.status == "ok":
                 return adapter
-        if adapter.status != "ok" or config is None or not isinstance(header, Header):
+        sound = adapter.status == "ok" or only_saved_whole(adapter.reason)
+        if not sound or config is None or not isinstance(header, Header):
             return adapter
-        return weighed(adapter, folder / WEIGHTS_NAME, header, config)
+        return weighed(adapter, folder / WEIGHTS_NAME, header, config, self._ask.skeleton())
 
 
 def probe_header(hub: Hub, adapter: Adapter, file: str, guess: int) -> tuple[Header | HeaderError, int]:
@@ -301,14 +309,17 @@ def probe_header(hub: Hub, adapter: Adapter, file: str, guess: int) -> tuple[Hea
         return error, needed
 
 
-def weighed(adapter: Adapter, weights: Path, header: Header, config: bytes) -> Adapter:
+def weighed(
+    adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
+) -> Adapter:
     """`adapter` with what only its weights tell: SHA-256, norm, and whether they are sound."""
     try:
-        facts = scan_weights(weights, header, parse_config(config))
+        facts = scan_weights(weights, header, parse_config(config), skeleton)
     except (Refused, ConfigError, HeaderError) as error:
         return replace(adapter, status="unusable", reason=error.message)
+    adapter = replace(adapter, sha256=facts.sha256, norm=facts.norm)
     status, reason = weight_status(facts)
-    return replace(adapter, sha256=facts.sha256, norm=facts.norm, status=status, reason=reason)
+    return adapter if status == "ok" else replace(adapter, status=status, reason=reason)
 
 
 def _refuse(stub: Adapter, reason: str, row: Adapter | None) -> Adapter:

@@ -15,12 +15,13 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
 from lora_cli.hub import BudgetSpent, Hub
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.steps.lookup import names_of
-from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Shapes, Source
+from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Source
 
 Action = Literal["new", "changed", "unchanged", "gone"]
 
@@ -66,7 +67,7 @@ def sync(
     base: str = "",
     aliases: Sequence[str] = (),
     dropped: Sequence[str] = (),
-    base_shapes: Callable[[], Shapes | None] | Shapes | None = None,
+    skeleton: Callable[[], Skeleton | None] | None = None,
     limit: int | None = None,
     since: str = "",
     force: bool = False,
@@ -81,7 +82,7 @@ def sync(
         aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of each of
             them are listed too. All of them are remembered.
         dropped: names that were such an alias and are no longer; what declared one of them cannot be used any more.
-        base_shapes: (out, in) of each module of the base, or a function that finds them when they are first needed.
+        skeleton: finds what the base is made of, when that is first needed; None where it cannot be known.
         limit: look at so many adapters at most.
         since: on a Hub, leave out what was created before this ISO time.
         force: read again what has not changed.
@@ -93,7 +94,7 @@ def sync(
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     aliases = tuple(name for name in names_of(catalogue, base, aliases) if name not in dropped)
-    ask = Ask(base, aliases, _once(base_shapes), base_shapes is not None)
+    ask = Ask(base, aliases, _once(skeleton), skeleton is not None)
     reading: Source
     if isinstance(source, Hub):
         if not base:
@@ -237,14 +238,14 @@ class _Work:
         self.catalogue.add([adapter], {id: found.hub_id})
 
 
-def _once(shapes: Callable[[], Shapes | None] | Shapes | None) -> Callable[[], Shapes | None]:
-    """The shapes, found when they are first asked for."""
-    if shapes is None or isinstance(shapes, Mapping):
-        return lambda: shapes
-    found = cache(shapes)
+def _once(skeleton: Callable[[], Skeleton | None] | None) -> Callable[[], Skeleton | None]:
+    """The skeleton, found when it is first asked for."""
+    if skeleton is None:
+        return lambda: None
+    found = cache(skeleton)
     lock = Lock()
 
-    def look() -> Shapes | None:
+    def look() -> Skeleton | None:
         with lock:  # a cache alone lets every thread that comes early do the work
             return found()
 

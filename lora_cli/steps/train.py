@@ -9,7 +9,8 @@ from typing import Any
 
 from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.store import sha256_of
-from lora_cli.base_model import SEVEN_LINEAR, BaseModel
+from lora_cli.adapters.targets import ALL_LINEAR
+from lora_cli.base_model import BaseModel
 from lora_cli.errors import UsageError
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Example, Progress, silent
@@ -23,9 +24,13 @@ TARGET_RECIPE = Recipe(steps=400, lr=3e-4)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a LoRA was trained; its files are in the folder that `train` was given."""
+    """How a LoRA was trained; its files are in the folder that `train` was given.
+
+    `adapted` says which matrices of the base it adapts and which not, "" where that goes without saying.
+    """
 
     learnt: Learnt
+    adapted: str
     parameters: int
     n_train: int
     n_validation: int
@@ -39,7 +44,7 @@ def train(
     rank: int = 64,
     alpha: float = 16.0,
     dropout: float = 0.1,
-    target_modules: str | Sequence[str] = SEVEN_LINEAR,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
     recipe: Recipe = TARGET_RECIPE,
     fraction: float = 0.2,
     progress: Progress = silent,
@@ -49,7 +54,7 @@ def train(
     `folder` is an empty folder (`outputs.whole_folder` gives one); the two PEFT files go into it.
 
     Args:
-        target_modules: names of modules, or "all-linear": every linear module but the output head.
+        target_modules: names of modules, or "all-linear"; see `models.new_adapter.choose`.
 
     Raises:
         UsageError: settings out of range. Refused: modules that this base lacks, or a loss that is not finite.
@@ -74,6 +79,7 @@ def train(
         adapter.save(folder)
     return TrainResult(
         learnt=learnt,
+        adapted=adapter.chosen.said,
         parameters=sum(parameter.numel() for parameter in parameters),
         n_train=len(training),
         n_validation=len(validation),
@@ -85,7 +91,7 @@ def asked(
     rank: int,
     alpha: float,
     dropout: float,
-    target_modules: str | Sequence[str] = SEVEN_LINEAR,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
     recipe: Recipe,
     data: str,
 ) -> dict[str, Any]:

@@ -1,19 +1,21 @@
 """Look at one adapter as if it had never been seen, and say what of it fits the base model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
-from lora_cli.adapters.config import MAX_CONFIG_BYTES
-from lora_cli.adapters.header import Header, lora_modules, read_header, reading
+from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.adapters.header import Header, read_header, reading
+from lora_cli.adapters.modules import locate_modules
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import locate, read_config
-from lora_cli.errors import HeaderError, NothingMatched, Refused
+from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.hub import Hub, MissingFile
 from lora_cli.records import Adapter
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import download
-from lora_cli.steps.sources import Shapes, probe_header, weighed
+from lora_cli.steps.sources import probe_header, weighed
 
 _PROBE_BYTES = 16_384
 
@@ -22,8 +24,8 @@ _PROBE_BYTES = 16_384
 class Verdict:
     """What a close look at one adapter gave.
 
-    `coverage` is the share of its modules that the base has in the same shape, None where the base's shapes are not
-    known. `deep` is True if the weights themselves were read, as they are where the catalogue knows a fault.
+    `coverage` is the share of its modules that the base has in the same shape, None where it is not known what the base
+    is made of. `deep` is True if the weights themselves were read, as they are where the catalogue knows a fault.
     """
 
     adapter: Adapter
@@ -37,7 +39,7 @@ def verify(
     hub: Hub | None = None,
     base: str = "",
     aliases: Sequence[str] = (),
-    base_shapes: Shapes | None = None,
+    skeleton: Skeleton | None = None,
     deep: bool = False,
 ) -> Verdict:
     """Read configuration and header anew and judge them, with `deep` the weights too.
@@ -46,20 +48,21 @@ def verify(
         adapter: a row of the catalogue, or one made for a folder.
         hub: where to read what is not on this machine; None to look only at what is.
         base: the base model asked for, "" for any.
+        skeleton: what that is made of, where it is known.
 
     Raises the errors of the Hub, and Refused where its files are not here and there is no Hub to ask.
     """
     config, weights, header, names = _files(adapter, hub, fetch=deep)
-    facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, base_shapes=base_shapes)
+    facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, skeleton=skeleton)
     found = replace(adapter, **facts)
     read = False
     # Configuration and header of an adapter with bad weights look sound.
     deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
-        found, read = weighed(found, weights, header, config), True
+        found, read = weighed(found, weights, header, config, skeleton), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
             found = replace(found, status="unusable", reason="its weights are not those that the catalogue knows")
-    return Verdict(adapter=found, coverage=_coverage(header, base_shapes), deep=read)
+    return Verdict(adapter=found, coverage=_coverage(config, header, skeleton), deep=read)
 
 
 def _files(
@@ -98,12 +101,10 @@ def _header(weights: Path) -> Header | HeaderError:
         return error
 
 
-def _coverage(header: Header | HeaderError | None, shapes: Mapping[str, tuple[int, int]] | None) -> float | None:
-    if shapes is None or not isinstance(header, Header):
+def _coverage(config: bytes | None, header: Header | HeaderError | None, skeleton: Skeleton | None) -> float | None:
+    if skeleton is None or config is None or not isinstance(header, Header):
         return None
     try:
-        modules = lora_modules(header)[0]
-    except HeaderError:
+        return locate_modules(parse_config(config), header, skeleton).coverage
+    except (ConfigError, HeaderError):
         return None
-    fits = sum(shapes.get(name) == (found.out_features, found.in_features) for name, found in modules.items())
-    return fits / len(modules) if modules else 0.0

@@ -11,10 +11,11 @@ import torch
 from lora_cli import runs
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import folder_ref, locate
-from lora_cli.base_model import BaseModel, BaseRef, module_shapes, pin
+from lora_cli.base_model import BaseModel, BaseRef, pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import Refused
 from lora_cli.mixture import Shape
+from lora_cli.models.skeleton import skeleton
 from lora_cli.records import Progress, Score, silent
 from lora_cli.steps import fit as fitting
 from lora_cli.steps import merge as merging
@@ -73,7 +74,7 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
             world.pool,
             base=str(world.base),
             aliases=[world.base_name],
-            base_shapes=lambda: module_shapes(str(world.base)),
+            skeleton=lambda: skeleton(world.base),
             progress=progress,
         )
         ref = pin(str(world.base), name=world.base_name, device="cpu", dtype="fp32")

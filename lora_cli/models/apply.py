@@ -1,0 +1,107 @@
+"""How updates act in a model that runs, without touching its weights.
+
+An update of a linear layer or an embedding is added to the layer's output. Every other one (a convolution, a router,
+fused experts) is added to the weight for the time of its module's own forward pass.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.skeleton import Matrix
+
+Term = Callable[[Tensor, Tensor], Tensor]
+"""Called as term(input, output) of a module, (…, in) and (…, out); returns what the module's output becomes."""
+
+Change = Callable[[], Tensor]
+"""Gives what is added to a parameter, in its shape."""
+
+Factors = Callable[[], tuple[Tensor, Tensor]]
+"""Gives B (out, r) and A (r, in) of one matrix."""
+
+
+@contextmanager
+def applied(
+    model: nn.Module,
+    terms: Mapping[str, Term],
+    changes: Mapping[str, Change],
+    *,
+    before: Callable[[], None] | None = None,
+) -> Iterator[None]:
+    """While the block runs, each named module's output goes through its term and each named parameter is changed.
+
+    `before` runs ahead of each pass of the model.
+    """
+    with ExitStack() as stack:
+        for name, term in terms.items():
+            stack.callback(model.get_submodule(name).register_forward_hook(_through(term)).remove)
+        for name, change in changes.items():
+            owner, _, last = name.rpartition(".")
+            for hook in _swap(model.get_submodule(owner), last, change):
+                stack.callback(hook.remove)
+        if before is not None:
+            stack.callback(model.register_forward_pre_hook(lambda module, arguments: before()).remove)
+        yield
+
+
+def _through(term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    return lambda module, inputs, output: term(inputs[0], output)
+
+
+def _swap(module: nn.Module, last: str, change: Change) -> list[Any]:
+    """Hooks that put another tensor in a parameter's place while the module runs."""
+    own = module._parameters[last]
+    assert own is not None
+
+    def begin(module: nn.Module, arguments: Any) -> None:
+        module._parameters[last] = own + change()  # type: ignore[assignment]
+
+    def end(module: nn.Module, arguments: Any, output: Any) -> None:
+        module._parameters[last] = own
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+
+
+def fixed(update: LowRank) -> Factors:
+    """The factors of an update that stays as it is."""
+    return lambda: (update.B, update.A)
+
+
+def as_term(module: nn.Module, matrix: Matrix, factors: Factors) -> Term:
+    """What an update of a linear layer or of an embedding makes of that layer's output."""
+    if matrix.kind == "embedding":
+        size = getattr(module, "embed_scale", 1.0)
+
+        def look_up(x: Tensor, y: Tensor) -> Tensor:
+            b, a = factors()
+            return y + nn.functional.embedding(x, a.T) @ b.T * size
+
+        return look_up
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        b, a = factors()
+        hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, r)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), hidden, b.T).view(y.shape)
+
+    return add
+
+
+def as_change(parameter: Tensor, matrices: Mapping[str, Matrix], factors: Mapping[str, Factors]) -> Change:
+    """What updates of some matrices of one parameter add to it."""
+
+    def total() -> Tensor:
+        delta = parameter.new_zeros(parameter.shape)
+        for name, matrix in matrices.items():
+            b, a = factors[name]()
+            update = a.T @ b.T if matrix.transposed else b @ a
+            if matrix.expert is None:
+                delta = delta + update.view(parameter.shape)
+            else:
+                delta[matrix.expert, matrix.row : matrix.row + len(update)] += update
+        return delta
+
+    return total

@@ -1,0 +1,121 @@
+"""A fresh PEFT LoRA on a base model: which matrices it adapts, its parameters, and how it is saved."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lora_cli.adapters.skeleton import WEIGHT, Skeleton
+from lora_cli.adapters.targets import ALL_LINEAR
+from lora_cli.errors import Refused
+from lora_cli.models.skeleton import quiet
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What a new LoRA adapts: modules by name, and parameters that PEFT adapts without a layer of their own.
+
+    `said` names them and what is left out, by their last names; "" where that goes without saying.
+    """
+
+    modules: str | list[str]
+    parameters: list[str]
+    said: str = ""
+
+
+def choose(base: Skeleton, targets: str | Sequence[str], dropout: float) -> Chosen:
+    """The matrices that `targets` mean, names of modules or "all-linear" (every linear layer but the output head).
+
+    Fused experts are no layers, and PEFT has no dropout on them: "all-linear" adapts them where there is no dropout.
+    So it is with layers whose names PEFT takes for those of experts. Routers are left alone.
+    """
+    if targets != ALL_LINEAR or not base.stacks:
+        return Chosen(targets if isinstance(targets, str) else sorted(targets), [])
+    layers = [name for name, matrix in base.matrices.items() if matrix.kind == "linear" and name != base.head]
+    taken = [name for name in layers if name.rpartition(".")[2] in base.retargeted]
+    modules, experts = sorted(set(layers) - set(taken)), [*base.stacks, *taken]
+    bare = [name for name, matrix in base.matrices.items() if matrix.kind == "parameter"]
+    routers = [name for name in bare if base.matrices[name].parameter == name + WEIGHT]
+    if dropout:
+        left = f"{_last_names(experts)} (PEFT has no dropout on fused experts: --dropout 0 adapts them)"
+        return Chosen(modules, [], f"adapted: {_last_names(modules)}; not adapted: {left}, {_last_names(routers)}")
+    parameters = sorted([*base.stacks, *(name + WEIGHT for name in taken)])
+    said = f"adapted: {_last_names([*modules, *experts])}; not adapted: {_last_names(routers)}"
+    return Chosen(modules, parameters, said)
+
+
+def _last_names(names: Iterable[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+
+
+@contextmanager
+def adapted(
+    model: Any, chosen: Chosen, base: str, *, rank: int, alpha: float, dropout: float
+) -> Iterator["NewAdapter"]:
+    """While the block runs, `model` carries a fresh trainable LoRA; afterwards it is as before.
+
+    Raises:
+        Refused: no module of the base bears one of the names, or PEFT cannot adapt one of them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    with quiet():
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_dropout=dropout,
+            target_modules=chosen.modules,
+            target_parameters=chosen.parameters or None,
+            task_type="CAUSAL_LM",
+        )
+        try:
+            wrapped: Any = get_peft_model(model, config)
+        except ValueError as error:
+            hint = "name modules of this base with --target-modules"
+            if "lora_dropout" in str(error):
+                hint = "fused experts take no dropout: give --dropout 0, or leave them out of --target-modules"
+            raise Refused(f"{base}: {error}", hint=hint) from error
+    try:
+        yield NewAdapter(wrapped, base, chosen)
+    finally:
+        with quiet():
+            wrapped.unload()
+        model.eval().requires_grad_(False)
+
+
+class NewAdapter:
+    """A LoRA in training; see `adapted`."""
+
+    def __init__(self, wrapped: Any, base: str, chosen: Chosen) -> None:
+        self._wrapped = wrapped
+        self._base = base
+        self.chosen = chosen
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The trainable factors, in a fixed order."""
+        return [parameter for _, parameter in self._wrapped.named_parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def dropout(self) -> Iterator[None]:
+        """While the block runs, dropout is on."""
+        self._wrapped.train()
+        try:
+            yield
+        finally:
+            self._wrapped.eval()
+
+    def save(self, folder: Path) -> None:
+        """Write adapter_config.json and adapter_model.safetensors as PEFT does; the card is left to the caller."""
+        config = self._wrapped.peft_config["default"]
+        config.base_model_name_or_path = self._base
+        # Sets: their order would differ between two runs.
+        config.target_modules = sorted(config.target_modules)
+        config.target_parameters = sorted(config.target_parameters) if config.target_parameters else None
+        with quiet():
+            # Without False PEFT asks the Hub whether the base's vocabulary was changed.
+            self._wrapped.save_pretrained(folder, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)

@@ -1,0 +1,100 @@
+"""What the base model is made of, wherever its configuration can be had: a folder, a cache, or one small request."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import platformdirs
+
+from lora_cli.errors import AccessDenied, LoraError, NothingMatched
+from lora_cli.hub import Hub, cached_file
+from lora_cli.settings import folder_of
+
+if TYPE_CHECKING:
+    from lora_cli.adapters.skeleton import Skeleton
+
+_CONFIG: Final = "config.json"
+_ABSENT: Final = "absent"
+_BELIEVED = 86_400.0
+_MAX_CONFIG_BYTES = 4_000_000
+_PATIENCE = 5.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+
+
+def config_here(base: str) -> Path | None:
+    """The folder that holds a base model's configuration on this machine; None where there is none."""
+    folder = folder_of(base)
+    if folder is not None:
+        return folder if (folder / _CONFIG).is_file() else None
+    if not _HUB_ID.fullmatch(base) and not re.fullmatch(r"[\w.-]+", base):
+        return None
+    file = cached_file(base, _CONFIG)
+    own = _own_copy(base)
+    return file.parent if file is not None else own if (own / _CONFIG).is_file() else None
+
+
+def skeleton_of(base: str, announce: Callable[[str], None]) -> "Skeleton | None":
+    """What a base model's own class is made of; None where that cannot be known, which is announced.
+
+    The configuration of a Hub id that is not on this machine is asked for by one request, and kept.
+    """
+    folder = config_here(base) or _fetched(base)
+    found = None if folder is None else skeleton_at(folder)
+    if found is None:
+        why = "its config.json is not here" if folder is None else "transformers has no class for it"
+        announce(f"module names are not checked against {base}: {why}")
+    return found
+
+
+def skeleton_at(folder: Path) -> "Skeleton | None":
+    """What the model in `folder` is made of; None where transformers has no class for its configuration."""
+    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+        if isinstance(json.loads((folder / _CONFIG).read_bytes()).get("model_type"), str):
+            from lora_cli.models.skeleton import skeleton
+
+            return skeleton(folder)
+    return None
+
+
+def _fetched(base: str) -> Path | None:
+    """The folder of a copy of our own, asked for now; an answer that there is none is believed for a day."""
+    folder = _own_copy(base)
+    if not _HUB_ID.fullmatch(base) or _age(folder / _ABSENT) < _BELIEVED:
+        return None
+    try:
+        data = Hub(silence=_PATIENCE, tries=1).read_newest(base, _CONFIG, _MAX_CONFIG_BYTES)
+        if len(data) > _MAX_CONFIG_BYTES or not isinstance(json.loads(data), dict):
+            return None
+        _keep(folder, _CONFIG, data)
+    except (NothingMatched, AccessDenied):
+        with contextlib.suppress(OSError):
+            _keep(folder, _ABSENT, b"")
+        return None
+    except (LoraError, OSError, ValueError, RecursionError):
+        return None
+    return folder
+
+
+def _keep(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.{os.getpid()}"
+    partial.write_bytes(data)
+    partial.replace(folder / name)
+
+
+def _age(file: Path) -> float:
+    """Seconds since a file was written, infinite where there is none."""
+    try:
+        return time.time() - file.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def _own_copy(base: str) -> Path:
+    return Path(platformdirs.user_cache_dir("lora", appauthor=False)) / "configs" / base.replace("/", "--")
