@@ -17,10 +17,11 @@ from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 
 # What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
-_INNER = ".base_layer"
+INNER = ".base_layer"
+"""What PEFT's layers call what they are wrapped around."""
 _TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
-# The order in which transformers registers the parameters of fused experts.
-_EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+"""The parameters of fused experts in the order in which transformers registers them."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class _Locating:
 
     def _known(self, name: str) -> bool:
         assert self._base is not None
-        return self._base.get(name) is not None or name.replace(_INNER, "") in self._base.below
+        return self._base.get(name) is not None or name.replace(INNER, "") in self._base.below
 
     def _repaired(self, places: Sequence[str]) -> dict[str, str]:
         """Names for the others by the first rule that gives all of them one; none where no rule does."""
@@ -180,9 +181,9 @@ class _Locating:
     def _keep(self, pairs: Mapping[str, Pair], names: Mapping[str, str]) -> None:
         outside = []
         for place, name in names.items():
-            container = name.replace(_INNER, "")
+            container = name.replace(INNER, "")
             if self._is_stack(container, name, pairs[place]):
-                self._keep_stack(pairs[place], container, (len(name) - len(container)) // len(_INNER))
+                self._keep_stack(pairs[place], container, (len(name) - len(container)) // len(INNER))
             elif not self._meant(name, place):
                 outside.append(place)
             else:
@@ -228,7 +229,7 @@ class _Locating:
         if self._base is not None:
             owned = self._base.below[container]
             return [(name, stack) for last, stack in owned.items() if targets.parameter(name := f"{container}.{last}")]
-        names = [f"{container}.{last}" for last in _EXPERT_PARAMETERS]
+        names = [f"{container}.{last}" for last in EXPERT_PARAMETERS]
         return [(name, None) for name in names if targets.parameter(name)]
 
     def _keep_matrix(self, pair: Pair, name: str) -> None:
@@ -312,7 +313,7 @@ def _unwrapped(place: str) -> tuple[str, bool]:
 def _cleaned(place: str) -> str:
     """A name without wrappers, nor a layer of another adapter below it, where the base is not known."""
     name, _ = _unwrapped(place)
-    return name if f".experts{_INNER}" in name else name.replace(_INNER, "")
+    return name if f".experts{INNER}" in name else name.replace(INNER, "")
 
 
 Rule = Callable[[Sequence[str]], list[str]]
@@ -333,7 +334,7 @@ def _rules(base: Skeleton) -> Iterator[Rule]:
         lambda name: f"{base.decoder}.{name}",
         lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name),
     ]
-    for cut in ("", _INNER):
+    for cut in ("", INNER):
         for reading in (list[str], renamed):
             for place in places:
                 yield partial(_read_by, cut, reading, place)
