@@ -184,6 +184,8 @@ def merge(
             if set(own_weights) == {None} and (weights or step.METHODS.get(method).weights) == "average":
                 numbers = [1 / len(chosen)] * len(chosen)
             inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
+        for ids in step.identical(chosen, inputs):
+            screen.say(f"{_and(ids)} are byte-identical")
         samples = _samples(settings, options["method"], data or [], chosen)
         plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, inputs=samples, **options)
         asked = plan.settings | (samples.settings if samples is not None else {})
@@ -300,6 +302,11 @@ def _to_serve(plan: Any, folder: Path, results: Mapping[str, Any], base: str | N
     if unsure := not_surely_served(plan.modules):
         lines.append(f"  whether vLLM adapts {', '.join(unsure)} depends on the model: not checked")
     return lines
+
+
+def _and(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any]) -> Any:

@@ -24,10 +24,10 @@ from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
+from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, identical, plan
 from lora_cli.steps.serving import pad_for_vllm
 
-__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
+__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ def _write_dense(
     """Merge and write every module's whole update, under the name of the weight that it belongs to."""
     reports, total = [], 0.0
     names = [weight_of(module) for module in plan.modules]
-    says = metadata(fan_in_fan_out=plan.adapters[0].fan_in_fan_out)
+    says = metadata(fan_in_fan_out=plan.fan_in_fan_out)
     with TensorStream(folder / DENSE_FILE, names, _dtype(plan), says) as stream:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, Tensor)
@@ -208,12 +208,12 @@ def _dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    first = plan.adapters[0].config
     tasks = {adapter.config.task_type for adapter in plan.adapters}
     return {
         "base_model_name_or_path": plan.base,
-        "fan_in_fan_out": first.fan_in_fan_out,
-        "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "fan_in_fan_out": plan.fan_in_fan_out,
+        # PEFT knows null for no task, and no "".
+        "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
         "target_modules": target_modules(plan.modules, whole=_covers_whole_base(plan)),
     }
 

@@ -54,6 +54,11 @@ class MergePlan:
     inputs: Inputs | None = None
 
     @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base stores its weights (in, out). PEFT saves true where it found that; false is its default."""
+        return any(adapter.fan_in_fan_out for adapter in self.adapters)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What decides the result besides the adapters themselves."""
         return {
@@ -122,8 +127,8 @@ def plan(
     Raises:
         UsageError: an unknown method, knob, rank, scope or dtype.
         NothingMatched: no module in the scope.
-        Refused: shapes that contradict each other, an adapter given twice, or one that has no module in the scope,
-            a device that lacks float64, what the server cannot serve.
+        Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
+            scope, a device that lacks float64, what the server cannot serve.
     """
     checked = METHODS.check(method, knobs or {})
     if missing not in ("zero", "renorm"):
@@ -136,6 +141,8 @@ def plan(
         raise UsageError(f"--for is vllm, not {serve!r}")
     if dense and serve:
         raise UsageError("--dense writes no adapter that could be served")
+    if not base:
+        raise Refused("none of these adapters names its base model", hint="name it with --base")
     if METHODS.get(method).kind == "factors":
         if rank not in ("auto", "sum") or energy is not None:
             raise UsageError(f"{method} keeps every rank", hint="use --method linear to reduce the rank")
@@ -170,7 +177,8 @@ def plan(
     demand_same_shapes(ordered, modules)
     _check_rank(ordered, modules, rank)
     if serve:
-        demand_servable(transposed=ordered[0].fan_in_fan_out, rank=_asked_rank(ordered, modules, rank, energy))
+        conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
+        demand_servable(conv1d=conv1d, rank=_asked_rank(ordered, modules, rank, energy))
     if missing == "renorm" and coefficients is None and cancel(weights):
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     return MergePlan(
@@ -258,7 +266,7 @@ def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
 
 
 def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
-    """Refused where adapters disagree about the shape of a module or about its orientation."""
+    """Refused where adapters disagree about the shape of a module."""
     for module in modules:
         shapes: dict[tuple[int, int], str] = {}
         for adapter in adapters:
@@ -270,6 +278,16 @@ def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) 
                 f"{module} is {one[0]}×{one[1]} in {first} but {other[0]}×{other[1]} in {second}",
                 hint="these adapters belong to different base models",
             )
-    transposed = {adapter.fan_in_fan_out for adapter in adapters}
-    if len(transposed) > 1:
-        raise Refused("fan_in_fan_out is true in some of the adapters and false in others")
+
+
+def identical(adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]) -> list[list[str]]:
+    """The ids of adapters with the same bytes and scales, group by group.
+
+    Args:
+        inputs: `id@commit` → SHA-256 of the weights.
+    """
+    groups: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for adapter in adapters:
+        content = inputs[adapter.ref.pinned], tuple(map(adapter.scale, adapter.modules))
+        groups.setdefault(content, []).append(adapter.ref.id)
+    return [ids for ids in groups.values() if len(ids) > 1]

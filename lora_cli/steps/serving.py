@@ -31,10 +31,14 @@ def served_rank(rank: int) -> int:
     raise Refused(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this result has {rank}", hint="give a lower --rank")
 
 
-def demand_servable(*, transposed: bool, rank: int) -> None:
-    """Refused for what vLLM has no LoRA layer for, and for a rank beyond those it serves."""
-    if transposed:
-        raise Refused("vLLM takes no LoRA on Conv1D modules (fan_in_fan_out)")
+def demand_servable(*, conv1d: Sequence[str], rank: int) -> None:
+    """Refused for what vLLM has no LoRA layer for, and for a rank beyond those it serves.
+
+    Args:
+        conv1d: the adapters whose modules are Conv1D.
+    """
+    if conv1d:
+        raise Refused(f"vLLM takes no LoRA on Conv1D modules, as {conv1d[0]} has (fan_in_fan_out)")
     served_rank(rank)
 
 
