@@ -9,6 +9,7 @@ from typing import Any, Literal
 Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
+Server = Literal["vllm", "sglang"]
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""

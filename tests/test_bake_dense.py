@@ -77,6 +77,25 @@ def test_conv1d_takes_it_the_other_way_round(tmp_path: Path, named: bool) -> Non
         torch.testing.assert_close(after[name].double(), before[name].double() + delta.T, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["gpt2", "no model type"])
+def test_parents_that_differ_in_fan_in_fan_out_are_added_the_right_way_round(tmp_path: Path, named: bool) -> None:
+    base = tmp_path / "base"
+    tiny_gpt2().save_pretrained(base)
+    if not named:
+        configured(base, model_type=None)
+    flags = {"false": False, "true": True}
+    one, two = (
+        write_adapter(tmp_path / name, random_factors(GPT2, 2, seed=int(flag)), base="acme/base", fan_in_fan_out=flag)
+        for name, flag in flags.items()
+    )
+    ok("merge", str(one), str(two), "-m", "linear", "--weights", "sum", "--dense", "-o", "whole")
+    ok("bake", "whole", "--base", str(base), "-o", "out")
+    before, after, other = weights(base), weights(Path("out")), deltas(two)
+    for module, delta in deltas(one).items():
+        changed = (after[f"{module}.weight"] - before[f"{module}.weight"]).double().T
+        torch.testing.assert_close(changed, delta + other[module], rtol=1e-4, atol=1e-4)
+
+
 def _changed(folder: Path) -> None:
     file = folder / "delta.safetensors"
     save_file({name: 2 * delta for name, delta in load_file(file).items()}, file, metadata={"format": "pt"})

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 import lora_cli
 from lora_cli.world import World
+from tests import readers
 from tests.cli import lora, ok, refused
+from tests.test_merge import close
 from tests.tiny_bases import STORIES, needs_stories
 
 ROOT = Path(lora_cli.__file__).parents[1]
@@ -98,6 +100,9 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here.base), folder)
     with torch.no_grad():
         assert torch.allclose(theirs(input_ids=tokens).logits, ours, atol=1e-4)
+    written = readers.peft(Path(folder))
+    for read in readers.READERS.values():
+        close(read(Path(folder), written), written, 1e-6)
 
 
 def test_controls_are_reported_and_gain_is_claimed_only_where_it_is_measured(here: World) -> None:

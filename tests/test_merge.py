@@ -20,6 +20,7 @@ from lora_cli.runs import recorded
 from lora_cli.steps.merge import MergeReport, merge, plan
 from tests import dense_reference
 from tests.adapters_on_disk import random_factors, write_adapter
+from tests.readers import peft as deltas
 
 WILD = Path(__file__).resolve().parents[2] / "shared" / "wild" / "adapters"
 needs_wild = pytest.mark.skipif(not WILD.is_dir(), reason="../shared/wild is not here")
@@ -42,23 +43,6 @@ def merged(out: Path, folders: Sequence[Path], weights: Sequence[float], **optio
     planned = plan([opened(f) for f in folders], weights, base="acme/tiny", **options)
     with recorded(out.parent / "runs.db", "merge", planned.settings, {}, out) as run:
         return merge(planned, out, run)
-
-
-def deltas(folder: Path) -> dict[str, Tensor]:
-    """The dense float64 updates of a PEFT folder, straight from PEFT's documented rules."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = load_file(folder / "adapter_model.safetensors")
-    found = {}
-    for name, a in tensors.items():
-        if ".lora_A." not in name:
-            continue
-        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        r = config.get("rank_pattern", {}).get(module, config["r"])
-        alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
-        assert a.shape[0] == r
-        scale = alpha / r**0.5 if config.get("use_rslora") else alpha / r
-        found[module] = scale * tensors[name.replace("lora_A", "lora_B")].double() @ a.double()
-    return found
 
 
 def close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:

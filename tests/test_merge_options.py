@@ -89,7 +89,7 @@ def test_dense_writes_the_whole_update() -> None:
     found = load_file("out/delta.safetensors")
     assert not Path("out/adapter_config.json").exists()
     close({name.removesuffix(".weight"): d.double() for name, d in found.items()}, total())
-    assert "has no rank to choose" in refused(2, "merge", *TWO, "--dense", "--rank", "4")
+    assert "cannot be combined with --dense" in refused(2, "merge", *TWO, "--dense", "--rank", "4")
 
 
 def test_a_small_result_is_told() -> None:
@@ -191,19 +191,30 @@ def test_near_copies_are_left_out_by_name() -> None:
     assert len(json.loads(Path("out/run.json").read_text())["merge.lock"]["parents"]) == 2
 
 
-def test_vllm_gets_one_rank_that_it_accepts() -> None:
+def test_vllm_is_served_at_a_rank_that_it_accepts() -> None:
     ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "-o", "plain")
     told = ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "--for", "vllm", "-o", "served").err
     line = f"vllm serve acme/tiny --enable-lora --max-lora-rank 8 --lora-modules served={Path.cwd()}/served"
     assert line in told
-    assert "filled up to 8" in told
-    assert "not checked" not in told
+    assert "rank 3, filled up with zeros from 2" in told
+    assert "checked by the rules of vLLM 0.33.0, not on a server" in told
+    assert "depends on the model" not in told
     again = ok("merge", *TWO, "-m", "linear", "--energy", "0.8", "--for", "vllm", "-o", "served").err
     assert "up to date" in again
     assert line in again
-    config = json.loads(Path("served/adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (8, 8, {}, {})
-    assert {t.shape[0] for n, t in load_file("served/adapter_model.safetensors").items() if "lora_A" in n} == {8}
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert Path("served", file).read_bytes() == Path("plain", file).read_bytes()
+
+
+def test_sglang_is_served_with_the_line_that_its_server_reads() -> None:
+    ok("merge", *TWO, "-o", "plain")
+    told = ok("merge", *TWO, "--for", "sglang", "-o", "served").err
+    line = (
+        f"python -m sglang.launch_server --model-path acme/tiny --enable-lora --lora-paths served={Path.cwd()}/served"
+    )
+    assert line in told
+    assert "3 modules hold zeros: SGLang 0.5.23 fuses them with the others" in told
+    assert not set(norms("plain")) - set(norms("served"))
     close(deltas(Path("served")), deltas(Path("plain")), 1e-7)
 
 
@@ -228,24 +239,28 @@ def test_a_base_that_nobody_here_has_is_left_open() -> None:
 
 def test_what_vllm_does_not_take_is_refused_before_the_work_and_what_it_may_not_take_is_told() -> None:
     write_adapter(Path("head"), random_factors({"lm_head": (90, 16)}, 2, seed=3))
-    assert "whether vLLM adapts lm_head depends on the model" in ok("merge", "head", "--for", "vllm", "-o", "h").err
+    for server, title in (("vllm", "vLLM 0.33.0"), ("sglang", "SGLang 0.5.23")):
+        told = ok("merge", "head", "--for", server, "-o", server).err
+        assert f"whether {title} adapts lm_head depends on the model" in told
     write_adapter(Path("turned"), random_factors(SHAPES, 3, seed=4), fan_in_fan_out=True)
     wide = {"model.layers.0.mlp.up_proj": (700, 600)}
     write_adapter(Path("wide"), random_factors(wide, 520, seed=3))
     for plan in ([], ["--dry-run"]):
-        assert "no LoRA on Conv1D" in refused(5, "merge", "turned", "--for", "vllm", *plan)
+        for server in ("vllm", "sglang"):
+            told = refused(5, "merge", "turned", "--for", server, *plan)
+            assert "takes no LoRA on Conv1D modules" in told
+            assert "/turned has (fan_in_fan_out)" in told
         assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "sum", *plan)
         assert "ranks up to 512" in refused(5, "merge", "wide", "--for", "vllm", "--rank", "520", *plan)
     assert "1 module · rank 512 · " in ok("merge", "wide", "--for", "vllm", "-o", "w").err
     assert json.loads(Path("w/adapter_config.json").read_text())["r"] == 512
-    assert "--for is vllm" in refused(2, "merge", *TWO, "--for", "tgi")
     assert not Path("lora-runs").exists() or not list(Path("lora-runs").iterdir())
 
 
 @pytest.fixture
 def lock() -> Path:
     """run.json of a merge by a method with randomness."""
-    ok("merge", "one=0.3", "two=0.9", "-m", "dare", "--seed", "5", "--rank", "3", "-o", "first")
+    ok("merge", "one=0.3", "two=0.9", "-m", "dare", "--seed", "5", "--energy", "0.8", "-o", "first")
     return Path("first/run.json")
 
 

@@ -1,9 +1,10 @@
 """From one LowRank per module to a PEFT folder. Modules are written as they come: memory holds one at a time."""
 
 import json
+import re
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.adapters.header import read_header
 from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import DTYPES
+from lora_cli.adapters.reader import DTYPES, read_tensor
 from lora_cli.errors import Refused
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PREFIX = "base_model.model."
+_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
 class TensorStream:
@@ -84,6 +87,8 @@ class TensorStream:
 class AdapterWriter:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder; a context manager.
 
+    Alpha equals the rank everywhere: the factors hold the whole scale.
+
     Args:
         folder: where the two files go.
         modules: every module that will be added, in any order.
@@ -93,10 +98,12 @@ class AdapterWriter:
     def __init__(self, folder: Path, modules: Sequence[str], dtype: torch.dtype) -> None:
         self.folder = folder
         self.ranks: dict[str, int] = {}
+        """The rank that each module was added with."""
         self.empty = True
         """Whether no module was written that changes anything."""
-        names = [name for module in modules for name in _tensor_names(module)]
-        self._stream = TensorStream(folder / WEIGHTS_NAME, names, dtype)
+        self._dtype = dtype
+        self._names = [name for module in modules for name in _tensor_names(module)]
+        self._stream = TensorStream(folder / WEIGHTS_NAME, self._names, dtype)
 
     def add(self, module: str, update: LowRank) -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
@@ -118,31 +125,73 @@ class AdapterWriter:
     def __exit__(self, *error: object) -> None:
         self._stream.__exit__(*error)
 
-    def finish(self, config: Mapping[str, Any]) -> None:
-        """Write the header, and `config` completed with ranks and alphas."""
+    def finish(self, config: Mapping[str, Any], *, compact: bool = False) -> None:
+        """Write the header, and `config` completed with rank and alpha.
+
+        Every module gets the largest rank, filled up with zeros: the only form that means the same to every program
+        that loads adapters. `compact` leaves each module at its own rank, in `rank_pattern` and `alpha_pattern`.
+        """
         self._stream.finish()
-        text = json.dumps({**_defaults(), **self._patterns(), **config}, indent=2, sort_keys=True)
+        if not compact:
+            self._fill_up()
+        ranks = _ranks_apart(self.ranks) if compact else _one_rank(max(self.ranks.values()))
+        text = json.dumps({**_defaults(), **ranks, **config}, indent=2, sort_keys=True)
         (self.folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
-    def _patterns(self) -> dict[str, Any]:
-        """Ranks per module as PEFT reads them. Alpha equals the rank everywhere: the factors hold the whole scale."""
-        rank = Counter(self.ranks.values()).most_common(1)[0][0]
-        others = {module: r for module, r in sorted(self.ranks.items()) if r != rank}
-        return {
-            "r": rank,
-            "lora_alpha": rank,
-            "rank_pattern": others,
-            "alpha_pattern": others,
-        }
+    def _fill_up(self) -> None:
+        """Rewrite the weights with the largest rank in every module, one tensor at a time."""
+        rank = max(self.ranks.values())
+        if min(self.ranks.values()) == rank:
+            return
+        weights, own_ranks = self.folder / WEIGHTS_NAME, self.folder / "own-ranks.safetensors"
+        weights.rename(own_ranks)
+        with own_ranks.open("rb", buffering=0) as file, TensorStream(weights, self._names, self._dtype) as stream:
+            for name, entry in read_header(own_ranks).tensors.items():
+                tensor = read_tensor(file.fileno(), entry, self._dtype)
+                stream.add(name, _filled_up(tensor, rank, dim=0 if name.endswith(_SUFFIX_A) else 1))
+            stream.finish()
+        own_ranks.unlink()
 
 
-def target_modules(modules: Sequence[str], *, whole: bool) -> list[str]:
-    """How a PEFT configuration names `modules`: by their last parts where those mean the same in the whole base."""
-    return sorted({module.rpartition(".")[2] for module in modules}) if whole else sorted(modules)
+def _filled_up(factor: Tensor, rank: int, *, dim: int) -> Tensor:
+    """`factor` with zeros behind its ranks, which are its dimension `dim`, up to `rank` of them."""
+    shape = list(factor.shape)
+    shape[dim] = rank - shape[dim]
+    return torch.cat([factor, factor.new_zeros(shape)], dim)
+
+
+def _one_rank(rank: int) -> dict[str, Any]:
+    return {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+
+
+def _ranks_apart(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The commonest rank as r, the others as patterns."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    others = {_pattern_key(module): rank for module, rank in sorted(ranks.items()) if rank != common}
+    return _one_rank(common) | {"rank_pattern": others, "alpha_pattern": others}
+
+
+def _pattern_key(module: str) -> str:
+    """A key of `rank_pattern` that PEFT matches with this module alone, whatever the order of the keys.
+
+    PEFT takes the first key for which `(.*\\.)?(key)$` matches a module's name, and sorts the keys when it saves: a key
+    must neither be the ending of another name nor hold a dot that stands for any character.
+    """
+    return "^" + re.sub(r"([^\w-])", r"\\\1", module)
+
+
+def target_modules(modules: Collection[str], meant: Collection[str] | None) -> list[str]:
+    """How a PEFT configuration names `modules`: by their last parts where PEFT finds the same modules by these.
+
+    Args:
+        meant: every module of the base whose last part is that of one of `modules`; None where that is not known.
+    """
+    same = meant is not None and set(meant) == set(modules)
+    return sorted({module.rpartition(".")[2] for module in modules} if same else modules)
 
 
 def _tensor_names(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}.lora_A.weight", f"{_PREFIX}{module}.lora_B.weight"
+    return f"{_PREFIX}{module}{_SUFFIX_A}", f"{_PREFIX}{module}{_SUFFIX_B}"
 
 
 def _defaults() -> dict[str, Any]:

@@ -26,6 +26,7 @@ from lora_cli.commands.options import (
 )
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import Knob, MethodFolder
+from lora_cli.records import Server
 from lora_cli.screen import Screen, near, percent
 from lora_cli.settings import folder_of, load
 
@@ -99,9 +100,14 @@ def merge(
     dense: Annotated[
         bool, typer.Option("--dense", help="Write whole updates (delta.safetensors) in place of a LoRA.")
     ] = False,
+    compact: Annotated[
+        bool,
+        typer.Option("--compact", help="Leave each module at its own rank: smaller, but not every server reads it."),
+    ] = False,
     serve: Annotated[
-        str, typer.Option("--for", help="vllm: one rank for all modules, of a size that vLLM accepts.")
-    ] = "",
+        Server | None,
+        typer.Option("--for", help="Keep the rules of a server, and print the line that serves the result."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option("--dtype", help="Precision on disk: auto (as the parents), fp32, bf16, fp16.")
     ] = "auto",
@@ -145,6 +151,7 @@ def merge(
         "norm_match": norm_match,
         "missing": missing,
         "dense": dense,
+        "compact": compact,
         "serve": serve,
         "dtype": dtype,
     }
@@ -184,6 +191,8 @@ def merge(
             if set(own_weights) == {None} and (weights or step.METHODS.get(method).weights) == "average":
                 numbers = [1 / len(chosen)] * len(chosen)
             inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
+        for ids in step.identical(chosen, inputs):
+            screen.say(f"{_and(ids)} are byte-identical")
         samples = _samples(settings, options["method"], data or [], chosen)
         plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, inputs=samples, **options)
         asked = plan.settings | (samples.settings if samples is not None else {})
@@ -195,7 +204,7 @@ def merge(
         key = runs.key_of("merge", asked, inputs)
         folder = out or settings.runs / f"merge-{plan.method}-{key[:8]}"
         if dry_run:
-            screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.modules), **asked})
+            screen.document("lora.merge.plan/1", {"out": str(folder), "modules": len(plan.written), **asked})
             return
         done = runs.claim(folder, key, force=force)
         with runs.recorded(settings.db, "merge", asked, inputs, folder) as run, TemporaryDirectory() as spool:
@@ -205,16 +214,13 @@ def merge(
                 run.take(folder)
                 if lock is not None:
                     locking.demand_same_outputs(lock, run.outputs)
-                told = [f"merge: {near(folder)} is up to date", *_to_serve(plan, folder, run.results, settings.base)]
+                told = [f"merge: {near(folder)} is up to date"]
             else:
                 if samples is not None:
                     samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
-                told = [
-                    outcome(plan, report),
-                    *_notes(plan, report),
-                    *_to_serve(plan, folder, run.results, settings.base),
-                ]
+                told = [outcome(plan, report), *_notes(plan, report)]
+            told += [*_of_readers(plan, run.results), *_to_serve(plan, folder, run.results, settings.base)]
     show_output(screen, "lora.merge/1", folder, run.record())
     for line in told:
         screen.say(line)
@@ -259,12 +265,10 @@ def download_plan(missing: Sequence[Any]) -> dict[str, Any]:
 
 def outcome(plan: Any, report: Any) -> str:
     """The one line that says what a merge did."""
-    low, high = report.ranks
-    rank = f"rank {high}" if low == high else f"rank {low} to {high}"
-    if report.served_rank is not None and report.served_rank > low:
-        rank += f", filled up to {report.served_rank}"
+    from lora_cli.steps.merge import rank_in_words
+
     n, modules = len(plan.adapters), len(report.modules)
-    kept = "dense" if plan.dense else f"{rank} · {percent(report.energy)} of the energy kept"
+    kept = "dense" if plan.dense else f"{rank_in_words(plan, report)} · {percent(report.energy)} of the energy kept"
     return (
         f"{plan.method}: {n} adapter{'s'[: n != 1]} → {modules} module{'s'[: modules != 1]} · {kept} · "
         f"norm {report.norm / report.mean_norm:.2f} of the adapters' mean · "
@@ -288,18 +292,48 @@ def _notes(plan: Any, report: Any) -> list[str]:
     return notes
 
 
+def _of_readers(plan: Any, results: Mapping[str, Any]) -> list[str]:
+    """The programs that read the result otherwise than PEFT does, and why."""
+    from lora_cli.steps.serving import READ_ONE_RANK, fused_parts_missing, sglang_loads
+
+    if plan.dense:
+        return []
+    told = []
+    if plan.compact and len({module["rank"] for module in results["modules"].values()}) > 1:
+        told.append(f"  ranks differ: {_and(READ_ONE_RANK)} read this result wrongly or not at all")
+    if kinds := plan.kinds_in_some_layers:
+        told.append(
+            f"  only some layers have {_and(kinds)}: LoRAX drops these, lmdeploy reads stray memory in the others"
+        )
+    missing, loads = fused_parts_missing(plan.written), sglang_loads(plan.written)
+    if missing and (plan.scope or not loads):
+        names = sorted({module.rpartition(".")[2] for module in missing})
+        alone = "" if loads else ", and cannot load them alone"
+        told.append(f"  SGLang fuses these modules with {_and(names)}{alone}: --for sglang puts zeros there")
+    return told
+
+
 def _to_serve(plan: Any, folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:
     """How to serve the result where that was asked for, and what the server may not take."""
-    from lora_cli.steps.serving import not_surely_served, serve_line
+    from lora_cli.steps.serving import TITLES, not_surely_served, serve_line
 
-    if not plan.serve:
+    if plan.serve is None:
         return []
     # What adapters declare may be a folder of a machine that nobody here has.
     model = base or (plan.base if "/" in plan.base else "BASE-MODEL")
-    lines = [f"  {serve_line(model, folder, results['served_rank'])}"]
-    if unsure := not_surely_served(plan.modules):
-        lines.append(f"  whether vLLM adapts {', '.join(unsure)} depends on the model: not checked")
+    lines = [f"  {serve_line(plan.serve, model, folder, results['rank'])}"]
+    title = TITLES[plan.serve]
+    if plan.zeros:
+        lines.append(f"  {len(plan.zeros)} modules hold zeros: {title} fuses them with the others")
+    if unsure := not_surely_served(plan.written):
+        lines.append(f"  whether {title} adapts {', '.join(unsure)} depends on the model: not checked")
+    lines.append(f"  checked by the rules of {title}, not on a server")
     return lines
+
+
+def _and(words: Sequence[str]) -> str:
+    """Words as a list in a sentence."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any]) -> Any:

@@ -24,15 +24,17 @@ from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, plan
-from lora_cli.steps.serving import pad_for_vllm
+from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, identical, modules_meant, plan
 
-__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "merge", "plan"]
+__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
-    """What became of one module: its rank, the norm of the merged update and the share of its energy that was kept."""
+    """What became of one module: its own rank, the norm of the merged update and the share of its energy that was kept.
+
+    In the files its rank is that of the whole result, unless this is compact.
+    """
 
     module: str
     rank: int
@@ -45,8 +47,7 @@ class MergeReport:
     """What a merge did.
 
     `energy` is the kept share of the squared Frobenius norm over all modules; `mean_norm` the weighted mean of the
-    adapters' own norms, beside which `norm`, that of the result, shows whether the merge left much of them;
-    `served_rank` the rank to which all modules were filled up with zeros for a server, where one was asked for.
+    adapters' own norms, beside which `norm`, that of the result, shows whether the merge left much of them.
     """
 
     folder: Path
@@ -54,14 +55,13 @@ class MergeReport:
     energy: float
     norm: float
     mean_norm: float
-    served_rank: int | None
     sha256: str
     seconds: float
     peak_bytes: int
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Lowest and highest rank of the result."""
+        """Lowest and highest rank of a module; the highest is that of the whole result, unless this is compact."""
         ranks = [module.rank for module in self.modules]
         return min(ranks), max(ranks)
 
@@ -82,7 +82,7 @@ def merge(
 
     Raises:
         Refused: an adapter holds NaN or Inf, an adapter or the result changes nothing at all, or the result does not
-            fit its precision or the server, or is not what the lock says.
+            fit its precision, or is not what the lock says.
         OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
@@ -92,7 +92,6 @@ def merge(
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
         weights = DENSE_FILE if plan.dense else WEIGHTS_NAME
-        served_rank = pad_for_vllm(partial) if plan.serve else None
         sha256 = sha256_of(partial / weights)
         report = MergeReport(
             folder=folder,
@@ -100,7 +99,6 @@ def merge(
             energy=_share(kept, total),
             norm=math.sqrt(kept),
             mean_norm=_mean_norm(plan, effect),
-            served_rank=served_rank,
             sha256=sha256,
             seconds=time.monotonic() - started,
             peak_bytes=peak_bytes(),
@@ -108,6 +106,7 @@ def merge(
         run.outputs[weights] = sha256
         if not plan.dense:
             run.outputs[CONFIG_NAME] = sha256_of(partial / CONFIG_NAME)
+            run.results["rank"] = report.ranks[1]
         if lock is not None:
             demand_same_outputs(lock, run.outputs)
         run.results.update(
@@ -116,8 +115,6 @@ def merge(
             mean_norm=report.mean_norm,
             modules={m.module: {"rank": m.rank, "norm": m.norm, "energy": m.energy} for m in reports},
         )
-        if served_rank is not None:
-            run.results["served_rank"] = served_rank
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
         (partial / "README.md").write_text(_card(plan, report), encoding="utf-8")
     return report
@@ -128,7 +125,7 @@ def _write_factors(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
     reports, kept, total = [], 0.0, 0.0
-    with AdapterWriter(folder, plan.modules, _dtype(plan)) as writer:
+    with AdapterWriter(folder, plan.written, _dtype(plan)) as writer:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, LowRank)
             writer.add(module, merged.update)
@@ -138,7 +135,9 @@ def _write_factors(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
         _demand_effect(plan, effect, writer.empty)
-        writer.finish(_config(plan))
+        for module, (out_features, in_features) in plan.zeros.items():
+            writer.add(module, LowRank(torch.zeros(out_features, 0), torch.zeros(0, in_features)))
+        writer.finish(_config(plan), compact=plan.compact)
     return reports, kept, total
 
 
@@ -148,7 +147,7 @@ def _write_dense(
     """Merge and write every module's whole update, under the name of the weight that it belongs to."""
     reports, total = [], 0.0
     names = [weight_of(module) for module in plan.modules]
-    says = metadata(fan_in_fan_out=plan.adapters[0].fan_in_fan_out)
+    says = metadata(fan_in_fan_out=plan.fan_in_fan_out)
     with TensorStream(folder / DENSE_FILE, names, _dtype(plan), says) as stream:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, Tensor)
@@ -208,49 +207,34 @@ def _dtype(plan: MergePlan) -> torch.dtype:
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    first = plan.adapters[0].config
     tasks = {adapter.config.task_type for adapter in plan.adapters}
     return {
         "base_model_name_or_path": plan.base,
-        "fan_in_fan_out": first.fan_in_fan_out,
-        "task_type": tasks.pop() if len(tasks) == 1 else None,
-        "target_modules": target_modules(plan.modules, whole=_covers_whole_base(plan)),
+        "fan_in_fan_out": plan.fan_in_fan_out,
+        # PEFT knows null for no task, and no "".
+        "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
+        "target_modules": target_modules(plan.written, modules_meant(plan.written, plan.adapters)),
     }
 
 
-def _covers_whole_base(plan: MergePlan) -> bool:
-    """True when every adapter touches all modules of the base that its plain target names can mean.
-
-    Then the union's names mean in PEFT exactly the union's modules; a restriction to some layers would be lost.
-    """
-    if plan.scope:
-        return False
-    by_name: dict[str, set[str]] = {}
-    for module in plan.modules:
-        by_name.setdefault(module.rpartition(".")[2], set()).add(module)
-    for adapter in plan.adapters:
-        config = adapter.config
-        if isinstance(config.target_modules, str) or config.layers_to_transform or config.exclude_modules:
-            return False
-        for name in {module.rpartition(".")[2] for module in adapter.modules}:
-            if name not in config.target_modules or not by_name[name] <= adapter.modules.keys():
-                return False
-    return True
+def rank_in_words(plan: MergePlan, report: MergeReport) -> str:
+    """The rank of the files, and what was filled up to it."""
+    low, high = report.ranks
+    if low == high:
+        return f"rank {high}"
+    return f"rank {low} to {high}" if plan.compact else f"rank {high}, filled up with zeros from {low}"
 
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
     base = _code(plan.base)
     front: dict[str, Any] = {"base_model": plan.base, "tags": ["merge"]}
-    low, high = report.ranks
     if plan.dense:
         title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
     else:
         front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"]}
-        title, made = "Merged LoRA", f"rank {low if low == high else f'{low} to {high}'}"
-        made += f", {percent(report.energy)} of the energy of the merged update kept"
-        if report.served_rank is not None:
-            made += f", filled up with zeros to rank {report.served_rank}"
+        title = "Merged LoRA"
+        made = f"{rank_in_words(plan, report)}, {percent(report.energy)} of the energy of the merged update kept"
     lines = [
         "---",
         *(f"{key}: {json.dumps(value)}" for key, value in front.items()),

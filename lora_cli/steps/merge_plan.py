@@ -2,8 +2,8 @@
 
 import fnmatch
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,8 +14,15 @@ from lora_cli.adapters.lowrank import RankChoice
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
-from lora_cli.records import Coefficients
-from lora_cli.steps.serving import VLLM_RANKS, demand_servable
+from lora_cli.records import Coefficients, Server
+from lora_cli.steps.serving import (
+    TITLES,
+    VLLM_RANKS,
+    Shape,
+    demand_servable,
+    kinds_in_some_layers,
+    zeros_for_sglang,
+)
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -31,7 +38,8 @@ class MergePlan:
     """A merge that passed every check which needs no weights.
 
     `adapters` and `weights` are in canonical order, whatever order they were given in. `coefficients`, when there are
-    any, replace the weights: per adapter, or per rank of each adapter, module by module.
+    any, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros` are the shapes
+    (out, in) of modules that the result holds as zeros, because the server cannot load the others without them.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -47,11 +55,30 @@ class MergePlan:
     norm_match: bool = False
     missing: str = "zero"
     dense: bool = False
-    serve: str = ""
+    compact: bool = False
+    serve: Server | None = None
     dtype: str = "auto"
     device: str = "cpu"
     coefficients: Coefficients | None = None
     inputs: Inputs | None = None
+    zeros: Mapping[str, Shape] = field(default_factory=dict)
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Every module of the result."""
+        return (*self.modules, *self.zeros)
+
+    @property
+    def kinds_in_some_layers(self) -> list[str]:
+        """The last parts of the modules that the result lacks in some layers of the base, as far as that is known."""
+        if modules_meant(self.written, self.adapters) == set(self.written):
+            return []
+        return kinds_in_some_layers(self.written, all_modules(self.adapters))
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the base stores its weights (in, out). PEFT saves true where it found that; false is its default."""
+        return any(adapter.fan_in_fan_out for adapter in self.adapters)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,6 +95,7 @@ class MergePlan:
             "norm_match": self.norm_match,
             "missing": self.missing,
             "dense": self.dense,
+            "compact": self.compact,
             "for": self.serve,
             "dtype": self.dtype,
             "device": self.device,
@@ -77,7 +105,7 @@ class MergePlan:
     def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
         """How the rank of a module's result is chosen where its adapters have `ranks`."""
         choice = rank_choice(self.rank, self.energy, ranks)
-        if not self.serve or choice.exact:
+        if self.serve != "vllm" or choice.exact:
             return choice
         most = VLLM_RANKS[-1]
         return replace(choice, ceiling=min(choice.ceiling or most, most))
@@ -97,7 +125,8 @@ def plan(
     norm_match: bool = False,
     missing: str = "zero",
     dense: bool = False,
-    serve: str = "",
+    compact: bool = False,
+    serve: Server | None = None,
     dtype: str = "auto",
     device: str = "cpu",
     coefficients: Coefficients | None = None,
@@ -115,27 +144,25 @@ def plan(
         missing: "zero" counts an adapter as a zero update in modules it lacks; "renorm" spreads its weight over the
             others there.
         dense: write whole updates, not factors.
-        serve: "vllm" gives every module one rank that vLLM accepts; "" is for PEFT.
+        compact: leave every module of the result at its own rank; else all get the largest, filled up with zeros.
+        serve: the server whose rules the result has to keep.
         device: where the arithmetic is done, as torch names it.
         inputs: where a method that needs inputs finds them.
 
     Raises:
         UsageError: an unknown method, knob, rank, scope or dtype.
         NothingMatched: no module in the scope.
-        Refused: shapes that contradict each other, an adapter given twice, or one that has no module in the scope,
-            a device that lacks float64, what the server cannot serve.
+        Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
+            scope, a device that lacks float64, what the server cannot serve.
     """
     checked = METHODS.check(method, knobs or {})
     if missing not in ("zero", "renorm"):
         raise UsageError(f"--missing is zero or renorm, not {missing!r}")
     if dtype != "auto" and dtype not in DTYPES:
         raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-    if dense and (rank != "auto" or energy is not None):
-        raise UsageError("--dense writes the whole update: it has no rank to choose")
-    if serve not in ("", "vllm"):
-        raise UsageError(f"--for is vllm, not {serve!r}")
-    if dense and serve:
-        raise UsageError("--dense writes no adapter that could be served")
+    _demand_one_form(rank, energy, dense=dense, compact=compact, serve=serve)
+    if not base:
+        raise Refused("none of these adapters names its base model", hint="name it with --base")
     if METHODS.get(method).kind == "factors":
         if rank not in ("auto", "sum") or energy is not None:
             raise UsageError(f"{method} keeps every rank", hint="use --method linear to reduce the rank")
@@ -169,8 +196,9 @@ def plan(
         raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
     demand_same_shapes(ordered, modules)
     _check_rank(ordered, modules, rank)
-    if serve:
-        demand_servable(transposed=ordered[0].fan_in_fan_out, rank=_asked_rank(ordered, modules, rank, energy))
+    if serve is not None:
+        conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
+        demand_servable(serve, conv1d=conv1d, rank=_asked_rank(ordered, modules, rank, energy))
     if missing == "renorm" and coefficients is None and cancel(weights):
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     return MergePlan(
@@ -187,12 +215,28 @@ def plan(
         norm_match=norm_match,
         missing=missing,
         dense=dense,
+        compact=compact,
         serve=serve,
         dtype=dtype,
         device=device,
         coefficients=coefficients,
         inputs=inputs,
+        zeros=zeros_for_sglang(modules, _shapes(ordered)) if serve == "sglang" else {},
     )
+
+
+def _demand_one_form(rank: str, energy: float | None, *, dense: bool, compact: bool, serve: Server | None) -> None:
+    """UsageError for options that ask for two forms of result, or for a server that nobody knows."""
+    if serve is not None and serve not in TITLES:
+        raise UsageError(f"unknown server {serve!r} for --for: {' or '.join(TITLES)}")
+    if dense and (rank != "auto" or energy is not None):
+        raise UsageError("--rank and --energy cannot be combined with --dense, which keeps the full update")
+    if dense and compact:
+        raise UsageError("--compact cannot be combined with --dense, which writes no factors")
+    if dense and serve:
+        raise UsageError("--for cannot be combined with --dense, which writes no adapter")
+    if compact and serve == "sglang":
+        raise UsageError("--compact cannot be combined with --for sglang, which reads one rank for all modules")
 
 
 def cancel(weights: Sequence[float]) -> bool:
@@ -257,8 +301,50 @@ def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
     return max(sum(a.modules[module].rank for a in adapters if module in a.modules) for module in modules)
 
 
+def _shapes(adapters: Sequence[OpenAdapter]) -> dict[str, Shape]:
+    """(out, in) of every module of `adapters`."""
+    return {module: adapter.shape(module) for adapter in adapters for module in adapter.modules}
+
+
+def modules_meant(
+    modules: Collection[str], adapters: Sequence[OpenAdapter], base: Collection[str] | None = None
+) -> set[str] | None:
+    """Every module of the base whose last part is that of one of `modules`; None where that is not known.
+
+    An adapter whose configuration names its targets by their last parts, and no layers, has all modules of these names.
+
+    Args:
+        base: all modules of the base, where they are known.
+    """
+    names = {_last(module) for module in modules}
+    known = {module for adapter in adapters for module in adapter.modules} if base is None else base
+    meant = {module for module in known if _last(module) in names}
+    if base is not None or all(_all_there(name, meant, adapters) for name in names):
+        return meant
+    return None
+
+
+def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:
+    """Whether those of `meant` that end in `name` are all in the base, by the adapters that have all of this name."""
+    having_all = [adapter for adapter in adapters if name in _targets_everywhere(adapter)]
+    wanted = {module for module in meant if _last(module) == name}
+    return bool(having_all) and all(wanted <= adapter.modules.keys() for adapter in having_all)
+
+
+def _targets_everywhere(adapter: OpenAdapter) -> tuple[str, ...]:
+    """The target names of an adapter that hold in the whole base."""
+    config = adapter.config
+    if isinstance(config.target_modules, str) or config.layers_to_transform or config.exclude_modules:
+        return ()
+    return config.target_modules
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
-    """Refused where adapters disagree about the kind or the shape of a module, or about its orientation."""
+    """Refused where adapters disagree about the kind or the shape of a module."""
     for module in modules:
         shapes: dict[tuple[int, int], str] = {}
         kinds: dict[str, str] = {}
@@ -278,6 +364,16 @@ def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) 
                 f"{module} is {one[0]}×{one[1]} in {first} but {other[0]}×{other[1]} in {second}",
                 hint="these adapters belong to different base models",
             )
-    transposed = {adapter.fan_in_fan_out for adapter in adapters}
-    if len(transposed) > 1:
-        raise Refused("fan_in_fan_out is true in some of the adapters and false in others")
+
+
+def identical(adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]) -> list[list[str]]:
+    """The ids of adapters with the same bytes and scales, group by group.
+
+    Args:
+        inputs: `id@commit` → SHA-256 of the weights.
+    """
+    groups: dict[tuple[str, tuple[float, ...]], list[str]] = {}
+    for adapter in adapters:
+        content = inputs[adapter.ref.pinned], tuple(map(adapter.scale, adapter.modules))
+        groups.setdefault(content, []).append(adapter.ref.id)
+    return [ids for ids in groups.values() if len(ids) > 1]

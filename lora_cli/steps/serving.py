@@ -1,88 +1,153 @@
-"""A merged adapter as a server wants it: one rank in every module, of a size that the server allocates."""
+"""What programs that load adapters make of a merged one, and what two servers want of it beforehand.
+
+The rules are those of vLLM 0.33.0, SGLang 0.5.23, llama.cpp of November 2026 and LoRAX, TensorRT-LLM and lmdeploy 0.18;
+docs/merging.md lists them, and tests/readers.py holds each as a function.
+"""
 
 import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import open_adapter
-from lora_cli.adapters.store import AdapterFiles, folder_ref
-from lora_cli.adapters.writer import AdapterWriter
+from lora_cli.adapters.reader import natural
 from lora_cli.errors import Refused
+from lora_cli.records import Server
 
-# `max_lora_rank` of vLLM 0.14 takes these values (its configuration reference), and 1, which nobody serves.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# Linear layers of decoder models of the Llama kind, apart and as vLLM fuses them. Which others it adapts hangs on its
-# implementation of the model.
-_VLLM_MODULES = frozenset(
+TITLES: Mapping[Server, str] = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
+READ_ONE_RANK = ("llama.cpp", "SGLang", "LoRAX", "TensorRT-LLM", "lmdeploy")
+"""The programs that read neither rank_pattern nor alpha_pattern and do not apply every module at its own rank."""
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's `max_lora_rank`."""
+# Linear layers of decoder models of the Llama kind, apart and as servers fuse them.
+_LLAMA_MODULES = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 )
+# The modules that SGLang fuses into one layer, and those of them that it cannot load without another.
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Modules of one shape in every model whose modules SGLang fuses so.
+_ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
+_LAYER = re.compile(r"((?:.*?\.)?)(\d+)\.(.+)")
+
+Shape = tuple[int, int]
 
 
-def served_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` that vLLM accepts and that `rank` fits into. Refused above the largest."""
+def vllm_rank(rank: int) -> int:
+    """The smallest `max_lora_rank` of vLLM that `rank` fits into. Refused above the largest."""
     for accepted in VLLM_RANKS:
         if rank <= accepted:
             return accepted
     raise Refused(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this result has {rank}", hint="give a lower --rank")
 
 
-def demand_servable(*, transposed: bool, rank: int) -> None:
-    """Refused for what vLLM has no LoRA layer for, and for a rank beyond those it serves."""
-    if transposed:
-        raise Refused("vLLM takes no LoRA on Conv1D modules (fan_in_fan_out)")
-    served_rank(rank)
+def demand_servable(server: Server, *, conv1d: Sequence[str], rank: int) -> None:
+    """Refused for modules that the server has no LoRA layer for, and for a rank beyond those that it serves.
 
-
-def not_surely_served(modules: Sequence[str]) -> list[str]:
-    """The kinds of modules that vLLM may have no LoRA layer for."""
-    return sorted({module.rpartition(".")[2] for module in modules} - _VLLM_MODULES)
-
-
-def pad_for_vllm(folder: Path) -> int:
-    """Rewrite the adapter in `folder` so that every module has the same, accepted rank; return that rank.
-
-    vLLM reads r and lora_alpha but neither rank_pattern nor alpha_pattern. Ranks of zeros change no update.
+    Args:
+        conv1d: the adapters whose modules are Conv1D.
     """
-    files = AdapterFiles(folder_ref(folder), folder / CONFIG_NAME, folder / WEIGHTS_NAME)
-    adapter = open_adapter(files)
-    rank = served_rank(max(factors.rank for factors in adapter.modules.values()))
-    padded = folder / "padded"
-    padded.mkdir()
-    [dtype] = adapter.dtypes
-    with AdapterWriter(padded, list(adapter.modules), dtype) as writer:
-        for module in adapter.modules:
-            writer.add(module, _padded(adapter.read(module), rank))
-        writer.finish(_kept(files.config))
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        (padded / name).replace(folder / name)
-    padded.rmdir()
-    return rank
+    if conv1d:
+        raise Refused(f"{TITLES[server]} takes no LoRA on Conv1D modules, as {conv1d[0]} has (fan_in_fan_out)")
+    if server == "vllm":
+        vllm_rank(rank)
 
 
-def serve_line(base: str, folder: Path, rank: int) -> str:
+def not_surely_served(modules: Iterable[str]) -> list[str]:
+    """The kinds of modules that a server may have no LoRA layer for."""
+    return sorted({_last(module) for module in modules} - _LLAMA_MODULES)
+
+
+def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
     """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold."""
     name, path = folder.name, str(folder.absolute())
-    module = f"{name}={path}"
-    if module.count("=") > 1 or "," in module or name.startswith(("-", "{")):
-        # vLLM takes NAME=PATH apart at these signs; in JSON they are letters.
-        module = json.dumps({"name": name, "path": path})
-    return shlex.join(["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module])
+    adapter = f"{name}={path}"
+    # Both take NAME=PATH apart at an equals sign, vLLM also at commas; in JSON these are letters.
+    plain = adapter.count("=") == 1 and "," not in adapter and not name.startswith(("-", "{"))
+    if server == "sglang":
+        adapter = adapter if plain else json.dumps({"lora_name": name, "lora_path": path})
+        launch = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        return shlex.join([*launch, "--lora-paths", adapter])
+    adapter = adapter if plain else json.dumps({"name": name, "path": path})
+    launch = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
+    return shlex.join([*launch, "--lora-modules", adapter])
 
 
-def _padded(update: LowRank, rank: int) -> LowRank:
-    missing = rank - update.rank
-    pad = torch.nn.functional.pad
-    return LowRank(pad(update.B, (0, missing)), pad(update.A, (0, 0, 0, missing)))
-
-
-def _kept(config: Path) -> dict[str, object]:
-    """The configuration as it was but for the ranks, which are about to change."""
-    facts = json.loads(config.read_text(encoding="utf-8"))
-    return {
-        key: value for key, value in facts.items() if key not in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+def fused_parts_missing(modules: Collection[str]) -> list[str]:
+    """The modules that SGLang fuses with some of `modules` and that are not among these."""
+    beside = {
+        module.removesuffix(_last(module)) + part
+        for module in modules
+        for group in _FUSED
+        if _last(module) in group
+        for part in group
     }
+    return natural(beside - set(modules))
+
+
+def sglang_loads(modules: Collection[str]) -> bool:
+    """Whether every module that SGLang cannot load alone stands beside the one that it needs."""
+    have = set(modules)
+    needed = {
+        module.removesuffix(_last(module)) + _NEEDS[_last(module)] for module in modules if _last(module) in _NEEDS
+    }
+    return needed <= have
+
+
+def zeros_for_sglang(modules: Collection[str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The modules that have to be there as zeros for SGLang to load all of `modules`, with their shapes (out, in).
+
+    Args:
+        shapes: of every module that is known.
+
+    Raises:
+        Refused: the shape of one of them is not known.
+    """
+    by_kind: dict[str, set[Shape]] = {}
+    for module, shape in shapes.items():
+        by_kind.setdefault(_kind(module), set()).add(shape)
+    return {module: _shape_of(module, shapes, by_kind) for module in fused_parts_missing(modules)}
+
+
+def _shape_of(module: str, shapes: Mapping[str, Shape], by_kind: Mapping[str, Collection[Shape]]) -> Shape:
+    last = _last(module)
+    alike = module.removesuffix(last) + _ALIKE.get(last, last)
+    if (shape := shapes.get(module) or shapes.get(alike)) is not None:
+        return shape
+    elsewhere = list(by_kind.get(_kind(module), ()))
+    if len(elsewhere) != 1:
+        raise Refused(
+            f"{TITLES['sglang']} cannot load these modules without {module}, whose shape is not known",
+            hint="add an adapter that has this module, or leave out --for",
+        )
+    return elsewhere[0]
+
+
+def kinds_in_some_layers(modules: Collection[str], known: Iterable[str]) -> list[str]:
+    """The last parts of those `modules` that are missing in other layers of their stack.
+
+    Args:
+        known: all modules of the base that are known, which show how many layers there are.
+    """
+    layers: dict[str, set[str]] = {}
+    for stack, layer, _ in _layered([*known, *modules]):
+        layers.setdefault(stack, set()).add(layer)
+    of_kind: dict[tuple[str, str], set[str]] = {}
+    for stack, layer, rest in _layered(modules):
+        of_kind.setdefault((stack, rest), set()).add(layer)
+    return sorted({_last(rest) for (stack, rest), found in of_kind.items() if found != layers[stack]})
+
+
+def _layered(modules: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(stack, layer, rest) of the modules that lie in a layer: `model.layers.`, `7`, `mlp.up_proj`."""
+    found = map(_LAYER.fullmatch, modules)
+    return [(match[1], match[2], match[3]) for match in found if match is not None]
+
+
+def _kind(module: str) -> str:
+    """A module's name with a star for its layer."""
+    return _LAYER.sub(r"\1*.\3", module)
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
