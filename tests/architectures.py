@@ -3,16 +3,21 @@
 import copy
 import functools
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import transformers
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lora_cli.adapters.reader import open_adapter
 from lora_cli.adapters.skeleton import Matrix, Skeleton
+from lora_cli.adapters.store import AdapterFiles, folder_ref
 from lora_cli.models.skeleton import skeleton_of
 
 _TEXT = {
@@ -267,3 +272,56 @@ def saved_adapter(
     }
     (folder / "adapter_config.json").write_text(json.dumps(made))
     return folder
+
+
+def trained(folder: Path, kind: str, config: LoraConfig, *, seed: int = 1) -> Path:
+    """An adapter as PEFT saves it, with random factors."""
+    torch.manual_seed(seed)
+    wrapped = peft.get_peft_model(model(kind), config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "acme/base"}))
+    return folder
+
+
+def files(folder: Path) -> AdapterFiles:
+    return AdapterFiles(folder_ref(folder), folder / "adapter_config.json", folder / "adapter_model.safetensors")
+
+
+def by_peft(kind: str, folder: Path) -> dict[str, Tensor]:
+    """ΔW in float64 by parameter, as PEFT applies the adapter to the base's own class."""
+    base = model(kind)
+    before = {name: weight.double().clone() for name, weight in base.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged = PeftModel.from_pretrained(base, str(folder)).double().merge_and_unload()
+    found = {name: weight.double() - before[name] for name, weight in merged.named_parameters()}
+    return {name: delta for name, delta in found.items() if delta.abs().max() > 1e-9}
+
+
+def by_us(kind: str, folder: Path, *, fuse: bool = False) -> dict[str, Tensor]:
+    """ΔW in float64 by parameter, as the reader gives it on the base's skeleton."""
+    base = skeleton(kind)
+    adapter = open_adapter(files(folder), base, fuse=fuse)
+    found: dict[str, Tensor] = {}
+    for name in adapter.modules:
+        matrix, update = base.get(name), adapter.read(name, torch.float64).dense()
+        assert matrix is not None
+        delta = found.setdefault(matrix.parameter, torch.zeros(matrix.stored, dtype=torch.float64))
+        if matrix.transposed:
+            update = update.T
+        if matrix.expert is None:
+            delta += update.reshape(matrix.stored)
+        else:
+            delta[matrix.expert, matrix.row : matrix.row + len(update)] += update
+    return found
+
+
+def agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert (one[name] - other[name]).norm() <= 1e-6 * other[name].norm(), name

@@ -1,17 +1,15 @@
 """`lora bake` on every architecture: the result, loaded by transformers, is what PEFT makes of the same adapter."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
 
-from tests.architectures import SPECS, factors, model, saved_adapter, skeleton
+from tests.architectures import SPECS, factors, model, saved_adapter, skeleton, trained
 from tests.cli import ok, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -31,20 +29,6 @@ def merged_by_peft(base: Path, kind: str, adapter: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(loaded(base, kind), str(adapter)).merge_and_unload()
-
-
-def trained(folder: Path, kind: str, config: LoraConfig) -> Path:
-    """An adapter as PEFT saves it, with random factors."""
-    torch.manual_seed(1)
-    wrapped = peft.get_peft_model(model(kind), config)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
-    wrapped.save_pretrained(str(folder), save_embedding_layers=False)
-    settings = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "acme/base"}))
-    return folder
 
 
 def bakes_as_peft(kind: str, adapter: Path) -> None:

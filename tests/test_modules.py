@@ -1,7 +1,6 @@
 """Names in an adapter's file as the base's own: what PEFT applies under its names, the rest repaired or refused."""
 
 import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from torch import Tensor
+from peft import LoraConfig
 
 from lora_cli.adapters.config import parse_config
 from lora_cli.adapters.header import read_header
 from lora_cli.adapters.modules import Located, locate_modules
 from lora_cli.adapters.reader import open_adapter
 from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import AdapterFiles, folder_ref
 from lora_cli.errors import HeaderError, Refused
-from tests.architectures import SPECS, factors, model, saved_adapter, skeleton
+from tests.architectures import SPECS, agree, by_peft, by_us, factors, files, model, saved_adapter, skeleton
 
 # What PEFT and transformers remark about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -32,49 +29,10 @@ def located(folder: Path, base: Skeleton | None = None) -> Located:
     return locate_modules(config, read_header(folder / "adapter_model.safetensors"), base)
 
 
-def files(folder: Path) -> AdapterFiles:
-    return AdapterFiles(folder_ref(folder), folder / "adapter_config.json", folder / "adapter_model.safetensors")
-
-
 def shape_of(kind: str, name: str) -> tuple[int, int]:
     matrix = skeleton(kind).get(name)
     assert matrix is not None, name
     return matrix.shape
-
-
-def by_peft(kind: str, folder: Path) -> dict[str, Tensor]:
-    """ΔW in float64 by parameter, as PEFT applies the adapter to the base's own class."""
-    base = model(kind)
-    before = {name: weight.double().clone() for name, weight in base.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merged = PeftModel.from_pretrained(base, str(folder)).double().merge_and_unload()
-    found = {name: weight.double() - before[name] for name, weight in merged.named_parameters()}
-    return {name: delta for name, delta in found.items() if delta.abs().max() > 1e-9}
-
-
-def by_us(kind: str, folder: Path, *, fuse: bool = False) -> dict[str, Tensor]:
-    """ΔW in float64 by parameter, as the reader gives it on the base's skeleton."""
-    base = skeleton(kind)
-    adapter = open_adapter(files(folder), base, fuse=fuse)
-    found: dict[str, Tensor] = {}
-    for name in adapter.modules:
-        matrix, update = base.get(name), adapter.read(name, torch.float64).dense()
-        assert matrix is not None
-        delta = found.setdefault(matrix.parameter, torch.zeros(matrix.stored, dtype=torch.float64))
-        if matrix.transposed:
-            update = update.T
-        if matrix.expert is None:
-            delta += update.reshape(matrix.stored)
-        else:
-            delta[matrix.expert, matrix.row : matrix.row + len(update)] += update
-    return found
-
-
-def agree(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert (one[name] - other[name]).norm() <= 1e-6 * other[name].norm(), name
 
 
 # Every architecture --------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """How a PEFT folder names and arranges the factors of a result: the way back of `adapters.modules`."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -12,18 +12,20 @@ from lora_cli.adapters.skeleton import WEIGHT, Kind, Skeleton
 
 Shape = tuple[int, int]
 
+_NONE: Mapping[str, Shape] = {}
 _EXPERT = re.compile(r"(.+\.experts)\.\d+\.([^.]+)")
 
 
 class Place(NamedTuple):
     """The pair of tensors for one matrix, or for a stack of them: `modules` are then its experts, in order.
 
-    `tensor` is the pair's name up to ".lora_", `target` the module or (`by_parameter`) the parameter that the
-    configuration has to name. `kernel` is that of a convolution.
+    `shape` is (out, in) of each matrix, `kernel` that of a convolution. `tensor` is the pair's name up to ".lora_",
+    `target` the module or (`by_parameter`) the parameter that the configuration has to name.
     """
 
     tensor: str
     modules: tuple[str, ...]
+    shape: Shape
     target: str
     by_parameter: bool = False
     kind: Kind = "linear"
@@ -39,40 +41,62 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the factors of a result go.
+    """Where the factors of a result go; the places hold zeros where the result has no module.
 
-    `zeros` are modules, with their shapes (out, in), that PEFT needs beside the others: it fuses the factors of single
-    experts and wants those of all of a layer. `singles` are all modules that it fuses so: they need one rank, the one
-    that the configuration gives as r.
+    `singles` are the places of single experts' factors, which PEFT fuses: they need one rank, the one that the
+    configuration gives as r, and all of a layer have to be there.
     """
 
     places: tuple[Place, ...]
-    zeros: Mapping[str, Shape] = field(default_factory=dict)
-    singles: frozenset[str] = frozenset()
+    singles: frozenset[Place] = frozenset()
 
     @cached_property
     def of(self) -> Mapping[str, Place]:
         """The place of each module."""
         return {module: place for place in self.places for module in place.modules}
 
+    @cached_property
+    def layers(self) -> tuple[str, ...]:
+        """The modules that the configuration names, those of single experts excepted."""
+        return tuple(place.target for place in self.places if not place.by_parameter and place not in self.singles)
 
-def layout(modules: Mapping[str, AnyFactors], base: Skeleton | None, known: Mapping[str, Shape]) -> Layout:
+    def targets(self, meant: Collection[str] | None) -> dict[str, list[str]]:
+        """How the configuration names all of it: `layers` by their last parts where PEFT finds the same by these.
+
+        Args:
+            meant: every module of the base whose last part is that of one of `layers`; None where that is not known.
+        """
+        layers = {_last(name) for name in self.layers} if meant == set(self.layers) else set(self.layers)
+        parameters = sorted(place.target for place in self.places if place.by_parameter)
+        found = {"target_modules": sorted(layers | {_last(place.target) for place in self.singles})}
+        return found | ({"target_parameters": parameters} if parameters else {})
+
+
+def layout(
+    modules: Mapping[str, AnyFactors],
+    base: Skeleton | None,
+    *,
+    known: Mapping[str, Shape],
+    zeros: Mapping[str, Shape] = _NONE,
+) -> Layout:
     """The places of a result's modules.
 
     Args:
         modules: those of the result, each with the factors that a parent has there.
         base: what the base is made of, where that is known.
         known: shapes (out, in) of all modules that some parent adapts.
+        zeros: linear layers, with their shapes (out, in), that have to be there beside them.
     """
     experts = {name: found for name in modules if (found := _expert(name, base)) is not None}
-    single = all(_single(name, modules[name], base) for name in experts)
-    singles = frozenset(experts) if single else frozenset()
-    containers = {experts[name][0] for name in singles}
-    zeros = {name: shape for name, shape in _beside(containers, base, known).items() if name not in singles}
-    alone = {name: _alone(name, factors, base) for name, factors in modules.items() if name not in experts or single}
-    zero_places = [Place(PREFIX + name, (name,), name) for name in zeros]
-    stacks = {} if single else {name: modules[name] for name in experts}
-    return Layout((*alone.values(), *zero_places, *_stacked(stacks, base)), zeros, singles | zeros.keys())
+    places = [_alone(name, factors, base) for name, factors in modules.items() if name not in experts]
+    places += [_linear(name, shape) for name, shape in zeros.items()]
+    if not all(_single(name, modules[name], base) for name in experts):
+        stacked = {name: modules[name] for name in experts}
+        return Layout((*places, *_stacked(stacked, base)))
+    shapes = {name: (modules[name].out_features, modules[name].in_features) for name in experts}
+    beside = _beside({container for container, _ in experts.values()}, base, known)
+    singles = [_linear(name, shape) for name, shape in (beside | shapes).items()]
+    return Layout((*places, *singles), frozenset(singles))
 
 
 def _expert(name: str, base: Skeleton | None) -> tuple[str, str] | None:
@@ -83,13 +107,13 @@ def _expert(name: str, base: Skeleton | None) -> tuple[str, str] | None:
     matrix = base.get(name)
     if matrix is None or matrix.expert is None:
         return None
-    return matrix.parameter.rpartition(".")[0], name.rpartition(".")[2]
+    return matrix.parameter.rpartition(".")[0], _last(name)
 
 
 def _single(name: str, factors: AnyFactors, base: Skeleton | None) -> bool:
     """Whether the factors are a single expert's own, under a name by which PEFT fuses them."""
     own = isinstance(factors, ModuleFactors) and factors.experts == 1
-    return own and (base is None or name.rpartition(".")[2] in base.retargeted)
+    return own and (base is None or _last(name) in base.retargeted)
 
 
 def _beside(containers: Iterable[str], base: Skeleton | None, known: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -107,29 +131,44 @@ def _beside(containers: Iterable[str], base: Skeleton | None, known: Mapping[str
     return {name: matrix.shape for name in names if (matrix := base.get(name)) is not None}
 
 
+def _linear(name: str, shape: Shape) -> Place:
+    return Place(PREFIX + name, (name,), shape, name)
+
+
 def _alone(name: str, factors: AnyFactors, base: Skeleton | None) -> Place:
     """The place of a matrix that has a pair of tensors for itself."""
+    shape = (factors.out_features, factors.in_features)
     matrix = None if base is None else base.get(name)
-    if base is not None and matrix is not None and matrix.expert is None:
+    if base is not None and matrix is not None:
         # A target module of a retargeted name would be taken for a part of the experts.
-        retargeted = matrix.kind == "linear" and name.rpartition(".")[2] in base.retargeted
+        retargeted = matrix.kind == "linear" and _last(name) in base.retargeted
         if matrix.kind == "parameter" or retargeted:
-            return Place(PREFIX + name, (name,), matrix.parameter, by_parameter=True)
-    return Place(PREFIX + name, (name,), name, kind=factors.kind, kernel=factors.kernel)
+            return Place(PREFIX + name, (name,), shape, matrix.parameter, by_parameter=True)
+    return Place(PREFIX + name, (name,), shape, name, kind=factors.kind, kernel=factors.kernel)
 
 
 def _stacked(modules: Mapping[str, AnyFactors], base: Skeleton | None) -> list[Place]:
-    """The places of stacks; in one module PEFT nests them, the one that is registered first innermost."""
-    counts: dict[str, dict[str, int]] = {}
+    """The places of stacks: all of a module as far as they are known, since PEFT and vLLM name them by their nesting.
+
+    The one that is registered first lies innermost.
+    """
+    stacks: dict[str, dict[str, tuple[int, Shape]]] = {}
     for name, factors in modules.items():
         container, last = _expert(name, base) or ("", "")
-        count = factors.parts[0].experts if base is None else base.below[container][last].experts
-        counts.setdefault(container, {})[last] = count
+        shape = (factors.out_features, factors.in_features)
+        stacks.setdefault(container, {})[last] = (factors.parts[0].experts, shape)
     places = []
-    for container, owned in counts.items():
-        registered = EXPERT_PARAMETERS if base is None else base.below[container]
-        for depth, last in enumerate(reversed([last for last in registered if last in owned])):
-            members = tuple(f"{container}.{expert}.{last}" for expert in range(owned[last]))
+    for container, found in stacks.items():
+        if base is not None:
+            found = {last: (stack.experts, stack.shape) for last, stack in base.below[container].items()}
+        registered = EXPERT_PARAMETERS if base is None else [*found]
+        for depth, last in enumerate(reversed([last for last in registered if last in found])):
+            experts, shape = found[last]
+            members = tuple(f"{container}.{expert}.{last}" for expert in range(experts))
             tensor = PREFIX + container + INNER * depth
-            places.append(Place(tensor, members, f"{container}.{last}", by_parameter=True, kind="parameter"))
+            places.append(Place(tensor, members, shape, f"{container}.{last}", by_parameter=True, kind="parameter"))
     return places
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]

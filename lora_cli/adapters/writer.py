@@ -1,10 +1,11 @@
 """From one LowRank per module to a PEFT folder. Modules are written as they come: memory holds one at a time."""
 
 import json
+import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,13 +14,12 @@ from torch import Tensor
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.header import read_header
+from lora_cli.adapters.layout import Layout, Place
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import DTYPES, read_tensor
 from lora_cli.errors import Refused
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_PREFIX = "base_model.model."
-_SUFFIX_A, _SUFFIX_B = ".lora_A.weight", ".lora_B.weight"
 
 
 class TensorStream:
@@ -91,19 +91,20 @@ class AdapterWriter:
 
     Args:
         folder: where the two files go.
-        modules: every module that will be added, in any order.
+        layout: where every module that will be added goes; what of it is not added becomes zeros.
         dtype: precision of the factors on disk.
     """
 
-    def __init__(self, folder: Path, modules: Sequence[str], dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
         self.folder = folder
         self.ranks: dict[str, int] = {}
         """The rank that each module was added with."""
         self.empty = True
         """Whether no module was written that changes anything."""
+        self._layout = layout
         self._dtype = dtype
-        self._names = [name for module in modules for name in _tensor_names(module)]
-        self._stream = TensorStream(folder / WEIGHTS_NAME, self._names, dtype)
+        names = [name for module, place in layout.of.items() for name in _apart(module, place)]
+        self._stream = TensorStream(folder / WEIGHTS_NAME, names, dtype)
 
     def add(self, module: str, update: LowRank) -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
@@ -115,9 +116,13 @@ class AdapterWriter:
             out_features, in_features = update.shape
             update = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features))
         self.ranks[module] = update.rank
-        name_a, name_b = _tensor_names(module)
-        a, b = self._stream.add(name_a, update.A), self._stream.add(name_b, update.B)
-        self.empty &= not (a and b)
+        place = self._layout.of[module]
+        name_a, name_b = _apart(module, place)
+        written = [
+            self._stream.add(name_a, _with_kernel(update.A, place.kernel)),
+            self._stream.add(name_b, _with_kernel(update.B, (1,) * len(place.kernel))),
+        ]
+        self.empty &= not all(written)
 
     def __enter__(self) -> "AdapterWriter":
         return self
@@ -132,43 +137,74 @@ class AdapterWriter:
         that loads adapters. `compact` leaves each module at its own rank, in `rank_pattern` and `alpha_pattern`.
         """
         self._stream.finish()
-        if not compact:
-            self._fill_up()
-        ranks = _ranks_apart(self.ranks) if compact else _one_rank(max(self.ranks.values()))
-        text = json.dumps({**_defaults(), **ranks, **config}, indent=2, sort_keys=True)
+        places = self._layout.places
+        ranks = self._own_ranks() if compact else dict.fromkeys(places, max(self.ranks.values()))
+        if any(len(place.modules) > 1 or self.ranks.get(place.modules[0]) != ranks[place] for place in places):
+            self._arrange(ranks)
+        text = json.dumps({**_defaults(), **self._in_config(ranks), **config}, indent=2, sort_keys=True)
         (self.folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
-    def _fill_up(self) -> None:
-        """Rewrite the weights with the largest rank in every module, one tensor at a time."""
-        rank = max(self.ranks.values())
-        if min(self.ranks.values()) == rank:
-            return
-        weights, own_ranks = self.folder / WEIGHTS_NAME, self.folder / "own-ranks.safetensors"
-        weights.rename(own_ranks)
-        with own_ranks.open("rb", buffering=0) as file, TensorStream(weights, self._names, self._dtype) as stream:
-            for name, entry in read_header(own_ranks).tensors.items():
-                tensor = read_tensor(file.fileno(), entry, self._dtype)
-                stream.add(name, _filled_up(tensor, rank, dim=0 if name.endswith(_SUFFIX_A) else 1))
+    def _own_ranks(self) -> dict[Place, int]:
+        """The rank of every place, where they need not have the same."""
+        ranks = {place: max(self.ranks.get(module, 1) for module in place.modules) for place in self._layout.places}
+        singles = [place for place in ranks if place in self._layout.singles]
+        return ranks | dict.fromkeys(singles, max((ranks[place] for place in singles), default=0))
+
+    def _in_config(self, ranks: Mapping[Place, int]) -> dict[str, Any]:
+        """Ranks as a configuration gives them: that of single experts, else the commonest, as r; others as patterns."""
+        singles = [ranks[place] for place in self._layout.singles]
+        common = singles[0] if singles else Counter(ranks.values()).most_common(1)[0][0]
+        others = {_pattern_key(place.target): rank for place, rank in ranks.items() if rank != common}
+        return {"r": common, "lora_alpha": common, "rank_pattern": others, "alpha_pattern": others}
+
+    def _arrange(self, ranks: Mapping[Place, int]) -> None:
+        """Rewrite the weights as the layout has them, filled up with zeros to `ranks`, one tensor at a time."""
+        weights, apart = self.folder / WEIGHTS_NAME, self.folder / "apart.safetensors"
+        weights.rename(apart)
+        entries = read_header(apart).tensors
+        names = [name for place in ranks for name in place.names]
+        with apart.open("rb", buffering=0) as file, TensorStream(weights, names, self._dtype) as stream:
+
+            def read(name: str) -> Tensor | None:
+                return read_tensor(file.fileno(), entries[name], self._dtype) if name in entries else None
+
+            for place, rank in ranks.items():
+                name_a, name_b = place.names
+                every_a, every_b = zip(*(_apart(module, place) for module in place.modules), strict=True)
+                out_features, in_features = place.shape
+                stream.add(name_a, _a_of([_filled_up(read(one), (rank, in_features), dim=0) for one in every_a]))
+                stream.add(name_b, _b_of([_filled_up(read(one), (out_features, rank), dim=1) for one in every_b]))
             stream.finish()
-        own_ranks.unlink()
+        apart.unlink()
 
 
-def _filled_up(factor: Tensor, rank: int, *, dim: int) -> Tensor:
-    """`factor` with zeros behind its ranks, which are its dimension `dim`, up to `rank` of them."""
-    shape = list(factor.shape)
-    shape[dim] = rank - shape[dim]
-    return torch.cat([factor, factor.new_zeros(shape)], dim)
+def _apart(module: str, place: Place) -> tuple[str, str]:
+    """Names of A and B of one module while modules are collected: those of the result where it stands alone there."""
+    return place.names if len(place.modules) == 1 else (f"{module}.A", f"{module}.B")
 
 
-def _one_rank(rank: int) -> dict[str, Any]:
-    return {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+def _with_kernel(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+    """A factor (rows, columns · size of the kernel) with the dimensions of a convolution."""
+    return factor.reshape(factor.shape[0], factor.shape[1] // math.prod(kernel), *kernel)
 
 
-def _ranks_apart(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The commonest rank as r, the others as patterns."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    others = {_pattern_key(module): rank for module, rank in sorted(ranks.items()) if rank != common}
-    return _one_rank(common) | {"rank_pattern": others, "alpha_pattern": others}
+def _filled_up(factor: Tensor | None, shape: tuple[int, int], *, dim: int) -> Tensor:
+    """`factor` with zeros behind its ranks (dimension `dim`) up to those of `shape`; without a factor all zeros."""
+    if factor is None:
+        return torch.zeros(shape)
+    more = list(factor.shape)
+    more[dim] = shape[dim] - more[dim]
+    return torch.cat([factor, factor.new_zeros(more)], dim)
+
+
+def _a_of(experts: Sequence[Tensor]) -> Tensor:
+    """A as PEFT keeps it, grouped by expert."""
+    return torch.cat([*experts])
+
+
+def _b_of(experts: Sequence[Tensor]) -> Tensor:
+    """B as PEFT keeps it, grouped by rank."""
+    return experts[0] if len(experts) == 1 else torch.stack([*experts], dim=2).flatten(1)
 
 
 def _pattern_key(module: str) -> str:
@@ -178,20 +214,6 @@ def _pattern_key(module: str) -> str:
     must neither be the ending of another name nor hold a dot that stands for any character.
     """
     return "^" + re.sub(r"([^\w-])", r"\\\1", module)
-
-
-def target_modules(modules: Collection[str], meant: Collection[str] | None) -> list[str]:
-    """How a PEFT configuration names `modules`: by their last parts where PEFT finds the same modules by these.
-
-    Args:
-        meant: every module of the base whose last part is that of one of `modules`; None where that is not known.
-    """
-    same = meant is not None and set(meant) == set(modules)
-    return sorted({module.rpartition(".")[2] for module in modules} if same else modules)
-
-
-def _tensor_names(module: str) -> tuple[str, str]:
-    return f"{_PREFIX}{module}{_SUFFIX_A}", f"{_PREFIX}{module}{_SUFFIX_B}"
 
 
 def _defaults() -> dict[str, Any]:

@@ -123,6 +123,7 @@ def fit(
             gathered.adapters,
             [1.0] * len(gathered.adapters),
             base=gathered.base,
+            skeleton=gathered.skeleton,
             rank=rank,
             energy=energy,
             # A merge computes in float64, which Apple's GPUs do not have.

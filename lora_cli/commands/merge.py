@@ -194,7 +194,15 @@ def merge(
         for ids in step.identical(chosen, inputs):
             screen.say(f"{_and(ids)} are byte-identical")
         samples = _samples(settings, options["method"], data or [], chosen)
-        plan = step.plan(chosen, numbers, base=gathered.base, coefficients=coefficients, inputs=samples, **options)
+        plan = step.plan(
+            chosen,
+            numbers,
+            base=gathered.base,
+            skeleton=gathered.skeleton,
+            coefficients=coefficients,
+            inputs=samples,
+            **options,
+        )
         asked = plan.settings | (samples.settings if samples is not None else {})
         inputs |= samples.inputs if samples is not None else {}
         if lock is not None and asked != lock.settings:

@@ -233,7 +233,8 @@ def fit_and_write(
             file.rename(partial / file.name)
         inner.rmdir()
         (partial / COEFFICIENTS_FILE).write_text(coefficients_text(result.coefficients), encoding="utf-8")
-        merged = open_adapter(AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME))
+        written = AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME)
+        merged = open_adapter(written, base.skeleton)
         with base.wear({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
         run.outputs[COEFFICIENTS_FILE] = sha256_of(partial / COEFFICIENTS_FILE)

@@ -16,7 +16,7 @@ from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import AdapterWriter, TensorStream, target_modules
+from lora_cli.adapters.writer import AdapterWriter, TensorStream
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
@@ -24,7 +24,7 @@ from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, identical, modules_meant, plan
+from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, identical, plan
 
 __all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 
@@ -125,7 +125,7 @@ def _write_factors(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
     reports, kept, total = [], 0.0, 0.0
-    with AdapterWriter(folder, plan.written, _dtype(plan)) as writer:
+    with AdapterWriter(folder, plan.layout, _dtype(plan)) as writer:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, LowRank)
             writer.add(module, merged.update)
@@ -135,8 +135,6 @@ def _write_factors(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
         _demand_effect(plan, effect, writer.empty)
-        for module, (out_features, in_features) in plan.zeros.items():
-            writer.add(module, LowRank(torch.zeros(out_features, 0), torch.zeros(0, in_features)))
         writer.finish(_config(plan), compact=plan.compact)
     return reports, kept, total
 
@@ -213,7 +211,7 @@ def _config(plan: MergePlan) -> dict[str, Any]:
         "fan_in_fan_out": plan.fan_in_fan_out,
         # PEFT knows null for no task, and no "".
         "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
-        "target_modules": target_modules(plan.written, modules_meant(plan.written, plan.adapters)),
+        **plan.targets,
     }
 
 

@@ -4,14 +4,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.layout import Layout, layout
 from lora_cli.adapters.lowrank import RankChoice
 from lora_cli.adapters.reader import OpenAdapter, all_modules
+from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.records import Coefficients, Server
@@ -33,7 +36,7 @@ Inputs = Callable[[OpenAdapter, str], Tensor]
 """Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """A merge that passed every check which needs no weights.
 
@@ -62,18 +65,33 @@ class MergePlan:
     coefficients: Coefficients | None = None
     inputs: Inputs | None = None
     zeros: Mapping[str, Shape] = field(default_factory=dict)
+    skeleton: Skeleton | None = None
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the factors of the result go."""
+        parents = {module: factors for adapter in self.adapters for module, factors in adapter.modules.items()}
+        modules = {module: parents[module] for module in self.modules}
+        return layout(modules, self.skeleton, known=_shapes(self.adapters), zeros=self.zeros)
 
     @property
     def written(self) -> tuple[str, ...]:
         """Every module of the result."""
-        return (*self.modules, *self.zeros)
+        return tuple(self.layout.of)
+
+    @property
+    def targets(self) -> dict[str, list[str]]:
+        """How a PEFT configuration names them."""
+        return self.layout.targets(modules_meant(self.layout.layers, self.adapters, self.skeleton))
 
     @property
     def kinds_in_some_layers(self) -> list[str]:
-        """The last parts of the modules that the result lacks in some layers of the base, as far as that is known."""
-        if modules_meant(self.written, self.adapters) == set(self.written):
+        """The last parts of the layers that the result lacks in some layers of the base, as far as that is known."""
+        layers = self.layout.layers
+        if modules_meant(layers, self.adapters, self.skeleton) == set(layers):
             return []
-        return kinds_in_some_layers(self.written, all_modules(self.adapters))
+        known = all_modules(self.adapters) if self.skeleton is None else self.skeleton.matrices
+        return kinds_in_some_layers(layers, known)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -131,6 +149,7 @@ def plan(
     device: str = "cpu",
     coefficients: Coefficients | None = None,
     inputs: Inputs | None = None,
+    skeleton: Skeleton | None = None,
 ) -> MergePlan:
     """Check everything that can be checked before a weight is read.
 
@@ -148,6 +167,7 @@ def plan(
         serve: the server whose rules the result has to keep.
         device: where the arithmetic is done, as torch names it.
         inputs: where a method that needs inputs finds them.
+        skeleton: what the base is made of, where that is known.
 
     Raises:
         UsageError: an unknown method, knob, rank, scope or dtype.
@@ -222,6 +242,7 @@ def plan(
         coefficients=coefficients,
         inputs=inputs,
         zeros=zeros_for_sglang(modules, _shapes(ordered)) if serve == "sglang" else {},
+        skeleton=skeleton,
     )
 
 
@@ -307,21 +328,17 @@ def _shapes(adapters: Sequence[OpenAdapter]) -> dict[str, Shape]:
 
 
 def modules_meant(
-    modules: Collection[str], adapters: Sequence[OpenAdapter], base: Collection[str] | None = None
+    modules: Collection[str], adapters: Sequence[OpenAdapter], base: Skeleton | None = None
 ) -> set[str] | None:
     """Every module of the base whose last part is that of one of `modules`; None where that is not known.
 
     An adapter whose configuration names its targets by their last parts, and no layers, has all modules of these names.
-
-    Args:
-        base: all modules of the base, where they are known.
     """
     names = {_last(module) for module in modules}
-    known = {module for adapter in adapters for module in adapter.modules} if base is None else base
-    meant = {module for module in known if _last(module) in names}
-    if base is not None or all(_all_there(name, meant, adapters) for name in names):
-        return meant
-    return None
+    if base is not None:
+        return None if names & base.others else {module for module in base.matrices if _last(module) in names}
+    meant = {module for adapter in adapters for module in adapter.modules if _last(module) in names}
+    return meant if all(_all_there(name, meant, adapters) for name in names) else None
 
 
 def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:

@@ -171,14 +171,16 @@ class _Guide:
 
     def _merged(self, name: str, chosen: Gathered, method: str) -> OpenAdapter:
         share = 1 / len(chosen.adapters)
-        plan = merging.plan(chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, method=method)
+        plan = merging.plan(
+            chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, skeleton=chosen.skeleton, method=method
+        )
         with runs.recorded(self.db, "merge", plan.settings, chosen.inputs, self.folder / name) as run:
             if not _done(self.folder / name, run):
                 merging.merge(plan, self.folder / name, run, replace=True, progress=self.progress)
         return _opened(self.folder / name)
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
-        plan = merging.plan(chosen.adapters, [1.0] * len(chosen.adapters), base=chosen.base)
+        plan = merging.plan(chosen.adapters, [1.0] * len(chosen.adapters), base=chosen.base, skeleton=chosen.skeleton)
         recipe, folder = Recipe(seed=self.world.seed), self.folder / name
         described = fitting.asked(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
         inputs = {**self.ref.inputs, **chosen.inputs, **self.task}
