@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,6 +282,109 @@ def test_a_locked_merge_finds_its_parents_in_the_catalogue(own_home: Path) -> No
     told = ok("merge", "--locked", "first/run.json", "-o", "again").err
     assert "norm-matched: 2 adapters" in told
     assert Path("first/run.json").read_bytes() == Path("again/run.json").read_bytes()
+
+
+def rebuilt(run: Path, *folders: str) -> None:
+    """Rebuild a locked merge into `again`, which must hold the same bytes."""
+    told = ok("merge", *folders, "--locked", str(run), "-o", "again").err
+    assert "taken from the Hub" not in told
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run.parent / name).read_bytes() == (Path("again") / name).read_bytes()
+    before, after = (json.loads(file.read_text()) for file in (run, Path("again/run.json")))
+    assert (before["key"], before["inputs"], before["settings"]) == (after["key"], after["inputs"], after["settings"])
+
+
+def test_a_locked_merge_finds_folders_from_where_its_record_lies(lock: Path) -> None:
+    rebuilt(lock)
+    assert lock.read_bytes() == Path("again/run.json").read_bytes()
+
+
+def test_a_tree_that_was_moved_is_merged_again_under_the_old_names(lock: Path) -> None:
+    Path("elsewhere/deep").mkdir(parents=True)
+    for name in (*TWO, "first"):
+        Path(name).rename(Path("elsewhere/deep") / name)
+    rebuilt(Path("elsewhere/deep/first/run.json"))
+
+
+def test_folders_that_were_moved_and_renamed_are_known_by_their_bytes(lock: Path) -> None:
+    Path("elsewhere").mkdir()
+    Path("one").rename("elsewhere/uno")
+    Path("two").rename("elsewhere/due")
+    told = refused(3, "merge", "--locked", str(lock), "-o", "again")
+    assert f"{Path.cwd().name}/one@" in told
+    assert "was a folder, which is not found again" in told
+    assert f"lora merge --locked {lock} FOLDER..." in told
+    rebuilt(lock, "elsewhere/due", "elsewhere/uno")
+
+
+def test_byte_identical_parents_are_found_again_too(own_home: Path) -> None:
+    write_adapter(own_home / "twin", random_factors(SHAPES, 2, seed=1), lora_alpha=4)
+    ok("merge", "one=1", "two=2", "twin=3", "-m", "linear", "-o", "first")
+    rebuilt(Path("first/run.json"))
+    for name in ("one", "two", "twin"):
+        Path(name).rename(f"moved-{name}")
+    shutil.rmtree("again")
+    rebuilt(Path("first/run.json"), "moved-twin", "moved-one", "moved-two")
+
+
+def places(run: str) -> list[str | None]:
+    """Where the record of a merge says that its parents are."""
+    parents = json.loads(Path(run).read_text())["merge.lock"]["parents"]
+    return [parent.get("path") for _, parent in sorted(parents.items())]
+
+
+def test_a_record_holds_no_path_that_leads_far_or_through_the_home(own_home: Path, monkeypatch: Any) -> None:
+    ok("merge", *TWO, "-o", "runs/of/may/near")
+    ok("merge", *TWO, "-o", "runs/of/may/the/far")
+    ok("merge", *TWO, "-o", "/".join(["..", own_home.name, "here"]))
+    assert places("runs/of/may/near/run.json") == [None, None]
+    assert places("runs/of/may/the/far/run.json") == [None, None]
+    assert places("here/run.json") == ["../one", "../two"]
+    for home in (own_home, own_home.parent):
+        monkeypatch.setenv("HOME", str(home))
+        ok("merge", *TWO, "-o", f"below-{home.name}")
+        assert places(f"below-{home.name}/run.json") == ([None, None] if home == own_home else ["../one", "../two"])
+    told = refused(3, "merge", "--locked", "runs/of/may/near/run.json", "-o", "again")
+    assert "name all parents" in told
+
+
+def test_a_folder_with_other_weights_is_not_taken_for_a_parent(lock: Path) -> None:
+    shutil.rmtree("two")
+    write_adapter(Path("two"), random_factors(SHAPES, 3, seed=9))
+    told = refused(5, "merge", "--locked", str(lock), "-o", "again")
+    assert f"not the adapter that was merged: {Path.cwd().name}/two@" in told
+
+
+NOWHERE = [
+    "{here}/one", "../link", "../through/one", "~/one", "../../../../../../../one", "../one/../../../../../../etc",
+    "../absent", "../one\0", "../" + "x" * 5000, 5, None, [], {}, True,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [("../one", 0), ("../../{name}/one/../one", 0), *((path, 3) for path in NOWHERE), (".", 5), ("../\ud800", 1)],
+)
+def test_a_path_that_somebody_wrote_leads_nowhere_else(lock: Path, path: Any, code: int, own_home: Path) -> None:
+    Path("link").symlink_to("one")
+    Path("through").symlink_to(".")
+    record = json.loads(lock.read_text())
+    name = next(name for name in record["merge.lock"]["parents"] if "/one@" in name)
+    text = path.replace("{here}", str(own_home)).replace("{name}", own_home.name) if isinstance(path, str) else path
+    record["merge.lock"]["parents"][name]["path"] = text
+    lock.write_text(json.dumps(record))
+    told = lora("merge", "--locked", str(lock), "-o", "again")
+    assert (told.code, Path("again").exists()) == (code, code == 0), told
+    assert ("was a folder, which is not found again" in told.err) == (code == 3)
+
+
+def test_a_parent_of_the_hub_is_no_folder_here(lock: Path, own_home: Path) -> None:
+    record = json.loads(lock.read_text().replace(f"{own_home.name}/one@", f"{own_home}/one@"))
+    name = next(name for name in record["merge.lock"]["parents"] if "/one@" in name)
+    record["merge.lock"]["parents"][name]["source"] = "hub"
+    Path(name).mkdir()
+    lock.write_text(json.dumps(record))
+    assert "a parent from the Hub, and a folder here" in refused(5, "merge", "--locked", str(lock), "-o", "again")
 
 
 def test_what_differs_from_a_lock_is_told(lock: Path) -> None:

@@ -163,6 +163,8 @@ def merge(
     everyone = lock.parents if lock is not None else coefficients.adapters if coefficients is not None else ()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         names, own_weights = named(adapters or [], catalogue, settings.base, selection, screen, everyone)
+        if lock is not None and not adapters:
+            names = locking.where_parents_are(lock, catalogue)
         numbers = [] if everyone else _weights(weights, own_weights, step.METHODS.get(method).weights)
         if dry_run and (
             left := to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
@@ -179,6 +181,7 @@ def merge(
         )
         chosen, inputs = list(gathered.adapters), dict(gathered.inputs)
         if lock is not None:
+            chosen, inputs = locking.under_locked_names(lock, chosen, inputs)
             locking.demand_same_parents(lock, inputs)
             numbers = lock.weights([adapter.ref.pinned for adapter in chosen])
         elif coefficients is not None:
@@ -217,7 +220,7 @@ def merge(
         done = runs.claim(folder, key, force=force)
         with runs.recorded(settings.db, "merge", asked, inputs, folder) as run, TemporaryDirectory() as spool:
             run.device = plan.device
-            run.lock.update(locking.lock_of(plan, inputs))
+            run.lock.update(locking.lock_of(plan, inputs, folder))
             if done:
                 run.take(folder)
                 if lock is not None:
