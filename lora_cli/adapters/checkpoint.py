@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.config import shortened
-from lora_cli.adapters.header import DTYPE_BYTES, Header, TensorEntry, read_header, reading
+from lora_cli.adapters.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
 from lora_cli.adapters.reader import DTYPES
 from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import NothingMatched, Refused
@@ -152,10 +152,10 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
         Refused: the file ends inside the tensor.
     """
     file.seek(entry.begin)
-    row = columns * DTYPE_BYTES[entry.dtype]
+    size, row = 8 * (entry.end - entry.begin), columns * DTYPE_BITS[entry.dtype]
     rows = max(1, BLOCK // columns)
-    for at in range(0, (entry.end - entry.begin) // row, rows):
-        block = bytearray(min(rows * row, entry.end - entry.begin - at * row))
+    for at in range(0, size // row, rows):
+        block = bytearray(min(rows * row, size - at * row) // 8)
         done = 0
         while done < len(block):
             count = file.readinto(memoryview(block)[done:])
@@ -204,7 +204,7 @@ class ShardWriter:
 
 def size_of(entry: TensorEntry, dtype: str) -> int:
     """The bytes of a tensor once it is stored as `dtype`."""
-    return (entry.end - entry.begin) // DTYPE_BYTES[entry.dtype] * DTYPE_BYTES[dtype]
+    return (entry.end - entry.begin) * DTYPE_BITS[dtype] // DTYPE_BITS[entry.dtype]
 
 
 def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:

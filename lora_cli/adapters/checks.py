@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Final, TypedDict
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.adapters.header import (
-    FLOAT_DTYPES,
+    FACTOR_DTYPES,
+    FLOAT8_DTYPES,
     Header,
     ModuleFactors,
     TensorEntry,
@@ -33,7 +35,14 @@ MAX_NORM: Final = 1000.0
 
 _CHUNK_BYTES = 1 << 22
 _MAX_FACTOR_ELEMENTS = 1 << 26
-_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | dict.fromkeys(FLOAT8_DTYPES, "u1")
+# Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
+_FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
+    "F8_E4M3": (3, 7, (127, 255)),
+    "F8_E5M2": (2, 15, (124, 125, 126, 127, 252, 253, 254, 255)),
+    "F8_E4M3FNUZ": (3, 8, (128,)),
+    "F8_E5M2FNUZ": (2, 16, (128,)),
+}
 
 
 class Facts(TypedDict):
@@ -224,7 +233,7 @@ def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool
 
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored matrix in chunks, as float64."""
-    if entry.dtype not in FLOAT_DTYPES:
+    if entry.dtype not in FACTOR_DTYPES:
         raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
     rows, columns = entry.shape
     stored = np.dtype(_DECODED[entry.dtype])
@@ -238,7 +247,27 @@ def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float
         numbers = np.frombuffer(data, stored)
         if entry.dtype == "BF16":
             numbers = (numbers.astype("<u4") << 16).view("<f4")
+        elif entry.dtype in FLOAT8_DTYPES:
+            numbers = _float8_values(entry.dtype)[numbers]
         yield numbers.astype(np.float64).reshape(count, columns)
+
+
+@cache
+def _float8_values(dtype: str) -> NDArray[np.float64]:
+    """The number that each byte stands for, (256,), NaN for what is not finite.
+
+    Source: OCP 8-bit Floating Point Specification 1.0; FNUZ: arXiv 2206.02915; E8M0: OCP Microscaling Formats 1.0.
+    """
+    byte = np.arange(256)
+    values: NDArray[np.float64] = np.exp2(byte - 127.0)
+    not_finite: Sequence[int] = (255,)
+    if dtype in _FLOAT8:
+        width, bias, not_finite = _FLOAT8[dtype]
+        exponent = (byte & 127) >> width
+        mantissa = (byte & ((1 << width) - 1)) / (1 << width) + (exponent > 0)
+        values = np.where(byte < 128, 1.0, -1.0) * np.ldexp(mantissa, np.maximum(exponent, 1) - bias)
+    values[list(not_finite)] = np.nan
+    return values
 
 
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
