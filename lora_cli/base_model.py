@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.adapters.base_names import public_base
 from lora_cli.adapters.checkpoint import cached_model, folder_or_hub, version_of_folder
-from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError

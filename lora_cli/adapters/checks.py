@@ -2,9 +2,7 @@
 
 import hashlib
 import math
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
@@ -14,6 +12,7 @@ from typing import Final, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base
 from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.adapters.header import (
     FACTOR_DTYPES,
@@ -26,7 +25,6 @@ from lora_cli.adapters.header import (
 )
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
-from lora_cli.settings import folder_of
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
@@ -305,118 +303,6 @@ def _no_weights(file_names: Collection[str]) -> str:
     return f"no {WEIGHTS_NAME}"
 
 
-# Bare ids of the Hub's early days, and where they live now.
-_MOVED = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
-    "distilbert-base-cased": "distilbert/distilbert-base-cased",
-    "distilroberta-base": "distilbert/distilroberta-base",
-    "roberta-base": "FacebookAI/roberta-base",
-    "roberta-large": "FacebookAI/roberta-large",
-    "xlm-roberta-base": "FacebookAI/xlm-roberta-base",
-    "xlm-roberta-large": "FacebookAI/xlm-roberta-large",
-    "bert-base-uncased": "google-bert/bert-base-uncased",
-    "bert-base-cased": "google-bert/bert-base-cased",
-    "bert-large-uncased": "google-bert/bert-large-uncased",
-    "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
-    "t5-small": "google-t5/t5-small",
-    "t5-base": "google-t5/t5-base",
-    "t5-large": "google-t5/t5-large",
-    "albert-base-v2": "albert/albert-base-v2",
-}
-# Owners that republish other people's models, quantised or as they are, under the model's own name.
-_MIRRORS = frozenset(
-    ("unsloth", "thebloke", "nousresearch", "mlx-community", "neuralmagic", "redhatai", "hugging-quants", "modelcloud")
-) | frozenset(("lmstudio-community", "llm-research", "ai-modelscope", "solidrust", "ista-daslab", "lonestriker"))
-# First parts of a path of two that is a folder and no owner.
-_FOLDERS = frozenset(("model", "models", "base", "base_model", "checkpoint", "checkpoints", "weights", "pretrained"))
-_QUANTISED = re.compile(
-    r"[-_.](?:(?:unsloth[-_])?bnb[-_][48]bit|[48]bit|int[48]|w\da\d{1,2}|nf4|gptq|awq|fp8|fp16|bf16|dynamic|"
-    r"gptq[-_]int[48]|quantized|hqq|exl2|gguf|mlx)$"
-)
-_TOKEN = re.compile(r"[a-z]+|\d+")
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-_MAX_BASE_NAME = 1_000
-
-
-def canonical_base(name: str) -> str:
-    """`name` as base models are compared and shown: an id of the Hub where it is one, of a path the last part.
-
-    Moved ids get their owner (`gpt2` → `openai-community/gpt2`), suffixes of quantised twins go, a path into the
-    Hub's cache becomes the id it holds. Two names may still mean one base: compare with `same_base`.
-    """
-    owner, model, _ = _split(name)
-    return f"{owner}/{model}" if owner else model
-
-
-def public_base(base: str, aliases: Sequence[str] = (), declared: Iterable[str] = ()) -> str:
-    """The name of a base model for other people: never a place on this machine.
-
-    An id of the Hub is its own name. A folder goes by its first alias, else by what most adapters have `declared`, else
-    by the last part of its path. Without a base, what the adapters declare decides.
-    """
-    folder = folder_of(base)
-    if base and folder is None and not base.startswith(("/", "~", ".")):
-        return base
-    if base and aliases:
-        return aliases[0]
-    names = Counter(map(canonical_base, declared))
-    if names:
-        return min(names, key=lambda name: (-names[name], name))
-    return canonical_base(str(folder.resolve()) if folder is not None else base)
-
-
-def same_base(a: str, b: str, aliases: Collection[str] = ()) -> bool:
-    """Do the names `a` and `b` mean one base model, or does `a` mean one of the `aliases`?
-
-    Case, punctuation, known mirrors (unsloth/…), quantised twins (…-bnb-4bit) and folders on someone's disk make no
-    difference; any other part of the name does: neither …-it nor …-abliterated is its base.
-    """
-    return any(_same(a, other) for other in (b, *aliases))
-
-
-def _same(a: str, b: str) -> bool:
-    if not a or not b:
-        return False
-    (owner_a, model_a, _), (owner_b, model_b, _) = _split(a), _split(b)
-    if not _key(model_a) or _key(model_a) != _key(model_b):
-        return False
-    owners = {owner_a.lower(), owner_b.lower()}
-    return len(owners) == 1 or "" in owners or bool(owners & _MIRRORS)
-
-
-def _split(name: str) -> tuple[str, str, bool]:
-    """(owner, model, is an id of the Hub): owner "" for a bare name or a path."""
-    path = name[:_MAX_BASE_NAME].strip().replace("\\", "/").rstrip("/")
-    if cached := _CACHED.search(path):
-        return cached[1], _plain_twin(cached[2]), True
-    path = re.sub(r"^https?://(?:huggingface\.co|hf\.co)/", "", path)
-    parts = path.split("/")
-    if len(parts) == 1 and path.lower() in _MOVED:
-        parts = _MOVED[path.lower()].split("/")
-    local = path.startswith(("/", ".", "~")) or ":" in parts[0] or len(parts) > 2
-    if len(parts) == 2 and not local and parts[0].lower() not in _FOLDERS:
-        return parts[0], _plain_twin(parts[1]), True
-    return "", _plain_twin(parts[-1]), False
-
-
-def _plain_twin(model: str) -> str:
-    while found := _QUANTISED.search(model.lower()):
-        model = model[: found.start()]
-    return model
-
-
-def _key(model: str) -> tuple[str, ...]:
-    """Letters and numbers of a model's name: gemma3-270m-it and gemma-3-270m-it are one, 3.1-8b and 3-18b are two."""
-    tokens = tuple(_TOKEN.findall(model.lower()))
-    # Meta's Llamas were renamed: Meta-Llama-3.1-8B is Llama-3.1-8B.
-    return tokens[1:] if tokens[:2] == ("meta", "llama") else tokens
-
-
 def _judge_base(
     config: LoraConfigFacts | None,
     modules: Mapping[str, ModuleFactors],
@@ -438,7 +324,7 @@ def _judge_base(
         return "exact", asked, conflict
     if same_base(declared, asked, aliases):
         return "alias", asked, conflict
-    if _split(declared)[2]:
+    if is_hub_id(declared):
         return "mismatch", resolved, f"wrong base: declares {shortened(declared)}, asked for {asked}"
     if conflict:
         said = shortened(declared) if declared else "none"

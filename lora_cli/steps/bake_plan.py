@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.base_names import public_base
 from lora_cli.adapters.checkpoint import (
     CONFIG,
     INDEX,
@@ -18,7 +19,6 @@ from lora_cli.adapters.checkpoint import (
     version_of_folder,
     wanted_files,
 )
-from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.delta import OpenDelta
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
 from lora_cli.adapters.reader import OpenAdapter, natural

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_cli.adapters.checks import public_base, same_base
+from lora_cli.adapters.base_names import public_base, same_base
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of

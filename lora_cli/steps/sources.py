@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.base_names import tables_digest
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, Facts, examine, scan_weights, weight_status
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
@@ -43,10 +44,10 @@ class Ask:
     shapes: Callable[[], Shapes | None]
     with_shapes: bool
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for equal questions: a row with another one was judged by other rules."""
-        text = "\0".join([self.base, str(self.with_shapes), *sorted(set(self.aliases))])
+        text = "\0".join([self.base, str(self.with_shapes), tables_digest(), *sorted(set(self.aliases))])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
