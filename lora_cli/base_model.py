@@ -17,8 +17,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.base_names import public_base
-from lora_cli.adapters.checkpoint import cached_model, folder_or_hub, version_of_folder
+from lora_cli.adapters.base_names import MAIN, public_base, split_revision
+from lora_cli.adapters.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
@@ -436,7 +436,8 @@ class NewAdapter:
     def save(self, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT does; the card is left to the caller."""
         config = self._adapted.peft_config["default"]
-        config.base_model_name_or_path = self._base
+        config.base_model_name_or_path, revision = split_revision(self._base)
+        config.revision = revision or None
         # A set: its order would differ between two runs.
         config.target_modules = sorted(config.target_modules)
         with _silence():
@@ -516,11 +517,11 @@ def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str =
         UsageError, Refused: see `resolve`.
     """
     device, dtype = resolve(device, dtype)
-    folder = folder_or_hub(name_or_path)
+    found = folder_or_hub(name_or_path)
     return BaseRef(
-        place=name_or_path if folder is None else str(folder),
+        place=str(found) if isinstance(found, Path) else found.repo,
         name=name or public_base(name_or_path),
-        version=_version_on_hub(name_or_path) if folder is None else version_of_folder(folder),
+        version=version_of_folder(found) if isinstance(found, Path) else _version_on_hub(found),
         device=device,
         dtype=dtype,
     )
@@ -552,12 +553,15 @@ def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
 def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:
     """(out, in) of every module that can wear an update, from a model's configuration alone, without weights.
 
-    None when the configuration is not on this machine (nothing is asked of the network) or is not that of a causal
-    language model.
+    The model is a folder, or on the Hub `owner/name` or `owner/name@revision`. None when the configuration is not on
+    this machine (nothing is asked of the network) or is not that of a causal language model.
     """
+    place, revision = split_revision(name_or_path)
     try:
         with _silence():
-            config = _hf.AutoConfig.from_pretrained(name_or_path, trust_remote_code=False, local_files_only=True)
+            config = _hf.AutoConfig.from_pretrained(
+                place, revision=revision or MAIN, trust_remote_code=False, local_files_only=True
+            )
             with torch.device("meta"):
                 return _shapes(_hf.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     except (OSError, ValueError, KeyError, ImportError):
@@ -601,17 +605,17 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _version_on_hub(name: str) -> str:
-    """The commit of the copy in the Hub client's cache where that is whole, else of the Hub's main branch."""
-    if cached := cached_model(name):
+def _version_on_hub(model: HubModel) -> str:
+    """The commit of the copy in the Hub client's cache where that is whole, else of the revision on the Hub."""
+    if cached := cached_model(*model):
         return cached.name
-    if not Hub().exists(name):
-        raise NothingMatched(f"no base model {name}", hint="check the id; a private one wants 'hf auth login'")
+    if not Hub().exists(model.repo):
+        raise NothingMatched(f"no base model {model.repo}", hint="check the id; a private one wants 'hf auth login'")
     try:
-        # By this the cache learns which commit main is; a later download by commit would not tell it.
-        found = _hf.utils.cached_file(name, "config.json")
+        # By this the cache learns which commit a branch is; a later download by commit would not tell it.
+        found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
     except Exception as error:
-        _translate(name, error)
+        _translate(str(model), error)
     return Path(found).parent.name
 
 

@@ -159,6 +159,12 @@ _M001 = (
 )
 
 
+@migrations()
+def m002_revision_of_the_base(db: Database) -> None:
+    """Which revision of its base an adapter is for."""
+    db.execute("ALTER TABLE adapters ADD COLUMN revision TEXT NOT NULL DEFAULT ''")
+
+
 def open_for_writing(path: Path) -> Database:
     """The database at `path`, created or brought up to date first (an older one is copied beside itself before that).
 

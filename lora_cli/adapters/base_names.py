@@ -30,7 +30,7 @@ _TOKEN = re.compile(r"[a-z]+|\d+")
 _HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/")
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_AT_REVISION = re.compile(rf"((?:{_HUB.pattern})?\w[\w.-]*(?:/[\w.-]+)?)@(.+)", re.ASCII | re.DOTALL)
+_ID = re.compile(rf"(?:{_HUB.pattern})?\w[\w.-]*(?:/[\w.-]+)?", re.ASCII)
 
 
 class _Name(NamedTuple):
@@ -96,18 +96,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def at_revision(base: str, revision: str) -> str:
-    """`base@revision`; `base` alone for the main branch ("")."""
-    return f"{base}@{revision}" if revision else base
+    """`base@revision`; `base` alone for the main branch and for a path, which has no revisions."""
+    return f"{base}@{revision}" if revision not in ("", MAIN) and _ID.fullmatch(base) else base
 
 
 def split_revision(base: str) -> tuple[str, str]:
-    """The name and the revision of `owner/model@revision`, "" for the main branch; a path has no revision."""
-    found = _AT_REVISION.fullmatch(base)
-    return (found[1], _revision(found[2])) if found else (base, "")
-
-
-def _revision(text: str) -> str:
-    return "" if text == MAIN else text
+    """The name and the revision of `owner/model@revision`, "" for the main branch; a path has no revisions."""
+    name, _, revision = base.partition("@")
+    if not revision or not _ID.fullmatch(name):
+        return base, ""
+    return name, "" if revision == MAIN else revision
 
 
 def tables_digest() -> str:

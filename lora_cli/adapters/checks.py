@@ -12,7 +12,7 @@ from typing import Final, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base
+from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base, split_revision
 from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.adapters.header import (
     FACTOR_DTYPES,
@@ -47,6 +47,7 @@ class Facts(TypedDict):
     """The fields of `records.Adapter` that configuration, header and file names give; see there for their meaning."""
 
     base_declared: str
+    revision: str
     base: str
     base_match: BaseMatch
     peft_type: str
@@ -102,8 +103,9 @@ def examine(
 
     `config` holds the bytes of adapter_config.json (None: there is none), `header` the parsed header of its weights,
     or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
-    nothing. `base_name` is the base model asked for ("" for any), `base_aliases` are further names that the user
-    vouches for, `base_shapes` gives (out, in) of the base's modules where they are known.
+    nothing. `base_name` is the base model asked for ("" for any, `name@revision` for another than its main branch),
+    `base_aliases` are further names that the user vouches for, `base_shapes` gives (out, in) of the base's modules
+    where they are known.
     """
     problems: list[str] = []
     settings = None
@@ -134,6 +136,7 @@ def examine(
     entries = [entry for factors in modules.values() for entry in (factors.a, factors.b)]
     return Facts(
         base_declared=said.base,
+        revision=said.revision,
         base=base,
         base_match=base_match,
         peft_type=said.peft_type,
@@ -313,7 +316,7 @@ def _judge_base(
     """(how the declared base matches, the base as resolved, what is wrong with it or "")."""
     if config is None:
         return "unknown", "", ""
-    declared = config.base
+    declared = config.pinned_base
     resolved = canonical_base(declared)
     if not asked:
         if not declared:
@@ -324,6 +327,8 @@ def _judge_base(
         return "exact", asked, conflict
     if same_base(declared, asked, aliases):
         return "alias", asked, conflict
+    if other := _other_revision(declared, asked, aliases):
+        return "mismatch", resolved, other
     if is_hub_id(declared):
         return "mismatch", resolved, f"wrong base: declares {shortened(declared)}, asked for {asked}"
     if conflict:
@@ -335,6 +340,17 @@ def _judge_base(
     if not declared:
         return match, "", _undeclared(config) + but
     return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
+
+
+def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
+    """What differs where only the revisions of the two bases do, else ""."""
+    name, revision = split_revision(declared)
+    wanted, at = split_revision(asked)
+    if not same_base(name, wanted, [split_revision(alias)[0] for alias in aliases]):
+        return ""
+    if not revision:
+        return f"for {wanted} without a revision, asked for revision {at}"
+    return f"for revision {shortened(revision)} of {wanted}" + (f", asked for {at}" if at else "")
 
 
 def _undeclared(config: LoraConfigFacts) -> str:

@@ -51,8 +51,8 @@ class OpenAdapter:
 
     @property
     def base(self) -> str:
-        """The base model that it declares."""
-        return self.config.base
+        """The base model that it declares, with `@revision` where it names one."""
+        return self.config.pinned_base
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import DTYPES
@@ -134,6 +135,12 @@ class AdapterWriter:
             "rank_pattern": others,
             "alpha_pattern": others,
         }
+
+
+def base_entries(base: str) -> dict[str, str]:
+    """How a PEFT configuration names the base `name@revision`; without a revision that key is left out."""
+    name, revision = split_revision(base)
+    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
 def target_modules(modules: Sequence[str], *, whole: bool) -> list[str]:

@@ -71,7 +71,8 @@ Alias = Annotated[
 )
 def sync(
     base: Annotated[
-        str | None, typer.Argument(help="Base model: Hub id or folder.", show_default="the setting")
+        str | None,
+        typer.Argument(help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
     ] = None,
     folder: Annotated[
         Path | None,
@@ -421,13 +422,16 @@ def _assumed(settings: Settings) -> str:
 
 def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] | None] | None:
     """How to find the base's module shapes; None where its configuration is not on this machine."""
+    from lora_cli.adapters.base_names import MAIN, split_revision
     from lora_cli.hub import cached_file
 
     if not base:
         return None
     folder = folder_of(base)
     here = folder is not None and (folder / "config.json").is_file()
-    if not here and (re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) is None or cached_file(base, "config.json") is None):
+    name, revision = split_revision(base)
+    may_be_there = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
+    if not here and (not may_be_there or cached_file(name, "config.json", revision or MAIN) is None):
         return None
 
     def look() -> Mapping[str, tuple[int, int]] | None:
@@ -497,10 +501,18 @@ def _as_row(adapter: Adapter) -> dict[str, Any]:
         **_facts(adapter),
         "rev": adapter.commit[:7],
         "targets": _targets(adapter.target_modules),
-        "model": adapter.base.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "model": _model_name(adapter.base),
         "size": _size(adapter.bytes) if adapter.bytes else None,
         "state": f"{adapter.status}: {adapter.reason}" if adapter.reason else adapter.status,
     }
+
+
+def _model_name(base: str) -> str:
+    """A base in little room: without its owner or folder, with its revision."""
+    from lora_cli.adapters.base_names import at_revision, split_revision
+
+    name, revision = split_revision(base)
+    return at_revision(name.replace("\\", "/").rstrip("/").rpartition("/")[2], revision)
 
 
 def _targets(names: tuple[str, ...]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lora_cli.adapters.base_names import public_base, same_base
+from lora_cli.adapters.base_names import public_base, same_base, split_revision
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
@@ -196,9 +196,17 @@ def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, 
         if base is None:
             raise Refused(
                 f"two base models: {first.ref.id} is for {asked or 'none'}, {adapter.ref.id} for {declared or 'none'}",
-                hint="if these are one model, say so: --base, and base_aliases in lora.toml",
+                hint=_of_two_names(declared, asked)
+                or "if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
             f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",
-            hint="if these are one model, add the name to base_aliases in lora.toml",
+            hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
+
+
+def _of_two_names(one: str, other: str) -> str:
+    """What to do about two bases that are revisions of one model, "" where they are not."""
+    if not same_base(split_revision(one)[0], split_revision(other)[0]):
+        return ""
+    return "two revisions of a model are two bases: use adapters of one, and name it by --base NAME@REVISION"

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import AdapterWriter, TensorStream, target_modules
+from lora_cli.adapters.writer import AdapterWriter, TensorStream, base_entries, target_modules
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
@@ -211,7 +212,7 @@ def _config(plan: MergePlan) -> dict[str, Any]:
     first = plan.adapters[0].config
     tasks = {adapter.config.task_type for adapter in plan.adapters}
     return {
-        "base_model_name_or_path": plan.base,
+        **base_entries(plan.base),
         "fan_in_fan_out": first.fan_in_fan_out,
         "task_type": tasks.pop() if len(tasks) == 1 else None,
         "target_modules": target_modules(plan.modules, whole=_covers_whole_base(plan)),
@@ -240,13 +241,14 @@ def _covers_whole_base(plan: MergePlan) -> bool:
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
-    base = _code(plan.base)
-    front: dict[str, Any] = {"base_model": plan.base, "tags": ["merge"]}
+    name, revision = split_revision(plan.base)
+    base = _code(name) + (f" at revision {_code(revision)}" if revision else "")
+    front: dict[str, Any] = {"base_model": name, "tags": ["merge"]}
     low, high = report.ranks
     if plan.dense:
         title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
     else:
-        front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"]}
+        front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{name}"]}
         title, made = "Merged LoRA", f"rank {low if low == high else f'{low} to {high}'}"
         made += f", {percent(report.energy)} of the energy of the merged update kept"
         if report.served_rank is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import open_adapter
@@ -65,13 +66,19 @@ def pad_for_vllm(folder: Path) -> int:
 
 
 def serve_line(base: str, folder: Path, rank: int) -> str:
-    """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold."""
+    """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold.
+
+    An id may carry its revision: `owner/name@revision`.
+    """
+    model, revision = split_revision(base)
     name, path = folder.name, str(folder.absolute())
     module = f"{name}={path}"
     if module.count("=") > 1 or "," in module or name.startswith(("-", "{")):
         # vLLM takes NAME=PATH apart at these signs; in JSON they are letters.
         module = json.dumps({"name": name, "path": path})
-    return shlex.join(["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module])
+    at = ["--revision", revision] if revision else []
+    lora = ["--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", module]
+    return shlex.join(["vllm", "serve", model, *at, *lora])
 
 
 def _padded(update: LowRank, rank: int) -> LowRank:

@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.base_names import tables_digest
+from lora_cli.adapters.base_names import split_revision, tables_digest
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, Facts, examine, scan_weights, weight_status
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
@@ -37,7 +37,10 @@ _FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)
 
 @dataclass(frozen=True)
 class Ask:
-    """What adapters are judged by: the base asked for ("" for any), names that mean it, and its module shapes."""
+    """What adapters are judged by: the base asked for ("" for any), names that mean it, and its module shapes.
+
+    The base is `name@revision` where it is not that of the main branch.
+    """
 
     base: str
     aliases: tuple[str, ...]
@@ -46,9 +49,12 @@ class Ask:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal questions: a row with another one was judged by other rules."""
-        text = "\0".join([self.base, str(self.with_shapes), tables_digest(), *sorted(set(self.aliases))])
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        """Equal for equal questions: a row with another one was judged by other rules.
+
+        What is before its colon is equal for questions about one base.
+        """
+        rules = [self.base, str(self.with_shapes), tables_digest(), *sorted(set(self.aliases))]
+        return f"{_digest(self.base)}:{_digest(chr(0).join(rules))}"
 
     def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
         """`checks.examine` by these rules."""
@@ -111,8 +117,9 @@ class HubSource(Source):
 
     def batches(self, progress: Progress) -> Iterator[list[Found]]:
         count = 0
-        names = dict.fromkeys([self._ask.base, *(alias for alias in self._ask.aliases if _is_hub_id(alias))])
-        for base in names:
+        named = [self._ask.base, *(alias for alias in self._ask.aliases if _is_hub_id(alias))]
+        # A listing is of a repository, whatever its revisions.
+        for base in dict.fromkeys(split_revision(name)[0] for name in named):
             left = None if self._limit is None else self._limit - count
             if left is not None and left <= 0:
                 return
@@ -175,11 +182,13 @@ class HubSource(Source):
         )
 
     def _is_same(self, stub: Adapter, known: Known) -> bool:
-        # Which names mean the base changes the verdict only on those that do not name it themselves.
         if known.status == "gated":
             return known.commit == stub.commit and known.stamp == self._gate
-        judged_alike = known.stamp == stub.stamp or known.base_declared in ("", self._ask.base)
-        return known.commit == stub.commit and judged_alike
+        # Which names mean the base changes the verdict only on those that do not name it themselves.
+        asked = self._ask.base
+        names_it = (known.base_declared, known.base) == (split_revision(asked)[0], asked)
+        about_it = known.stamp.partition(":")[0] == stub.stamp.partition(":")[0]
+        return known.commit == stub.commit and (known.stamp == stub.stamp or (names_it and about_it))
 
     def _read(self, stub: Adapter, names: tuple[str, ...], row: Adapter | None) -> Adapter:
         prefix = f"{stub.subfolder}/" if stub.subfolder else ""
@@ -363,7 +372,11 @@ def _subfolders(names: Collection[str]) -> list[str]:
 
 
 def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@.+)?", name) is not None and not name.startswith(".")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
