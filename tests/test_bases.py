@@ -68,3 +68,34 @@ def test_a_selection_by_name_is_not_called_the_last(pool: Path) -> None:
     ok("select", "--by", "rank", "-k", "1")
     assert "adapters: the selection 'two', 2 by random" in ok("merge", "--selection", "two", "-o", "out").err
     assert "adapters: the last selection, 1 by rank" in ok("merge", "-o", "other").err
+
+
+def test_without_a_base_nothing_is_chosen_from_several(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("pool", "sync", "--from", "tree/pool")
+    for words in (
+        ("select", "--by", "random"),
+        ("select", "--by", "rank", "-k", "1"),
+        ("merge",),
+        ("pool", "similarity"),
+    ):
+        message = refused(2, *words)
+        assert "the usable adapters are for 3 base models: " in message
+        assert "acme/far (1)" in message
+        assert "--base NAME" in message
+    assert ok("select", "--by", "random", "--base", "acme/far", "-q").out.split() == ["pool/carol/far"]
+    assert ok("select", "--by", "random", "--where", "base=acme/tiny-it", "-q").out.split() == ["pool/alice/sql"]
+    monkeypatch.setenv("LORA_BASE", "other/mirror-of-tiny")
+    assert ok("select", "--by", "random", "-q").out.split() == ["pool/bob/chat"]
+    monkeypatch.delenv("LORA_BASE")
+    ok("pool", "sync", "acme/tiny-it", "--from", "tree/pool", "--alias", "other/mirror-of-tiny")
+    assert sorted(ok("select", "--by", "random", "-q").out.split()) == ["pool/alice/sql", "pool/bob/chat"]
+
+
+def test_many_bases_are_counted_and_not_all_named(own_home: Path) -> None:
+    for number in range(8):
+        base = f"acme/number-{number}" if number else "acme/number-1"
+        write_adapter(own_home / "pool" / str(number), random_factors(SHAPES, 2, seed=number), base=base)
+    ok("pool", "sync", "--from", "pool")
+    message = refused(2, "select")
+    assert "are for 7 base models: acme/number-1 (2), " in message
+    assert " and 2 more" in message

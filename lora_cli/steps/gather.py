@@ -14,7 +14,7 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import look_up, names_of, usable
+from lora_cli.steps.lookup import look_up, names_of, of_one_base, usable
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -39,6 +39,7 @@ def default_names(catalogue: Catalogue, base: str | None, name: str | None = Non
 
     Raises:
         NothingMatched: no such selection, no usable adapter, or too many of them.
+        UsageError: no base named, and the usable adapters are for several.
     """
     selection = catalogue.last_selection(name)
     if selection is not None:
@@ -47,7 +48,7 @@ def default_names(catalogue: Catalogue, base: str | None, name: str | None = Non
         return names, f"adapters: the {label}, {len(names)} by {selection.method}"
     if name is not None:
         raise NothingMatched(f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME")
-    usable = [row for row in catalogue.find(status="ok") if base is None or row.base == base]
+    usable = of_one_base(catalogue.find(status="ok"), base)
     if not usable:
         raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
     if len(usable) > MOST_WITHOUT_SELECTION:

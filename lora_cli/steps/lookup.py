@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from lora_cli.adapters.store import locate
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.steps.sources import Ask, Found, HubSource
@@ -17,6 +18,7 @@ _REPO = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
 )
 _REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
+_BASES_NAMED = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -106,6 +108,25 @@ def usable(row: Adapter) -> Adapter:
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
     """`aliases`, and the other names of `base` that syncs were given."""
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
+
+
+def of_one_base(rows: Sequence[Adapter], base: str | None) -> list[Adapter]:
+    """The rows that are for `base`; without one all of them, which then have to be for one base.
+
+    Raises:
+        UsageError: no base named, and several to choose from.
+    """
+    if base is not None:
+        return [row for row in rows if row.base == base]
+    counts = Counter(row.base for row in rows).most_common()
+    if len(counts) > 1:
+        named = ", ".join(f"{name} ({count:,})" for name, count in counts[:_BASES_NAMED])
+        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
+        raise UsageError(
+            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
+            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
+        )
+    return list(rows)
 
 
 def _older(catalogue: Catalogue, text: str) -> Adapter | None:
