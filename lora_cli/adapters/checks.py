@@ -29,6 +29,7 @@ from lora_cli.records import BaseMatch, Status
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNDECLARED: Final = "declares no base model"
 MAX_NORM: Final = 1000.0
 
 _CHUNK_BYTES = 1 << 22
@@ -98,6 +99,7 @@ def examine(
     base_name: str = "",
     base_aliases: Collection[str] = (),
     base_shapes: Mapping[str, tuple[int, int]] | None = None,
+    vouched: bool = False,
 ) -> Facts:
     """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
 
@@ -105,7 +107,8 @@ def examine(
     or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
     nothing. `base_name` is the base model asked for ("" for any, `name@revision` for another than its main branch),
     `base_aliases` are further names that the user vouches for, `base_shapes` gives (out, in) of the base's modules
-    where they are known.
+    where they are known. `vouched`: the user named this adapter beside `base_name`, which is enough where it declares
+    no base and the shapes are not known.
     """
     problems: list[str] = []
     settings = None
@@ -128,7 +131,7 @@ def examine(
         problems.append(header.message if header is not None else _no_weights(file_names))
         problems.extend(settings.refusals() if settings is not None else ())
 
-    base_match, base, base_problem = _judge_base(settings, modules, base_name, base_aliases, base_shapes)
+    base_match, base, base_problem = _judge_base(settings, modules, base_name, base_aliases, base_shapes, vouched)
     if base_problem:
         problems.append(base_problem)
     said = settings or LoraConfigFacts(peft_type="")
@@ -312,6 +315,7 @@ def _judge_base(
     asked: str,
     aliases: Collection[str],
     shapes: Mapping[str, tuple[int, int]] | None,
+    vouched: bool,
 ) -> tuple[BaseMatch, str, str]:
     """(how the declared base matches, the base as resolved, what is wrong with it or "")."""
     if config is None:
@@ -322,7 +326,7 @@ def _judge_base(
         if not declared:
             return "unknown", "", _undeclared(config)
         return ("exact" if resolved == declared else "alias"), resolved, ""
-    conflict = _shape_conflict(modules, shapes) if modules and shapes is not None else ""
+    conflict = shape_conflict(modules, shapes) if modules and shapes is not None else ""
     if declared == asked:
         return "exact", asked, conflict
     if same_base(declared, asked, aliases):
@@ -336,9 +340,11 @@ def _judge_base(
         return "mismatch", resolved, f"wrong base: declares {said}, asked for {asked}; {conflict}"
     fits = bool(modules) and shapes is not None
     match: BaseMatch = "shape" if fits else "unknown"
-    but = "; its shapes fit" if fits else ""
+    if not declared and (fits or vouched):
+        return match, asked, ""
     if not declared:
-        return match, "", _undeclared(config) + but
+        return match, "", f"{_undeclared(config)}; the shapes of {asked} are not known here"
+    but = "; its shapes fit" if fits else ""
     return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
 
 
@@ -356,10 +362,11 @@ def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
 def _undeclared(config: LoraConfigFacts) -> str:
     mapping = config.unknown.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return f"declares no base model, only the class {shortened(named)}" if named else "declares no base model"
+    return UNDECLARED + (f", only the class {shortened(named)}" if named else "")
 
 
-def _shape_conflict(modules: Mapping[str, ModuleFactors], shapes: Mapping[str, tuple[int, int]]) -> str:
+def shape_conflict(modules: Mapping[str, ModuleFactors], shapes: Mapping[str, tuple[int, int]]) -> str:
+    """What about `modules` does not fit a base whose modules have `shapes`, (out, in); "" where all fit."""
     absent = [name for name in modules if name not in shapes]
     if len(absent) == len(modules):
         return f"targets match no module of the base (such as {shortened(absent[0])})"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -104,6 +104,7 @@ def sync(
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.hub import Hub
+    from lora_cli.steps.lookup import shapes_of
     from lora_cli.steps.sync import sync as step
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -120,7 +121,7 @@ def sync(
             base=settings.base or "",
             aliases=aliases,
             dropped=no_alias or (),
-            base_shapes=_shapes_of(settings.base),
+            base_shapes=shapes_of(settings.base),
             limit=limit,
             since=created,
             force=force,
@@ -364,6 +365,7 @@ def verify(
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
     from lora_cli.hub import Hub
+    from lora_cli.steps.lookup import shapes_of
     from lora_cli.steps.verify import verify as step
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -377,7 +379,7 @@ def verify(
         for done, row in enumerate(rows_known):
             progress("verifying adapters", done, len(texts))
             asked = settings.base or row.base
-            shapes = _shapes_of(asked)
+            shapes = shapes_of(asked)
             verdict = step(
                 row,
                 hub=hub,
@@ -418,28 +420,6 @@ def _assumed(settings: Settings) -> str:
         left_out = settings.origin("pool")
         return f"{base} · from the Hub" + (f" (pool: {left_out})" if left_out != "default" else "")
     return f"{base} · from {settings.pool} ({settings.origin('pool')})"
-
-
-def _shapes_of(base: str | None) -> Callable[[], Mapping[str, tuple[int, int]] | None] | None:
-    """How to find the base's module shapes; None where its configuration is not on this machine."""
-    from lora_cli.adapters.base_names import MAIN, split_revision
-    from lora_cli.hub import cached_file
-
-    if not base:
-        return None
-    folder = folder_of(base)
-    here = folder is not None and (folder / "config.json").is_file()
-    name, revision = split_revision(base)
-    may_be_there = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
-    if not here and (not may_be_there or cached_file(name, "config.json", revision or MAIN) is None):
-        return None
-
-    def look() -> Mapping[str, tuple[int, int]] | None:
-        from lora_cli.base_model import module_shapes
-
-        return module_shapes(base)
-
-    return look
 
 
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:

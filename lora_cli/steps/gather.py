@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from lora_cli.adapters.base_names import public_base, same_base, split_revision
+from lora_cli.adapters.checks import UNDECLARED, shape_conflict
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
@@ -14,7 +15,7 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import look_up, names_of, of_one_base, usable
+from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, shapes_of, usable
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -72,7 +73,7 @@ def gather(
     Args:
         names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
         base: the base model they must belong to; None takes the one for which the catalogue found them usable, else
-            the one they declare.
+            the one they declare. An adapter that declares none is for this one if its shapes fit.
         aliases: other names of that base.
         announce: is told what was looked up on the Hub and, before weights are downloaded, how many bytes.
 
@@ -86,9 +87,9 @@ def gather(
         raise NothingMatched("no adapters selected", hint="name some, or run lora select")
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, progress=progress)
     found = [_find(catalogue, name, look) for name in names]
-    base = base or _judged_for([row for _, row in found if row is not None])
+    named, base = base, base or _judged_for([row for _, row in found if row is not None])
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
-    opened, inputs = [], {}
+    opened, inputs, bases = [], {}, dict[AdapterRef, str]()
     for ref, row in found:
         files = locate(ref)
         if files is None:
@@ -97,10 +98,11 @@ def gather(
         # Opened first: what changes after it was hashed is then noticed when it is read.
         opened.append(_open(files))
         inputs[ref.pinned] = _sha256(files, row)
+        bases[ref] = _base_of(opened[-1], row, named, announce)
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
-    _check_bases(ordered, base, known)
+    _check_bases([(adapter.ref, bases[adapter.ref]) for adapter in ordered], base, known)
     public = public_base(base or "", known, [adapter.base for adapter in ordered])
     return Gathered(adapters=tuple(opened), base=public, inputs=inputs)
 
@@ -125,7 +127,7 @@ def gather_update(
         return found.adapters[0], found.base, found.inputs
     delta = open_delta(folder)
     known = names_of(catalogue, base, aliases)
-    _check_bases([delta], base, known)
+    _check_bases([(delta.ref, delta.base)], base, known)
     return delta, public_base(base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
 
 
@@ -187,21 +189,43 @@ def _judged_for(rows: Sequence[Adapter]) -> str | None:
     return bases.pop() or None if len(bases) == 1 else None
 
 
-def _check_bases(adapters: Sequence[OpenAdapter | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
-    first = adapters[0]
-    asked = base if base is not None else first.base
-    for adapter in adapters:
-        declared = adapter.base
+def _base_of(adapter: OpenAdapter, row: Adapter | None, named: str | None, announce: Callable[[str], None]) -> str:
+    """The base that an adapter declares; for one that declares none, the base that the user or the catalogue names.
+
+    Raises:
+        Refused: nobody names one, or its shapes do not fit.
+    """
+    if adapter.base:
+        return adapter.base
+    base = named or (row.base if row is not None else "")
+    if not base:
+        raise Refused(f"{adapter.ref.id} {UNDECLARED}", hint=SAY_THE_BASE)
+    if row is not None and (row.base, row.base_match) == (base, "shape"):
+        return base
+    look = shapes_of(base)
+    shapes = look() if look is not None else None
+    if shapes is None:
+        announce(f"{adapter.ref.id} {UNDECLARED}: taken to be for {base}, whose shapes are not known here to compare")
+    elif conflict := shape_conflict(adapter.modules, shapes):
+        raise Refused(f"{adapter.ref.id} is not for {base}: {conflict}", hint="leave this adapter out")
+    return base
+
+
+def _check_bases(adapters: Sequence[tuple[AdapterRef, str]], base: str | None, aliases: Sequence[str]) -> None:
+    """Refused where one of the adapters, each with its base, is for another than the others or than `base`."""
+    first, first_base = adapters[0]
+    asked = base if base is not None else first_base
+    for ref, declared in adapters:
         if declared == asked or same_base(declared, asked, aliases):
             continue
         if base is None:
             raise Refused(
-                f"two base models: {first.ref.id} is for {asked or 'none'}, {adapter.ref.id} for {declared or 'none'}",
+                f"two base models: {first.id} is for {asked}, {ref.id} for {declared}",
                 hint=_of_two_names(declared, asked)
                 or "if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
-            f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",
+            f"{ref.id} is for {declared}, not for {base}",
             hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
 

@@ -39,13 +39,15 @@ _FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)
 class Ask:
     """What adapters are judged by: the base asked for ("" for any), names that mean it, and its module shapes.
 
-    The base is `name@revision` where it is not that of the main branch.
+    The base is `name@revision` where it is not that of the main branch. `with_shapes`: the shapes decide over every
+    adapter, not only over one that declares no base. `vouched`: the user named base and adapter.
     """
 
     base: str
     aliases: tuple[str, ...]
     shapes: Callable[[], Shapes | None]
     with_shapes: bool
+    vouched: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -53,18 +55,20 @@ class Ask:
 
         What is before its colon is equal for questions about one base.
         """
-        rules = [self.base, str(self.with_shapes), tables_digest(), *sorted(set(self.aliases))]
+        rules = [self.base, str(self.with_shapes), str(self.vouched), tables_digest(), *sorted(set(self.aliases))]
         return f"{_digest(self.base)}:{_digest(chr(0).join(rules))}"
 
     def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
         """`checks.examine` by these rules."""
+        wanted = isinstance(header, Header) and (self.with_shapes or _names_no_base(config))
         return examine(
             config,
             header,
             file_names=names,
             base_name=self.base,
             base_aliases=self.aliases,
-            base_shapes=self.shapes() if isinstance(header, Header) else None,
+            base_shapes=self.shapes() if wanted else None,
+            vouched=self.vouched,
         )
 
 
@@ -117,7 +121,7 @@ class HubSource(Source):
 
     def batches(self, progress: Progress) -> Iterator[list[Found]]:
         count = 0
-        named = [self._ask.base, *(alias for alias in self._ask.aliases if _is_hub_id(alias))]
+        named = [self._ask.base, *(alias for alias in self._ask.aliases if is_hub_name(alias))]
         # A listing is of a repository, whatever its revisions.
         for base in dict.fromkeys(split_revision(name)[0] for name in named):
             left = None if self._limit is None else self._limit - count
@@ -348,6 +352,13 @@ def _unreadable(listed: Listed, names: Collection[str]) -> str:
     return f"no {CONFIG_NAME}"
 
 
+def _names_no_base(config: bytes | None) -> bool:
+    try:
+        return config is not None and not parse_config(config).base
+    except ConfigError:
+        return False
+
+
 def _refusal(config: bytes) -> str:
     """Why this configuration rules its adapter out whatever the weights are, "" if it does not."""
     try:
@@ -371,7 +382,8 @@ def _subfolders(names: Collection[str]) -> list[str]:
     return plain[:_MOST_SUBFOLDERS]
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is written like an id of the Hub, with or without owner and revision."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@.+)?", name) is not None and not name.startswith(".")
 
 
