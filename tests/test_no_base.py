@@ -22,7 +22,9 @@ NOT_COMPARED = "declares no base model: taken to be for acme/tiny, whose shapes 
 
 
 def undeclared(folder: Path, shapes: dict[str, tuple[int, int]] = SHAPES, **config: Any) -> Path:
-    return write_adapter(folder, random_factors(shapes, 8, seed=len(folder.name)), base_model_name_or_path=None, **config)
+    return write_adapter(
+        folder, random_factors(shapes, 8, seed=len(folder.name)), base_model_name_or_path=None, **config
+    )
 
 
 @pytest.fixture

@@ -18,6 +18,14 @@ from lora_cli.steps.fetch import bring
 from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, shapes_of, usable
 
 MOST_WITHOUT_SELECTION = 50
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")
+# A fused projection, and the projections that a model has in its place if they are split.
+_SPLIT = {
+    **dict.fromkeys(
+        ("qkv_proj", "qkv", "wqkv", "Wqkv", "W_pack", "query_key_value", "c_attn", "in_proj"), _OF_ATTENTION
+    ),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +111,7 @@ def gather(
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
     _check_bases([(adapter.ref, bases[adapter.ref]) for adapter in ordered], base, known)
+    _check_projections(ordered)
     public = public_base(base or "", known, [adapter.base for adapter in ordered])
     return Gathered(adapters=tuple(opened), base=public, inputs=inputs)
 
@@ -228,6 +237,19 @@ def _check_bases(adapters: Sequence[tuple[AdapterRef, str]], base: str | None, a
             f"{ref.id} is for {declared}, not for {base}",
             hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
+
+
+def _check_projections(adapters: Sequence[OpenAdapter]) -> None:
+    """Refused where one adapter is for a fused projection and another for its parts: no base has both in one place."""
+    owners = {module: adapter.ref.id for adapter in reversed(adapters) for module in adapter.modules}
+    for module, owner in owners.items():
+        parent, dot, name = module.rpartition(".")
+        for part in _SPLIT.get(name, ()):
+            if other := owners.get(f"{parent}{dot}{part}"):
+                raise Refused(
+                    f"{owner} adapts {name} and {other} adapts {part} in {parent}: one base has only one of them",
+                    hint="one of these adapters is for a copy of the base with other modules: leave it out",
+                )
 
 
 def _of_two_names(one: str, other: str) -> str:
