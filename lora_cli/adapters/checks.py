@@ -23,12 +23,24 @@ from lora_cli.adapters.header import (
     lora_modules,
     tensor_refusals,
 )
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind, several_in_one
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+__all__ = [
+    "CONFIG_NAME",
+    "MAX_NORM",
+    "UNDECLARED",
+    "WEIGHTS_NAME",
+    "Facts",
+    "WeightFacts",
+    "examine",
+    "refusals",
+    "scan_weights",
+    "shape_conflict",
+    "weight_status",
+]
+
 UNDECLARED: Final = "declares no base model"
 MAX_NORM: Final = 1000.0
 
@@ -100,17 +112,24 @@ def examine(
     base_aliases: Collection[str] = (),
     base_shapes: Mapping[str, tuple[int, int]] | None = None,
     vouched: bool = False,
+    kind: str = "",
 ) -> Facts:
     """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
 
-    `config` holds the bytes of adapter_config.json (None: there is none), `header` the parsed header of its weights,
-    or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
-    nothing. `base_name` is the base model asked for ("" for any, `name@revision` for another than its main branch),
-    `base_aliases` are further names that the user vouches for, `base_shapes` gives (out, in) of the base's modules
-    where they are known. `vouched`: the user named this adapter beside `base_name`, which is enough where it declares
-    no base and the shapes are not known.
+    Args:
+        config: the bytes of adapter_config.json, None where there is none.
+        header: the header of the weights, or the error that parsing gave; None where there are no weights.
+        file_names: names of the files beside them, to tell an adapter of another kind from nothing.
+        base_name: the base model asked for, `name@revision` for another than its main branch; "" for any.
+        base_aliases: further names that the user vouches for.
+        base_shapes: (out, in) of the base's modules, where they are known.
+        vouched: the user named this adapter beside `base_name`, which is enough where the adapter declares no base and
+            the shapes are not known.
+        kind: what is here in place of an adapter of PEFT, where that was found out by other means than names.
     """
-    problems: list[str] = []
+    if header is None:
+        kind = kind or other_kind(file_names)
+    problems = [kind] if kind else []
     settings = None
     if config is None:
         problems.append(f"no {CONFIG_NAME}")
@@ -121,6 +140,8 @@ def examine(
             problems.append(error.message)
     modules: dict[str, ModuleFactors] = {}
     if isinstance(header, Header):
+        if several := several_in_one(header):
+            problems.append(several)
         try:
             modules = lora_modules(header)[0]
         except HeaderError as error:
@@ -128,7 +149,7 @@ def examine(
         else:
             problems.extend(refusals(settings, header) if settings is not None else ())
     else:
-        problems.append(header.message if header is not None else _no_weights(file_names))
+        problems.append(header.message if header is not None else f"no {WEIGHTS_NAME}")
         problems.extend(settings.refusals() if settings is not None else ())
 
     base_match, base, base_problem = _judge_base(settings, modules, base_name, base_aliases, base_shapes, vouched)
@@ -299,14 +320,6 @@ def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | 
     except ConfigError:
         return None
     return scales.pop() if len(scales) == 1 else None
-
-
-def _no_weights(file_names: Collection[str]) -> str:
-    for path in sorted(file_names):
-        name = path.replace("\\", "/").rpartition("/")[2]
-        if name.startswith("adapter_model") and name.lower().endswith(PICKLE_SUFFIXES):
-            return f"pickle only ({shortened(name)}): never opened"
-    return f"no {WEIGHTS_NAME}"
 
 
 def _judge_base(

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_cli.adapters.base_names import public_base, same_base, split_revision
 from lora_cli.adapters.checks import UNDECLARED, shape_conflict
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
+from lora_cli.adapters.kinds import kind_in
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, sha256_of
 from lora_cli.catalogue import Catalogue
@@ -18,6 +19,7 @@ from lora_cli.steps.fetch import bring
 from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, shapes_of, usable
 
 MOST_WITHOUT_SELECTION = 50
+_NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")
 # A fused projection, and the projections that a model has in its place if they are split.
 _SPLIT = {
@@ -101,8 +103,7 @@ def gather(
     for ref, row in found:
         files = locate(ref)
         if files is None:
-            hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
-            raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
+            raise _not_here(ref)
         # Opened first: what changes after it was hashed is then noticed when it is read.
         opened.append(_open(files))
         inputs[ref.pinned] = _sha256(files, row)
@@ -152,6 +153,15 @@ def to_fetch(
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, store=False)
     found = [_find(catalogue, name, look) for name in names]
     return [row for ref, row in found if row is not None and locate(ref) is None]
+
+
+def _not_here(ref: AdapterRef) -> Refused:
+    """Why there is nothing to open once what can be fetched was fetched."""
+    if dense_folder(ref.repo) is not None:
+        return Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
+    folder = folder_of(str(Path(ref.repo, ref.subfolder)))
+    kind = "" if folder is None else kind_in(folder, [file.name for file in folder.iterdir()])
+    return Refused(f"{ref.id}: {kind or _NOTHING}")
 
 
 def _open(files: AdapterFiles) -> OpenAdapter:

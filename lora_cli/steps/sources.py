@@ -15,6 +15,7 @@ from lora_cli.adapters.base_names import split_revision, tables_digest
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, Facts, examine, scan_weights, weight_status
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
+from lora_cli.adapters.kinds import holds_adapter, kind_in, other_kind
 from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
@@ -58,7 +59,9 @@ class Ask:
         rules = [self.base, str(self.with_shapes), str(self.vouched), tables_digest(), *sorted(set(self.aliases))]
         return f"{_digest(self.base)}:{_digest(chr(0).join(rules))}"
 
-    def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
+    def judge(
+        self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str], kind: str = ""
+    ) -> Facts:
         """`checks.examine` by these rules."""
         wanted = isinstance(header, Header) and (self.with_shapes or _names_no_base(config))
         return examine(
@@ -69,6 +72,7 @@ class Ask:
             base_aliases=self.aliases,
             base_shapes=self.shapes() if wanted else None,
             vouched=self.vouched,
+            kind=kind,
         )
 
 
@@ -201,7 +205,7 @@ class HubSource(Source):
             if refusal := _refusal(config):
                 # No header can make this one usable, so none is asked for.
                 judged = replace(stub, **self._ask.judge(config, None, names))
-                return replace(judged, status="unusable", reason=refusal)
+                return replace(judged, status="unusable", reason=_other_kind(names) or refusal)
             header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
         except Gated:
             return replace(stub, status="gated", reason="gated: its owner has to let you in", stamp=self._gate)
@@ -287,12 +291,15 @@ class FolderSource(Source):
         )
         config = read_config(folder)
         header: Header | HeaderError | None = None
+        kind = ""
         if (folder / WEIGHTS_NAME).is_file():
             try:
                 header = read_header(folder / WEIGHTS_NAME)
             except HeaderError as error:
                 header = error
-        adapter = replace(stub, **self._ask.judge(config, header, names))
+        else:
+            kind = kind_in(folder, names)
+        adapter = replace(stub, **self._ask.judge(config, header, names, kind))
         if row is not None and row.commit == adapter.commit and row.sha256:
             adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
             if row.status == "ok":
@@ -347,9 +354,15 @@ def _unreadable(listed: Listed, names: Collection[str]) -> str:
         return ""
     if any(_CHECKPOINT.search(name.rpartition("/")[0]) for name in names if name.endswith(f"/{CONFIG_NAME}")):
         return f"no {CONFIG_NAME}, only training checkpoints"
+    if kind := _other_kind(names):
+        return kind
     if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin)", name) for name in names):
         return f"no {CONFIG_NAME}: full weights, not an adapter"
     return f"no {CONFIG_NAME}"
+
+
+def _other_kind(names: Collection[str]) -> str:
+    return "" if WEIGHTS_NAME in names else other_kind(names)
 
 
 def _names_no_base(config: bytes | None) -> bool:
@@ -424,7 +437,7 @@ def _adapter_folders(root: Path) -> Iterator[Path]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue
-        if any(entry.name == CONFIG_NAME or entry.name.startswith("adapter_model.") for entry in entries):
+        if holds_adapter(folder, [entry.name for entry in entries]):
             yield folder
         for entry in reversed(entries):
             if not entry.name.startswith(".") and _is_folder(entry):
@@ -449,7 +462,7 @@ def _stamp(folder: Path, names: Sequence[str]) -> str:
     """Changes when the size or time of a file that counts changes."""
     parts: list[Any] = []
     for name in names:
-        if name in (CONFIG_NAME, "README.md") or name.startswith("adapter_model."):
+        if name == "README.md" or name.startswith("adapter") or name.endswith(".safetensors"):
             try:
                 facts = (folder / name).stat()
             except OSError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
 from lora_cli.adapters.config import MAX_CONFIG_BYTES
 from lora_cli.adapters.header import Header, lora_modules, read_header, reading
+from lora_cli.adapters.kinds import kind_in
 from lora_cli.adapters.store import locate, read_config
 from lora_cli.errors import HeaderError, NothingMatched, Refused
 from lora_cli.hub import Hub, MissingFile
@@ -50,7 +51,16 @@ def verify(
     Raises the errors of the Hub, and Refused where its files are not here and there is no Hub to ask.
     """
     config, weights, header, names = _files(adapter, hub, fetch=deep)
-    facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, base_shapes=base_shapes)
+    absent = header is None and adapter.source == "folder"
+    facts = examine(
+        config,
+        header,
+        file_names=names,
+        base_name=base,
+        base_aliases=aliases,
+        base_shapes=base_shapes,
+        kind=kind_in(Path(adapter.repo, adapter.subfolder), names) if absent else "",
+    )
     found = replace(adapter, **facts)
     read = False
     # Configuration and header of an adapter with bad weights look sound.
