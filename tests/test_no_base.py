@@ -153,3 +153,10 @@ def test_an_adapter_of_the_hub_that_declares_none_is_taken_at_the_users_word(fak
         assert catalogue.provenance("x/none")["hub_id"] == fake.repos["x/none"].hub_id
     ok("pool", "sync", BASE)
     assert rows()["x/none"][0] == "unusable", "a sync names no adapter"
+
+
+def test_an_adapter_of_the_hub_whose_shapes_do_not_fit_is_not_stored(fake: FakeHub, base: str) -> None:
+    message = refused(5, "merge", "x/none", "--base", base, "-o", "out")
+    assert "x/none: wrong base: declares none" in message
+    assert "shapes differ from base" in message
+    assert "no adapter is known" in refused(3, "pool", "list")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from lora_cli.adapters.base_names import public_base, same_base, split_revision
@@ -16,7 +16,8 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, shapes_of, usable
+from lora_cli.steps.lookup import SAY_THE_BASE, known_shapes, look_up, names_of, of_one_base, usable
+from lora_cli.steps.sources import Shapes
 
 MOST_WITHOUT_SELECTION = 50
 _NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
@@ -100,6 +101,7 @@ def gather(
     named, base = base, base or _judged_for([row for _, row in found if row is not None])
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
     opened, inputs, bases = [], {}, dict[AdapterRef, str]()
+    shapes = cache(known_shapes)
     for ref, row in found:
         files = locate(ref)
         if files is None:
@@ -107,7 +109,7 @@ def gather(
         # Opened first: what changes after it was hashed is then noticed when it is read.
         opened.append(_open(files))
         inputs[ref.pinned] = _sha256(files, row)
-        bases[ref] = _base_of(opened[-1], row, named, announce)
+        bases[ref] = _base_of(opened[-1], row, named, shapes, announce)
     known = names_of(catalogue, base, aliases)
     # In an order of their own: the same adapters named in another order are the same work.
     ordered = sorted(opened, key=lambda adapter: adapter.ref.pinned)
@@ -159,7 +161,7 @@ def _not_here(ref: AdapterRef) -> Refused:
     """Why there is nothing to open once what can be fetched was fetched."""
     if dense_folder(ref.repo) is not None:
         return Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
-    folder = folder_of(str(Path(ref.repo, ref.subfolder)))
+    folder = folder_of(ref.repo) if ref.source == "folder" else None
     kind = "" if folder is None else kind_in(folder, [file.name for file in folder.iterdir()])
     return Refused(f"{ref.id}: {kind or _NOTHING}")
 
@@ -208,7 +210,13 @@ def _judged_for(rows: Sequence[Adapter]) -> str | None:
     return bases.pop() or None if len(bases) == 1 else None
 
 
-def _base_of(adapter: OpenAdapter, row: Adapter | None, named: str | None, announce: Callable[[str], None]) -> str:
+def _base_of(
+    adapter: OpenAdapter,
+    row: Adapter | None,
+    named: str | None,
+    shapes_of: Callable[[str], Shapes | None],
+    announce: Callable[[str], None],
+) -> str:
     """The base that an adapter declares; for one that declares none, the base that the user or the catalogue names.
 
     Raises:
@@ -221,8 +229,7 @@ def _base_of(adapter: OpenAdapter, row: Adapter | None, named: str | None, annou
         raise Refused(f"{adapter.ref.id} {UNDECLARED}", hint=SAY_THE_BASE)
     if row is not None and (row.base, row.base_match) == (base, "shape"):
         return base
-    look = shapes_of(base)
-    shapes = look() if look is not None else None
+    shapes = shapes_of(base)
     if shapes is None:
         announce(f"{adapter.ref.id} {UNDECLARED}: taken to be for {base}, whose shapes are not known here to compare")
     elif conflict := shape_conflict(adapter.modules, shapes):

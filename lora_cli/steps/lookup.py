@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from lora_cli.adapters.base_names import MAIN, split_revision
 from lora_cli.adapters.checks import UNDECLARED
@@ -70,7 +71,7 @@ def look_up(
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter)
         announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
         return row
-    ask = Ask(base, names, shapes_of(base) or (lambda: None), with_shapes=False, vouched=bool(base))
+    ask = Ask(base, names, partial(known_shapes, base), with_shapes=False, vouched=bool(base))
     found = _on_hub(catalogue, text, ask, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id]).get(id)
@@ -134,15 +135,19 @@ def shapes_of(base: str | None) -> Callable[[], Shapes | None] | None:
         here = (folder / "config.json").is_file()
     else:
         here = is_hub_name(name) and cached_file(name, "config.json", revision or MAIN) is not None
-    if not here:
-        return None
+    return partial(_module_shapes, base) if here else None
 
-    def look() -> Shapes | None:
-        from lora_cli.base_model import module_shapes
 
-        return module_shapes(base)
+def known_shapes(base: str) -> Shapes | None:
+    """(out, in) of the base's modules, None where its configuration is not on this machine or is not understood."""
+    look = shapes_of(base)
+    return look() if look is not None else None
 
-    return look
+
+def _module_shapes(base: str) -> Shapes | None:
+    from lora_cli.base_model import module_shapes
+
+    return module_shapes(base)
 
 
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
