@@ -16,8 +16,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora_cli.adapters.checkpoint import cached_model, folder_or_hub, version_of_folder
-from lora_cli.adapters.checks import public_base
+from lora_cli.adapters.base_names import public_base
+from lora_cli.adapters.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.skeleton import Matrix, Skeleton
@@ -486,11 +486,11 @@ def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str =
         UsageError, Refused: see `resolve`.
     """
     device, dtype = resolve(device, dtype)
-    folder = folder_or_hub(name_or_path)
+    found = folder_or_hub(name_or_path)
     return BaseRef(
-        place=name_or_path if folder is None else str(folder),
+        place=str(found) if isinstance(found, Path) else found.repo,
         name=name or public_base(name_or_path),
-        version=_version_on_hub(name_or_path) if folder is None else version_of_folder(folder),
+        version=version_of_folder(found) if isinstance(found, Path) else _version_on_hub(found),
         device=device,
         dtype=dtype,
     )
@@ -541,17 +541,17 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _version_on_hub(name: str) -> str:
-    """The commit of the copy in the Hub client's cache where that is whole, else of the Hub's main branch."""
-    if cached := cached_model(name):
+def _version_on_hub(model: HubModel) -> str:
+    """The commit of the copy in the Hub client's cache where that is whole, else of the revision on the Hub."""
+    if cached := cached_model(*model):
         return cached.name
-    if not Hub().exists(name):
-        raise NothingMatched(f"no base model {name}", hint="check the id; a private one wants 'hf auth login'")
+    if not Hub().exists(model.repo):
+        raise NothingMatched(f"no base model {model.repo}", hint="check the id; a private one wants 'hf auth login'")
     try:
-        # By this the cache learns which commit main is; a later download by commit would not tell it.
-        found = _hf.utils.cached_file(name, "config.json")
+        # By this the cache learns which commit a branch is; a later download by commit would not tell it.
+        found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
     except Exception as error:
-        _translate(name, error)
+        _translate(str(model), error)
     return Path(found).parent.name
 
 

@@ -43,6 +43,7 @@ class Known(NamedTuple):
     stamp: str
     repo: str
     base_declared: str
+    base: str
     downloads: int
     likes: int
 
@@ -133,7 +134,7 @@ class Catalogue:
 
     def known(self, ids: Sequence[str] | None = None) -> dict[str, Known]:
         """What is stored of these ids (all ids by default); those that are not stored are left out."""
-        columns = 'SELECT id, "commit", status, stamp, repo, base_declared, downloads, likes FROM adapters'
+        columns = "SELECT id, " + ", ".join(f'"{name}"' for name in Known._fields) + " FROM adapters"
         with self._lock:
             db = self._read()
             if ids is None:

@@ -214,12 +214,12 @@ class Hub:
             return False
         return True
 
-    def read_newest(self, repo: str, filename: str, limit: int) -> bytes:
-        """The whole of a small file on the main branch, by one request; of one longer than `limit`, `limit + 1` bytes.
+    def read_newest(self, repo: str, filename: str, limit: int, revision: str) -> bytes:
+        """The whole of a small file on a branch, by one request; of one longer than `limit`, `limit + 1` bytes.
 
         For looking, never for recording: which commit it is from is not said.
         """
-        url = f"{self.endpoint}/{quote(repo)}/resolve/main/{quote(filename)}"
+        url = f"{self.endpoint}/{quote(repo)}/resolve/{quote(revision, safe='')}/{quote(filename)}"
         return self._get(url, repo, lambda r: _collect(r, limit + 1))
 
     def read_file(self, repo: str, filename: str, commit: str, limit: int) -> bytes:

@@ -28,12 +28,6 @@ def m001_adapters_selections_runs(db: Database) -> None:
         db.execute(statement)
 
 
-@migrations()
-def m002_notes(db: Database) -> None:
-    """What of an adapter's file was repaired or left out."""
-    db.execute("ALTER TABLE adapters ADD COLUMN notes TEXT NOT NULL DEFAULT ''")
-
-
 _M001 = (
     """
     CREATE TABLE adapters (
@@ -163,6 +157,13 @@ _M001 = (
     )
     """,
 )
+
+
+@migrations()
+def m002_revision_and_notes(db: Database) -> None:
+    """Which revision of its base an adapter is for, and what of its file was repaired or left out."""
+    for column in ("revision", "notes"):
+        db.execute(f"ALTER TABLE adapters ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
 
 
 def open_for_writing(path: Path) -> Database:

@@ -44,10 +44,12 @@ class AdapterRef:
 class Adapter:
     """One row of the catalogue: everything known about an adapter without its weights.
 
-    `ranks` maps each module to its rank, from tensor shapes. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) where
-    it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules and,
-    like `sha256` (of the weights file), is known only once the weights were at hand. `status` other than "ok" comes
-    with a `reason`. `notes` say what of the file was repaired or left out, and what it holds besides the update.
+    `base_declared` is the base model as its configuration has it, at `revision` ("" for the main branch); `base` is the
+    one it was found to be for, `name@revision` where there is one. `ranks` maps each module to its rank, from tensor
+    shapes. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) where it is the same in every module, else None. `norm`
+    is the Frobenius norm of the scaled update over all modules and, like `sha256` (of the weights file), is known only
+    once the weights were at hand. `status` other than "ok" comes with a `reason`. `notes` say what of the file was
+    repaired or left out, and what it holds besides the update.
     """
 
     id: str
@@ -57,6 +59,7 @@ class Adapter:
     subfolder: str = ""
     author: str = ""
     base_declared: str = ""
+    revision: str = ""
     base: str = ""
     base_match: BaseMatch = "unknown"
     peft_type: str = ""

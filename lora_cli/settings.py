@@ -13,6 +13,7 @@ import platformdirs
 from lora_cli.errors import UsageError
 
 PROJECT_FILE = "lora.toml"
+BASE_NAMES = "LORA_BASE_NAMES"
 _OF_ONE_BASE = ("base_aliases", "pool")
 _Layer = tuple[str, Mapping[str, Any], Path]
 
@@ -49,7 +50,8 @@ def _text(value: Any, folder: Path) -> str:
 
 def _base(value: Any, folder: Path) -> str:
     """A Hub id stays as it is; the name of a folder that exists beside the file becomes its path."""
-    text = _text(value, folder)
+    # main is where a base is without a revision: one base has one name.
+    text = _text(value, folder).removesuffix("@main")
     local = folder_of(str(folder / _at_home(text)))
     return str(local.resolve()) if local is not None else text
 
@@ -142,6 +144,19 @@ class Settings:
 def user_file() -> Path:
     """The user's own configuration file, which need not exist."""
     return Path(platformdirs.user_config_dir("lora", appauthor=False)) / "config.toml"
+
+
+def base_names_file() -> tuple[Path, str]:
+    """The user's own table of base-model names, and its origin: LORA_BASE_NAMES, or "default" for beside `user_file`.
+
+    Only a file that LORA_BASE_NAMES names has to exist. Raises UsageError for a value that is no path.
+    """
+    if not (named := os.environ.get(BASE_NAMES)):
+        return user_file().with_name("base_names.toml"), "default"
+    try:
+        return _path(named, Path.cwd()), BASE_NAMES
+    except ValueError:
+        raise UsageError(f"{BASE_NAMES} must be a path, not {named!r}") from None
 
 
 def load(flags: Mapping[str, Any] | None = None) -> Settings:

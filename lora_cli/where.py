@@ -26,6 +26,7 @@ COLUMNS: Final[Mapping[str, Kind]] = {
     "subfolder": "text",
     "author": "text",
     "base_declared": "text",
+    "revision": "text",
     "base": "text",
     "base_match": "text",
     "peft_type": "text",

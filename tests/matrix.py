@@ -274,10 +274,12 @@ KINDS = (
         _changed(
             _PLAIN,
             lambda found: {
-                name.replace(".weight", f".{which}.weight"): one.clone() for name, one in found.items() for which in ("a", "b")
+                name.replace(".weight", f".{which}.weight"): one.clone()
+                for name, one in found.items()
+                for which in ("a", "b")
             },
         ),
-        refused="several adapters in one file",
+        refused="2 adapters in one file (a, b)",
     ),
     Kind(
         "modules that the base does not have",

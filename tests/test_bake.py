@@ -288,12 +288,15 @@ def test_both_names_of_the_precision_are_changed_in_every_part_of_a_configuratio
 
 def test_integers_and_other_tensors_go_through_a_cast_as_they_are(base: Path, adapter: Path) -> None:
     counter, mask = torch.arange(7), torch.tensor([0.0, float("-inf")])
-    rewritten(base, lambda tensors: {**tensors, "counter": counter, "mask": mask, "empty": torch.zeros(0, 3)})
+    fours = torch.arange(3 << 19, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)  # three blocks of entries
+    more = {"counter": counter, "mask": mask, "empty": torch.zeros(0, 3), "fours": fours}
+    rewritten(base, lambda tensors: tensors | more)
     bake(adapter, base, "out", "--dtype", "bf16")
     after = weights(Path("out"))
     assert torch.equal(after["counter"], counter)
     assert torch.equal(after["mask"], mask.bfloat16())
     assert after["empty"].shape == (0, 3)
+    assert torch.equal(after["fours"].view(torch.uint8), fours.view(torch.uint8))
 
 
 def test_the_same_bake_is_up_to_date_and_equal_bytes_come_out_of_force(base: Path, adapter: Path) -> None:

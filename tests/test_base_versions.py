@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters.checks import public_base
+from lora_cli.adapters.base_names import public_base
 from lora_cli.base_model import BaseModel, load, pin
 from lora_cli.records import Example
 from lora_cli.steps.descent import Recipe

@@ -28,8 +28,8 @@ def adapter(name: str, **facts: object) -> Adapter:
 
 FULL = Adapter(
     id="alice/sql", commit="c" * 40, source="hub", repo="alice/sql", subfolder="x", author="alice",
-    base_declared="Base", base="acme/base", base_match="alias", peft_type="LORA", rank=8, alpha=16.0, scale=2.0,
-    rslora=True, ranks={"layers.0.q_proj": 8}, target_modules=("q_proj", "v_proj"), modules=1, layers=1,
+    base_declared="Base", revision="v1", base="acme/base@v1", base_match="alias", peft_type="LORA", rank=8, alpha=16.0,
+    scale=2.0, rslora=True, ranks={"layers.0.q_proj": 8}, target_modules=("q_proj", "v_proj"), modules=1, layers=1,
     dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, norm=1.5, licence="mit", downloads=7, likes=2,
     gated="auto", created_at="2026-01-01", modified_at="2026-01-02", card="Turns questions into SQL.", stamp="s",
     status="unusable", reason="no luck", notes="names repaired",

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_cli.adapters.base_names import same_base
 from lora_cli.adapters.checks import (
     Facts,
     WeightFacts,
-    canonical_base,
     examine,
-    same_base,
     scan_weights,
     weight_status,
 )
@@ -182,13 +181,6 @@ def test_the_right_name_does_not_help_where_the_shapes_do_not_fit(
         "mismatch",
         f"wrong base: declares ./mine, asked for {GEMMA}; {reason}",
     )
-
-
-def test_canonical_names() -> None:
-    assert canonical_base("gpt2") == "openai-community/gpt2"
-    assert canonical_base("unsloth/Llama-3.2-1B-bnb-4bit") == "unsloth/Llama-3.2-1B"
-    assert canonical_base("D:\\a\\b\\gemma3-270m") == "gemma3-270m"
-    assert canonical_base("") == ""
 
 
 # Weights -----------------------------------------------------------------------------------------------------------

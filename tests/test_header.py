@@ -1,6 +1,8 @@
 """A stranger's safetensors header: whatever the safetensors library rejects is rejected, and only by HeaderError."""
 
 import json
+import math
+import re
 import struct
 import time
 import tracemalloc
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
 from lora_cli.adapters.header import (
+    DTYPE_BITS,
     Header,
     header_length,
     parse_header,
@@ -119,6 +122,37 @@ def test_a_large_header_is_judged_within_2_seconds_and_64_megabytes(what: str) -
     assert peak < 64e6
 
 
+# Types of elements -------------------------------------------------------------------------------------------------
+
+
+def library_reads(file: bytes) -> bool:
+    try:
+        deserialize(file)
+    except SafetensorError:
+        return False
+    return True
+
+
+def test_the_types_are_those_that_the_library_names() -> None:
+    with pytest.raises(SafetensorError) as refusal:
+        deserialize(safetensors({"a": tensor("F31")}, b"\0" * 4))
+    named = set(re.findall("`([A-Z0-9_]+)`", str(refusal.value))) - {"F31"}
+    assert len(named) > 20
+    assert named == set(DTYPE_BITS)
+
+
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
+def test_every_type_fills_as_many_bytes_as_in_the_library(dtype: str) -> None:
+    for count in range(9):
+        for size in range(0, 8 * count + 2):
+            file = safetensors({"a": tensor(dtype, [count], [0, size])}, b"\0" * size)
+            try:
+                mine = bool(of(file).tensors)
+            except HeaderError:
+                mine = False
+            assert mine == library_reads(file), (count, size)
+
+
 # Never accept what the library rejects -----------------------------------------------------------------------------
 
 numbers = st.one_of(
@@ -130,7 +164,9 @@ values = st.recursive(
 )
 entries = st.fixed_dictionaries(
     {
-        "dtype": st.one_of(st.sampled_from(["F32", "F16", "U8", "F64", "BOOL", "F4", "F32 "]), values),
+        "dtype": st.one_of(
+            st.sampled_from(["F32", "F16", "U8", "BOOL", "C64", "F4", "F6_E2M3", "F8_E8M0", "F32 "]), values
+        ),
         "shape": st.one_of(st.lists(st.integers(0, 3), max_size=3), st.lists(numbers, max_size=3), values),
         "data_offsets": st.one_of(st.lists(st.integers(0, 12), min_size=2, max_size=2), st.lists(numbers), values),
     }
@@ -160,11 +196,11 @@ def valid_files(draw: st.DrawFn, names: st.SearchStrategy[str]) -> bytes:
     header: dict[str, object] = {}
     at = 0
     for name in draw(st.lists(names, unique=True, max_size=4)):
-        dtype, width = draw(st.sampled_from([("F32", 4), ("BF16", 2), ("U8", 1), ("F64", 8)]))
+        dtype, width = draw(st.sampled_from([("F32", 32), ("BF16", 16), ("F8_E8M0", 8), ("C64", 64), ("F4", 4)]))
         shape = draw(st.lists(st.integers(0, 3), max_size=3))
-        size = width
-        for length in shape:
-            size *= length
+        if dtype == "F4":
+            shape.append(2)
+        size = width * math.prod(shape) // 8
         header[name] = tensor(dtype, shape, [at, at + size])
         at += size
     if draw(st.booleans()):

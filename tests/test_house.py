@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,15 @@ def test_a_merge_method_tells_its_weights_cost_use_and_source(name: str) -> None
     sections = merge.METHODS.get(name).sections
     assert [*sections] == ["Weights", "Cost", "Use", "Source"]
     assert all(text.endswith(".") for text in sections.values())
+
+
+def test_every_file_of_the_package_that_is_no_code_is_installed_with_it() -> None:
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["lora_cli"]
+    installed = {file for pattern in patterns for file in PACKAGE.glob(pattern)}
+    assert installed
+    found = {file for file in PACKAGE.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert {file for file in found if file.suffix != ".py"} == installed
 
 
 def test_only_the_top_level_that_was_asked_for() -> None:

@@ -108,7 +108,8 @@ def test_every_command_gives_one_verdict(kind: Kind, bases: Path) -> None:
 
 
 def test_the_table_names_the_bases_that_continue_a_text() -> None:
-    writers = {
-        kind.base for kind in KINDS if getattr(transformers, SPECS[kind.base][0]).can_generate()
-    } - {"whisper", "t5"}
+    writers = {kind.base for kind in KINDS if getattr(transformers, SPECS[kind.base][0]).can_generate()} - {
+        "whisper",
+        "t5",
+    }
     assert writers == TEXT_BASES & {kind.base for kind in KINDS}

@@ -140,9 +140,7 @@ def test_a_scope_leaves_no_gate_without_down() -> None:
 def test_single_experts_merge_with_fused_ones() -> None:
     singles("a", "qwen3_moe", QWEN, rank=2)
     declared(
-        trained(
-            Path("b"), "qwen3_moe", LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj"])
-        ),
+        trained(Path("b"), "qwen3_moe", LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj"])),
         "qwen3_moe",
     )
     merges_as_peft("qwen3_moe")

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters.checks import Facts, examine, same_base, scan_weights, weight_status
+from lora_cli.adapters.base_names import same_base
+from lora_cli.adapters.checks import Facts, examine, scan_weights, weight_status
 from lora_cli.adapters.config import parse_config
 from lora_cli.adapters.header import read_header
 from lora_cli.adapters.modules import locate_modules

@@ -5,18 +5,20 @@ The layout is that of transformers: `model.safetensors`, or parts that `model.sa
 
 import hashlib
 import json
+import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.base_names import MAIN, at_revision, split_revision
 from lora_cli.adapters.config import shortened
-from lora_cli.adapters.header import DTYPE_BYTES, Header, TensorEntry, read_header, reading
+from lora_cli.adapters.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
 from lora_cli.adapters.reader import DTYPES
 from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import NothingMatched, Refused
@@ -34,6 +36,8 @@ _READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", "
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
 _TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
+# Without "..": a revision becomes part of a path in the Hub client's cache.
+_REVISION: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
 
@@ -96,18 +100,35 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     )
 
 
-def folder_or_hub(name: str) -> Path | None:
-    """A model's folder, None for what may be a Hub id. NothingMatched for what is neither."""
+class HubModel(NamedTuple):
+    """What may be a model on the Hub: its id and a branch, tag or commit of it."""
+
+    repo: str
+    revision: str = MAIN
+
+    def __str__(self) -> str:
+        return at_revision(*self)
+
+
+def folder_or_hub(name: str) -> Path | HubModel:
+    """A model's folder, or what may be on the Hub: `owner/name` or `owner/name@revision`.
+
+    NothingMatched for what is neither.
+    """
     folder = folder_of(name)
     if folder is not None:
         if not (folder / CONFIG).is_file():
             raise NothingMatched(f"{name} holds no model: {CONFIG} is missing", hint="name the model's own folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or not name:
+        return folder
+    repo, revision = split_revision(name)
+    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or not repo:
         raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
-    return folder
+    if not _REVISION.fullmatch(revision or MAIN):
+        raise NothingMatched(f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit after @")
+    return HubModel(repo, revision or MAIN)
 
 
-def cached_model(repo: str, version: str = "main", *, tokenizer: bool = True) -> Path | None:
+def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True) -> Path | None:
     """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole.
 
     tokenizer: whether one belongs to a whole model.
@@ -152,10 +173,10 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
         Refused: the file ends inside the tensor.
     """
     file.seek(entry.begin)
-    row = columns * DTYPE_BYTES[entry.dtype]
+    size, row = 8 * (entry.end - entry.begin), columns * DTYPE_BITS[entry.dtype]
     rows = max(1, BLOCK // columns)
-    for at in range(0, (entry.end - entry.begin) // row, rows):
-        block = bytearray(min(rows * row, entry.end - entry.begin - at * row))
+    for at in range(0, size // row, rows):
+        block = bytearray(min(rows * row, size - at * row) // 8)
         done = 0
         while done < len(block):
             count = file.readinto(memoryview(block)[done:])
@@ -204,7 +225,7 @@ class ShardWriter:
 
 def size_of(entry: TensorEntry, dtype: str) -> int:
     """The bytes of a tensor once it is stored as `dtype`."""
-    return (entry.end - entry.begin) // DTYPE_BYTES[entry.dtype] * DTYPE_BYTES[dtype]
+    return (entry.end - entry.begin) * DTYPE_BITS[dtype] // DTYPE_BITS[entry.dtype]
 
 
 def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:

@@ -2,10 +2,9 @@
 
 import hashlib
 import math
-import re
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Final, TypedDict
@@ -13,29 +12,49 @@ from typing import Final, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base, split_revision
 from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.adapters.factors import ModuleFactors, whole_reason
-from lora_cli.adapters.header import FLOAT_DTYPES, Header, TensorEntry
+from lora_cli.adapters.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.adapters.modules import Located, locate_modules
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
-from lora_cli.settings import folder_of
 
-CONFIG_NAME: Final = "adapter_config.json"
-WEIGHTS_NAME: Final = "adapter_model.safetensors"
-PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+__all__ = [
+    "CONFIG_NAME",
+    "MAX_NORM",
+    "UNDECLARED",
+    "WEIGHTS_NAME",
+    "Facts",
+    "WeightFacts",
+    "examine",
+    "only_saved_whole",
+    "scan_weights",
+    "weight_status",
+]
+
+UNDECLARED: Final = "declares no base model"
 MAX_NORM: Final = 1000.0
 
 _CHUNK_BYTES = 1 << 22
 _MAX_FACTOR_ELEMENTS = 1 << 26
-_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"}
+_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | dict.fromkeys(FLOAT8_DTYPES, "u1")
+# Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
+_FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
+    "F8_E4M3": (3, 7, (127, 255)),
+    "F8_E5M2": (2, 15, (124, 125, 126, 127, 252, 253, 254, 255)),
+    "F8_E4M3FNUZ": (3, 8, (128,)),
+    "F8_E5M2FNUZ": (2, 16, (128,)),
+}
 
 
 class Facts(TypedDict):
     """The fields of `records.Adapter` that configuration, header and file names give; see there for their meaning."""
 
     base_declared: str
+    revision: str
     base: str
     base_match: BaseMatch
     peft_type: str
@@ -78,15 +97,25 @@ def examine(
     base_name: str = "",
     base_aliases: Collection[str] = (),
     skeleton: Skeleton | None = None,
+    vouched: bool = False,
+    kind: str = "",
 ) -> Facts:
     """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
 
-    `config` holds the bytes of adapter_config.json (None: there is none), `header` the parsed header of its weights,
-    or the error that parsing gave (None: no weights). `file_names` are the names beside them, to tell a pickle from
-    nothing. `base_name` is the base model asked for ("" for any), `base_aliases` are further names that the user
-    vouches for, `skeleton` is what the base's class is made of, where that is known.
+    Args:
+        config: the bytes of adapter_config.json, None where there is none.
+        header: the header of the weights, or the error that parsing gave; None where there are no weights.
+        file_names: names of the files beside them, to tell an adapter of another kind from nothing.
+        base_name: the base model asked for, `name@revision` for another than its main branch; "" for any.
+        base_aliases: further names that the user vouches for.
+        skeleton: what the base's class is made of, where that is known.
+        vouched: the user named this adapter beside `base_name`, which is enough where the adapter declares no base and
+            nothing is known of the base's modules.
+        kind: what is here in place of an adapter of PEFT, where that was found out by other means than names.
     """
-    problems: list[str] = []
+    if header is None:
+        kind = kind or other_kind(file_names)
+    problems = [kind] if kind else []
     settings = None
     if config is None:
         problems.append(f"no {CONFIG_NAME}")
@@ -99,7 +128,7 @@ def examine(
     problems.extend(said.refusals() if settings is not None else ())
     located = Located({})
     if not isinstance(header, Header):
-        problems.append(header.message if header is not None else _no_weights(file_names))
+        problems.append(header.message if header is not None else f"no {WEIGHTS_NAME}")
     else:
         try:
             located = locate_modules(said, header, skeleton)
@@ -108,7 +137,7 @@ def examine(
         else:
             problems.extend(located.refusals if said.peft_type == "LORA" else ())
     known = skeleton is not None and bool(located.modules or located.missing)
-    base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known)
+    base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known, vouched)
     # Modules saved whole come last: they alone leave an update that can be compared and merged.
     problems.extend(filter(None, [base_problem, whole_reason(located.whole)]))
     factors = [part for found in located.modules.values() for part in found.parts]
@@ -116,6 +145,7 @@ def examine(
     entries = {entry.name: entry for part in factors for entry in (part.a, part.b)}
     return Facts(
         base_declared=said.base,
+        revision=said.revision,
         base=base,
         base_match=base_match,
         peft_type=said.peft_type,
@@ -222,7 +252,7 @@ def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool
 
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
-    if entry.dtype not in FLOAT_DTYPES:
+    if entry.dtype not in FACTOR_DTYPES:
         raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
     stored = np.dtype(_DECODED[entry.dtype])
@@ -236,7 +266,27 @@ def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float
         numbers = np.frombuffer(data, stored)
         if entry.dtype == "BF16":
             numbers = (numbers.astype("<u4") << 16).view("<f4")
+        elif entry.dtype in FLOAT8_DTYPES:
+            numbers = _float8_values(entry.dtype)[numbers]
         yield numbers.astype(np.float64).reshape(count, columns)
+
+
+@cache
+def _float8_values(dtype: str) -> NDArray[np.float64]:
+    """The number that each byte stands for, (256,), NaN for what is not finite.
+
+    Source: OCP 8-bit Floating Point Specification 1.0; FNUZ: arXiv 2206.02915; E8M0: OCP Microscaling Formats 1.0.
+    """
+    byte = np.arange(256)
+    values: NDArray[np.float64] = np.exp2(byte - 127.0)
+    not_finite: Sequence[int] = (255,)
+    if dtype in _FLOAT8:
+        width, bias, not_finite = _FLOAT8[dtype]
+        exponent = (byte & 127) >> width
+        mantissa = (byte & ((1 << width) - 1)) / (1 << width) + (exponent > 0)
+        values = np.where(byte < 128, 1.0, -1.0) * np.ldexp(mantissa, np.maximum(exponent, 1) - bias)
+    values[list(not_finite)] = np.nan
+    return values
 
 
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
@@ -266,128 +316,8 @@ def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | 
     return scales.pop() if len(scales) == 1 else None
 
 
-def _no_weights(file_names: Collection[str]) -> str:
-    for path in sorted(file_names):
-        name = path.replace("\\", "/").rpartition("/")[2]
-        if name.startswith("adapter_model") and name.lower().endswith(PICKLE_SUFFIXES):
-            return f"pickle only ({shortened(name)}): never opened"
-    return f"no {WEIGHTS_NAME}"
-
-
-# Bare ids of the Hub's early days, and where they live now.
-_MOVED = {
-    "gpt2": "openai-community/gpt2",
-    "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large",
-    "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
-    "distilbert-base-uncased": "distilbert/distilbert-base-uncased",
-    "distilbert-base-cased": "distilbert/distilbert-base-cased",
-    "distilroberta-base": "distilbert/distilroberta-base",
-    "roberta-base": "FacebookAI/roberta-base",
-    "roberta-large": "FacebookAI/roberta-large",
-    "xlm-roberta-base": "FacebookAI/xlm-roberta-base",
-    "xlm-roberta-large": "FacebookAI/xlm-roberta-large",
-    "bert-base-uncased": "google-bert/bert-base-uncased",
-    "bert-base-cased": "google-bert/bert-base-cased",
-    "bert-large-uncased": "google-bert/bert-large-uncased",
-    "bert-base-multilingual-cased": "google-bert/bert-base-multilingual-cased",
-    "t5-small": "google-t5/t5-small",
-    "t5-base": "google-t5/t5-base",
-    "t5-large": "google-t5/t5-large",
-    "albert-base-v2": "albert/albert-base-v2",
-}
-# Owners that republish other people's models, quantised or as they are, under the model's own name.
-_MIRRORS = frozenset(
-    ("unsloth", "thebloke", "nousresearch", "mlx-community", "neuralmagic", "redhatai", "hugging-quants", "modelcloud")
-) | frozenset(("lmstudio-community", "llm-research", "ai-modelscope", "solidrust", "ista-daslab", "lonestriker"))
-# First parts of a path of two that is a folder and no owner.
-_FOLDERS = frozenset(("model", "models", "base", "base_model", "checkpoint", "checkpoints", "weights", "pretrained"))
-_QUANTISED = re.compile(
-    r"[-_.](?:(?:unsloth[-_])?bnb[-_][48]bit|[48]bit|int[48]|w\da\d{1,2}|nf4|gptq|awq|fp8|fp16|bf16|dynamic|"
-    r"gptq[-_]int[48]|quantized|hqq|exl2|gguf|mlx)$"
-)
-_TOKEN = re.compile(r"[a-z]+|\d+")
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-_MAX_BASE_NAME = 1_000
-
-
-def canonical_base(name: str) -> str:
-    """`name` as base models are compared and shown: an id of the Hub where it is one, of a path the last part.
-
-    Moved ids get their owner (`gpt2` → `openai-community/gpt2`), suffixes of quantised twins go, a path into the
-    Hub's cache becomes the id it holds. Two names may still mean one base: compare with `same_base`.
-    """
-    owner, model, _ = _split(name)
-    return f"{owner}/{model}" if owner else model
-
-
-def public_base(base: str, aliases: Sequence[str] = (), declared: Iterable[str] = ()) -> str:
-    """The name of a base model for other people: never a place on this machine.
-
-    An id of the Hub is its own name. A folder goes by its first alias, else by what most adapters have `declared`, else
-    by the last part of its path. Without a base, what the adapters declare decides.
-    """
-    folder = folder_of(base)
-    if base and folder is None and not base.startswith(("/", "~", ".")):
-        return base
-    if base and aliases:
-        return aliases[0]
-    names = Counter(map(canonical_base, declared))
-    if names:
-        return min(names, key=lambda name: (-names[name], name))
-    return canonical_base(str(folder.resolve()) if folder is not None else base)
-
-
-def same_base(a: str, b: str, aliases: Collection[str] = ()) -> bool:
-    """Do the names `a` and `b` mean one base model, or does `a` mean one of the `aliases`?
-
-    Case, punctuation, known mirrors (unsloth/…), quantised twins (…-bnb-4bit) and folders on someone's disk make no
-    difference; any other part of the name does: neither …-it nor …-abliterated is its base.
-    """
-    return any(_same(a, other) for other in (b, *aliases))
-
-
-def _same(a: str, b: str) -> bool:
-    if not a or not b:
-        return False
-    (owner_a, model_a, _), (owner_b, model_b, _) = _split(a), _split(b)
-    if not _key(model_a) or _key(model_a) != _key(model_b):
-        return False
-    owners = {owner_a.lower(), owner_b.lower()}
-    return len(owners) == 1 or "" in owners or bool(owners & _MIRRORS)
-
-
-def _split(name: str) -> tuple[str, str, bool]:
-    """(owner, model, is an id of the Hub): owner "" for a bare name or a path."""
-    path = name[:_MAX_BASE_NAME].strip().replace("\\", "/").rstrip("/")
-    if cached := _CACHED.search(path):
-        return cached[1], _plain_twin(cached[2]), True
-    path = re.sub(r"^https?://(?:huggingface\.co|hf\.co)/", "", path)
-    parts = path.split("/")
-    if len(parts) == 1 and path.lower() in _MOVED:
-        parts = _MOVED[path.lower()].split("/")
-    local = path.startswith(("/", ".", "~")) or ":" in parts[0] or len(parts) > 2
-    if len(parts) == 2 and not local and parts[0].lower() not in _FOLDERS:
-        return parts[0], _plain_twin(parts[1]), True
-    return "", _plain_twin(parts[-1]), False
-
-
-def _plain_twin(model: str) -> str:
-    while found := _QUANTISED.search(model.lower()):
-        model = model[: found.start()]
-    return model
-
-
-def _key(model: str) -> tuple[str, ...]:
-    """Letters and numbers of a model's name: gemma3-270m-it and gemma-3-270m-it are one, 3.1-8b and 3-18b are two."""
-    tokens = tuple(_TOKEN.findall(model.lower()))
-    # Meta's Llamas were renamed: Meta-Llama-3.1-8B is Llama-3.1-8B.
-    return tokens[1:] if tokens[:2] == ("meta", "llama") else tokens
-
-
 def _judge_base(
-    config: LoraConfigFacts | None, conflict: str, asked: str, aliases: Collection[str], known: bool
+    config: LoraConfigFacts | None, conflict: str, asked: str, aliases: Collection[str], known: bool, vouched: bool
 ) -> tuple[BaseMatch, str, str]:
     """(how the declared base matches, the base as resolved, what is wrong with it or "").
 
@@ -395,7 +325,7 @@ def _judge_base(
     """
     if config is None:
         return "unknown", "", ""
-    declared = config.base
+    declared = config.pinned_base
     resolved = canonical_base(declared)
     if not asked:
         if not declared:
@@ -405,19 +335,34 @@ def _judge_base(
         return "exact", asked, conflict
     if same_base(declared, asked, aliases):
         return "alias", asked, conflict
-    if _split(declared)[2]:
+    if other := _other_revision(declared, asked, aliases):
+        return "mismatch", resolved, other
+    if is_hub_id(declared):
         return "mismatch", resolved, f"wrong base: declares {shortened(declared)}, asked for {asked}"
     if conflict:
         said = shortened(declared) if declared else "none"
         return "mismatch", resolved, f"wrong base: declares {said}, asked for {asked}; {conflict}"
     match: BaseMatch = "shape" if known else "unknown"
-    but = "; its shapes fit" if known else ""
+    if not declared and (known or vouched):
+        return match, asked, ""
     if not declared:
-        return match, "", _undeclared(config) + but
+        return match, "", f"{_undeclared(config)}; the shapes of {asked} are not known here"
+    but = "; its shapes fit" if known else ""
     return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
+
+
+def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
+    """What differs where only the revisions of the two bases do, else ""."""
+    name, revision = split_revision(declared)
+    wanted, at = split_revision(asked)
+    if not same_base(name, wanted, [split_revision(alias)[0] for alias in aliases]):
+        return ""
+    if not revision:
+        return f"for {wanted} without a revision, asked for revision {at}"
+    return f"for revision {shortened(revision)} of {wanted}" + (f", asked for {at}" if at else "")
 
 
 def _undeclared(config: LoraConfigFacts) -> str:
     mapping = config.unknown.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
-    return f"declares no base model, only the class {shortened(named)}" if named else "declares no base model"
+    return UNDECLARED + (f", only the class {shortened(named)}" if named else "")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
+from lora_cli.adapters.base_names import MAIN, at_revision
 from lora_cli.adapters.targets import SECONDS, Targets, Test, Undecided, fullmatch
 from lora_cli.errors import ConfigError
 
@@ -55,15 +56,17 @@ _ON_WHEN_PRESENT = ("arrow_config", "kasa_config", "use_bdlora")
 class LoraConfigFacts:
     """What adapter_config.json says.
 
-    `base` is the base model as declared ("" for none); `target_modules` is a tuple of names or, as a str, the
+    `base` is the base model as declared ("" for none), `revision` the branch, tag or commit of it ("" for the main
+    branch); `target_modules` is a tuple of names or, as a str, the
     regular expression they were given as; `rank` and `alpha` are None where the file gives none (`r` and `alpha` of
     single modules: `rank_pattern`, `alpha_pattern`); `init` is init_lora_weights as text ("true" by default);
     `layers_to_transform` is False for all layers. `unknown` holds every other key as parsed JSON; of another type than
-    LORA, all keys but the base and the task are there.
+    LORA, all keys but the base, its revision and the task are there.
     """
 
     peft_type: str
     base: str = ""
+    revision: str = ""
     rank: int | None = None
     alpha: float | None = None
     rslora: bool = False
@@ -81,6 +84,11 @@ class LoraConfigFacts:
     target_parameters: tuple[str, ...] = ()
     init: str = "true"
     unknown: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def pinned_base(self) -> str:
+        """The base as a user names it: `base@revision`, or `base` alone for the main branch and for a path."""
+        return at_revision(self.base, self.revision)
 
     @cached_property
     def _alphas(self) -> "_Patterns":
@@ -269,12 +277,17 @@ def parse_config(data: bytes) -> LoraConfigFacts:
         raise ConfigError("adapter_config.json has no peft_type")
     peft_type = peft_type.upper()
     base = take("base_model_name_or_path", _text, "").strip()
+    revision = take("revision", _text, "").strip()
+    revision = "" if revision == MAIN else revision
     task_type = take("task_type", _text, "")
     if peft_type != "LORA":  # their keys of the same name mean other things: OFT has r = 0
-        return LoraConfigFacts(peft_type=peft_type, base=base, task_type=task_type, unknown=take.rest())
+        return LoraConfigFacts(
+            peft_type=peft_type, base=base, revision=revision, task_type=task_type, unknown=take.rest()
+        )
     return LoraConfigFacts(
         peft_type=peft_type,
         base=base,
+        revision=revision,
         rank=take("r", _positive_int, None),
         alpha=take("lora_alpha", _number, None),
         rslora=take("use_rslora", _flag, False),

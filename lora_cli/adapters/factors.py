@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_cli.adapters.config import shortened
-from lora_cli.adapters.header import FLOAT_DTYPES, Header, TensorEntry
+from lora_cli.adapters.header import FACTOR_DTYPES, Header, TensorEntry
 from lora_cli.adapters.skeleton import Kind
 from lora_cli.errors import HeaderError
 
@@ -147,9 +147,8 @@ def sort_tensors(header: Header) -> Sorted:
             others.append(entry)
             continue
         place, side, name = found
-        if name:
-            names.add(name)
-        if sides.setdefault(place, {}).setdefault(side, entry) is not entry:
+        names.add(name)
+        if sides.setdefault(place, {}).setdefault(side, entry) is not entry and len(names) == 1:
             raise HeaderError(f"{shortened(shown(place))} has {side} twice")
     pairs = {place: _pair(place, found) for place, found in sides.items()}
     whole: list[str] = []
@@ -162,10 +161,10 @@ def sort_tensors(header: Header) -> Sorted:
             refused.setdefault(kind, reason)
     for pair in pairs.values():
         for entry in (pair.a, pair.b):
-            if entry.dtype not in FLOAT_DTYPES:
+            if entry.dtype not in FACTOR_DTYPES:
                 reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
                 refused.setdefault("dtype", reason)
-    return Sorted(pairs, frozenset(names), tuple(dict.fromkeys(whole)), tuple(refused.values()))
+    return Sorted(pairs, frozenset(names - {""}), tuple(dict.fromkeys(whole)), tuple(refused.values()))
 
 
 def whole_reason(names: Sequence[str]) -> str:

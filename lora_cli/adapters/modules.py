@@ -70,7 +70,7 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
     notes, refusals = work.notes, [*found.refused, *work.refusals]
     notes += [f"modules that PEFT does not apply are left out: {why}" for why in work.ignored]
     if len(found.names) > 1:
-        refusals.append(f"several adapters in one file ({', '.join(map(shortened, sorted(found.names)))})")
+        refusals.append(f"{len(found.names)} adapters in one file ({shortened(', '.join(sorted(found.names)))})")
     elif found.names:
         notes.append(f"names repaired: without the adapter's name {shortened(min(found.names))}")
     whole = tuple(_unwrapped(name)[0] for name in found.whole)

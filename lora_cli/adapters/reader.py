@@ -20,7 +20,17 @@ from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}
 _HELD_STACKS = 4
 HEADROOM = 1e6
 """How far below the end of its precision an update's entries stay, for sums and norms of them to fit as well."""
@@ -51,8 +61,8 @@ class OpenAdapter:
 
     @property
     def base(self) -> str:
-        """The base model that it declares."""
-        return self.config.base
+        """The base model that it declares, with `@revision` where it names one."""
+        return self.config.pinned_base
 
     @property
     def fan_in_fan_out(self) -> bool:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.header import read_header
 from lora_cli.adapters.layout import Layout, Place
@@ -176,6 +177,12 @@ class AdapterWriter:
                 stream.add(name_b, _b_of([_filled_up(read(one), (out_features, rank), dim=1) for one in every_b]))
             stream.finish()
         apart.unlink()
+
+
+def base_entries(base: str) -> dict[str, str]:
+    """How a PEFT configuration names the base `name@revision`; without a revision that key is left out."""
+    name, revision = split_revision(base)
+    return {"base_model_name_or_path": name} | ({"revision": revision} if revision else {})
 
 
 def _apart(module: str, place: Place) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import typer
 from lora_cli.commands.options import Csv, Group, Json, Jsonl, Quiet, examples, screen_for
 from lora_cli.errors import UsageError
 from lora_cli.screen import Column, Screen
-from lora_cli.settings import KEYS, load
+from lora_cli.settings import KEYS, base_names_file, load
 
 app = typer.Typer(cls=Group, help="Settings and where each comes from.")
 
@@ -28,6 +28,8 @@ def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quie
         {"id": name, "value": _plain(getattr(settings, name)), "origin": settings.origin(name), "help": key.help}
         for name, key in KEYS.items()
     ]
+    file, origin = base_names_file()
+    rows.append({"id": "base_names", "value": str(file), "origin": origin, "help": "more names of base models, TOML"})
     screen_for(json, jsonl, csv, quiet).rows("lora.config.show/1", _COLUMNS, rows)
 
 

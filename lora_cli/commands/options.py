@@ -23,7 +23,10 @@ Jsonl = Annotated[bool, typer.Option("--jsonl", help="One JSON object per line."
 Csv = Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only ids, one per line.")]
 Db = Annotated[Path | None, typer.Option("--db", help="Catalogue file.", show_default="the setting")]
-Base = Annotated[str | None, typer.Option("--base", help="Base model: Hub id or folder.", show_default="the setting")]
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
+]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")]
 Dtype = Annotated[str | None, typer.Option("--dtype", help="Precision of the base: auto, fp32, bf16, fp16.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -32,7 +32,6 @@ from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, folder_of, load
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.skeleton import Skeleton
     from lora_cli.catalogue import Catalogue
 
 app = typer.Typer(cls=Group, help="Adapters that are known of: find them, list them, fetch and check them.")
@@ -72,7 +71,8 @@ Alias = Annotated[
 )
 def sync(
     base: Annotated[
-        str | None, typer.Argument(help="Base model: Hub id or folder.", show_default="the setting")
+        str | None,
+        typer.Argument(help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
     ] = None,
     folder: Annotated[
         Path | None,
@@ -104,6 +104,7 @@ def sync(
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.hub import Hub
+    from lora_cli.steps.bases import look_here
     from lora_cli.steps.sync import sync as step
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -120,7 +121,7 @@ def sync(
             base=settings.base or "",
             aliases=aliases,
             dropped=no_alias or (),
-            skeleton=_skeleton_of(settings.base),
+            skeleton=look_here(settings.base),
             limit=limit,
             since=created,
             force=force,
@@ -364,6 +365,7 @@ def verify(
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
     from lora_cli.hub import Hub
+    from lora_cli.steps.bases import look_here
     from lora_cli.steps.verify import verify as step
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -377,7 +379,7 @@ def verify(
         for done, row in enumerate(rows_known):
             progress("verifying adapters", done, len(texts))
             asked = settings.base or row.base
-            skeleton = _skeleton_of(asked)
+            skeleton = look_here(asked)
             verdict = step(
                 row,
                 hub=hub,
@@ -418,21 +420,6 @@ def _assumed(settings: Settings) -> str:
         left_out = settings.origin("pool")
         return f"{base} · from the Hub" + (f" (pool: {left_out})" if left_out != "default" else "")
     return f"{base} · from {settings.pool} ({settings.origin('pool')})"
-
-
-def _skeleton_of(base: str | None) -> Callable[[], "Skeleton | None"] | None:
-    """How to find what the base is made of; None where its configuration is not on this machine."""
-    from lora_cli.steps.bases import config_here
-
-    if not base or (folder := config_here(base)) is None:
-        return None
-
-    def look() -> "Skeleton | None":
-        from lora_cli.steps.bases import skeleton_at
-
-        return skeleton_at(folder)
-
-    return look
 
 
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
@@ -494,10 +481,18 @@ def _as_row(adapter: Adapter) -> dict[str, Any]:
         **_facts(adapter),
         "rev": adapter.commit[:7],
         "targets": _targets(adapter.target_modules),
-        "model": adapter.base.replace("\\", "/").rstrip("/").rpartition("/")[2],
+        "model": _model_name(adapter.base),
         "size": _size(adapter.bytes) if adapter.bytes else None,
         "state": ": ".join(filter(None, (adapter.status, adapter.reason or adapter.notes))),
     }
+
+
+def _model_name(base: str) -> str:
+    """A base in little room: without its owner or folder, with its revision."""
+    from lora_cli.adapters.base_names import at_revision, split_revision
+
+    name, revision = split_revision(base)
+    return at_revision(name.replace("\\", "/").rstrip("/").rpartition("/")[2], revision)
 
 
 def _targets(names: tuple[str, ...]) -> str:

@@ -56,7 +56,7 @@ def train(
     task, sha256 = load_task(file), task_sha256(file)
 
     from lora_cli import runs
-    from lora_cli.adapters.checks import public_base
+    from lora_cli.adapters.base_names import public_base
     from lora_cli.base_model import pin
     from lora_cli.steps import train as step
     from lora_cli.steps.descent import Recipe

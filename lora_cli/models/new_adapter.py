@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.skeleton import WEIGHT, Skeleton
 from lora_cli.adapters.targets import ALL_LINEAR
 from lora_cli.errors import Refused
@@ -111,7 +112,8 @@ class NewAdapter:
     def save(self, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT does; the card is left to the caller."""
         config = self._wrapped.peft_config["default"]
-        config.base_model_name_or_path = self._base
+        config.base_model_name_or_path, revision = split_revision(self._base)
+        config.revision = revision or None
         # Sets: their order would differ between two runs.
         config.target_modules = sorted(config.target_modules)
         config.target_parameters = sorted(config.target_parameters) if config.target_parameters else None

@@ -6,11 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lora_cli.adapters.base_names import MAIN, public_base
 from lora_cli.adapters.checkpoint import (
     CONFIG,
     INDEX,
     WEIGHTS,
     Checkpoint,
+    HubModel,
     cached_model,
     folder_or_hub,
     open_checkpoint,
@@ -18,7 +20,6 @@ from lora_cli.adapters.checkpoint import (
     version_of_folder,
     wanted_files,
 )
-from lora_cli.adapters.checks import public_base
 from lora_cli.adapters.delta import OpenDelta
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
 from lora_cli.adapters.reader import OpenAdapter, natural
@@ -57,19 +58,19 @@ class Base:
 
 def is_here(model: str) -> bool:
     """False when `model` is a Hub id that would have to be downloaded. NothingMatched when it can be neither."""
-    return folder_or_hub(model) is not None or _cached(model) is not None
+    return _here(folder_or_hub(model)) is not None
 
 
-def _cached(model: str) -> Path | None:
-    """A model in the Hub client's cache, with or without a tokenizer."""
-    return cached_model(model, tokenizer=False)
+def _here(found: Path | HubModel) -> Path | None:
+    """The folder of a model that is on this machine, in the Hub client's cache with or without a tokenizer."""
+    return found if isinstance(found, Path) else cached_model(*found, tokenizer=False)
 
 
 def find_base(model: str, *, name: str = "", announce: Callable[[str], None], progress: Progress = silent) -> Base:
     """The base in a folder or in the Hub client's cache, into which it is downloaded if it is not there.
 
     Args:
-        model: a folder or a Hub id.
+        model: a folder or a Hub id, `@revision` where it is not the main branch.
         name: what records and messages call it, where that is not `public_base(model)`.
         announce: is told what is downloaded, before it is.
 
@@ -78,11 +79,11 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
         Refused: see `open_checkpoint`.
     """
     name = name or public_base(model)
-    folder = folder_or_hub(model)
-    if folder is not None:
-        checkpoint = _open(folder, name)
-        return Base(name=name, version=version_of_folder(folder), checkpoint=checkpoint)
-    cached = _cached(model) or download_base(Hub(progress=progress), model, announce=announce, progress=progress)
+    found = folder_or_hub(model)
+    if isinstance(found, Path):
+        checkpoint = _open(found, name)
+        return Base(name=name, version=version_of_folder(found), checkpoint=checkpoint)
+    cached = _here(found) or download_base(Hub(progress=progress), *found, announce=announce, progress=progress)
     return Base(name=name, version=cached.name, checkpoint=_open(cached, name))
 
 
@@ -94,10 +95,12 @@ def _open(folder: Path, name: str) -> Checkpoint:
         raise HeaderError(f"{name}: {error.message}", hint=error.hint or "download the base model again") from error
 
 
-def download_base(hub: Hub, repo: str, *, announce: Callable[[str], None], progress: Progress = silent) -> Path:
+def download_base(
+    hub: Hub, repo: str, revision: str = MAIN, *, announce: Callable[[str], None], progress: Progress = silent
+) -> Path:
     """Bring a model into the Hub client's cache: its folder there, named by the commit."""
-    # Asked for as main, so that the cache learns which commit that is and needs no network tomorrow.
-    commit = hub.download(repo, CONFIG, "main").parent.name
+    # Asked for by its branch, so that the cache learns which commit that is and needs no network tomorrow.
+    commit = hub.download(repo, CONFIG, revision).parent.name
     listed = hub.repository(repo, commit).files
     split = INDEX in listed and WEIGHTS not in listed
     files = wanted_files(listed, hub.download(repo, INDEX, commit) if split else None, repo)

@@ -7,11 +7,13 @@ import os
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
+from lora_cli.adapters.base_names import MAIN, split_revision
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched
 from lora_cli.hub import Hub, cached_file
 from lora_cli.settings import folder_of
@@ -28,13 +30,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def config_here(base: str) -> Path | None:
-    """The folder that holds a base model's configuration on this machine; None where there is none."""
+    """The folder that holds a base model's configuration on this machine; None where there is none.
+
+    The base is a folder, or on the Hub `owner/name` or `owner/name@revision`.
+    """
     folder = folder_of(base)
     if folder is not None:
         return folder if (folder / _CONFIG).is_file() else None
-    if not _HUB_ID.fullmatch(base) and not re.fullmatch(r"[\w.-]+", base):
+    name, revision = split_revision(base)
+    if not _HUB_ID.fullmatch(name) and not re.fullmatch(r"[\w.-]+", name):
         return None
-    file = cached_file(base, _CONFIG)
+    file = cached_file(name, _CONFIG, revision or MAIN)
     own = _own_copy(base)
     return file.parent if file is not None else own if (own / _CONFIG).is_file() else None
 
@@ -52,6 +58,18 @@ def skeleton_of(base: str, announce: Callable[[str], None]) -> "Skeleton | None"
     return found
 
 
+def look_here(base: str | None) -> Callable[[], "Skeleton | None"] | None:
+    """How to find what a base model is made of; None where its configuration is not on this machine."""
+    folder = config_here(base) if base else None
+    return None if folder is None else partial(skeleton_at, folder)
+
+
+def skeleton_here(base: str) -> "Skeleton | None":
+    """What a base model is made of; None where its configuration is not on this machine or not understood."""
+    look = look_here(base)
+    return look() if look is not None else None
+
+
 def skeleton_at(folder: Path) -> "Skeleton | None":
     """What the model in `folder` is made of; None where transformers has no class for its configuration."""
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
@@ -65,10 +83,11 @@ def skeleton_at(folder: Path) -> "Skeleton | None":
 def _fetched(base: str) -> Path | None:
     """The folder of a copy of our own, asked for now; an answer that there is none is believed for a day."""
     folder = _own_copy(base)
-    if not _HUB_ID.fullmatch(base) or _age(folder / _ABSENT) < _BELIEVED:
+    name, revision = split_revision(base)
+    if not _HUB_ID.fullmatch(name) or _age(folder / _ABSENT) < _BELIEVED:
         return None
     try:
-        data = Hub(silence=_PATIENCE, tries=1).read_newest(base, _CONFIG, _MAX_CONFIG_BYTES)
+        data = Hub(silence=_PATIENCE, tries=1).read_newest(name, _CONFIG, _MAX_CONFIG_BYTES, revision or MAIN)
         if len(data) > _MAX_CONFIG_BYTES or not isinstance(json.loads(data), dict):
             return None
         _keep(folder, _CONFIG, data)

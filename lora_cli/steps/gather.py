@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.adapters.checks import public_base, same_base
+from lora_cli.adapters.base_names import public_base, same_base, split_revision
+from lora_cli.adapters.checks import UNDECLARED
 from lora_cli.adapters.config import parse_config
 from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
+from lora_cli.adapters.kinds import kind_in
 from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
@@ -19,9 +21,18 @@ from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import look_up, names_of, usable
+from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, usable
 
 MOST_WITHOUT_SELECTION = 50
+_NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
+_OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")
+# A fused projection, and the projections that a model has in its place if they are split.
+_SPLIT = {
+    **dict.fromkeys(
+        ("qkv_proj", "qkv", "wqkv", "Wqkv", "W_pack", "query_key_value", "c_attn", "in_proj"), _OF_ATTENTION
+    ),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,7 @@ def default_names(catalogue: Catalogue, base: str | None, name: str | None = Non
 
     Raises:
         NothingMatched: no such selection, no usable adapter, or too many of them.
+        UsageError: no base named, and the usable adapters are for several.
     """
     selection = catalogue.last_selection(name)
     if selection is not None:
@@ -53,7 +65,7 @@ def default_names(catalogue: Catalogue, base: str | None, name: str | None = Non
         return names, f"adapters: the {label}, {len(names)} by {selection.method}"
     if name is not None:
         raise NothingMatched(f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME")
-    usable = [row for row in catalogue.find(status="ok") if base is None or row.base == base]
+    usable = of_one_base(catalogue.find(status="ok"), base)
     if not usable:
         raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
     if len(usable) > MOST_WITHOUT_SELECTION:
@@ -77,7 +89,7 @@ def gather(
     Args:
         names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
         base: the base model they must belong to; None takes the one for which the catalogue found them usable, else
-            the one they declare.
+            the one they declare. An adapter that declares none is for this one if its shapes fit.
         aliases: other names of that base.
         announce: is told what was looked up on the Hub and, before weights are downloaded, how many bytes.
 
@@ -91,25 +103,28 @@ def gather(
         raise NothingMatched("no adapters selected", hint="name some, or run lora select")
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, progress=progress)
     found = [_find(catalogue, name, look) for name in names]
-    base = base or _judged_for([row for _, row in found if row is not None])
+    named, base = base, base or _judged_for([row for _, row in found if row is not None])
     bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
     here = [_files(ref) for ref, _ in found]
     known = names_of(catalogue, base, aliases)
+    judged = [_declared(files, row, named) for files, (_, row) in zip(here, found, strict=True)]
     # In an order of their own: the same adapters named in another order are the same work.
-    declared = sorted(map(_declared, here), key=lambda one: one.ref.pinned)
+    declared = sorted(judged, key=lambda one: one.ref.pinned)
     _check_bases(declared, base, known)
-    skeleton = skeleton_of(base or declared[0].base, announce) if base or declared[0].base else None
+    skeleton = skeleton_of(base or declared[0].base, announce)
     opened, inputs = [], {}
     for files, (ref, row) in zip(here, found, strict=True):
         # Opened first: what changes after it was hashed is then noticed when it is read.
         opened.append(_open(files, skeleton))
         inputs[ref.pinned] = _sha256(files, row)
-    if skeleton is not None and needs_fusing(opened, skeleton):
-        opened = [_open(files, skeleton, fuse=True) for files in here]
     if skeleton is None:
         _demand_common_names(opened)
-    for adapter in opened:
-        for note in adapter.notes:
+        _demand_one_form_of_projections(opened)
+    elif needs_fusing(opened, skeleton):
+        opened = [_open(files, skeleton, fuse=True) for files in here]
+    for adapter, one in zip(opened, judged, strict=True):
+        taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
+        for note in filter(None, [taken, *adapter.notes]):
             announce(f"{adapter.ref.id}: {note}")
     public = public_base(base or "", known, [one.base for one in declared])
     return Gathered(adapters=tuple(opened), base=public, inputs=inputs, skeleton=skeleton)
@@ -135,7 +150,7 @@ def gather_update(
         return found.adapters[0], found.base, found.inputs
     delta = open_delta(folder)
     known = names_of(catalogue, base, aliases)
-    _check_bases([delta], base, known)
+    _check_bases([_Declared(delta.ref, delta.base)], base, known)
     return delta, public_base(base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
 
 
@@ -154,25 +169,38 @@ def to_fetch(
 
 
 class _Declared(NamedTuple):
-    """An adapter and the base model that its configuration declares."""
+    """An adapter and the base model that it is for."""
 
     ref: AdapterRef
     base: str
 
 
 def _files(ref: AdapterRef) -> AdapterFiles:
+    """What can be opened once what can be fetched was fetched. Refused where there is nothing, with the reason."""
     files = locate(ref)
-    if files is None:
-        hint = "a dense result: lora bake takes it" if dense_folder(ref.repo) is not None else ""
-        raise Refused(f"{ref.id}: no adapter_config.json with adapter_model.safetensors in it", hint=hint)
-    return files
+    if files is not None:
+        return files
+    if dense_folder(ref.repo) is not None:
+        raise Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
+    folder = folder_of(ref.repo) if ref.source == "folder" else None
+    kind = "" if folder is None else kind_in(folder, [file.name for file in folder.iterdir()])
+    raise Refused(f"{ref.id}: {kind or _NOTHING}")
 
 
-def _declared(files: AdapterFiles) -> _Declared:
+def _declared(files: AdapterFiles, row: Adapter | None, named: str | None) -> _Declared:
+    """An adapter with the base that it declares; one that declares none is for that of the user or the catalogue.
+
+    Raises:
+        Refused: nobody names one.
+    """
     try:
-        return _Declared(files.ref, parse_config(read_config(files.config.parent) or b"").base)
+        base = parse_config(read_config(files.config.parent) or b"").pinned_base
     except ConfigError as error:
         raise ConfigError(f"{files.ref.id}: {error.message}", hint=error.hint) from error
+    base = base or named or (row.base if row is not None else "")
+    if not base:
+        raise Refused(f"{files.ref.id} {UNDECLARED}", hint=SAY_THE_BASE)
+    return _Declared(files.ref, base)
 
 
 def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
@@ -261,19 +289,40 @@ def _judged_for(rows: Sequence[Adapter]) -> str | None:
     return bases.pop() or None if len(bases) == 1 else None
 
 
-def _check_bases(adapters: Sequence[_Declared | OpenDelta], base: str | None, aliases: Sequence[str]) -> None:
-    first = adapters[0]
-    asked = base if base is not None else first.base
-    for adapter in adapters:
-        declared = adapter.base
+def _check_bases(adapters: Sequence[_Declared], base: str | None, aliases: Sequence[str]) -> None:
+    """Refused where one of the adapters, each with its base, is for another than the others or than `base`."""
+    first, first_base = adapters[0]
+    asked = base if base is not None else first_base
+    for ref, declared in adapters:
         if declared == asked or same_base(declared, asked, aliases):
             continue
         if base is None:
             raise Refused(
-                f"two base models: {first.ref.id} is for {asked or 'none'}, {adapter.ref.id} for {declared or 'none'}",
-                hint="if these are one model, say so: --base, and base_aliases in lora.toml",
+                f"two base models: {first.id} is for {asked}, {ref.id} for {declared}",
+                hint=_of_two_names(declared, asked)
+                or "if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
-            f"{adapter.ref.id} is for {declared or 'no base it names'}, not for {base}",
-            hint="if these are one model, add the name to base_aliases in lora.toml",
+            f"{ref.id} is for {declared}, not for {base}",
+            hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
+
+
+def _demand_one_form_of_projections(adapters: Sequence[OpenAdapter]) -> None:
+    """Refused where one adapter is for a fused projection and another for its parts: no base has both in one place."""
+    owners = {module: adapter.ref.id for adapter in reversed(adapters) for module in adapter.modules}
+    for module, owner in owners.items():
+        parent, dot, name = module.rpartition(".")
+        for part in _SPLIT.get(name, ()):
+            if other := owners.get(f"{parent}{dot}{part}"):
+                raise Refused(
+                    f"{owner} adapts {name} and {other} adapts {part} in {parent}: one base has only one of them",
+                    hint="one of these adapters is for a copy of the base with other modules: leave it out",
+                )
+
+
+def _of_two_names(one: str, other: str) -> str:
+    """What to do about two bases that are revisions of one model, "" where they are not."""
+    if not same_base(split_revision(one)[0], split_revision(other)[0]):
+        return ""
+    return "two revisions of a model are two bases: use adapters of one, and name it by --base NAME@REVISION"

@@ -2,14 +2,18 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
+from lora_cli.adapters.checks import UNDECLARED
 from lora_cli.adapters.store import locate
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
 from lora_cli.records import Adapter, Progress, silent
+from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.sources import Ask, Found, HubSource
 from lora_cli.steps.verify import verify
 
@@ -17,6 +21,8 @@ _REPO = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
 )
 _REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
+SAY_THE_BASE = "say which base model it is for: --base NAME"
+_BASES_NAMED = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -38,7 +44,8 @@ def look_up(
 
     Args:
         text: a catalogue id, a folder, or `owner/name[@revision][:subfolder]` with a branch, tag or commit.
-        base: the base model that an adapter from the Hub has to be for, "" for any.
+        base: the base model that an adapter from the Hub has to be for, "" for any. One that declares no base is taken
+            to be for this one, unless its shapes are known not to fit.
         aliases: other names of that base, beside those that the catalogue remembers.
         announce: is told what was taken from the Hub, and what is older than its row.
         store: whether what is found may be stored.
@@ -49,15 +56,21 @@ def look_up(
         NetworkError: not in the catalogue, and the Hub cannot be asked.
     """
     try:
-        return catalogue.named(text)
+        row = catalogue.named(text)
     except NothingMatched as error:
         unknown = error
+    else:
+        if not base or not names_no_base(row):
+            return row
+        if row.source == "folder":
+            return replace(row, status="ok", reason="", base=base)
+        unknown = NothingMatched(f"{row.id}: {row.reason}")
     names = names_of(catalogue, base, aliases)
     if (older := _older(catalogue, text)) is not None:
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter)
         announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
         return row
-    ask = Ask(base, names, lambda: None, with_skeleton=False)
+    ask = Ask(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
     found = _on_hub(catalogue, text, ask, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id]).get(id)
@@ -95,17 +108,44 @@ def usable(row: Adapter) -> Adapter:
             hint=f"ask for access on its page, run hf auth login, then lora pool fetch {row.id}",
         )
     if row.status != "ok":
-        other = row.base_match == "mismatch"
-        raise Refused(
-            f"{row.id}: {row.reason}",
-            hint="sync its own base to use it there, or name its folder" if other else "leave this adapter out",
-        )
+        raise Refused(f"{row.id}: {row.reason}", hint=_way_out(row))
     return row
+
+
+def _way_out(row: Adapter) -> str:
+    """What to do about an adapter that cannot be used."""
+    if row.base_match == "mismatch":
+        return "sync its own base to use it there, or name its folder"
+    return SAY_THE_BASE if names_no_base(row) else "leave this adapter out"
+
+
+def names_no_base(row: Adapter) -> bool:
+    """Whether nothing is wrong with an adapter but that it declares no base model."""
+    return row.status == "unusable" and row.reason.startswith(UNDECLARED)
 
 
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
     """`aliases`, and the other names of `base` that syncs were given."""
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
+
+
+def of_one_base(rows: Sequence[Adapter], base: str | None) -> list[Adapter]:
+    """The rows that are for `base`; without one all of them, which then have to be for one base.
+
+    Raises:
+        UsageError: no base named, and several to choose from.
+    """
+    if base is not None:
+        return [row for row in rows if row.base == base]
+    counts = Counter(row.base for row in rows).most_common()
+    if len(counts) > 1:
+        named = ", ".join(f"{name} ({count:,})" for name, count in counts[:_BASES_NAMED])
+        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
+        raise UsageError(
+            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
+            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
+        )
+    return list(rows)
 
 
 def _older(catalogue: Catalogue, text: str) -> Adapter | None:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import AdapterWriter, TensorStream
+from lora_cli.adapters.writer import AdapterWriter, TensorStream, base_entries
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
@@ -207,7 +208,7 @@ def _dtype(plan: MergePlan) -> torch.dtype:
 def _config(plan: MergePlan) -> dict[str, Any]:
     tasks = {adapter.config.task_type for adapter in plan.adapters}
     return {
-        "base_model_name_or_path": plan.base,
+        **base_entries(plan.base),
         "fan_in_fan_out": plan.fan_in_fan_out,
         # PEFT knows null for no task, and no "".
         "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
@@ -225,12 +226,13 @@ def rank_in_words(plan: MergePlan, report: MergeReport) -> str:
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
-    base = _code(plan.base)
-    front: dict[str, Any] = {"base_model": plan.base, "tags": ["merge"]}
+    name, revision = split_revision(plan.base)
+    base = _code(name) + (f" at revision {_code(revision)}" if revision else "")
+    front: dict[str, Any] = {"base_model": name, "tags": ["merge"]}
     if plan.dense:
         title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
     else:
-        front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{plan.base}"]}
+        front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{name}"]}
         title = "Merged LoRA"
         made = f"{rank_in_words(plan, report)}, {percent(report.energy)} of the energy of the merged update kept"
     lines = [

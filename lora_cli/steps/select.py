@@ -12,6 +12,7 @@ from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.steps.fetch import refused
+from lora_cli.steps.lookup import of_one_base
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
@@ -44,14 +45,14 @@ def select(
             left out because their weights cannot be read.
 
     Raises:
-        UsageError: an unknown method, a bad condition, or a target missing.
+        UsageError: an unknown method, a bad condition, a target missing, or no base where there are several.
         NothingMatched: no usable adapter fits.
         LoraError: the target cannot be read.
     """
     method = METHODS.get(by)
     if (target is None) == (method.kind == "weights"):
         raise UsageError(f"--by {by} needs --target" if target is None else f"--by {by} takes no --target")
-    candidates = [row for row in catalogue.find(list(where), status="ok") if base is None or row.base == base]
+    candidates = of_one_base(catalogue.find(list(where), status="ok"), base)
     if not candidates:
         raise NothingMatched(
             f"no usable adapter of {base}" if base and not where else "no usable adapter fits these conditions",

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.reader import natural
 from lora_cli.errors import Refused
 from lora_cli.records import Server
@@ -59,17 +60,22 @@ def not_surely_served(modules: Iterable[str]) -> list[str]:
 
 
 def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
-    """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold."""
+    """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold.
+
+    An id may carry its revision: `owner/name@revision`.
+    """
+    model, revision = split_revision(base)
+    at = ["--revision", revision] if revision else []
     name, path = folder.name, str(folder.absolute())
     adapter = f"{name}={path}"
     # Both take NAME=PATH apart at an equals sign, vLLM also at commas; in JSON these are letters.
     plain = adapter.count("=") == 1 and "," not in adapter and not name.startswith(("-", "{"))
     if server == "sglang":
         adapter = adapter if plain else json.dumps({"lora_name": name, "lora_path": path})
-        launch = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+        launch = ["python", "-m", "sglang.launch_server", "--model-path", model, *at, "--enable-lora"]
         return shlex.join([*launch, "--lora-paths", adapter])
     adapter = adapter if plain else json.dumps({"name": name, "path": path})
-    launch = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
+    launch = ["vllm", "serve", model, *at, "--enable-lora", "--max-lora-rank", str(vllm_rank(rank))]
     return shlex.join([*launch, "--lora-modules", adapter])
 
 

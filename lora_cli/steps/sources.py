@@ -7,10 +7,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.base_names import split_revision, tables_digest
 from lora_cli.adapters.checks import (
     CONFIG_NAME,
     WEIGHTS_NAME,
@@ -22,6 +23,7 @@ from lora_cli.adapters.checks import (
 )
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
+from lora_cli.adapters.kinds import holds_adapter, kind_in, other_kind
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
@@ -43,28 +45,41 @@ _FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)
 
 @dataclass(frozen=True)
 class Ask:
-    """What adapters are judged by: the base asked for ("" for any), names that mean it, and what it is made of."""
+    """What adapters are judged by: the base asked for ("" for any), names that mean it, and what it is made of.
+
+    The base is `name@revision` where it is not that of the main branch. `with_skeleton`: what it is made of decides
+    over every adapter, not only over one that declares no base. `vouched`: the user named base and adapter.
+    """
 
     base: str
     aliases: tuple[str, ...]
     skeleton: Callable[[], Skeleton | None]
     with_skeleton: bool
+    vouched: bool = False
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Equal for equal questions: a row with another one was judged by other rules."""
-        text = "\0".join([self.base, str(self.with_skeleton), *sorted(set(self.aliases))])
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        """Equal for equal questions: a row with another one was judged by other rules.
 
-    def judge(self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str]) -> Facts:
+        What is before its colon is equal for questions about one base.
+        """
+        rules = [self.base, str(self.with_skeleton), str(self.vouched), tables_digest(), *sorted(set(self.aliases))]
+        return f"{_digest(self.base)}:{_digest(chr(0).join(rules))}"
+
+    def judge(
+        self, config: bytes | None, header: Header | HeaderError | None, names: Collection[str], kind: str = ""
+    ) -> Facts:
         """`checks.examine` by these rules."""
+        wanted = isinstance(header, Header) and (self.with_skeleton or _names_no_base(config))
         return examine(
             config,
             header,
             file_names=names,
             base_name=self.base,
             base_aliases=self.aliases,
-            skeleton=self.skeleton() if isinstance(header, Header) else None,
+            skeleton=self.skeleton() if wanted else None,
+            vouched=self.vouched,
+            kind=kind,
         )
 
 
@@ -117,8 +132,9 @@ class HubSource(Source):
 
     def batches(self, progress: Progress) -> Iterator[list[Found]]:
         count = 0
-        names = dict.fromkeys([self._ask.base, *(alias for alias in self._ask.aliases if _is_hub_id(alias))])
-        for base in names:
+        named = [self._ask.base, *(alias for alias in self._ask.aliases if is_hub_name(alias))]
+        # A listing is of a repository, whatever its revisions.
+        for base in dict.fromkeys(split_revision(name)[0] for name in named):
             left = None if self._limit is None else self._limit - count
             if left is not None and left <= 0:
                 return
@@ -181,11 +197,13 @@ class HubSource(Source):
         )
 
     def _is_same(self, stub: Adapter, known: Known) -> bool:
-        # Which names mean the base changes the verdict only on those that do not name it themselves.
         if known.status == "gated":
             return known.commit == stub.commit and known.stamp == self._gate
-        judged_alike = known.stamp == stub.stamp or known.base_declared in ("", self._ask.base)
-        return known.commit == stub.commit and judged_alike
+        # Which names mean the base changes the verdict only on those that do not name it themselves.
+        asked = self._ask.base
+        names_it = (known.base_declared, known.base) == (split_revision(asked)[0], asked)
+        about_it = known.stamp.partition(":")[0] == stub.stamp.partition(":")[0]
+        return known.commit == stub.commit and (known.stamp == stub.stamp or (names_it and about_it))
 
     def _read(self, stub: Adapter, names: tuple[str, ...], row: Adapter | None) -> Adapter:
         prefix = f"{stub.subfolder}/" if stub.subfolder else ""
@@ -194,7 +212,7 @@ class HubSource(Source):
             if refusal := _refusal(config):
                 # No header can make this one usable, so none is asked for.
                 judged = replace(stub, **self._ask.judge(config, None, names))
-                return replace(judged, status="unusable", reason=refusal)
+                return replace(judged, status="unusable", reason=_other_kind(names) or refusal)
             header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
         except Gated:
             return replace(stub, status="gated", reason="gated: its owner has to let you in", stamp=self._gate)
@@ -280,12 +298,15 @@ class FolderSource(Source):
         )
         config = read_config(folder)
         header: Header | HeaderError | None = None
+        kind = ""
         if (folder / WEIGHTS_NAME).is_file():
             try:
                 header = read_header(folder / WEIGHTS_NAME)
             except HeaderError as error:
                 header = error
-        adapter = replace(stub, **self._ask.judge(config, header, names))
+        else:
+            kind = kind_in(folder, names)
+        adapter = replace(stub, **self._ask.judge(config, header, names, kind))
         if row is not None and row.commit == adapter.commit and row.sha256:
             adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
             if row.status == "ok":
@@ -344,9 +365,22 @@ def _unreadable(listed: Listed, names: Collection[str]) -> str:
         return ""
     if any(_CHECKPOINT.search(name.rpartition("/")[0]) for name in names if name.endswith(f"/{CONFIG_NAME}")):
         return f"no {CONFIG_NAME}, only training checkpoints"
+    if kind := _other_kind(names):
+        return kind
     if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin)", name) for name in names):
         return f"no {CONFIG_NAME}: full weights, not an adapter"
     return f"no {CONFIG_NAME}"
+
+
+def _other_kind(names: Collection[str]) -> str:
+    return "" if WEIGHTS_NAME in names else other_kind(names)
+
+
+def _names_no_base(config: bytes | None) -> bool:
+    try:
+        return config is not None and not parse_config(config).base
+    except ConfigError:
+        return False
 
 
 def _refusal(config: bytes) -> str:
@@ -372,8 +406,13 @@ def _subfolders(names: Collection[str]) -> list[str]:
     return plain[:_MOST_SUBFOLDERS]
 
 
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is written like an id of the Hub, with or without owner and revision."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@.+)?", name) is not None and not name.startswith(".")
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
@@ -409,7 +448,7 @@ def _adapter_folders(root: Path) -> Iterator[Path]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue
-        if any(entry.name == CONFIG_NAME or entry.name.startswith("adapter_model.") for entry in entries):
+        if holds_adapter(folder, [entry.name for entry in entries]):
             yield folder
         for entry in reversed(entries):
             if not entry.name.startswith(".") and _is_folder(entry):
@@ -434,7 +473,7 @@ def _stamp(folder: Path, names: Sequence[str]) -> str:
     """Changes when the size or time of a file that counts changes."""
     parts: list[Any] = []
     for name in names:
-        if name in (CONFIG_NAME, "README.md") or name.startswith("adapter_model."):
+        if name == "README.md" or name.startswith("adapter") or name.endswith(".safetensors"):
             try:
                 facts = (folder / name).stat()
             except OSError:

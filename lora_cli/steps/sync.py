@@ -15,6 +15,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
+from lora_cli.adapters.base_names import at_revision
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.catalogue import Catalogue, Known
 from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
@@ -104,7 +105,8 @@ def sync(
         reading = FolderSource(source, ask, catalogue, limit)
     work = _Work(catalogue, reading, force=force, dry_run=dry_run, progress=progress)
     if dropped and not dry_run:
-        rows = [row.id for row in catalogue.find() if row.base == base and row.base_declared in dropped]
+        of_base = [row for row in catalogue.find() if row.base == base]
+        rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
         catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
     for batch in reading.batches(progress):
         work.take(batch)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.store import sha256_of
 from lora_cli.adapters.targets import ALL_LINEAR
@@ -139,7 +140,9 @@ def train_and_write(
 
 
 def _card(base: str, result: TrainResult) -> str:
-    front = {"base_model": base, "library_name": "peft", "tags": ["lora", f"base_model:adapter:{base}"]}
+    name, revision = split_revision(base)
+    named = f"`{name}`" + (f" at revision `{revision}`" if revision else "")
+    front = {"base_model": name, "library_name": "peft", "tags": ["lora", f"base_model:adapter:{name}"]}
     learnt = result.learnt
     lines = [
         "---",
@@ -148,7 +151,7 @@ def _card(base: str, result: TrainResult) -> str:
         "",
         "# LoRA",
         "",
-        f"A LoRA of `{base}` trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
+        f"A LoRA of {named} trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
         f"{learnt.loss_before:.3f} before, {learnt.loss_after:.3f} after, best at step {learnt.best_step}.",
         "",
         "`run.json` holds the settings, versions and hashes that made this folder.",

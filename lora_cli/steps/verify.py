@@ -7,6 +7,7 @@ from pathlib import Path
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, read_header, reading
+from lora_cli.adapters.kinds import kind_in
 from lora_cli.adapters.modules import locate_modules
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import locate, read_config
@@ -53,7 +54,16 @@ def verify(
     Raises the errors of the Hub, and Refused where its files are not here and there is no Hub to ask.
     """
     config, weights, header, names = _files(adapter, hub, fetch=deep)
-    facts = examine(config, header, file_names=names, base_name=base, base_aliases=aliases, skeleton=skeleton)
+    absent = header is None and adapter.source == "folder"
+    facts = examine(
+        config,
+        header,
+        file_names=names,
+        base_name=base,
+        base_aliases=aliases,
+        skeleton=skeleton,
+        kind=kind_in(Path(adapter.repo, adapter.subfolder), names) if absent else "",
+    )
     found = replace(adapter, **facts)
     read = False
     # Configuration and header of an adapter with bad weights look sound.
