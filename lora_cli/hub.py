@@ -121,7 +121,7 @@ class Hub:
         progress: is told of every wait that lasts longer than a second.
         budget: how many requests this object may send, None for no limit; BudgetSpent is raised past it.
         first_wait: seconds before the first repetition of a failed request; doubled each time.
-        silence: seconds for which a server may say nothing.
+        silence: seconds for which a server may say nothing; None for the usual half a minute.
         tries: how often a request that fails is sent at most.
     """
 
@@ -132,7 +132,7 @@ class Hub:
         progress: Progress = silent,
         budget: int | None = None,
         first_wait: float = 1.0,
-        silence: float = _SILENCE_SECONDS,
+        silence: float | None = None,
         tries: int = _TRIES,
     ) -> None:
         from huggingface_hub import constants
@@ -143,7 +143,7 @@ class Hub:
         self._progress = progress
         self._budget = budget
         self._first_wait = first_wait
-        self._silence = silence
+        self._silence = _SILENCE_SECONDS if silence is None else silence
         self._tries = tries
         self._start = _meter.reading()
         self._stopped = threading.Event()

@@ -67,7 +67,7 @@ def test_embeddings_and_convolutions_have_factors_of_their_own_form() -> None:
         ),
         ([("x.y.lora_A.weight", "F32", [0, 3]), ("x.y.lora_B.weight", "F32", [4, 0])], "empty factor"),
         (
-            [("x.y.lora_A.a.weight", "F32", [2, 3]), ("x.y.lora_A.b.weight", "F32", [2, 3])],
+            [("x.y.lora_A.a.weight", "F32", [2, 3]), ("x.y.lora_A.weight", "F32", [2, 3])],
             "x.y has lora_A twice",
         ),
         (

@@ -103,7 +103,7 @@ def test_a_version_that_is_known_is_used_and_another_replaces_it_only_if_it_can(
     fake.forget()
     ok("merge", f"alice/sql@{first[:7]}", "-o", "out")
     ok("merge", "alice/sql", "-o", "out")
-    assert fake.asked == []
+    assert fake.paths("/") == [f"/{BASE}/resolve/main/config.json"], "what the base is made of, once"
     message = refused(3, "merge", "alice/sql@" + "0" * 40)
     assert f"alice/sql is known at {first[:12]}, not at 000" in message
     assert "no such commit, branch or tag on the Hub" in message

@@ -191,7 +191,7 @@ def test_an_adapter_s_own_name_in_its_tensors_is_taken_off(tmp_path: Path) -> No
     assert located(folder).notes == ("names repaired: without the adapter's name x",)
     more = {name.replace(".x.", ".y.").replace("layers.1", "layers.0"): t.clone() for name, t in tensors.items()}
     assert located(saved_adapter(tmp_path / "two", tensors | more, ["q_proj"])).refusals == (
-        "several adapters in one file (x, y)",
+        "2 adapters in one file (x, y)",
     )
 
 

@@ -14,10 +14,11 @@ from peft import LoraConfig
 from lora_cli import migrations
 from lora_cli.adapters.base_names import at_revision, canonical_base, same_base, split_revision
 from lora_cli.adapters.config import parse_config
-from lora_cli.base_model import module_shapes, pin
+from lora_cli.base_model import pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched
 from lora_cli.steps.bake import find_base
+from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.serving import serve_line
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
@@ -158,7 +159,8 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     ok("pool", "sync", PYTHIA, "--from", "pool")
     database = Path(os.environ["LORA_DB"])
     connection = sqlite3.connect(database)
-    connection.execute("ALTER TABLE adapters DROP COLUMN revision")
+    for column in ("revision", "notes"):
+        connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
     connection.execute("DELETE FROM _sqlite_migrations WHERE name != 'm001_adapters_selections_runs'")
     connection.execute("UPDATE adapters SET status = 'ok', base = ?, stamp = substr(stamp, 1, 33)", [PYTHIA])
     connection.commit()
@@ -168,7 +170,7 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     assert usable() == {"plain"}
     assert rows()["last"]["revision"] == LAST
     assert len(list(database.parent.glob("*.backup"))) == 1
-    assert [migration.name for migration in migrations.migrations._migrations][1] == "m002_revision_of_the_base"
+    assert [migration.name for migration in migrations.migrations._migrations][1] == "m002_revision_and_notes"
 
 
 @pytest.fixture
@@ -232,9 +234,9 @@ def test_a_merge_of_one_revision_names_it(pool: Path) -> None:
 
 
 def test_the_line_that_serves_names_the_revision(tmp_path: Path) -> None:
-    line = serve_line(f"{PYTHIA}@{FIRST}", tmp_path, 8)
+    line = serve_line("vllm", f"{PYTHIA}@{FIRST}", tmp_path, 8)
     assert line.startswith(f"vllm serve {PYTHIA} --revision {FIRST} --enable-lora")
-    assert "--revision" not in serve_line(PYTHIA, tmp_path, 8)
+    assert "--revision" not in serve_line("vllm", PYTHIA, tmp_path, 8)
 
 
 # Bases ---------------------------------------------------------------------------------------------------------------
@@ -257,9 +259,9 @@ def test_a_base_is_loaded_at_its_revision(cached: dict[str, str]) -> None:
         ref = pin(name)
         assert (ref.place, ref.name, ref.version) == ("acme/grown", name, cached[revision])
         assert len(ref.load().model.model.layers) == layers
-        shapes = module_shapes(name)
-        assert shapes is not None
-        assert ("model.layers.1.mlp.up_proj" in shapes) == (layers == 2)
+        made_of = skeleton_here(name)
+        assert made_of is not None
+        assert ("model.layers.1.mlp.up_proj" in made_of.matrices) == (layers == 2)
 
 
 @pytest.mark.parametrize("revision", ["../main", "a/../../b", " ", "-x", "a b", "x" * 300])

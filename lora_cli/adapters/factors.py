@@ -148,7 +148,7 @@ def sort_tensors(header: Header) -> Sorted:
             continue
         place, side, name = found
         names.add(name)
-        if sides.setdefault(place, {}).setdefault(side, entry) is not entry and len(names) == 1:
+        if sides.setdefault(place, {}).setdefault(side, entry) is not entry and len(names - {""}) < 2:
             raise HeaderError(f"{shortened(shown(place))} has {side} twice")
     pairs = {place: _pair(place, found) for place, found in sides.items()}
     whole: list[str] = []
