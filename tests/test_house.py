@@ -18,7 +18,7 @@ FLOORS = (
     ("settings", "methods", "where", "outputs", "migrations", "task", "scores", "screen", "plots", "hub"),
     ("catalogue", "runs"),
     ("adapters",),
-    ("base_model", "mixture", "merge_methods", "selection_methods"),
+    ("base_model", "models", "mixture", "merge_methods", "selection_methods"),
     ("steps",),
     ("world",),
     ("commands",),
