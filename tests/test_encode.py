@@ -358,6 +358,15 @@ def test_a_template_without_an_end_of_a_turn_gets_the_eos() -> None:
     assert made.decode(encoded.opening.ids) == "u:Who?\na:"
 
 
+def test_added_tokens_of_white_space_end_nothing() -> None:
+    made = tokenizer("characters", bos=None)
+    made.add_tokens(["\n", "\n\n"])
+    made.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    encoded = encoder(made).encode(example("Who?", "Lily"))
+    assert made.decode(encoded.ids) == "Who?\nLily\n</s>"
+    assert encoder(made).ends == [made.eos_token_id]
+
+
 def test_generation_ends_at_what_the_model_names_too() -> None:
     made = tokenizer_of(STYLES["chatml"])
     model = tiny(made)
@@ -400,7 +409,9 @@ def test_the_users_own_template_is_taken_in_place_of_the_bases() -> None:
     made.chat_template = STYLES["chatml"].template
     plain = encoder(made, templated=False)
     assert made.decode(plain.encode(example("Who?", "Lily")).ids) == "Who?Lily<|endoftext|>"
-    with pytest.raises(DataError, match="has no chat template"):
+    with pytest.raises(
+        DataError, match="--no-chat-template leaves no chat template, which examples with messages need"
+    ):
         plain.encode(example(PROMPTS["turns"], "Lily"))
 
 

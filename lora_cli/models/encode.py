@@ -166,7 +166,7 @@ class Encoder:
                 f"{self.name} has no chat template, which {needing[0]} needs",
                 hint="give one with --chat-template FILE, or use the instruction-tuned base",
             )
-        return _Plain(self._tokenizer, self.name)
+        return _Plain(self._tokenizer, self.prompting, self.name)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of the generation prompt: the chat template around the prompt, else the prompt as plain text.
@@ -306,15 +306,16 @@ class _Plain:
     ends: Collection[int] = ()
     marks: Collection[str] = ()
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
-        self._tokenizer, self._name = tokenizer, name
+    def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._lacking = f"{name} has" if prompting.templated else "--no-chat-template leaves"
         bare, full = self._bare("a"), tokenizer("a")["input_ids"]
         self._front = full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
 
     def prompt(self, prompt: Prompt) -> str:
         if not isinstance(prompt, str):
             raise DataError(
-                f"{self._name} has no chat template, which examples with messages need",
+                f"{self._lacking} no chat template, which examples with messages need",
                 hint='use {"prompt", "completion"} examples or the instruction-tuned base',
             )
         return prompt
@@ -403,10 +404,12 @@ class _Chat:
 
 
 def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Every special or added token that is no ordinary text: text → id, longer texts first."""
+    """Every special or added token: text → id, longer texts first."""
     added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    return dict(sorted({**special, **added}.items(), key=lambda item: -len(item[0])))
+    found = sorted({**special, **added}.items(), key=lambda item: -len(item[0]))
+    # Gemma's tokenizers have runs of line breaks among them, which control nothing.
+    return {text: number for text, number in found if text.strip()}
 
 
 def _first_control(text: str, control: Mapping[str, int]) -> tuple[str, int | None]:
