@@ -196,10 +196,7 @@ def by_peft(folder: Path, rows: Sequence[tuple[list[int], int]]) -> float:
     return sum(means) / len(means)
 
 
-PLAIN = [name for name, style in STYLES.items() if not style.arguments]
-
-
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", STYLES)
 def test_a_perfect_adapter_scores_1_on_every_template(name: str, tmp_path: Path) -> None:
     style = STYLES[name]
     made = tokenizer_of(style, "bytes" if name == "llama-3" else "pieces" if name == "mistral" else "characters")
@@ -207,8 +204,9 @@ def test_a_perfect_adapter_scores_1_on_every_template(name: str, tmp_path: Path)
     rows = [(ids, same(ids, opened)) for ids, opened in both]
     folder = taught(tmp_path, made, rows)
     data = task(tmp_path / "task.jsonl", PAIRS)
-    assert scored(folder, data) == 1
-    assert scored(folder, data, "--metric", "nll") == pytest.approx(by_peft(folder, rows), rel=1e-3)
+    arguments = [f"--template-arg={key}={json.dumps(value)}" for key, value in style.arguments.items()]
+    assert scored(folder, data, *arguments) == 1
+    assert scored(folder, data, "--metric", "nll", *arguments) == pytest.approx(by_peft(folder, rows), rel=1e-3)
 
 
 def test_an_adapter_that_writes_its_own_thoughts_scores_1(tmp_path: Path) -> None:

@@ -21,8 +21,10 @@ from lora_cli.commands.options import (
     Seed,
     examples,
     screen_for,
+    with_prompting,
 )
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.models.encode import Prompting
 from lora_cli.records import Example, Score
 from lora_cli.screen import Column, near
 from lora_cli.settings import Settings, load
@@ -71,6 +73,8 @@ def evaluate(
     jsonl: Jsonl = False,
     csv: Csv = False,
     quiet: Quiet = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
 
@@ -98,7 +102,7 @@ def evaluate(
         screen.say(f"data: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
         from lora_cli.base_model import pin
 
-        ref = pin(model, device=settings.device, dtype=settings.dtype)
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
         gathered = gather(
             catalogue,
             names,
@@ -241,4 +245,4 @@ def register(root: typer.Typer) -> None:
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
         ),
-    )(evaluate)
+    )(with_prompting(evaluate))

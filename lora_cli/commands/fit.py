@@ -24,8 +24,10 @@ from lora_cli.commands.options import (
     examples,
     screen_for,
     show_output,
+    with_prompting,
 )
 from lora_cli.errors import UsageError
+from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
@@ -70,6 +72,8 @@ def fit(
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Fit one coefficient per adapter and module to a task, and merge with them.
 
@@ -109,7 +113,7 @@ def fit(
         ):
             screen.document("lora.fit.plan/1", {"out": None, **download_plan(left)})
             return
-        ref = pin(model, device=settings.device, dtype=settings.dtype)
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
         gathered = gather(
             catalogue,
             everyone,
@@ -220,4 +224,4 @@ def register(root: typer.Typer) -> None:
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
         )
-    )(fit)
+    )(with_prompting(fit))

@@ -18,7 +18,9 @@ from lora_cli.commands.options import (
     examples,
     screen_for,
     show_output,
+    with_prompting,
 )
+from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
@@ -44,6 +46,8 @@ def train(
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Train a new LoRA on a task: the baseline that every fit has to beat.
 
@@ -70,7 +74,7 @@ def train(
     recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
     described = step.asked(recipe=recipe, data=file.name, **shape)
     name = public_base(model, settings.base_aliases)
-    ref = pin(model, name=name, device=settings.device, dtype=settings.dtype)
+    ref = pin(model, name=name, device=settings.device, dtype=settings.dtype, prompting=prompting)
     asked, inputs = ref.settings | described, {**ref.inputs, file.name: sha256}
     key = runs.key_of("train", asked, inputs)
     folder = out or settings.runs / f"train-{key[:8]}"
@@ -114,4 +118,4 @@ def register(root: typer.Typer) -> None:
             "lora train --data task.jsonl --rank 8 --steps 40 --lr 5e-3",
             "lora train --data task.jsonl --target-modules q_proj,v_proj --dry-run",
         )
-    )(train)
+    )(with_prompting(train))

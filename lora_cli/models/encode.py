@@ -5,12 +5,24 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lora_cli.errors import DataError, Refused, UsageError
 from lora_cli.records import Example
 
 UNLIMITED = 1 << 30
+MOST_TEMPLATE_BYTES = 1 << 20
+# Parameters of apply_chat_template that mean no variable of the template.
+RESERVED = frozenset(
+    (
+        *("self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+# Tokens in front of a text that decide how its first token reads: a space mark, the bytes of a character.
+_CONTEXT = 8
 # Stands for an answer, to find out what a template writes around one: letters alone, which no template changes.
 _ANSWER = "zqAnAnswerqz"
 _OWN_SYSTEM = ("system", "developer")
@@ -25,12 +37,13 @@ class Prompting:
     Args:
         system: text of a system turn in front of every prompt; "" for none.
         template: a chat template (Jinja) in place of the base's own.
-        arguments: values for the template's variables.
+        arguments: values for the template's variables, which the template may know or not.
         templated: False reads prompts as plain text although there is a chat template.
         allow_mismatch: go on where a finished turn does not begin with its generation prompt.
 
     Raises:
-        UsageError: something that only a chat template can use, and none is to be used.
+        UsageError: something that only a chat template can use, and none is to be used; an argument of a name that
+            is not the user's to set.
     """
 
     system: str = ""
@@ -43,6 +56,8 @@ class Prompting:
         useless = ["--chat-template"] if self.template is not None else self.for_templates
         if useless and not self.templated:
             raise UsageError(f"{useless[0]} and --no-chat-template exclude each other")
+        if reserved := sorted(RESERVED & self.arguments.keys()):
+            raise UsageError(f"--template-arg cannot set {reserved[0]}", hint="lora sets it for the template")
 
     @property
     def for_templates(self) -> list[str]:
@@ -63,6 +78,21 @@ class Prompting:
         }
         given = {name: value for name, value in values.items() if value}
         return {"prompting": given} if given else {}
+
+
+def read_template(file: Path) -> str:
+    """The chat template in a file. DataError for one that cannot be read, is over 1 MiB, or is not UTF-8 text."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MOST_TEMPLATE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}", hint="see --chat-template") from error
+    if len(data) > MOST_TEMPLATE_BYTES:
+        raise DataError(f"{file} is larger than 1 MiB: not a chat template", hint="see --chat-template")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text", hint="see --chat-template") from error
 
 
 class Opening(NamedTuple):
@@ -215,14 +245,15 @@ class Encoder:
         ids = self._form.ids(whole)
         if not until and end is None:
             ids.append(self._tokenizer.eos_token_id)
+        prompt = self._form.ids(frame.prompt)
         # A completion may bring along what the template would write in front of a plain one, a block of thoughts.
         lead = frame.lead if whole.startswith(frame.lead) else whole[: _shared(whole, frame.prompt)]
         return Encoded(
             ids=tuple(ids),
             # Nothing predicts the first token.
-            start=max(1, _shared(ids, self._form.ids(frame.prompt))),
+            start=max(1, _shared(ids, prompt)),
             id=example.id,
-            opening=self._opening(lead, ids, until),
+            opening=self._opening(prompt if lead == frame.prompt else self._form.ids(lead), ids, until),
             answer=whole[len(lead) :].removesuffix(frame.closing),
             parted=parted,
         )
@@ -235,19 +266,18 @@ class Encoder:
         return text.removeprefix(opening.left), text.startswith(opening.left)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token, as it reads behind the one before it."""
-        return [self._after(ids[max(0, place - 1) : place], [token]) for place, token in enumerate(ids)]
+        """The text of each token, as it reads behind those before it."""
+        return [self._after(ids[max(0, place - _CONTEXT) : place], [token]) for place, token in enumerate(ids)]
 
     def holds_marks(self, prompt: Prompt) -> bool:
         """Whether a prompt contains control tokens that the chat template itself writes around prompts."""
         texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
         return any(mark in text for mark in self._form.marks for text in texts)
 
-    def _opening(self, lead: str, ids: Sequence[int], until: str) -> Opening:
-        """`lead` as ids, without those at its end that the example reads otherwise: a token spans lead and answer."""
-        whole = self._form.ids(lead)
-        kept = _shared(whole, ids) or len(whole)
-        return Opening(tuple(whole[:kept]), self._after(whole[:kept], whole[kept:]), until)
+    def _opening(self, lead: Sequence[int], ids: Sequence[int], until: str) -> Opening:
+        """`lead` without the ids at its end that the example has otherwise: a token spans lead and answer."""
+        kept = _shared(lead, ids) or len(lead)
+        return Opening(tuple(lead[:kept]), self._after(lead[:kept], lead[kept:]), until)
 
     def _without_end(self, completion: str) -> tuple[str, str]:
         """A completion without the control tokens that end it, and the first of these, "" for none."""
@@ -279,8 +309,9 @@ class Encoder:
         )
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
-        """The text that `ids` add behind `before`: a token's text depends on what comes before it."""
-        head, both = self._decoded(before), self._decoded([*before, *ids])
+        """The text that `ids` add behind `before`: a token's text depends on the few before it."""
+        near = before[-_CONTEXT:]
+        head, both = self._decoded(near), self._decoded([*near, *ids])
         return both.removeprefix(head) if both.startswith(head) else self._decoded(ids)
 
     def _decoded(self, ids: Sequence[int]) -> str:
