@@ -133,9 +133,10 @@ def test_a_turn_that_does_not_begin_with_its_prompt_is_an_error_unless_it_is_all
     put(PARTED)
     for command in (("train", *QUICK), ("eval", "one", *QUICK[4:]), ("fit", "one", *QUICK[2:]), REGMEAN):
         told = refused(1, *command)
-        assert "the finished turn does not begin with the generation prompt" in told
+        assert "example 1: the finished turn does not begin with the generation prompt" in told
         assert "--allow-template-mismatch" in told
-    ok("train", *QUICK, "--allow-template-mismatch", "-o", "new")
+    told = ok("train", *QUICK, "--allow-template-mismatch", "-o", "new")
+    assert "4 cut where turn and generation prompt part" in told.err
 
 
 def test_a_base_without_a_template_has_no_use_for_a_system_turn(here: Path) -> None:

@@ -26,6 +26,7 @@ from lora_cli.commands.options import (
     show_output,
     with_prompting,
 )
+from lora_cli.commands.task import summary
 from lora_cli.errors import UsageError
 from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
@@ -96,6 +97,7 @@ def fit(
     from lora_cli.steps import merge
     from lora_cli.steps.descent import Recipe
     from lora_cli.steps.gather import gather, to_fetch
+    from lora_cli.steps.task_view import look
 
     controls = [part.strip() for part in control.split(",") if part.strip()]
     step.demand_sane(l1=l1, controls=controls)
@@ -151,8 +153,10 @@ def fit(
                 told = f"fit: {near(folder)} is up to date"
             else:
                 run.device = ref.device
+                loaded = ref.load()
+                screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
                 report = step.fit_and_write(
-                    ref.load(),
+                    loaded,
                     plan,
                     task,
                     folder,

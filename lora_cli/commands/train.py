@@ -20,6 +20,7 @@ from lora_cli.commands.options import (
     show_output,
     with_prompting,
 )
+from lora_cli.commands.task import summary
 from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
 from lora_cli.settings import load
@@ -64,6 +65,7 @@ def train(
     from lora_cli.base_model import pin
     from lora_cli.steps import train as step
     from lora_cli.steps.descent import Recipe
+    from lora_cli.steps.task_view import look
 
     shape: dict[str, Any] = {
         "rank": rank,
@@ -90,8 +92,10 @@ def train(
             told = f"train: {near(folder)} is up to date"
         else:
             run.device = ref.device
+            loaded = ref.load()
+            screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
             result = step.train_and_write(
-                ref.load(), task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
+                loaded, task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
             )
             told = outcome(result, rank)
     show_output(screen, "lora.train/1", folder, run.record())

@@ -269,6 +269,14 @@ class Encoder:
         """The text of each token, as it reads behind those before it."""
         return [self._after(ids[max(0, place - _CONTEXT) : place], [token]) for place, token in enumerate(ids)]
 
+    def has_one_token(self, encoded: Encoded) -> bool:
+        """Whether the answer of an example is a single token, what the template puts around it aside."""
+        opening = encoded.opening
+        behind = encoded.ids[len(opening.ids) :]
+        texts = (self._after(opening.ids, behind[:count]) for count in range(1, len(behind) + 1))
+        first = next((text for text in texts if len(text) > len(opening.left)), "")
+        return first.removeprefix(opening.left).strip() == encoded.answer.strip()
+
     def holds_marks(self, prompt: Prompt) -> bool:
         """Whether a prompt contains control tokens that the chat template itself writes around prompts."""
         texts = [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
