@@ -1,4 +1,4 @@
-"""What a base reads of a task, against apply_chat_template, the tokenizer's own rendering, and PEFT on top of them."""
+"""A task as a base reads it, against apply_chat_template, the tokenizer's own rendering, and PEFT on top of them."""
 
 import json
 import warnings
@@ -422,9 +422,10 @@ def test_the_users_own_template_is_taken_in_place_of_the_bases() -> None:
         ),
         ("{{ 1 + 'a' }}", "the chat template given refuses .*unsupported operand"),
         ("{% for %}", "the chat template given refuses"),
-        ("{{ messages[0].content }}", "the chat template given does not write what an assistant says"),
-        ("", "the chat template given does not write what an assistant says"),
-        ("{{ ''.__class__ }}", "the chat template given does not write|the chat template given refuses"),
+        ("{{ messages[0].content }}", "the chat template given does not write an assistant's text"),
+        ("", "the chat template given does not write an assistant's text"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template given refuses .*unsafe"),
+        ("{{ '\\ud800' }}", "the chat template given refuses .*surrogates not allowed"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The options that say how prompts are put to a base: what they change, and where they are recorded."""
+"""The options for how prompts are put to a base: their effect, and where they are recorded."""
 
 import inspect
 import json
@@ -167,6 +167,7 @@ def test_an_example_with_a_system_turn_of_its_own_is_named(here: Path) -> None:
         (2, ("--template-arg", "messages=[]"), "--template-arg cannot set messages"),
         (2, ("--system", "\udc80"), "--system is not UTF-8 text"),
         (2, ("--template-arg", "x=\udc80"), "--template-arg is not UTF-8 text"),
+        (1, ("--chat-template", "date.jinja", "--template-arg", 'date="\\ud800"'), "surrogates not allowed"),
         (2, ("--chat-template", "own.jinja", "--no-chat-template"), "--chat-template and --no-chat-template exclude"),
         (1, ("--chat-template", "absent.jinja"), "cannot read absent.jinja: No such file"),
         (1, ("--chat-template", "."), "cannot read .: Is a directory"),
@@ -178,12 +179,13 @@ def test_an_example_with_a_system_turn_of_its_own_is_named(here: Path) -> None:
 )
 def test_a_mistake_is_one_line(here: Path, code: int, options: tuple[str, ...], told: str) -> None:
     Path("own.jinja").write_text("x")
+    Path("date.jinja").write_text("{{ date }}{{ messages }}")
     Path("large.jinja").write_bytes(b"x" * (1 << 20) + b"x")
     Path("latin.jinja").write_bytes("é".encode("latin-1"))
     Path("broken.jinja").write_text("{% for m in messages %}\n{{ m.content }}\n")
     said = refused(code, "train", *QUICK, *options)
     assert told in said
-    assert len(said.strip().splitlines()[-2:]) <= 2
+    assert len([line for line in said.splitlines() if not line.startswith(("train:", "data:"))]) <= 2
 
 
 def test_a_merge_that_reads_no_examples_takes_none_of_them(here: Path) -> None:

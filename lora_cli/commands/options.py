@@ -71,7 +71,7 @@ PROMPTING: Mapping[str, Any] = {
         ),
     ],
 }
-"""The options that say how prompts are put to a base, by parameter; `with_prompting` adds them to a command."""
+"""The options of a Prompting, by parameter; `with_prompting` adds them to a command."""
 
 
 class Group(TyperGroup):

@@ -1,1 +1,1 @@
-"""Base models: so far, what they read. No room here imports torch when it is itself imported."""
+"""Rooms of base models that import neither torch nor transformers."""

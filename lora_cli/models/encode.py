@@ -1,4 +1,4 @@
-"""What a base model reads: an example as token ids, the part that is learnt, and where its answer begins."""
+"""An example as a base model reads it: token ids, the part that is learnt, and where an answer is generated from."""
 
 import hashlib
 import re
@@ -13,7 +13,7 @@ from lora_cli.records import Example
 
 UNLIMITED = 1 << 30
 MOST_TEMPLATE_BYTES = 1 << 20
-# Parameters of apply_chat_template that mean no variable of the template.
+# Parameters of apply_chat_template that are no variables of the template.
 RESERVED = frozenset(
     (
         *("self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -96,10 +96,10 @@ def read_template(file: Path) -> str:
 
 
 class Opening(NamedTuple):
-    """What an answer is generated from.
+    """The beginning of a text that generation continues.
 
-    `ids` may lack the end of the prompt where a token spans prompt and answer: generated text has to begin with that
-    end, `left`. Generated text ends before `until` ("" for never), a turn's end that has no token of its own.
+    `ids` lack the end of the prompt, `left`, where a token spans prompt and answer: generated text has to begin with
+    it. Generated text ends before `until` ("" for never), a turn's end that has no token of its own.
     """
 
     ids: tuple[int, ...]
@@ -111,9 +111,9 @@ class Encoded(NamedTuple):
     """An example as the model reads it when it is finished.
 
     `ids` are those of the whole text; the loss covers `ids[start:]`, all that follows the prompt: the completion with
-    what the template puts around it and the end of the turn. `answer` is the text that exact match compares with what
-    is generated from `opening`. `parted` says that the template's finished turn does not begin with its generation
-    prompt, so that the cut stands where the two part. `id` is the example's.
+    the template's text around it and the end of the turn. Exact match compares `answer` with the text generated from
+    `opening`. `parted` is True where the finished turn does not begin with the generation prompt: the cut is where the
+    two part. `id` is the example's.
     """
 
     ids: tuple[int, ...]
@@ -396,7 +396,7 @@ class _Chat:
         lead, found, closing = self.finished(prompt, _ANSWER, mark).rpartition(_ANSWER)
         if not found:
             raise DataError(
-                f"{self._whose} does not write what an assistant says",
+                f"{self._whose} does not write an assistant's text",
                 hint="choose another with --chat-template, or none with --no-chat-template",
             )
         return _Frame(self.prompt(prompt), lead, closing)
@@ -432,6 +432,7 @@ class _Chat:
                 tokenize=False,
                 **self._prompting.arguments,
             )
+            text.encode()  # Half of a surrogate pair, which no tokenizer takes, raises here.
         # A template is a program of somebody else's: whatever it raises is about the template.
         except Exception as error:
             roles = ", ".join(str(turn["role"]) for turn in turns)
