@@ -504,8 +504,9 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
     """
     options: dict[str, Any] = {"local_files_only": True}
     if folder_or_hub(name_or_path) is None:
-        here = cached_model(name_or_path) is not None
-        options = {"local_files_only": here, "revision": _version_on_hub(name_or_path)}
+        here = cached_model(name_or_path, weights=False)
+        version = _version_on_hub(name_or_path) if here is None else here.name
+        options = {"local_files_only": here is not None, "revision": version}
     try:
         with _silence():
             tokenizer = _hf.AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False, **options)
