@@ -128,9 +128,6 @@ def test_what_the_template_puts_behind_an_answer_ends_it(name: str) -> None:
         assert read.ends == sorted({first, made.eos_token_id})
 
 
-# --- A LoRA that transformers and PEFT trained on the rendering, through the command line ---
-
-
 def tiny(made: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A base with random weights for a tokenizer."""
     torch.manual_seed(0)
@@ -236,9 +233,6 @@ def test_a_perfect_adapter_scores_1_without_a_template_and_on_lines_with_bos_and
         assert scored(folder, data, "--metric", "nll") == pytest.approx(by_peft(folder, rows), rel=1e-3)
 
 
-# --- Without a template ---
-
-
 def test_a_tokenizer_that_appends_eos_does_not_end_the_prompt() -> None:
     made = tokenizer("characters", post="<s> $A </s>")
     read = encoder(made)
@@ -327,9 +321,6 @@ def test_the_likelihood_of_a_real_base_is_that_of_the_whole_text() -> None:
     prompts = [base.encode(example(prompt, completion)).opening for prompt, completion in pairs[1:3]]
     texts = {row: text.text for row, text in base.stream(prompts, max_new_tokens=4)}
     assert texts == {0: "ly. She lo", 1: "little girl"}
-
-
-# --- Templates: what is taken from the text, and what cannot be read ---
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -463,8 +454,6 @@ def test_settings_hold_only_what_was_asked_for() -> None:
     assert len(given["chat_template"]) == 64
     assert Prompting(templated=False).settings == {"prompting": {"no_chat_template": True}}
 
-
-# --- Over random texts ---
 
 WORDS = st.text(alphabet="abLily \n?.<|#", min_size=1, max_size=12).filter(lambda text: bool(text.strip()))
 READERS = {

@@ -183,7 +183,7 @@ class Encoder:
             raise Refused(f"{name}: its tokenizer has no end-of-sequence token", hint="choose another base model")
         self.prompting, self.name, self.longest = prompting, name, longest
         self._tokenizer = tokenizer
-        self._control = _control_tokens(tokenizer)
+        self._control = _Control(tokenizer)
         self._form = self._chosen_form()
         self.ends: list[int] = sorted({*ends, *self._form.ends, tokenizer.eos_token_id})
 
@@ -294,11 +294,11 @@ class Encoder:
 
     @cached_property
     def _end_marks(self) -> str:
-        return "|".join(re.escape(text) for text, token in self._control.items() if token in self.ends)
+        return "|".join(re.escape(text) for text, token in self._control.ids.items() if token in self.ends)
 
     def _end_in(self, closing: str) -> tuple[str, int | None]:
         """How what follows an answer ends it: by a text, and by the token behind that; "" and None for neither."""
-        text, token = _first_control(closing, self._control)
+        text, token = self._control.first(closing)
         return text.strip(), token
 
     def _demand_one_system(self, example: Example) -> None:
@@ -377,15 +377,15 @@ class _Plain:
 class _Chat:
     """A chat template around the prompt and around the finished conversation."""
 
-    def __init__(self, tokenizer: Any, prompting: Prompting, name: str, control: Mapping[str, int]) -> None:
+    def __init__(self, tokenizer: Any, prompting: Prompting, name: str, control: "_Control") -> None:
         self._tokenizer, self._prompting, self._name = tokenizer, prompting, name
         try:
             probe = self.frame("a", "")
         except DataError:
             probe = _Frame("", "", "")
-        end = _first_control(probe.closing, control)[1]
+        end = control.first(probe.closing)[1]
         self.ends: Collection[int] = () if end is None else (end,)
-        self.marks: Collection[str] = {text for text in control if text in probe.lead + probe.closing} - {
+        self.marks: Collection[str] = {text for text in control.ids if text in probe.lead + probe.closing} - {
             tokenizer.bos_token
         }
 
@@ -443,19 +443,21 @@ class _Chat:
         return str(text)
 
 
-def _control_tokens(tokenizer: Any) -> dict[str, int]:
-    """Every special or added token: text → id, longer texts first."""
-    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
-    special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
-    found = sorted({**special, **added}.items(), key=lambda item: -len(item[0]))
-    # Gemma's tokenizers have runs of line breaks among them, which control nothing.
-    return {text: number for text, number in found if text.strip()}
+class _Control:
+    """The special and the added tokens of a tokenizer; `ids` maps the text of each to its id, longer texts first."""
 
+    def __init__(self, tokenizer: Any) -> None:
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        found = sorted({**special, **added}.items(), key=lambda item: -len(item[0]))
+        # Gemma's tokenizers have runs of line breaks among them, which control nothing.
+        self.ids: Mapping[str, int] = {text: number for text, number in found if text.strip()}
+        self._any = re.compile("|".join(map(re.escape, self.ids)))
 
-def _first_control(text: str, control: Mapping[str, int]) -> tuple[str, int | None]:
-    """The part of a text in front of its first control token, and that token; all of it and None without one."""
-    found = re.search("|".join(map(re.escape, control)), text)
-    return (text, None) if found is None else (text[: found.start()], control[found[0]])
+    def first(self, text: str) -> tuple[str, int | None]:
+        """The part of a text in front of its first control token, and that token; all of it and None without one."""
+        found = self._any.search(text)
+        return (text, None) if found is None else (text[: found.start()], self.ids[found[0]])
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
