@@ -14,7 +14,7 @@ import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.exceptions import TyperException
 
-from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, train
+from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, task, train
 from lora_cli.commands.options import Group
 from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
 from lora_cli.screen import Screen
@@ -48,7 +48,7 @@ class Root(Group):
         """In the order in which the work is done."""
         order = [
             *("demo", "pool", "select", "methods", "merge", "fit", "train", "eval", "bake", "diff"),
-            *("runs", "config", "completion"),
+            *("task", "runs", "config", "completion"),
         ]
         return sorted(super().list_commands(ctx), key=lambda name: order.index(name))
 
@@ -134,6 +134,7 @@ train.register(app)
 eval.register(app)
 bake.register(app)
 diff.register(app)
+app.add_typer(task.app, name="task")
 app.add_typer(runs.app, name="runs")
 app.add_typer(config.app, name="config")
 config.register(app)

@@ -7,10 +7,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from lora_cli.adapters.skeleton import Matrix, Skeleton
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
+from lora_cli.models.encode import Encoded, Encoder, Opening, Prompt, Prompting, encoder_of
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import class_of, skeleton_of
 from lora_cli.records import Example
@@ -39,28 +40,18 @@ _IGNORED = -100
 _NO_ADAPTER: Mapping[str, Any] = {"local_files_only": True, "subfolder": "no-adapter"}
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
-Prompt = str | tuple[Mapping[str, str], ...]
-
-
-class Encoded(NamedTuple):
-    """An example as token ids; the completion (with its end token) begins at `start`."""
-
-    ids: tuple[int, ...]
-    start: int
-
-    @property
-    def tokens(self) -> int:
-        """How many completion tokens the loss covers."""
-        return len(self.ids) - self.start
-
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the model wrote after a prompt: the text, its number of tokens, and its share of the batch's seconds."""
+    """What the model wrote after a prompt: the text, its number of tokens, and its share of the batch's seconds.
+
+    `continues` is False where the text does not begin with the end of the prompt that was left to it; see `Opening`.
+    """
 
     text: str
     tokens: int
     seconds: float
+    continues: bool = True
 
 
 class BaseModel:
@@ -71,18 +62,17 @@ class BaseModel:
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         version: tells this very model from any other, under whatever name; see `BaseRef`.
+        prompting: how prompts are put to it.
     """
 
-    def __init__(self, name: str, model: Any, tokenizer: Any, version: str = "") -> None:
+    def __init__(
+        self, name: str, model: Any, tokenizer: Any, version: str = "", prompting: Prompting | None = None
+    ) -> None:
         self.name, self.version = name, version
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        ends = model.generation_config.eos_token_id
-        self.ends: list[int] = sorted(
-            {*([ends] if isinstance(ends, int) else ends or []), *filter(None, [tokenizer.eos_token_id])}
-        )
-        if tokenizer.eos_token_id is None:
-            raise Refused(f"{name}: its tokenizer has no end-of-sequence token", hint="choose another base model")
+        self.encoder = encoder_of(name, tokenizer, model.config, model.generation_config, prompting)
+        self.ends = self.encoder.ends
         pad = tokenizer.pad_token_id
         self.pad: int = tokenizer.eos_token_id if pad is None else pad
         # What a model suggests for chatting (sampling, penalties) would make its output no longer the greedy one.
@@ -119,53 +109,13 @@ class BaseModel:
         """(out, in) of every linear layer, by name."""
         return {name: matrix.shape for name, matrix in self.skeleton.matrices.items() if matrix.kind == "linear"}
 
-    @cached_property
-    def longest(self) -> int:
-        """The most tokens the model takes; a very large number when it does not say."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else 1 << 30
-
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The tokens before the completion: the chat template around the prompt where there is one, else plain text.
-
-        Raises:
-            DataError: a chat, but this base has no chat template, or one that refuses it.
-        """
-        if self.tokenizer.chat_template is None:
-            if not isinstance(prompt, str):
-                raise DataError(
-                    f"{self.name} has no chat template, which examples with messages need",
-                    hint='use {"prompt", "completion"} examples or the instruction-tuned base',
-                )
-            return list(self.tokenizer(prompt)["input_ids"])
-        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(turn) for turn in prompt]
-        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-        try:
-            return list(self.tokenizer.apply_chat_template(turns, **options)["input_ids"])
-        except Exception as error:
-            if "TemplateError" not in {kind.__name__ for kind in type(error).__mro__}:
-                raise
-            roles = ", ".join(str(turn["role"]) for turn in turns)
-            raise DataError(
-                f"the chat template of {self.name} refuses an example with the roles {roles}: {error}",
-                hint="write the examples' messages as this base was trained on them",
-            ) from error
+        """The tokens of the generation prompt; see `Encoder.prompt_ids`."""
+        return self.encoder.prompt_ids(prompt)
 
     def encode(self, example: Example) -> Encoded:
-        """Prompt and completion tokenised apart, so that the boundary is exact, then the end token.
-
-        Raises:
-            DataError: the example is longer than the model takes.
-        """
-        prompt = self.prompt_ids(example.prompt)
-        completion = self.tokenizer(example.completion, add_special_tokens=False)["input_ids"]
-        ids = (*prompt, *completion, self.tokenizer.eos_token_id)
-        if len(ids) > self.longest:
-            raise DataError(
-                f"example {example.id} has {len(ids)} tokens, {self.name} takes {self.longest}",
-                hint="shorten or remove the example",
-            )
-        return Encoded(ids, len(prompt))
+        """An example as this model reads it; see `Encoder.encode`."""
+        return self.encoder.encode(example)
 
     def completion_losses(self, batch: Sequence[Encoded]) -> Tensor:
         """Negative log-likelihood in nats of each completion, summed over its tokens: (len(batch),) float32.
@@ -184,21 +134,24 @@ class BaseModel:
         )
         return flat.view(labels.shape).sum(dim=1)
 
-    @torch.no_grad()
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
-        """Mean log-likelihood per completion token (the end token included) of each example, in nats.
+        """`mean_log_likelihoods` of examples that are not encoded yet."""
+        return self.mean_log_likelihoods([self.encode(example) for example in examples], batch_size=batch_size)
+
+    @torch.no_grad()
+    def mean_log_likelihoods(self, encoded: Sequence[Encoded], *, batch_size: int = 16) -> list[float]:
+        """Mean log-likelihood per token of each completion (all of `Encoded.tokens`), in nats.
 
         Raises:
             Refused: one that is not finite.
         """
-        encoded = [self.encode(example) for example in examples]
         found = [0.0] * len(encoded)
         for rows in _by_length([len(item.ids) for item in encoded], batch_size):
             losses = self.completion_losses([encoded[row] for row in rows]).tolist()
             for row, loss in zip(rows, losses, strict=True):
                 if not math.isfinite(loss):
                     raise Refused(
-                        f"the likelihood of example {examples[row].id} is not finite in {self.dtype_name}",
+                        f"the likelihood of example {encoded[row].id} is not finite in {self.dtype_name}",
                         hint="evaluate with --dtype fp32 or bf16, or leave this adapter out",
                     )
                 found[row] = -loss / encoded[row].tokens
@@ -280,39 +233,40 @@ class BaseModel:
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16) -> list[str]:
         """The greedy continuation of each prompt, in the order of the prompts."""
         texts = [""] * len(prompts)
-        for row, generation in self.stream(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
+        openings = [self.encoder.opening(prompt) for prompt in prompts]
+        for row, generation in self.stream(openings, max_new_tokens=max_new_tokens, batch_size=batch_size):
             texts[row] = generation.text
         return texts
 
     def stream(
-        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16
+        self, openings: Sequence[Opening], *, max_new_tokens: int = 30, batch_size: int = 16
     ) -> Iterator[tuple[int, Generation]]:
-        """Greedy continuations as (index of the prompt, Generation), batch by batch, longest prompts first.
+        """Greedy continuations as (index of the opening, Generation), batch by batch, longest openings first.
 
         Raises:
-            DataError: a prompt with `max_new_tokens` more is longer than the model takes.
+            DataError: an opening with `max_new_tokens` more is longer than the model takes.
         """
-        encoded = [self.prompt_ids(prompt) for prompt in prompts]
-        for row, ids in enumerate(encoded):
-            if len(ids) + max_new_tokens > self.longest:
+        lengths = [len(opening.ids) for opening in openings]
+        for row, length in enumerate(lengths):
+            if length + max_new_tokens > self.encoder.longest:
                 raise DataError(
-                    f"prompt {row + 1} has {len(ids)} tokens and wants {max_new_tokens} new ones, "
-                    f"{self.name} takes {self.longest} in all",
+                    f"prompt {row + 1} has {length} tokens and wants {max_new_tokens} new ones, "
+                    f"{self.name} takes {self.encoder.longest} in all",
                     hint="lower --max-new-tokens or shorten the prompt",
                 )
-        for rows in _by_length([len(ids) for ids in encoded], batch_size):
+        for rows in _by_length(lengths, batch_size):
             began = time.perf_counter()
-            outputs = self._greedy([encoded[row] for row in rows], max_new_tokens)
+            outputs = self._greedy([openings[row].ids for row in rows], max_new_tokens)
             seconds = (time.perf_counter() - began) / len(rows)
             for row, output in zip(rows, outputs, strict=True):
-                text = self.tokenizer.decode(output, skip_special_tokens=True)
-                yield row, Generation(text, len(output), seconds)
+                text, continues = self.encoder.written(openings[row], output)
+                yield row, Generation(text, len(output), seconds, continues)
 
     @torch.no_grad()
-    def _greedy(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+    def _greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         width = max(len(ids) for ids in prompts)
         # New tokens are appended on the right, so prompts are filled up on the left, masked.
-        tokens = torch.tensor([[self.pad] * (width - len(ids)) + ids for ids in prompts], device=self.device)
+        tokens = torch.tensor([[self.pad] * (width - len(ids)) + [*ids] for ids in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
         with _silence():
             written = self.model.generate(
@@ -417,7 +371,7 @@ class BaseRef:
 
     `place` is a folder or a Hub id; `name` is what records and messages call it. `version` has 40 hex digits: the
     commit on the Hub; for a folder the head of a SHA-256 over the files that loading reads. `device` and `dtype` are
-    those of this machine, never "auto".
+    those of this machine, never "auto". `prompting` is how prompts are put to it.
     """
 
     place: str
@@ -425,11 +379,12 @@ class BaseRef:
     version: str
     device: str
     dtype: str
+    prompting: Prompting = field(default_factory=Prompting)
 
     @property
-    def settings(self) -> dict[str, str]:
+    def settings(self) -> dict[str, Any]:
         """Its part of a run's settings."""
-        return {"base": self.name, "device": self.device, "dtype": self.dtype}
+        return {"base": self.name, "device": self.device, "dtype": self.dtype, **self.prompting.settings}
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -471,15 +426,23 @@ class BaseRef:
                 f"{self.place}: {len(missing)} tensors are missing from its weights, {missing[0]} among them",
                 hint="download the base model again",
             )
-        return BaseModel(self.name, model.to(self.device), tokenizer, self.version)
+        return BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
 
 
-def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseRef:
+def pin(
+    name_or_path: str,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    prompting: Prompting | None = None,
+) -> BaseRef:
     """Decide on a base model without loading it. Hashing the weights of a folder takes a second per gigabyte or so.
 
     Args:
         name: what records and messages call it, where that is not `public_base(name_or_path)`.
         device, dtype: see `resolve`.
+        prompting: how prompts are put to it; by default as the base does by itself.
 
     Raises:
         NothingMatched, AccessDenied, NetworkError: there is none, or the Hub cannot be asked for its commit.
@@ -493,12 +456,40 @@ def pin(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str =
         version=version_of_folder(found) if isinstance(found, Path) else _version_on_hub(found),
         device=device,
         dtype=dtype,
+        prompting=prompting or Prompting(),
     )
 
 
 def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
     """`pin` and load at once."""
     return pin(name_or_path, name=name, device=device, dtype=dtype).load()
+
+
+def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> Encoder:
+    """A base model's encoder, from its tokenizer and configuration, without its weights.
+
+    Raises:
+        NothingMatched, AccessDenied, NetworkError: there is no such base, or it cannot be had.
+        Refused: its tokenizer or configuration cannot be loaded. UsageError: see `Encoder`.
+    """
+    options: dict[str, Any] = {"local_files_only": True}
+    found = folder_or_hub(name_or_path)
+    place = str(found) if isinstance(found, Path) else found.repo
+    if not isinstance(found, Path):
+        here = cached_model(*found, weights=False)
+        version = _version_on_hub(found) if here is None else here.name
+        options = {"local_files_only": here is not None, "revision": version}
+    try:
+        with _silence():
+            tokenizer = _hf.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
+            config = _hf.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
+            try:
+                generation = _hf.GenerationConfig.from_pretrained(place, **options)
+            except OSError:
+                generation = _hf.GenerationConfig.from_model_config(config)
+    except Exception as error:
+        _translate(name_or_path, error)
+    return encoder_of(public_base(name_or_path), tokenizer, config, generation, prompting)
 
 
 def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:

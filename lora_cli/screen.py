@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,6 +131,26 @@ class Screen:
         else:
             for key, value in values.items():
                 _out(f"{key}\t{_cell(value)}")
+
+    def pieces(self, heading: str, pieces: Sequence[tuple[str, bool]]) -> None:
+        """A text in pieces, with `|` between them. Those with True stand out: in colour, or in brackets without."""
+        _out(safe(heading))
+        if _on_terminal() and self._coloured(pieces):
+            return
+        runs = [("|".join(safe(text) for text, _ in run), out) for out, run in groupby(pieces, lambda one: one[1])]
+        _out("|".join(f"[{text}]" if out else text for text, out in runs))
+
+    def _coloured(self, pieces: Sequence[tuple[str, bool]]) -> bool:
+        """The pieces in colour; False where the terminal has none."""
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(markup=False, emoji=False, highlight=False)
+        if console.no_color or not console.color_system:
+            return False
+        styled = [((safe(text), "bold green" if out else ""), ("|", "dim")) for text, out in pieces]
+        console.print(Text.assemble(*[*chain.from_iterable(styled)][:-1]), soft_wrap=True)
+        return True
 
     def text(self, text: str) -> None:
         """Text that the tool itself made, to stdout as it is."""

@@ -82,28 +82,41 @@ def test_an_adapter_that_lies_beside_a_base_is_not_worn(tmp_path: Path) -> None:
     assert load(str(folder)).log_likelihoods([example]) == plain
 
 
-def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: Path) -> None:
+def printed(code: str, endpoint: str, cache: Path) -> list[str]:
+    """The words that Python code prints with this Hub and this cache."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import warnings; warnings.simplefilter('ignore')\n{code}"],
+        env={**os.environ, "HF_HOME": str(cache), "HF_ENDPOINT": endpoint},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_an_encoder_of_the_hub_needs_no_weights_and_no_network_the_second_time(tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
     code = (
-        "import warnings; warnings.simplefilter('ignore')\n"
-        "from lora_cli.base_model import pin\n"
-        "ref = pin('acme/remote')\n"
-        "print(ref.version, ref.load().version)"
+        "from lora_cli.base_model import load_encoder\n"
+        "encoder = load_encoder('acme/remote')\n"
+        "print(encoder.name, encoder.longest, *encoder.ends)"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
+    with FakeHub() as hub:
+        hub.add("acme/remote", files)
+        assert printed(code, hub.endpoint, tmp_path / "home") == ["acme/remote", "64", "2"]
+        assert hub.paths("tokenizer.json")
+        assert hub.paths("model.safetensors") == []
+    assert printed(code, "http://127.0.0.1:9", tmp_path / "home") == ["acme/remote", "64", "2"]
+
+
+def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: Path) -> None:
+    files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
+    code = "from lora_cli.base_model import pin\nref = pin('acme/remote')\nprint(ref.version, ref.load().version)"
 
     def told(endpoint: str) -> list[str]:
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(
-            command,
-            env={**environment, "HF_ENDPOINT": endpoint},
-            cwd=Path(__file__).parents[1],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
+        return printed(code, endpoint, tmp_path / "home")
 
     with FakeHub() as hub:
         repo = hub.add("acme/remote", files)

@@ -205,7 +205,7 @@ def test_a_mistake_gives_one_clear_line_and_its_code(line: str, code: int, words
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", ["", "pool", "runs", "config"])
+@pytest.mark.parametrize("words", ["", "pool", "task", "runs", "config"])
 def test_a_group_named_alone_shows_its_help(words: str) -> None:
     told = ok(*words.split())
     assert told.out == ok(*words.split(), "--help").out

@@ -21,8 +21,9 @@ from lora_cli.steps.merge import merge, plan
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.dense_clusters import regmean
 from tests.dense_reference import Case
+from tests.templates import STYLES, tokenizer_of
 from tests.test_merge import close, deltas
-from tests.tiny_bases import examples, gpt2, llama, opened, saved
+from tests.tiny_bases import examples, gpt2, llama, opened, saved, tiny_llama
 
 EVERYTHING = 10**6
 Q = "model.layers.0.self_attn.q_proj"
@@ -120,6 +121,18 @@ def test_a_sample_holds_the_same_tokens_for_every_module_and_no_padding(
         torch.testing.assert_close(samples(one, module), every(one, module)[rows], rtol=1e-4, atol=1e-5)
     assert torch.equal(sample(tokens=40)(one, DOWN), samples(one, DOWN))
     assert not torch.equal(sample(tokens=40, seed=1)(one, DOWN), samples(one, DOWN))
+
+
+def test_a_sample_ends_before_the_end_of_a_turn(tmp_path: Path) -> None:
+    made = tokenizer_of(STYLES["chatml"])
+    tiny_llama(vocab_size=len(made), max_position_embeddings=128).save_pretrained(tmp_path / "base")
+    made.save_pretrained(tmp_path / "base")
+    one = opened(write_adapter(tmp_path / "one", random_factors({Q: (32, 32)}, 2, seed=1)))
+    (tmp_path / "task.jsonl").write_text('{"prompt": "ab", "completion": "xyz"}\n')
+    ref = pin(str(tmp_path / "base"), device="cpu", dtype="fp32")
+    sample = collected(ref, [one], [str(tmp_path / "task.jsonl")], tmp_path, tokens=EVERYTHING)
+    turns = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\nxyz"
+    assert len(sample(one, Q)) == len(made(turns, add_special_tokens=False)["input_ids"])
 
 
 def test_adapters_are_told_apart_only_after_they_acted(

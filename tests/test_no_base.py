@@ -120,7 +120,9 @@ def test_every_command_takes_it_for_the_base_that_is_named_if_the_shapes_fit(poo
     for folder in ("merged", "fitted"):
         assert json.loads(Path(folder, "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
     message = refused(5, "merge", str(pool / "other"), "--base", base, "-o", "none")
-    assert "pool/other does not fit LlamaForCausalLM: shapes differ from base at model.layers.0.mlp.down_proj" in message
+    assert (
+        "pool/other does not fit LlamaForCausalLM: shapes differ from base at model.layers.0.mlp.down_proj" in message
+    )
 
 
 def test_a_base_that_only_the_other_adapters_name_is_not_the_users_word(pool: Path, own_home: Path) -> None:

@@ -128,14 +128,16 @@ def folder_or_hub(name: str) -> Path | HubModel:
     return HubModel(repo, revision or MAIN)
 
 
-def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True) -> Path | None:
+def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True, weights: bool = True) -> Path | None:
     """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole.
 
-    tokenizer: whether one belongs to a whole model.
+    tokenizer, weights: whether these belong to a whole model.
     """
     config = cached_file(repo, CONFIG, version)
     if config is None or (tokenizer and cached_file(repo, "tokenizer_config.json", version) is None):
         return None
+    if not weights:
+        return config.parent
     parts = {WEIGHTS}
     # An index names every part of split weights.
     if (index := cached_file(repo, INDEX, version)) and not cached_file(repo, WEIGHTS, version):

@@ -21,8 +21,11 @@ from lora_cli.commands.options import (
     Seed,
     examples,
     screen_for,
+    with_prompting,
 )
+from lora_cli.commands.task import summary
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.models.encode import Prompting
 from lora_cli.records import Example, Score
 from lora_cli.screen import Column, near
 from lora_cli.settings import Settings, load
@@ -71,6 +74,8 @@ def evaluate(
     jsonl: Jsonl = False,
     csv: Csv = False,
     quiet: Quiet = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
 
@@ -81,6 +86,7 @@ def evaluate(
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps import evaluate as step
     from lora_cli.steps.gather import gather
+    from lora_cli.steps.task_view import look
 
     screen = screen_for(json, jsonl, csv, quiet)
     settings = load({"base": base, "test": data, "device": device, "dtype": dtype, "seed": seed, "db": db})
@@ -95,10 +101,10 @@ def evaluate(
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
         step.demand_sane(["base", *_distinct(names)], metric=metric, baseline=baseline)
         file, task = test_data(settings)
-        screen.say(f"data: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
+        screen.say(f"eval: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
         from lora_cli.base_model import pin
 
-        ref = pin(model, device=settings.device, dtype=settings.dtype)
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
         gathered = gather(
             catalogue,
             names,
@@ -127,8 +133,10 @@ def evaluate(
         ]
         with runs.recorded(settings.db, "eval", asked, inputs, rows) as run:
             run.device = ref.device
+            loaded = ref.load()
+            screen.say(summary(look(task, loaded.encoder)))
             scores = step.evaluate(
-                ref.load(),
+                loaded,
                 systems,
                 task,
                 metric=metric,  # type: ignore[arg-type]
@@ -241,4 +249,4 @@ def register(root: typer.Typer) -> None:
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
         ),
-    )(evaluate)
+    )(with_prompting(evaluate))

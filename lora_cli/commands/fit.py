@@ -24,8 +24,11 @@ from lora_cli.commands.options import (
     examples,
     screen_for,
     show_output,
+    with_prompting,
 )
+from lora_cli.commands.task import summary
 from lora_cli.errors import UsageError
+from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
@@ -70,6 +73,8 @@ def fit(
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Fit one coefficient per adapter and module to a task, and merge with them.
 
@@ -92,6 +97,7 @@ def fit(
     from lora_cli.steps import merge
     from lora_cli.steps.descent import Recipe
     from lora_cli.steps.gather import gather, to_fetch
+    from lora_cli.steps.task_view import look
 
     controls = [part.strip() for part in control.split(",") if part.strip()]
     step.demand_sane(l1=l1, controls=controls)
@@ -109,7 +115,7 @@ def fit(
         ):
             screen.document("lora.fit.plan/1", {"out": None, **download_plan(left)})
             return
-        ref = pin(model, device=settings.device, dtype=settings.dtype)
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
         gathered = gather(
             catalogue,
             everyone,
@@ -148,8 +154,10 @@ def fit(
                 told = f"fit: {near(folder)} is up to date"
             else:
                 run.device = ref.device
+                loaded = ref.load()
+                screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
                 report = step.fit_and_write(
-                    ref.load(),
+                    loaded,
                     plan,
                     task,
                     folder,
@@ -221,4 +229,4 @@ def register(root: typer.Typer) -> None:
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
         )
-    )(fit)
+    )(with_prompting(fit))

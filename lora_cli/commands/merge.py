@@ -10,6 +10,7 @@ import typer
 
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
+    PROMPTING,
     Base,
     Db,
     Device,
@@ -23,9 +24,11 @@ from lora_cli.commands.options import (
     examples,
     screen_for,
     show_output,
+    with_prompting,
 )
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.methods import Knob, MethodFolder
+from lora_cli.models.encode import Prompting
 from lora_cli.records import Server
 from lora_cli.screen import Screen, near, percent
 from lora_cli.settings import folder_of, load
@@ -120,6 +123,8 @@ def merge(
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
+    *,
+    prompting: Prompting,
     **knobs: Any,
 ) -> None:
     """Merge adapters into one LoRA, on the updates themselves and not on A and B apart.
@@ -196,7 +201,7 @@ def merge(
             inputs = {adapter.ref.pinned: inputs[adapter.ref.pinned] for adapter in chosen}
         for ids in step.identical(chosen, inputs):
             screen.say(f"{_and(ids)} are byte-identical")
-        samples = _samples(settings, options["method"], data or [], chosen)
+        samples = _samples(settings, options["method"], data or [], prompting, chosen)
         plan = step.plan(
             chosen,
             numbers,
@@ -210,7 +215,8 @@ def merge(
         inputs |= samples.inputs if samples is not None else {}
         if lock is not None and asked != lock.settings:
             raise Refused(
-                "not the lock's coefficients, examples or base", hint="give the same --coef, --data and --base"
+                "not the lock's coefficients, examples, prompts or base",
+                hint="give the same --coef, --data, --base and options about prompts",
             )
         key = runs.key_of("merge", asked, inputs)
         folder = out or settings.runs / f"merge-{plan.method}-{key[:8]}"
@@ -347,11 +353,12 @@ def _and(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any]) -> Any:
+def _samples(settings: Any, method: str, data: list[str], prompting: Prompting, adapters: Sequence[Any]) -> Any:
     """Where a method that needs them finds samples of what each module is fed; None for the others."""
     if METHODS.get(method).needs != "inputs":
-        if data:
-            raise UsageError(f"{method} takes no --data", hint="regmean does; lora fit learns weights from examples")
+        if data or prompting.settings:
+            what = "--data" if data else "options about prompts"
+            raise UsageError(f"{method} takes no {what}", hint="regmean does; lora fit learns weights from examples")
         return None
     if not data:
         raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
@@ -360,7 +367,7 @@ def _samples(settings: Any, method: str, data: list[str], adapters: Sequence[Any
     from lora_cli.base_model import pin
     from lora_cli.steps.inputs import ModuleInputs, data_of
 
-    ref = pin(settings.base, device=settings.device, dtype=settings.dtype)
+    ref = pin(settings.base, device=settings.device, dtype=settings.dtype, prompting=prompting)
     return ModuleInputs(base=ref, files=data_of(data, adapters), seed=settings.seed)
 
 
@@ -378,7 +385,7 @@ def _read_lock(context: typer.Context, file: Path) -> Any:
     """The lock in `file`; UsageError where other options would contradict it."""
     from lora_cli.steps.lock import read_lock
 
-    allowed = {"adapters", "locked", "coef", "data", "base", "out", "force", "dry_run", "db", "json"}
+    allowed = {"adapters", "locked", "coef", "data", "base", "out", "force", "dry_run", "db", "json", *PROMPTING}
     for name in context.params.keys() - allowed:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -462,4 +469,4 @@ def register(root: typer.Typer) -> None:
             "lora merge pool/tarn/mirror=0.7 pool/mossy/double=0.3 -o merged",
             "lora merge pool/tarn/mirror pool/mossy/double -m ties --density 0.4 --dry-run",
         )
-    )(with_knobs(merge))
+    )(with_knobs(with_prompting(merge)))

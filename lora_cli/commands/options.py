@@ -1,6 +1,9 @@
 """The options that several commands share, spelled once."""
 
-from collections.abc import Mapping
+import functools
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from lora_cli.errors import UsageError
+from lora_cli.models.encode import Prompting, read_template
 from lora_cli.screen import Format, Screen, near
 
 Adapters = Annotated[
@@ -45,6 +49,33 @@ Where = Annotated[
     typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
 ]
 
+PROMPTING: Mapping[str, Any] = {
+    "system": Annotated[str | None, typer.Option("--system", help="A system turn in front of every prompt.")],
+    "chat_template": Annotated[
+        Path | None,
+        typer.Option(
+            "--chat-template", metavar="FILE", help="Your own chat template (Jinja).", show_default="the base's own"
+        ),
+    ],
+    "template_arg": Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template-arg",
+            metavar="NAME=VALUE",
+            help="A value for the chat template, such as enable_thinking=false; repeatable.",
+        ),
+    ],
+    "no_chat_template": Annotated[bool, typer.Option("--no-chat-template", help="Read prompts as plain text.")],
+    "allow_template_mismatch": Annotated[
+        bool,
+        typer.Option(
+            "--allow-template-mismatch",
+            help="Go on where a finished turn does not begin with its generation prompt; the cut is where they part.",
+        ),
+    ],
+}
+"""The options of a Prompting, by parameter; `with_prompting` adds them to a command."""
+
 
 class Group(TyperGroup):
     """A command with commands below it: named without one it shows its help, in which every line is whole."""
@@ -65,6 +96,65 @@ def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet
     if len(chosen) > 1:
         raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
     return Screen(chosen[0] if chosen else "auto")
+
+
+def with_prompting(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` with the options of PROMPTING in place of its parameter `prompting`, a `Prompting`."""
+    signature = inspect.signature(function)
+    keyword, rest = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
+    own = [one for one in signature.parameters.values() if one.name != "prompting"]
+    options = [
+        inspect.Parameter(name, keyword, default=False if option.__origin__ is bool else None, annotation=option)
+        for name, option in PROMPTING.items()
+    ]
+    parameters = [*(p for p in own if p.kind is not rest), *options, *(p for p in own if p.kind is rest)]
+
+    @functools.wraps(function)
+    def command(**values: Any) -> None:
+        prompting = _prompting(**{name: values.pop(name) for name in PROMPTING})
+        function(**values, prompting=prompting)
+
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in parameters}
+    return command
+
+
+def _prompting(
+    *,
+    system: str | None,
+    chat_template: Path | None,
+    template_arg: Sequence[str] | None,
+    no_chat_template: bool,
+    allow_template_mismatch: bool,
+) -> Prompting:
+    """The Prompting that the options of PROMPTING describe."""
+    arguments: dict[str, Any] = {}
+    for text in template_arg or ():
+        name, equals, value = _readable("--template-arg", text).partition("=")
+        if not (equals and name.isidentifier()) or name in arguments:
+            raise UsageError(f"--template-arg is NAME=VALUE, once per name, not {text!r}")
+        arguments[name] = _json_or_text(value)
+    return Prompting(
+        system=_readable("--system", system or ""),
+        template=None if chat_template is None else read_template(chat_template),
+        arguments=arguments,
+        templated=not no_chat_template,
+        allow_mismatch=allow_template_mismatch,
+    )
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _readable(option: str, text: str) -> str:
+    """`text`, if it can be written as UTF-8: an argument may be any bytes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UsageError(f"{option} is not UTF-8 text")
+    return text
 
 
 def show_output(screen: Screen, schema: str, folder: Path, record: Mapping[str, Any]) -> None:

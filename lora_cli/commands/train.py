@@ -18,7 +18,10 @@ from lora_cli.commands.options import (
     examples,
     screen_for,
     show_output,
+    with_prompting,
 )
+from lora_cli.commands.task import summary
+from lora_cli.models.encode import Prompting
 from lora_cli.screen import near
 from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
@@ -44,6 +47,8 @@ def train(
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
+    *,
+    prompting: Prompting,
 ) -> None:
     """Train a new LoRA on a task: the baseline that every fit has to beat.
 
@@ -60,6 +65,7 @@ def train(
     from lora_cli.base_model import pin
     from lora_cli.steps import train as step
     from lora_cli.steps.descent import Recipe
+    from lora_cli.steps.task_view import look
 
     shape: dict[str, Any] = {
         "rank": rank,
@@ -70,7 +76,7 @@ def train(
     recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
     described = step.asked(recipe=recipe, data=file.name, **shape)
     name = public_base(model, settings.base_aliases)
-    ref = pin(model, name=name, device=settings.device, dtype=settings.dtype)
+    ref = pin(model, name=name, device=settings.device, dtype=settings.dtype, prompting=prompting)
     asked, inputs = ref.settings | described, {**ref.inputs, file.name: sha256}
     key = runs.key_of("train", asked, inputs)
     folder = out or settings.runs / f"train-{key[:8]}"
@@ -86,8 +92,10 @@ def train(
             told = [f"train: {near(folder)} is up to date"]
         else:
             run.device = ref.device
+            loaded = ref.load()
+            screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
             result = step.train_and_write(
-                ref.load(), task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
+                loaded, task, folder, run, replace=force, progress=progress, recipe=recipe, **shape
             )
             told = [outcome(result, rank), *([f"  {result.adapted}"] if result.adapted else [])]
     show_output(screen, "lora.train/1", folder, run.record())
@@ -125,4 +133,4 @@ def register(root: typer.Typer) -> None:
             "lora train --data task.jsonl --rank 8 --steps 40 --lr 5e-3",
             "lora train --data task.jsonl --target-modules q_proj,v_proj --dry-run",
         )
-    )(train)
+    )(with_prompting(train))

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.base_model import BaseModel, Encoded
+from lora_cli.base_model import BaseModel
 from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.models.encode import Encoded
 from lora_cli.records import Progress, silent
 
 _TOKENS_PER_PASS = 8192

@@ -12,6 +12,7 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, OutputError, UsageError
+from lora_cli.models.encode import Encoded
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
 
@@ -116,6 +117,7 @@ def evaluate(
     [itself] = [system.name for system in systems if system.updates is None]
     for system in systems:
         base.check(system.shapes, system.name)
+    encoded = {example.id: base.encode(example) for example in examples}
     keys = {
         (system.name, example.id): _key(base, system, example, metric, max_new_tokens)
         for system in systems
@@ -129,7 +131,7 @@ def evaluate(
             # Of a system that is done nothing needs to be read.
             with base.wear(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * batch_size):
-                    part = left[at : at + 4 * batch_size]
+                    part = [encoded[example.id] for example in left[at : at + 4 * batch_size]]
                     for row in _answers(base, system.name, part, keys, metric, max_new_tokens, batch_size):
                         rows.add(row)
                         done += 1
@@ -151,19 +153,19 @@ def demand_sane(names: Sequence[str], *, metric: str, baseline: str) -> None:
 def _answers(
     base: BaseModel,
     name: str,
-    examples: Sequence[Example],
+    examples: Sequence[Encoded],
     keys: Mapping[tuple[str, str], str],
     metric: Metric,
     max_new_tokens: int,
     batch_size: int,
 ) -> Any:
-    likelihoods = base.log_likelihoods(examples, batch_size=batch_size)
+    likelihoods = base.mean_log_likelihoods(examples, batch_size=batch_size)
     if metric == "nll":
         for example, likelihood in zip(examples, likelihoods, strict=True):
             yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
         return
-    prompts = [example.prompt for example in examples]
-    for place, written in base.stream(prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
+    openings = [example.opening for example in examples]
+    for place, written in base.stream(openings, max_new_tokens=max_new_tokens, batch_size=batch_size):
         example = examples[place]
         yield Row(
             system=name,
@@ -171,7 +173,7 @@ def _answers(
             key=keys[name, example.id],
             log_likelihood=likelihoods[place],
             text=written.text,
-            correct=exact_match(written.text, example.completion),
+            correct=written.continues and exact_match(written.text, example.answer),
             tokens=written.tokens,
             seconds=written.seconds,
         )
@@ -218,6 +220,7 @@ def _key(base: BaseModel, system: System, example: Example, metric: Metric, max_
     deciding = [
         base.pinned,
         str(base.dtype),
+        base.encoder.prompting.settings,
         system.version,
         system.updates is None,
         metric,

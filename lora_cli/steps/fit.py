@@ -82,7 +82,8 @@ def fit(
     kept = 0 if target is None else 1
     mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept)
     key = json.dumps(
-        [base.pinned, str(base.dtype), mixture.adapters, asdict(shape), l1, asdict(recipe), fraction, kept, reinit]
+        [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, asdict(shape), l1]
+        + [asdict(recipe), fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
     with mixture.worn(base):

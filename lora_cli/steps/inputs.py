@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_cli.adapters.draws import uniform
 from lora_cli.adapters.reader import OpenAdapter
-from lora_cli.base_model import BaseModel, BaseRef, Encoded
+from lora_cli.base_model import BaseModel, BaseRef
 from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.models.encode import Encoded
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
@@ -54,8 +55,8 @@ class ModuleInputs:
     """Samples of what modules are fed, on the disk; called as samples(adapter, module) once they are collected.
 
     Nothing is read or loaded before `collect` but the task files, whose bytes go into `inputs`. A sample is drawn from
-    all tokens of a file that the model would be fed, prompt and completion without the end token, the same ones for
-    every module and for every adapter with that file.
+    all tokens of a file that the model would be fed, prompt and completion as they are rendered, without the end token
+    and what follows it, the same ones for every module and for every adapter with that file.
 
     Args:
         base: worn by each adapter in turn; its precision is that of the samples.
@@ -136,7 +137,7 @@ class ModuleInputs:
     def _drawn(self, base: BaseModel, file: Path) -> tuple[list[Encoded], list[list[int]]]:
         """The examples of a file that hold a drawn token, and their drawn tokens."""
         encoded = [base.encode(example) for example in load_task(file)]
-        lengths = torch.tensor([len(item.ids) - 1 for item in encoded])
+        lengths = torch.tensor([_end_of(item, base.ends) for item in encoded])
         numbers = uniform(self.seed, int(self._hashes[file][:16], 16), 0, int(lengths.sum()))
         drawn = numbers.argsort(stable=True)[: self.tokens].sort().values
         ends = lengths.cumsum(0)
@@ -161,3 +162,9 @@ class ModuleInputs:
                     spool.write(data)
                 place = _Sample(written[digest], (sample.shape[0], sample.shape[1]))
                 self._samples[adapter.ref.pinned, module] = place
+
+
+def _end_of(item: Encoded, ends: Collection[int]) -> int:
+    """How many tokens stand before the one that ends the completion."""
+    places = range(item.start, len(item.ids))
+    return next((place for place in places if item.ids[place] in ends), len(item.ids))

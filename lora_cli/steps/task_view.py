@@ -1,0 +1,133 @@
+"""A task as a base would read it: lengths, what does not fit, what is there twice, and single examples as tokens."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lora_cli.models.encode import UNLIMITED, Encoder
+from lora_cli.records import Example
+from lora_cli.task import split
+
+_Turns = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lengths:
+    """Lengths of examples; 95 % of them do not exceed `p95`."""
+
+    median: int
+    p95: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFacts:
+    """What a task's examples are like. Without a base the lengths are in characters, and None stands for the rest.
+
+    `duplicates` counts the examples that repeat an earlier one, `across_split` the validation prompts that are training
+    prompts too, `in_test` the test prompts that are prompts of this task too. `takes` is the most tokens that the base
+    takes, `too_long` names the examples that have more. `one_token` counts the completions of one token, `parted` the
+    examples that are cut where the finished turn leaves the generation prompt, `marked` the prompts that hold control
+    tokens of the chat template.
+    """
+
+    examples: int
+    unit: Literal["tokens", "characters"]
+    lengths: Lengths
+    duplicates: int
+    across_split: int | None
+    in_test: int | None
+    takes: int | None = None
+    too_long: tuple[str, ...] = ()
+    one_token: int | None = None
+    parted: int | None = None
+    marked: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadExample:
+    """One example in pieces: tokens, or turns without a base. The pieces from `start` on are learnt and scored."""
+
+    id: str
+    pieces: tuple[str, ...]
+    start: int
+    ids: tuple[int, ...] = ()
+    generated_from: int | None = None
+
+
+def look(
+    examples: Sequence[Example],
+    encoder: Encoder | None = None,
+    *,
+    seed: int | None = None,
+    test: Sequence[Example] | None = None,
+) -> TaskFacts:
+    """The facts of a task, at least one example.
+
+    Args:
+        encoder: the base's; None looks at the text alone.
+        seed: that of the split into training and validation part, which is looked at for repeated prompts.
+        test: test data, which is looked at for prompts of the task.
+
+    Raises:
+        DataError: an example that the base cannot read, its length aside; see `Encoder.read`.
+    """
+    encoded = [] if encoder is None else [encoder.read(example) for example in examples]
+    lengths = [len(one.ids) for one in encoded] or [len(_text(example)) for example in examples]
+    facts = TaskFacts(
+        examples=len(examples),
+        unit="characters" if encoder is None else "tokens",
+        lengths=_lengths(lengths),
+        duplicates=len(examples) - len({(_turns(example), example.completion) for example in examples}),
+        across_split=None if seed is None or len(examples) < 2 else _repeated(*split(examples, seed=seed)),
+        in_test=None if test is None else _repeated(examples, test),
+    )
+    if encoder is None:
+        return facts
+    return replace(
+        facts,
+        takes=None if encoder.longest == UNLIMITED else encoder.longest,
+        too_long=tuple(one.id for one in encoded if len(one.ids) > encoder.longest),
+        one_token=sum(encoder.has_one_token(one) for one in encoded),
+        parted=sum(one.parted for one in encoded),
+        marked=sum(encoder.holds_marks(example.prompt) for example in examples),
+    )
+
+
+def read(example: Example, encoder: Encoder | None = None) -> ReadExample:
+    """One example in pieces. Raises as `Encoder.read`."""
+    if encoder is None:
+        turns = [f"{role}: {content}" for role, content in _turns(example)]
+        return ReadExample(id=example.id, pieces=(*turns, example.completion), start=len(turns))
+    encoded = encoder.read(example)
+    return ReadExample(
+        id=example.id,
+        pieces=tuple(encoder.texts(encoded.ids)),
+        start=encoded.start,
+        ids=encoded.ids,
+        generated_from=len(encoded.opening.ids),
+    )
+
+
+def _turns(example: Example) -> _Turns:
+    """A prompt in one form, however it is written: plain text is a user's turn."""
+    if isinstance(example.prompt, str):
+        return (("user", example.prompt),)
+    return tuple((turn["role"], turn["content"]) for turn in example.prompt)
+
+
+def _text(example: Example) -> str:
+    return "".join(content for _, content in _turns(example)) + example.completion
+
+
+def _repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
+    """How many of `others` have a prompt of `these`."""
+    prompts = {_turns(example) for example in these}
+    return sum(_turns(example) in prompts for example in others)
+
+
+def _lengths(lengths: Sequence[int]) -> Lengths:
+    ordered = sorted(lengths)
+    p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+    return Lengths(median=ordered[(len(ordered) - 1) // 2], p95=p95, longest=ordered[-1])
