@@ -30,7 +30,6 @@ __all__ = [
     "Facts",
     "WeightFacts",
     "examine",
-    "only_saved_whole",
     "scan_weights",
     "weight_status",
 ]
@@ -164,11 +163,6 @@ def examine(
         reason=problems[0] if problems else "",
         notes="; ".join(located.notes),
     )
-
-
-def only_saved_whole(reason: str) -> bool:
-    """Whether all that is wrong with an adapter is that modules were saved whole beside its update."""
-    return reason.startswith(("tensors of a full head saved (", "full weights saved ("))
 
 
 def weight_status(facts: WeightFacts) -> tuple[Status, str]:

@@ -125,12 +125,12 @@ class Sorted:
     """The tensors of a file: pairs of factors by place, and what else there is.
 
     `names` are the adapters' names inside tensor names (`lora_A.NAME.weight`), which PEFT does not save. `whole` are
-    weights of the base that were saved, `refused` the reasons why the pairs are not the whole update, one per kind.
+    tensors of the base that were saved, `refused` the reasons why the pairs are not the whole update, one per kind.
     """
 
     pairs: Mapping[str, Pair]
     names: frozenset[str]
-    whole: tuple[str, ...]
+    whole: tuple[TensorEntry, ...]
     refused: tuple[str, ...]
 
 
@@ -151,12 +151,12 @@ def sort_tensors(header: Header) -> Sorted:
         if sides.setdefault(place, {}).setdefault(side, entry) is not entry and len(names - {""}) < 2:
             raise HeaderError(f"{shortened(shown(place))} has {side} twice")
     pairs = {place: _pair(place, found) for place, found in sides.items()}
-    whole: list[str] = []
+    whole: list[TensorEntry] = []
     refused: dict[str, str] = {}
     for entry in others:
         kind, reason = _other(entry.name, pairs, header)
         if kind == "whole":
-            whole.append(entry.name.rpartition(".")[0])
+            whole.append(entry)
         elif kind:
             refused.setdefault(kind, reason)
     for pair in pairs.values():
@@ -164,15 +164,25 @@ def sort_tensors(header: Header) -> Sorted:
             if entry.dtype not in FACTOR_DTYPES:
                 reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
                 refused.setdefault("dtype", reason)
-    return Sorted(pairs, frozenset(names - {""}), tuple(dict.fromkeys(whole)), tuple(refused.values()))
+    return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(refused.values()))
+
+
+_SAVED_WHOLE = ("tensors of a full head saved", "full weights saved")
+TAKE_THE_UPDATE = "lora merge takes its update alone with --saved-modules drop"
+"""What can be done with an adapter that is more than its update."""
 
 
 def whole_reason(names: Sequence[str]) -> str:
     """Why modules that were saved whole make an adapter more than its update; "" where there are none."""
     if not names:
         return ""
-    head = _HEADS.intersection(names[0].split("."))
-    return f"{'tensors of a full head' if head else 'full weights'} saved ({shortened(names[0])}.weight)"
+    head, other = _SAVED_WHOLE
+    return f"{head if _HEADS.intersection(names[0].split('.')) else other} ({shortened(names[0])}.weight)"
+
+
+def only_saved_whole(reason: str) -> bool:
+    """Whether the first that is wrong with an adapter, and so all, is what `whole_reason` says."""
+    return reason.startswith(tuple(f"{text} (" for text in _SAVED_WHOLE))
 
 
 def shown(name: str) -> str:

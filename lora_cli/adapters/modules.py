@@ -7,12 +7,12 @@ one meaning is possible, and said; the rest is refused by name. Rules: PEFT 0.21
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from lora_cli.adapters.config import LoraConfigFacts, shortened
 from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
-from lora_cli.adapters.header import Header
+from lora_cli.adapters.header import Header, TensorEntry
 from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 
 # What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
@@ -28,17 +28,22 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 class Located:
     """What an adapter's file holds, by the base's own names.
 
-    `notes` say what was repaired or left out; `whole` names modules whose weights were saved as they are, beside the
+    `notes` say what was repaired or left out; `saved` are tensors of modules that were saved as they are, beside the
     update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
     its configuration describes. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
     """
 
     modules: Mapping[str, AnyFactors]
     notes: tuple[str, ...] = ()
-    whole: tuple[str, ...] = ()
+    saved: Mapping[str, TensorEntry] = field(default_factory=dict)
     refusals: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The modules of `saved`."""
+        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.saved))
 
     @property
     def conflict(self) -> str:
@@ -73,12 +78,12 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
         refusals.append(f"{len(found.names)} adapters in one file ({shortened(', '.join(sorted(found.names)))})")
     elif found.names:
         notes.append(f"names repaired: without the adapter's name {shortened(min(found.names))}")
-    whole = tuple(_unwrapped(name)[0] for name in found.whole)
+    saved = {_unwrapped(entry.name)[0]: entry for entry in found.whole}
     if not (found.pairs or refusals):
         refusals.append("no LoRA tensors in its weights")
     elif not (work.modules or work.missing or refusals):
         refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
-    return Located(work.modules, tuple(notes), whole, tuple(refusals), tuple(work.missing), tuple(work.misfits))
+    return Located(work.modules, tuple(notes), saved, tuple(refusals), tuple(work.missing), tuple(work.misfits))
 
 
 def fused(located: Located, base: Skeleton) -> Located:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.config import LoraConfigFacts, parse_config
-from lora_cli.adapters.factors import AnyFactors, ModuleFactors, whole_reason
+from lora_cli.adapters.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
 from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.modules import fused, locate_modules
@@ -41,8 +41,8 @@ class OpenAdapter:
     """An adapter whose configuration and header were read and found representable.
 
     `modules` maps a matrix's name in the base model (`model.layers.0.self_attn.q_proj`, or of an expert
-    `model.layers.0.mlp.experts.3.down_proj`) to its factors. `whole` names modules whose weights were saved beside the
-    update, which is not the whole adapter then; `notes` say what was repaired or left out.
+    `model.layers.0.mlp.experts.3.down_proj`) to its factors. `saved` are tensors of modules that were saved as they
+    are beside the update, which is not the whole adapter then; `notes` say what was repaired or left out.
     """
 
     files: AdapterFiles
@@ -50,7 +50,7 @@ class OpenAdapter:
     modules: Mapping[str, AnyFactors] = field(repr=False)
     stamp: Stamp = field(repr=False)
     """That of the weights' file when it was opened."""
-    whole: tuple[str, ...] = ()
+    saved: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
@@ -175,9 +175,11 @@ def open_adapter(
         opened = stamp(files.weights.stat())
     config = parse_config(_bytes(files.config, name))
     located = locate_modules(config, read_header(files.weights), base)
-    saved = [] if whole else [*filter(None, [whole_reason(located.whole)])]
-    if reasons := [*config.refusals(), *located.refusals, *saved]:
-        raise Refused(f"{name}: {'; '.join(reasons)}")
+    reasons = [*config.refusals(), *located.refusals]
+    beside = "" if whole else whole_reason(located.whole)
+    if reasons or beside:
+        hint = "" if reasons else TAKE_THE_UPDATE
+        raise Refused(f"{name}: {'; '.join(filter(None, [*reasons, beside]))}", hint=hint)
     if located.conflict:
         assert base is not None
         raise Refused(
@@ -186,7 +188,7 @@ def open_adapter(
         )
     if fuse and base is not None:
         located = fused(located, base)
-    return OpenAdapter(files, config, located.modules, opened, located.whole, located.notes)
+    return OpenAdapter(files, config, located.modules, opened, located.saved, located.notes)
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

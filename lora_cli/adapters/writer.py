@@ -2,24 +2,28 @@
 
 import json
 import math
+import os
 import re
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.adapters.header import read_header
+from lora_cli.adapters.factors import PREFIX
+from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.layout import Layout, Place
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import DTYPES, read_tensor
-from lora_cli.errors import Refused
+from lora_cli.adapters.store import Stamp, stamp
+from lora_cli.errors import DataError, Refused
 
+_CHUNK_BYTES = 1 << 22
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -71,6 +75,22 @@ class TensorStream:
         self.empty &= not anything
         return anything
 
+    def copy(self, name: str, entry: TensorEntry, file: BinaryIO) -> None:
+        """Write one tensor of another file as it stands there. DataError where that file ends inside it."""
+        size = entry.end - entry.begin
+        self._entries[name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [self._position, self._position + size],
+        }
+        file.seek(entry.begin)
+        for at in range(0, size, _CHUNK_BYTES):
+            data = file.read(min(_CHUNK_BYTES, size - at))
+            if len(data) < min(_CHUNK_BYTES, size - at):
+                raise DataError(f"{name}: the file ends inside this tensor")
+            self._file.write(data)
+        self._position += size
+
     def finish(self) -> None:
         """Write the header; without it the file is nothing."""
         header = json.dumps(self._entries, separators=(",", ":")).encode()
@@ -85,6 +105,14 @@ class TensorStream:
         self._file.close()
 
 
+class Saved(NamedTuple):
+    """Tensors that were saved as they are: `tensors` by their names in the base, and the file that holds them."""
+
+    file: Path
+    stamp: Stamp
+    tensors: Mapping[str, TensorEntry]
+
+
 class AdapterWriter:
     """Writes `adapter_model.safetensors` and `adapter_config.json` into an existing folder; a context manager.
 
@@ -94,9 +122,10 @@ class AdapterWriter:
         folder: where the two files go.
         layout: where every module that will be added goes; what of it is not added becomes zeros.
         dtype: precision of the factors on disk.
+        saved: what goes into the file beside the factors.
     """
 
-    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype) -> None:
+    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, saved: Saved | None = None) -> None:
         self.folder = folder
         self.ranks: dict[str, int] = {}
         """The rank that each module was added with."""
@@ -104,8 +133,9 @@ class AdapterWriter:
         """Whether no module was written that changes anything."""
         self._layout = layout
         self._dtype = dtype
+        self._saved = saved
         names = [name for module, place in layout.of.items() for name in _apart(module, place)]
-        self._stream = TensorStream(folder / WEIGHTS_NAME, names, dtype)
+        self._stream = self._stream_of(names)
 
     def add(self, module: str, update: LowRank) -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
@@ -137,6 +167,7 @@ class AdapterWriter:
         Every module gets the largest rank, filled up with zeros: the only form that means the same to every program
         that loads adapters. `compact` leaves each module at its own rank, in `rank_pattern` and `alpha_pattern`.
         """
+        self._add_saved(self._stream)
         self._stream.finish()
         places = self._layout.places
         ranks = self._own_ranks() if compact else dict.fromkeys(places, max(self.ranks.values()))
@@ -164,7 +195,7 @@ class AdapterWriter:
         weights.rename(apart)
         entries = read_header(apart).tensors
         names = [name for place in ranks for name in place.names]
-        with apart.open("rb", buffering=0) as file, TensorStream(weights, names, self._dtype) as stream:
+        with apart.open("rb", buffering=0) as file, self._stream_of(names) as stream:
 
             def read(name: str) -> Tensor | None:
                 return read_tensor(file.fileno(), entries[name], self._dtype) if name in entries else None
@@ -175,8 +206,21 @@ class AdapterWriter:
                 out_features, in_features = place.shape
                 stream.add(name_a, _a_of([_filled_up(read(one), (rank, in_features), dim=0) for one in every_a]))
                 stream.add(name_b, _b_of([_filled_up(read(one), (out_features, rank), dim=1) for one in every_b]))
+            self._add_saved(stream)
             stream.finish()
         apart.unlink()
+
+    def _stream_of(self, names: Sequence[str]) -> TensorStream:
+        saved = () if self._saved is None else self._saved.tensors
+        return TensorStream(self.folder / WEIGHTS_NAME, [*names, *(PREFIX + name for name in saved)], self._dtype)
+
+    def _add_saved(self, stream: TensorStream) -> None:
+        if self._saved is not None:
+            with reading(self._saved.file), self._saved.file.open("rb") as file:
+                if stamp(os.fstat(file.fileno())) != self._saved.stamp:
+                    raise Refused(f"{self._saved.file}: changed while it was used", hint="run this again")
+                for name, entry in self._saved.tensors.items():
+                    stream.copy(PREFIX + name, entry, file)
 
 
 def base_entries(base: str) -> dict[str, str]:

@@ -61,6 +61,7 @@ def diff(
             [a, b],
             base=settings.base,
             aliases=settings.base_aliases,
+            whole=True,
             announce=screen.say,
             progress=progress,
         )

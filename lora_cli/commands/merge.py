@@ -111,6 +111,14 @@ def merge(
         Server | None,
         typer.Option("--for", help="Keep the rules of a server, and print the line that serves the result."),
     ] = None,
+    saved_modules: Annotated[
+        str,
+        typer.Option(
+            "--saved-modules",
+            metavar="refuse|drop|ADAPTER",
+            help="Heads and others saved whole: refuse them, drop them, or take those of this adapter.",
+        ),
+    ] = "refuse",
     dtype: Annotated[
         str, typer.Option("--dtype", help="Precision on disk: auto (as the parents), fp32, bf16, fp16.")
     ] = "auto",
@@ -181,9 +189,12 @@ def merge(
             names,
             base=settings.base,
             aliases=settings.base_aliases,
+            whole=(saved_modules if lock is None else lock.settings["saved_modules"]) != "refuse",
             announce=screen.say,
             progress=progress,
         )
+        if lock is None:
+            options["saved_modules"] = _holder(saved_modules, names, gathered.adapters)
         chosen, inputs = list(gathered.adapters), dict(gathered.inputs)
         if lock is not None:
             chosen, inputs = locking.under_locked_names(lock, chosen, inputs)
@@ -275,6 +286,16 @@ def named(
     return [name for name, _ in pairs], weights
 
 
+def _holder(what: str, names: Sequence[str], adapters: Sequence[Any]) -> str:
+    """--saved-modules with the adapter that it names as `id@commit`."""
+    if what in ("refuse", "drop"):
+        return what
+    for name, adapter in zip(names, adapters, strict=True):
+        if what in (name, adapter.ref.id, adapter.ref.pinned):
+            return str(adapter.ref.pinned)
+    raise UsageError(f"--saved-modules is refuse, drop or one of the adapters, not {what!r}")
+
+
 def download_plan(missing: Sequence[Any]) -> dict[str, Any]:
     """What a command would have to download before it can plan further."""
     return {"fetch": [row.ref.pinned for row in missing], "fetch_bytes": sum(row.bytes for row in missing)}
@@ -296,6 +317,10 @@ def outcome(plan: Any, report: Any) -> str:
 def _notes(plan: Any, report: Any) -> list[str]:
     """What a user should know besides: that little came out, or less than was asked for."""
     notes = []
+    if dropped := [adapter for adapter in plan.adapters if adapter.saved and adapter is not plan.saved]:
+        notes.append(f"  dropped what was saved whole: {_and([_saved_in(adapter) for adapter in dropped])}")
+    if plan.saved is not None:
+        notes.append(f"  beside the update as they were saved: {_saved_in(plan.saved)}")
     if report.norm < SMALL * report.mean_norm:
         notes.append(
             f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
@@ -307,6 +332,12 @@ def _notes(plan: Any, report: Any) -> list[str]:
             f"{short[0].module} {percent(short[0].energy)}"
         )
     return notes
+
+
+def _saved_in(adapter: Any) -> str:
+    names = list(dict.fromkeys(name.rpartition(".")[0] for name in adapter.saved))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more} of {adapter.ref.id}"
 
 
 def _of_readers(plan: Any, results: Mapping[str, Any]) -> list[str]:
@@ -344,6 +375,8 @@ def _to_serve(plan: Any, folder: Path, results: Mapping[str, Any], base: str | N
         lines.append(f"  {len(plan.zeros)} modules hold zeros: {title} fuses them with the others")
     if unsure := not_surely_served(plan.written):
         lines.append(f"  whether {title} adapts {', '.join(unsure)} depends on the model: not checked")
+    if plan.saved is not None:
+        lines.append(f"  whether {title} loads modules saved whole depends on the model: not checked")
     lines.append(f"  checked by the rules of {title}, not on a server")
     return lines
 

@@ -63,6 +63,7 @@ def similarity(
             names,
             base=settings.base,
             aliases=settings.base_aliases,
+            whole=True,
             announce=screen.say,
             progress=progress,
         )

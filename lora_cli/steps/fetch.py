@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.adapters.factors import only_saved_whole
 from lora_cli.adapters.header import read_header
 from lora_cli.adapters.store import AdapterFiles, locate, read_config
 from lora_cli.catalogue import Catalogue
@@ -39,9 +40,10 @@ class FetchReport:
     bytes: int
 
 
-def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = False) -> FetchPlan:
+def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = False, whole: bool = False) -> FetchPlan:
     """Which of `refs` still have to be downloaded or looked at. Sends nothing.
 
+    whole: those that hold modules saved whole beside their update are brought too.
     NothingMatched for a reference that the catalogue does not know.
     """
     here, missing, refused = [], [], []
@@ -50,11 +52,11 @@ def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = Fals
         adapter = (
             row if row.commit == ref.commit else replace(row, commit=ref.commit, sha256="", norm=None, status="ok")
         )
-        if adapter.status in ("unusable", "gone", "failed"):
+        if adapter.status in ("unusable", "gone", "failed") and not _will_do(adapter, whole=whole):
             refused.append((adapter, adapter.reason))
         elif adapter.source == "folder" and locate(ref) is None:
             refused.append((adapter, "its folder is gone"))
-        elif not force and adapter.status == "ok" and adapter.sha256 and locate(ref) is not None:
+        elif not force and _will_do(adapter, whole=whole) and adapter.sha256 and locate(ref) is not None:
             here.append(adapter)
         else:
             missing.append(adapter)
@@ -67,14 +69,20 @@ def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = Fals
 
 
 def fetch(
-    catalogue: Catalogue, refs: Sequence[AdapterRef], hub: Hub, *, force: bool = False, progress: Progress = silent
+    catalogue: Catalogue,
+    refs: Sequence[AdapterRef],
+    hub: Hub,
+    *,
+    force: bool = False,
+    whole: bool = False,
+    progress: Progress = silent,
 ) -> FetchReport:
     """Download what is missing, check every byte of it, and write hash, norm and status into the catalogue.
 
     Adapters in folders are checked where they are. Raises OutputError where the disk has no room, AccessDenied where
     the login itself is refused; everything that concerns one adapter is in the report.
     """
-    todo = plan(catalogue, refs, force=force)
+    todo = plan(catalogue, refs, force=force, whole=whole)
     _room_for(todo.bytes)
     fetched: list[Adapter] = []
     here = list(todo.here)
@@ -93,7 +101,7 @@ def fetch(
                     failed.append((before, error.message))
                 else:
                     catalogue.learn(adapter)
-                    if adapter.status != "ok":
+                    if not _will_do(adapter, whole=whole):
                         refused.append((adapter, adapter.reason))
                     else:
                         (fetched if downloaded else here).append(adapter)
@@ -112,31 +120,47 @@ def fetch(
 
 
 def bring(
-    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
+    catalogue: Catalogue,
+    refs: Sequence[AdapterRef],
+    announce: Callable[[str], None],
+    progress: Progress = silent,
+    *,
+    whole: bool = False,
 ) -> None:
     """Fetch and check the weights of catalogued adapters that are not on this machine yet.
+
+    whole: those that hold modules saved whole beside their update will do.
 
     Raises:
         Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
         NetworkError: some could not be fetched; those that could are kept.
     """
-    for adapter, reason in refused(catalogue, refs, announce, progress):
+    for adapter, reason in refused(catalogue, refs, announce, progress, whole=whole):
         kind = AccessDenied if adapter.status == "gated" else Refused
         raise kind(f"{adapter.id}: {reason}", hint="leave this adapter out")
 
 
 def refused(
-    catalogue: Catalogue, refs: Sequence[AdapterRef], announce: Callable[[str], None], progress: Progress = silent
+    catalogue: Catalogue,
+    refs: Sequence[AdapterRef],
+    announce: Callable[[str], None],
+    progress: Progress = silent,
+    *,
+    whole: bool = False,
 ) -> tuple[tuple[Adapter, str], ...]:
     """Do what `bring` does; adapters that turned out to be unusable are returned with the reason, and none raises."""
     missing = [ref for ref in refs if locate(ref) is None]
     if not missing:
         return ()
-    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing).bytes / 1e6:,.1f} MB")
-    report = fetch(catalogue, missing, Hub(progress=progress), progress=progress)
+    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing, whole=whole).bytes / 1e6:,.1f} MB")
+    report = fetch(catalogue, missing, Hub(progress=progress), whole=whole, progress=progress)
     for adapter, reason in report.failed:
         raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
     return report.refused
+
+
+def _will_do(adapter: Adapter, *, whole: bool) -> bool:
+    return adapter.status == "ok" or (whole and only_saved_whole(adapter.reason))
 
 
 def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
@@ -156,7 +180,9 @@ def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
         header = read_header(files.weights)
     except HeaderError as error:
         return replace(adapter, status="unusable", reason=error.message), downloaded
-    adapter = replace(adapter, status="ok", reason="", bytes=header.file_size)
+    if not only_saved_whole(adapter.reason):
+        adapter = replace(adapter, status="ok", reason="")
+    adapter = replace(adapter, bytes=header.file_size)
     return weighed(adapter, files.weights, header, read_config(files.config.parent) or b""), downloaded
 
 

@@ -81,6 +81,7 @@ def gather(
     *,
     base: str | None = None,
     aliases: Sequence[str] = (),
+    whole: bool = False,
     announce: Callable[[str], None],
     progress: Progress = silent,
 ) -> Gathered:
@@ -91,6 +92,7 @@ def gather(
         base: the base model they must belong to; None takes the one for which the catalogue found them usable, else
             the one they declare. An adapter that declares none is for this one if its shapes fit.
         aliases: other names of that base.
+        whole: take the updates of adapters that hold modules saved whole as well.
         announce: is told what was looked up on the Hub and, before weights are downloaded, how many bytes.
 
     Raises:
@@ -102,9 +104,10 @@ def gather(
     if not names:
         raise NothingMatched("no adapters selected", hint="name some, or run lora select")
     look = partial(look_up, catalogue, base=base or "", aliases=aliases, announce=announce, progress=progress)
-    found = [_find(catalogue, name, look) for name in names]
+    look = partial(look, whole=whole)
+    found = [_find(catalogue, name, look, whole=whole) for name in names]
     named, base = base, base or _judged_for([row for _, row in found if row is not None])
-    bring(catalogue, [ref for ref, row in found if row is not None], announce, progress)
+    bring(catalogue, [ref for ref, row in found if row is not None], announce, progress, whole=whole)
     here = [_files(ref) for ref, _ in found]
     known = names_of(catalogue, base, aliases)
     judged = [_declared(files, row, named) for files, (_, row) in zip(here, found, strict=True)]
@@ -115,13 +118,13 @@ def gather(
     opened, inputs = [], {}
     for files, (ref, row) in zip(here, found, strict=True):
         # Opened first: what changes after it was hashed is then noticed when it is read.
-        opened.append(_open(files, skeleton))
+        opened.append(_open(files, skeleton, whole=whole))
         inputs[ref.pinned] = _sha256(files, row)
     if skeleton is None:
         _demand_common_names(opened)
         _demand_one_form_of_projections(opened)
     elif needs_fusing(opened, skeleton):
-        opened = [_open(files, skeleton, fuse=True) for files in here]
+        opened = [_open(files, skeleton, whole=whole, fuse=True) for files in here]
     for adapter, one in zip(opened, judged, strict=True):
         taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
         for note in filter(None, [taken, *adapter.notes]):
@@ -245,10 +248,10 @@ def _kinds_of_names(adapter: OpenAdapter) -> dict[str, set[str]]:
     return found
 
 
-def _open(files: AdapterFiles, skeleton: Skeleton | None, *, fuse: bool = False) -> OpenAdapter:
+def _open(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse: bool = False) -> OpenAdapter:
     """`open_adapter`, with the adapter's name in what it says of malformed files."""
     try:
-        return open_adapter(files, skeleton, fuse=fuse)
+        return open_adapter(files, skeleton, fuse=fuse, whole=whole)
     except (ConfigError, HeaderError) as error:
         raise type(error)(f"{files.ref.id}: {error.message}", hint=error.hint) from error
 
@@ -271,10 +274,12 @@ def _sha256(files: AdapterFiles, row: Adapter | None) -> str:
     return sha256
 
 
-def _find(catalogue: Catalogue, name: str, look: Callable[[str], Adapter]) -> tuple[AdapterRef, Adapter | None]:
+def _find(
+    catalogue: Catalogue, name: str, look: Callable[[str], Adapter], *, whole: bool = False
+) -> tuple[AdapterRef, Adapter | None]:
     folder = folder_of(name)
     if folder is None:
-        row = usable(look(name))
+        row = usable(look(name), whole=whole)
         return row.ref, row
     ref, here = folder_ref(folder), catalogue.at(folder)
     # What is wrong with it may be wrong for the base of the last sync only: its files are judged anew.

@@ -34,6 +34,7 @@ _SETTINGS: Mapping[str, tuple[type, ...]] = {
     "for": (str, type(None)),
     "dtype": (str,),
     "device": (str,),
+    "saved_modules": (str,),
     "coefficients": (str, type(None)),
 }
 # How far above run.json the folder may be that holds both run.json and a parent.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from lora_cli.adapters.checks import UNDECLARED
+from lora_cli.adapters.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.adapters.store import locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
@@ -32,6 +33,7 @@ def look_up(
     *,
     base: str = "",
     aliases: Sequence[str] = (),
+    whole: bool = False,
     announce: Callable[[str], None],
     progress: Progress = silent,
     store: bool = True,
@@ -47,6 +49,7 @@ def look_up(
         base: the base model that an adapter from the Hub has to be for, "" for any. One that declares no base is taken
             to be for this one, unless its shapes are known not to fit.
         aliases: other names of that base, beside those that the catalogue remembers.
+        whole: whether one that holds modules saved whole beside its update will do.
         announce: is told what was taken from the Hub, and what is older than its row.
         store: whether what is found may be stored.
 
@@ -67,7 +70,7 @@ def look_up(
         unknown = NothingMatched(f"{row.id}: {row.reason}")
     names = names_of(catalogue, base, aliases)
     if (older := _older(catalogue, text)) is not None:
-        row = usable(verify(older, base=base, aliases=names, deep=True).adapter)
+        row = usable(verify(older, base=base, aliases=names, deep=True).adapter, whole=whole)
         announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
         return row
     ask = Ask(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
@@ -78,7 +81,7 @@ def look_up(
     if known is not None and stored is not None and stored.status == "ok" and found.is_same(known):
         return stored
     try:
-        row = usable(found.read(stored))
+        row = usable(found.read(stored), whole=whole)
     except NetworkError as error:
         raise _both(unknown, error, found.stub.repo) from error
     if store:
@@ -100,20 +103,25 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
     return _older(catalogue, text) or _on_hub(catalogue, text, ask, unknown, progress).stub
 
 
-def usable(row: Adapter) -> Adapter:
-    """`row`, if its adapter can be used: AccessDenied or Refused with its reason if not."""
+def usable(row: Adapter, *, whole: bool = False) -> Adapter:
+    """`row`, if its adapter can be used: AccessDenied or Refused with its reason if not.
+
+    whole: whether one that holds modules saved whole beside its update will do.
+    """
     if row.status == "gated":
         raise AccessDenied(
             f"{row.id}: {row.reason}",
             hint=f"ask for access on its page, run hf auth login, then lora pool fetch {row.id}",
         )
-    if row.status != "ok":
+    if row.status != "ok" and not (whole and only_saved_whole(row.reason)):
         raise Refused(f"{row.id}: {row.reason}", hint=_way_out(row))
     return row
 
 
 def _way_out(row: Adapter) -> str:
     """What to do about an adapter that cannot be used."""
+    if only_saved_whole(row.reason):
+        return TAKE_THE_UPDATE
     if row.base_match == "mismatch":
         return "sync its own base to use it there, or name its folder"
     return SAY_THE_BASE if names_no_base(row) else "leave this adapter out"

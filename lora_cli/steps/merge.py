@@ -17,7 +17,7 @@ from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import AdapterWriter, TensorStream, base_entries
+from lora_cli.adapters.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.errors import OutputError, Refused
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
@@ -126,7 +126,7 @@ def _write_factors(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
     reports, kept, total = [], 0.0, 0.0
-    with AdapterWriter(folder, plan.layout, _dtype(plan)) as writer:
+    with AdapterWriter(folder, plan.layout, _dtype(plan), _saved(plan)) as writer:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, LowRank)
             writer.add(module, merged.update)
@@ -205,13 +205,20 @@ def _dtype(plan: MergePlan) -> torch.dtype:
     return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
 
+def _saved(plan: MergePlan) -> Saved | None:
+    return None if plan.saved is None else Saved(plan.saved.files.weights, plan.saved.stamp, plan.saved.saved)
+
+
 def _config(plan: MergePlan) -> dict[str, Any]:
-    tasks = {adapter.config.task_type for adapter in plan.adapters}
+    # The head that a task needs is that of the adapter it comes from.
+    from_whom = plan.adapters if plan.saved is None else [plan.saved]
+    tasks = {adapter.config.task_type for adapter in from_whom}
     return {
         **base_entries(plan.base),
         "fan_in_fan_out": plan.fan_in_fan_out,
         # PEFT knows null for no task, and no "".
         "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
+        "modules_to_save": None if plan.saved is None else sorted(plan.saved.config.modules_to_save) or None,
         **plan.targets,
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora_cli.adapters.factors import TAKE_THE_UPDATE
 from lora_cli.adapters.layout import Layout, layout
 from lora_cli.adapters.lowrank import RankChoice
 from lora_cli.adapters.reader import OpenAdapter, all_modules
@@ -31,6 +32,8 @@ METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
 _LARGEST_SCALING = 1e9
+# Of these PEFT loads a classifier without being told to.
+_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 Inputs = Callable[[OpenAdapter, str], Tensor]
 """Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
@@ -64,6 +67,7 @@ class MergePlan:
     device: str = "cpu"
     coefficients: Coefficients | None = None
     inputs: Inputs | None = None
+    saved_modules: str = "refuse"
     zeros: Mapping[str, Shape] = field(default_factory=dict)
     skeleton: Skeleton | None = None
 
@@ -83,6 +87,11 @@ class MergePlan:
     def targets(self) -> dict[str, list[str]]:
         """How a PEFT configuration names them."""
         return self.layout.targets(modules_meant(self.layout.layers, self.adapters, self.skeleton))
+
+    @property
+    def saved(self) -> OpenAdapter | None:
+        """The adapter whose modules that were saved whole the result holds, if it holds any."""
+        return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.saved_modules), None)
 
     @property
     def kinds_in_some_layers(self) -> list[str]:
@@ -117,6 +126,7 @@ class MergePlan:
             "for": self.serve,
             "dtype": self.dtype,
             "device": self.device,
+            "saved_modules": self.saved_modules,
             "coefficients": None if self.coefficients is None else self.coefficients.sha256,
         }
 
@@ -149,6 +159,7 @@ def plan(
     device: str = "cpu",
     coefficients: Coefficients | None = None,
     inputs: Inputs | None = None,
+    saved_modules: str = "refuse",
     skeleton: Skeleton | None = None,
 ) -> MergePlan:
     """Check everything that can be checked before a weight is read.
@@ -167,6 +178,8 @@ def plan(
         serve: the server whose rules the result has to keep.
         device: where the arithmetic is done, as torch names it.
         inputs: where a method that needs inputs finds them.
+        saved_modules: what becomes of modules that were saved whole beside an update: "refuse", "drop", or the
+            `id@commit` of the adapter whose modules the result takes.
         skeleton: what the base is made of, where that is known.
 
     Raises:
@@ -215,6 +228,7 @@ def plan(
     if outside := [adapter.ref.id for adapter in ordered if adapter.modules.keys().isdisjoint(modules)]:
         raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
     demand_same_shapes(ordered, modules)
+    _check_saved_modules(ordered, saved_modules, dense=dense)
     _check_rank(ordered, modules, rank)
     if serve is not None:
         conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
@@ -241,9 +255,29 @@ def plan(
         device=device,
         coefficients=coefficients,
         inputs=inputs,
+        saved_modules=saved_modules,
         zeros=zeros_for_sglang(modules, _shapes(ordered)) if serve == "sglang" else {},
         skeleton=skeleton,
     )
+
+
+def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: bool) -> None:
+    """Refused where an adapter has modules saved whole that are not spoken for, or the chosen one has none to take."""
+    if what == "refuse":
+        for adapter in adapters:
+            if adapter.saved:
+                raise Refused(f"{adapter.ref.id} holds modules saved whole", hint=TAKE_THE_UPDATE)
+    elif what != "drop":
+        if dense:
+            raise UsageError("--dense has no place for modules saved whole: --saved-modules drop")
+        [chosen] = [adapter for adapter in adapters if adapter.ref.pinned == what]
+        if not chosen.saved:
+            raise Refused(f"{chosen.ref.id} holds no modules saved whole", hint="--saved-modules drop")
+        if not chosen.config.modules_to_save and chosen.config.task_type not in _TASKS_WITH_A_HEAD:
+            raise Refused(
+                f"{chosen.ref.id}: its modules_to_save names none of the modules saved whole, so PEFT loads none",
+                hint="--saved-modules drop",
+            )
 
 
 def _demand_one_form(rank: str, energy: float | None, *, dense: bool, compact: bool, serve: Server | None) -> None:

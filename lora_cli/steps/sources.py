@@ -17,11 +17,11 @@ from lora_cli.adapters.checks import (
     WEIGHTS_NAME,
     Facts,
     examine,
-    only_saved_whole,
     scan_weights,
     weight_status,
 )
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.adapters.factors import only_saved_whole
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
 from lora_cli.adapters.kinds import holds_adapter, kind_in, other_kind
 from lora_cli.adapters.skeleton import Skeleton
