@@ -1,4 +1,4 @@
-"""Writes docs/commands.md, docs/methods.md and completions/ from the program: python -m tests.generate [--check]."""
+"""Writes docs/commands.md, docs/methods.md, docs/adapters.md and completions/: python -m tests.generate [--check]."""
 
 import io
 import re
@@ -14,6 +14,8 @@ from lora_cli.app import app
 from lora_cli.commands.config import SHELLS, completion_script
 from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
 from lora_cli.methods import Knob, Method
+from tests.architectures import SPECS
+from tests.matrix import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"bash": "lora.bash", "zsh": "_lora", "fish": "lora.fish", "pwsh": "lora.ps1"}
@@ -27,6 +29,15 @@ All of them get the updates of one module, ΔW_i = B_i A_i with B_i (out, r_i), 
 folded into B_i, one weight w_i per adapter, and work module by module. A result of higher rank than asked for is then
 reduced to its best approximation in the Frobenius norm, and the share of the energy that was kept is told.
 """
+ADAPTERS_INTRO = """# What adapters are taken
+
+Made from `tests/matrix.py` by `python -m tests.generate`. `tests/test_matrix.py` runs every row through `lora pool sync`,
+`lora pool verify`, `lora merge`, `lora diff`, `lora bake`, `lora fit` and `lora eval`, on a small base with random weights: all
+of them give one verdict. Where an adapter is taken, the logits of PEFT, of the base in `lora eval`, of the merge and of the bake
+agree to 1e-5. `lora fit` and `lora eval` want a base that continues a text; the other commands take any.
+"""
+TAKEN_INTRO = "A note says what is told where the tool does more, or other, than PEFT does with the same file."
+REFUSED_INTRO = "Each by name with exit code 5, and nothing is written."
 CLASS_INTROS = {
     "exact low rank": "A weighted sum of the factored updates, without error at rank Σ r_i; nothing dense is formed.",
     "spectral": "Singular values and subspaces of the factored updates, rank Σ r_i at most; nothing dense is formed.",
@@ -67,6 +78,16 @@ def methods() -> str:
     for name in CLASSES:
         parts += [f"## {name[0].upper()}{name[1:]}", textwrap.fill(CLASS_INTROS[name], 120)]
         parts += [_section(one) for one in found if class_of(one) == name]
+    return "\n\n".join(parts) + "\n"
+
+
+def adapters() -> str:
+    """docs/adapters.md."""
+    rows = [[kind.title, f"`{SPECS[kind.base][0]}`", kind.refused, kind.says] for kind in KINDS]
+    taken = [[title, base, says] for title, base, refused, says in rows if not refused]
+    others = [[title, f"{refused}{f'; {says}' if says else ''}"] for title, _, refused, says in rows if refused]
+    parts = [ADAPTERS_INTRO.rstrip(), "## Taken", TAKEN_INTRO, _table(["adapter", "tried on", "note"], taken)]
+    parts += ["## Refused", REFUSED_INTRO, _table(["adapter", "the reason says"], others)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -120,6 +141,7 @@ def _escaped(text: str) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with what it has to hold."""
     files = {ROOT / "docs" / "commands.md": reference(), ROOT / "docs" / "methods.md": methods()}
+    files[ROOT / "docs" / "adapters.md"] = adapters()
     for shell in SHELLS:
         files[ROOT / "completions" / FILES[shell]] = completion_script(shell)
     return files
