@@ -556,7 +556,7 @@ def module_shapes(name_or_path: str) -> Mapping[str, tuple[int, int]] | None:
     The model is a folder, or on the Hub `owner/name` or `owner/name@revision`. None when the configuration is not on
     this machine (nothing is asked of the network) or is not that of a causal language model.
     """
-    place, revision = split_revision(name_or_path)
+    place, revision = split_revision(name_or_path) if folder_of(name_or_path) is None else (name_or_path, "")
     try:
         with _silence():
             config = _hf.AutoConfig.from_pretrained(

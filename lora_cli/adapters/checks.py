@@ -125,7 +125,7 @@ def examine(
         base_shapes: (out, in) of the base's modules, where they are known.
         vouched: the user named this adapter beside `base_name`, which is enough where the adapter declares no base and
             the shapes are not known.
-        kind: what is here in place of an adapter of PEFT, where that was found out by other means than names.
+        kind: the reason where the files were found to be an adapter of another kind by other means than names.
     """
     if header is None:
         kind = kind or other_kind(file_names)
@@ -362,7 +362,7 @@ def _judge_base(
 
 
 def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
-    """What differs where only the revisions of the two bases do, else ""."""
+    """The reason where two bases differ in their revisions alone, else ""."""
     name, revision = split_revision(declared)
     wanted, at = split_revision(asked)
     if not same_base(name, wanted, [split_revision(alias)[0] for alias in aliases]):
@@ -379,7 +379,7 @@ def _undeclared(config: LoraConfigFacts) -> str:
 
 
 def shape_conflict(modules: Mapping[str, ModuleFactors], shapes: Mapping[str, tuple[int, int]]) -> str:
-    """What about `modules` does not fit a base whose modules have `shapes`, (out, in); "" where all fit."""
+    """The reason why `modules` do not fit a base whose modules have `shapes`, (out, in); "" where they do."""
     absent = [name for name in modules if name not in shapes]
     if len(absent) == len(modules):
         return f"targets match no module of the base (such as {shortened(absent[0])})"

@@ -16,7 +16,7 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import SAY_THE_BASE, known_shapes, look_up, names_of, of_one_base, usable
+from lora_cli.steps.lookup import NAME_THE_BASE, known_shapes, look_up, names_of, of_one_base, usable
 from lora_cli.steps.sources import Shapes
 
 MOST_WITHOUT_SELECTION = 50
@@ -158,7 +158,7 @@ def to_fetch(
 
 
 def _not_here(ref: AdapterRef) -> Refused:
-    """Why there is nothing to open once what can be fetched was fetched."""
+    """The refusal of a folder or repository without an adapter's two files."""
     if dense_folder(ref.repo) is not None:
         return Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
     folder = folder_of(ref.repo) if ref.source == "folder" else None
@@ -226,7 +226,7 @@ def _base_of(
         return adapter.base
     base = named or (row.base if row is not None else "")
     if not base:
-        raise Refused(f"{adapter.ref.id} {UNDECLARED}", hint=SAY_THE_BASE)
+        raise Refused(f"{adapter.ref.id} {UNDECLARED}", hint=NAME_THE_BASE)
     if row is not None and (row.base, row.base_match) == (base, "shape"):
         return base
     shapes = shapes_of(base)
@@ -247,12 +247,12 @@ def _check_bases(adapters: Sequence[tuple[AdapterRef, str]], base: str | None, a
         if base is None:
             raise Refused(
                 f"two base models: {first.id} is for {asked}, {ref.id} for {declared}",
-                hint=_of_two_names(declared, asked)
+                hint=_of_revisions(declared, asked)
                 or "if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
             f"{ref.id} is for {declared}, not for {base}",
-            hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
+            hint=_of_revisions(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
 
 
@@ -269,8 +269,8 @@ def _check_projections(adapters: Sequence[OpenAdapter]) -> None:
                 )
 
 
-def _of_two_names(one: str, other: str) -> str:
-    """What to do about two bases that are revisions of one model, "" where they are not."""
+def _of_revisions(one: str, other: str) -> str:
+    """A hint for two bases that are revisions of one model, "" for others."""
     if not same_base(split_revision(one)[0], split_revision(other)[0]):
         return ""
     return "two revisions of a model are two bases: use adapters of one, and name it by --base NAME@REVISION"
