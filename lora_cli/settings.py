@@ -50,10 +50,10 @@ def _text(value: Any, folder: Path) -> str:
 
 def _base(value: Any, folder: Path) -> str:
     """A Hub id stays as it is; the name of a folder that exists beside the file becomes its path."""
-    # main is where a base is without a revision: one base has one name.
-    text = _text(value, folder).removesuffix("@main")
+    text = _text(value, folder)
     local = folder_of(str(folder / _at_home(text)))
-    return str(local.resolve()) if local is not None else text
+    # A name without a revision means the main branch: one base has one name.
+    return str(local.resolve()) if local is not None else text.removesuffix("@main")
 
 
 def _path(value: Any, folder: Path) -> Path:

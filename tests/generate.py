@@ -15,7 +15,7 @@ from lora_cli.commands.config import SHELLS, completion_script
 from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
 from lora_cli.methods import Knob, Method
 from tests.architectures import SPECS
-from tests.matrix import KINDS
+from tests.matrix import KINDS, TEXT_BASES, Kind
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = {"bash": "lora.bash", "zsh": "_lora", "fish": "lora.fish", "pwsh": "lora.ps1"}
@@ -31,13 +31,12 @@ reduced to its best approximation in the Frobenius norm, and the share of the en
 """
 ADAPTERS_INTRO = """# What adapters are taken
 
-Made from `tests/matrix.py` by `python -m tests.generate`. `tests/test_matrix.py` runs every row through `lora pool sync`,
-`lora pool verify`, `lora merge`, `lora diff`, `lora bake`, `lora fit` and `lora eval`, on a small base with random weights: all
-of them give one verdict. Where an adapter is taken, the logits of PEFT, of the base in `lora eval`, of the merge and of the bake
-agree to 1e-5. `lora fit` and `lora eval` want a base that continues a text; the other commands take any.
+Made from `tests/matrix.py` by `python -m tests.generate`. `tests/test_matrix.py` runs every row through the commands of
+the columns, on a small base with random weights. Where an adapter is taken (✓), the logits of PEFT, of the base in
+`lora eval`, of the merge and of the bake agree to 1e-5. Where it is refused (✗), it is by name, with exit code 5, and
+nothing is written. `lora fit` and `lora eval` want a base that continues a text (·: not tried); the others take any.
 """
-TAKEN_INTRO = "A note says what is told where the tool does more, or other, than PEFT does with the same file."
-REFUSED_INTRO = "Each by name with exit code 5, and nothing is written."
+COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {
     "exact low rank": "A weighted sum of the factored updates, without error at rank Σ r_i; nothing dense is formed.",
     "spectral": "Singular values and subspaces of the factored updates, rank Σ r_i at most; nothing dense is formed.",
@@ -83,12 +82,25 @@ def methods() -> str:
 
 def adapters() -> str:
     """docs/adapters.md."""
-    rows = [[kind.title, f"`{SPECS[kind.base][0]}`", kind.refused, kind.says] for kind in KINDS]
-    taken = [[title, base, says] for title, base, refused, says in rows if not refused]
-    others = [[title, f"{refused}{f'; {says}' if says else ''}"] for title, _, refused, says in rows if refused]
-    parts = [ADAPTERS_INTRO.rstrip(), "## Taken", TAKEN_INTRO, _table(["adapter", "tried on", "note"], taken)]
-    parts += ["## Refused", REFUSED_INTRO, _table(["adapter", "the reason says"], others)]
+    parts = [ADAPTERS_INTRO.rstrip()]
+    for title, kinds in (("Taken", [k for k in KINDS if not k.refused]), ("Refused", [k for k in KINDS if k.refused])):
+        rows = [
+            [kind.title, f"`{SPECS[kind.base][0]}`", *(_verdict(kind, name) for name in COMMANDS), _reason(kind)]
+            for kind in kinds
+        ]
+        parts += [f"## {title}", _table(["adapter", "tried on", *COMMANDS, ""], rows)]
     return "\n\n".join(parts) + "\n"
+
+
+def _verdict(kind: Kind, command: str) -> str:
+    if command in ("fit", "eval") and kind.base not in TEXT_BASES:
+        return "·"
+    return "✓" if bool(kind.refused) == (command in kind.but) else "✗"
+
+
+def _reason(kind: Kind) -> str:
+    said = [f"“{text}”" for text in dict.fromkeys((kind.refused, *kind.but.values())) if text]
+    return "; ".join(filter(None, [*said, kind.says]))
 
 
 def _section(one: Method) -> str:

@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,19 @@ from torch import Tensor
 from tests.architectures import factors, saved_adapter, trained
 
 TEXT_BASES = frozenset(
-    ("llama", "gpt2", "phi3", "gemma3", "llava", "qwen2_5_vl", "qwen3_moe", "qwen2_moe", "mixtral", "gpt_oss")
+    (
+        "llama",
+        "gpt2",
+        "phi3",
+        "gemma3",
+        "llava",
+        "qwen2_5_vl",
+        "qwen3_vl_moe",
+        "qwen3_moe",
+        "qwen2_moe",
+        "mixtral",
+        "gpt_oss",
+    )
 )
 """The bases of this table that continue a text: fit and eval take no others."""
 
@@ -26,14 +38,16 @@ TEXT_BASES = frozenset(
 class Kind:
     """One kind of adapter.
 
-    `refused` is a part of the reason that every command gives, "" where all take it. `repaired`: PEFT itself does not
-    apply the file as it stands, or not as it was trained; the tool's own result it does.
+    `refused` is a part of the reason that every command gives, "" where all take it; `but` names the commands that do
+    otherwise, with a part of their reason. `repaired`: PEFT itself does not apply the file as it stands, or not as it
+    was trained; the tool's own result it does.
     """
 
     title: str
     base: str
     make: Callable[[Path, str], object]
     refused: str = ""
+    but: Mapping[str, str] = field(default_factory=dict)
     repaired: bool = False
     says: str = ""
 
@@ -114,6 +128,7 @@ KINDS = (
         _lora(target_modules=_LLAMA, layers_to_transform=[1], exclude_modules=["o_proj"]),
     ),
     Kind("factors in bf16", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.bfloat16()))),
+    Kind("factors in 8-bit floats", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.to(torch.float8_e4m3fn)))),
     Kind("factors in fp16", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.half()))),
     Kind("initialised by `eva`, `gaussian` or `orthogonal`", "llama", _changed(_PLAIN, init_lora_weights="eva")),
     Kind("`Conv1D` layers (`fan_in_fan_out`)", "gpt2", _lora(target_modules=["c_attn", "c_fc", "c_proj"])),
@@ -126,6 +141,12 @@ KINDS = (
         says="the copy is left out",
     ),
     Kind(
+        "output embeddings of a base that ties them to the input embeddings",
+        "gpt2",
+        _lora(target_modules=["lm_head", "c_attn"]),
+        but={"bake": "is tied to the embedding"},
+    ),
+    Kind(
         "fused experts (`target_parameters`)",
         "qwen3_moe",
         _lora(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"]),
@@ -134,6 +155,11 @@ KINDS = (
         "fused experts with a bias, stored (in, out)",
         "gpt_oss",
         _lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    ),
+    Kind(
+        "fused experts that the checkpoint stores turned",
+        "qwen3_vl_moe",
+        _lora(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"]),
     ),
     Kind(
         "routers (`target_parameters`)",
@@ -213,6 +239,13 @@ KINDS = (
     Kind("an encoder and decoder", "whisper", _lora(target_modules=["q_proj", "fc1", "lm_head"])),
     Kind("a T5", "t5", _lora(target_modules=["q", "wi"])),
     Kind("an encoder", "roberta", _lora(target_modules=["query", "dense"])),
+    Kind(
+        "names of transformers 4 on a vision model",
+        "vit",
+        _file({"vit.encoder.layer.0.attention.attention.query": (32, 32)}, ["query"]),
+        repaired=True,
+        says="PEFT refuses it; its names are those of an older class",
+    ),
     Kind("a vision model, with its convolution", "vit", _lora(target_modules=["q_proj", "projection"])),
     Kind(
         "keys without PEFT's prefix",
@@ -228,7 +261,8 @@ KINDS = (
         "llama",
         _lora(target_modules=["q_proj"], modules_to_save=["lm_head"]),
         refused="tensors of a full head saved",
-        says="merge, diff and similarity take the update alone: `--saved-modules`",
+        but={"diff": ""},
+        says="merge takes the update alone by `--saved-modules drop`, and its head from one parent",
     ),
     Kind(
         "single token embeddings (`trainable_token_indices`)",

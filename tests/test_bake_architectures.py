@@ -9,6 +9,8 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 
+from lora_cli.adapters.skeleton import Stored
+from lora_cli.models import skeleton as skeletons
 from tests.architectures import SPECS, factors, model, saved_adapter, skeleton, trained
 from tests.cli import ok, refused
 
@@ -57,7 +59,7 @@ def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
     bakes_as_peft(kind, trained(tmp_path / "adapter", kind, LoraConfig(r=2, lora_alpha=6, target_modules=targets)))
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phimoe", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phimoe", "gpt_oss", "llama4_text", "qwen3_vl_moe"])
 def test_fused_experts_and_routers(kind: str, tmp_path: Path) -> None:
     router = next(name for name in skeleton(kind).matrices if name.endswith((".gate", ".router")))
     parameters = ["gate_up_proj", "down_proj", f"{router.rpartition('.')[2]}.weight"]
@@ -117,9 +119,12 @@ def test_an_embedding_that_is_tied_to_the_head_is_refused(tmp_path: Path) -> Non
     )
 
 
-def test_a_weight_that_is_kept_in_another_arrangement_is_refused_by_name(tmp_path: Path) -> None:
-    base = saved_base(tmp_path / "base", "qwen3_vl_moe")
-    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"])
-    adapter = trained(tmp_path / "adapter", "qwen3_vl_moe", config)
+def test_a_weight_that_is_kept_in_another_arrangement_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = Stored({}, {"model.layers.0.self_attn.q_proj.weight": "Interleave"})
+    monkeypatch.setattr(skeletons, "stored", lambda model, tensors: others)
+    base = saved_base(tmp_path / "base", "llama")
+    adapter = trained(tmp_path / "adapter", "llama", LoraConfig(r=2, target_modules=["q_proj"]))
     told = refused(5, "bake", str(adapter), "--base", str(base), "-o", "out")
-    assert "experts.0.gate_up_proj is kept in acme/base in another arrangement (Transpose)" in told
+    assert "self_attn.q_proj is kept in acme/base in another arrangement (Interleave): bake cannot add to it" in told

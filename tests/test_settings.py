@@ -34,6 +34,10 @@ def test_paths_are_relative_to_the_file_that_names_them(own_home: Path, monkeypa
     assert load().test == Path.home() / "t.jsonl"
     (own_home / "lora.toml").write_text('base = "acme/base"')
     assert load().base == "acme/base"
+    (own_home / "odd@main").mkdir()
+    for text, base in {"acme/base@main": "acme/base", "acme/base@v1": "acme/base@v1"}.items():
+        assert load({"base": text}).base == base
+    assert load({"base": "odd@main"}).base == str(own_home / "odd@main")
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def _joined(more: str, where: str) -> _Tables:
 
 
 def _parsed(text: str, where: str) -> dict[str, Any]:
-    """The tables in a file of names; DataError names what is wrong with it."""
+    """The tables in a file of names. DataError names its fault."""
     try:
         found = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -208,7 +208,7 @@ def _parsed(text: str, where: str) -> dict[str, Any]:
 
 
 def _wrong(name: str, value: Any) -> str:
-    """What is wrong with a table, "" for nothing."""
+    """The fault of a table, "" for none."""
     kind = dict if name == "moved" else list
     texts = [*value, *value.values()] if isinstance(value, dict) else value
     if not isinstance(value, kind) or not all(isinstance(one, str) and one for one in texts):
@@ -219,7 +219,7 @@ def _wrong(name: str, value: Any) -> str:
 
 
 def _ending(quantised: Sequence[str], beside: Sequence[str]) -> re.Pattern[str]:
-    """Matches the last ending of a name, the longest that the tables have; group "quantised" where it is such a one."""
+    """Matches the longest ending of a name; the group "quantised" is None for an ending that counts only in a chain."""
     one, other = ("|".join(map(_piece, pieces)) for pieces in (quantised, beside))
     return re.compile(rf"[-_.](?:(?P<quantised>{one})|(?:{other}))\Z", re.ASCII | re.IGNORECASE)
 

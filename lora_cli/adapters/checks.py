@@ -346,7 +346,7 @@ def _judge_base(
 
 
 def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
-    """What differs where only the revisions of the two bases do, else ""."""
+    """The reason where two bases differ in their revisions alone, else ""."""
     name, revision = split_revision(declared)
     wanted, at = split_revision(asked)
     if not same_base(name, wanted, [split_revision(alias)[0] for alias in aliases]):

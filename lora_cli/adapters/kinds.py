@@ -1,4 +1,4 @@
-"""What lies where one adapter of PEFT should lie: adapters of other programs, told by names of files and tensors.
+"""Folders and repositories without one adapter of PEFT: their kind, by the names of files and of tensors.
 
 Formats: diffusers (`save_lora_weights`), mlx-lm (`mlx_lm.lora`), AdapterHub (`adapters`), kohya-ss/sd-scripts.
 """
@@ -32,7 +32,7 @@ _FACTOR = re.compile(r"\.lora_[AB]\.(?:([^.]+)\.)?weight$")
 
 
 def other_kind(files: Collection[str]) -> str:
-    """What these files are in place of an adapter_model.safetensors, "" where their names do not tell."""
+    """The kind of adapter that has these files and no adapter_model.safetensors; "" where names do not show it."""
     names = sorted({file.replace("\\", "/").rpartition("/")[2] for file in files})
     weights = [name for name in names if name.startswith("adapter_model") and name.endswith(_SUFFIX)]
     if shards := [name for name in weights if _SHARD.fullmatch(name)]:
@@ -49,7 +49,7 @@ def other_kind(files: Collection[str]) -> str:
 
 
 def kind_in(folder: Path, files: Collection[str]) -> str:
-    """`other_kind` of a folder's files; where their names do not tell, the tensors of its safetensors files may."""
+    """`other_kind` of a folder's files; where names do not show it, by the tensors of its safetensors files."""
     if kind := other_kind(files):
         return kind
     for name in sorted(files):
@@ -65,7 +65,7 @@ def kind_in(folder: Path, files: Collection[str]) -> str:
 
 
 def holds_adapter(folder: Path, files: Collection[str]) -> bool:
-    """Whether a folder with these files is one of an adapter, be it of another kind or a broken one."""
+    """Whether a folder with these files holds an adapter, of PEFT or of another kind, sound or broken."""
     if any(name == CONFIG_NAME or name.startswith("adapter_model.") for name in files):
         return True
     return bool(kind_in(folder, files))

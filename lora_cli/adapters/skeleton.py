@@ -40,7 +40,7 @@ class Share(NamedTuple):
     """Where a checkpoint keeps a parameter or a part of it: in `tensor`, from its row `at` on.
 
     There stand `rows` rows of the parameter from `row` on, of one `expert` where the parameter is a stack and this is
-    not all of it; all rows of all experts where `rows` is 0.
+    not all of it; all rows of all experts where `rows` is 0, the columns as rows where it is `turned`.
     """
 
     tensor: str
@@ -48,6 +48,7 @@ class Share(NamedTuple):
     row: int = 0
     rows: int = 0
     at: int = 0
+    turned: bool = False
 
 
 class Stored(NamedTuple):

@@ -48,6 +48,9 @@ def _convert(
         shares = list(_of_experts(sources, tensors))
     elif operations == ["Concatenate"] and dims == [0] and all(len(source) == 1 for source in sources):
         shares = list(_side_by_side([tensor for [tensor] in sources], tensors))
+    elif operations == ["Transpose"] and [len(source) for source in sources] == [1] and name in shapes:
+        # What has the class's shape already stays as it is.
+        shares = [Share(sources[0][0], turned=tensors[sources[0][0]] != shapes[name])]
     elif operations in (["Chunk"], ["Split"]) and dims == [0] and all(target in shapes for target in targets):
         heights = [shapes[target][0] for target in targets]
         starts = [0, *itertools.accumulate(heights)]

@@ -1,5 +1,6 @@
 """What a bake will do, decided and checked before a weight is read: which base, and where each module's weight is."""
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -211,7 +212,7 @@ def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) 
         if matrix.shape != adapter.shape(module):
             raise _other_shape(module, matrix.shape, adapter, base)
         pieces = tuple(_pieces(matrix, stored.shares[matrix.parameter], tensors))
-        if sum(piece.rows for piece in pieces) != matrix.shape[1 if matrix.transposed else 0]:
+        if sum(piece.rows for piece in pieces) != matrix.shape[1 if pieces and pieces[0].transposed else 0]:
             raise _other_shape(module, tensors[stored.shares[matrix.parameter][0].tensor], adapter, base)
         found[module] = pieces
     _demand_all(adapter, base, missing)
@@ -223,10 +224,13 @@ def _pieces(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple
     height = matrix.shape[1] if matrix.transposed else matrix.shape[0]
     for share in shares:
         if not share.rows:
-            if tensors[share.tensor] == matrix.stored:
-                first = (matrix.expert or 0) * matrix.stored[1] + matrix.row if len(matrix.stored) == 3 else 0
-                at = first if matrix.expert is not None else 0
-                yield Piece(share.tensor, matrix.transposed, at, 0, height)
+            *stack, rows, columns = matrix.stored
+            shape = (*stack, columns, rows) if share.turned else matrix.stored
+            # Of a part of a matrix that is stored turned, no rows stand together.
+            if tensors[share.tensor] == shape and (not share.turned or math.prod(matrix.shape) == rows * columns):
+                at = 0 if matrix.expert is None else matrix.expert * shape[1] + matrix.row
+                height = matrix.shape[1] if matrix.transposed != share.turned else matrix.shape[0]
+                yield Piece(share.tensor, matrix.transposed != share.turned, at, 0, height)
         elif share.expert == matrix.expert:
             begin, end = max(share.row, matrix.row), min(share.row + share.rows, matrix.row + height)
             if begin < end:

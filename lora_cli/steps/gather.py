@@ -21,7 +21,7 @@ from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.fetch import bring
-from lora_cli.steps.lookup import SAY_THE_BASE, look_up, names_of, of_one_base, usable
+from lora_cli.steps.lookup import NAME_THE_BASE, look_up, names_of, of_one_base, usable
 
 MOST_WITHOUT_SELECTION = 50
 _NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
@@ -179,7 +179,7 @@ class _Declared(NamedTuple):
 
 
 def _files(ref: AdapterRef) -> AdapterFiles:
-    """What can be opened once what can be fetched was fetched. Refused where there is nothing, with the reason."""
+    """An adapter's two files. Refused for a folder or repository without them, with the reason."""
     files = locate(ref)
     if files is not None:
         return files
@@ -202,7 +202,7 @@ def _declared(files: AdapterFiles, row: Adapter | None, named: str | None) -> _D
         raise ConfigError(f"{files.ref.id}: {error.message}", hint=error.hint) from error
     base = base or named or (row.base if row is not None else "")
     if not base:
-        raise Refused(f"{files.ref.id} {UNDECLARED}", hint=SAY_THE_BASE)
+        raise Refused(f"{files.ref.id} {UNDECLARED}", hint=NAME_THE_BASE)
     return _Declared(files.ref, base)
 
 
@@ -304,12 +304,12 @@ def _check_bases(adapters: Sequence[_Declared], base: str | None, aliases: Seque
         if base is None:
             raise Refused(
                 f"two base models: {first.id} is for {asked}, {ref.id} for {declared}",
-                hint=_of_two_names(declared, asked)
+                hint=_of_revisions(declared, asked)
                 or "if these are one model, say so: --base, and base_aliases in lora.toml",
             )
         raise Refused(
             f"{ref.id} is for {declared}, not for {base}",
-            hint=_of_two_names(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
+            hint=_of_revisions(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
         )
 
 
@@ -326,8 +326,8 @@ def _demand_one_form_of_projections(adapters: Sequence[OpenAdapter]) -> None:
                 )
 
 
-def _of_two_names(one: str, other: str) -> str:
-    """What to do about two bases that are revisions of one model, "" where they are not."""
+def _of_revisions(one: str, other: str) -> str:
+    """A hint for two bases that are revisions of one model, "" for others."""
     if not same_base(split_revision(one)[0], split_revision(other)[0]):
         return ""
     return "two revisions of a model are two bases: use adapters of one, and name it by --base NAME@REVISION"

@@ -22,7 +22,7 @@ _REPO = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
 )
 _REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
-SAY_THE_BASE = "say which base model it is for: --base NAME"
+NAME_THE_BASE = "name its base model: --base NAME"
 _BASES_NAMED = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -119,12 +119,12 @@ def usable(row: Adapter, *, whole: bool = False) -> Adapter:
 
 
 def _way_out(row: Adapter) -> str:
-    """What to do about an adapter that cannot be used."""
+    """A hint for an adapter that cannot be used."""
     if only_saved_whole(row.reason):
         return TAKE_THE_UPDATE
     if row.base_match == "mismatch":
         return "sync its own base to use it there, or name its folder"
-    return SAY_THE_BASE if names_no_base(row) else "leave this adapter out"
+    return NAME_THE_BASE if names_no_base(row) else "leave this adapter out"
 
 
 def names_no_base(row: Adapter) -> bool:
