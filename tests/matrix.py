@@ -130,7 +130,7 @@ KINDS = (
     Kind("factors in bf16", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.bfloat16()))),
     Kind("factors in 8-bit floats", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.to(torch.float8_e4m3fn)))),
     Kind("factors in fp16", "llama", _changed(_PLAIN, _all(lambda tensor: tensor.half()))),
-    Kind("initialised by `eva`, `gaussian` or `orthogonal`", "llama", _changed(_PLAIN, init_lora_weights="eva")),
+    Kind("initialised by `eva`", "llama", _changed(_PLAIN, init_lora_weights="eva")),
     Kind("`Conv1D` layers (`fan_in_fan_out`)", "gpt2", _lora(target_modules=["c_attn", "c_fc", "c_proj"])),
     Kind("fused projections", "phi3", _lora(target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])),
     Kind("input embeddings", "llama", _lora(target_modules=["embed_tokens", "q_proj"])),
@@ -271,11 +271,20 @@ KINDS = (
         refused="single token embeddings were trained",
     ),
     Kind("aLoRA", "llama", _changed(_PLAIN, alora_invocation_tokens=[3]), refused="aLoRA: the update acts only after"),
-    Kind(
-        "PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA",
-        "llama",
-        _changed(_PLAIN, init_lora_weights="pissa"),
-        refused="PiSSA: B·A is relative to a base that PiSSA changed",
+    *(
+        Kind(
+            f"`init_lora_weights` {init}",
+            "llama",
+            _changed(_PLAIN, init_lora_weights=init),
+            refused=f"{name}: B·A is relative to a base that {name} changed",
+        )
+        for init, name in [
+            ("pissa", "PiSSA"),
+            ("olora", "OLoRA"),
+            ("corda", "CorDA"),
+            ("loftq", "LoftQ"),
+            ("lora_ga", "LoRA-GA"),
+        ]
     ),
     Kind("other methods than LoRA", "llama", _changed(_PLAIN, peft_type="IA3"), refused="peft_type is IA3, not LORA"),
     Kind(
