@@ -69,11 +69,15 @@ class MergePlan:
         return (*self.modules, *self.zeros)
 
     @property
+    def known(self) -> Mapping[str, Shape]:
+        """(out, in) of every module that one of the adapters has, in the scope or not."""
+        return _shapes(self.adapters)
+
+    @property
     def kinds_in_some_layers(self) -> list[str]:
         """The last parts of the modules that the result lacks in some layers of the base, as far as that is known."""
-        if modules_meant(self.written, self.adapters) == set(self.written):
-            return []
-        return kinds_in_some_layers(self.written, all_modules(self.adapters))
+        everywhere = {name for adapter in self.adapters for name in _targets_everywhere(adapter)}
+        return kinds_in_some_layers(self.written, self.known, everywhere)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -317,8 +321,7 @@ def modules_meant(
         base: all modules of the base, where they are known.
     """
     names = {_last(module) for module in modules}
-    known = {module for adapter in adapters for module in adapter.modules} if base is None else base
-    meant = {module for module in known if _last(module) in names}
+    meant = {module for module in (_shapes(adapters) if base is None else base) if _last(module) in names}
     if base is not None or all(_all_there(name, meant, adapters) for name in names):
         return meant
     return None
