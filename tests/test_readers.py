@@ -234,13 +234,42 @@ def test_targets_are_short_where_they_mean_the_same_modules() -> None:
         assert set(config_of(Path(f"out{number}"))["target_modules"]) == wanted, words
 
 
-def test_compact_is_no_form_of_everything() -> None:
+def test_what_the_base_has_in_some_layers_only_is_no_partial_result() -> None:
+    hybrid = {f"model.layers.{n}.{'self_attn.q_proj' if n == 2 else 'linear_attn.out'}": (32, 32) for n in range(3)}
+    write_adapter(Path("hybrid"), random_factors(hybrid, 2, seed=3))
+    unet = {f"down_blocks.{n}.attn.{name}": (32, 32) for n, name in ((0, "to_q"), (0, "to_out.0"), (1, "to_q"))}
+    write_adapter(Path("unet"), random_factors(unet, 2, seed=4), target_modules=["to_q", "to_out.0"])
+    first = {module: shape for module, shape in BASE.items() if ".0.self_attn" in module}
+    write_adapter(Path("first"), random_factors(first, 2, seed=5), target_modules=list(first))
+    mlp = {module: shape for module, shape in BASE.items() if "mlp" in module}
+    write_adapter(Path("mlp"), random_factors(mlp, 2, seed=6), target_modules=r".*mlp\..*")
+    for words, kinds in (
+        (["hybrid"], ""),
+        (["unet"], ""),
+        (["mlp"], ""),
+        (["first", "narrow"], ""),
+        (["hybrid", "--scope", "layers=0"], "out"),
+        (["first", "mlp", "--scope", "modules=*_proj"], "k_proj, o_proj, q_proj and v_proj"),
+    ):
+        told = ok("merge", *words, "-o", f"out-{'-'.join(words[:2])}").err
+        assert ("only some layers have" in told) == bool(kinds), words
+        assert not kinds or f"only some layers have {kinds}: LoRAX" in told
+
+
+def test_options_that_ask_for_two_forms_of_result_are_refused() -> None:
     assert "--compact cannot be combined with --for sglang" in refused(
         2, "merge", "wide", "--compact", "--for", "sglang"
     )
     assert "--compact cannot be combined with --dense" in refused(2, "merge", "wide", "--compact", "--dense")
     assert "--for cannot be combined with --dense" in refused(2, "merge", "wide", "--for", "sglang", "--dense")
     assert "is not one of" in refused(2, "merge", "wide", "--for", "tgi")
+
+
+def test_what_parents_lack_themselves_is_not_told() -> None:
+    for name in ("q_proj", "up_proj"):
+        shapes = {module: shape for module, shape in BASE.items() if module.endswith(name)}
+        write_adapter(Path(name), random_factors(shapes, 2, seed=3))
+    assert len(ok("merge", "q_proj", "up_proj", "-o", "out").err.splitlines()) == 1
 
 
 def test_compact_says_nothing_where_ranks_agree() -> None:

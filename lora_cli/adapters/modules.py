@@ -120,9 +120,17 @@ class _Locating:
         self.modules: dict[str, AnyFactors] = {}
         self.notes: list[str] = []
         self.ignored: list[str] = []
-        self.refusals: list[str] = []
+        self._refused: dict[str, list[str]] = {}
         self.missing: list[str] = []
         self.misfits: list[str] = []
+
+    @property
+    def refusals(self) -> list[str]:
+        """One reason per kind, the first, with how many more there are."""
+        return [
+            first + (f" (and {len(others):,} more like this)" if others else "")
+            for first, *others in self._refused.values()
+        ]
 
     def place(self, pairs: Mapping[str, Pair]) -> None:
         """Give every pair its name, or say why it has none."""
@@ -212,8 +220,8 @@ class _Locating:
         """Factors of fused experts: PEFT nests its layers, the parameter that is registered first innermost."""
         stacks = self._stacks_of(container)
         if depth >= len(stacks):
-            self.refusals.append(
-                f"factors of fused experts that its target_parameters do not name ({shortened(container)})"
+            self._refuse(
+                "experts", f"factors of fused experts that its target_parameters do not name ({shortened(container)})"
             )
             return
         parameter, stack = stacks[len(stacks) - 1 - depth]
@@ -248,14 +256,18 @@ class _Locating:
         self._add(factors, matrix)
 
     def _refuse_rank(self, name: str, rank: int, wanted: int) -> None:
-        self.refusals.append(
-            f"{shortened(name)} has rank {rank} in its tensors and {wanted} in its configuration: PEFT cannot load it"
+        self._refuse(
+            "rank",
+            f"{shortened(name)} has rank {rank} in its tensors and {wanted} in its configuration: PEFT cannot load it",
         )
+
+    def _refuse(self, kind: str, reason: str) -> None:
+        self._refused.setdefault(kind, []).append(reason)
 
     def _add(self, factors: ModuleFactors, matrix: Matrix | None) -> None:
         name, shape = factors.module, (factors.out_features, factors.in_features)
         if name in self.modules:
-            self.refusals.append(f"{shortened(name)} is there twice, under two names")
+            self._refuse("twice", f"{shortened(name)} is there twice, under two names")
         self.modules[name] = factors
         if matrix is not None and shape != matrix.shape:
             self.misfits.append(f"shapes differ from base at {shortened(name)}: {shape} here, {matrix.shape} there")
@@ -268,8 +280,9 @@ class _Locating:
             seen.setdefault((matrix.parameter, matrix.row), set()).add(matrix.expert)
         for (parameter, _), experts in seen.items():
             if left := sorted(set(range(base.stacks[parameter].experts)) - experts):
-                self.refusals.append(f"expert {left[0]} of {shortened(parameter)} has no factors: PEFT cannot load it")
-                return
+                self._refuse(
+                    "expert", f"expert {left[0]} of {shortened(parameter)} has no factors: PEFT cannot load it"
+                )
 
 
 def _experts(base: Skeleton, modules: Iterable[str]) -> Iterator[tuple[str, Matrix]]:

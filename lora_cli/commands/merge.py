@@ -353,10 +353,10 @@ def _of_readers(plan: Any, results: Mapping[str, Any]) -> list[str]:
         told.append(
             f"  only some layers have {_and(kinds)}: LoRAX drops these, lmdeploy reads stray memory in the others"
         )
-    missing, loads = fused_parts_missing(plan.written), sglang_loads(plan.written)
-    if missing and (plan.scope or not loads):
-        names = sorted({module.rpartition(".")[2] for module in missing})
-        alone = "" if loads else ", and cannot load them alone"
+    # What the parents lack as well was not lost in the merge.
+    if lost := plan.known.keys() & fused_parts_missing(plan.written):
+        names = sorted({module.rpartition(".")[2] for module in lost})
+        alone = "" if sglang_loads(plan.written) else ", and cannot load them alone"
         told.append(f"  SGLang fuses these modules with {_and(names)}{alone}: --for sglang puts zeros there")
     return told
 

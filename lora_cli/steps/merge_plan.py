@@ -94,13 +94,18 @@ class MergePlan:
         return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.saved_modules), None)
 
     @property
+    def known(self) -> Mapping[str, Shape]:
+        """(out, in) of every module that one of the adapters has, in the scope or not."""
+        return _shapes(self.adapters)
+
+    @property
     def kinds_in_some_layers(self) -> list[str]:
         """The last parts of the layers that the result lacks in some layers of the base, as far as that is known."""
         layers = self.layout.layers
-        if modules_meant(layers, self.adapters, self.skeleton) == set(layers):
-            return []
-        known = all_modules(self.adapters) if self.skeleton is None else self.skeleton.matrices
-        return kinds_in_some_layers(layers, known)
+        if self.skeleton is not None:
+            return kinds_in_some_layers(layers, self.skeleton.matrices, {_last(name) for name in layers})
+        everywhere = {name for adapter in self.adapters for name in _targets_everywhere(adapter)}
+        return kinds_in_some_layers(layers, self.known, everywhere)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -371,7 +376,7 @@ def modules_meant(
     names = {_last(module) for module in modules}
     if base is not None:
         return None if names & base.others else {module for module in base.matrices if _last(module) in names}
-    meant = {module for adapter in adapters for module in adapter.modules if _last(module) in names}
+    meant = {module for module in _shapes(adapters) if _last(module) in names}
     return meant if all(_all_there(name, meant, adapters) for name in names) else None
 
 

@@ -129,25 +129,32 @@ def _shape_of(module: str, shapes: Mapping[str, Shape], by_kind: Mapping[str, Co
     return elsewhere[0]
 
 
-def kinds_in_some_layers(modules: Collection[str], known: Iterable[str]) -> list[str]:
-    """The last parts of those `modules` that are missing in other layers of their stack.
+def kinds_in_some_layers(modules: Collection[str], known: Iterable[str], everywhere: Collection[str]) -> list[str]:
+    """The last parts of those `modules` that the base has in more layers than `modules` do, as far as that is known.
 
     Args:
-        known: all modules of the base that are known, which show how many layers there are.
+        known: all modules of the base that are known.
+        everywhere: target names of adapters that have all modules of these names; other modules are taken to be in
+            every layer of their stack.
     """
+    all_known = _by_kind([*known, *modules])
     layers: dict[str, set[str]] = {}
-    for stack, layer, _ in _layered([*known, *modules]):
-        layers.setdefault(stack, set()).add(layer)
-    of_kind: dict[tuple[str, str], set[str]] = {}
-    for stack, layer, rest in _layered(modules):
-        of_kind.setdefault((stack, rest), set()).add(layer)
-    return sorted({_last(rest) for (stack, rest), found in of_kind.items() if found != layers[stack]})
+    for (stack, _), found in all_known.items():
+        layers.setdefault(stack, set()).update(found)
+    partial = []
+    for (stack, kind), found in _by_kind(modules).items():
+        complete = any(kind == name or kind.endswith(f".{name}") for name in everywhere)
+        if found != (all_known[stack, kind] if complete else layers[stack]):
+            partial.append(kind)
+    return sorted(set(map(_last, partial)))
 
 
-def _layered(modules: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(stack, layer, rest) of the modules that lie in a layer: `model.layers.`, `7`, `mlp.up_proj`."""
-    found = map(_LAYER.fullmatch, modules)
-    return [(match[1], match[2], match[3]) for match in found if match is not None]
+def _by_kind(modules: Iterable[str]) -> dict[tuple[str, str], set[str]]:
+    """The layers of each kind of module, (stack, name in the layer): `model.layers.`, `mlp.up_proj`."""
+    kinds: dict[tuple[str, str], set[str]] = {}
+    for match in filter(None, map(_LAYER.fullmatch, modules)):
+        kinds.setdefault((match[1], match[3]), set()).add(match[2])
+    return kinds
 
 
 def _kind(module: str) -> str:
