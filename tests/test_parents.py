@@ -62,8 +62,8 @@ def test_a_result_without_a_base_is_refused(declared: str | None) -> None:
     adapter("lost", base_model_name_or_path=declared)
     for plan in ([], ["--dry-run"]):
         told = refused(5, "merge", "lost", *plan)
-        assert "none of these adapters names its base model" in told
-        assert "name it with --base" in told
+        assert "lost declares no base model" in told
+        assert "name its base model: --base NAME" in told
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning", "ignore:.is_gradient_checkpointing:FutureWarning")
