@@ -270,9 +270,9 @@ def test_what_parents_lack_themselves_is_not_told() -> None:
         shapes = {module: shape for module, shape in BASE.items() if module.endswith(name)}
         write_adapter(Path(name), random_factors(shapes, 2, seed=3))
     told = ok("merge", "q_proj", "up_proj", "-o", "out").err.splitlines()
-    assert [line.partition(":")[0] for line in told] == [
-        "module names are not checked against acme/tiny",
+    assert [line.partition(":")[0].strip() for line in told] == [
         "norm-matched",
+        "module names are not checked against acme/tiny",
     ]
 
 
@@ -286,9 +286,8 @@ def test_what_is_told_of_readers_is_told_again_of_a_result_that_is_up_to_date() 
     _, first = made(*FORMS["v of one layer"])
     _, again = made(*FORMS["v of one layer"])
     assert "up to date" in again.err
-    unchecked, _, *readers = first.err.splitlines()
-    assert [unchecked, *readers] == [line for line in again.err.splitlines() if "up to date" not in line]
-    assert len(readers) == 2
+    assert first.err.splitlines()[1:] == again.err.splitlines()[1:]
+    assert len(again.err.splitlines()) == 4
 
 
 def test_vllm_is_given_the_smallest_rank_that_it_accepts() -> None:

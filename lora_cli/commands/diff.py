@@ -85,7 +85,7 @@ def diff(
             "plot": None if plot is None else str(plot),
         },
     )
-    for line in told(found):
+    for line in filter(None, [*told(found), gathered.unchecked]):
         screen.say(line)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")

@@ -248,6 +248,7 @@ def merge(
                     samples.collect(plan.adapters, plan.modules, Path(spool), progress=progress)
                 report = step.merge(plan, folder, run, replace=force, lock=lock, progress=progress)
                 told = [outcome(plan, report), *_notes(plan, report)]
+            told += [f"  {gathered.unchecked}"] if gathered.unchecked else []
             told += [*_of_readers(plan, run.results), *_to_serve(plan, folder, run.results, settings.base)]
     show_output(screen, "lora.merge/1", folder, run.record())
     for line in told:

@@ -86,7 +86,7 @@ def similarity(
             "plot": None if plot is None else str(plot),
         },
     )
-    for line in _told(found, matrix, cut):
+    for line in filter(None, [*_told(found, matrix, cut), gathered.unchecked]):
         screen.say(line)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")

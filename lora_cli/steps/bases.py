@@ -45,8 +45,8 @@ def config_here(base: str) -> Path | None:
     return file.parent if file is not None else own if (own / _CONFIG).is_file() else None
 
 
-def skeleton_of(base: str, announce: Callable[[str], None]) -> "Skeleton | None":
-    """What a base model's own class is made of; None where that cannot be known, which is announced.
+def skeleton_of(base: str) -> tuple["Skeleton | None", str]:
+    """What a base model's own class is made of; None where that cannot be known, with a sentence that says why.
 
     The configuration of a Hub id that is not on this machine is asked for by one request, and kept.
     """
@@ -54,8 +54,8 @@ def skeleton_of(base: str, announce: Callable[[str], None]) -> "Skeleton | None"
     found = None if folder is None else skeleton_at(folder)
     if found is None:
         why = "its config.json is not here" if folder is None else "transformers has no class for it"
-        announce(f"module names are not checked against {base}: {why}")
-    return found
+        return None, f"module names are not checked against {base}: {why}"
+    return found, ""
 
 
 def look_here(base: str | None) -> Callable[[], "Skeleton | None"] | None:

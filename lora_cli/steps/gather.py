@@ -40,13 +40,15 @@ class Gathered:
     """Adapters ready to be read.
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
-    its weights; `skeleton` is what the base's class is made of, None where that is not known.
+    its weights; `skeleton` holds the modules of the base's class, None where the class is not known; `unchecked` then
+    says why.
     """
 
     adapters: tuple[OpenAdapter, ...]
     base: str
     inputs: Mapping[str, str]
     skeleton: Skeleton | None = None
+    unchecked: str = ""
 
 
 def default_names(catalogue: Catalogue, base: str | None, name: str | None = None) -> tuple[list[str], str]:
@@ -114,7 +116,7 @@ def gather(
     # In an order of their own: the same adapters named in another order are the same work.
     declared = sorted(judged, key=lambda one: one.ref.pinned)
     _check_bases(declared, base, known)
-    skeleton = skeleton_of(base or declared[0].base, announce)
+    skeleton, unchecked = skeleton_of(base or declared[0].base)
     opened, inputs = [], {}
     for files, (ref, row) in zip(here, found, strict=True):
         # Opened first: what changes after it was hashed is then noticed when it is read.
@@ -130,7 +132,7 @@ def gather(
         for note in filter(None, [taken, *adapter.notes]):
             announce(f"{adapter.ref.id}: {note}")
     public = public_base(base or "", known, [one.base for one in declared])
-    return Gathered(adapters=tuple(opened), base=public, inputs=inputs, skeleton=skeleton)
+    return Gathered(adapters=tuple(opened), base=public, inputs=inputs, skeleton=skeleton, unchecked=unchecked)
 
 
 def gather_update(

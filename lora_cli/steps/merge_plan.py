@@ -275,7 +275,9 @@ def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: b
     elif what != "drop":
         if dense:
             raise UsageError("--dense has no place for modules saved whole: --saved-modules drop")
-        [chosen] = [adapter for adapter in adapters if adapter.ref.pinned == what]
+        chosen = next((adapter for adapter in adapters if adapter.ref.pinned == what), None)
+        if chosen is None:
+            raise UsageError(f"--saved-modules names {what!r}, which is no adapter of this merge")
         if not chosen.saved:
             raise Refused(f"{chosen.ref.id} holds no modules saved whole", hint="--saved-modules drop")
         if not chosen.config.modules_to_save and chosen.config.task_type not in _TASKS_WITH_A_HEAD:
