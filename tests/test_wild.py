@@ -66,6 +66,31 @@ def test_every_real_adapter_is_described_or_refused_for_the_true_reason(folder: 
         assert facts["parameters"] * 2 < facts["bytes"]
 
 
+MORE = {
+    "distilgpt2-fan-in-false": ("ok", ""),
+    "distilgpt2-fan-in-true": ("ok", ""),
+    "gemma-2b-nested-prefix": (
+        "ok",
+        "names repaired: base_model.model.model.layers.0.self_attn.k_proj is model.layers.0.self_attn.k_proj",
+    ),
+    "unet-no-base": ("unusable", "declares no base model, only the class UNet2DConditionModel"),
+    "whisper-null-task-type": ("ok", ""),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_real_adapters_that_each_have_one_fault(name: str) -> None:
+    facts = facts_of(WILD / "more" / name)
+    assert (facts["status"], facts["notes"] or facts["reason"]) == MORE[name]
+
+
+def test_keys_that_a_trainer_nested_twice_mean_the_modules_of_the_base() -> None:
+    folder = WILD / "more" / "gemma-2b-nested-prefix"
+    config = parse_config((folder / "adapter_config.json").read_bytes())
+    modules = locate_modules(config, read_header(folder / "adapter_model.safetensors")).modules
+    assert set(modules) == {f"model.layers.{n}.self_attn.{name}_proj" for n in range(18) for name in "qkvo"}
+
+
 def test_one_base_under_four_spellings() -> None:
     found = {folder.name.split("__")[0]: facts_of(folder, base_name=GEMMA) for folder in ADAPTERS}
     matches = {name: facts["base_match"] for name, facts in found.items() if facts["base_match"] != "mismatch"}
