@@ -159,6 +159,12 @@ class MethodFolder:
             )
         return self.methods[name]
 
+    def knobs_of(self, name: str) -> dict[str, Knob]:
+        """Every knob that method `name` can take, those of the methods it can run inside itself included."""
+        own = self.get(name).knobs
+        inside = own["inside"].choices if "inside" in own else ()
+        return {**own, **{knob: value for one in inside for knob, value in self.get(one).knobs.items()}}
+
     def check(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs of method `name`, `given` values over defaults; UsageError for a knob it lacks or out of range.
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,36 +19,11 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.adapters.skeleton import Matrix
 from lora_cli.base_model import BaseModel
-from lora_cli.errors import Refused, UsageError
+from lora_cli.errors import Refused
 from lora_cli.models.apply import Factors, Term
+from lora_cli.recipes import Granularity, Shape
 
-Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
-Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
-Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
 _LAYER = re.compile(r"(.*?\.\d+)\.([^.]+)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """Which coefficients there are and how they come from θ.
-
-    granularity: one per adapter and `adapter` (whole model), `layer`, `sublayer` (attention or MLP of a layer),
-        `module`; or one per `rank` of each adapter in each module.
-    activation: c = φ(θ): `leaky_relu` (slope 0.01), `linear`, `softmax` over the adapters that touch the group,
-        `sigmoid`, `square`.
-    init: θ starts at `zero`, `average` (1/N), `sqrt` (1/√N), `uniform` in (0, 1), or `normal` with deviation 0.5.
-    """
-
-    granularity: Granularity = "module"
-    activation: Activation = "leaky_relu"
-    init: Init = "zero"
-
-    def __post_init__(self) -> None:
-        for name, kind in (("granularity", Granularity), ("activation", Activation), ("init", Init)):
-            if getattr(self, name) not in get_args(kind):
-                raise UsageError(f"unknown {name} {getattr(self, name)!r}", hint=f"one of {', '.join(get_args(kind))}")
-        if self.granularity == "rank" and self.activation == "softmax":
-            raise UsageError("softmax over adapters has no meaning for coefficients per rank", hint="use leaky_relu")
 
 
 class _Weighted(torch.autograd.Function):

@@ -10,6 +10,8 @@ Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
 Server = Literal["vllm", "sglang"]
+Metric = Literal["exact", "nll"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""

@@ -128,12 +128,16 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
-def claim(folder: Path, key: str, *, force: bool) -> bool:
-    """True when `folder` already holds this very run; False when the work is to be done and may go there.
+def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool:
+    """Is this run's result already in `folder`? True: reuse it. False: the folder is free, do the work.
+
+    Args:
+        force: redo the work in any case; whatever output the folder holds may be replaced.
+        replace: an output of another run may be replaced.
 
     Raises:
-        OutputError: something else is there, or a result that was changed or cut short since, and `force` was not
-            given; with `force`, it is nothing that this tool made.
+        OutputError: the folder holds an output that may not be replaced, a result that was changed or cut short since,
+            or something that this tool did not make.
     """
     try:
         if folder.is_symlink():
@@ -146,7 +150,7 @@ def claim(folder: Path, key: str, *, force: bool) -> bool:
             return not force
         if not folder.exists():
             return False
-        if not force:
+        if not (force or replace):
             raise OutputError(f"{folder} exists", hint="choose another folder with -o, or replace it with --force")
         if not (folder.is_dir() and (is_output(folder) or not any(folder.iterdir()))):
             raise OutputError(f"{folder}: not an output of lora, so --force leaves it alone", hint="choose another -o")

@@ -13,8 +13,8 @@ import pytest
 
 from lora_cli.adapters.base_names import public_base
 from lora_cli.base_model import BaseModel, load, pin
+from lora_cli.recipes import Recipe
 from lora_cli.records import Example
-from lora_cli.steps.descent import Recipe
 from lora_cli.steps.evaluate import System, evaluate
 from lora_cli.steps.fit import fit
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
 from lora_cli.errors import Refused
-from lora_cli.steps.merge_plan import METHODS
+from lora_cli.merge_options import METHODS
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.dense_coefficients import RULES

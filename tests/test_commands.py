@@ -186,7 +186,7 @@ def test_the_readme_links_to_what_exists() -> None:
         ("select --by rnk", 2, "did you mean 'rank'"),
         ("select --where 'rang=8'", 2, "rang"),
         ("select --by cosine", 2, "needs --target"),
-        ("merge a=x", 2, "the weight after = is no number"),
+        ("merge a=x", 2, "the weight after = is not a number"),
         ("merge a=1 b", 2, "some adapters have a weight"),
         ("merge a b --weights 1,2,3", 2, "3 numbers for 2 adapters"),
         ("runs show nothing", 3, "no run whose id starts with"),

@@ -10,9 +10,9 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
+from lora_cli.recipes import Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
-from lora_cli.steps.descent import Recipe
 from lora_cli.steps.evaluate import System, Updates, evaluate
 from lora_cli.steps.train import train
 from tests.adapters_on_disk import random_factors, write_adapter

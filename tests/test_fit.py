@@ -11,9 +11,8 @@ import torch
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
-from lora_cli.mixture import Shape
+from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
-from lora_cli.steps.descent import Recipe
 from lora_cli.steps.fit import FitResult, fit
 from lora_cli.steps.train import train
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -259,7 +259,7 @@ def test_bad_input_is_answered_in_a_line(here: World) -> None:
     assert "bad.jsonl:2: malformed JSON" in refused(1, "fit", "--data", "bad.jsonl")
     assert "bad.jsonl:2" in refused(1, "eval", "pool/kestrel/outer", "--data", "bad.jsonl")
     assert "no such file" in refused(1, "train", "--data", "absent.jsonl")
-    assert "unknown granularity 'neuron'" in refused(2, "fit", "--granularity", "neuron")
+    assert "'neuron' is not one of 'adapter'" in refused(2, "fit", "--granularity", "neuron")
     assert "unknown control 'magic'" in refused(2, "fit", "--control", "magic")
     assert "without =WEIGHT" in refused(2, "fit", "pool/kestrel/outer=2")
     assert "no system 'nothing'" in refused(3, "eval", "pool/kestrel/outer", "--baseline", "nothing")
@@ -295,8 +295,7 @@ def test_what_is_wrong_from_the_start_is_said_before_anything_is_recorded_or_loa
 def test_a_base_is_needed(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("lora.toml").unlink()
     for command in ("fit", "train", "eval"):
-        option = "--data" if command != "eval" else "--metric"
-        told = refused(2, command, option, "task.jsonl")
+        told = refused(2, command, "--data", "task.jsonl")
         assert "no base model" in told
         assert "LORA_BASE" in told
 

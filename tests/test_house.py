@@ -8,15 +8,29 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.merge_options import METHODS
 from lora_cli.methods import MethodFolder
-from lora_cli.steps import merge, select
+from lora_cli.steps import select
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
-    ("errors", "records"),
-    ("settings", "methods", "where", "outputs", "migrations", "task", "scores", "screen", "plots", "hub"),
+    ("errors", "records", "options"),
+    (
+        "settings",
+        "methods",
+        "recipes",
+        "merge_options",
+        "where",
+        "outputs",
+        "migrations",
+        "task",
+        "scores",
+        "screen",
+        "plots",
+        "hub",
+    ),
     ("catalogue", "runs"),
     ("adapters",),
     ("models", "base_model", "mixture", "merge_methods", "selection_methods"),
@@ -25,7 +39,7 @@ FLOORS = (
     ("commands",),
     ("app",),
     ("__main__",),
-)
+)  # fmt: skip
 KEEPERS = {
     "torch": (
         "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates",
@@ -37,6 +51,7 @@ KEEPERS = {
     "peft": ("models", "base_model", "world"),
     "re2": ("adapters.targets",),
     "tokenizers": ("world",),
+    "msgspec": ("options", "recipes", "merge_options", "steps", "commands"),
     "safetensors": ("world",),
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue", "migrations", "runs"),
@@ -62,7 +77,8 @@ def rooms() -> list[tuple[str, ast.Module]]:
 
 def imports(tree: ast.Module, *, at_start: bool = False) -> Iterator[str]:
     """Dotted names a module imports; `at_start` leaves out what stands inside functions."""
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)} if at_start else {}
+    later = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) or _is_for_types(n)] if at_start else []
+    inside = {id(n) for node in later for n in ast.walk(node)}
     for node in ast.walk(tree):
         if id(node) in inside:
             continue
@@ -71,6 +87,11 @@ def imports(tree: ast.Module, *, at_start: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    """`if TYPE_CHECKING:`, whose imports never run."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def under(name: str, room: str) -> bool:
@@ -150,7 +171,7 @@ def test_steps_and_below_never_print() -> None:
     assert set(talkers) == {"screen"}
 
 
-@pytest.mark.parametrize("folder", [merge.METHODS, select.METHODS], ids=["merge", "select"])
+@pytest.mark.parametrize("folder", [METHODS, select.METHODS], ids=["merge", "select"])
 def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> None:
     for name, one in folder.methods.items():
         assert callable(folder.load(name))
@@ -160,9 +181,9 @@ def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> N
             assert knob.help, (name, knob.name)
 
 
-@pytest.mark.parametrize("name", sorted(merge.METHODS.methods))
+@pytest.mark.parametrize("name", sorted(METHODS.methods))
 def test_a_merge_method_tells_its_weights_cost_use_and_source(name: str) -> None:
-    sections = merge.METHODS.get(name).sections
+    sections = METHODS.get(name).sections
     assert [*sections] == ["Weights", "Cost", "Use", "Source"]
     assert all(text.endswith(".") for text in sections.values())
 

@@ -17,12 +17,12 @@ from lora_cli.base_model import BaseModel, BaseRef, load, pin
 from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.runs import recorded
 from lora_cli.steps.inputs import ModuleInputs, data_of
-from lora_cli.steps.merge import merge, plan
+from lora_cli.steps.merge import merge
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.dense_clusters import regmean
 from tests.dense_reference import Case
 from tests.templates import STYLES, tokenizer_of
-from tests.test_merge import close, deltas
+from tests.test_merge import close, deltas, planned_merge
 from tests.tiny_bases import examples, gpt2, llama, opened, saved, tiny_llama
 
 EVERYTHING = 10**6
@@ -227,7 +227,7 @@ def test_regmean_merges_by_them(home: Path, ref: BaseRef, adapters: list[OpenAda
     samples = ModuleInputs(base=ref, files=files, tokens=EVERYTHING)
     made = {}
     for method in ("regmean", "linear"):
-        planned = plan(adapters, [0.5, 0.5], base="acme/tiny", method=method, rank="sum", inputs=samples)
+        planned = planned_merge(adapters, [0.5, 0.5], method=method, rank="sum", inputs=samples)
         with recorded(tmp_path / "runs.db", "merge", planned.settings, samples.inputs, tmp_path / method) as run:
             if method == "regmean":
                 samples.collect(planned.adapters, planned.modules, tmp_path)
@@ -256,4 +256,4 @@ def test_regmean_merges_by_them(home: Path, ref: BaseRef, adapters: list[OpenAda
 
 def test_regmean_without_examples_says_what_it_needs(adapters: list[OpenAdapter]) -> None:
     with pytest.raises(UsageError, match="needs examples"):
-        plan(adapters, [0.5, 0.5], base="acme/tiny", method="regmean")
+        planned_merge(adapters, [0.5, 0.5], method="regmean")

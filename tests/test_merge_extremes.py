@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import Refused, UsageError
-from lora_cli.steps.merge_plan import METHODS
+from lora_cli.merge_options import METHODS
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.test_merge import close, deltas, merged
@@ -101,10 +101,10 @@ def test_what_rounding_leaves_of_a_cancelled_sum_is_not_written(tmp_path: Path, 
 def test_a_tiny_lambda_is_a_factor_and_no_cancellation(tmp_path: Path) -> None:
     folders = pool(tmp_path)
     merged(tmp_path / "one", folders, [1.0] * 3)
-    merged(tmp_path / "tiny", folders, [1.0] * 3, scaling=1e-9)
+    merged(tmp_path / "tiny", folders, [1.0] * 3, lambda_=1e-9)
     close(times(deltas(tmp_path / "tiny"), 1e9), deltas(tmp_path / "one"), 1e-6)
-    with pytest.raises(UsageError, match="--lambda is a factor other than 0"):
-        merged(tmp_path / "none", folders, [1.0] * 3, scaling=0.0)
+    with pytest.raises(UsageError, match="--lambda 0 would erase"):
+        merged(tmp_path / "none", folders, [1.0] * 3, lambda_=0.0)
 
 
 def test_a_result_that_vanishes_in_its_precision_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
+from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
-from lora_cli.steps.merge_plan import METHODS
 from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference, dense_spectral
 from tests.dense_reference import Case
 

@@ -100,7 +100,7 @@ def test_a_small_result_is_told() -> None:
 
 
 def test_a_rank_that_no_module_has_is_refused() -> None:
-    assert "more than any of these modules can have, 16" in refused(5, "merge", *TWO, "--rank", "17")
+    assert "the largest module of these adapters allows rank 16" in refused(5, "merge", *TWO, "--rank", "17")
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "mps"])
@@ -125,7 +125,7 @@ def coefficients(**changes: Any) -> Coefficients:
 def test_learnt_coefficients_leave_nothing_to_missing() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
     told = refused(2, "merge", *TWO, "--coef", "c.json", "--missing", "renorm", "-o", "out")
-    assert "--missing has no meaning beside them" in told
+    assert "--missing cannot be combined with --coef" in told
 
 
 @pytest.mark.parametrize("row", [["0.5"], [True], [None], []])
@@ -150,7 +150,7 @@ def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
 def test_coefficients_of_others_are_refused() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
     assert "not in both" in refused(5, "merge", "one", "--coef", "c.json")
-    assert "leave out --weights" in refused(2, "merge", *TWO, "--coef", "c.json", "--weights", "sum")
+    assert "--weights and --dedupe cannot be combined with --coef" in refused(2, "merge", *TWO, "--coef", "c.json", "--weights", "sum")
     short = dict.fromkeys(SHAPES, ((0.5,), (1.0, 2.0)))
     Path("c.json").write_text(coefficients_text(coefficients(values=short)))
     assert "not as many as it has ranks" in refused(5, "merge", *TWO, "--coef", "c.json")

@@ -12,12 +12,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.merge_options import METHODS
 from lora_cli.runs import recorded
-from lora_cli.steps.merge import METHODS, merge, plan
+from lora_cli.steps.merge import merge
 from lora_cli.steps.merge_module import ModuleMerger
 from lora_cli.world import World
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.test_merge import opened
+from tests.test_merge import opened, planned_merge
 from tests.test_merge_laws import LAWS
 from tests.tiny_bases import STORIES
 
@@ -71,10 +72,9 @@ def test_the_merged_adapter_says_what_the_dense_update_says(
     if LAWS[name].equal_ranks:
         chosen = [adapters[0]]
     kept = {} if METHODS.get(name).kind == "factors" else {"energy": 1.0}
-    planned = plan(
+    planned = planned_merge(
         chosen,
         [0.7, 0.5, 0.9][: len(chosen)],
-        base="acme/tiny",
         method=name,
         inputs=fed,
         **kept,

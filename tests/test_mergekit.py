@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
+from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
-from lora_cli.steps.merge_plan import METHODS
 
 mergekit = pytest.importorskip("mergekit.merge_methods", exc_type=ImportError)
 if not hasattr(mergekit, "merge_tensors"):

@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce, svd
 from lora_cli.adapters.spectra import basis, polar
 from lora_cli.adapters.updates import Updates
+from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
-from lora_cli.steps.merge_plan import METHODS
 from tests import dense_spectral
 from tests.dense_reference import Case
 

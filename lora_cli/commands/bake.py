@@ -1,16 +1,30 @@
 """`lora bake`: an adapter becomes part of its base model."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.merge import download_plan
-from lora_cli.commands.options import Base, Db, DryRun, Force, Json, Out, examples, screen_for, show_output
+from lora_cli.commands.options import (
+    OUTPUT,
+    Catalogued,
+    Command,
+    JobOptions,
+    downloads,
+    examples,
+    screen_for,
+    show_output,
+    with_flags,
+)
 from lora_cli.errors import UsageError
+from lora_cli.options import Flag, Options
+from lora_cli.records import Precision
 from lora_cli.screen import Column, Screen, near
-from lora_cli.settings import load
+
+if TYPE_CHECKING:
+    from lora_cli.runs import Run
+    from lora_cli.steps.bake import BakeReport
 
 _LAYERS = (
     Column("LAYER", "layer", wide=True),
@@ -22,6 +36,12 @@ _LAYERS = (
 _SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %"
 
 
+class BakeOptions(Options, frozen=True, kw_only=True):
+    """How the baked model is written."""
+
+    dtype: Annotated[Precision, Flag(help="Precision on disk; auto is that of the base.", panel=OUTPUT)] = "auto"
+
+
 def bake(
     adapter: Annotated[
         str,
@@ -29,16 +49,11 @@ def bake(
             metavar="ADAPTER", help="Id of the catalogue or the Hub, folder (also of merge --dense), or - for stdin."
         ),
     ],
-    base: Base = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="Precision on disk: auto (as the base), fp32, bf16, fp16.")] = (
-        "auto"
-    ),
     layers: Annotated[bool, typer.Option("--layers", help="Show what each layer lost, in place of the path.")] = False,
-    out: Out = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    db: Db = None,
-    json: Json = False,
+    *,
+    setup: Catalogued,
+    options: BakeOptions,
+    job: JobOptions,
 ) -> None:
     """Add an adapter to its base model, and say how much of it survived.
 
@@ -46,62 +61,53 @@ def bake(
     is small beside the weight it is added to: how much of the update that was is measured, and above 10 % a warning.
     The result is a model folder with run.json; its path goes to stdout.
     """
-    from lora_cli import runs
-    from lora_cli.catalogue import Catalogue
     from lora_cli.steps import bake as step
-    from lora_cli.steps.gather import gather_update, to_fetch
+    from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.steps.recorded import Job, run_once
 
-    screen = screen_for(json)
-    settings = load({"base": base, "db": db})
-    model = settings.base
-    names = expand([adapter])
+    screen, settings = screen_for(job.json), setup.load()
+    model, names = settings.base, expand([adapter])
     if len(names) != 1:
         raise UsageError(f"bake takes one adapter, not {len(names)}", hint="make one of them first: lora merge")
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        if dry_run and model is not None:
-            left = to_fetch(catalogue, names, base=settings.base, aliases=settings.base_aliases, announce=screen.say)
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+        if job.dry_run and model is not None:
+            left = pool.absent(names)
             if left or not step.is_here(model):
                 waiting = {} if step.is_here(model) else {"fetch_base": model}
-                screen.document("lora.bake.plan/1", {"out": None, **download_plan(left), **waiting})
+                screen.document("lora.bake.plan/1", {"out": None, **downloads(left), **waiting})
                 return
-        update, name, parents = gather_update(
-            catalogue,
-            names[0],
-            base=settings.base,
-            aliases=settings.base_aliases,
-            announce=screen.say,
-            progress=progress,
-        )
+        update, name, parents = pool.update(names[0])
         if model is None:
             raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
         found = step.find_base(model, name=name, announce=screen.say, progress=progress)
-        plan = step.plan(update, found, dtype=dtype)
+        plan = step.plan(update, found, dtype=options.dtype)
         inputs = {**found.inputs, **parents}
-        key = runs.key_of("bake", plan.settings, inputs)
-        folder = out or settings.runs / f"bake-{key[:8]}"
-        step.demand_apart(plan, folder)
-        if dry_run:
-            planned = {"out": str(folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
+        baking = Job(verb="bake", settings=plan.settings, inputs=inputs, runs=settings.runs, out=job.out)
+        step.demand_apart(plan, baking.folder)
+        if job.dry_run:
+            planned = {"out": str(baking.folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
             screen.document("lora.bake.plan/1", planned)
             return
         for note in plan.notes:
             screen.say(note)
-        done = runs.claim(folder, key, force=force)
-        with runs.recorded(settings.db, "bake", plan.settings, inputs, folder) as run:
-            if done:
-                run.take(folder)
-                told = f"bake: {near(folder)} is up to date"
-            else:
-                report = step.bake(plan, folder, run, replace=force, progress=progress)
-                told = f"{outcome(run.results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
-    if layers and not json:
-        screen.rows("lora.bake/1", _LAYERS, run.results["layers"], identity="layer", caption=_SHARES)
+
+        def work(run: "Run") -> "BakeReport":
+            return step.bake(plan, baking.folder, run, replace=job.force, progress=progress)
+
+        done = run_once(settings.db, baking, work, force=job.force)
+    results, report = done.run.results, done.report
+    table = layers and not job.json
+    if table:
+        screen.rows("lora.bake/1", _LAYERS, results["layers"], identity="layer", caption=_SHARES)
     else:
-        show_output(screen, "lora.bake/1", folder, run.record())
-    screen.say(told)
-    if layers and not json:
-        screen.say(f"  {near(folder)}")
-    warn_of_loss(screen, run.results, step.TOO_MUCH)
+        show_output(screen, "lora.bake/1", baking.folder, done.run.record())
+    if report is None:
+        screen.say(f"bake: {near(baking.folder)} is up to date")
+    else:
+        screen.say(f"{outcome(results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB")
+    if table:
+        screen.say(f"  {near(baking.folder)}")
+    warn_of_loss(screen, results, step.TOO_MUCH)
 
 
 def outcome(results: Mapping[str, Any]) -> str:
@@ -136,9 +142,10 @@ def _percent(share: float) -> str:
 def register(root: typer.Typer) -> None:
     """Add `lora bake` to the command tree."""
     root.command(
+        cls=Command,
         epilog=examples(
             "lora bake pool/tarn/mirror -o baked",
             "lora bake pool/mossy/double --base base --dtype bf16 --layers",
             "lora bake pool/mossy/double --dtype fp32 --json --dry-run",
-        )
-    )(bake)
+        ),
+    )(with_flags(bake))

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.options import Base, Csv, Db, Json, Jsonl, examples, screen_for
+from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
 from lora_cli.screen import Column, near
-from lora_cli.settings import load
 
 Plot = Annotated[
     Path | None, typer.Option("--plot", help="Draw a picture too: a file whose name ends in .png or .svg.")
@@ -34,37 +33,25 @@ def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="Id of the catalogue or the Hub, or a folder.")],
     b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
     plot: Plot = None,
-    base: Base = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
+    *,
+    setup: Catalogued,
+    listing: Listing,
 ) -> None:
     """Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the spectra.
 
     ANGLE OUT is the smallest angle between what the two write into a module's output, ANGLE IN between what they read
     of its input: 0 is a direction shared, 90 nothing shared. The last line compares the adapters as a whole.
     """
-    from lora_cli.catalogue import Catalogue
     from lora_cli.steps.compare import diff as step
-    from lora_cli.steps.gather import gather
+    from lora_cli.steps.opened_pool import open_pool
 
-    screen = screen_for(json, jsonl, csv)
+    screen = listing.screen()
     if plot is not None:
         from lora_cli.plots import demand_plottable
 
         demand_plottable(plot)
-    settings = load({"base": base, "db": db})
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        gathered = gather(
-            catalogue,
-            [a, b],
-            base=settings.base,
-            aliases=settings.base_aliases,
-            whole=True,
-            announce=screen.say,
-            progress=progress,
-        )
+    with screen.progress() as progress, open_pool(setup.load(), screen.say, progress) as pool:
+        gathered = pool.adapters([a, b], whole=True)
         one, other = gathered.adapters
         found = step(one, other, progress)
     if plot is not None:
@@ -168,8 +155,9 @@ def _angle(angles: tuple[float, ...], of: Callable[[tuple[float, ...]], float]) 
 def register(root: typer.Typer) -> None:
     """Add `lora diff` to the command tree."""
     root.command(
+        cls=Command,
         epilog=examples(
             "lora diff pool/tarn/mirror pool/mossy/double",
             "lora diff pool/tarn/mirror pool/mossy/double --plot diff.svg --json",
-        )
-    )(diff)
+        ),
+    )(with_flags(diff))

@@ -7,30 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.fit import base_of
-from lora_cli.commands.merge import named
-from lora_cli.commands.options import (
-    Base,
-    Csv,
-    Db,
-    Device,
-    Dtype,
-    Json,
-    Jsonl,
-    Quiet,
-    Seed,
-    examples,
-    screen_for,
-    with_prompting,
-)
+from lora_cli.commands.chosen import expand
+from lora_cli.commands.options import Command, Listing, Loaded, Prompts, base_of, examples, with_flags
 from lora_cli.commands.task import summary
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
-from lora_cli.models.encode import Prompting
-from lora_cli.records import Example, Score
+from lora_cli.options import Flag, Options
+from lora_cli.records import Example, Metric, Score
 from lora_cli.screen import Column, near
-from lora_cli.settings import Settings, load
+from lora_cli.settings import Settings
 from lora_cli.task import load_task, split, task_sha256
 
+SCORES = "Scores"
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
     Column("SCORE", "score", "right"),
@@ -43,6 +30,26 @@ _COLUMNS = (
 )
 
 
+class Tested(Loaded, frozen=True, kw_only=True):
+    """`Loaded`, for a command that scores a task."""
+
+    test: Annotated[
+        Path | None,
+        Flag(help="Task file.", name="data", default="the setting test, else the last fit's validation part"),
+    ] = None
+
+
+class EvalOptions(Options, frozen=True, kw_only=True):
+    """How a task is scored."""
+
+    metric: Annotated[
+        Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
+    ] = "exact"
+    baseline: Annotated[str, Flag(help="What differences are to: base, or a system.", panel=SCORES)] = "base"
+    max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
+    batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
+
+
 def evaluate(
     adapters: Annotated[
         list[str] | None,
@@ -52,30 +59,14 @@ def evaluate(
             show_default="what merge and fit wrote last",
         ),
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", help="Task file.", show_default="the setting test, else the last fit's validation part"),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option("--metric", help="exact (share of exact matches) or nll (mean negative log-likelihood).")
-    ] = "exact",
-    baseline: Annotated[str, typer.Option("--baseline", help="What differences are to: base, or a system.")] = "base",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Longest output.", min=1)] = 30,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts per batch.", min=1)] = 16,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
     ] = None,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
     *,
-    prompting: Prompting,
+    setup: Tested,
+    options: EvalOptions,
+    listing: Listing,
+    prompts: Prompts,
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
 
@@ -83,42 +74,33 @@ def evaluate(
     even a likelihood fails the command after its table (exit 5): loaded is not applied.
     """
     from lora_cli import runs
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.base_model import pin
     from lora_cli.steps import evaluate as step
-    from lora_cli.steps.gather import gather
+    from lora_cli.steps.opened_pool import open_pool
     from lora_cli.steps.task_view import look
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    settings = load({"base": base, "test": data, "device": device, "dtype": dtype, "seed": seed, "db": db})
-    model = base_of(settings)
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+    screen, settings = listing.screen(), setup.load()
+    model, metric, baseline = base_of(settings), options.metric, options.baseline
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         if adapters:
-            names, weights = named(adapters, catalogue, settings.base, None, screen)
-            if any(weight is not None for weight in weights):
+            chosen = pool.chosen(expand(adapters))
+            if chosen.weighted:
                 raise UsageError("eval takes adapters without =WEIGHT")
+            names = [*chosen.names]
         else:
             names = last_written(settings.db)
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
-        step.demand_sane(["base", *_distinct(names)], metric=metric, baseline=baseline)
+        step.demand_sane(["base", *_distinct(names)], baseline=baseline)
         file, task = test_data(settings)
         screen.say(f"eval: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
-        from lora_cli.base_model import pin
-
-        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
-        gathered = gather(
-            catalogue,
-            names,
-            base=settings.base,
-            aliases=settings.base_aliases,
-            announce=screen.say,
-            progress=progress,
-        )
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompts.prompting())
+        gathered = pool.adapters(names)
         ref = replace(ref, name=gathered.base)
         asked = {
             **ref.settings,
             "metric": metric,
             "baseline": baseline,
-            "max_new_tokens": max_new_tokens,
+            "max_new_tokens": options.max_new_tokens,
             "seed": settings.seed,
             "data": file.name,
             "examples": len(task),
@@ -139,10 +121,10 @@ def evaluate(
                 loaded,
                 systems,
                 task,
-                metric=metric,  # type: ignore[arg-type]
+                metric=metric,
                 baseline=baseline,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
                 seed=settings.seed,
                 rows_path=rows,
                 progress=progress,
@@ -245,8 +227,9 @@ def register(root: typer.Typer) -> None:
     """Add `lora eval` to the command tree."""
     root.command(
         "eval",
+        cls=Command,
         epilog=examples(
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
         ),
-    )(with_prompting(evaluate))
+    )(with_flags(evaluate))

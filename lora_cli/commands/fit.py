@@ -1,80 +1,75 @@
 """`lora fit`: learn from data how much of each adapter a task wants."""
 
-from dataclasses import replace
-from pathlib import Path
-from typing import Annotated, Any
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
-from lora_cli.commands.merge import download_plan, named
+from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
     Adapters,
-    Base,
-    Db,
-    Device,
-    DryRun,
-    Dtype,
-    Energy,
-    Force,
-    Json,
-    Out,
-    Rank,
-    Seed,
+    Command,
+    JobOptions,
+    OnTask,
+    Prompts,
+    Reduction,
     Selection,
+    base_of,
+    downloads,
     examples,
     screen_for,
     show_output,
-    with_prompting,
+    with_flags,
 )
 from lora_cli.commands.task import summary
 from lora_cli.errors import UsageError
-from lora_cli.models.encode import Prompting
+from lora_cli.merge_options import MergeOptions
+from lora_cli.options import Flag, Options
+from lora_cli.recipes import COEFFICIENTS, Recipe, Shape
 from lora_cli.screen import near
-from lora_cli.settings import load
 from lora_cli.task import load_task, task_sha256
 
-Data = Annotated[
-    Path | None, typer.Option("--data", help="Task file, one JSON example per line.", show_default="the setting")
-]
+if TYPE_CHECKING:
+    from lora_cli.runs import Run
+    from lora_cli.steps.fit import Comparison, FitReport
+
+CONTROLS = "Comparison"
+
+
+class FitOptions(Options, frozen=True, kw_only=True):
+    """What a fit does besides learning coefficients."""
+
+    l1: Annotated[float, Flag(help="Weight of an L1 penalty on the coefficients.", panel=COEFFICIENTS)] = 0.0
+    target: Annotated[
+        str | None, Flag(help="An adapter trained on the task itself, to join the others.", panel=CONTROLS)
+    ] = None
+    control: Annotated[
+        str,
+        Flag(
+            help="Compare with: random (the same fit over noise), target (a new LoRA), or both.",
+            metavar="random|target|random,target",
+            panel=CONTROLS,
+        ),
+    ] = ""
+
+    @property
+    def controls(self) -> list[str]:
+        """The controls by name."""
+        return [part.strip() for part in self.control.split(",") if part.strip()]
 
 
 def fit(
     adapters: Adapters = None,
-    data: Data = None,
-    granularity: Annotated[
-        str, typer.Option("--granularity", help="One coefficient per adapter, layer, sublayer, module or rank.")
-    ] = "module",
-    activation: Annotated[
-        str, typer.Option("--activation", help="leaky_relu, linear, softmax, sigmoid or square.")
-    ] = "leaky_relu",
-    init: Annotated[
-        str, typer.Option("--init", help="Start: zero, average (1/N), sqrt (1/sqrt N), uniform or normal.")
-    ] = "zero",
-    l1: Annotated[float, typer.Option("--l1", help="Weight of an L1 penalty on the coefficients.")] = 0.0,
-    target: Annotated[
-        str | None, typer.Option("--target", help="An adapter trained on the task itself, to join the others.")
-    ] = None,
-    control: Annotated[
-        str,
-        typer.Option("--control", help="Compare with: random (the same fit over noise), target (a new LoRA), or both."),
-    ] = "",
-    steps: Annotated[int, typer.Option("--steps", help="Steps of the optimiser.")] = 100,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 5e-2,
-    batch: Annotated[int, typer.Option("--batch", help="Examples per step.")] = 8,
-    rank: Rank = "auto",
-    energy: Energy = None,
     selection: Selection = None,
-    base: Base = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    seed: Seed = None,
-    out: Out = None,
-    force: Force = False,
-    dry_run: DryRun = False,
-    db: Db = None,
-    json: Json = False,
     *,
-    prompting: Prompting,
+    setup: OnTask,
+    shape: Shape,
+    recipe: Recipe,
+    options: FitOptions,
+    reduction: Reduction,
+    job: JobOptions,
+    prompts: Prompts,
 ) -> None:
     """Fit one coefficient per adapter and module to a task, and merge with them.
 
@@ -82,117 +77,74 @@ def fit(
     coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
     zero. A killed fit goes on where it was when it is run again.
     """
-    screen = screen_for(json)
-    settings = load(
-        {"base": base, "data": data, "device": device, "dtype": dtype, "seed": seed, "runs": None, "db": db}
-    )
-    file, model = task_file(settings), base_of(settings)
+    screen, settings = screen_for(job.json), setup.load()
+    file, model = setup.task(settings), base_of(settings)
     task, sha256 = load_task(file), task_sha256(file)
 
-    from lora_cli import runs
     from lora_cli.base_model import pin
-    from lora_cli.catalogue import Catalogue
-    from lora_cli.mixture import Shape
     from lora_cli.steps import fit as step
     from lora_cli.steps import merge
-    from lora_cli.steps.descent import Recipe
-    from lora_cli.steps.gather import gather, to_fetch
+    from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.steps.recorded import Job, run_once
     from lora_cli.steps.task_view import look
 
-    controls = [part.strip() for part in control.split(",") if part.strip()]
-    step.demand_sane(l1=l1, controls=controls)
-    shape = Shape(granularity=granularity, activation=activation, init=init)  # type: ignore[arg-type]
-    recipe = Recipe(steps=steps, lr=lr, batch=batch, seed=settings.seed)
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        names, weights = named(adapters or [], catalogue, settings.base, selection, screen)
-        if any(weight is not None for weight in weights):
+    step.demand_sane(l1=options.l1, controls=options.controls)
+    recipe = replace(recipe, seed=settings.seed)
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+        chosen = pool.chosen(expand(adapters or []), selection)
+        if chosen.weighted:
             raise UsageError("fit learns the weights; name adapters without =WEIGHT")
-        everyone = [*names, *([] if target is None else [target])]
-        if dry_run and (
-            left := to_fetch(
-                catalogue, everyone, base=settings.base, aliases=settings.base_aliases, announce=screen.say
-            )
-        ):
-            screen.document("lora.fit.plan/1", {"out": None, **download_plan(left)})
+        names = [*chosen.names, *([] if options.target is None else [options.target])]
+        if job.dry_run and (left := pool.absent(names)):
+            screen.document("lora.fit.plan/1", {"out": None, **downloads(left)})
             return
-        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompting)
-        gathered = gather(
-            catalogue,
-            everyone,
-            base=settings.base,
-            aliases=settings.base_aliases,
-            announce=screen.say,
-            progress=progress,
-        )
-        joined = "" if target is None else gathered.adapters[-1].ref.pinned
+        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompts.prompting())
+        gathered = pool.adapters(names)
+        joined = "" if options.target is None else gathered.adapters[-1].ref.pinned
+        # A merge computes in float64, which Apple's GPUs do not have.
+        device = ref.device if ref.device.startswith("cuda") else "cpu"
         plan = merge.plan(
             gathered.adapters,
             [1.0] * len(gathered.adapters),
+            MergeOptions(method="linear", rank=reduction.rank, energy=reduction.energy, device=device),
             base=gathered.base,
             skeleton=gathered.skeleton,
-            rank=rank,
-            energy=energy,
-            # A merge computes in float64, which Apple's GPUs do not have.
-            device=ref.device if ref.device.startswith("cuda") else "cpu",
         )
-        ref = replace(ref, name=gathered.base)
-        asked = ref.settings | step.asked(
-            plan, shape=shape, l1=l1, recipe=recipe, target=joined, controls=controls, data=file.name
-        )
+        ref = dataclasses.replace(ref, name=gathered.base)
+        learning: dict[str, Any] = {"shape": shape, "l1": options.l1, "recipe": recipe}
+        asked = ref.settings | step.asked(plan, **learning, target=joined, controls=options.controls, data=file.name)
         inputs = {**ref.inputs, **gathered.inputs, file.name: sha256}
-        key = runs.key_of("fit", asked, inputs)
-        folder = out or settings.runs / f"fit-{key[:8]}"
-        if dry_run:
-            screen.document("lora.fit.plan/1", {"out": str(folder), "adapters": len(plan.adapters), **asked})
+        fitting = Job(verb="fit", settings=asked, inputs=inputs, runs=settings.runs, out=job.out, device=ref.device)
+        if job.dry_run:
+            found = {"out": str(fitting.folder), "adapters": len(plan.adapters), **asked}
+            screen.document("lora.fit.plan/1", found)
             return
-        done = runs.claim(folder, key, force=force)
-        if not done:
+
+        def work(run: "Run") -> "FitReport":
             screen.say(f"fit: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
-        with runs.recorded(settings.db, "fit", asked, inputs, folder) as run:
-            if done:
-                run.take(folder)
-                told = f"fit: {near(folder)} is up to date"
-            else:
-                run.device = ref.device
-                loaded = ref.load()
-                screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
-                report = step.fit_and_write(
-                    loaded,
-                    plan,
-                    task,
-                    folder,
-                    run,
-                    target=joined,
-                    controls=controls,
-                    states=folder.absolute().parent,
-                    replace_folder=force,
-                    progress=progress,
-                    shape=shape,
-                    l1=l1,
-                    recipe=recipe,
-                    task_sha256=sha256,
-                )
-                told = outcome(report)
-    show_output(screen, "lora.fit/1", folder, run.record())
-    screen.say(told)
+            loaded = ref.load()
+            screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
+            return step.fit_and_write(
+                loaded,
+                plan,
+                task,
+                fitting.folder,
+                run,
+                target=joined,
+                controls=options.controls,
+                states=fitting.folder.absolute().parent,
+                replace_folder=job.force,
+                progress=progress,
+                task_sha256=sha256,
+                **learning,
+            )
+
+        done = run_once(settings.db, fitting, work, force=job.force)
+    show_output(screen, "lora.fit/1", fitting.folder, done.run.record())
+    screen.say(f"fit: {near(fitting.folder)} is up to date" if done.report is None else outcome(done.report))
 
 
-def task_file(settings: Any) -> Path:
-    """The task file for fit and train; UsageError when neither flag nor setting names one."""
-    if settings.data is None:
-        raise UsageError("no task file", hint="give --data FILE.jsonl, or set data in lora.toml")
-    file: Path = settings.data
-    return file
-
-
-def base_of(settings: Any) -> str:
-    """The base model to load; UsageError when nothing names one."""
-    if settings.base is None:
-        raise UsageError("no base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
-    return str(settings.base)
-
-
-def outcome(report: Any) -> str:
+def outcome(report: "FitReport") -> str:
     """The one line that says what a fit did, and no more than its intervals support."""
     base, *controls = report.comparisons
     after = report.fit.learnt.loss_after
@@ -209,7 +161,7 @@ _NAMES = {"base": "base", "random": "random-LoRA control", "target": "target LoR
 _SHORT = {"base": "the base", "random": "the control", "target": "the target LoRA"}
 
 
-def _verdict(one: Any) -> str:
+def _verdict(one: "Comparison") -> str:
     difference = one.difference
     if one.gain:
         return (
@@ -225,8 +177,9 @@ def _verdict(one: Any) -> str:
 def register(root: typer.Typer) -> None:
     """Add `lora fit` to the command tree."""
     root.command(
+        cls=Command,
         epilog=examples(
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
-        )
-    )(with_prompting(fit))
+        ),
+    )(with_flags(fit))

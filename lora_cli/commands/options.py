@@ -3,16 +3,20 @@
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lora_cli.errors import UsageError
+from lora_cli.merge_options import SIZE
 from lora_cli.models.encode import Prompting, read_template
+from lora_cli.options import Flag, Options, setting
+from lora_cli.records import Adapter, Precision
 from lora_cli.screen import Format, Screen, near
+from lora_cli.settings import Settings, load
 
 Adapters = Annotated[
     list[str] | None,
@@ -32,49 +36,158 @@ Base = Annotated[
     typer.Option("--base", help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")]
-Dtype = Annotated[str | None, typer.Option("--dtype", help="Precision of the base: auto, fp32, bf16, fp16.")]
+Dtype = Annotated[
+    Precision | None, typer.Option("--dtype", help="Precision in which the base is loaded.", show_default="auto")
+]
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Output folder.", show_default="below ./lora-runs")]
-Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
+Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
 Selection = Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")]
-Rank = Annotated[
-    str, typer.Option("--rank", help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).")
-]
-Energy = Annotated[
-    float | None, typer.Option("--energy", help="Keep this share of the squared norm in each module, such as 0.99.")
-]
 Where = Annotated[
     list[str] | None,
     typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
 ]
 
-PROMPTING: Mapping[str, Any] = {
-    "system": Annotated[str | None, typer.Option("--system", help="A system turn in front of every prompt.")],
-    "chat_template": Annotated[
+PROMPTS = "How prompts are read"
+OUTPUT = "Output"
+
+
+class Catalogued(Options, frozen=True, kw_only=True):
+    """The base model that the user works on, and the catalogue."""
+
+    base: Annotated[
+        str | None, Flag(help="Base model: Hub id, with @revision if any, or folder.", default="the setting")
+    ] = None
+    db: Annotated[Path | None, Flag(help="Catalogue file.", default="the setting")] = None
+
+    def load(self) -> Settings:
+        """The settings, with these options above all other places."""
+        return load({name: getattr(self, name) for name in self.__struct_fields__})
+
+
+class Computed(Catalogued, frozen=True, kw_only=True):
+    """`Catalogued`, and where the arithmetic is done."""
+
+    device: Annotated[str | None, Flag(help="auto, cpu, cuda, cuda:N or mps.", default="auto")] = None
+
+
+class Loaded(Computed, frozen=True, kw_only=True):
+    """`Computed`, for a command that loads the base model."""
+
+    dtype: Annotated[Precision | None, Flag(help="Precision in which the base is loaded.", default="auto")] = None
+    seed: Annotated[int | None, Flag(help="Seed of everything random.", default="0")] = None
+
+
+class OnTask(Loaded, frozen=True, kw_only=True):
+    """`Loaded`, for a command that learns from a task."""
+
+    data: Annotated[Path | None, Flag(help="Task file, one JSON example per line.", default="the setting")] = None
+
+    def task(self, settings: Settings) -> Path:
+        """The task file. UsageError where neither option nor setting names one."""
+        if settings.data is None:
+            raise UsageError("no task file", hint="give --data FILE.jsonl, or set data in lora.toml")
+        file: Path = settings.data
+        return file
+
+
+class Listing(Options, frozen=True, kw_only=True):
+    """In which form rows are printed."""
+
+    json: Annotated[bool, Flag(help="One JSON document.")] = False
+    jsonl: Annotated[bool, Flag(help="One JSON object per line.")] = False
+    csv: Annotated[bool, Flag(help="Comma-separated values with a header.")] = False
+    quiet: Annotated[bool, Flag(help="Only ids, one per line.", short="-q")] = False
+
+    def screen(self) -> Screen:
+        """The Screen for these flags. UsageError where more than one is given."""
+        return screen_for(self.json, self.jsonl, self.csv, self.quiet)
+
+
+class Reduction(Options, frozen=True, kw_only=True):
+    """How the result of a merge is reduced."""
+
+    rank: Annotated[
+        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
+    ] = "auto"
+    energy: Annotated[
+        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
+    ] = None
+
+
+class JobOptions(Options, frozen=True, kw_only=True):
+    """Where a job's output goes, and how the job is told to the user."""
+
+    out: Annotated[Path | None, Flag(help="Output folder.", short="-o", default="below ./lora-runs", panel=OUTPUT)] = (
+        None
+    )
+    force: Annotated[bool, Flag(help="Redo the work and replace the output.", panel=OUTPUT)] = False
+    dry_run: Annotated[bool, Flag(help="Print the plan as data and change nothing.", panel=OUTPUT)] = False
+    json: Annotated[bool, Flag(help="One JSON document.", panel=OUTPUT)] = False
+
+
+class Prompts(Options, frozen=True, kw_only=True):
+    """How the examples of a task become prompts."""
+
+    system: Annotated[str, Flag(help="A system turn in front of every prompt.", panel=PROMPTS)] = ""
+    chat_template: Annotated[
         Path | None,
-        typer.Option(
-            "--chat-template", metavar="FILE", help="Your own chat template (Jinja).", show_default="the base's own"
-        ),
-    ],
-    "template_arg": Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template-arg",
-            metavar="NAME=VALUE",
+        Flag(help="Your own chat template (Jinja).", metavar="FILE", default="the base's own", panel=PROMPTS),
+    ] = None
+    template_arg: Annotated[
+        tuple[str, ...],
+        Flag(
             help="A value for the chat template, such as enable_thinking=false; repeatable.",
+            metavar="NAME=VALUE",
+            panel=PROMPTS,
         ),
-    ],
-    "no_chat_template": Annotated[bool, typer.Option("--no-chat-template", help="Read prompts as plain text.")],
-    "allow_template_mismatch": Annotated[
+    ] = ()
+    no_chat_template: Annotated[bool, Flag(help="Read prompts as plain text.", panel=PROMPTS)] = False
+    allow_template_mismatch: Annotated[
         bool,
-        typer.Option(
-            "--allow-template-mismatch",
+        Flag(
             help="Go on where a finished turn does not begin with its generation prompt; the cut is where they part.",
+            panel=PROMPTS,
         ),
-    ],
-}
-"""The options of a Prompting, by parameter; `with_prompting` adds them to a command."""
+    ] = False
+
+    def prompting(self) -> Prompting:
+        """The Prompting that these options describe. UsageError for a malformed one."""
+        arguments: dict[str, Any] = {}
+        for text in self.template_arg:
+            name, equals, value = _readable("--template-arg", text).partition("=")
+            if not (equals and name.isidentifier()) or name in arguments:
+                raise UsageError(f"--template-arg is NAME=VALUE, once per name, not {text!r}")
+            arguments[name] = _json_or_text(value)
+        return Prompting(
+            system=_readable("--system", self.system),
+            template=None if self.chat_template is None else read_template(self.chat_template),
+            arguments=arguments,
+            templated=not self.no_chat_template,
+            allow_mismatch=self.allow_template_mismatch,
+        )
+
+
+class Command(TyperCommand):
+    """A command whose help lists its options below the headings of their panels."""
+
+    def left_out(self, ctx: Any) -> Collection[str]:
+        """The options that the help leaves out, by the names of their parameters."""
+        return ()
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        hidden = self.left_out(ctx)
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            row = None if parameter.name in hidden else parameter.get_help_record(ctx)
+            if row is not None:
+                argument = parameter.param_type_name == "argument"
+                heading = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
+                panels.setdefault(heading, []).append(row)
+        # Options without a panel come last: they are the same for every command.
+        for heading in sorted(panels, key=lambda heading: heading == "Options"):
+            with formatter.section(heading):
+                formatter.write_dl(panels[heading])
 
 
 class Group(TyperGroup):
@@ -98,48 +211,48 @@ def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet
     return Screen(chosen[0] if chosen else "auto")
 
 
-def with_prompting(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` with the options of PROMPTING in place of its parameter `prompting`, a `Prompting`."""
+def with_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """`function` with one option per flag of each parameter that is an `Options` record."""
     signature = inspect.signature(function)
-    keyword, rest = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD
-    own = [one for one in signature.parameters.values() if one.name != "prompting"]
-    options = [
-        inspect.Parameter(name, keyword, default=False if option.__origin__ is bool else None, annotation=option)
-        for name, option in PROMPTING.items()
-    ]
-    parameters = [*(p for p in own if p.kind is not rest), *options, *(p for p in own if p.kind is rest)]
+    records = {
+        name: one.annotation
+        for name, one in signature.parameters.items()
+        if isinstance(one.annotation, type) and issubclass(one.annotation, Options)
+    }
+    parameters = [one for name, one in signature.parameters.items() if name not in records]
+    for record in records.values():
+        parameters += [_parameter(name, *flag, record) for name, flag in record.flags().items()]
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
-        prompting = _prompting(**{name: values.pop(name) for name in PROMPTING})
-        function(**values, prompting=prompting)
+        for name, record in records.items():
+            taken = {field: values.pop(field) for field in record.flags()}
+            given = {field: tuple(v) if isinstance(v, list) else v for field, v in taken.items() if v is not None}
+            values[name] = record(**given)
+        function(**values)
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in parameters}
     return command
 
 
-def _prompting(
-    *,
-    system: str | None,
-    chat_template: Path | None,
-    template_arg: Sequence[str] | None,
-    no_chat_template: bool,
-    allow_template_mismatch: bool,
-) -> Prompting:
-    """The Prompting that the options of PROMPTING describe."""
-    arguments: dict[str, Any] = {}
-    for text in template_arg or ():
-        name, equals, value = _readable("--template-arg", text).partition("=")
-        if not (equals and name.isidentifier()) or name in arguments:
-            raise UsageError(f"--template-arg is NAME=VALUE, once per name, not {text!r}")
-        arguments[name] = _json_or_text(value)
-    return Prompting(
-        system=_readable("--system", system or ""),
-        template=None if chat_template is None else read_template(chat_template),
-        arguments=arguments,
-        templated=not no_chat_template,
-        allow_mismatch=allow_template_mismatch,
+def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspect.Parameter:
+    """The parameter from which Typer makes the option of a record's field."""
+    default = inspect.signature(record).parameters[name].default
+    option = typer.Option(
+        f"--{(flag.name or setting(name)).replace('_', '-')}",
+        *([flag.short] if flag.short else []),
+        help=flag.help,
+        metavar=flag.metavar or None,
+        min=flag.minimum,
+        show_default=flag.default or default not in (None, False, "", ()),
+        rich_help_panel=flag.panel or None,
+        autocompletion=flag.complete,
+    )
+    plain = list[str] if kind == tuple[str, ...] else kind
+    shown = None if flag.default or default == () else default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=shown, annotation=Annotated[plain | None, option]
     )
 
 
@@ -155,6 +268,18 @@ def _readable(option: str, text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"{option} is not UTF-8 text")
     return text
+
+
+def base_of(settings: Settings) -> str:
+    """The base model to load. UsageError where neither option nor setting names one."""
+    if settings.base is None:
+        raise UsageError("no base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
+    return str(settings.base)
+
+
+def downloads(absent: Sequence[Adapter]) -> dict[str, Any]:
+    """What a command must download before it can plan further, as data."""
+    return {"fetch": [row.ref.pinned for row in absent], "fetch_bytes": sum(row.bytes for row in absent)}
 
 
 def show_output(screen: Screen, schema: str, folder: Path, record: Mapping[str, Any]) -> None:

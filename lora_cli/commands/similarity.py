@@ -4,12 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.commands.chosen import expand
 from lora_cli.commands.diff import Plot
-from lora_cli.commands.merge import named
-from lora_cli.commands.options import Adapters, Base, Csv, Db, Json, Jsonl, Quiet, Selection, examples, screen_for
+from lora_cli.commands.options import Adapters, Catalogued, Command, Listing, Selection, examples, with_flags
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.screen import Column, near
-from lora_cli.settings import load
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -28,45 +27,33 @@ def similarity(
         float, typer.Option("--cut", help="Clusters join while the mean cosine between them is above this.")
     ] = 0.5,
     plot: Plot = None,
-    base: Base = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Catalogued,
+    listing: Listing,
 ) -> None:
     """Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one of each.
 
     Rows come in the order of the clusters, as in the picture; --json has the whole matrix in that order. A module that
     an adapter lacks counts as zero there.
     """
-    from lora_cli.catalogue import Catalogue
     from lora_cli.steps import compare as step
-    from lora_cli.steps.gather import gather
+    from lora_cli.steps.opened_pool import open_pool
 
-    screen = screen_for(json, jsonl, csv, quiet)
+    screen = listing.screen()
     if plot is not None:
         from lora_cli.plots import demand_plottable
 
         demand_plottable(plot)
     step.demand_cut(cut)
-    settings = load({"base": base, "db": db})
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        names, weights = named(adapters or [], catalogue, settings.base, selection, screen)
-        if any(weight is not None for weight in weights):
+    settings = setup.load()
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+        chosen = pool.chosen(expand(adapters or []), selection)
+        if chosen.weighted:
             raise UsageError("similarity takes adapters without =WEIGHT")
-        names = names[:k]
+        names = chosen.names[:k]
         if len(names) < 2:
             raise NothingMatched(f"{len(names)} adapter is too few to compare", hint="name two or more")
-        gathered = gather(
-            catalogue,
-            names,
-            base=settings.base,
-            aliases=settings.base_aliases,
-            whole=True,
-            announce=screen.say,
-            progress=progress,
-        )
+        gathered = pool.adapters(names, whole=True)
         found = step.in_clusters(step.similarity(gathered.adapters, progress), cut)
     matrix = found.similarity.cosines.tolist()
     if plot is not None:
@@ -130,5 +117,6 @@ def _told(found: Any, matrix: list[list[float]], cut: float) -> list[str]:
 def register(pool: typer.Typer) -> None:
     """Add `lora pool similarity` to the commands of the pool."""
     pool.command(
+        cls=Command,
         epilog=examples("lora pool similarity --plot pool.svg", "lora pool similarity -k 3 --json"),
-    )(similarity)
+    )(with_flags(similarity))

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.options import Base, Group, Json, Seed, examples, screen_for, with_prompting
+from lora_cli.commands.options import Base, Command, Group, Json, Prompts, Seed, examples, screen_for, with_flags
 from lora_cli.errors import UsageError
-from lora_cli.models.encode import Prompting
 from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.task import load_task
@@ -16,9 +15,10 @@ app = typer.Typer(cls=Group, help="What a task holds, as a base model reads it."
 
 
 @app.command(
-    epilog=examples("lora task show task.jsonl", "lora task show task.jsonl -n 1 --test tasks/outer.test.jsonl --json")
+    cls=Command,
+    epilog=examples("lora task show task.jsonl", "lora task show task.jsonl -n 1 --test tasks/outer.test.jsonl --json"),
 )
-@with_prompting
+@with_flags
 def show(
     file: Annotated[
         Path | None, typer.Argument(metavar="FILE", help="Task file.", show_default="the setting data")
@@ -31,14 +31,14 @@ def show(
     seed: Seed = None,
     json: Json = False,
     *,
-    prompting: Prompting,
+    prompts: Prompts,
 ) -> None:
     """Print examples as the base's tokens, and what the file holds: lengths, duplicates, what does not fit.
 
     Tokens that are learnt and scored are in colour on a terminal, in brackets elsewhere. Of the base only the tokenizer
     and the configuration are loaded.
     """
-    screen = screen_for(json)
+    screen, prompting = screen_for(json), prompts.prompting()
     settings = load({"data": file, "test": test, "base": base, "seed": seed})
     if settings.data is None:
         raise UsageError("no task file", hint="name one, or set data in lora.toml")

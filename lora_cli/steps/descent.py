@@ -15,41 +15,12 @@ import torch
 from torch import Tensor
 
 from lora_cli.base_model import BaseModel
-from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.errors import OutputError, Refused
 from lora_cli.models.encode import Encoded
+from lora_cli.recipes import Recipe
 from lora_cli.records import Progress, silent
 
 _TOKENS_PER_PASS = 8192
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How to train: AdamW (0.9, 0.999) without decay, linear warm-up over `warmup` of the steps, then half a cosine.
-
-    `batch` examples make one step, in as many passes as memory asks for; gradients are clipped to norm 1; every `every`
-    steps, and before the first one, the validation loss is taken, and the best parameters are kept.
-    """
-
-    steps: int = 100
-    lr: float = 5e-2
-    batch: int = 8
-    warmup: float = 0.1
-    every: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, low in (("steps", 1), ("batch", 1), ("every", 1), ("seed", 0)):
-            if getattr(self, name) < low:
-                raise UsageError(f"--{name} must be at least {low}, not {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UsageError(f"--lr must be above 0, not {self.lr}")
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, …, steps − 1."""
-        warm = round(self.warmup * self.steps)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

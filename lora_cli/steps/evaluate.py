@@ -6,17 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.models.encode import Encoded
-from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.records import Example, Metric, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
 
-Metric = Literal["exact", "nll"]
 _SAME_LIKELIHOOD = 1e-6
 
 
@@ -110,8 +109,10 @@ def evaluate(
         Refused: an adapter does not fit. DataError: an example or a prompt is too long.
         OutputError: the rows cannot be written, or the file holds something else.
     """
+    if metric not in get_args(Metric):
+        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
     names = [system.name for system in systems]
-    demand_sane(names, metric=metric, baseline=baseline)
+    demand_sane(names, baseline=baseline)
     if not examples:
         raise NothingMatched("no examples to evaluate on")
     [itself] = [system.name for system in systems if system.updates is None]
@@ -140,10 +141,8 @@ def evaluate(
     return [_score(found, name, metric, baseline, itself, seed) for name in names]
 
 
-def demand_sane(names: Sequence[str], *, metric: str, baseline: str) -> None:
-    """What `evaluate` demands of the systems' names, the metric and the baseline; raises as it does."""
-    if metric not in get_args(Metric):
-        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
+def demand_sane(names: Sequence[str], *, baseline: str) -> None:
+    """Raise as `evaluate` does where names of systems or the baseline are wrong."""
     if len(set(names)) < len(names):
         raise UsageError(f"two systems are called {max(names, key=names.count)!r}")
     if baseline not in names:

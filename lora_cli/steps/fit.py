@@ -15,15 +15,16 @@ from lora_cli.adapters.reader import OpenAdapter, open_adapter
 from lora_cli.adapters.store import AdapterFiles, folder_ref, sha256_of
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, Refused, UsageError
-from lora_cli.mixture import Mixture, Shape
+from lora_cli.mixture import Mixture
 from lora_cli.outputs import whole_folder
+from lora_cli.recipes import Recipe, Shape, TargetRecipe
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.scores import Difference, paired_difference
 from lora_cli.steps.coefficients import COEFFICIENTS_FILE, coefficients_text
-from lora_cli.steps.descent import Learnt, Recipe, learn, losses
+from lora_cli.steps.descent import Learnt, learn, losses
 from lora_cli.steps.merge import MergePlan, MergeReport, merge
-from lora_cli.steps.train import TARGET_RECIPE, train
+from lora_cli.steps.train import train
 from lora_cli.task import split
 
 CONTROLS = ("random", "target")
@@ -82,8 +83,8 @@ def fit(
     kept = 0 if target is None else 1
     mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept)
     key = json.dumps(
-        [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, asdict(shape), l1]
-        + [asdict(recipe), fraction, kept, reinit]
+        [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings, l1]
+        + [recipe.settings, fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
     with mixture.worn(base):
@@ -157,8 +158,8 @@ def asked(
     data: str,
 ) -> dict[str, Any]:
     """The settings of a run that fits, beside those of the base. `data` is the task file's name."""
-    reduction = {"rank": plan.rank, "energy": plan.energy}
-    learning = {**asdict(shape), "l1": l1, **asdict(recipe), "target": target, "controls": list(controls)}
+    reduction = {"rank": plan.options.rank, "energy": plan.options.energy}
+    learning = {**shape.settings, "l1": l1, **recipe.settings, "target": target, "controls": list(controls)}
     return {**learning, **reduction, "data": data}
 
 
@@ -218,7 +219,7 @@ def fit_and_write(
         found["random"] = fit(base, others, examples, reinit=True, checkpoint=state_of_control, **options).learnt
     if "target" in controls:
         with tempfile.TemporaryDirectory() as scratch:
-            long = replace(TARGET_RECIPE, seed=recipe.seed)
+            long = TargetRecipe(seed=recipe.seed)
             found["target"] = train(base, examples, Path(scratch), recipe=long, progress=progress).learnt
     _, held_out = split(examples, fraction=options.get("fraction", 0.2), seed=recipe.seed)
     validation = [base.encode(example) for example in held_out]

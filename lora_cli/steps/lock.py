@@ -7,38 +7,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+from msgspec.structs import replace as replace_options
+
 from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.devices import resolve_device
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.adapters.store import sha256_of
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.merge_options import MergeOptions
+from lora_cli.options import setting
 from lora_cli.runs import versions
 from lora_cli.settings import folder_of
 from lora_cli.steps.merge_plan import MergePlan
 
-# What the settings of a merge are in its run.json. Whoever sends one may have written anything into it.
-_SETTINGS: Mapping[str, tuple[type, ...]] = {
-    "method": (str,),
-    "knobs": (dict,),
-    "base": (str,),
-    "weights": (dict,),
-    "scope": (list,),
-    "rank": (str,),
-    "energy": (float, int, type(None)),
-    "lambda": (float, int),
-    "norm_match": (bool,),
-    "missing": (str,),
-    "dense": (bool,),
-    "compact": (bool,),
-    "for": (str, type(None)),
-    "dtype": (str,),
-    "device": (str,),
-    "saved_modules": (str,),
-    "coefficients": (str, type(None)),
-}
+# Options that run.json of earlier versions lacks, as these versions worked.
+_BEFORE = {"compact": True, "saved_modules": "refuse"}
 # How far above run.json the folder may be that holds both run.json and a parent.
 _MOST_UP = 3
+
+
+class _Settings(MergeOptions, frozen=True, kw_only=True):
+    """The settings of a merge in its run.json. Whoever sends one may have written anything into it."""
+
+    base: str
+    weights: dict[str, float]
+    coefficients: str | None
+    module_inputs: Any = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +52,15 @@ class Lock:
     outputs: Mapping[str, str]
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The settings as the options of `merge_plan.plan`. Refused where this machine lacks the device."""
-        named = {"lambda": "scaling", "for": "serve"}
-        leave = ("weights", "base", "coefficients", "module_inputs")
-        options = {named.get(key, key): value for key, value in self.settings.items() if key not in leave}
+    def options(self) -> MergeOptions:
+        """The options of the locked merge. Refused where this machine lacks the device."""
+        names = map(setting, MergeOptions.__struct_fields__)
+        options = MergeOptions.of_settings({name: self.settings[name] for name in names})
         try:
-            return options | {"device": resolve_device(options["device"])}
+            return replace_options(options, device=resolve_device(options.device))
         except (Refused, UsageError):
             raise Refused(
-                f"the locked merge was made on {options['device']!r}, which is not here",
+                f"the locked merge was made on {options.device!r}, which is not here",
                 hint="only the same kind of device gives the same bytes",
             ) from None
 
@@ -85,7 +80,7 @@ def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[s
             }
             for adapter in plan.adapters
         },
-        "seed": plan.knobs.get("seed"),
+        "seed": plan.options.knobs.get("seed"),
         "versions": versions(),
     }
 
@@ -232,17 +227,10 @@ def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
 
 def _settings(found: Any, parents: Collection[str]) -> dict[str, Any]:
     """`found` if it is what the settings of a merge of `parents` look like; else ValueError, TypeError and the like."""
-    settings = {**found}
-    if settings.keys() - {"module_inputs"} != _SETTINGS.keys():
-        raise ValueError("other settings than those of a merge")
-    if wrong := [key for key, types in _SETTINGS.items() if type(settings[key]) not in types]:
-        raise TypeError(f"{wrong[0]} of another type")
-    if not all(isinstance(condition, str) for condition in settings["scope"]):
-        raise TypeError("a scope that is no text")
-    if settings["weights"].keys() != _not_empty(parents):
-        raise ValueError("weights of others than the parents")
-    weights = {name: float(weight) for name, weight in settings["weights"].items()}
-    return settings | {"lambda": float(settings["lambda"]), "weights": weights}
+    settings = _Settings.of_settings({**_BEFORE, **found})
+    if settings.weights.keys() != _not_empty(parents):
+        raise ValueError("weights of other adapters than the parents")
+    return settings.settings
 
 
 def _not_empty(found: Any) -> Any:

@@ -25,9 +25,9 @@ from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, METHODS, MergePlan, identical, plan
+from lora_cli.steps.merge_plan import DTYPES, MergePlan, identical, plan
 
-__all__ = ["METHODS", "MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
+__all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +91,8 @@ def merge(
         raise OutputError(f"{folder}: one of the adapters to be merged is there", hint="choose another folder with -o")
     with whole_folder(folder, replace=replace) as partial:
         effect = Effect(plan.adapters)
-        reports, kept, total = (_write_dense if plan.dense else _write_factors)(plan, effect, partial, progress)
-        weights = DENSE_FILE if plan.dense else WEIGHTS_NAME
+        reports, kept, total = (_write_dense if plan.options.dense else _write_factors)(plan, effect, partial, progress)
+        weights = DENSE_FILE if plan.options.dense else WEIGHTS_NAME
         sha256 = sha256_of(partial / weights)
         report = MergeReport(
             folder=folder,
@@ -105,7 +105,7 @@ def merge(
             peak_bytes=peak_bytes(),
         )
         run.outputs[weights] = sha256
-        if not plan.dense:
+        if not plan.options.dense:
             run.outputs[CONFIG_NAME] = sha256_of(partial / CONFIG_NAME)
             run.results["rank"] = report.ranks[1]
         if lock is not None:
@@ -136,7 +136,7 @@ def _write_factors(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
         _demand_effect(plan, effect, writer.empty)
-        writer.finish(_config(plan), compact=plan.compact)
+        writer.finish(_config(plan), compact=plan.options.compact)
     return reports, kept, total
 
 
@@ -173,7 +173,7 @@ def _merged(plan: MergePlan, effect: Effect, progress: Progress) -> Iterator[tup
 def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
     """Refused where an adapter, the result, or (`empty`) what was written of it is zero."""
     if still := [adapter.ref.id for adapter in plan.adapters if effect.norm(adapter) == 0]:
-        where = " in the scope" if plan.scope else ""
+        where = " in the scope" if plan.options.scope else ""
         raise Refused(
             f"{', '.join(still)}: every lora_B{where} is zero, or the scale is, so it changes nothing",
             hint="leave it out",
@@ -199,8 +199,8 @@ def _share(kept: float, total: float) -> float:
 
 
 def _dtype(plan: MergePlan) -> torch.dtype:
-    if plan.dtype != "auto":
-        return DTYPES[plan.dtype]
+    if plan.options.dtype != "auto":
+        return DTYPES[plan.options.dtype]
     found = set().union(*(adapter.dtypes for adapter in plan.adapters))
     return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
 
@@ -228,7 +228,7 @@ def rank_in_words(plan: MergePlan, report: MergeReport) -> str:
     low, high = report.ranks
     if low == high:
         return f"rank {high}"
-    return f"rank {low} to {high}" if plan.compact else f"rank {high}, filled up with zeros from {low}"
+    return f"rank {low} to {high}" if plan.options.compact else f"rank {high}, filled up with zeros from {low}"
 
 
 def _card(plan: MergePlan, report: MergeReport) -> str:
@@ -236,7 +236,7 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     name, revision = split_revision(plan.base)
     base = _code(name) + (f" at revision {_code(revision)}" if revision else "")
     front: dict[str, Any] = {"base_model": name, "tags": ["merge"]}
-    if plan.dense:
+    if plan.options.dense:
         title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
     else:
         front |= {"library_name": "peft", "tags": ["lora", "merge", f"base_model:adapter:{name}"]}
@@ -249,8 +249,8 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         "",
         f"# {title}",
         "",
-        f"{len(plan.adapters)} adapters of {base} merged by `{plan.method}`"
-        + (f" ({', '.join(f'{k} {v}' for k, v in plan.knobs.items())})" if plan.knobs else "")
+        f"{len(plan.adapters)} adapters of {base} merged by `{plan.options.method}`"
+        + (f" ({', '.join(f'{k} {v}' for k, v in plan.options.knobs.items())})" if plan.options.knobs else "")
         + f": {len(report.modules)} modules, {made}.",
         "",
         "| parent | commit | weight |",

@@ -19,8 +19,9 @@ from lora_cli.adapters.reader import HEADROOM, OpenAdapter
 from lora_cli.adapters.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.adapters.updates import Updates
 from lora_cli.errors import Refused
+from lora_cli.merge_options import METHODS
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge_plan import METHODS, MergePlan, cancel
+from lora_cli.steps.merge_plan import MergePlan, cancel
 
 # Below this share of the squares of what was added up, a squared norm is rounding noise.
 _CANCELLED = 1e-12
@@ -77,9 +78,9 @@ class ModuleMerger:
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
-        threads = torch.get_num_threads() if plan.device == "cpu" else 1
-        inside = plan.knobs.get("inside", plan.method)
-        held_dense = plan.dense or METHODS.get(inside).kind == "elementwise"
+        threads = torch.get_num_threads() if plan.options.device == "cpu" else 1
+        inside = plan.options.knobs.get("inside", plan.options.method)
+        held_dense = plan.options.dense or METHODS.get(inside).kind == "elementwise"
         most = _DENSE_AT_ONCE if held_dense else max(1, _FACTORS_BYTES // _largest_module(plan))
         self._workers = min(threads, most)
         self._tile_workers = threads // self._workers
@@ -91,8 +92,8 @@ class ModuleMerger:
         Each of them on one thread: torch's own threads wait for each other more than they work, most of all on a busy
         machine, and so the result does not depend on how many there are.
         """
-        work = self.merge_dense if self.plan.dense else self.merge
-        if self.plan.device != "cpu":
+        work = self.merge_dense if self.plan.options.dense else self.merge
+        if self.plan.options.device != "cpu":
             yield from ((module, work(module)) for module in self.plan.modules)
             return
         with one_thread_each(), ThreadPoolExecutor(self._workers) as pool:
@@ -123,7 +124,7 @@ class ModuleMerger:
         return self._finished(merged, dense, squared, squared)
 
     def _finished(self, merged: "_Merged", update: LowRank | Tensor, total: float, kept: float) -> MergedModule:
-        factor = self.plan.scaling * (merged.norm_match(total) if self.plan.norm_match else 1.0)
+        factor = self.plan.options.lambda_ * (merged.norm_match(total) if self.plan.options.norm_match else 1.0)
         return MergedModule(
             update.mul_(factor) if isinstance(update, Tensor) else update.scaled(factor),
             total=total * factor**2,
@@ -143,26 +144,30 @@ class ModuleMerger:
             keys=tuple(_key(adapter, module) for adapter in adapters),
             scales=tuple(adapter.scale(module) for adapter in adapters),
             whole=self._whole.of(places),
-            inputs=tuple(plan.inputs(a, module).to(plan.device) for a in adapters) if plan.inputs is not None else (),
+            inputs=tuple(plan.inputs(a, module).to(plan.options.device) for a in adapters)
+            if plan.inputs is not None
+            else (),
             absent=self._absent(places),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
         squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update in updates])
         demand_room(module, float(weights.abs() @ squares.sqrt()))
-        if METHODS.get(plan.method).kind == "coefficients" and plan.knobs.get("per") == "adapter":
+        if METHODS.get(plan.options.method).kind == "coefficients" and plan.options.knobs.get("per") == "adapter":
             merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
         else:
             try:
-                merged = run_method(plan.method, updates, weights, plan.knobs, workers=self._tile_workers)
+                merged = run_method(
+                    plan.options.method, updates, weights, plan.options.knobs, workers=self._tile_workers
+                )
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise Refused(f"{module}: {plan.method} finds no solution there ({error})") from error
+                raise Refused(f"{module}: {plan.options.method} finds no solution there ({error})") from error
         demand_room(module, bound(merged))
         pinned = [adapter.ref.pinned for adapter in adapters]
         return _Merged(merged, pinned, updates.ranks, squares, weights, sum(map(abs, updates.absent)))
 
     def _absent(self, places: Sequence[int]) -> tuple[float, ...]:
         """The weights of the adapters not at `places` that count as zero updates all the same."""
-        if self.plan.missing != "zero" or self.plan.coefficients is not None:
+        if self.plan.options.missing != "zero" or self.plan.coefficients is not None:
             return ()
         return tuple(weight for i, weight in enumerate(self.plan.weights) if i not in places)
 
@@ -171,12 +176,12 @@ class ModuleMerger:
         """By what a method that weighs whole adapters multiplies each weight, in every module alike, (n,)."""
         everyone = Updates((), (), (), whole=self._whole.of(range(len(self.plan.adapters))))
         weights = torch.tensor(self.plan.weights, dtype=torch.float64)
-        found: Tensor = METHODS.load(self.plan.method)(everyone, weights, **self.plan.knobs)
+        found: Tensor = METHODS.load(self.plan.options.method)(everyone, weights, **self.plan.options.knobs)
         return torch.where(weights != 0, found / torch.where(weights != 0, weights, 1), 0)
 
     def _weights(self, module: str, weights: list[float]) -> list[float]:
         plan = self.plan
-        if plan.missing == "zero" or plan.coefficients is not None:
+        if plan.options.missing == "zero" or plan.coefficients is not None:
             return weights
         if cancel(weights):
             raise Refused(f"{module}: the weights of the adapters that have it sum to zero", hint="use --missing zero")
@@ -187,7 +192,12 @@ class ModuleMerger:
         # One adapter alone has nothing to be reduced to: it comes back as it is.
         alone = isinstance(merged.update, LowRank) and len(merged.ranks) == 1
         choice = plan.rank_choice(merged.ranks)
-        if alone and plan.rank == "auto" and plan.energy is None and merged.ranks[0] <= (choice.ceiling or 0):
+        if (
+            alone
+            and plan.options.rank == "auto"
+            and plan.options.energy is None
+            and merged.ranks[0] <= (choice.ceiling or 0)
+        ):
             return RankChoice(exact=True)
         return choice
 
@@ -340,7 +350,7 @@ class _Whole:
 def _read(plan: MergePlan, place: int, module: str) -> tuple[LowRank, float]:
     """One adapter's update in one module on the plan's device, coefficients per rank folded in, and its weight."""
     adapter = plan.adapters[place]
-    update = adapter.read(module).to(plan.device)
+    update = adapter.read(module).to(plan.options.device)
     if plan.coefficients is None:
         return update, plan.weights[place]
     return _with_coefficients(update, plan.coefficients, module, adapter)

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from msgspec.structs import replace as replace_options
 from torch import Tensor
 
 from lora_cli.adapters.factors import TAKE_THE_UPDATE
@@ -17,10 +18,9 @@ from lora_cli.adapters.lowrank import RankChoice
 from lora_cli.adapters.reader import OpenAdapter, all_modules
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import NothingMatched, Refused, UsageError
-from lora_cli.methods import MethodFolder
-from lora_cli.records import Coefficients, Server
+from lora_cli.merge_options import METHODS, MergeOptions
+from lora_cli.records import Coefficients
 from lora_cli.steps.serving import (
-    TITLES,
     VLLM_RANKS,
     Shape,
     demand_servable,
@@ -28,10 +28,9 @@ from lora_cli.steps.serving import (
     zeros_for_sglang,
 )
 
-METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
-_LARGEST_SCALING = 1e9
+_LARGEST_FACTOR = 1e9
 # Of these PEFT loads a classifier without being told to.
 _TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
@@ -43,31 +42,19 @@ Inputs = Callable[[OpenAdapter, str], Tensor]
 class MergePlan:
     """A merge that passed every check which needs no weights.
 
-    `adapters` and `weights` are in canonical order, whatever order they were given in. `coefficients`, when there are
-    any, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros` are the shapes
-    (out, in) of modules that the result holds as zeros, because the server cannot load the others without them.
+    `adapters` and `weights` are in canonical order, whatever order they were given in. `options` hold all knobs of the
+    method. `coefficients`, when there are any, replace the weights: per adapter, or per rank of each adapter, module by
+    module. `zeros` are the shapes (out, in) of modules that the result holds as zeros, because the server cannot load
+    the others without them.
     """
 
     adapters: tuple[OpenAdapter, ...]
     weights: tuple[float, ...]
-    method: str
-    knobs: Mapping[str, Any]
+    options: MergeOptions
     base: str
     modules: tuple[str, ...]
-    scope: tuple[str, ...] = ()
-    rank: str = "auto"
-    energy: float | None = None
-    scaling: float = 1.0
-    norm_match: bool = False
-    missing: str = "zero"
-    dense: bool = False
-    compact: bool = False
-    serve: Server | None = None
-    dtype: str = "auto"
-    device: str = "cpu"
     coefficients: Coefficients | None = None
     inputs: Inputs | None = None
-    saved_modules: str = "refuse"
     zeros: Mapping[str, Shape] = field(default_factory=dict)
     skeleton: Skeleton | None = None
 
@@ -91,7 +78,7 @@ class MergePlan:
     @property
     def saved(self) -> OpenAdapter | None:
         """The adapter whose modules that were saved whole the result holds, if it holds any."""
-        return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.saved_modules), None)
+        return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.options.saved_modules), None)
 
     @property
     def known(self) -> Mapping[str, Shape]:
@@ -116,29 +103,16 @@ class MergePlan:
     def settings(self) -> dict[str, Any]:
         """What decides the result besides the adapters themselves."""
         return {
-            "method": self.method,
-            "knobs": dict(self.knobs),
+            **self.options.settings,
             "base": self.base,
             "weights": {a.ref.pinned: w for a, w in zip(self.adapters, self.weights, strict=True)},
-            "scope": list(self.scope),
-            "rank": self.rank,
-            "energy": self.energy,
-            "lambda": self.scaling,
-            "norm_match": self.norm_match,
-            "missing": self.missing,
-            "dense": self.dense,
-            "compact": self.compact,
-            "for": self.serve,
-            "dtype": self.dtype,
-            "device": self.device,
-            "saved_modules": self.saved_modules,
             "coefficients": None if self.coefficients is None else self.coefficients.sha256,
         }
 
     def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
         """How the rank of a module's result is chosen where its adapters have `ranks`."""
-        choice = rank_choice(self.rank, self.energy, ranks)
-        if self.serve != "vllm" or choice.exact:
+        choice = rank_choice(self.options.rank, self.options.energy, ranks)
+        if self.options.for_ != "vllm" or choice.exact:
             return choice
         most = VLLM_RANKS[-1]
         return replace(choice, ceiling=min(choice.ceiling or most, most))
@@ -147,24 +121,11 @@ class MergePlan:
 def plan(
     adapters: Sequence[OpenAdapter],
     weights: Sequence[float],
+    options: MergeOptions,
     *,
     base: str,
-    method: str = "linear",
-    knobs: Mapping[str, Any] | None = None,
-    scope: Sequence[str] = (),
-    rank: str = "auto",
-    energy: float | None = None,
-    scaling: float = 1.0,
-    norm_match: bool = False,
-    missing: str = "zero",
-    dense: bool = False,
-    compact: bool = False,
-    serve: Server | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
     coefficients: Coefficients | None = None,
     inputs: Inputs | None = None,
-    saved_modules: str = "refuse",
     skeleton: Skeleton | None = None,
 ) -> MergePlan:
     """Check everything that can be checked before a weight is read.
@@ -172,98 +133,98 @@ def plan(
     Args:
         weights: one per adapter.
         base: the base model that all adapters were found to belong to, as the result will declare it.
-        scope: what part of the model is merged, each like "layers=0-15,20" or "modules=q_proj,*.mlp.*"; all must hold.
-        rank: a number, "sum" (exact) or "auto" (up to 64, or the largest rank among the adapters if that is more).
-        scaling: λ, a factor on the whole result.
-        norm_match: scale every module's result to the weighted mean of its adapters' norms.
-        missing: "zero" counts an adapter as a zero update in modules it lacks; "renorm" spreads its weight over the
-            others there.
-        dense: write whole updates, not factors.
-        compact: leave every module of the result at its own rank; else all get the largest, filled up with zeros.
-        serve: the server whose rules the result has to keep.
-        device: where the arithmetic is done, as torch names it.
         inputs: where a method that needs inputs finds them.
-        saved_modules: what becomes of modules that were saved whole beside an update: "refuse", "drop", or the
-            `id@commit` of the adapter whose modules the result takes.
-        skeleton: what the base is made of, where that is known.
+        skeleton: the modules of the base, where its class is known.
 
     Raises:
-        UsageError: an unknown method, knob, rank, scope or dtype.
+        UsageError: an unknown method, knob, rank or scope.
         NothingMatched: no module in the scope.
         Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
             scope, a device that lacks float64, what the server cannot serve.
     """
-    checked = METHODS.check(method, knobs or {})
-    if missing not in ("zero", "renorm"):
-        raise UsageError(f"--missing is zero or renorm, not {missing!r}")
-    if dtype != "auto" and dtype not in DTYPES:
-        raise UsageError(f"--dtype is auto, {', '.join(DTYPES)}, not {dtype!r}")
-    _demand_one_form(rank, energy, dense=dense, compact=compact, serve=serve)
+    options = _checked(options)
     if not base:
         raise Refused("none of these adapters names its base model", hint="name it with --base")
-    if METHODS.get(method).kind == "factors":
-        if rank not in ("auto", "sum") or energy is not None:
-            raise UsageError(f"{method} keeps every rank", hint="use --method linear to reduce the rank")
-        rank = "sum"
-    if device.startswith("mps"):
-        raise Refused("a merge computes in float64, which Apple's GPUs do not have", hint="use --device cpu")
-    if METHODS.get(method).needs == "inputs" and inputs is None:
-        raise UsageError(f"{method} needs examples to see what each module is fed", hint="give --data FILE.jsonl")
-    if coefficients is not None and missing != "zero":
+    if METHODS.get(options.method).needs == "inputs" and inputs is None:
         raise UsageError(
-            "learnt coefficients stand for every module by themselves: --missing has no meaning beside them"
+            f"--method {options.method} needs examples, to record the activations of each module",
+            hint="give --data FILE.jsonl",
         )
-    if coefficients is not None and checked.get("per") == "adapter":
-        raise UsageError("learnt coefficients differ between modules: --per adapter has no meaning beside them")
-    if "inside" in checked and checked.get("per") == "adapter":
-        raise UsageError(f"{method} merges each module in a space of its own: --per adapter has no meaning there")
-    rank_choice(rank, energy, [1])
-    if not all(math.isfinite(w) for w in [*weights, scaling]):
+    if coefficients is not None and options.missing != "zero":
+        raise UsageError("--missing cannot be combined with --coef")
+    if coefficients is not None and options.knobs.get("per") == "adapter":
+        raise UsageError("--per adapter cannot be combined with --coef, whose coefficients differ between modules")
+    if not all(math.isfinite(weight) for weight in weights):
         raise UsageError("weights must be finite numbers")
-    if not 0 < abs(scaling) <= _LARGEST_SCALING:
-        raise UsageError(f"--lambda is a factor other than 0 and of {_LARGEST_SCALING:g} at most, not {scaling:g}")
+    if options.missing == "renorm" and coefficients is None and cancel(weights):
+        raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
-    for one, other in pairwise(ordered):
-        if one.ref.commit == other.ref.commit and one.ref.id == other.ref.id:
-            raise Refused(f"{one.ref.id} is given twice", hint="give it once, with the sum of the weights")
-    modules = tuple(module for module in all_modules(ordered) if _in_scope(module, scope))
-    if not modules:
-        raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
-    if outside := [adapter.ref.id for adapter in ordered if adapter.modules.keys().isdisjoint(modules)]:
-        raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
+    modules = _modules(ordered, options.scope)
     demand_same_shapes(ordered, modules)
-    _check_saved_modules(ordered, saved_modules, dense=dense)
-    _check_rank(ordered, modules, rank)
-    if serve is not None:
+    _check_saved_modules(ordered, options.saved_modules, dense=options.dense)
+    _check_rank(ordered, modules, options.rank)
+    if options.for_ is not None:
         conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
-        demand_servable(serve, conv1d=conv1d, rank=_asked_rank(ordered, modules, rank, energy))
-    if missing == "renorm" and coefficients is None and cancel(weights):
-        raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
+        demand_servable(options.for_, conv1d=conv1d, rank=_asked_rank(ordered, modules, options))
     return MergePlan(
         adapters=ordered,
         weights=tuple(float(weights[i]) for i in order),
-        method=method,
-        knobs=checked,
+        options=options,
         base=base,
         modules=modules,
-        scope=tuple(scope),
-        rank=rank,
-        energy=energy,
-        scaling=scaling,
-        norm_match=norm_match,
-        missing=missing,
-        dense=dense,
-        compact=compact,
-        serve=serve,
-        dtype=dtype,
-        device=device,
         coefficients=coefficients,
         inputs=inputs,
-        saved_modules=saved_modules,
-        zeros=zeros_for_sglang(modules, _shapes(ordered)) if serve == "sglang" else {},
+        zeros=zeros_for_sglang(modules, _shapes(ordered)) if options.for_ == "sglang" else {},
         skeleton=skeleton,
     )
+
+
+def _checked(options: MergeOptions) -> MergeOptions:
+    """`options` with every knob of the method.
+
+    Raises:
+        UsageError: an unknown method or knob, a value out of its range, options that exclude each other.
+        Refused: a device that lacks float64.
+    """
+    checked = METHODS.check(options.method, options.knobs)
+    options = replace_options(options, knobs=checked)
+    _demand_one_form(options)
+    if METHODS.get(options.method).kind == "factors":
+        if options.rank not in ("auto", "sum") or options.energy is not None:
+            raise UsageError(
+                f"--rank and --energy cannot be combined with --method {options.method}, which keeps all ranks",
+                hint="use --method linear to reduce the rank",
+            )
+        options = replace_options(options, rank="sum")
+    if options.device.startswith("mps"):
+        raise Refused("a merge computes in float64, which Apple's GPUs do not have", hint="use --device cpu")
+    if "inside" in checked and checked.get("per") == "adapter":
+        raise UsageError(f"--per adapter cannot be used with --method {options.method}, which merges module by module")
+    rank_choice(options.rank, options.energy, [1])
+    if options.lambda_ == 0:
+        raise UsageError("--lambda 0 would erase the result: give a number other than 0")
+    if not abs(options.lambda_) <= _LARGEST_FACTOR:
+        raise UsageError(f"--lambda must be at most {_LARGEST_FACTOR:g} in size, not {options.lambda_:g}")
+    return options
+
+
+def _modules(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
+    """The modules of the adapters that are in the scope.
+
+    Raises:
+        NothingMatched: none is.
+        Refused: an adapter is given twice, or has no module in the scope.
+    """
+    for one, other in pairwise(adapters):
+        if one.ref.commit == other.ref.commit and one.ref.id == other.ref.id:
+            raise Refused(f"{one.ref.id} is given twice", hint="give it once, with the sum of the weights")
+    modules = tuple(module for module in all_modules(adapters) if _in_scope(module, scope))
+    if not modules:
+        raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
+    if outside := [adapter.ref.id for adapter in adapters if adapter.modules.keys().isdisjoint(modules)]:
+        raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
+    return modules
 
 
 def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: bool) -> None:
@@ -287,17 +248,15 @@ def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: b
             )
 
 
-def _demand_one_form(rank: str, energy: float | None, *, dense: bool, compact: bool, serve: Server | None) -> None:
-    """UsageError for options that ask for two forms of result, or for a server that nobody knows."""
-    if serve is not None and serve not in TITLES:
-        raise UsageError(f"unknown server {serve!r} for --for: {' or '.join(TITLES)}")
-    if dense and (rank != "auto" or energy is not None):
+def _demand_one_form(options: MergeOptions) -> None:
+    """UsageError for options that ask for two forms of result."""
+    if options.dense and (options.rank != "auto" or options.energy is not None):
         raise UsageError("--rank and --energy cannot be combined with --dense, which keeps the full update")
-    if dense and compact:
+    if options.dense and options.compact:
         raise UsageError("--compact cannot be combined with --dense, which writes no factors")
-    if dense and serve:
+    if options.dense and options.for_:
         raise UsageError("--for cannot be combined with --dense, which writes no adapter")
-    if compact and serve == "sglang":
+    if options.compact and options.for_ == "sglang":
         raise UsageError("--compact cannot be combined with --for sglang, which reads one rank for all modules")
 
 
@@ -351,14 +310,17 @@ def _check_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
     shapes = [adapter.modules[module] for adapter in adapters for module in modules if module in adapter.modules]
     most = max(min(factors.out_features, factors.in_features) for factors in shapes)
     if rank.isdecimal() and int(rank) > most:
-        raise Refused(f"--rank {rank} is more than any of these modules can have, {most}", hint="use --rank auto")
+        raise Refused(
+            f"--rank {rank} is too high: the largest module of these adapters allows rank {most}",
+            hint="use --rank auto",
+        )
 
 
-def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: str, energy: float | None) -> int:
+def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], options: MergeOptions) -> int:
     """The highest rank that the result is asked to have; 0 where that is left open."""
-    if rank.isdecimal():
-        return int(rank)
-    if rank != "sum" or energy is not None:
+    if options.rank.isdecimal():
+        return int(options.rank)
+    if options.rank != "sum" or options.energy is not None:
         return 0
     return max(sum(a.modules[module].rank for a in adapters if module in a.modules) for module in modules)
 

@@ -14,13 +14,11 @@ from lora_cli.adapters.targets import ALL_LINEAR
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import UsageError
 from lora_cli.outputs import whole_folder
+from lora_cli.recipes import Recipe, TargetRecipe
 from lora_cli.records import Example, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
-from lora_cli.steps.descent import Learnt, Recipe, learn
+from lora_cli.steps.descent import Learnt, learn
 from lora_cli.task import split
-
-TARGET_RECIPE = Recipe(steps=400, lr=3e-4)
-"""The paper's target LoRA: 400 steps of 8 examples at 3e-4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +44,7 @@ def train(
     alpha: float = 16.0,
     dropout: float = 0.1,
     target_modules: str | Sequence[str] = ALL_LINEAR,
-    recipe: Recipe = TARGET_RECIPE,
+    recipe: Recipe | None = None,
     fraction: float = 0.2,
     progress: Progress = silent,
 ) -> TrainResult:
@@ -56,12 +54,14 @@ def train(
 
     Args:
         target_modules: names of modules, or "all-linear"; see `models.new_adapter.choose`.
+        recipe: the paper's, unless given.
 
     Raises:
         UsageError: settings out of range. Refused: modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
     _demand_sane(rank, alpha, dropout)
+    recipe = recipe or TargetRecipe()
     training, validation = split(examples, fraction=fraction, seed=recipe.seed)
     with base.new_adapter(
         rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, seed=recipe.seed
@@ -99,7 +99,7 @@ def asked(
     """The settings of a run that trains, beside those of the base. UsageError when they make no LoRA."""
     _demand_sane(rank, alpha, dropout)
     shape = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target_modules}
-    return {**shape, **asdict(recipe), "data": data}
+    return {**shape, **recipe.settings, "data": data}
 
 
 def _demand_sane(rank: int, alpha: float, dropout: float) -> None:

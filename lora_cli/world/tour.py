@@ -1,8 +1,9 @@
 """The tour through a finished world: sync, select, merge, fit, evaluate, by the functions that the commands call."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.base_model import BaseModel, BaseRef, pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import Refused
-from lora_cli.mixture import Shape
+from lora_cli.merge_options import MergeOptions
 from lora_cli.models.skeleton import skeleton
+from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Progress, Score, silent
+from lora_cli.runs import Run
 from lora_cli.steps import fit as fitting
 from lora_cli.steps import merge as merging
 from lora_cli.steps import train as training
-from lora_cli.steps.descent import Recipe
 from lora_cli.steps.evaluate import System, Updates, evaluate
-from lora_cli.steps.gather import Gathered, gather
+from lora_cli.steps.opened_pool import Gathered, Pool
+from lora_cli.steps.recorded import Job, run_once
 from lora_cli.steps.select import select
 from lora_cli.steps.sync import SyncReport, sync
 from lora_cli.task import load_task, task_sha256
@@ -147,57 +150,71 @@ class _Guide:
             announce=_nothing_to_fetch,
         )
         self.catalogue.remember_selection(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})
-        names = [adapter.ref.pinned for adapter, _ in chosen]
-        aliases = [self.world.base_name]
-        return gather(self.catalogue, names, base=str(self.world.base), aliases=aliases, announce=_nothing_to_fetch)
+        pool = Pool(
+            catalogue=self.catalogue,
+            base=str(self.world.base),
+            aliases=[self.world.base_name],
+            announce=_nothing_to_fetch,
+        )
+        return pool.adapters([adapter.ref.pinned for adapter, _ in chosen])
 
     def _new_lora(self) -> OpenAdapter:
-        folder = self.folder / "new-lora"
         described = training.asked(recipe=NEW_LORA_RECIPE, data=self.target.train.name, **NEW_LORA)
-        inputs = {**self.ref.inputs, **self.task}
-        with runs.recorded(self.db, "train", self.ref.settings | described, inputs, folder) as run:
-            if not _done(folder, run):
-                training.train_and_write(
-                    self.base,
-                    self.train,
-                    folder,
-                    run,
-                    replace=True,
-                    recipe=NEW_LORA_RECIPE,
-                    progress=self.progress,
-                    **NEW_LORA,
-                )
-        return _opened(folder)
+
+        def work(job: Job, run: Run) -> None:
+            training.train_and_write(
+                self.base,
+                self.train,
+                job.folder,
+                run,
+                replace=True,
+                recipe=NEW_LORA_RECIPE,
+                progress=self.progress,
+                **NEW_LORA,
+            )
+
+        return self._made("new-lora", "train", self.ref.settings | described, {**self.ref.inputs, **self.task}, work)
 
     def _merged(self, name: str, chosen: Gathered, method: str) -> OpenAdapter:
-        share = 1 / len(chosen.adapters)
-        plan = merging.plan(
-            chosen.adapters, [share] * len(chosen.adapters), base=chosen.base, skeleton=chosen.skeleton, method=method
-        )
-        with runs.recorded(self.db, "merge", plan.settings, chosen.inputs, self.folder / name) as run:
-            if not _done(self.folder / name, run):
-                merging.merge(plan, self.folder / name, run, replace=True, progress=self.progress)
-        return _opened(self.folder / name)
+        plan = _plan(chosen, 1 / len(chosen.adapters), method)
+
+        def work(job: Job, run: Run) -> None:
+            merging.merge(plan, job.folder, run, replace=True, progress=self.progress)
+
+        return self._made(name, "merge", plan.settings, chosen.inputs, work)
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
-        plan = merging.plan(chosen.adapters, [1.0] * len(chosen.adapters), base=chosen.base, skeleton=chosen.skeleton)
-        recipe, folder = Recipe(seed=self.world.seed), self.folder / name
+        plan, recipe = _plan(chosen, 1.0, "linear"), Recipe(seed=self.world.seed)
         described = fitting.asked(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
+
+        def work(job: Job, run: Run) -> None:
+            fitting.fit_and_write(
+                self.base,
+                plan,
+                self.train,
+                job.folder,
+                run,
+                replace_folder=True,
+                recipe=recipe,
+                task_sha256=self.task[self.target.train.name],
+                progress=self.progress,
+            )
+
         inputs = {**self.ref.inputs, **chosen.inputs, **self.task}
-        with runs.recorded(self.db, "fit", self.ref.settings | described, inputs, folder) as run:
-            if not _done(folder, run):
-                fitting.fit_and_write(
-                    self.base,
-                    plan,
-                    self.train,
-                    folder,
-                    run,
-                    replace_folder=True,
-                    recipe=recipe,
-                    task_sha256=self.task[self.target.train.name],
-                    progress=self.progress,
-                )
-        return _opened(folder)
+        return self._made(name, "fit", self.ref.settings | described, inputs, work)
+
+    def _made(
+        self,
+        name: str,
+        verb: str,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[Job, Run], None],
+    ) -> OpenAdapter:
+        """The adapter in the folder `name`, made by `work` unless it is there; an older one may be replaced."""
+        job = Job(verb=verb, settings=settings, inputs=inputs, runs=self.folder, out=self.folder / name)
+        run_once(self.db, job, partial(work, job), force=False, replace=True)
+        return _opened(job.folder)
 
     def _noise(self, chosen: Gathered) -> System:
         """The same fit over noise of the same spread: what it reaches owes nothing to what the adapters know."""
@@ -226,13 +243,10 @@ class _Guide:
         return next(score for score in scores if score.system == one)
 
 
-def _done(folder: Path, run: runs.Run) -> bool:
-    """True when this very run stands in `folder`; an earlier one there, of other versions say, may be replaced."""
-    if runs.finished(folder, run.key):
-        run.take(folder)
-        return True
-    runs.claim(folder, run.key, force=True)
-    return False
+def _plan(chosen: Gathered, weight: float, method: str) -> merging.MergePlan:
+    weights = [weight] * len(chosen.adapters)
+    options = MergeOptions(method=method)
+    return merging.plan(chosen.adapters, weights, options, base=chosen.base, skeleton=chosen.skeleton)
 
 
 @contextmanager

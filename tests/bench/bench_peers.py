@@ -18,8 +18,8 @@ from torch import nn
 
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.updates import Updates
+from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
-from lora_cli.steps.merge_plan import METHODS
 
 SHAPES = {"k": (1024, 4096), "q": (4096, 4096), "gate": (14336, 4096)}
 N, RANK, RUNS = 30, 16, 7

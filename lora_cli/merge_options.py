@@ -1,0 +1,73 @@
+"""The options of a merge."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from lora_cli.methods import MethodFolder
+from lora_cli.options import Flag, Options
+from lora_cli.records import Precision, Server
+
+Missing = Literal["zero", "renorm"]
+
+METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
+HOW, WHAT, SIZE, FORM = "How to merge", "What to merge", "Size of the result", "Form of the result"
+
+
+class MergeOptions(Options, frozen=True, kw_only=True):
+    """What decides the result of a merge besides the adapters, their weights and the base model.
+
+    `rank` is a number, "sum" (exact) or "auto" (up to 64, or the largest rank among the adapters if that is more).
+    `scope` names the parts of the model to merge, like "layers=0-15,20" or "modules=q_proj,*.mlp.*"; all must hold.
+    `missing` says how an adapter counts in modules it lacks: "zero" as a zero update; "renorm" spreads its weight over
+    the others there. `saved_modules` is "refuse", "drop", or the `id@commit` of the adapter whose modules the result
+    takes. `device` is where the arithmetic is done, as torch names it.
+    """
+
+    method: Annotated[
+        str,
+        Flag(
+            help="Merge method; 'lora methods' lists and explains all of them.",
+            short="-m",
+            default="norm-matched; linear with --coef",
+            panel=HOW,
+            complete=lambda: [*METHODS.methods],
+        ),
+    ] = "norm-matched"
+    knobs: Mapping[str, Any] = {}
+    lambda_: Annotated[float, Flag(help="Factor on the whole result.", panel=HOW)] = 1.0
+    norm_match: Annotated[
+        bool, Flag(help="Scale each module to the weighted mean of its adapters' norms.", panel=HOW)
+    ] = False
+    missing: Annotated[
+        Missing,
+        Flag(help="How an adapter counts in a module that it lacks: zero update, or left out (renorm).", panel=HOW),
+    ] = "zero"
+    scope: Annotated[
+        tuple[str, ...],
+        Flag(
+            help="Merge only these parts: layers=0-15,20 or modules=q_proj,*.mlp.*; repeatable, all hold.", panel=WHAT
+        ),
+    ] = ()
+    saved_modules: Annotated[
+        str,
+        Flag(
+            help="Modules saved whole, such as heads: refuse them, drop them, or take those of this adapter.",
+            metavar="refuse|drop|ADAPTER",
+            panel=WHAT,
+        ),
+    ] = "refuse"
+    rank: Annotated[
+        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
+    ] = "auto"
+    energy: Annotated[
+        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
+    ] = None
+    compact: Annotated[
+        bool, Flag(help="Leave each module at its own rank: smaller, but not every server reads it.", panel=SIZE)
+    ] = False
+    dtype: Annotated[Precision, Flag(help="Precision on disk; auto is that of the parents.", panel=FORM)] = "auto"
+    dense: Annotated[bool, Flag(help="Write whole updates (delta.safetensors) in place of a LoRA.", panel=FORM)] = False
+    for_: Annotated[
+        Server | None, Flag(help="Keep the rules of a server, and print the line that serves the result.", panel=FORM)
+    ] = None
+    device: str = "cpu"

@@ -1,0 +1,65 @@
+"""The options of a verb as one typed record, from which its flags, its settings and the check of a lock are made.
+
+A field is written once, as `name: Annotated[type, Flag(help)] = default`. Its flag is `--name` with dashes, its setting
+in run.json is `name`; a trailing underscore keeps a field apart from a word of Python (`lambda_` is `--lambda`).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self, get_type_hints
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flag:
+    """How a field looks on the command line.
+
+    `default` names the default in the help where the value itself does not say it. `panel` is the heading below which
+    the help lists the flag. `name` is the flag where it is not that of the field. `complete` lists the values that a
+    shell offers.
+    """
+
+    help: str
+    short: str = ""
+    metavar: str = ""
+    default: str = ""
+    panel: str = ""
+    minimum: int | None = None
+    name: str = ""
+    complete: Callable[[], list[str]] | None = None
+
+
+def setting(field: str) -> str:
+    """The name of a field in run.json."""
+    return field.rstrip("_")
+
+
+class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=setting):
+    """The base class of every verb's options."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options as run.json holds them."""
+        found: dict[str, Any] = msgspec.to_builtins(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+    @classmethod
+    def of_settings(cls, settings: Any) -> Self:
+        """The options that `settings` hold.
+
+        Raises:
+            msgspec.ValidationError: an unknown option, or a value of another type.
+        """
+        return msgspec.convert(settings, cls)
+
+    @classmethod
+    def flags(cls) -> Mapping[str, tuple[Any, Flag]]:
+        """Field → (type, Flag) of every field that is a flag."""
+        hints = get_type_hints(cls, include_extras=True)
+        found = {}
+        for field in cls.__struct_fields__:
+            marks = [mark for mark in getattr(hints[field], "__metadata__", ()) if isinstance(mark, Flag)]
+            if marks:
+                found[field] = (hints[field].__origin__, marks[0])
+        return found

@@ -1,0 +1,75 @@
+"""How coefficients and adapters are learnt: the options that `fit` and `train` share."""
+
+import math
+from typing import Annotated, Literal
+
+from lora_cli.errors import UsageError
+from lora_cli.options import Flag, Options
+
+Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
+Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
+Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
+
+COEFFICIENTS, TRAINING = "Coefficients", "Training"
+
+
+class Shape(Options, frozen=True, kw_only=True):
+    """Which coefficients there are and how they come from θ.
+
+    granularity: one per adapter and `adapter` (whole model), `layer`, `sublayer` (attention or MLP of a layer),
+        `module`; or one per `rank` of each adapter in each module.
+    activation: c = φ(θ): `leaky_relu` (slope 0.01), `linear`, `softmax` over the adapters that touch the group,
+        `sigmoid`, `square`.
+    init: θ starts at `zero`, `average` (1/N), `sqrt` (1/√N), `uniform` in (0, 1), or `normal` with deviation 0.5.
+    """
+
+    granularity: Annotated[
+        Granularity, Flag(help="What has a coefficient of its own, adapter by adapter.", panel=COEFFICIENTS)
+    ] = "module"
+    activation: Annotated[
+        Activation, Flag(help="The function that makes coefficients of what is learnt.", panel=COEFFICIENTS)
+    ] = "leaky_relu"
+    init: Annotated[Init, Flag(help="Start: 0, 1/N, 1/sqrt N, or random.", panel=COEFFICIENTS)] = "zero"
+
+    def __post_init__(self) -> None:
+        if self.granularity == "rank" and self.activation == "softmax":
+            raise UsageError(
+                "--activation softmax cannot be used with --granularity rank: it is taken over adapters",
+                hint="use --activation leaky_relu",
+            )
+
+
+class Recipe(Options, frozen=True, kw_only=True):
+    """How to train: AdamW (0.9, 0.999) without decay, linear warm-up over `warmup` of the steps, then half a cosine.
+
+    `batch` examples make one step, in as many passes as memory asks for; gradients are clipped to norm 1; every `every`
+    steps, and before the first one, the validation loss is taken, and the best parameters are kept.
+    """
+
+    steps: Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)] = 100
+    lr: Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)] = 5e-2
+    batch: Annotated[int, Flag(help="Examples per step.", panel=TRAINING)] = 8
+    warmup: float = 0.1
+    every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 1), ("batch", 1), ("every", 1), ("seed", 0)):
+            if getattr(self, name) < low:
+                raise UsageError(f"--{name} must be at least {low}, not {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise UsageError(f"--lr must be above 0, not {self.lr}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, …, steps − 1."""
+        warm = round(self.warmup * self.steps)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+
+class TargetRecipe(Recipe, frozen=True, kw_only=True):
+    """The paper's target LoRA: 400 steps of 8 examples at 3e-4."""
+
+    steps: Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)] = 400
+    lr: Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)] = 3e-4

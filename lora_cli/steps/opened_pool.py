@@ -1,0 +1,231 @@
+"""The opened pool: from what the user named to adapters that are here, readable and of one base model."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from lora_cli.adapters.base_names import public_base
+from lora_cli.adapters.checks import UNDECLARED
+from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
+from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.store import folder_ref, locate
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.settings import Settings, folder_of
+from lora_cli.steps.bases import skeleton_of
+from lora_cli.steps.fetch import bring
+from lora_cli.steps.gather import (
+    Declared,
+    base_of_rows,
+    check_bases,
+    declared_base,
+    demand_common_names,
+    demand_one_form_of_projections,
+    files_of,
+    needs_fusing,
+    opened,
+    sha256_of_weights,
+)
+from lora_cli.steps.lookup import look_up, names_of, of_one_base, usable
+
+MOST_WITHOUT_SELECTION = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gathered:
+    """Adapters ready to be read.
+
+    `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
+    its weights; `skeleton` holds the modules of the base's class, None where the class is not known; `unchecked` then
+    says why.
+    """
+
+    adapters: tuple[OpenAdapter, ...]
+    base: str
+    inputs: Mapping[str, str]
+    skeleton: Skeleton | None = None
+    unchecked: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """Names of adapters, and the weight of each that was given one."""
+
+    names: tuple[str, ...]
+    weights: tuple[float | None, ...]
+
+    @property
+    def weighted(self) -> bool:
+        """Whether any of them was given a weight."""
+        return any(weight is not None for weight in self.weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pool:
+    """A catalogue with the base model that the user works on.
+
+    `base` is the base model that adapters must belong to; None takes the one for which the catalogue found them usable,
+    else the one they declare. An adapter that declares none belongs to `base` if its shapes fit. `aliases` are other
+    names of it. `announce` gets a line for each adapter looked up on the Hub and, before weights are downloaded, one
+    with their size.
+    """
+
+    catalogue: Catalogue
+    base: str | None = None
+    aliases: Sequence[str] = ()
+    announce: Callable[[str], None]
+    progress: Progress = silent
+
+    def chosen(self, texts: Sequence[str], selection: str | None = None, recorded: Iterable[str] = ()) -> Chosen:
+        """The adapters meant by texts ADAPTER[=WEIGHT]; without any, a selection or every usable adapter.
+
+        Args:
+            texts: what the user typed, one adapter each.
+            selection: the name of a selection, in place of texts.
+            recorded: the adapters of a file that holds the weight of each; they are meant where nothing else is named.
+
+        Raises:
+            NothingMatched: no such selection, no usable adapter, or too many of them.
+            UsageError: texts beside a selection, a malformed weight, or weights beside such a file.
+        """
+        known = tuple(recorded)
+        if known and not texts and selection is None:
+            return Chosen(names=known, weights=(None,) * len(known))
+        if not texts:
+            names = self._selected(selection)
+            return Chosen(names=names, weights=(None,) * len(names))
+        if selection is not None:
+            raise UsageError("name adapters or a --selection, not both")
+        pairs = [_split(text) for text in texts]
+        chosen = Chosen(names=tuple(name for name, _ in pairs), weights=tuple(weight for _, weight in pairs))
+        if known and chosen.weighted:
+            raise UsageError("the file says what each adapter weighs: leave out =WEIGHT")
+        return chosen
+
+    def _selected(self, name: str | None) -> tuple[str, ...]:
+        """The last selection (or the last called `name`), else every usable adapter of the base if they are few."""
+        selection = self.catalogue.last_selection(name)
+        if selection is not None:
+            called = f" {selection.name!r}" if selection.name else ""
+            label = f"selection {name!r}" if name else f"last selection{called}"
+            self.announce(f"adapters: the {label}, {len(selection.refs)} by {selection.method}")
+            return tuple(ref.pinned for ref in selection.refs)
+        if name is not None:
+            raise NothingMatched(
+                f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME"
+            )
+        rows = of_one_base(self.catalogue.find(status="ok"), self.base)
+        if not rows:
+            raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
+        if len(rows) > MOST_WITHOUT_SELECTION:
+            raise NothingMatched(
+                f"no adapters selected, and {len(rows):,} are usable",
+                hint="choose some: lora select --by random -k 30",
+            )
+        self.announce(f"adapters: all {len(rows)} usable ones in the catalogue")
+        return tuple(row.ref.pinned for row in rows)
+
+    def adapters(self, names: Sequence[str], *, whole: bool = False) -> Gathered:
+        """Find, fetch where needed, open and check adapters.
+
+        Args:
+            names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
+            whole: also accept adapters that hold modules saved whole, for their updates.
+
+        Raises:
+            NothingMatched: an id that neither the catalogue nor the Hub has.
+            AccessDenied: a gated adapter.
+            NetworkError: an id that the catalogue does not have, or weights that are not here, and no Hub to ask.
+            Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases.
+        """
+        if not names:
+            raise NothingMatched("no adapters selected", hint="name some, or run lora select")
+        found = [self._find(name, whole=whole) for name in names]
+        rows = [row for _, row in found if row is not None]
+        base = self.base or base_of_rows(rows)
+        bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
+        here = [files_of(ref) for ref, _ in found]
+        known = names_of(self.catalogue, base, self.aliases)
+        judged = [declared_base(files, row, self.base) for files, (_, row) in zip(here, found, strict=True)]
+        # Sorted, so that the order in which adapters are named does not matter.
+        declared = sorted(judged, key=lambda one: one.ref.pinned)
+        check_bases(declared, base, known)
+        skeleton, unchecked = skeleton_of(base or declared[0].base)
+        adapters, inputs = [], {}
+        for files, (ref, row) in zip(here, found, strict=True):
+            # Open before hashing, so that a later change of the file is detected on read.
+            adapters.append(opened(files, skeleton, whole=whole))
+            inputs[ref.pinned] = sha256_of_weights(files, row)
+        if skeleton is None:
+            demand_common_names(adapters)
+            demand_one_form_of_projections(adapters)
+        elif needs_fusing(adapters, skeleton):
+            adapters = [opened(files, skeleton, whole=whole, fuse=True) for files in here]
+        for adapter, one in zip(adapters, judged, strict=True):
+            taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
+            for note in filter(None, [taken, *adapter.notes]):
+                self.announce(f"{adapter.ref.id}: {note}")
+        public = public_base(base or "", known, [one.base for one in declared])
+        return Gathered(adapters=tuple(adapters), base=public, inputs=inputs, skeleton=skeleton, unchecked=unchecked)
+
+    def update(self, name: str) -> tuple[OpenAdapter | OpenDelta, str, Mapping[str, str]]:
+        """One adapter, or the dense result of a merge in a folder, with `base` and `inputs` as in `Gathered`.
+
+        Raises:
+            DataError: the record of a dense result is missing or malformed. Else as `adapters` does.
+        """
+        folder = dense_folder(name)
+        if folder is None:
+            found = self.adapters([name])
+            return found.adapters[0], found.base, found.inputs
+        delta = open_delta(folder)
+        known = names_of(self.catalogue, self.base, self.aliases)
+        check_bases([Declared(delta.ref, delta.base)], self.base, known)
+        return delta, public_base(self.base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
+
+    def absent(self, names: Sequence[str]) -> list[Adapter]:
+        """The adapters of `names` whose weights `adapters` would have to download. Stores nothing; raises likewise."""
+        found = [self._find(name, store=False) for name in names]
+        return [row for ref, row in found if row is not None and locate(ref) is None]
+
+    def _find(self, name: str, *, whole: bool = False, store: bool = True) -> tuple[AdapterRef, Adapter | None]:
+        """An adapter and its row; no row for a folder that the catalogue has not at this commit, or not as usable."""
+        folder = folder_of(name)
+        if folder is None:
+            look = partial(look_up, self.catalogue, base=self.base or "", aliases=self.aliases, announce=self.announce)
+            row = usable(look(name, whole=whole, store=store, progress=self.progress), whole=whole)
+            return row.ref, row
+        ref, here = folder_ref(folder), self.catalogue.at(folder)
+        # The stored verdict was for the base of the last sync; this base may differ, so judge the files again.
+        if here is None or here.commit != ref.commit or here.status != "ok":
+            return ref, None
+        return here.ref, here
+
+
+@contextmanager
+def open_pool(settings: Settings, announce: Callable[[str], None], progress: Progress = silent) -> Iterator[Pool]:
+    """The pool that the settings name: catalogue, base model and its other names."""
+    with Catalogue(settings.db) as catalogue:
+        yield Pool(
+            catalogue=catalogue,
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=announce,
+            progress=progress,
+        )
+
+
+def _split(text: str) -> tuple[str, float | None]:
+    """ADAPTER[=WEIGHT] as a name and its weight."""
+    name, equals, weight = text.rpartition("=")
+    if not equals or folder_of(text) is not None:
+        return text, None
+    try:
+        if not weight.isascii() or "_" in weight:
+            raise ValueError("a spelling of Python's own")
+        return name, float(weight)
+    except ValueError:
+        raise UsageError(f"{text}: the weight after = is not a number") from None
