@@ -1,7 +1,7 @@
 """The command tree, and the one place where a LoraError becomes an exit code."""
 
 import errno
-import importlib.metadata
+import importlib
 import os
 import signal
 import sys
@@ -13,15 +13,39 @@ from typing import Annotated, Any, Never
 import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.exceptions import TyperException
+from typer.main import get_group
 
-from lora_cli.commands import bake, config, demo, diff, eval, fit, merge, methods, pool, runs, select, task, train
 from lora_cli.commands.options import Group
 from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
 from lora_cli.screen import Screen
 
+SUMMARIES = {
+    "demo": "Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.",
+    "pool": "The adapters of the catalogue: find them, list them, fetch and check them.",
+    "select": "Choose usable adapters of one base model and remember the choice.",
+    "methods": "List the merge methods, or explain one: its formula, its options, what it costs and when to use it.",
+    "merge": "Merge adapters into one LoRA, on the updates themselves and not on A and B apart.",
+    "fit": "Fit one coefficient per adapter and module to a task, and merge with them.",
+    "train": "Train a new LoRA on a task: the baseline that every fit has to beat.",
+    "eval": "Evaluate adapters and the bare base on a task, with intervals, on one load of the base.",
+    "bake": "Add an adapter to its base model, and say how much of it survived.",
+    "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
+    "spectra.",
+    "task": "The examples of a task, as a base model reads them.",
+    "runs": "The runs of all commands: on what data and adapters, and how they ended.",
+    "config": "Settings and where each comes from.",
+    "completion": "Print the completion script of a shell.",
+}
+"""The commands, each in the file of its name below commands/; the first line of each one's help."""
+
 
 class Root(Group):
     """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        # The names, from which a mistyped one is recognised; `get_command` imports the commands themselves.
+        self.commands = dict.fromkeys(SUMMARIES)  # type: ignore[assignment]
 
     def main(
         self,
@@ -46,11 +70,20 @@ class Root(Group):
 
     def list_commands(self, ctx: Any) -> list[str]:
         """In the order in which the work is done."""
-        order = [
-            *("demo", "pool", "select", "methods", "merge", "fit", "train", "eval", "bake", "diff"),
-            *("task", "runs", "config", "completion"),
-        ]
-        return sorted(super().list_commands(ctx), key=lambda name: order.index(name))
+        return [*SUMMARIES]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Import a command when it is named: no command pays for the others."""
+        if cmd_name not in SUMMARIES:
+            return None
+        module = importlib.import_module(f"lora_cli.commands.{cmd_name}")
+        holder = typer.Typer(rich_markup_mode=None)
+        module.register(holder)
+        return get_group(holder).commands[cmd_name]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([*SUMMARIES.items()])
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         # Help is printed while arguments are read.
@@ -101,7 +134,9 @@ def _tell(message: str, hint: str) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        Screen().text(f"lora {importlib.metadata.version('lora-cli')}\n")
+        from importlib.metadata import version
+
+        Screen().text(f"lora {version('lora-cli')}\n")
         raise typer.Exit
 
 
@@ -122,22 +157,6 @@ def root(
     ] = False,
 ) -> None:
     """Catalogue, select, merge, fit and evaluate pools of LoRA adapters."""
-
-
-demo.register(app)
-app.add_typer(pool.app, name="pool")
-select.register(app)
-methods.register(app)
-merge.register(app)
-fit.register(app)
-train.register(app)
-eval.register(app)
-bake.register(app)
-diff.register(app)
-app.add_typer(task.app, name="task")
-app.add_typer(runs.app, name="runs")
-app.add_typer(config.app, name="config")
-config.register(app)
 
 
 def main() -> None:

@@ -1,6 +1,5 @@
 """The adapters that are known of, and the selections made from them: one SQLite file, safe to kill and to share."""
 
-import difflib
 import json
 import re
 import sqlite3
@@ -11,23 +10,25 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
-
-from sqlite_utils import Database
+from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_cli.errors import NothingMatched, UsageError
-from lora_cli.migrations import open_for_reading, open_for_writing, writing
-from lora_cli.records import Adapter, AdapterRef
+from lora_cli.migrations import Database, open_for_reading, open_for_writing, writing
+from lora_cli.records import Adapter, AdapterRef, AdapterRow, Candidate
 from lora_cli.settings import folder_of
 from lora_cli.where import conditions, ordering
 
-_FIELDS = tuple(field.name for field in fields(Adapter))
-_READ = ", ".join(f'"{name}"' for name in _FIELDS)
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
+
+
+_WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at")
 _UPSERT = (
-    f"INSERT INTO adapters ({_READ}, hub_id, seen_at) VALUES ({', '.join('?' * (len(_FIELDS) + 2))}) "
-    "ON CONFLICT (id) DO UPDATE SET "
-    + ", ".join(f'"{name}" = excluded."{name}"' for name in (*_FIELDS, "hub_id", "seen_at") if name != "id")
+    f"INSERT INTO adapters ({_quoted(_WRITTEN)}) VALUES ({', '.join('?' * len(_WRITTEN))}) "
+    "ON CONFLICT (id) DO UPDATE SET " + ", ".join(f'"{name}" = excluded."{name}"' for name in _WRITTEN if name != "id")
 )
+R = TypeVar("R", Adapter, AdapterRow)
 _REVISION = re.compile(r"@([0-9a-f]{4,40})(?=$|:)")
 _SQL_SECONDS = 10.0
 _SQL_ROWS = 1_000_000
@@ -101,7 +102,7 @@ class Catalogue:
                 hub_id = (hub_ids or {}).get(adapter.id, "")
                 if hub_id:
                     self._follow_rename(db, adapter, hub_id)
-                db.execute(_UPSERT, [*_row(adapter), hub_id, seen])
+                db.execute(_UPSERT, [*_row(adapter), sum(adapter.ranks.values()), hub_id, seen])
 
     def refresh(self, popularity: Mapping[str, tuple[int, int]]) -> None:
         """Set downloads and likes, which change from day to day while the adapter stays the same."""
@@ -149,7 +150,7 @@ class Catalogue:
     def get(self, id: str) -> Adapter:
         """The adapter with this id. NothingMatched, naming ids that look like it, if there is none."""
         with self._lock:
-            rows = self._rows(f"SELECT {_READ} FROM adapters WHERE id = ?", [id])
+            rows = self._rows(Adapter, "WHERE id = ?", [id])
         if rows:
             return rows[0]
         near = self.suggest(id)
@@ -181,9 +182,7 @@ class Catalogue:
     def at(self, folder: Path) -> Adapter | None:
         """The adapter that lies in `folder`, None if it is not in the catalogue."""
         with self._lock:
-            rows = self._rows(
-                f"SELECT {_READ} FROM adapters WHERE source = 'folder' AND repo = ?", [str(folder.resolve())]
-            )
+            rows = self._rows(Adapter, "WHERE source = 'folder' AND repo = ?", [str(folder.resolve())])
         return rows[0] if rows else None
 
     def provenance(self, id: str) -> dict[str, Any]:
@@ -200,29 +199,54 @@ class Catalogue:
         return {"hub_id": found[0], "stored_at": found[1], "selections": names}
 
     def suggest(self, id: str, count: int = 3) -> list[str]:
-        """Ids that a user who typed `id` may have meant, the likeliest first."""
+        """Ids that a user who typed `id` may have meant, the likeliest first: of the same name, or spelled alike."""
+        from rapidfuzz import fuzz, process
+
+        wanted = id.lower()
         with self._lock:
-            ids = [row[0] for row in self._read().execute("SELECT id FROM adapters ORDER BY id LIMIT 20000")]
-        by_name: dict[str, list[str]] = {}
-        for known in ids:
-            by_name.setdefault(known.rpartition("/")[2].lower(), []).append(known)
-        exact = by_name.get(id.rpartition("/")[2].lower(), [])
-        lowered = {known.lower(): known for known in ids}
-        close = [lowered[name] for name in difflib.get_close_matches(id.lower(), lowered, n=count, cutoff=0.7)]
-        return list(dict.fromkeys([*exact, *close]))[:count]
+            ids = [row[0] for row in self._read().execute("SELECT id FROM adapters ORDER BY id")]
+        lowered = [known.lower() for known in ids]
+        name = "/" + wanted.rpartition("/")[2]
+        same = [known for known, low in zip(ids, lowered, strict=True) if low.endswith(name)]
+        alike = process.extract(wanted, lowered, scorer=fuzz.ratio, score_cutoff=70, limit=count)
+        return list(dict.fromkeys([*same, *(ids[place] for _, _, place in alike)]))[:count]
 
     def find(
         self, where: Sequence[str] = (), *, sort: str = "id", limit: int | None = None, status: str | None = None
-    ) -> list[Adapter]:
+    ) -> list[AdapterRow]:
         """Adapters for which every condition of `where` holds (see `where`), and the status if one is given."""
-        test, values = conditions(where)
-        if status is not None:
-            test, values = f"({test}) AND status = ?", [*values, status]
-        sql = f"SELECT {_READ} FROM adapters WHERE {test} ORDER BY {ordering(sort)} LIMIT ?"
+        test, values = _tested(where, status)
+        # Rows are chosen by their keys first, so that only those that are asked for are read whole.
+        keys = f"SELECT key FROM adapters WHERE {test} ORDER BY {ordering(sort)} LIMIT ?"
         with self._lock:
-            return self._rows(sql, [*values, -1 if limit is None else limit])
+            return self._rows(
+                AdapterRow,
+                f"WHERE key IN ({keys}) ORDER BY {ordering(sort)}",
+                [*values, -1 if limit is None else limit],
+            )
 
-    def search(self, text: str, *, limit: int = 50) -> list[Adapter]:
+    def rows(self, ids: Sequence[str]) -> list[AdapterRow]:
+        """The adapters with these ids, in this order; those that are not in the catalogue are left out."""
+        found: dict[str, AdapterRow] = {}
+        with self._lock:
+            for start in range(0, len(ids), _BATCH):
+                batch = ids[start : start + _BATCH]
+                for row in self._rows(AdapterRow, f"WHERE id IN ({', '.join('?' * len(batch))})", batch):
+                    found[row.id] = row
+        return [found[id] for id in ids if id in found]
+
+    def candidates(self, where: Sequence[str] = (), *, base: str | None = None) -> list[Candidate]:
+        """The usable adapters for which every condition of `where` holds, of one base if one is named; by id."""
+        test, values = _tested(where, "ok")
+        if base is not None:
+            test, values = f"{test} AND base = ?", [*values, base]
+        with self._lock:
+            rows = self._read().execute(
+                f"SELECT {_quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", _clean(values)
+            )
+            return [Candidate(*row) for row in rows]
+
+    def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.
 
         Signs in `text` only separate words: there is no query language in it.
@@ -231,12 +255,12 @@ class Catalogue:
         if not words:
             raise UsageError(f"nothing to search for in {text!r}", hint="give a word or two")
         query = " ".join(f'"{word}"*' for word in words[:20])
-        sql = (
-            f"SELECT {_READ} FROM adapters JOIN (SELECT rowid AS found, bm25(adapters_fts, 8, 4, 2, 1) AS place "
+        joined = (
+            "JOIN (SELECT rowid AS found, bm25(adapters_fts, 8, 4, 2, 1) AS place "
             "FROM adapters_fts WHERE adapters_fts MATCH ?) ON key = found ORDER BY place, id LIMIT ?"
         )
         with self._lock:
-            return self._rows(sql, [query, limit])
+            return self._rows(AdapterRow, joined, [query, limit])
 
     def stats(self) -> dict[str, Any]:
         """Counts of the whole catalogue: by status, base, rank, licence, author, data type and reason."""
@@ -285,7 +309,7 @@ class Catalogue:
     def remember_selection(
         self,
         name: str,
-        chosen: Sequence[tuple[Adapter | AdapterRef, float | None]],
+        chosen: Sequence[tuple[AdapterRow | AdapterRef, float | None]],
         method: str,
         settings: Mapping[str, Any],
     ) -> int:
@@ -368,9 +392,11 @@ class Catalogue:
                 self._reader = None
         return self._writer
 
-    def _rows(self, sql: str, values: Sequence[Any]) -> list[Adapter]:
-        clean = [_text(value) if isinstance(value, str) else value for value in values]
-        return [_adapter(row) for row in self._read().execute(sql, clean)]
+    def _rows(self, kind: type[R], rest: str, values: Sequence[Any]) -> list[R]:
+        """Rows as records of `kind`, of a query that goes on with `rest`."""
+        names = [field.name for field in fields(kind)]
+        rows = self._read().execute(f"SELECT {_quoted(names)} FROM adapters {rest}", _clean(values))
+        return [kind(**_parsed(dict(zip(names, row, strict=True)))) for row in rows]
 
     @staticmethod
     def _follow_rename(db: Database, adapter: Adapter, hub_id: str) -> None:
@@ -388,13 +414,24 @@ def _text(value: str) -> str:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
+def _clean(values: Iterable[Any]) -> list[Any]:
+    return [_text(value) if isinstance(value, str) else value for value in values]
+
+
+def _tested(where: Sequence[str], status: str | None) -> tuple[str, list[Any]]:
+    """The SQL of conditions and of a status, and its values."""
+    test, values = conditions(where)
+    return (test, [*values]) if status is None else (f"({test}) AND status = ?", [*values, status])
+
+
 def _row(adapter: Adapter) -> list[Any]:
+    """The values of an adapter's fields as SQLite stores them."""
     values = []
-    for name in _FIELDS:
-        value = getattr(adapter, name)
-        if name == "ranks":
+    for field in fields(Adapter):
+        value = getattr(adapter, field.name)
+        if field.name == "ranks":
             value = json.dumps(dict(value))
-        elif name == "target_modules":
+        elif field.name == "target_modules":
             value = json.dumps(list(value))
         elif isinstance(value, bool):
             value = int(value)
@@ -404,12 +441,15 @@ def _row(adapter: Adapter) -> list[Any]:
     return values
 
 
-def _adapter(row: Sequence[Any]) -> Adapter:
-    values = dict(zip(_FIELDS, row, strict=True))
-    values["ranks"] = json.loads(values["ranks"])
-    values["target_modules"] = tuple(json.loads(values["target_modules"]))
-    values["rslora"] = bool(values["rslora"])
-    return Adapter(**values)
+def _parsed(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record from what SQLite stored of them."""
+    if "ranks" in values:
+        values["ranks"] = json.loads(values["ranks"])
+    if "target_modules" in values:
+        values["target_modules"] = tuple(json.loads(values["target_modules"]))
+    if "rslora" in values:
+        values["rslora"] = bool(values["rslora"])
+    return values
 
 
 def _guarded_query(connection: sqlite3.Connection, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -5,15 +5,32 @@ Catalogue, selections, runs and scores live in the same file, so `catalogue` and
 
 import contextlib
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote
 
-from sqlite_utils import Database, Migrations
-
 from lora_cli.errors import DataError, OutputError
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Hide packages from an import: sqlite_utils imports numpy and pandas where they are, which takes 0.2 s."""
+    hidden = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
+with _without("numpy", "pandas"):
+    from sqlite_utils import Database, Migrations
+
+__all__ = ["Database", "open_for_reading", "open_for_writing", "writing"]
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
@@ -164,6 +181,35 @@ def m002_revision_and_notes(db: Database) -> None:
     """Which revision of its base an adapter is for, and what of its file was repaired or left out."""
     for column in ("revision", "notes"):
         db.execute(f"ALTER TABLE adapters ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
+
+
+@migrations()
+def m003_thin_rows(db: Database) -> None:
+    """Ranks and card come last in a row, and an index holds what selection reads, so that neither reads them."""
+    for name in ("insert", "delete", "update"):
+        db.execute(f"DROP TRIGGER adapters_fts_{name}")
+    db.execute("ALTER TABLE adapters RENAME TO adapters_before")
+    columns = [line for line in _M001[0].splitlines() if line.startswith(" " * 8)]
+    heavy = [line for line in columns if line.split()[0] in ("ranks", "card")]
+    light = [line.rstrip(",") for line in columns if line not in heavy]
+    added = [f"{name} TEXT NOT NULL DEFAULT ''" for name in ("revision", "notes")]
+    added.append("rank_total INTEGER NOT NULL DEFAULT 0")
+    ordered = [*light, *added, *(line.rstrip(",") for line in heavy)]
+    db.execute(f"CREATE TABLE adapters ({', '.join(ordered)})")
+    names = ", ".join(line.split()[0] for line in ordered if not line.startswith("rank_total"))
+    db.execute(
+        f"INSERT INTO adapters ({names}, rank_total) SELECT {names}, "
+        "(SELECT coalesce(sum(value), 0) FROM json_each(ranks)) FROM adapters_before"
+    )
+    db.execute("DROP TABLE adapters_before")
+    for statement in (*_M001[1:3], *_M001[4:7]):
+        db.execute(statement)
+    db.execute(
+        f"CREATE INDEX adapters_candidates ON adapters (status, base, {', '.join(_CANDIDATE)})",
+    )
+
+
+_CANDIDATE = ("id", '"commit"', "author", "rank", "rank_total", "downloads", "likes")
 
 
 def open_for_writing(path: Path) -> Database:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
@@ -43,15 +43,14 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Adapter:
-    """One row of the catalogue: everything known about an adapter without its weights.
+class AdapterRow:
+    """What the catalogue holds of an adapter, but for its card and the rank of each module.
 
     `base_declared` is the base model as its configuration has it, at `revision` ("" for the main branch); `base` is the
-    one it was found to be for, `name@revision` where there is one. `ranks` maps each module to its rank, from tensor
-    shapes. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) where it is the same in every module, else None. `norm`
-    is the Frobenius norm of the scaled update over all modules and, like `sha256` (of the weights file), is known only
-    once the weights were at hand. `status` other than "ok" comes with a `reason`. `notes` say what of the file was
-    repaired or left out, and what it holds besides the update.
+    one it was found to be for, `name@revision` where there is one. `scale` is alpha/rank (alpha/sqrt(rank) for rslora)
+    where it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules
+    and, like `sha256` (of the weights file), is known only once the weights were at hand. `status` other than "ok"
+    comes with a `reason`. `notes` say what of the file was repaired or left out, and what it holds besides the update.
     """
 
     id: str
@@ -69,7 +68,6 @@ class Adapter:
     alpha: float | None = None
     scale: float | None = None
     rslora: bool = False
-    ranks: Mapping[str, int] = field(default_factory=dict)
     target_modules: tuple[str, ...] = ()
     modules: int = 0
     layers: int = 0
@@ -84,7 +82,6 @@ class Adapter:
     gated: str = ""
     created_at: str = ""
     modified_at: str = ""
-    card: str = ""
     stamp: str = ""
     status: Status = "ok"
     reason: str = ""
@@ -94,6 +91,34 @@ class Adapter:
     def ref(self) -> AdapterRef:
         """Where its files are."""
         return AdapterRef(id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter(AdapterRow):
+    """One adapter of the catalogue, whole. `ranks` maps each module to its rank, from tensor shapes."""
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    card: str = ""
+
+
+class Candidate(NamedTuple):
+    """What selection has to know of an adapter. `rank_total` is the sum of the ranks of its modules.
+
+    A tuple, because a selection from 100,000 adapters makes as many.
+    """
+
+    id: str
+    commit: str
+    author: str = ""
+    base: str = ""
+    rank_total: int = 0
+    downloads: int = 0
+    likes: int = 0
+
+    @property
+    def pinned(self) -> str:
+        """`id@commit`."""
+        return f"{self.id}@{self.commit}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 from typer.main import get_command
 
 from lora_cli.app import app
-from lora_cli.commands.config import SHELLS, completion_script
+from lora_cli.commands.completion import SHELLS, completion_script
 from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
 from lora_cli.methods import Knob, Method
 from tests.architectures import SPECS
@@ -52,8 +52,8 @@ def commands() -> Iterator[tuple[str, Any, Any]]:
     def below(command: Any, words: str, parent: Any) -> Iterator[tuple[str, Any, Any]]:
         context = command.make_context(words.rpartition(" ")[2], [], parent=parent, resilient_parsing=True)
         yield words, command, context
-        for name, child in getattr(command, "commands", {}).items():
-            yield from below(child, f"{words} {name}", context)
+        for name in command.list_commands(context) if hasattr(command, "list_commands") else ():
+            yield from below(command.get_command(context, name), f"{words} {name}", context)
 
     return below(get_command(app), "lora", None)
 

@@ -1,6 +1,7 @@
 """The catalogue: what goes in comes out, whoever else is writing, and whatever file it is given."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from lora_cli import migrations
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
-from lora_cli.records import Adapter
+from lora_cli.records import Adapter, Candidate
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +43,11 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
         yield opened
 
 
+def whole(catalogue: Catalogue) -> list[Adapter]:
+    """Every adapter of the catalogue with its ranks and its card."""
+    return [catalogue.get(row.id) for row in catalogue.find()]
+
+
 def test_every_fact_comes_back_as_it_was(catalogue: Catalogue) -> None:
     catalogue.add([FULL, adapter("bob/plain")])
     assert catalogue.get("alice/sql") == FULL
@@ -52,7 +58,7 @@ def test_every_fact_comes_back_as_it_was(catalogue: Catalogue) -> None:
 def test_adding_again_replaces_the_row(catalogue: Catalogue) -> None:
     catalogue.add([FULL])
     catalogue.add([replace(FULL, rank=4, card="Writes poems.")])
-    assert catalogue.find() == [replace(FULL, rank=4, card="Writes poems.")]
+    assert whole(catalogue) == [replace(FULL, rank=4, card="Writes poems.")]
     assert catalogue.search("sql questions") == []
     assert [row.id for row in catalogue.search("poem")] == ["alice/sql"]
 
@@ -80,7 +86,7 @@ def test_an_unknown_id_names_those_that_look_like_it(catalogue: Catalogue) -> No
 def test_searching_has_no_language_of_its_own(catalogue: Catalogue, text: str) -> None:
     catalogue.add([FULL])
     with contextlib.suppress(UsageError):  # nothing left to search for
-        assert catalogue.search(text) in ([], [FULL])
+        assert [row.id for row in catalogue.search(text)] in ([], ["alice/sql"])
 
 
 def test_the_best_match_comes_first(catalogue: Catalogue) -> None:
@@ -90,7 +96,7 @@ def test_the_best_match_comes_first(catalogue: Catalogue) -> None:
 
 def test_selections_keep_order_scores_and_commits(catalogue: Catalogue) -> None:
     catalogue.add([adapter(f"a/{n}") for n in range(4)])
-    rows = catalogue.find()
+    rows = whole(catalogue)
     catalogue.remember_selection("first", [(rows[2], 0.5), (rows[0], None)], "cosine", {"k": 2})
     catalogue.remember_selection("", [(rows[1], 1.0)], "random", {"seed": 3})
     catalogue.add([replace(rows[2], commit="b" * 40)])
@@ -138,7 +144,7 @@ def test_sql_can_only_read(catalogue: Catalogue, query: str, monkeypatch: pytest
     catalogue.add([FULL])
     with pytest.raises(UsageError):
         catalogue.sql(query)
-    assert catalogue.find() == [FULL]
+    assert whole(catalogue) == [FULL]
     assert not (tmp_path / "other.db").exists()
 
 
@@ -210,12 +216,60 @@ def test_an_older_catalogue_is_copied_before_it_is_changed(
         later(name=step.name)(step.fn)
     later(name="m999_colour")(lambda db: db.execute("ALTER TABLE adapters ADD COLUMN colour TEXT"))
     monkeypatch.setattr(migrations, "migrations", later)
-    assert catalogue.find() == [FULL]
+    assert whole(catalogue) == [FULL]
     assert "colour" in catalogue.sql("select * from adapters")[0]
     [backup] = catalogue.path.parent.glob("*.backup")
     connection = sqlite3.connect(backup)
     assert connection.execute("select id from adapters").fetchall() == [("alice/sql",)]
     connection.close()
+
+
+def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = migrations.migrations
+    earlier = migrations.Migrations("lora")
+    for step in every._migrations[:2]:
+        earlier(name=step.name)(step.fn)
+    monkeypatch.setattr(migrations, "migrations", earlier)
+    columns = [f.name for f in fields(Adapter)]
+    with migrations.writing(migrations.open_for_writing(catalogue.path)) as db:
+        for number, one in enumerate((FULL, adapter("bob/plain", card="Writes poems."))):
+            stored = {**asdict(one), "ranks": json.dumps(one.ranks), "target_modules": json.dumps(one.target_modules)}
+            names = ", ".join(f'"{name}"' for name in columns)
+            values = [number + 7, *(stored[name] for name in columns)]
+            db.execute(f"INSERT INTO adapters (key, {names}) VALUES ({', '.join('?' * len(values))})", values)
+    db.close()
+    monkeypatch.setattr(migrations, "migrations", every)
+    assert whole(catalogue) == [FULL, adapter("bob/plain", card="Writes poems.")]
+    assert [row.id for row in catalogue.search("poems")] == ["bob/plain"]
+    catalogue.add([replace(FULL, card="Writes novels.")])
+    assert [row.id for row in catalogue.search("novels")] == ["alice/sql"]
+    assert catalogue.sql("select key, rank_total from adapters order by key")[1] == [(7, 8), (8, 0)]
+
+
+def test_what_selection_reads_is_in_an_index_and_lists_leave_out_what_is_long(catalogue: Catalogue) -> None:
+    catalogue.add([replace(FULL, status="ok"), adapter("bob/plain", base="acme/base@v1"), adapter("bob/other")])
+    seen: list[str] = []
+    reader = catalogue._read()
+    reader.conn.set_trace_callback(seen.append)
+    found = catalogue.candidates(base="acme/base@v1")
+    catalogue.find(["rank<=8"], sort="-downloads", limit=1)
+    reader.conn.set_trace_callback(None)
+    assert found == [
+        Candidate("alice/sql", "c" * 40, "alice", "acme/base@v1", 8, 7, 2),
+        Candidate("bob/plain", adapter("bob/plain").commit, base="acme/base@v1"),
+    ]
+    [(*_, plan)] = reader.execute(f"EXPLAIN QUERY PLAN {seen[0]}").fetchall()
+    assert "COVERING INDEX adapters_candidates" in plan
+    assert not any("card" in query or "ranks" in query for query in seen)
+
+
+def test_a_mistyped_id_is_recognised_in_a_large_pool(catalogue: Catalogue) -> None:
+    catalogue.add([adapter(f"author{n % 7}/adapter-{n:05d}") for n in range(21_000)])
+    assert catalogue.suggest("author3/adpater-20919")[0] == "author3/adapter-20919"
+    assert catalogue.suggest("nobody/ADAPTER-20999")[0] == "author6/adapter-20999"
+    assert catalogue.suggest("zzz") == []
 
 
 def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
@@ -232,7 +286,7 @@ def test_a_lock_that_is_never_given_back_is_said(catalogue: Catalogue, monkeypat
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(OutputError, match="another lora"):
         catalogue.add([FULL])
-    assert catalogue.find() == [FULL], "readers need not wait for writers"
+    assert whole(catalogue) == [FULL], "readers need not wait for writers"
     other.close()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.app import SUMMARIES
 from lora_cli.world import World
 from tests import generate
 from tests.cli import ok
@@ -162,6 +163,17 @@ def test_the_shell_completes_commands_options_and_methods(words: str, expected: 
     assert expected in done.stdout, done
 
 
+def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
+    said = {words: command.help.split("\n\n")[0].replace("\n", " ") for words, command in COMMANDS.items()}
+    assert {f"lora {name}": summary for name, summary in SUMMARIES.items()} == {
+        words: text for words, text in said.items() if words.count(" ") == 1
+    }
+
+
+def test_a_mistyped_command_is_recognised() -> None:
+    assert "Did you mean 'methods'?" in run("lora method", Path()).stderr
+
+
 def test_generated_files_are_what_the_program_makes() -> None:
     stale = [file.name for file, text in generate.generated().items() if file.read_text("utf-8") != text]
     assert stale == [], "run python -m tests.generate"
@@ -192,7 +204,7 @@ def test_the_readme_links_to_what_exists() -> None:
         ("runs show nothing", 3, "no run whose id starts with"),
         ("pool sync", 2, "base"),
         ("fit --data none.jsonl", 2, "base"),
-        ("completion tcsh", 2, "unknown shell"),
+        ("completion tcsh", 2, "'tcsh' is not one of"),
         ("merge --json x", 3, "not in the catalogue"),
     ],
 )

@@ -52,6 +52,7 @@ KEEPERS = {
     "re2": ("adapters.targets",),
     "tokenizers": ("world",),
     "msgspec": ("options", "recipes", "merge_options", "steps", "commands"),
+    "rapidfuzz": ("catalogue",),
     "safetensors": ("world",),
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue", "migrations", "runs"),

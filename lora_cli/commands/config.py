@@ -1,19 +1,16 @@
 """`lora config` and `lora completion`: how the tool is set up."""
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from lora_cli.commands.options import Csv, Group, Json, Jsonl, Quiet, examples, screen_for
-from lora_cli.errors import UsageError
-from lora_cli.screen import Column, Screen
+from lora_cli.screen import Column
 from lora_cli.settings import KEYS, base_names_file, load
 
 app = typer.Typer(cls=Group, help="Settings and where each comes from.")
 
 _COLUMNS = (Column("SETTING", "id"), Column("VALUE", "value", wide=True), Column("FROM", "origin"))
-SHELLS = ("bash", "zsh", "fish", "pwsh")
 
 
 @app.command(epilog=examples("lora config show", "LORA_DEVICE=cpu lora config show --json"))
@@ -33,25 +30,9 @@ def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quie
     screen_for(json, jsonl, csv, quiet).rows("lora.config.show/1", _COLUMNS, rows)
 
 
-def completion(shell: Annotated[str, typer.Argument(help="bash, zsh, fish or pwsh.")]) -> None:
-    """Print the completion script of a shell."""
-    Screen().text(completion_script(shell))
-
-
-def completion_script(shell: str) -> str:
-    """The completion script of `shell`, as Typer makes it; UsageError for a shell it does not know."""
-    from typer.completion import get_completion_script  # type: ignore[attr-defined]
-
-    if shell not in SHELLS:
-        raise UsageError(f"unknown shell {shell!r}", hint=f"there are {', '.join(SHELLS)}")
-    return get_completion_script(prog_name="lora", complete_var="_LORA_COMPLETE", shell=shell).strip() + "\n"
-
-
 def register(root: typer.Typer) -> None:
-    """Add `lora completion` to the command tree."""
-    root.command(epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion fish | source"))(
-        completion
-    )
+    """Add `lora config` to the command tree."""
+    root.add_typer(app, name="config")
 
 
 def _plain(value: object) -> object:

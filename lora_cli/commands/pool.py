@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -27,14 +27,14 @@ from lora_cli.commands.options import (
     screen_for,
 )
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
-from lora_cli.records import Adapter, Progress
+from lora_cli.records import Adapter, AdapterRow, Progress
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, folder_of, load
 
 if TYPE_CHECKING:
     from lora_cli.catalogue import Catalogue
 
-app = typer.Typer(cls=Group, help="Adapters that are known of: find them, list them, fetch and check them.")
+app = typer.Typer(cls=Group, help="The adapters of the catalogue: find them, list them, fetch and check them.")
 
 _ADAPTERS = (
     Column("ADAPTER", "id", wide=True),
@@ -460,22 +460,21 @@ def _acted(action: str, adapters: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _show(screen: Screen, schema: str, found: list[Adapter], nothing: str) -> None:
+def _show(screen: Screen, schema: str, found: Sequence[AdapterRow], nothing: str) -> None:
     if not found:
         raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
     rows = [_as_row(adapter) if screen.format == "auto" else _facts(adapter) for adapter in found]
     screen.rows(schema, _ADAPTERS, rows)
 
 
-def _facts(adapter: Adapter) -> dict[str, Any]:
+def _facts(adapter: AdapterRow) -> dict[str, Any]:
     """An adapter for a program to read: all but the long parts, which `show` gives."""
-    facts = asdict(adapter)
-    return {key: value for key, value in facts.items() if key not in ("card", "ranks", "stamp")} | {
-        "target_modules": list(adapter.target_modules)
-    }
+    facts = asdict(adapter) | {"target_modules": list(adapter.target_modules)}
+    del facts["stamp"]
+    return facts
 
 
-def _as_row(adapter: Adapter) -> dict[str, Any]:
+def _as_row(adapter: AdapterRow) -> dict[str, Any]:
     """An adapter for a person to read."""
     return {
         **_facts(adapter),
@@ -549,3 +548,8 @@ def _json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value.hex() if isinstance(value, bytes) else value
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora pool` to the command tree."""
+    root.add_typer(app, name="pool")

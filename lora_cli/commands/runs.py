@@ -9,7 +9,7 @@ from lora_cli.commands.options import Csv, Db, Group, Json, Jsonl, Quiet, exampl
 from lora_cli.screen import Column, near
 from lora_cli.settings import load
 
-app = typer.Typer(cls=Group, help="What was run, on what data and adapters, and how it ended.")
+app = typer.Typer(cls=Group, help="The runs of all commands: on what data and adapters, and how they ended.")
 
 _COLUMNS = (
     Column("RUN", "id"),
@@ -58,3 +58,8 @@ def show(
     from lora_cli import runs
 
     screen_for(json).document("lora.runs.show/1", runs.find(load({"db": db}).db, run))
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora runs` to the command tree."""
+    root.add_typer(app, name="runs")

@@ -11,7 +11,7 @@ from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.task import load_task
 
-app = typer.Typer(cls=Group, help="What a task holds, as a base model reads it.")
+app = typer.Typer(cls=Group, help="The examples of a task, as a base model reads them.")
 
 
 @app.command(
@@ -97,3 +97,8 @@ def summary(facts: Any) -> str:
 
 def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s'[: number != 1]}"
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora task` to the command tree."""
+    root.add_typer(app, name="task")

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from lora_cli.methods import method
-from lora_cli.records import Adapter
+from lora_cli.records import Candidate
 
 
 @method("catalogue")
-def downloads(candidates: Sequence[Adapter], seed: int) -> list[float]:
+def downloads(candidates: Sequence[Candidate], seed: int) -> list[float]:
     """Downloads as the Hub counted them at the last sync; likes decide between equals."""
     most = max((a.likes for a in candidates), default=0) + 1
     return [a.downloads + a.likes / most for a in candidates]

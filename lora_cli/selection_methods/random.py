@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Sequence
 
 from lora_cli.methods import method
-from lora_cli.records import Adapter
+from lora_cli.records import Candidate
 
 
 @method("catalogue")
-def random(candidates: Sequence[Adapter], seed: int) -> list[float]:
+def random(candidates: Sequence[Candidate], seed: int) -> list[float]:
     """Uniform in [0, 1) by the seed and each adapter's own name, so that a growing pool keeps earlier draws in order.
 
     Source: the random pools of arXiv 2602.12323.
     """
-    return [int(hashlib.sha256(f"{seed}:{a.ref.pinned}".encode()).hexdigest()[:13], 16) / 16**13 for a in candidates]
+    return [int(hashlib.sha256(f"{seed}:{a.pinned}".encode()).hexdigest()[:13], 16) / 16**13 for a in candidates]

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from lora_cli.methods import method
-from lora_cli.records import Adapter
+from lora_cli.records import Candidate
 
 
 @method("catalogue")
-def rank(candidates: Sequence[Adapter], seed: int) -> list[float]:
+def rank(candidates: Sequence[Candidate], seed: int) -> list[float]:
     """Sum of the ranks over all adapted modules: the adapters that can express most come first.
 
     Source: arXiv 2602.12323, where every adapter has one rank; the sum is its form for mixed ranks and modules.
     """
-    return [float(sum(a.ranks.values())) for a in candidates]
+    return [float(a.rank_total) for a in candidates]

@@ -13,7 +13,7 @@ from lora_cli.adapters.store import locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
-from lora_cli.records import Adapter, Progress, silent
+from lora_cli.records import Adapter, Candidate, Progress, silent
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.sources import Ask, Found, HubSource
 from lora_cli.steps.verify import verify
@@ -137,14 +137,8 @@ def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> 
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
 
 
-def of_one_base(rows: Sequence[Adapter], base: str | None) -> list[Adapter]:
-    """The rows that are for `base`; without one all of them, which then have to be for one base.
-
-    Raises:
-        UsageError: no base named, and several to choose from.
-    """
-    if base is not None:
-        return [row for row in rows if row.base == base]
+def demand_one_base(rows: Sequence[Candidate]) -> None:
+    """UsageError where adapters are for several base models."""
     counts = Counter(row.base for row in rows).most_common()
     if len(counts) > 1:
         named = ", ".join(f"{name} ({count:,})" for name, count in counts[:_BASES_NAMED])
@@ -153,7 +147,6 @@ def of_one_base(rows: Sequence[Adapter], base: str | None) -> list[Adapter]:
             f"the usable adapters are for {len(counts):,} base models: {named}{more}",
             hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
         )
-    return list(rows)
 
 
 def _older(catalogue: Catalogue, text: str) -> Adapter | None:

@@ -29,7 +29,7 @@ from lora_cli.steps.gather import (
     opened,
     sha256_of_weights,
 )
-from lora_cli.steps.lookup import look_up, names_of, of_one_base, usable
+from lora_cli.steps.lookup import demand_one_base, look_up, names_of, usable
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -117,7 +117,8 @@ class Pool:
             raise NothingMatched(
                 f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME"
             )
-        rows = of_one_base(self.catalogue.find(status="ok"), self.base)
+        rows = self.catalogue.candidates(base=self.base)
+        demand_one_base(rows)
         if not rows:
             raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
         if len(rows) > MOST_WITHOUT_SELECTION:
@@ -126,7 +127,7 @@ class Pool:
                 hint="choose some: lora select --by random -k 30",
             )
         self.announce(f"adapters: all {len(rows)} usable ones in the catalogue")
-        return tuple(row.ref.pinned for row in rows)
+        return tuple(row.pinned for row in rows)
 
     def adapters(self, names: Sequence[str], *, whole: bool = False) -> Gathered:
         """Find, fetch where needed, open and check adapters.

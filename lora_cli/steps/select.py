@@ -3,6 +3,8 @@
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,9 +12,9 @@ from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.methods import MethodFolder
-from lora_cli.records import Adapter, Progress, silent
+from lora_cli.records import AdapterRow, Candidate, Progress, silent
 from lora_cli.steps.fetch import refused
-from lora_cli.steps.lookup import of_one_base
+from lora_cli.steps.lookup import demand_one_base
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
@@ -32,7 +34,7 @@ def select(
     target: Path | None = None,
     announce: Callable[[str], None],
     progress: Progress = silent,
-) -> list[tuple[Adapter, float]]:
+) -> list[tuple[AdapterRow, float]]:
     """The k best usable adapters by a selection method, best first, each with its score.
 
     Equal scores are ordered by a hash of the adapter's name, so that neither the alphabet nor the order of a sync
@@ -52,60 +54,85 @@ def select(
     method = METHODS.get(by)
     if (target is None) == (method.kind == "weights"):
         raise UsageError(f"--by {by} needs --target" if target is None else f"--by {by} takes no --target")
-    candidates = of_one_base(catalogue.find(list(where), status="ok"), base)
+    candidates = catalogue.candidates(where, base=base)
+    demand_one_base(candidates)
     if not candidates:
         raise NothingMatched(
             f"no usable adapter of {base}" if base and not where else "no usable adapter fits these conditions",
             hint="see lora pool list, or run lora pool sync",
         )
-    function = METHODS.load(by)
     if method.kind == "weights":
         assert target is not None
-        goal = _target(target)
-        function([], goal)  # what is wrong with the target is no fault of a candidate
-        unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in candidates], announce, progress)}
-        for id, reason in unfit.items():
-            announce(f"{id} left out: {reason}")
-        scored = _scored(function, [row for row in candidates if row.id not in unfit], goal, announce)
-        if not scored:
-            raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
+        scored = _by_weights(catalogue, METHODS.load(by), candidates, target, announce, progress)
     else:
-        scored = list(zip(candidates, function(candidates, seed), strict=True))
-    ranked = sorted(scored, key=lambda pair: (-pair[1], _lot(pair[0])))
-    chosen: list[tuple[Adapter, float]] = []
+        scored = list(zip(candidates, METHODS.load(by)(candidates, seed), strict=True))
+    chosen = _best(scored, k, max_per_author)
+    rows = catalogue.rows([candidate.id for candidate, _ in chosen])
+    return list(zip(rows, (score for _, score in chosen), strict=True))
+
+
+def _best(
+    scored: Sequence[tuple[Candidate, float]], k: int, max_per_author: int | None
+) -> list[tuple[Candidate, float]]:
+    """The k best, equal scores in the order of a hash, of each author no more than `max_per_author`."""
+    groups = groupby(sorted(scored, key=itemgetter(1), reverse=True), itemgetter(1))
+    ranked = chain.from_iterable(sorted(equal, key=lambda pair: _hashed(pair[0])) for _, equal in groups)
+    chosen: list[tuple[Candidate, float]] = []
     taken: Counter[str] = Counter()
-    for adapter, score in ranked:
+    for candidate, score in ranked:
         if len(chosen) == k:
             break
-        if max_per_author is not None and adapter.author and taken[adapter.author] >= max_per_author:
+        if max_per_author is not None and candidate.author and taken[candidate.author] >= max_per_author:
             continue
-        taken[adapter.author] += 1
-        chosen.append((adapter, score))
+        taken[candidate.author] += 1
+        chosen.append((candidate, score))
     return chosen
 
 
-def _lot(adapter: Adapter) -> str:
-    return hashlib.sha256(adapter.ref.pinned.encode()).hexdigest()
+def _hashed(candidate: Candidate) -> str:
+    return hashlib.sha256(candidate.pinned.encode()).hexdigest()
+
+
+def _by_weights(
+    catalogue: Catalogue,
+    function: Callable[..., list[float]],
+    candidates: Sequence[Candidate],
+    target: Path,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> list[tuple[Candidate, float]]:
+    """Each candidate whose weights can be read with its score. NothingMatched where there is none."""
+    goal = _target(target)
+    function([], goal)  # what is wrong with the target is no fault of a candidate
+    rows = {row.id: row for row in catalogue.rows([candidate.id for candidate in candidates])}
+    unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress)}
+    for id, reason in unfit.items():
+        announce(f"{id} left out: {reason}")
+    scores = _scored(function, [row for row in rows.values() if row.id not in unfit], goal, announce)
+    if not scores:
+        raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
+    return [(candidate, scores[candidate.id]) for candidate in candidates if candidate.id in scores]
 
 
 def _scored(
     function: Callable[..., list[float]],
-    rows: Sequence[Adapter],
+    rows: Sequence[AdapterRow],
     target: "OpenAdapter",
     announce: Callable[[str], None],
-) -> list[tuple[Adapter, float]]:
-    """Each adapter with its score, but for those that cannot be read."""
+) -> dict[str, float]:
+    """Id → score, without adapters that cannot be read."""
     try:
-        return list(zip(rows, function([_opened(row) for row in rows], target), strict=True))
+        scores = function([_opened(row) for row in rows], target)
+        return {row.id: score for row, score in zip(rows, scores, strict=True)}
     except LoraError as error:
         if len(rows) == 1:
             announce(f"{rows[0].id} left out: {error.message.removeprefix(f'{rows[0].id}: ')}")
-            return []
+            return {}
     half = len(rows) // 2
-    return [part for rows in (rows[:half], rows[half:]) for part in _scored(function, rows, target, announce)]
+    return _scored(function, rows[:half], target, announce) | _scored(function, rows[half:], target, announce)
 
 
-def _opened(row: Adapter) -> "OpenAdapter":
+def _opened(row: AdapterRow) -> "OpenAdapter":
     from lora_cli.adapters.reader import open_adapter
 
     files = locate(row.ref)
