@@ -1,1 +1,23 @@
-"""Catalogue, select, merge, fit and evaluate pools of LoRA adapters."""
+"""Catalogue, select, merge, fit and evaluate pools of LoRA adapters.
+
+`open_pool` is the door for notebooks: see docs/python.md. `errors` holds what can go wrong, as exceptions.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora_cli import errors
+    from lora_cli.api import OpenPool, open_pool
+
+__all__ = ["OpenPool", "errors", "open_pool"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for: the package itself costs nothing."""
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("lora_cli.errors")
+    if name in __all__:
+        return getattr(importlib.import_module("lora_cli.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The options of a merge."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from lora_cli.methods import MethodFolder
@@ -71,3 +72,37 @@ class MergeOptions(Options, frozen=True, kw_only=True):
         Server | None, Flag(help="Keep the rules of a server, and print the line that serves the result.", panel=FORM)
     ] = None
     device: str = "cpu"
+
+
+class MergeSources(Options, frozen=True, kw_only=True):
+    """Where the adapters of a merge, and the weight of each, come from."""
+
+    weights: Annotated[
+        str | None,
+        Flag(
+            help="average (1/N each), sum (1 each), or numbers with commas.",
+            default="the method's, mostly average",
+            panel=WHAT,
+        ),
+    ] = None
+    selection: Annotated[str | None, Flag(help="A selection's name, in place of ids.", panel=WHAT)] = None
+    dedupe: Annotated[
+        float | None,
+        Flag(
+            help="Skip near copies: adapters whose cosine with an earlier one is at least this, such as 0.95.",
+            panel=WHAT,
+        ),
+    ] = None
+    coef: Annotated[
+        Path | None, Flag(help="Learnt coefficients: the coefficients.json that lora fit wrote.", panel=WHAT)
+    ] = None
+    data: Annotated[
+        tuple[str, ...],
+        Flag(
+            help="For regmean: a task file, to record the activations of each module; repeat with ADAPTER= for own "
+            "ones.",
+            metavar="[ADAPTER=]FILE",
+            panel=WHAT,
+        ),
+    ] = ()
+    locked: Annotated[Path | None, Flag(help="Rebuild the merge of this run.json, byte for byte.", panel=WHAT)] = None

@@ -4,11 +4,14 @@ A field is written once, as `name: Annotated[type, Flag(help)] = default`. Its f
 in run.json is `name`; a trailing underscore keeps a field apart from a word of Python (`lambda_` is `--lambda`).
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
 
 import msgspec
+
+from lora_cli.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +54,28 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         Raises:
             msgspec.ValidationError: an unknown option, or a value of another type.
         """
-        return msgspec.convert(settings, cls)
+        return msgspec.convert(settings, cls, dec_hook=lambda kind, value: kind(value))
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """The options with these values, by the names of the fields; a number may stand for a text, such as a rank.
+
+        Raises:
+            UsageError: an unknown option, or a value that it cannot have.
+        """
+        for name in values.keys() - {*cls.__struct_fields__}:
+            near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
+            there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(cls.__struct_fields__)}"
+            raise UsageError(f"unknown option {name!r}", hint=there)
+        try:
+            return cls.of_settings({setting(name): cls._readable(name, value) for name, value in values.items()})
+        except msgspec.ValidationError as error:
+            raise UsageError(str(error)) from None
+
+    @classmethod
+    def _readable(cls, field: str, value: Any) -> Any:
+        """A whole number as the text that a flag of this type would get."""
+        return str(value) if type(value) is int and cls.flags().get(field, (None,))[0] is str else value
 
     @classmethod
     def flags(cls) -> Mapping[str, tuple[Any, Flag]]:

@@ -1,16 +1,20 @@
 """How coefficients and adapters are learnt: the options that `fit` and `train` share."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from lora_cli.errors import UsageError
+from lora_cli.merge_options import SIZE
 from lora_cli.options import Flag, Options
+from lora_cli.records import Metric
 
 Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
 Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
 Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
 
-COEFFICIENTS, TRAINING = "Coefficients", "Training"
+COEFFICIENTS, TRAINING, CONTROLS, LORA = "Coefficients", "Training", "Comparison", "The LoRA"
+SCORES = "Scores"
+ALL_LINEAR = "all-linear"
 
 
 class Shape(Options, frozen=True, kw_only=True):
@@ -73,3 +77,63 @@ class TargetRecipe(Recipe, frozen=True, kw_only=True):
 
     steps: Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)] = 400
     lr: Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)] = 3e-4
+
+
+class Reduction(Options, frozen=True, kw_only=True):
+    """How the result of a merge is reduced."""
+
+    rank: Annotated[
+        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
+    ] = "auto"
+    energy: Annotated[
+        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
+    ] = None
+
+
+class FitOptions(Options, frozen=True, kw_only=True):
+    """What a fit does besides learning coefficients."""
+
+    l1: Annotated[float, Flag(help="Weight of an L1 penalty on the coefficients.", panel=COEFFICIENTS)] = 0.0
+    target: Annotated[
+        str | None, Flag(help="An adapter trained on the task itself, to join the others.", panel=CONTROLS)
+    ] = None
+    control: Annotated[
+        str,
+        Flag(
+            help="Compare with: random (the same fit over noise), target (a new LoRA), or both.",
+            metavar="random|target|random,target",
+            panel=CONTROLS,
+        ),
+    ] = ""
+
+    @property
+    def controls(self) -> list[str]:
+        """The controls by name."""
+        return [part.strip() for part in self.control.split(",") if part.strip()]
+
+
+class TrainOptions(Options, frozen=True, kw_only=True):
+    """The LoRA that is trained."""
+
+    rank: Annotated[int, Flag(help="Rank of the LoRA.", panel=LORA)] = 64
+    alpha: Annotated[float, Flag(help="Alpha; the update is scaled by alpha/rank.", panel=LORA)] = 16.0
+    dropout: Annotated[float, Flag(help="Dropout on the LoRA's input.", panel=LORA)] = 0.1
+    target_modules: Annotated[str, Flag(help="Names of modules with commas, or all-linear.", panel=LORA)] = ALL_LINEAR
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The options as `steps.train` takes them."""
+        names = [part.strip() for part in self.target_modules.split(",") if part.strip()]
+        modules = ALL_LINEAR if self.target_modules == ALL_LINEAR else names
+        return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "target_modules": modules}
+
+
+class EvalOptions(Options, frozen=True, kw_only=True):
+    """How a task is scored."""
+
+    metric: Annotated[
+        Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
+    ] = "exact"
+    baseline: Annotated[str, Flag(help="What differences are to: base, or a system.", panel=SCORES)] = "base"
+    max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
+    batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16

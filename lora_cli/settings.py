@@ -136,6 +136,10 @@ class Settings:
         except KeyError:
             raise AttributeError(name) from None
 
+    def with_values(self, **values: Any) -> "Settings":
+        """These settings with some values replaced."""
+        return Settings({**self.found, **{name: Setting(value, "argument") for name, value in values.items()}})
+
     def origin(self, name: str) -> str:
         """Where the value of `name` was found."""
         return self.found[name].origin
@@ -217,3 +221,10 @@ def _read(file: Path) -> Mapping[str, Any]:
                 hint=f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(KEYS)}",
             )
     return values
+
+
+def base_of(settings: Settings) -> str:
+    """The base model to load. UsageError where neither option nor setting names one."""
+    if settings.base is None:
+        raise UsageError("no base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
+    return str(settings.base)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
-    ("errors", "records", "options"),
+    ("errors", "records", "options", "text"),
     (
         "settings",
         "methods",
@@ -35,7 +35,7 @@ FLOORS = (
     ("adapters",),
     ("models", "base_model", "mixture", "merge_methods", "selection_methods"),
     ("steps",),
-    ("world",),
+    ("world", "api"),
     ("commands",),
     ("app",),
     ("__main__",),
@@ -126,7 +126,8 @@ def test_every_room_has_its_floor() -> None:
 
 
 def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
-    assert [breach for name, tree in rooms() for breach in breaches(name, tree)] == []
+    # The package itself is the door: it hands out what lies on higher floors, when it is asked for.
+    assert [breach for name, tree in rooms() if name for breach in breaches(name, tree)] == []
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_cli.recipes import ALL_LINEAR
+
 if TYPE_CHECKING:
     from lora_cli.adapters.config import LoraConfigFacts
 
-ALL_LINEAR: Final = "all-linear"
 MAX_REGEX: Final = 2_000
 SECONDS: Final = 2.0
 

@@ -1,7 +1,7 @@
 """`lora bake`: an adapter becomes part of its base model."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,10 +21,6 @@ from lora_cli.errors import UsageError
 from lora_cli.options import Flag, Options
 from lora_cli.records import Precision
 from lora_cli.screen import Column, Screen, near
-
-if TYPE_CHECKING:
-    from lora_cli.runs import Run
-    from lora_cli.steps.bake import BakeReport
 
 _LAYERS = (
     Column("LAYER", "layer", wide=True),
@@ -61,53 +57,43 @@ def bake(
     is small beside the weight it is added to: how much of the update that was is measured, and above 10 % a warning.
     The result is a model folder with run.json; its path goes to stdout.
     """
-    from lora_cli.steps import bake as step
+    from lora_cli.steps.bake import TOO_MUCH
+    from lora_cli.steps.bake_request import BakeRequest
     from lora_cli.steps.opened_pool import open_pool
-    from lora_cli.steps.recorded import Job, run_once
 
     screen, settings = screen_for(job.json), setup.load()
-    model, names = settings.base, expand([adapter])
+    names = expand([adapter])
     if len(names) != 1:
         raise UsageError(f"bake takes one adapter, not {len(names)}", hint="make one of them first: lora merge")
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
-        if job.dry_run and model is not None:
-            left = pool.absent(names)
-            if left or not step.is_here(model):
-                waiting = {} if step.is_here(model) else {"fetch_base": model}
-                screen.document("lora.bake.plan/1", {"out": None, **downloads(left), **waiting})
-                return
-        update, name, parents = pool.update(names[0])
-        if model is None:
-            raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
-        found = step.find_base(model, name=name, announce=screen.say, progress=progress)
-        plan = step.plan(update, found, dtype=options.dtype)
-        inputs = {**found.inputs, **parents}
-        baking = Job(verb="bake", settings=plan.settings, inputs=inputs, runs=settings.runs, out=job.out)
-        step.demand_apart(plan, baking.folder)
+        request = BakeRequest(pool, names[0], settings)
+        absent, base = request.absent() if job.dry_run else ([], "")
+        if absent or base:
+            waiting = {"fetch_base": base} if base else {}
+            screen.document("lora.bake.plan/1", {"out": None, **downloads(absent), **waiting})
+            return
+        baking = request.prepare(dtype=options.dtype, out=job.out)
+        plan, folder = baking.plan, baking.job.folder
         if job.dry_run:
-            planned = {"out": str(baking.folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
+            planned = {"out": str(folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
             screen.document("lora.bake.plan/1", planned)
             return
         for note in plan.notes:
             screen.say(note)
-
-        def work(run: "Run") -> "BakeReport":
-            return step.bake(plan, baking.folder, run, replace=job.force, progress=progress)
-
-        done = run_once(settings.db, baking, work, force=job.force)
+        done = baking.run(settings.db, force=job.force, progress=progress)
     results, report = done.run.results, done.report
     table = layers and not job.json
     if table:
         screen.rows("lora.bake/1", _LAYERS, results["layers"], identity="layer", caption=_SHARES)
     else:
-        show_output(screen, "lora.bake/1", baking.folder, done.run.record())
+        show_output(screen, "lora.bake/1", folder, done.run.record())
     if report is None:
-        screen.say(f"bake: {near(baking.folder)} is up to date")
+        screen.say(f"bake: {near(folder)} is up to date")
     else:
         screen.say(f"{outcome(results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB")
     if table:
-        screen.say(f"  {near(baking.folder)}")
-    warn_of_loss(screen, results, step.TOO_MUCH)
+        screen.say(f"  {near(folder)}")
+    warn_of_loss(screen, results, TOO_MUCH)
 
 
 def outcome(results: Mapping[str, Any]) -> str:

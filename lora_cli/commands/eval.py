@@ -1,23 +1,20 @@
 """`lora eval`: score adapters on a task, on one loaded base."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Command, Listing, Loaded, Prompts, base_of, examples, with_flags
-from lora_cli.commands.task import summary
-from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
-from lora_cli.options import Flag, Options
-from lora_cli.records import Example, Metric, Score
+from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
+from lora_cli.errors import Refused, UsageError
+from lora_cli.options import Flag
+from lora_cli.recipes import EvalOptions
+from lora_cli.records import Score
 from lora_cli.screen import Column, near
-from lora_cli.settings import Settings
-from lora_cli.task import load_task, split, task_sha256
+from lora_cli.settings import base_of
 
-SCORES = "Scores"
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
     Column("SCORE", "score", "right"),
@@ -37,17 +34,6 @@ class Tested(Loaded, frozen=True, kw_only=True):
         Path | None,
         Flag(help="Task file.", name="data", default="the setting test, else the last fit's validation part"),
     ] = None
-
-
-class EvalOptions(Options, frozen=True, kw_only=True):
-    """How a task is scored."""
-
-    metric: Annotated[
-        Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
-    ] = "exact"
-    baseline: Annotated[str, Flag(help="What differences are to: base, or a system.", panel=SCORES)] = "base"
-    max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
-    batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
 
 
 def evaluate(
@@ -73,70 +59,30 @@ def evaluate(
     Every output is kept as a row of a JSONL file; a killed evaluation goes on from there. An adapter that moves not
     even a likelihood fails the command after its table (exit 5): loaded is not applied.
     """
-    from lora_cli import runs
-    from lora_cli.base_model import pin
-    from lora_cli.steps import evaluate as step
+    from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
-    from lora_cli.steps.task_view import look
 
     screen, settings = listing.screen(), setup.load()
-    model, metric, baseline = base_of(settings), options.metric, options.baseline
+    base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         if adapters:
             chosen = pool.chosen(expand(adapters))
             if chosen.weighted:
                 raise UsageError("eval takes adapters without =WEIGHT")
-            names = [*chosen.names]
+            names = chosen.names
         else:
-            names = last_written(settings.db)
+            names = tuple(last_written(settings.db))
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
-        step.demand_sane(["base", *_distinct(names)], baseline=baseline)
-        file, task = test_data(settings)
-        screen.say(f"eval: {len(task)} examples of {file.name}{_origin(settings)}; baseline {baseline}; base {model}")
-        ref = pin(model, device=settings.device, dtype=settings.dtype, prompting=prompts.prompting())
-        gathered = pool.adapters(names)
-        ref = replace(ref, name=gathered.base)
-        asked = {
-            **ref.settings,
-            "metric": metric,
-            "baseline": baseline,
-            "max_new_tokens": options.max_new_tokens,
-            "seed": settings.seed,
-            "data": file.name,
-            "examples": len(task),
-        }
-        sha256 = task_sha256(file)
-        inputs = {**ref.inputs, **gathered.inputs, file.name: sha256}
-        rows = out or settings.runs / f"eval-{runs.key_of('eval', asked, inputs)[:8]}.jsonl"
-
-        systems = [step.System(name="base")] + [
-            step.System(name=name, updates=step.Updates(adapter), version=adapter.ref.pinned)
-            for name, adapter in zip(_distinct(names), gathered.adapters, strict=True)
-        ]
-        with runs.recorded(settings.db, "eval", asked, inputs, rows) as run:
-            run.device = ref.device
-            loaded = ref.load()
-            screen.say(summary(look(task, loaded.encoder)))
-            scores = step.evaluate(
-                loaded,
-                systems,
-                task,
-                metric=metric,
-                baseline=baseline,
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                seed=settings.seed,
-                rows_path=rows,
-                progress=progress,
-            )
-            runs.add_scores(settings.db, run, scores, {system.name: [system.version] for system in systems[1:]}, sha256)
+        request = EvaluateRequest(pool, names, settings, options, prompts.prompting())
+        scores = request.run(settings.db, out=out, progress=progress)
+    metric, baseline = options.metric, options.baseline
     screen.rows(
         "lora.eval/1",
         _COLUMNS,
         [_row(score) for score in scores],
         identity="system",
-        caption=f"{metric}, n = {len(task)}, paired differences to {baseline}, bootstrap seed {settings.seed}",
-        extra={**asked, "rows_file": str(rows)},
+        caption=f"{metric}, n = {len(request.task)}, paired differences to {baseline}, bootstrap seed {settings.seed}",
+        extra={**request.asked, "rows_file": str(request.rows(out))},
     )
     what = "output" if metric == "exact" else "likelihood"
     for score in scores[1:]:
@@ -144,61 +90,6 @@ def evaluate(
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} is too weak to change an output, though it moves likelihoods")
     _demand_effect(scores)
-
-
-def last_written(db: Path) -> list[str]:
-    """The adapters that merge, fit and train wrote last; NothingMatched when there is none."""
-    from lora_cli import runs
-    from lora_cli.adapters.checks import CONFIG_NAME
-
-    found = [runs.latest_output(db, [command], CONFIG_NAME) for command in ("merge", "fit", "train")]
-    names = [str(output[1]) for output in found if output is not None]
-    if not names:
-        raise NothingMatched("no adapters named, and none written yet", hint="run lora merge or lora fit, or name some")
-    return names
-
-
-def test_data(settings: Settings) -> tuple[Path, list[Example]]:
-    """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
-
-    Raises:
-        UsageError: neither is known.
-        DataError: the file of the last fit has changed or is gone, or its record does not name it.
-    """
-    if settings.test is not None:
-        return settings.test, load_task(settings.test)
-
-    from lora_cli import runs
-
-    last = runs.latest_output(settings.db, ["fit"])
-    if last is None:
-        raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
-    record = runs.read_record(last[1])
-    try:
-        name, seed = str(record["settings"]["data"]), int(record["settings"]["seed"])
-        sha256 = record["inputs"][name]
-    except (KeyError, TypeError, ValueError):
-        raise DataError(
-            f"{near(last[1] / runs.RECORD_FILE)} does not say what the last fit was made on",
-            hint="give --data FILE.jsonl",
-        ) from None
-    for file in (settings.data, Path(name)):
-        if file is not None and file.is_file() and task_sha256(file) == sha256:
-            return file, split(load_task(file), seed=seed)[1]
-    raise DataError(f"{name}, the data of the last fit, is not here or has changed", hint="give --data FILE.jsonl")
-
-
-def _origin(settings: Settings) -> str:
-    return f" ({settings.origin('test')})" if settings.test is not None else " (the validation part of the last fit)"
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """Names for the systems: as given, a full path by its last part, numbered where two are alike."""
-    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
-    return [
-        name if short.count(name) == 1 and name != "base" else f"{name}#{short[: place + 1].count(name)}"
-        for place, name in enumerate(short)
-    ]
 
 
 def _demand_effect(scores: list[Score]) -> None:

@@ -11,7 +11,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lora_cli.errors import UsageError
-from lora_cli.merge_options import SIZE
 from lora_cli.models.encode import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.records import Adapter, Precision
@@ -102,17 +101,6 @@ class Listing(Options, frozen=True, kw_only=True):
     def screen(self) -> Screen:
         """The Screen for these flags. UsageError where more than one is given."""
         return screen_for(self.json, self.jsonl, self.csv, self.quiet)
-
-
-class Reduction(Options, frozen=True, kw_only=True):
-    """How the result of a merge is reduced."""
-
-    rank: Annotated[
-        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
-    ] = "auto"
-    energy: Annotated[
-        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
-    ] = None
 
 
 class JobOptions(Options, frozen=True, kw_only=True):
@@ -268,13 +256,6 @@ def _readable(option: str, text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise UsageError(f"{option} is not UTF-8 text")
     return text
-
-
-def base_of(settings: Settings) -> str:
-    """The base model to load. UsageError where neither option nor setting names one."""
-    if settings.base is None:
-        raise UsageError("no base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
-    return str(settings.base)
 
 
 def downloads(absent: Sequence[Adapter]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def show(
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)
     shown = [task_view.read(row, encoder) for row in rows[:n]]
     _show(screen, settings, facts, shown)
-    screen.say(summary(facts))
+    screen.say(task_view.summary(facts))
 
 
 def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:
@@ -76,27 +76,6 @@ def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:
         )
         screen.pieces(heading, [(text, place >= one.start) for place, text in enumerate(one.pieces)])
     screen.document("lora.task.show/1", values)
-
-
-def summary(facts: Any) -> str:
-    """The one line that every command prints about the task it reads."""
-    lengths = facts.lengths
-    parts = [
-        f"data: {_counted(facts.examples, 'example')}",
-        f"{facts.unit} median {lengths.median:,}, 95 % {lengths.p95:,}, longest {lengths.longest:,}",
-        facts.too_long and f"{len(facts.too_long):,} longer than the base takes ({facts.takes:,})",
-        facts.duplicates and _counted(facts.duplicates, "duplicate"),
-        facts.across_split and f"{_counted(facts.across_split, 'validation prompt')} also in training",
-        facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
-        facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
-        facts.parted and f"{facts.parted:,} cut where turn and generation prompt part",
-        facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
-    ]
-    return " · ".join(filter(None, parts))
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s'[: number != 1]}"
 
 
 def register(root: typer.Typer) -> None:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from lora_cli.models.encode import UNLIMITED, Encoder
 from lora_cli.records import Example
@@ -131,3 +131,24 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
     ordered = sorted(lengths)
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
     return Lengths(median=ordered[(len(ordered) - 1) // 2], p95=p95, longest=ordered[-1])
+
+
+def summary(facts: TaskFacts) -> str:
+    """The one line that every command prints about the task it reads."""
+    lengths = facts.lengths
+    parts: list[Any] = [
+        f"data: {_counted(facts.examples, 'example')}",
+        f"{facts.unit} median {lengths.median:,}, 95 % {lengths.p95:,}, longest {lengths.longest:,}",
+        facts.too_long and f"{len(facts.too_long):,} longer than the base takes ({facts.takes:,})",
+        facts.duplicates and _counted(facts.duplicates, "duplicate"),
+        facts.across_split and f"{_counted(facts.across_split, 'validation prompt')} also in training",
+        facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
+        facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
+        facts.parted and f"{facts.parted:,} cut where turn and generation prompt part",
+        facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
+    ]
+    return " · ".join(filter(None, parts))
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s'[: number != 1]}"

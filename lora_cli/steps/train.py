@@ -10,11 +10,10 @@ from typing import Any
 from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.targets import ALL_LINEAR
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import UsageError
 from lora_cli.outputs import whole_folder
-from lora_cli.recipes import Recipe, TargetRecipe
+from lora_cli.recipes import ALL_LINEAR, Recipe, TargetRecipe
 from lora_cli.records import Example, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.steps.descent import Learnt, learn

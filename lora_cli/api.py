@@ -1,0 +1,220 @@
+"""What a notebook needs: open a pool, then list, select, merge, fit, train, evaluate and bake with it.
+
+Each function does what the command of its name does, by the same steps, and records the same run. Nothing is printed:
+`announce` gets the lines that a command would write to stderr, and `progress` is called as (what, done, total).
+"""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from lora_cli.catalogue import Catalogue
+from lora_cli.errors import UsageError
+from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
+from lora_cli.recipes import EvalOptions, FitOptions, Recipe, Reduction, Shape, TargetRecipe, TrainOptions
+from lora_cli.records import AdapterRow, Progress, Score, silent
+from lora_cli.settings import KEYS, Settings, load
+from lora_cli.steps.opened_pool import Pool
+
+Rows = list[AdapterRow]
+Names = list[str]
+Scores = list[Score]
+
+
+def _ignore(text: str) -> None:
+    """Announce nothing."""
+
+
+class OpenPool:
+    """A catalogue with a base model, opened; close it, or use it in a `with` statement.
+
+    Results are folders. A result that is there already is not made again, unless `force` is true.
+    """
+
+    def __init__(self, settings: Settings, announce: Callable[[str], None], progress: Progress) -> None:
+        self.settings = settings
+        self._catalogue = Catalogue(settings.db)
+        self._pool = Pool(
+            catalogue=self._catalogue,
+            base=settings.base,
+            aliases=settings.base_aliases,
+            announce=announce,
+            progress=progress,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the catalogue."""
+        self._catalogue.close()
+
+    def list(self, *where: str, sort: str = "id", limit: int | None = None) -> Rows:
+        """The adapters of the catalogue for which all conditions hold, such as "rank<=16"."""
+        return self._catalogue.find(where, sort=sort, limit=limit)
+
+    def frame(self, *where: str, sort: str = "id", limit: int | None = None) -> Any:
+        """`list` as a pandas DataFrame, one column per fact. ImportError where pandas is not installed."""
+        pandas = importlib.import_module("pandas")
+        return pandas.DataFrame([asdict(row) for row in self.list(*where, sort=sort, limit=limit)])
+
+    def select(self, by: str = "random", k: int = 30, *where: str, target: Path | str | None = None) -> Names:
+        """The k best adapters by a selection method, as `id@commit`; remembered as the last selection."""
+        from lora_cli.steps.select import select
+
+        settings, folder = self.settings, None if target is None else Path(target)
+        chosen = select(
+            self._catalogue,
+            by=by,
+            k=k,
+            base=settings.base,
+            where=where,
+            seed=settings.seed,
+            target=folder,
+            announce=self._pool.announce,
+            progress=self._pool.progress,
+        )
+        asked = {"k": k, "base": settings.base, "where": [*where], "seed": settings.seed, "target": str(folder or "")}
+        self._catalogue.remember_selection("", chosen, by, asked)
+        return [row.ref.pinned for row, _ in chosen]
+
+    def merge(
+        self,
+        adapters: Sequence[str] = (),
+        method: str = "norm-matched",
+        *,
+        out: Path | str | None = None,
+        force: bool = False,
+        **options: Any,
+    ) -> Path:
+        """Merge adapters, each `ID`, `ID=WEIGHT` or a folder, and return the folder of the result.
+
+        Args:
+            options: the options of `lora merge` with underscores, `lambda_` and `for_` among them, and the knobs of the
+                method: `rank=16`, `density=0.4`.
+
+        Raises:
+            UsageError: an unknown option, or a value out of range. Else as `lora merge` fails.
+        """
+        from lora_cli.steps.merge_request import MergeRequest
+
+        knobs = {name: options.pop(name) for name in [*options] if name in METHODS.knobs}
+        sources = {name: options.pop(name) for name in [*options] if name in MergeSources.__struct_fields__}
+        request = MergeRequest(
+            self._pool,
+            adapters,
+            MergeOptions.of(method=method, knobs=knobs, **options),
+            MergeSources.of(**sources),
+            self.settings,
+        )
+        merging = request.prepare(out=_path(out))
+        merging.run(self.settings.db, force=force, progress=self._pool.progress)
+        return merging.job.folder
+
+    def fit(
+        self,
+        data: Path | str,
+        adapters: Sequence[str] = (),
+        *,
+        out: Path | str | None = None,
+        force: bool = False,
+        **options: Any,
+    ) -> Path:
+        """Fit coefficients to the task file `data`, and return the folder of the merge with them.
+
+        Args:
+            options: the options of `lora fit` with underscores: `steps=50`, `granularity="layer"`, `control="random"`.
+        """
+        from lora_cli.steps.fit_request import FitRequest
+
+        shape, recipe, fit, reduction = _shared_out(options, Shape, Recipe, FitOptions, Reduction)
+        chosen = self._pool.chosen(adapters)
+        request = FitRequest(
+            self._pool, chosen.names, Path(data), self.settings, shape=shape, recipe=recipe, options=fit
+        )
+        fitting = request.prepare(reduction, out=_path(out))
+        fitting.run(self.settings.db, force=force, progress=self._pool.progress)
+        return fitting.job.folder
+
+    def train(self, data: Path | str, *, out: Path | str | None = None, force: bool = False, **options: Any) -> Path:
+        """Train a new LoRA on the task file `data`, and return its folder. `options` are those of `lora train`."""
+        from lora_cli.steps.train_request import train_job
+
+        lora, recipe = _shared_out(options, TrainOptions, TargetRecipe)
+        training = train_job(
+            Path(data),
+            self.settings,
+            options=lora,
+            recipe=recipe,
+            out=_path(out),
+            announce=self._pool.announce,
+        )
+        training.run(self.settings.db, force=force, progress=self._pool.progress)
+        return training.job.folder
+
+    def evaluate(self, data: Path | str, adapters: Sequence[str] = (), **options: Any) -> Scores:
+        """Score the bare base and adapters on the task file `data`. `options` are those of `lora eval`."""
+        from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
+
+        names = adapters or last_written(self.settings.db)
+        settings = self.settings.with_values(test=Path(data))
+        request = EvaluateRequest(self._pool, names, settings, EvalOptions.of(**options))
+        return request.run(self.settings.db, progress=self._pool.progress)
+
+    def bake(self, adapter: str, *, out: Path | str | None = None, force: bool = False, dtype: str = "auto") -> Path:
+        """Add an adapter to its base model, and return the folder of the new model."""
+        from lora_cli.steps.bake_request import BakeRequest
+
+        baking = BakeRequest(self._pool, adapter, self.settings).prepare(dtype=dtype, out=_path(out))
+        baking.run(self.settings.db, force=force, progress=self._pool.progress)
+        return baking.job.folder
+
+
+def open_pool(
+    base: str | None = None,
+    *,
+    db: Path | str | None = None,
+    announce: Callable[[str], None] = _ignore,
+    progress: Progress = silent,
+    **settings: Any,
+) -> OpenPool:
+    """Open the catalogue for a base model: a Hub id, with @revision if any, or a folder.
+
+    What is not given comes from LORA_* in the environment, lora.toml or the user's configuration, as for the commands.
+
+    Args:
+        db: the catalogue's file.
+        settings: any other setting of `lora config show`, such as `device="cuda"`, `seed=1` or `runs="results"`.
+
+    Raises:
+        UsageError: an unknown setting, or a value that it cannot have.
+    """
+    if unknown := sorted(settings.keys() - KEYS.keys()):
+        raise UsageError(f"unknown setting {unknown[0]!r}", hint=f"settings are {', '.join(KEYS)}")
+    return OpenPool(load({"base": base, "db": _text(db), **settings}), announce, progress)
+
+
+def _text(path: Path | str | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _path(path: Path | str | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _shared_out(options: Mapping[str, Any], *records: Any) -> "list[Any]":
+    """One record of each class, from the options that are its fields; UsageError for an option that none has."""
+    left = dict(options)
+    made = [
+        record.of(**{name: left.pop(name) for name in [*left] if name in record.__struct_fields__})
+        for record in records[:-1]
+    ]
+    return [*made, records[-1].of(**left)]

@@ -1,0 +1,65 @@
+"""From what the user asks of a bake to a job that is ready to run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora_cli.errors import UsageError
+from lora_cli.records import Adapter, Progress, silent
+from lora_cli.runs import Run
+from lora_cli.settings import Settings
+from lora_cli.steps.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
+from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.recorded import Finished, Job, run_once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BakeJob:
+    """A bake that is planned."""
+
+    plan: BakePlan
+    job: Job
+
+    def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[BakeReport]:
+        """Bake, unless the result is there; see `run_once` and `steps.bake.bake`."""
+
+        def work(run: Run) -> BakeReport:
+            return bake(self.plan, self.job.folder, run, replace=force, progress=progress)
+
+        return run_once(db, self.job, work, force=force)
+
+
+@dataclass(frozen=True, slots=True)
+class BakeRequest:
+    """What the user asks of a bake: one adapter, added to the base model of the settings."""
+
+    pool: Pool
+    name: str
+    settings: Settings
+
+    def absent(self) -> tuple[list[Adapter], str]:
+        """The adapter and the base model that would have to be downloaded; "" for a base that is here."""
+        base = self.settings.base
+        if base is None:
+            return [], ""
+        return self.pool.absent([self.name]), "" if is_here(base) else str(base)
+
+    def prepare(self, *, dtype: str = "auto", out: Path | None = None) -> BakeJob:
+        """Open the adapter and the base, downloading what is absent, and check everything that needs no weights.
+
+        Raises:
+            UsageError: no base model, or an unknown dtype. Else as `Pool.update`, `find_base` and `plan` do.
+        """
+        update, name, parents = self.pool.update(self.name)
+        if self.settings.base is None:
+            raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
+        base = find_base(self.settings.base, name=name, announce=self.pool.announce, progress=self.pool.progress)
+        planned = plan(update, base, dtype=dtype)
+        job = Job(
+            verb="bake",
+            settings=planned.settings,
+            inputs={**base.inputs, **parents},
+            runs=self.settings.runs,
+            out=out,
+        )
+        demand_apart(planned, job.folder)
+        return BakeJob(plan=planned, job=job)

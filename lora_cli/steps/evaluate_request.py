@@ -1,0 +1,141 @@
+"""From what the user asks of an evaluation to scores, recorded as a run."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lora_cli import runs
+from lora_cli.adapters.checks import CONFIG_NAME
+from lora_cli.base_model import pin
+from lora_cli.errors import DataError, NothingMatched, UsageError
+from lora_cli.models.encode import Prompting
+from lora_cli.recipes import EvalOptions
+from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.settings import Settings, base_of
+from lora_cli.steps.evaluate import System, Updates, demand_sane, evaluate
+from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.task_view import look, summary
+from lora_cli.task import load_task, split, task_sha256
+
+
+class EvaluateRequest:
+    """Adapters beside the bare base on a task, on one load of the base.
+
+    Raises:
+        NothingMatched: no system of the name of the baseline.
+        UsageError: no base model, or no task. DataError: a malformed task. Else as `Pool.adapters` does.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        names: Sequence[str],
+        settings: Settings,
+        options: EvalOptions | None = None,
+        prompting: Prompting | None = None,
+    ) -> None:
+        self.pool, self.settings, self.options = pool, settings, options or EvalOptions()
+        base, systems = base_of(settings), _distinct(names)
+        demand_sane(["base", *systems], baseline=self.options.baseline)
+        self.file, self.task = test_data(settings)
+        origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
+        pool.announce(
+            f"eval: {len(self.task)} examples of {self.file.name} ({origin}); baseline {self.options.baseline}; "
+            f"base {base}"
+        )
+        ref = pin(base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
+        gathered = pool.adapters(names)
+        self.ref = replace(ref, name=gathered.base)
+        self.sha256 = task_sha256(self.file)
+        self.inputs = {**self.ref.inputs, **gathered.inputs, self.file.name: self.sha256}
+        self.systems = [System(name="base")] + [
+            System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
+            for name, adapter in zip(systems, gathered.adapters, strict=True)
+        ]
+
+    @cached_property
+    def asked(self) -> dict[str, Any]:
+        """The settings of the run."""
+        return {
+            **self.ref.settings,
+            "metric": self.options.metric,
+            "baseline": self.options.baseline,
+            "max_new_tokens": self.options.max_new_tokens,
+            "seed": self.settings.seed,
+            "data": self.file.name,
+            "examples": len(self.task),
+        }
+
+    def rows(self, out: Path | None = None) -> Path:
+        """The file that holds an answer of each system to each example."""
+        return out or self.settings.runs / f"eval-{runs.key_of('eval', self.asked, self.inputs)[:8]}.jsonl"
+
+    def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
+        """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
+        with runs.recorded(db, "eval", self.asked, self.inputs, self.rows(out)) as run:
+            run.device = self.ref.device
+            loaded = self.ref.load()
+            self.pool.announce(summary(look(self.task, loaded.encoder)))
+            scores = evaluate(
+                loaded,
+                self.systems,
+                self.task,
+                metric=self.options.metric,
+                baseline=self.options.baseline,
+                max_new_tokens=self.options.max_new_tokens,
+                batch_size=self.options.batch_size,
+                seed=self.settings.seed,
+                rows_path=self.rows(out),
+                progress=progress,
+            )
+            versions = {system.name: [system.version] for system in self.systems[1:]}
+            runs.add_scores(db, run, scores, versions, self.sha256)
+        return scores
+
+
+def last_written(db: Path) -> list[str]:
+    """The adapters that merge, fit and train wrote last; NothingMatched when there is none."""
+    found = [runs.latest_output(db, [command], CONFIG_NAME) for command in ("merge", "fit", "train")]
+    names = [str(output[1]) for output in found if output is not None]
+    if not names:
+        raise NothingMatched("no adapters named, and none written yet", hint="run lora merge or lora fit, or name some")
+    return names
+
+
+def test_data(settings: Settings) -> tuple[Path, list[Example]]:
+    """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
+
+    Raises:
+        UsageError: neither is known.
+        DataError: the file of the last fit has changed or is gone, or its record does not name it.
+    """
+    if settings.test is not None:
+        return settings.test, load_task(settings.test)
+
+    last = runs.latest_output(settings.db, ["fit"])
+    if last is None:
+        raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
+    record = runs.read_record(last[1])
+    try:
+        name, seed = str(record["settings"]["data"]), int(record["settings"]["seed"])
+        sha256 = record["inputs"][name]
+    except (KeyError, TypeError, ValueError):
+        raise DataError(
+            f"{last[1] / runs.RECORD_FILE} does not say what the last fit was made on",
+            hint="give --data FILE.jsonl",
+        ) from None
+    for file in (settings.data, Path(name)):
+        if file is not None and file.is_file() and task_sha256(file) == sha256:
+            return file, split(load_task(file), seed=seed)[1]
+    raise DataError(f"{name}, the data of the last fit, is not here or has changed", hint="give --data FILE.jsonl")
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names for the systems: as given, a full path by its last part, numbered where two are alike."""
+    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
+    return [
+        name if short.count(name) == 1 and name != "base" else f"{name}#{short[: place + 1].count(name)}"
+        for place, name in enumerate(short)
+    ]

@@ -1,0 +1,131 @@
+"""From what the user asks of a fit to a job that is ready to run."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from lora_cli.base_model import BaseRef, pin
+from lora_cli.merge_options import MergeOptions
+from lora_cli.models.encode import Prompting
+from lora_cli.recipes import FitOptions, Recipe, Reduction, Shape
+from lora_cli.records import Adapter, Progress, silent
+from lora_cli.runs import Run
+from lora_cli.settings import Settings, base_of
+from lora_cli.steps.fit import FitReport, asked, demand_sane, fit_and_write
+from lora_cli.steps.merge import MergePlan, plan
+from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.recorded import Finished, Job, run_once
+from lora_cli.steps.task_view import look, summary
+from lora_cli.task import load_task, task_sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitJob:
+    """A fit that is planned. `target` is the `id@commit` of the adapter trained on the task itself, if there is one."""
+
+    request: "FitRequest"
+    plan: MergePlan
+    job: Job
+    ref: BaseRef
+    target: str
+
+    def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
+        """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
+        request = self.request
+
+        def work(run: Run) -> FitReport:
+            request.pool.announce(
+                f"fit: {len(request.task)} examples of {request.file.name}, split 80/20 by seed "
+                f"{request.recipe.seed}; base {request.base}"
+            )
+            loaded = self.ref.load()
+            request.pool.announce(summary(look(request.task, loaded.encoder, seed=request.recipe.seed)))
+            return fit_and_write(
+                loaded,
+                self.plan,
+                request.task,
+                self.job.folder,
+                run,
+                target=self.target,
+                controls=request.options.controls,
+                states=self.job.folder.absolute().parent,
+                replace_folder=force,
+                progress=progress,
+                task_sha256=self.job.inputs[request.file.name],
+                shape=request.shape,
+                l1=request.options.l1,
+                recipe=request.recipe,
+            )
+
+        return run_once(db, self.job, work, force=force)
+
+
+class FitRequest:
+    """What the user asks of a fit: adapters, task, how coefficients are learnt and compared.
+
+    Raises:
+        UsageError: adapters with weights, an unknown control, no base model.
+        DataError: a malformed task. Else as `Pool.chosen` does.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        chosen: Sequence[str],
+        file: Path,
+        settings: Settings,
+        *,
+        shape: Shape | None = None,
+        recipe: Recipe | None = None,
+        options: FitOptions | None = None,
+    ) -> None:
+        self.pool, self.file, self.settings = pool, file, settings
+        self.shape, self.options = shape or Shape(), options or FitOptions()
+        self.recipe = replace(recipe or Recipe(), seed=settings.seed)
+        self.base, self.task = base_of(settings), load_task(file)
+        demand_sane(l1=self.options.l1, controls=self.options.controls)
+        self.names = [*chosen, *([] if self.options.target is None else [self.options.target])]
+
+    def absent(self) -> list[Adapter]:
+        """The adapters whose weights would have to be downloaded."""
+        return self.pool.absent(self.names)
+
+    def prepare(
+        self, reduction: Reduction | None = None, prompting: Prompting | None = None, *, out: Path | None = None
+    ) -> FitJob:
+        """Open the adapters, downloading what is absent, and check everything that needs no weights."""
+        settings, reduction = self.settings, reduction or Reduction()
+        ref = pin(self.base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
+        gathered = self.pool.adapters(self.names)
+        target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
+        # A merge computes in float64, which Apple's GPUs do not have.
+        device = ref.device if ref.device.startswith("cuda") else "cpu"
+        planned = plan(
+            gathered.adapters,
+            [1.0] * len(gathered.adapters),
+            MergeOptions(method="linear", rank=reduction.rank, energy=reduction.energy, device=device),
+            base=gathered.base,
+            skeleton=gathered.skeleton,
+        )
+        ref = dataclasses.replace(ref, name=gathered.base)
+        described = asked(
+            planned,
+            shape=self.shape,
+            l1=self.options.l1,
+            recipe=self.recipe,
+            target=target,
+            controls=self.options.controls,
+            data=self.file.name,
+        )
+        job = Job(
+            verb="fit",
+            settings=ref.settings | described,
+            inputs={**ref.inputs, **gathered.inputs, self.file.name: task_sha256(self.file)},
+            runs=settings.runs,
+            out=out,
+            device=ref.device,
+        )
+        return FitJob(request=self, plan=planned, job=job, ref=ref, target=target)

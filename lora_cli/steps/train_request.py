@@ -1,0 +1,102 @@
+"""From what the user asks of a training to a job that is ready to run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from lora_cli.adapters.base_names import public_base
+from lora_cli.base_model import BaseRef, pin
+from lora_cli.models.encode import Prompting
+from lora_cli.models.new_adapter import choose
+from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
+from lora_cli.records import Progress, silent
+from lora_cli.runs import Run
+from lora_cli.settings import Settings, base_of
+from lora_cli.steps.bases import config_here, skeleton_at
+from lora_cli.steps.recorded import Finished, Job, run_once
+from lora_cli.steps.task_view import look, summary
+from lora_cli.steps.train import TrainResult, asked, train_and_write
+from lora_cli.task import load_task, task_sha256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainJob:
+    """A training that is planned: of a LoRA as `options` say, on the task `file`."""
+
+    job: Job
+    ref: BaseRef
+    file: Path
+    options: TrainOptions
+    recipe: Recipe
+    announce: Callable[[str], None]
+
+    @property
+    def matrices(self) -> str | None:
+        """Which matrices of the base are adapted and which not, where that does not go without saying."""
+        folder = config_here(self.ref.place)
+        skeleton = skeleton_at(folder) if folder is not None else None
+        if skeleton is None:
+            return None
+        return choose(skeleton, self.options.shape["target_modules"], self.options.dropout).said or None
+
+    def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[TrainResult]:
+        """Train, unless the result is there; see `run_once` and `steps.train.train_and_write`."""
+
+        def work(run: Run) -> TrainResult:
+            task, seed = load_task(self.file), self.recipe.seed
+            self.announce(
+                f"train: {len(task)} examples of {self.file.name}, split 80/20 by seed {seed}; base {self.ref.name}"
+            )
+            loaded = self.ref.load()
+            self.announce(summary(look(task, loaded.encoder, seed=seed)))
+            return train_and_write(
+                loaded,
+                task,
+                self.job.folder,
+                run,
+                replace=force,
+                progress=progress,
+                recipe=self.recipe,
+                **self.options.shape,
+            )
+
+        return run_once(db, self.job, work, force=force)
+
+
+def train_job(
+    file: Path,
+    settings: Settings,
+    *,
+    options: TrainOptions | None = None,
+    recipe: Recipe | None = None,
+    prompting: Prompting | None = None,
+    out: Path | None = None,
+    announce: Callable[[str], None],
+) -> TrainJob:
+    """The training of a new LoRA on the task `file`, checked as far as that needs no weights.
+
+    Raises:
+        UsageError: settings that make no LoRA, or no base model.
+        DataError: a malformed task.
+    """
+    options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
+    described = asked(recipe=recipe, data=file.name, **options.shape)
+    base = base_of(settings)
+    ref = pin(
+        base,
+        name=public_base(base, settings.base_aliases),
+        device=settings.device,
+        dtype=settings.dtype,
+        prompting=prompting or Prompting(),
+    )
+    job = Job(
+        verb="train",
+        settings=ref.settings | described,
+        inputs={**ref.inputs, file.name: task_sha256(file)},
+        runs=settings.runs,
+        out=out,
+        device=ref.device,
+    )
+    return TrainJob(job=job, ref=ref, file=file, options=options, recipe=recipe, announce=announce)
