@@ -211,6 +211,34 @@ class Catalogue:
         alike = process.extract(wanted, lowered, scorer=fuzz.ratio, score_cutoff=70, limit=count)
         return list(dict.fromkeys([*same, *(ids[place] for _, _, place in alike)]))[:count]
 
+    def ids_from(self, start: str, limit: int) -> list[str]:
+        """The first ids, in alphabetical order, that begin with `start`."""
+        with self._lock:
+            rows = self._read().execute(
+                "SELECT id FROM adapters WHERE id >= ? AND substr(id, 1, ?) = ? ORDER BY id LIMIT ?",
+                [*_clean([start]), len(start), *_clean([start]), limit],
+            )
+            return [row[0] for row in rows]
+
+    def values_of(self, column: str, start: str, limit: int) -> list[str]:
+        """The values of a column that begin with `start`, those of most adapters first."""
+        name = _quoted([column])
+        with self._lock:
+            rows = self._read().execute(
+                f"SELECT {name} FROM adapters WHERE {name} != '' AND substr({name}, 1, ?) = ? "
+                "GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT ?",
+                [len(start), *_clean([start]), limit],
+            )
+            return [str(row[0]) for row in rows]
+
+    def selection_names(self) -> list[str]:
+        """The names of selections, the newest first."""
+        with self._lock:
+            rows = self._read().execute(
+                "SELECT name FROM selections WHERE name != '' GROUP BY name ORDER BY max(id) DESC"
+            )
+            return [row[0] for row in rows]
+
     def find(
         self, where: Sequence[str] = (), *, sort: str = "id", limit: int | None = None, status: str | None = None
     ) -> list[AdapterRow]:

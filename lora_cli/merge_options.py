@@ -31,7 +31,6 @@ class MergeOptions(Options, frozen=True, kw_only=True):
             short="-m",
             default="norm-matched; linear with --coef",
             panel=HOW,
-            complete=lambda: [*METHODS.methods],
         ),
     ] = "norm-matched"
     knobs: Mapping[str, Any] = {}

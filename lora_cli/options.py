@@ -5,7 +5,7 @@ in run.json is `name`; a trailing underscore keeps a field apart from a word of 
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
 
@@ -19,8 +19,7 @@ class Flag:
     """How a field looks on the command line.
 
     `default` names the default in the help where the value itself does not say it. `panel` is the heading below which
-    the help lists the flag. `name` is the flag where it is not that of the field. `complete` lists the values that a
-    shell offers.
+    the help lists the flag. `name` is the flag where it is not that of the field.
     """
 
     help: str
@@ -30,7 +29,6 @@ class Flag:
     panel: str = ""
     minimum: int | None = None
     name: str = ""
-    complete: Callable[[], list[str]] | None = None
 
 
 def setting(field: str) -> str:

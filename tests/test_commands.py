@@ -227,3 +227,41 @@ def test_a_group_named_alone_shows_its_help(words: str) -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert ok("--version").out == f"lora {importlib.metadata.version('lora-cli')}\n"
+
+
+def completed(line: str, folder: Path) -> list[str]:
+    """What bash offers at the end of `line`."""
+    place = len(line.split()) - (not line.endswith(" "))
+    command = f"_LORA_COMPLETE=complete_bash COMP_WORDS={shlex.quote(line)} COMP_CWORD={place} lora"
+    return run(command, folder).stdout.split()
+
+
+def test_a_shell_completes_what_the_catalogue_holds(own_world: World) -> None:
+    folder = own_world.folder
+    run("lora pool sync && lora select -k 2 --name first && lora merge --selection first", folder)
+    ids = run("lora pool list -q", folder).stdout.split()
+    assert completed("lora merge ", folder) == sorted(ids)
+    start = ids[0][:-2]
+    assert completed(f"lora diff {start}", folder) == sorted(id for id in ids if id.startswith(start))
+    assert completed("lora fit --selection f", folder) == ["first"]
+    assert completed("lora merge --method ti", folder) == ["ties"]
+    assert completed("lora merge --missing ", folder) == ["zero", "renorm"]
+    assert completed("lora pool list --where lic", folder) == ["licence="]
+    assert "status=ok" in completed("lora pool list --where status=", folder)
+    assert completed("lora pool list --sort -down", folder) == ["-downloads"]
+    [merge] = completed("lora runs show ", folder)
+    assert "-merge-" in merge
+
+
+def test_completion_offers_nothing_where_the_catalogue_is_no_database(tmp_path: Path) -> None:
+    (tmp_path / "lora.toml").write_text('db = "lora.toml"\n')
+    assert completed("lora merge ", tmp_path) == []
+
+
+def test_completion_is_installed_for_the_shell_in_use(tmp_path: Path) -> None:
+    told = run(f"HOME={tmp_path} SHELL=/bin/bash lora completion --install", tmp_path)
+    script = Path(told.stdout.strip())
+    assert script.is_relative_to(tmp_path)
+    assert "_LORA_COMPLETE=complete_bash" in script.read_text()
+    refused = run(f"HOME={tmp_path} SHELL=/bin/tcsh lora completion --install", tmp_path)
+    assert (refused.returncode, "no completion for the shell 'tcsh'" in refused.stderr) == (2, True)

@@ -201,6 +201,17 @@ def test_every_file_of_the_package_that_is_no_code_is_installed_with_it() -> Non
 
 def test_only_the_top_level_that_was_asked_for() -> None:
     root = PACKAGE.parent
-    allowed = {"pyproject.toml", "README.md", "lora_cli", "tests", "completions", "docs", "findings", "LICENSE"}
+    allowed = {
+        "pyproject.toml",
+        "README.md",
+        "lora_cli",
+        "tests",
+        "completions",
+        "docs",
+        "findings",
+        "LICENSE",
+        "CONTRIBUTING.md",
+        "CHANGELOG.md",
+    }
     visible = {p.name for p in root.iterdir() if not p.name.startswith(".") and not p.name.endswith(".egg-info")}
     assert visible - {"build", "lora-demo", "lora-runs"} <= allowed

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
     OUTPUT,
@@ -42,7 +43,9 @@ def bake(
     adapter: Annotated[
         str,
         typer.Argument(
-            metavar="ADAPTER", help="Id of the catalogue or the Hub, folder (also of merge --dense), or - for stdin."
+            metavar="ADAPTER",
+            help="Id of the catalogue or the Hub, folder (also of merge --dense), or - for stdin.",
+            autocompletion=completing.adapters,
         ),
     ],
     layers: Annotated[bool, typer.Option("--layers", help="Show what each layer lost, in place of the path.")] = False,

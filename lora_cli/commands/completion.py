@@ -1,19 +1,42 @@
 """`lora completion`: scripts that complete commands, options and values in a shell."""
 
-from typing import Annotated, Literal, get_args
+import os
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
 from lora_cli.commands.options import examples
+from lora_cli.errors import UsageError
 from lora_cli.screen import Screen
 
 Shell = Literal["bash", "zsh", "fish", "pwsh"]
-SHELLS = get_args(Shell)
+SHELLS: tuple[Shell, ...] = ("bash", "zsh", "fish", "pwsh")
 
 
-def completion(shell: Annotated[Shell, typer.Argument(help="The shell.")]) -> None:
-    """Print the completion script of a shell."""
-    Screen().text(completion_script(shell))
+def completion(
+    shell: Annotated[Shell | None, typer.Argument(help="The shell.", show_default="that of $SHELL")] = None,
+    install: Annotated[bool, typer.Option("--install", help="Write the script where the shell finds it.")] = False,
+) -> None:
+    """Print the completion script of a shell, or install it."""
+    chosen = shell or _own_shell()
+    if not install:
+        Screen().text(completion_script(chosen))
+        return
+    from typer.completion import install as write  # type: ignore[attr-defined]
+
+    _, path = write(shell=chosen, prog_name="lora", complete_var="_LORA_COMPLETE")
+    Screen().text(f"{path}\n")
+    Screen().say("completion works in new shells")
+
+
+def _own_shell() -> Shell:
+    """The shell of $SHELL. UsageError where that is none that scripts exist for."""
+    name = Path(os.environ.get("SHELL", "")).name
+    for shell in SHELLS:
+        if shell == name:
+            return shell
+    raise UsageError(f"no completion for the shell {name!r}", hint=f"name one: {', '.join(SHELLS)}")
 
 
 def completion_script(shell: Shell) -> str:
@@ -25,6 +48,6 @@ def completion_script(shell: Shell) -> str:
 
 def register(root: typer.Typer) -> None:
     """Add `lora completion` to the command tree."""
-    root.command(epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion fish | source"))(
+    root.command(epilog=examples("lora completion bash > ~/.lora-completion.bash", "lora completion --install"))(
         completion
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.commands import completing
 from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
 from lora_cli.screen import Column, near
 
@@ -30,8 +31,13 @@ _COPIES, _PARTLY, _ORTHOGONAL = 0.95, 0.3, 0.05
 
 
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="Id of the catalogue or the Hub, or a folder.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.")],
+    a: Annotated[
+        str,
+        typer.Argument(
+            metavar="A", help="Id of the catalogue or the Hub, or a folder.", autocompletion=completing.adapters
+        ),
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.", autocompletion=completing.adapters)],
     plot: Plot = None,
     *,
     setup: Catalogued,

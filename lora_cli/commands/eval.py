@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused, UsageError
@@ -43,6 +44,7 @@ def evaluate(
             metavar="ADAPTER...",
             help="Ids of the catalogue or the Hub, folders, or - for stdin.",
             show_default="what merge and fit wrote last",
+            autocompletion=completing.adapters,
         ),
     ] = None,
     out: Annotated[

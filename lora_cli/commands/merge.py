@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from msgspec.structs import replace
 
+from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
     Command,
@@ -43,6 +44,7 @@ def merge(
             metavar="ADAPTER[=WEIGHT]...",
             help="Ids of the catalogue or the Hub, folders, or - for stdin.",
             show_default="the last selection",
+            autocompletion=completing.adapters,
         ),
     ] = None,
     *,

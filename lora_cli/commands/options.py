@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lora_cli.commands import completing
 from lora_cli.errors import UsageError
+from lora_cli.merge_options import METHODS
 from lora_cli.models.encode import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.records import Adapter, Precision
@@ -23,6 +25,7 @@ Adapters = Annotated[
         metavar="ADAPTER...",
         help="Ids of the catalogue or the Hub, folders, or - for stdin.",
         show_default="the last selection",
+        autocompletion=completing.adapters,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
@@ -41,10 +44,17 @@ Dtype = Annotated[
 Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
-Selection = Annotated[str | None, typer.Option("--selection", help="A selection's name, in place of ids.")]
+Selection = Annotated[
+    str | None,
+    typer.Option("--selection", help="A selection's name, in place of ids.", autocompletion=completing.selections),
+]
 Where = Annotated[
     list[str] | None,
-    typer.Option("--where", help="Condition on a column, like 'rank<=16'; repeatable, all must hold."),
+    typer.Option(
+        "--where",
+        help="Condition on a column, like 'rank<=16'; repeatable, all must hold.",
+        autocompletion=completing.conditions,
+    ),
 ]
 
 PROMPTS = "How prompts are read"
@@ -224,6 +234,14 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+_COMPLETED: Mapping[str, completing.Complete] = {
+    "selection": completing.selections,
+    "target": completing.adapters,
+    "method": lambda incomplete: [name for name in METHODS.methods if name.startswith(incomplete)],
+}
+"""What a shell offers for the flags of records, by field."""
+
+
 def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspect.Parameter:
     """The parameter from which Typer makes the option of a record's field."""
     default = inspect.signature(record).parameters[name].default
@@ -235,7 +253,7 @@ def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspe
         min=flag.minimum,
         show_default=flag.default or default not in (None, False, "", ()),
         rich_help_panel=flag.panel or None,
-        autocompletion=flag.complete,
+        autocompletion=_COMPLETED.get(name),
     )
     plain = list[str] if kind == tuple[str, ...] else kind
     shown = None if flag.default or default == () else default

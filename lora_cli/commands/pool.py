@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lora_cli.commands import similarity
+from lora_cli.commands import completing, similarity
 from lora_cli.commands.options import (
     Base,
     Csv,
@@ -151,7 +151,12 @@ def sync(
 def list_(
     where: Where = None,
     sort: Annotated[
-        str, typer.Option("--sort", help="Column to sort by, smallest, oldest or A first; -COLUMN largest first.")
+        str,
+        typer.Option(
+            "--sort",
+            help="Column to sort by, smallest, oldest or A first; -COLUMN largest first.",
+            autocompletion=completing.sorting,
+        ),
     ] = "id",
     n: Rows = None,
     db: Db = None,
@@ -197,7 +202,10 @@ def search(
     )
 )
 def show(
-    adapter: Annotated[str, typer.Argument(help="Id (with @commit for that version only) or folder.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(help="Id (with @commit for that version only) or folder.", autocompletion=completing.adapters),
+    ],
     db: Db = None,
     json: Json = False,
 ) -> None:
@@ -283,7 +291,12 @@ def path(db: Db = None) -> None:
 )
 def fetch(
     adapter: Annotated[
-        list[str] | None, typer.Argument(help="Ids or folders, - for stdin.", show_default="the last selection")
+        list[str] | None,
+        typer.Argument(
+            help="Ids or folders, - for stdin.",
+            show_default="the last selection",
+            autocompletion=completing.adapters,
+        ),
     ] = None,
     force: Force = False,
     dry_run: DryRun = False,

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.commands import completing
 from lora_cli.commands.options import Csv, Db, Group, Json, Jsonl, Quiet, examples, screen_for
 from lora_cli.screen import Column, near
 from lora_cli.settings import load
@@ -50,7 +51,7 @@ def list_(
     )
 )
 def show(
-    run: Annotated[str, typer.Argument(help="The run's id, or the start of it.")],
+    run: Annotated[str, typer.Argument(help="The run's id, or the start of it.", autocompletion=completing.runs)],
     db: Db = None,
     json: Json = False,
 ) -> None:

@@ -1,0 +1,71 @@
+"""What a shell offers for an argument: ids, selections, runs and columns, from the catalogue and without torch."""
+
+from collections.abc import Callable
+from functools import wraps
+
+from lora_cli.errors import LoraError
+from lora_cli.settings import load
+from lora_cli.where import COLUMNS
+
+_MOST = 200
+"""A shell shows no more than a screen of them."""
+
+Complete = Callable[[str], list[str]]
+
+
+def _quiet(complete: Complete) -> Complete:
+    """`complete`, which offers nothing where the catalogue cannot be read: a shell has no place for a message."""
+
+    @wraps(complete)
+    def offered(incomplete: str) -> list[str]:
+        try:
+            return complete(incomplete)
+        except LoraError:
+            return []
+
+    return offered
+
+
+@_quiet
+def adapters(incomplete: str) -> list[str]:
+    """Ids of the catalogue that begin so."""
+    from lora_cli.catalogue import Catalogue
+
+    with Catalogue(load().db) as catalogue:
+        return catalogue.ids_from(incomplete, _MOST)
+
+
+@_quiet
+def selections(incomplete: str) -> list[str]:
+    """Names of selections that begin so, the newest first."""
+    from lora_cli.catalogue import Catalogue
+
+    with Catalogue(load().db) as catalogue:
+        return [name for name in catalogue.selection_names() if name.startswith(incomplete)][:_MOST]
+
+
+@_quiet
+def runs(incomplete: str) -> list[str]:
+    """Ids of runs that begin so, the newest first."""
+    from lora_cli.runs import all_runs
+
+    return [str(run["id"]) for run in all_runs(load().db, limit=_MOST) if str(run["id"]).startswith(incomplete)]
+
+
+def sorting(incomplete: str) -> list[str]:
+    """Columns to sort by, also descending."""
+    return [name for name in (*COLUMNS, *(f"-{column}" for column in COLUMNS)) if name.startswith(incomplete)]
+
+
+@_quiet
+def conditions(incomplete: str) -> list[str]:
+    """Columns, and after `COLUMN=` the values that the catalogue has most often."""
+    column, equals, value = incomplete.partition("=")
+    if not equals:
+        return [f"{name}=" for name in COLUMNS if name.startswith(incomplete)]
+    if column not in COLUMNS:
+        return []
+    from lora_cli.catalogue import Catalogue
+
+    with Catalogue(load().db) as catalogue:
+        return [f"{column}={found}" for found in catalogue.values_of(column, value, _MOST)]
