@@ -34,7 +34,7 @@ SUMMARIES = {
     "task": "The examples of a task, as a base model reads them.",
     "runs": "The runs of all commands: on what data and adapters, and how they ended.",
     "config": "Settings and where each comes from.",
-    "completion": "Print the completion script of a shell.",
+    "completion": "Print the completion script of a shell, or install it.",
 }
 """The commands, each in the file of its name below commands/; the first line of each one's help."""
 

@@ -53,8 +53,8 @@ def runs(incomplete: str) -> list[str]:
 
 
 def sorting(incomplete: str) -> list[str]:
-    """Columns to sort by, also descending."""
-    return [name for name in (*COLUMNS, *(f"-{column}" for column in COLUMNS)) if name.startswith(incomplete)]
+    """Columns to sort by."""
+    return [name for name in COLUMNS if name.startswith(incomplete)]
 
 
 @_quiet

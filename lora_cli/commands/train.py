@@ -38,9 +38,9 @@ def train(
     """
     screen, settings = screen_for(job.json), setup.load()
     file = setup.task(settings)
-    # A mistake in the task is told before the libraries are imported that take seconds.
-    load_task(file)
+    # A missing base or a mistake in the task is told before libraries are imported that take seconds.
     base_of(settings)
+    load_task(file)
 
     from lora_cli.steps.train_request import train_job
 
