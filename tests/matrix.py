@@ -166,6 +166,16 @@ KINDS = (
         "qwen3_moe",
         _lora(target_modules=["q_proj"], target_parameters=["gate.weight"]),
     ),
+    Kind(
+        "ranks and alphas of parameters, by the names of these",
+        "qwen3_moe",
+        _lora(
+            target_modules=["q_proj"],
+            target_parameters=["gate.weight", "experts.down_proj", "k_proj.weight"],
+            rank_pattern={"gate.weight": 3, "gate": 5, "k_proj": 7},
+            alpha_pattern={"k_proj": 40, "k_proj.weight": 9, "experts.down_proj": 3},
+        ),
+    ),
     Kind("single experts, as transformers 4 names them", "qwen3_moe", _file(_singles(_QWEN), [*_QWEN])),
     Kind(
         "single experts of Mixtral",

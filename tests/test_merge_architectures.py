@@ -168,6 +168,17 @@ def test_layers_whose_names_peft_takes_for_experts_are_written_by_parameter() ->
     agree(found, by_us("deepseek_v3", Path("a")))
 
 
+def test_a_compact_result_with_parameters_of_other_ranks_is_read_again() -> None:
+    for name, leaf, rank in (("a", "gate_proj", 4), ("b", "down_proj", 2)):
+        tensors = factors({f"model.layers.1.mlp.shared_experts.{leaf}": QWEN[leaf]}, rank=rank)
+        declared(saved_adapter(Path(name), tensors, [leaf], r=rank), "deepseek_v3")
+    base = base_of("deepseek_v3")
+    ok("merge", "a", "b", "--base", base, "--compact", "-o", "out")
+    assert len(settings("out")["rank_pattern"]) == 1
+    agree(by_us("deepseek_v3", Path("out")), by_peft("deepseek_v3", Path("out")))
+    ok("pool", "verify", "out", "--base", base)
+
+
 @pytest.mark.parametrize("words", [("--energy", "0.7"), ("--rank", "2"), ("--energy", "0.7", "--compact")])
 def test_a_reduced_result_is_what_peft_applies(words: tuple[str, ...]) -> None:
     singles("a", "qwen3_moe", QWEN, rank=4)

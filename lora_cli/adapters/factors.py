@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora_cli.adapters.config import shortened
 from lora_cli.adapters.header import FACTOR_DTYPES, Header, TensorEntry
-from lora_cli.adapters.skeleton import Kind
+from lora_cli.adapters.skeleton import WEIGHT, Kind
 from lora_cli.errors import HeaderError
 
 PREFIX = "base_model.model."
@@ -41,7 +41,8 @@ class ModuleFactors:
     """The factors of one matrix of the base: A (rank, in), B (out, rank), as stored or as a part of what is stored.
 
     `module` is the matrix's name in the base (see `adapters.skeleton`), `pattern` the name under which PEFT looks for
-    its rank and alpha. Of fused experts, `expert` of `experts` takes its rows of A and its columns of B.
+    its rank and alpha: that of the module, or of the parameter where the configuration names this. Of fused experts,
+    `expert` of `experts` takes its rows of A and its columns of B.
     """
 
     module: str
@@ -63,6 +64,11 @@ class ModuleFactors:
     @property
     def in_features(self) -> int:
         return math.prod(self.a.shape[1:])
+
+    @property
+    def adapted(self) -> str:
+        """The module or the stacked parameter that the pair in the file is for."""
+        return self.pattern.removesuffix(WEIGHT)
 
     @property
     def kernel(self) -> tuple[int, ...]:

@@ -200,16 +200,19 @@ class _Locating:
             elif not self._meant(name, place):
                 outside.append(place)
             else:
-                self._keep_matrix(pairs[place], name)
+                pattern = name + WEIGHT if self._by_parameter(name, place) else name
+                self._keep_matrix(pairs[place], name, pattern)
         if self._config.targets.undecided:
             self.notes.append("target_modules is a regular expression that is not evaluated here: all modules count")
         self._note_ignored(outside, "outside target_modules")
 
     def _meant(self, name: str, place: str) -> bool:
         """Whether the configuration means this module, by the base's name or by the one it was saved under."""
-        targets = self._config.targets
-        names = dict.fromkeys((name, _unwrapped(place)[0]))
-        return any(targets.module(one) or targets.parameter(one + WEIGHT) for one in names)
+        return self._by_parameter(name, place) or any(map(self._config.targets.module, _both(name, place)))
+
+    def _by_parameter(self, name: str, place: str) -> bool:
+        """Whether it means the weight of this module, as a parameter."""
+        return any(_by_parameter(self._config, one) for one in _both(name, place))
 
     def _is_stack(self, container: str, name: str, pair: Pair) -> bool:
         if self._base is not None:
@@ -245,13 +248,13 @@ class _Locating:
         names = [f"{container}.{last}" for last in EXPERT_PARAMETERS]
         return [(name, None) for name in names if targets.parameter(name)]
 
-    def _keep_matrix(self, pair: Pair, name: str) -> None:
+    def _keep_matrix(self, pair: Pair, name: str, pattern: str) -> None:
         matrix = None if self._base is None else self._base.get(name)
         kind: Kind = "embedding" if pair.embedding else "conv" if pair.convolution else "linear"
         if matrix is not None and matrix.kind != kind and not (matrix.kind == "parameter" and kind == "linear"):
             self.misfits.append(f"{shortened(name)} takes factors of another kind than those there")
-        factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, name)
-        if (wanted := self._config.rank_of(name)) != factors.rank:
+        factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, pattern)
+        if (wanted := self._config.rank_of(pattern)) != factors.rank:
             self._refuse_rank(name, factors.rank, wanted)
         self._add(factors, matrix)
 
@@ -313,6 +316,11 @@ def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[
 
 def _by_parameter(config: LoraConfigFacts, name: str) -> bool:
     return config.targets.parameter(name + WEIGHT)
+
+
+def _both(name: str, place: str) -> Iterable[str]:
+    """The base's name of a module and the one that it was saved under."""
+    return dict.fromkeys((name, _unwrapped(place)[0]))
 
 
 def _unwrapped(place: str) -> tuple[str, bool]:
