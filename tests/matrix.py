@@ -20,6 +20,8 @@ TEXT_BASES = frozenset(
     (
         "llama",
         "gpt2",
+        "qwen3",
+        "falcon",
         "phi3",
         "gemma3",
         "llava",
@@ -144,8 +146,21 @@ KINDS = (
         "output embeddings of a base that ties them to the input embeddings",
         "gpt2",
         _lora(target_modules=["lm_head", "c_attn"]),
-        but={"bake": "is tied to the embedding"},
+        but={"bake": "is tied to transformer.wte"},
     ),
+    Kind(
+        "both embeddings of a base that ties them (`ensure_weight_tying`)",
+        "qwen3",
+        _lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        but={"bake": "is tied to model.embed_tokens"},
+        says="written as updates of both",
+    ),
+    Kind(
+        "positions of a base that ties its other embeddings",
+        "gpt2",
+        _lora(target_modules=["wpe", "c_attn"]),
+    ),
+    Kind("linear layers of a class of their own", "falcon", _lora(target_modules=["query_key_value", "dense"])),
     Kind(
         "fused experts (`target_parameters`)",
         "qwen3_moe",
@@ -358,5 +373,11 @@ KINDS = (
 def mate(folder: Path, base: str) -> None:
     """A plain adapter of the same base, for the commands that take two."""
     torch.manual_seed(7)
-    targets = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "t5": ["q"], "roberta": ["query"]}
+    targets = {
+        "gpt2": ["c_attn"],
+        "falcon": ["query_key_value"],
+        "phi3": ["qkv_proj"],
+        "t5": ["q"],
+        "roberta": ["query"],
+    }
     trained(folder, base, LoraConfig(r=2, target_modules=targets.get(base, ["q_proj"])), seed=7)

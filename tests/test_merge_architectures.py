@@ -79,11 +79,12 @@ def test_layers_embeddings_and_convolutions_of_every_architecture(kind: str) -> 
         if matrix.kind in ("linear", "conv", "embedding")
         # PEFT takes some names for those of experts, and refuses some modules of Mamba layers.
         and name.rpartition(".")[2] not in (base.retargeted or {"out_proj", "conv1d"})
-        and not (base.tied and (name == base.head or matrix.kind == "embedding"))
+        and name not in base.ties
     ]
     two(kind, LoraConfig(r=2, lora_alpha=6, target_modules=names), LoraConfig(r=3, target_modules=names[::2]))
     merges_as_peft(kind)
     assert (settings("out")["r"], settings("out")["rank_pattern"]) == (5, {})
+    assert "target_parameters" not in settings("out")
 
 
 @pytest.mark.parametrize("compact", [(), ("--compact",)])

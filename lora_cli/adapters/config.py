@@ -103,6 +103,11 @@ class LoraConfigFacts:
         """The modules and parameters that it means."""
         return Targets(self)
 
+    @property
+    def ties_weights(self) -> bool:
+        """Whether an update of the embeddings is one of the head too, in a base where the two share one weight."""
+        return self.unknown.get("ensure_weight_tying") is True
+
     def rank_of(self, module: str) -> int:
         """The rank that it gives to `module`, by the first matching key of `rank_pattern`, else r.
 

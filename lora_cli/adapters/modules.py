@@ -20,6 +20,8 @@ _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped
 INNER = ".base_layer"
 """What PEFT's layers call what they are wrapped around."""
 _TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
+# Modules that share a weight in bases that tie them, as PEFT knows their names.
+_TIED = ("embed_tokens", "lm_head")
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """The parameters of fused experts in the order in which transformers registers them."""
 
@@ -208,7 +210,16 @@ class _Locating:
 
     def _meant(self, name: str, place: str) -> bool:
         """Whether the configuration means this module, by the base's name or by the one it was saved under."""
-        return self._by_parameter(name, place) or any(map(self._config.targets.module, _both(name, place)))
+        targeted = any(map(self._config.targets.module, _both(name, place)))
+        return targeted or self._by_parameter(name, place) or self._by_its_tie(name)
+
+    def _by_its_tie(self, name: str) -> bool:
+        """Whether it means a module through one that shares the weight: PEFT then gives the two one update."""
+        if not self._config.ties_weights:
+            return False
+        if self._base is None:
+            return name.rpartition(".")[2] in _TIED
+        return any(map(self._config.targets.module, self._base.ties.get(name, ())))
 
     def _by_parameter(self, name: str, place: str) -> bool:
         """Whether it means the weight of this module, as a parameter."""

@@ -85,7 +85,7 @@ class Skeleton:
     `matrices` are by module name (a parameter other than a `weight` by its own name), `stacks` by parameter name.
     `others` are the last names of modules that take no update. `prefix` is the part of names below which the model
     without a head stands, `decoder` the module that holds the text model's layers, `head` that of the output
-    embeddings, `embedding` that of the input embeddings; `tied`: the two share one weight. `renamed(names, ending)`
+    embeddings. `ties` are by module the others that share its weight. `renamed(names, ending)`
     gives the module names of this class for those of a checkpoint whose tensors end with `ending`, by transformers' own
     tables; `peft_renames`: PEFT applies these tables to adapters too. `retargeted` are last names of target modules
     that PEFT takes for parts of the experts, wherever they stand. `stored(shapes)` says where a checkpoint with tensors
@@ -99,8 +99,7 @@ class Skeleton:
     prefix: str = ""
     decoder: str = ""
     head: str = ""
-    embedding: str = ""
-    tied: bool = False
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     peft_renames: bool = False
     retargeted: frozenset[str] = frozenset()
     renamed: Renaming = field(default=lambda names, ending: {}, repr=False, compare=False)
