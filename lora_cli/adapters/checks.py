@@ -358,6 +358,5 @@ def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
 
 
 def _undeclared(config: LoraConfigFacts) -> str:
-    mapping = config.unknown.get("auto_mapping")
-    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    named = config.trained_class
     return UNDECLARED + (f", only the class {shortened(named)}" if named else "")

@@ -104,6 +104,17 @@ class LoraConfigFacts:
         return Targets(self)
 
     @property
+    def trained_class(self) -> str:
+        """The class of the model that it was trained on, where PEFT wrote that down."""
+        mapping = self.unknown.get("auto_mapping")
+        named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return named if isinstance(named, str) else ""
+
+    def for_another_class(self, architecture: str) -> bool:
+        """Whether it says that it was trained on another class: one that it names, or the one without a head."""
+        return self.task_type == "FEATURE_EXTRACTION" or self.trained_class not in ("", architecture)
+
+    @property
     def ties_weights(self) -> bool:
         """Whether an update of the embeddings is one of the head too, in a base where the two share one weight."""
         return self.unknown.get("ensure_weight_tying") is True

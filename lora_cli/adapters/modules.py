@@ -13,7 +13,7 @@ from functools import partial
 from lora_cli.adapters.config import LoraConfigFacts, shortened
 from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
 from lora_cli.adapters.header import Header, TensorEntry
-from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+from lora_cli.adapters.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 
 # What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
@@ -32,7 +32,8 @@ class Located:
 
     `notes` say what was repaired or left out; `saved` are tensors of modules that were saved as they are, beside the
     update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
-    its configuration describes. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
+    its configuration describes. `spelling` is that of the class it was trained on, where this is another than the
+    base's. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
     """
 
     modules: Mapping[str, AnyFactors]
@@ -41,6 +42,7 @@ class Located:
     refusals: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
+    spelling: Spelling = OWN
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -85,7 +87,8 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
         refusals.append("no LoRA tensors in its weights")
     elif not (work.modules or work.missing or refusals):
         refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
-    return Located(work.modules, tuple(notes), saved, tuple(refusals), tuple(work.missing), tuple(work.misfits))
+    missing, misfits = tuple(work.missing), tuple(work.misfits)
+    return Located(work.modules, tuple(notes), saved, tuple(refusals), missing, misfits, work.spelling)
 
 
 def fused(located: Located, base: Skeleton) -> Located:
@@ -125,6 +128,7 @@ class _Locating:
         self._refused: dict[str, list[str]] = {}
         self.missing: list[str] = []
         self.misfits: list[str] = []
+        self.spelling = OWN
 
     @property
     def refusals(self) -> list[str]:
@@ -145,7 +149,7 @@ class _Locating:
             odd = {place: pair for place, pair in odd.items() if place not in names}
         ignored = [place for place in odd if not _unwrapped(place)[1]]
         self._note_ignored(ignored, f"without the prefix {PREFIX[:-1]}")
-        names |= self._repaired([place for place in odd if place not in ignored])
+        names |= self._repaired([place for place in odd if place not in ignored], alone=not names)
         self._keep(pairs, names)
         if self._base is not None:
             self._demand_whole_experts(self._base)
@@ -168,8 +172,11 @@ class _Locating:
         assert self._base is not None
         return self._base.get(name) is not None or name.replace(INNER, "") in self._base.below
 
-    def _repaired(self, places: Sequence[str]) -> dict[str, str]:
-        """Names for the others by the first rule that gives all of them one; none where no rule does."""
+    def _repaired(self, places: Sequence[str], *, alone: bool) -> dict[str, str]:
+        """Names for the others by the first rule that gives all of them one; none where no rule does.
+
+        `alone`: there are no others whose names need no rule.
+        """
         if not places:
             return {}
         if self._base is None:
@@ -177,17 +184,30 @@ class _Locating:
             self._note_repaired(names)
             return names
         cleaned = {place: _unwrapped(place)[0] for place in places}
-        for rule in _rules(self._base):
+        for rule, spelling in _rules(self._base):
             names = dict(zip(cleaned, rule([*cleaned.values()]), strict=True))
             if all(map(self._known, names.values())):
+                self.spelling = spelling if alone and self._trained_so(spelling) else OWN
                 self._note_repaired(names)
                 return names
         self.missing += cleaned.values()
         return {}
 
+    def _trained_so(self, spelling: Spelling) -> bool:
+        """Whether names of this spelling are those of another class, and no mistake.
+
+        Names of a class with a head are. Names of the class without one are where the configuration says so.
+        """
+        assert self._base is not None
+        architecture = self._base.architecture
+        if spelling.added:
+            return self._config.trained_class != architecture
+        return self._config.for_another_class(architecture)
+
     def _note_repaired(self, names: Mapping[str, str]) -> None:
         place, name = next(iter(names.items()))
-        self.notes.append(f"names repaired: {shortened(shown(place))} is {shortened(name)}")
+        what = "names repaired" if self.spelling == OWN else "names of another class"
+        self.notes.append(f"{what}: {shortened(shown(place))} is {shortened(name)}")
 
     def _note_ignored(self, places: Sequence[str], why: str) -> None:
         if places:
@@ -356,25 +376,26 @@ def _cleaned(place: str) -> str:
 Rule = Callable[[Sequence[str]], list[str]]
 
 
-def _rules(base: Skeleton) -> Iterator[Rule]:
-    """Ways to read names that PEFT does not apply as names of the base, the surest first."""
+def _rules(base: Skeleton) -> Iterator[tuple[Rule, Spelling]]:
+    """Ways to read names that PEFT does not apply as names of the base, the surest first, and whose names they are."""
 
     def renamed(names: Sequence[str]) -> list[str]:
         found = base.renamed(names, WEIGHT)
         return [found.get(name, name) for name in names]
 
-    places: list[Callable[[str], str]] = [
-        lambda name: name,
-        lambda name: f"{base.prefix}.{name}",
-        lambda name: name.removeprefix(f"{base.prefix}."),
-        lambda name: f"{base.decoder}.{name.removeprefix('model.')}",
-        lambda name: f"{base.decoder}.{name}",
-        lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name),
+    prefix = f"{base.prefix}."
+    places: list[tuple[Callable[[str], str], Spelling]] = [
+        (lambda name: name, OWN),
+        (lambda name: prefix + name, Spelling(cut=prefix)),
+        (lambda name: name.removeprefix(prefix), Spelling(added=prefix)),
+        (lambda name: f"{base.decoder}.{name.removeprefix('model.')}", OWN),
+        (lambda name: f"{base.decoder}.{name}", OWN),
+        (lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name), OWN),
     ]
     for cut in ("", INNER):
         for reading in (list[str], renamed):
-            for place in places:
-                yield partial(_read_by, cut, reading, place)
+            for place, spelling in places:
+                yield partial(_read_by, cut, reading, place), spelling
 
 
 def _read_by(

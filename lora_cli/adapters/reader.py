@@ -15,7 +15,7 @@ from lora_cli.adapters.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors
 from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.modules import fused, locate_modules
-from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
 from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
@@ -52,6 +52,8 @@ class OpenAdapter:
     """That of the weights' file when it was opened."""
     saved: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
+    spelling: Spelling = OWN
+    """That of the class it was trained on."""
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
     @property
@@ -188,7 +190,7 @@ def open_adapter(
         )
     if fuse and base is not None:
         located = fused(located, base)
-    return OpenAdapter(files, config, located.modules, opened, located.saved, located.notes)
+    return OpenAdapter(files, config, located.modules, opened, located.saved, located.notes, located.spelling)
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

@@ -36,6 +36,24 @@ class Matrix(NamedTuple):
     row: int = 0
 
 
+class Spelling(NamedTuple):
+    """How another class of one base names its modules: with `added` in front of this class's names, or without `cut`.
+
+    The model without a head and those with one differ so.
+    """
+
+    added: str = ""
+    cut: str = ""
+
+    def of(self, name: str) -> str:
+        """The name of a module in that class."""
+        return self.added + name.removeprefix(self.cut)
+
+
+OWN: Final = Spelling()
+"""The names of the base's own class."""
+
+
 class Share(NamedTuple):
     """Where a checkpoint keeps a parameter or a part of it: in `tensor`, from its row `at` on.
 
