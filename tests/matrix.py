@@ -14,7 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.architectures import factors, saved_adapter, trained
+from tests.architectures import factors, model, saved_adapter, trained
 
 TEXT_BASES = frozenset(
     (
@@ -139,8 +139,13 @@ KINDS = (
     Kind(
         "output embeddings, with the copy of the base's weight that PEFT saves beside them",
         "llama",
-        _lora(target_modules=["lm_head", "q_proj"]),
-        says="the copy is left out",
+        _changed(
+            _lora(target_modules=["lm_head", "q_proj"]),
+            lambda found: (
+                found | {"base_model.model.lm_head.base_layer.weight": model("llama").lm_head.weight.detach()}
+            ),
+        ),
+        says="the copy is left out, once it was compared with the base",
     ),
     Kind(
         "output embeddings of a base that ties them to the input embeddings",
@@ -277,6 +282,17 @@ KINDS = (
         "llama",
         _file(_Q, ["q_proj"], names=lambda name: f"/{name}"),
         refused="PEFT applies none of its modules",
+    ),
+    Kind(
+        "output embeddings with a copy that is not the base's weight",
+        "llama",
+        _changed(
+            _file(_Q | {"lm_head": (104, 32)}, ["q_proj", "lm_head"]),
+            lambda found: found | {"base_model.model.lm_head.base_layer.weight": torch.ones(104, 32)},
+        ),
+        refused="its copy of lm_head.weight is not that of",
+        but={"sync": ""},
+        says="sync, and verify without --deep, do not compare",
     ),
     Kind("`use_dora`", "llama", _lora(target_modules=["q_proj"], use_dora=True), refused="DoRA"),
     Kind("`lora_bias`", "llama", _lora(target_modules=["q_proj"], lora_bias=True), refused="lora_bias"),

@@ -33,7 +33,8 @@ class Located:
     `notes` say what was repaired or left out; `saved` are tensors of modules that were saved as they are, beside the
     update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
     its configuration describes. `spelling` is that of the class it was trained on, where this is another than the
-    base's. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
+    base's; `copies` are tensors of the base by its own names, saved beside the factors of their layer. `missing` are
+    names for which the base has no matrix, `misfits` sentences about shapes.
     """
 
     modules: Mapping[str, AnyFactors]
@@ -43,6 +44,7 @@ class Located:
     missing: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
     spelling: Spelling = OWN
+    copies: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -88,7 +90,12 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
     elif not (work.modules or work.missing or refusals):
         refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
     missing, misfits = tuple(work.missing), tuple(work.misfits)
-    return Located(work.modules, tuple(notes), saved, tuple(refusals), missing, misfits, work.spelling)
+    copies = {
+        f"{work.names[place]}.{entry.name.rpartition('.')[2]}": entry
+        for place, entry in found.copies
+        if place in work.names
+    }
+    return Located(work.modules, tuple(notes), saved, tuple(refusals), missing, misfits, work.spelling, copies)
 
 
 def fused(located: Located, base: Skeleton) -> Located:
@@ -129,6 +136,7 @@ class _Locating:
         self.missing: list[str] = []
         self.misfits: list[str] = []
         self.spelling = OWN
+        self.names: dict[str, str] = {}
 
     @property
     def refusals(self) -> list[str]:
@@ -151,6 +159,7 @@ class _Locating:
         self._note_ignored(ignored, f"without the prefix {PREFIX[:-1]}")
         names |= self._repaired([place for place in odd if place not in ignored], alone=not names)
         self._keep(pairs, names)
+        self.names = names
         if self._base is not None:
             self._demand_whole_experts(self._base)
             self.notes += _left_out_by_peft(self._base, self._config, self.modules)

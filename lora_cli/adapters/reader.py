@@ -54,6 +54,8 @@ class OpenAdapter:
     notes: tuple[str, ...] = ()
     spelling: Spelling = OWN
     """That of the class it was trained on."""
+    copies: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
+    """Tensors of the base that were saved beside their layers' factors, by the base's names."""
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
     @property
@@ -190,7 +192,16 @@ def open_adapter(
         )
     if fuse and base is not None:
         located = fused(located, base)
-    return OpenAdapter(files, config, located.modules, opened, located.saved, located.notes, located.spelling)
+    return OpenAdapter(
+        files,
+        config,
+        located.modules,
+        opened,
+        saved=located.saved,
+        notes=located.notes,
+        spelling=located.spelling,
+        copies=located.copies,
+    )
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:
