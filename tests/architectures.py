@@ -209,6 +209,10 @@ SPECS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"vocab_size": 104, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
     ),
     "vit": ("ViTForImageClassification", _VISION),
+    "siglip": (
+        "SiglipModel",
+        {"text_config": _ENCODER | {"max_position_embeddings": 20}, "vision_config": _VISION},
+    ),
     "clip": (
         "CLIPModel",
         {

@@ -196,6 +196,13 @@ KINDS = (
             alpha_pattern={"k_proj": 40, "k_proj.weight": 9, "experts.down_proj": 3},
         ),
     ),
+    Kind(
+        "routers that were layers (`target_modules`) and are parameters now",
+        "gpt_oss",
+        _file({f"model.layers.{layer}.mlp.router": (4, 32) for layer in range(2)}, ["router"]),
+        repaired=True,
+        says="PEFT refuses it; read as parameters",
+    ),
     Kind("single experts, as transformers 4 names them", "qwen3_moe", _file(_singles(_QWEN), [*_QWEN])),
     Kind(
         "single experts of Mixtral",
@@ -293,6 +300,18 @@ KINDS = (
         refused="its copy of lm_head.weight is not that of",
         but={"sync": ""},
         says="sync, and verify without --deep, do not compare",
+    ),
+    Kind(
+        "embeddings as a parameter (`target_parameters`)",
+        "llama",
+        _lora(target_modules=["q_proj"], target_parameters=["embed_tokens.weight"]),
+        refused="model.embed_tokens is adapted as a parameter",
+    ),
+    Kind(
+        "PyTorch's own attention (`nn.MultiheadAttention`)",
+        "siglip",
+        _lora(target_modules=["attention"]),
+        refused="is in an nn.MultiheadAttention",
     ),
     Kind("`use_dora`", "llama", _lora(target_modules=["q_proj"], use_dora=True), refused="DoRA"),
     Kind("`lora_bias`", "llama", _lora(target_modules=["q_proj"], lora_bias=True), refused="lora_bias"),

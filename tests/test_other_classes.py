@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from tests.architectures import config
-from tests.cli import ok
+from tests.cli import ok, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -95,3 +95,11 @@ def test_parents_of_several_classes_are_merged_under_the_names_of_the_base() -> 
     ok("merge", "a", "b", "--base", base, "-o", "out")
     assert by_peft("out", "llama", "LlamaForCausalLM").keys() == by_peft("b", "llama", "LlamaForCausalLM").keys()
     assert "auto_mapping" not in json.loads(Path("out/adapter_config.json").read_text())
+
+
+def test_a_classifier_that_its_base_has_no_room_for_is_told_of_its_class() -> None:
+    base = base_named("bert", "BertForMaskedLM")
+    trained_on("a", "bert", "BertForSequenceClassification", seed=0, target_modules=["dense"], task_type="SEQ_CLS")
+    told = refused(5, "merge", "a", "--base", base, "--saved-modules", "drop", "-o", "out")
+    assert "does not fit BertForMaskedLM: 1 of 7 modules are not in the base (such as bert.pooler.dense)" in told
+    assert "it was trained for SEQ_CLS: give a --base whose config.json names the class for that" in told

@@ -26,6 +26,8 @@ MAX_PATTERN_SHAPES = 512
 MAX_REGEX_KEYS = 64
 DEFAULT_RANK = 8
 """The rank of a configuration that gives none, as in PEFT."""
+TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Of these PEFT loads a head without being told to, and fails where there is none."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")

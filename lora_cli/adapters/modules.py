@@ -199,6 +199,8 @@ class _Locating:
                 self.spelling = spelling if alone and self._trained_so(spelling) else OWN
                 self._note_repaired(names)
                 return names
+        if inside := [name for name in cleaned.values() if self._base.in_attention(name)]:
+            self._refuse("attention", f"{shortened(inside[0])} is in an nn.MultiheadAttention, which is not taken here")
         self.missing += cleaned.values()
         return {}
 
@@ -290,6 +292,11 @@ class _Locating:
 
     def _keep_matrix(self, pair: Pair, name: str, pattern: str) -> None:
         matrix = None if self._base is None else self._base.get(name)
+        if matrix is not None and matrix.kind in ("embedding", "conv") and pattern != name:
+            self._refuse(
+                "parameter", f"{shortened(name)} is adapted as a parameter, which is taken of linear layers only"
+            )
+            return
         kind: Kind = "embedding" if pair.embedding else "conv" if pair.convolution else "linear"
         if matrix is not None and matrix.kind != kind and not (matrix.kind == "parameter" and kind == "linear"):
             self.misfits.append(f"{shortened(name)} takes factors of another kind than those there")
@@ -348,10 +355,18 @@ def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[
             notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
         if "down_proj" not in fused and not config.targets.module(f"{min(singles).rpartition('.')[0]}.down_proj"):
             notes.append("PEFT does not apply the experts' factors without those of down_proj")
+    if bare := [name for name, factors in modules.items() if _is_no_layer(base, name, factors)]:
+        notes.append(f"PEFT does not take {shortened(bare[0])} for a layer: read as a parameter")
     taken = [name for name in modules if name not in singles and name.rpartition(".")[2] in base.retargeted]
     if taken := [name for name in taken if modules[name].kind == "linear" and not _by_parameter(config, name)]:
         notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
     return notes
+
+
+def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
+    """Whether the configuration takes for a layer what is a parameter of the base."""
+    bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
+    return bare and name.rpartition(".")[2] not in base.retargeted
 
 
 def _by_parameter(config: LoraConfigFacts, name: str) -> bool:

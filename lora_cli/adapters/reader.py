@@ -10,7 +10,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.config import LoraConfigFacts, parse_config
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD, LoraConfigFacts, parse_config
 from lora_cli.adapters.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
 from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
@@ -186,10 +186,10 @@ def open_adapter(
         raise Refused(f"{name}: {'; '.join(filter(None, [*reasons, beside]))}", hint=hint)
     if located.conflict:
         assert base is not None
-        raise Refused(
-            f"{name} does not fit {base.architecture}: {located.conflict}",
-            hint="use the adapter with the base model it was trained on",
-        )
+        hint = "use the adapter with the base model it was trained on"
+        if located.modules and config.task_type in TASKS_WITH_A_HEAD:
+            hint = f"it was trained for {config.task_type}: give a --base whose config.json names the class for that"
+        raise Refused(f"{name} does not fit {base.architecture}: {located.conflict}", hint=hint)
     if fuse and base is not None:
         located = fused(located, base)
     return OpenAdapter(

@@ -101,19 +101,20 @@ class Skeleton:
     """The class `architecture` as one configuration builds it.
 
     `matrices` are by module name (a parameter other than a `weight` by its own name), `stacks` by parameter name.
-    `others` are the last names of modules that take no update. `prefix` is the part of names below which the model
-    without a head stands, `decoder` the module that holds the text model's layers, `head` that of the output
-    embeddings. `ties` are by module the others that share its weight. `renamed(names, ending)`
-    gives the module names of this class for those of a checkpoint whose tensors end with `ending`, by transformers' own
-    tables; `peft_renames`: PEFT applies these tables to adapters too. `retargeted` are last names of target modules
-    that PEFT takes for parts of the experts, wherever they stand. `stored(shapes)` says where a checkpoint with tensors
-    of these shapes keeps each parameter.
+    `others` are the last names of modules that take no update, `attentions` names of PyTorch's own attention modules.
+    `prefix` is the part of names below which the model without a head stands, `decoder` the module that holds the text
+    model's layers, `head` that of the output embeddings. `ties` are by module the others that share its weight.
+    `renamed(names, ending)` gives the module names of this class for those of a checkpoint whose tensors end with
+    `ending`, by transformers' own tables; `peft_renames`: PEFT applies these tables to adapters too. `retargeted` are
+    last names of target modules that PEFT takes for parts of the experts, wherever they stand. `stored(shapes)` says
+    where a checkpoint with tensors of these shapes keeps each parameter.
     """
 
     architecture: str
     matrices: Mapping[str, Matrix] = field(repr=False)
     stacks: Mapping[str, Stack] = field(repr=False)
     others: frozenset[str] = field(default=frozenset(), repr=False)
+    attentions: frozenset[str] = field(default=frozenset(), repr=False)
     prefix: str = ""
     decoder: str = ""
     head: str = ""
@@ -126,6 +127,10 @@ class Skeleton:
     def get(self, name: str) -> Matrix | None:
         """The matrix of a module, of an expert (`…experts.3.gate_up_proj`) or of a part of one; None for no such."""
         return self.matrices.get(name) or self._expert(name)
+
+    def in_attention(self, name: str) -> bool:
+        """Whether a name is of one of `attentions` or of a part of one."""
+        return any(f"{name}.".startswith(f"{one}.") for one in self.attentions)
 
     def _expert(self, name: str) -> Matrix | None:
         rest, _, last = name.rpartition(".")

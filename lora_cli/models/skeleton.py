@@ -104,6 +104,7 @@ def skeleton_of(model: Any) -> Skeleton:
         matrices=matrices,
         stacks=stacks,
         others=frozenset(others),
+        attentions=frozenset(n for n, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)),
         prefix=model.base_model_prefix,
         decoder="" if getattr(model.config, "is_encoder_decoder", False) else _name_of(model, "get_decoder"),
         head=_name_of(model, "get_output_embeddings"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.skeleton import OWN
@@ -26,7 +27,7 @@ from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import percent, safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, TASKS_WITH_A_HEAD, MergePlan, identical, plan
+from lora_cli.steps.merge_plan import DTYPES, MergePlan, identical, plan
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 

@@ -12,6 +12,7 @@ import torch
 from msgspec.structs import replace as replace_options
 from torch import Tensor
 
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD
 from lora_cli.adapters.factors import TAKE_THE_UPDATE
 from lora_cli.adapters.layout import Layout, layout
 from lora_cli.adapters.lowrank import RankChoice
@@ -31,8 +32,6 @@ from lora_cli.steps.serving import (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
-TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Of these PEFT loads a head without being told to, and fails where there is none."""
 
 Inputs = Callable[[OpenAdapter, str], Tensor]
 """Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
