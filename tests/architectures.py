@@ -80,6 +80,12 @@ _T5 = {"vocab_size": 104, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2,
 SPECS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "llama": ("LlamaForCausalLM", _TEXT),
     "gpt2": ("GPT2LMHeadModel", {"vocab_size": 104, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen3": ("Qwen3ForCausalLM", _TEXT | {"tie_word_embeddings": True}),
+    "falcon": (
+        "FalconForCausalLM",
+        {"vocab_size": 104, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        | {"bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2},
+    ),
     "phi3": ("Phi3ForCausalLM", _NO_HEAD_DIM),
     "gemma3_text": ("Gemma3ForCausalLM", _TEXT | {"sliding_window": 16}),
     "gemma3": (
@@ -203,6 +209,10 @@ SPECS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"vocab_size": 104, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "max_position_embeddings": 64},
     ),
     "vit": ("ViTForImageClassification", _VISION),
+    "siglip": (
+        "SiglipModel",
+        {"text_config": _ENCODER | {"max_position_embeddings": 20}, "vision_config": _VISION},
+    ),
     "clip": (
         "CLIPModel",
         {

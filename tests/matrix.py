@@ -14,12 +14,14 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.architectures import factors, saved_adapter, trained
+from tests.architectures import factors, model, saved_adapter, trained
 
 TEXT_BASES = frozenset(
     (
         "llama",
         "gpt2",
+        "qwen3",
+        "falcon",
         "phi3",
         "gemma3",
         "llava",
@@ -137,15 +139,33 @@ KINDS = (
     Kind(
         "output embeddings, with the copy of the base's weight that PEFT saves beside them",
         "llama",
-        _lora(target_modules=["lm_head", "q_proj"]),
-        says="the copy is left out",
+        _changed(
+            _lora(target_modules=["lm_head", "q_proj"]),
+            lambda found: (
+                found | {"base_model.model.lm_head.base_layer.weight": model("llama").lm_head.weight.detach()}
+            ),
+        ),
+        says="the copy is left out, once it was compared with the base",
     ),
     Kind(
         "output embeddings of a base that ties them to the input embeddings",
         "gpt2",
         _lora(target_modules=["lm_head", "c_attn"]),
-        but={"bake": "is tied to the embedding"},
+        but={"bake": "is tied to transformer.wte"},
     ),
+    Kind(
+        "both embeddings of a base that ties them (`ensure_weight_tying`)",
+        "qwen3",
+        _lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+        but={"bake": "is tied to model.embed_tokens"},
+        says="written as updates of both",
+    ),
+    Kind(
+        "positions of a base that ties its other embeddings",
+        "gpt2",
+        _lora(target_modules=["wpe", "c_attn"]),
+    ),
+    Kind("linear layers of a class of their own", "falcon", _lora(target_modules=["query_key_value", "dense"])),
     Kind(
         "fused experts (`target_parameters`)",
         "qwen3_moe",
@@ -165,6 +185,23 @@ KINDS = (
         "routers (`target_parameters`)",
         "qwen3_moe",
         _lora(target_modules=["q_proj"], target_parameters=["gate.weight"]),
+    ),
+    Kind(
+        "ranks and alphas of parameters, by the names of these",
+        "qwen3_moe",
+        _lora(
+            target_modules=["q_proj"],
+            target_parameters=["gate.weight", "experts.down_proj", "k_proj.weight"],
+            rank_pattern={"gate.weight": 3, "gate": 5, "k_proj": 7},
+            alpha_pattern={"k_proj": 40, "k_proj.weight": 9, "experts.down_proj": 3},
+        ),
+    ),
+    Kind(
+        "routers that were layers (`target_modules`) and are parameters now",
+        "gpt_oss",
+        _file({f"model.layers.{layer}.mlp.router": (4, 32) for layer in range(2)}, ["router"]),
+        repaired=True,
+        says="PEFT refuses it; read as parameters",
     ),
     Kind("single experts, as transformers 4 names them", "qwen3_moe", _file(_singles(_QWEN), [*_QWEN])),
     Kind(
@@ -252,6 +289,29 @@ KINDS = (
         "llama",
         _file(_Q, ["q_proj"], names=lambda name: f"/{name}"),
         refused="PEFT applies none of its modules",
+    ),
+    Kind(
+        "output embeddings with a copy that is not the base's weight",
+        "llama",
+        _changed(
+            _file(_Q | {"lm_head": (104, 32)}, ["q_proj", "lm_head"]),
+            lambda found: found | {"base_model.model.lm_head.base_layer.weight": torch.ones(104, 32)},
+        ),
+        refused="its copy of lm_head.weight is not that of",
+        but={"sync": ""},
+        says="sync, and verify without --deep, do not compare",
+    ),
+    Kind(
+        "embeddings as a parameter (`target_parameters`)",
+        "llama",
+        _lora(target_modules=["q_proj"], target_parameters=["embed_tokens.weight"]),
+        refused="model.embed_tokens is adapted as a parameter",
+    ),
+    Kind(
+        "PyTorch's own attention (`nn.MultiheadAttention`)",
+        "siglip",
+        _lora(target_modules=["attention"]),
+        refused="is in an nn.MultiheadAttention",
     ),
     Kind("`use_dora`", "llama", _lora(target_modules=["q_proj"], use_dora=True), refused="DoRA"),
     Kind("`lora_bias`", "llama", _lora(target_modules=["q_proj"], lora_bias=True), refused="lora_bias"),
@@ -348,5 +408,11 @@ KINDS = (
 def mate(folder: Path, base: str) -> None:
     """A plain adapter of the same base, for the commands that take two."""
     torch.manual_seed(7)
-    targets = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"], "t5": ["q"], "roberta": ["query"]}
+    targets = {
+        "gpt2": ["c_attn"],
+        "falcon": ["query_key_value"],
+        "phi3": ["qkv_proj"],
+        "t5": ["q"],
+        "roberta": ["query"],
+    }
     trained(folder, base, LoraConfig(r=2, target_modules=targets.get(base, ["q_proj"])), seed=7)

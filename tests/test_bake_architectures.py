@@ -17,6 +17,10 @@ from tests.cli import ok, refused
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
+# Embeddings that a class computes and leaves out of its checkpoints.
+_COMPUTED = {"marian": ".embed_positions"}
+
+
 def saved_base(folder: Path, kind: str) -> Path:
     """The base as transformers saves it, under the names of its published checkpoints."""
     model(kind).save_pretrained(folder)
@@ -48,12 +52,12 @@ def bakes_as_peft(kind: str, adapter: Path) -> None:
 @pytest.mark.parametrize("kind", SPECS)
 def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
     base = skeleton(kind)
-    untied = [] if base.tied else ["embedding"]
     targets = [
         name
         for name, matrix in base.matrices.items()
-        if matrix.kind in ("linear", "conv", *untied)
-        and not (base.tied and name == base.head)
+        if matrix.kind in ("linear", "conv", "embedding")
+        and name not in base.ties
+        and not name.endswith(_COMPUTED.get(kind, "/"))
         and name.rpartition(".")[2] not in (base.retargeted or {"out_proj", "conv1d"})
     ]
     bakes_as_peft(kind, trained(tmp_path / "adapter", kind, LoraConfig(r=2, lora_alpha=6, target_modules=targets)))
@@ -114,9 +118,16 @@ def test_an_embedding_that_is_tied_to_the_head_is_refused(tmp_path: Path) -> Non
         "transformer.wte.lora_embedding_B": torch.ones(32, 2),
     }
     adapter = saved_adapter(tmp_path / "adapter", tensors, ["wte"])
-    assert "adapts transformer.wte, whose weight in acme/base is tied" in refused(
+    assert "adapts transformer.wte, whose weight in acme/base is tied to lm_head" in refused(
         5, "bake", str(adapter), "--base", str(base), "-o", "out"
     )
+
+
+def test_an_embedding_that_no_checkpoint_holds_is_refused(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", "marian")
+    adapter = trained(tmp_path / "adapter", "marian", LoraConfig(r=2, target_modules=["embed_positions"]))
+    told = refused(5, "bake", str(adapter), "--base", str(base), "-o", "out")
+    assert "embed_positions is not in acme/base: its class computes it" in told
 
 
 def test_a_weight_that_is_kept_in_another_arrangement_is_refused_by_name(

@@ -32,6 +32,7 @@ def test_an_alias_given_to_sync_counts_wherever_adapters_are_named(pool: Path) -
     ok("merge", *(str(pool / name.removeprefix("pool/")) for name in PAIR), "-o", "by-folder")
     ok("pool", "similarity", *PAIR)
     ok("diff", *PAIR)
+    ok("pool", "verify", *PAIR, str(pool / "bob/chat"), "--base", "acme/tiny-it")
     record = json.loads(Path("by-id/adapter_config.json").read_text())
     assert record["base_model_name_or_path"] == "acme/tiny-it"
 

@@ -122,6 +122,9 @@ def test_a_tensor_that_makes_the_update_more_than_its_factors_is_refused(
 def test_modules_saved_whole_are_named_and_untouched_copies_are_none(names: list[str], saved: bool) -> None:
     found = sort_tensors(adapter(*PAIR, *((name, "F32", [2]) for name in names)))
     assert ([entry.name for entry in found.whole], found.refused) == (names if saved else [], ())
+    assert [(place, entry.name) for place, entry in found.copies] == [
+        (MODULE, name) for name in names if "base_layer" in name
+    ]
 
 
 def test_factors_of_integers_are_refused() -> None:

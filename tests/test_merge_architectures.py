@@ -79,11 +79,12 @@ def test_layers_embeddings_and_convolutions_of_every_architecture(kind: str) -> 
         if matrix.kind in ("linear", "conv", "embedding")
         # PEFT takes some names for those of experts, and refuses some modules of Mamba layers.
         and name.rpartition(".")[2] not in (base.retargeted or {"out_proj", "conv1d"})
-        and not (base.tied and (name == base.head or matrix.kind == "embedding"))
+        and name not in base.ties
     ]
     two(kind, LoraConfig(r=2, lora_alpha=6, target_modules=names), LoraConfig(r=3, target_modules=names[::2]))
     merges_as_peft(kind)
     assert (settings("out")["r"], settings("out")["rank_pattern"]) == (5, {})
+    assert "target_parameters" not in settings("out")
 
 
 @pytest.mark.parametrize("compact", [(), ("--compact",)])
@@ -166,6 +167,17 @@ def test_layers_whose_names_peft_takes_for_experts_are_written_by_parameter() ->
     found = by_peft("deepseek_v3", Path("out"))
     assert set(found) == {f"{name}.weight" for name in names}
     agree(found, by_us("deepseek_v3", Path("a")))
+
+
+def test_a_compact_result_with_parameters_of_other_ranks_is_read_again() -> None:
+    for name, leaf, rank in (("a", "gate_proj", 4), ("b", "down_proj", 2)):
+        tensors = factors({f"model.layers.1.mlp.shared_experts.{leaf}": QWEN[leaf]}, rank=rank)
+        declared(saved_adapter(Path(name), tensors, [leaf], r=rank), "deepseek_v3")
+    base = base_of("deepseek_v3")
+    ok("merge", "a", "b", "--base", base, "--compact", "-o", "out")
+    assert len(settings("out")["rank_pattern"]) == 1
+    agree(by_us("deepseek_v3", Path("out")), by_peft("deepseek_v3", Path("out")))
+    ok("pool", "verify", "out", "--base", base)
 
 
 @pytest.mark.parametrize("words", [("--energy", "0.7"), ("--rank", "2"), ("--energy", "0.7", "--compact")])

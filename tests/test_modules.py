@@ -42,13 +42,10 @@ def shape_of(kind: str, name: str) -> tuple[int, int]:
 def test_a_lora_on_every_kind_of_module_is_read_as_peft_applies_it(kind: str, tmp_path: Path) -> None:
     base = skeleton(kind)
     layers = {name: matrix for name, matrix in base.matrices.items() if matrix.kind in ("linear", "embedding", "conv")}
-    # Of modules that share one weight PEFT merges every update into it.
-    shared = (
-        {base.head, *(name for name, matrix in layers.items() if matrix.kind == "embedding")} if base.tied else set()
-    )
     # PEFT refuses some modules of Mamba layers, and takes some names for those of experts.
     others = {"out_proj", "conv1d"} if kind == "nemotron_h" else base.retargeted
-    targets = [name for name in layers if name not in shared and name.rpartition(".")[2] not in others]
+    # Of modules that share one weight PEFT merges every update into it.
+    targets = [name for name in layers if name not in base.ties and name.rpartition(".")[2] not in others]
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(model(kind), LoraConfig(r=2, lora_alpha=6, target_modules=targets))
     with torch.no_grad():

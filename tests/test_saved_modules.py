@@ -44,7 +44,21 @@ def test_a_dropped_head_leaves_the_update_alone(parents: Path) -> None:
     told = ok("merge", "a", "b", "--base", str(parents), "-m", "linear", "--saved-modules", "drop", "-o", "out")
     assert "dropped what was saved whole: classifier of" in told.err
     assert all("lora_" in name for name in load_file("out/adapter_model.safetensors"))
-    assert json.loads(Path("out/adapter_config.json").read_text())["modules_to_save"] is None
+    written = json.loads(Path("out/adapter_config.json").read_text())
+    assert (written["modules_to_save"], written["task_type"]) == (None, None)
+    PeftModel.from_pretrained(model("bert"), "out")
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_module_saved_whole_has_no_update_beside_it(module: str) -> None:
+    model("llama").save_pretrained("base")
+    trained(Path("a"), "llama", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[module]))
+    trained(Path("b"), "llama", LoraConfig(r=2, target_modules=["q_proj", module]))
+    words = ["merge", "a", "b", "--base", str(Path("base").resolve()), "-o", "out"]
+    told = refused(5, *words, "--saved-modules", "a")
+    assert f"{module} is saved whole in" in told
+    assert "/b: PEFT applies only one" in told
+    ok(*words, "--saved-modules", "a", "--scope", "modules=q_proj")
 
 
 @pytest.mark.parametrize("words", [(), ("--compact",)])

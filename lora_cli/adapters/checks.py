@@ -140,7 +140,7 @@ def examine(
     # Modules saved whole come last: they alone leave an update that can be compared and merged.
     problems.extend(filter(None, [base_problem, whole_reason(located.whole)]))
     factors = [part for found in located.modules.values() for part in found.parts]
-    ranks = {part.pattern: part.rank for part in factors}
+    ranks = {part.adapted: part.rank for part in factors}
     entries = {entry.name: entry for part in factors for entry in (part.a, part.b)}
     return Facts(
         base_declared=said.base,
@@ -150,7 +150,7 @@ def examine(
         peft_type=said.peft_type,
         rank=max(ranks.values(), default=said.rank),
         alpha=said.alpha,
-        scale=_common_scale(said, ranks),
+        scale=_common_scale(said, {part.pattern: part.rank for part in factors}),
         rslora=said.rslora,
         ranks=ranks,
         target_modules=_targets(said, ranks),
@@ -194,7 +194,7 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
     stored = {part.a.name: part for factors in located.modules.values() for part in factors.parts}
     for factors in stored.values():
         if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
-            raise Refused(f"lora_A of {shortened(factors.pattern)} has {size:,} entries, over the safety limit")
+            raise Refused(f"lora_A of {shortened(factors.adapted)} has {size:,} entries, over the safety limit")
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
@@ -206,7 +206,7 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
         for factors in stored.values():
             finite, untrained, update = _square_of(file, factors)
             if not finite:
-                nonfinite = factors.pattern
+                nonfinite = factors.adapted
                 break
             zero_b = zero_b and untrained
             scale = config.scale(factors.pattern, factors.rank)
@@ -301,6 +301,7 @@ def _layer(module: str) -> str:
 
 
 def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | None:
+    """The scale of every module, None where they differ; `ranks` are by the names that patterns match."""
     if config.peft_type != "LORA":
         return None
     try:
@@ -357,6 +358,5 @@ def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
 
 
 def _undeclared(config: LoraConfigFacts) -> str:
-    mapping = config.unknown.get("auto_mapping")
-    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    named = config.trained_class
     return UNDECLARED + (f", only the class {shortened(named)}" if named else "")

@@ -26,6 +26,8 @@ MAX_PATTERN_SHAPES = 512
 MAX_REGEX_KEYS = 64
 DEFAULT_RANK = 8
 """The rank of a configuration that gives none, as in PEFT."""
+TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+"""Of these PEFT loads a head without being told to, and fails where there is none."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -102,6 +104,22 @@ class LoraConfigFacts:
     def targets(self) -> Targets:
         """The modules and parameters that it means."""
         return Targets(self)
+
+    @property
+    def trained_class(self) -> str:
+        """The class of the model that it was trained on, where PEFT wrote that down."""
+        mapping = self.unknown.get("auto_mapping")
+        named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+        return named if isinstance(named, str) else ""
+
+    def for_another_class(self, architecture: str) -> bool:
+        """Whether it says that it was trained on another class: one that it names, or the one without a head."""
+        return self.task_type == "FEATURE_EXTRACTION" or self.trained_class not in ("", architecture)
+
+    @property
+    def ties_weights(self) -> bool:
+        """Whether an update of the embeddings is one of the head too, in a base where the two share one weight."""
+        return self.unknown.get("ensure_weight_tying") is True
 
     def rank_of(self, module: str) -> int:
         """The rank that it gives to `module`, by the first matching key of `rank_pattern`, else r.

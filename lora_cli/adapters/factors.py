@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora_cli.adapters.config import shortened
 from lora_cli.adapters.header import FACTOR_DTYPES, Header, TensorEntry
-from lora_cli.adapters.skeleton import Kind
+from lora_cli.adapters.skeleton import WEIGHT, Kind
 from lora_cli.errors import HeaderError
 
 PREFIX = "base_model.model."
@@ -41,7 +41,8 @@ class ModuleFactors:
     """The factors of one matrix of the base: A (rank, in), B (out, rank), as stored or as a part of what is stored.
 
     `module` is the matrix's name in the base (see `adapters.skeleton`), `pattern` the name under which PEFT looks for
-    its rank and alpha. Of fused experts, `expert` of `experts` takes its rows of A and its columns of B.
+    its rank and alpha: that of the module, or of the parameter where the configuration names this. Of fused experts,
+    `expert` of `experts` takes its rows of A and its columns of B.
     """
 
     module: str
@@ -63,6 +64,11 @@ class ModuleFactors:
     @property
     def in_features(self) -> int:
         return math.prod(self.a.shape[1:])
+
+    @property
+    def adapted(self) -> str:
+        """The module or the stacked parameter that the pair in the file is for."""
+        return self.pattern.removesuffix(WEIGHT)
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -125,12 +131,14 @@ class Sorted:
     """The tensors of a file: pairs of factors by place, and what else there is.
 
     `names` are the adapters' names inside tensor names (`lora_A.NAME.weight`), which PEFT does not save. `whole` are
-    tensors of the base that were saved, `refused` the reasons why the pairs are not the whole update, one per kind.
+    tensors of the base that were saved, `copies`, by the place of an adapted layer, those of what it is wrapped
+    around, `refused` the reasons why the pairs are not the whole update, one per kind.
     """
 
     pairs: Mapping[str, Pair]
     names: frozenset[str]
     whole: tuple[TensorEntry, ...]
+    copies: tuple[tuple[str, TensorEntry], ...]
     refused: tuple[str, ...]
 
 
@@ -152,10 +160,13 @@ def sort_tensors(header: Header) -> Sorted:
             raise HeaderError(f"{shortened(shown(place))} has {side} twice")
     pairs = {place: _pair(place, found) for place, found in sides.items()}
     whole: list[TensorEntry] = []
+    copies: list[tuple[str, TensorEntry]] = []
     refused: dict[str, str] = {}
     for entry in others:
         kind, reason = _other(entry.name, pairs, header)
-        if kind == "whole":
+        if kind == "copy":
+            copies.append((_wrapping(entry.name), entry))
+        elif kind == "whole":
             whole.append(entry)
         elif kind:
             refused.setdefault(kind, reason)
@@ -164,7 +175,7 @@ def sort_tensors(header: Header) -> Sorted:
             if entry.dtype not in FACTOR_DTYPES:
                 reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
                 refused.setdefault("dtype", reason)
-    return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(refused.values()))
+    return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(copies), tuple(refused.values()))
 
 
 _SAVED_WHOLE = ("tensors of a full head saved", "full weights saved")
@@ -240,7 +251,8 @@ _KINDS = (
 
 
 def _other(name: str, pairs: Mapping[str, Pair], header: Header) -> tuple[str, str]:
-    """(kind, reason) of a tensor that is no factor; "whole" for a saved weight, "" where it says nothing new."""
+    """(kind, reason) of a tensor that is no factor; "whole" for a saved weight, "copy" for one
+    of what an adapted layer is wrapped around, "" where it says nothing new."""
     parts = name.split(".")
     text = shortened(shown(name))
     if _ONLY_TRAINING.intersection(parts):
@@ -252,11 +264,17 @@ def _other(name: str, pairs: Mapping[str, Pair], header: Header) -> tuple[str, s
         return _odd_factor(name, text, len(header.tensors[name].shape))
     if any(part.startswith("lora_") for part in parts):
         return "variant", f"a variant of LoRA that is not known here ({text})"
-    if "base_layer" in parts and ".".join(parts[: parts.index("base_layer")]) in pairs:
-        return "", ""  # PEFT saves an untouched copy of an adapted embedding or head
+    if _wrapping(name) in pairs:
+        return "copy", ""  # PEFT saves one of an adapted embedding or head
     if parts[-1] == "bias" and name.removesuffix("bias") + "weight" not in header.tensors:
         return "bias", f"biases of the base were trained ({text})"
     return "whole", ""
+
+
+def _wrapping(name: str) -> str:
+    """The layer around what a tensor belongs to, "" where there is none."""
+    place, inner, _ = name.partition(".base_layer.")
+    return place if inner else ""
 
 
 def _odd_factor(name: str, text: str, dimensions: int) -> tuple[str, str]:

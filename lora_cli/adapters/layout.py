@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lora_cli.adapters.factors import PREFIX, AnyFactors, ModuleFactors
 from lora_cli.adapters.modules import EXPERT_PARAMETERS, INNER
-from lora_cli.adapters.skeleton import WEIGHT, Kind, Skeleton
+from lora_cli.adapters.skeleton import WEIGHT, Kind, Skeleton, Spelling
 
 Shape = tuple[int, int]
 
@@ -38,6 +38,11 @@ class Place(NamedTuple):
             return f"{self.tensor}.lora_embedding_A", f"{self.tensor}.lora_embedding_B"
         return f"{self.tensor}.lora_A{WEIGHT}", f"{self.tensor}.lora_B{WEIGHT}"
 
+    def spelled(self, spelling: Spelling) -> "Place":
+        """The same place in another class of the base."""
+        tensor = PREFIX + spelling.of(self.tensor.removeprefix(PREFIX))
+        return self._replace(tensor=tensor, target=spelling.of(self.target))
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -55,10 +60,19 @@ class Layout:
         """The place of each module."""
         return {module: place for place in self.places for module in place.modules}
 
-    @cached_property
+    @property
     def layers(self) -> tuple[str, ...]:
         """The modules that the configuration names, those of single experts excepted."""
-        return tuple(place.target for place in self.places if not place.by_parameter and place not in self.singles)
+        return tuple(place.modules[0] for place in self._named)
+
+    @cached_property
+    def _named(self) -> tuple[Place, ...]:
+        return tuple(place for place in self.places if not place.by_parameter and place not in self.singles)
+
+    def spelled(self, spelling: Spelling) -> "Layout":
+        """The same in another class of the base."""
+        places = {place: place.spelled(spelling) for place in self.places}
+        return Layout(tuple(places.values()), frozenset(places[place] for place in self.singles))
 
     def targets(self, meant: Collection[str] | None) -> dict[str, list[str]]:
         """How the configuration names all of it: `layers` by their last parts where PEFT finds the same by these.
@@ -66,7 +80,8 @@ class Layout:
         Args:
             meant: every module of the base whose last part is that of one of `layers`; None where that is not known.
         """
-        layers = {_last(name) for name in self.layers} if meant == set(self.layers) else set(self.layers)
+        short = meant == {*self.layers}
+        layers = {_last(place.target) if short else place.target for place in self._named}
         parameters = sorted(place.target for place in self.places if place.by_parameter)
         found = {"target_modules": sorted(layers | {_last(place.target) for place in self.singles})}
         return found | ({"target_parameters": parameters} if parameters else {})

@@ -13,13 +13,15 @@ from functools import partial
 from lora_cli.adapters.config import LoraConfigFacts, shortened
 from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
 from lora_cli.adapters.header import Header, TensorEntry
-from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+from lora_cli.adapters.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 
 # What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 INNER = ".base_layer"
 """What PEFT's layers call what they are wrapped around."""
 _TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
+# Modules that share a weight in bases that tie them, as PEFT knows their names.
+_TIED = ("embed_tokens", "lm_head")
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """The parameters of fused experts in the order in which transformers registers them."""
 
@@ -30,7 +32,9 @@ class Located:
 
     `notes` say what was repaired or left out; `saved` are tensors of modules that were saved as they are, beside the
     update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
-    its configuration describes. `missing` are names for which the base has no matrix, `misfits` sentences about shapes.
+    its configuration describes. `spelling` is that of the class it was trained on, where this is another than the
+    base's; `copies` are tensors of the base by its own names, saved beside the factors of their layer. `missing` are
+    names for which the base has no matrix, `misfits` sentences about shapes.
     """
 
     modules: Mapping[str, AnyFactors]
@@ -39,6 +43,8 @@ class Located:
     refusals: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     misfits: tuple[str, ...] = ()
+    spelling: Spelling = OWN
+    copies: Mapping[str, TensorEntry] = field(default_factory=dict)
 
     @property
     def whole(self) -> tuple[str, ...]:
@@ -83,7 +89,13 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
         refusals.append("no LoRA tensors in its weights")
     elif not (work.modules or work.missing or refusals):
         refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
-    return Located(work.modules, tuple(notes), saved, tuple(refusals), tuple(work.missing), tuple(work.misfits))
+    missing, misfits = tuple(work.missing), tuple(work.misfits)
+    copies = {
+        f"{work.names[place]}.{entry.name.rpartition('.')[2]}": entry
+        for place, entry in found.copies
+        if place in work.names
+    }
+    return Located(work.modules, tuple(notes), saved, tuple(refusals), missing, misfits, work.spelling, copies)
 
 
 def fused(located: Located, base: Skeleton) -> Located:
@@ -123,6 +135,8 @@ class _Locating:
         self._refused: dict[str, list[str]] = {}
         self.missing: list[str] = []
         self.misfits: list[str] = []
+        self.spelling = OWN
+        self.names: dict[str, str] = {}
 
     @property
     def refusals(self) -> list[str]:
@@ -143,8 +157,9 @@ class _Locating:
             odd = {place: pair for place, pair in odd.items() if place not in names}
         ignored = [place for place in odd if not _unwrapped(place)[1]]
         self._note_ignored(ignored, f"without the prefix {PREFIX[:-1]}")
-        names |= self._repaired([place for place in odd if place not in ignored])
+        names |= self._repaired([place for place in odd if place not in ignored], alone=not names)
         self._keep(pairs, names)
+        self.names = names
         if self._base is not None:
             self._demand_whole_experts(self._base)
             self.notes += _left_out_by_peft(self._base, self._config, self.modules)
@@ -166,8 +181,11 @@ class _Locating:
         assert self._base is not None
         return self._base.get(name) is not None or name.replace(INNER, "") in self._base.below
 
-    def _repaired(self, places: Sequence[str]) -> dict[str, str]:
-        """Names for the others by the first rule that gives all of them one; none where no rule does."""
+    def _repaired(self, places: Sequence[str], *, alone: bool) -> dict[str, str]:
+        """Names for the others by the first rule that gives all of them one; none where no rule does.
+
+        `alone`: there are no others whose names need no rule.
+        """
         if not places:
             return {}
         if self._base is None:
@@ -175,17 +193,32 @@ class _Locating:
             self._note_repaired(names)
             return names
         cleaned = {place: _unwrapped(place)[0] for place in places}
-        for rule in _rules(self._base):
+        for rule, spelling in _rules(self._base):
             names = dict(zip(cleaned, rule([*cleaned.values()]), strict=True))
             if all(map(self._known, names.values())):
+                self.spelling = spelling if alone and self._trained_so(spelling) else OWN
                 self._note_repaired(names)
                 return names
+        if inside := [name for name in cleaned.values() if self._base.in_attention(name)]:
+            self._refuse("attention", f"{shortened(inside[0])} is in an nn.MultiheadAttention, which is not taken here")
         self.missing += cleaned.values()
         return {}
 
+    def _trained_so(self, spelling: Spelling) -> bool:
+        """Whether names of this spelling are those of another class, and no mistake.
+
+        Names of a class with a head are. Names of the class without one are where the configuration says so.
+        """
+        assert self._base is not None
+        architecture = self._base.architecture
+        if spelling.added:
+            return self._config.trained_class != architecture
+        return self._config.for_another_class(architecture)
+
     def _note_repaired(self, names: Mapping[str, str]) -> None:
         place, name = next(iter(names.items()))
-        self.notes.append(f"names repaired: {shortened(shown(place))} is {shortened(name)}")
+        what = "names repaired" if self.spelling == OWN else "names of another class"
+        self.notes.append(f"{what}: {shortened(shown(place))} is {shortened(name)}")
 
     def _note_ignored(self, places: Sequence[str], why: str) -> None:
         if places:
@@ -200,16 +233,28 @@ class _Locating:
             elif not self._meant(name, place):
                 outside.append(place)
             else:
-                self._keep_matrix(pairs[place], name)
+                pattern = name + WEIGHT if self._by_parameter(name, place) else name
+                self._keep_matrix(pairs[place], name, pattern)
         if self._config.targets.undecided:
             self.notes.append("target_modules is a regular expression that is not evaluated here: all modules count")
         self._note_ignored(outside, "outside target_modules")
 
     def _meant(self, name: str, place: str) -> bool:
         """Whether the configuration means this module, by the base's name or by the one it was saved under."""
-        targets = self._config.targets
-        names = dict.fromkeys((name, _unwrapped(place)[0]))
-        return any(targets.module(one) or targets.parameter(one + WEIGHT) for one in names)
+        targeted = any(map(self._config.targets.module, _both(name, place)))
+        return targeted or self._by_parameter(name, place) or self._by_its_tie(name)
+
+    def _by_its_tie(self, name: str) -> bool:
+        """Whether it means a module through one that shares the weight: PEFT then gives the two one update."""
+        if not self._config.ties_weights:
+            return False
+        if self._base is None:
+            return name.rpartition(".")[2] in _TIED
+        return any(map(self._config.targets.module, self._base.ties.get(name, ())))
+
+    def _by_parameter(self, name: str, place: str) -> bool:
+        """Whether it means the weight of this module, as a parameter."""
+        return any(_by_parameter(self._config, one) for one in _both(name, place))
 
     def _is_stack(self, container: str, name: str, pair: Pair) -> bool:
         if self._base is not None:
@@ -245,13 +290,18 @@ class _Locating:
         names = [f"{container}.{last}" for last in EXPERT_PARAMETERS]
         return [(name, None) for name in names if targets.parameter(name)]
 
-    def _keep_matrix(self, pair: Pair, name: str) -> None:
+    def _keep_matrix(self, pair: Pair, name: str, pattern: str) -> None:
         matrix = None if self._base is None else self._base.get(name)
+        if matrix is not None and matrix.kind in ("embedding", "conv") and pattern != name:
+            self._refuse(
+                "parameter", f"{shortened(name)} is adapted as a parameter, which is taken of linear layers only"
+            )
+            return
         kind: Kind = "embedding" if pair.embedding else "conv" if pair.convolution else "linear"
         if matrix is not None and matrix.kind != kind and not (matrix.kind == "parameter" and kind == "linear"):
             self.misfits.append(f"{shortened(name)} takes factors of another kind than those there")
-        factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, name)
-        if (wanted := self._config.rank_of(name)) != factors.rank:
+        factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, pattern)
+        if (wanted := self._config.rank_of(pattern)) != factors.rank:
             self._refuse_rank(name, factors.rank, wanted)
         self._add(factors, matrix)
 
@@ -305,14 +355,27 @@ def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[
             notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
         if "down_proj" not in fused and not config.targets.module(f"{min(singles).rpartition('.')[0]}.down_proj"):
             notes.append("PEFT does not apply the experts' factors without those of down_proj")
+    if bare := [name for name, factors in modules.items() if _is_no_layer(base, name, factors)]:
+        notes.append(f"PEFT does not take {shortened(bare[0])} for a layer: read as a parameter")
     taken = [name for name in modules if name not in singles and name.rpartition(".")[2] in base.retargeted]
     if taken := [name for name in taken if modules[name].kind == "linear" and not _by_parameter(config, name)]:
         notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
     return notes
 
 
+def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
+    """Whether the configuration takes for a layer what is a parameter of the base."""
+    bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
+    return bare and name.rpartition(".")[2] not in base.retargeted
+
+
 def _by_parameter(config: LoraConfigFacts, name: str) -> bool:
     return config.targets.parameter(name + WEIGHT)
+
+
+def _both(name: str, place: str) -> Iterable[str]:
+    """The base's name of a module and the one that it was saved under."""
+    return dict.fromkeys((name, _unwrapped(place)[0]))
 
 
 def _unwrapped(place: str) -> tuple[str, bool]:
@@ -337,25 +400,26 @@ def _cleaned(place: str) -> str:
 Rule = Callable[[Sequence[str]], list[str]]
 
 
-def _rules(base: Skeleton) -> Iterator[Rule]:
-    """Ways to read names that PEFT does not apply as names of the base, the surest first."""
+def _rules(base: Skeleton) -> Iterator[tuple[Rule, Spelling]]:
+    """Ways to read names that PEFT does not apply as names of the base, the surest first, and whose names they are."""
 
     def renamed(names: Sequence[str]) -> list[str]:
         found = base.renamed(names, WEIGHT)
         return [found.get(name, name) for name in names]
 
-    places: list[Callable[[str], str]] = [
-        lambda name: name,
-        lambda name: f"{base.prefix}.{name}",
-        lambda name: name.removeprefix(f"{base.prefix}."),
-        lambda name: f"{base.decoder}.{name.removeprefix('model.')}",
-        lambda name: f"{base.decoder}.{name}",
-        lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name),
+    prefix = f"{base.prefix}."
+    places: list[tuple[Callable[[str], str], Spelling]] = [
+        (lambda name: name, OWN),
+        (lambda name: prefix + name, Spelling(cut=prefix)),
+        (lambda name: name.removeprefix(prefix), Spelling(added=prefix)),
+        (lambda name: f"{base.decoder}.{name.removeprefix('model.')}", OWN),
+        (lambda name: f"{base.decoder}.{name}", OWN),
+        (lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name), OWN),
     ]
     for cut in ("", INNER):
         for reading in (list[str], renamed):
-            for place in places:
-                yield partial(_read_by, cut, reading, place)
+            for place, spelling in places:
+                yield partial(_read_by, cut, reading, place), spelling
 
 
 def _read_by(

@@ -10,12 +10,12 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.config import LoraConfigFacts, parse_config
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD, LoraConfigFacts, parse_config
 from lora_cli.adapters.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
 from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.modules import fused, locate_modules
-from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
 from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
 from lora_cli.errors import Refused
 from lora_cli.records import AdapterRef
@@ -52,6 +52,10 @@ class OpenAdapter:
     """That of the weights' file when it was opened."""
     saved: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
+    spelling: Spelling = OWN
+    """That of the class it was trained on."""
+    copies: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
+    """Tensors of the base that were saved beside their layers' factors, by the base's names."""
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
     @property
@@ -182,13 +186,22 @@ def open_adapter(
         raise Refused(f"{name}: {'; '.join(filter(None, [*reasons, beside]))}", hint=hint)
     if located.conflict:
         assert base is not None
-        raise Refused(
-            f"{name} does not fit {base.architecture}: {located.conflict}",
-            hint="use the adapter with the base model it was trained on",
-        )
+        hint = "use the adapter with the base model it was trained on"
+        if located.modules and config.task_type in TASKS_WITH_A_HEAD:
+            hint = f"it was trained for {config.task_type}: give a --base whose config.json names the class for that"
+        raise Refused(f"{name} does not fit {base.architecture}: {located.conflict}", hint=hint)
     if fuse and base is not None:
         located = fused(located, base)
-    return OpenAdapter(files, config, located.modules, opened, located.saved, located.notes)
+    return OpenAdapter(
+        files,
+        config,
+        located.modules,
+        opened,
+        saved=located.saved,
+        notes=located.notes,
+        spelling=located.spelling,
+        copies=located.copies,
+    )
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

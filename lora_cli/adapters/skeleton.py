@@ -36,6 +36,24 @@ class Matrix(NamedTuple):
     row: int = 0
 
 
+class Spelling(NamedTuple):
+    """How another class of one base names its modules: with `added` in front of this class's names, or without `cut`.
+
+    The model without a head and those with one differ so.
+    """
+
+    added: str = ""
+    cut: str = ""
+
+    def of(self, name: str) -> str:
+        """The name of a module in that class."""
+        return self.added + name.removeprefix(self.cut)
+
+
+OWN: Final = Spelling()
+"""The names of the base's own class."""
+
+
 class Share(NamedTuple):
     """Where a checkpoint keeps a parameter or a part of it: in `tensor`, from its row `at` on.
 
@@ -83,24 +101,24 @@ class Skeleton:
     """The class `architecture` as one configuration builds it.
 
     `matrices` are by module name (a parameter other than a `weight` by its own name), `stacks` by parameter name.
-    `others` are the last names of modules that take no update. `prefix` is the part of names below which the model
-    without a head stands, `decoder` the module that holds the text model's layers, `head` that of the output
-    embeddings, `embedding` that of the input embeddings; `tied`: the two share one weight. `renamed(names, ending)`
-    gives the module names of this class for those of a checkpoint whose tensors end with `ending`, by transformers' own
-    tables; `peft_renames`: PEFT applies these tables to adapters too. `retargeted` are last names of target modules
-    that PEFT takes for parts of the experts, wherever they stand. `stored(shapes)` says where a checkpoint with tensors
-    of these shapes keeps each parameter.
+    `others` are the last names of modules that take no update, `attentions` names of PyTorch's own attention modules.
+    `prefix` is the part of names below which the model without a head stands, `decoder` the module that holds the text
+    model's layers, `head` that of the output embeddings. `ties` are by module the others that share its weight.
+    `renamed(names, ending)` gives the module names of this class for those of a checkpoint whose tensors end with
+    `ending`, by transformers' own tables; `peft_renames`: PEFT applies these tables to adapters too. `retargeted` are
+    last names of target modules that PEFT takes for parts of the experts, wherever they stand. `stored(shapes)` says
+    where a checkpoint with tensors of these shapes keeps each parameter.
     """
 
     architecture: str
     matrices: Mapping[str, Matrix] = field(repr=False)
     stacks: Mapping[str, Stack] = field(repr=False)
     others: frozenset[str] = field(default=frozenset(), repr=False)
+    attentions: frozenset[str] = field(default=frozenset(), repr=False)
     prefix: str = ""
     decoder: str = ""
     head: str = ""
-    embedding: str = ""
-    tied: bool = False
+    ties: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     peft_renames: bool = False
     retargeted: frozenset[str] = frozenset()
     renamed: Renaming = field(default=lambda names, ending: {}, repr=False, compare=False)
@@ -109,6 +127,10 @@ class Skeleton:
     def get(self, name: str) -> Matrix | None:
         """The matrix of a module, of an expert (`…experts.3.gate_up_proj`) or of a part of one; None for no such."""
         return self.matrices.get(name) or self._expert(name)
+
+    def in_attention(self, name: str) -> bool:
+        """Whether a name is of one of `attentions` or of a part of one."""
+        return any(f"{name}.".startswith(f"{one}.") for one in self.attentions)
 
     def _expert(self, name: str) -> Matrix | None:
         rest, _, last = name.rpartition(".")

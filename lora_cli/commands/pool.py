@@ -379,14 +379,15 @@ def verify(
     from lora_cli.commands.chosen import expand
     from lora_cli.hub import Hub
     from lora_cli.steps.bases import look_here
+    from lora_cli.steps.lookup import names_of
     from lora_cli.steps.verify import verify as step
 
     screen = screen_for(json, jsonl, csv, quiet)
     settings = load({"db": db, "base": base})
-    aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
     rows: list[dict[str, Any]] = []
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         hub = Hub(progress=progress)
+        aliases = names_of(catalogue, settings.base, [*settings.base_aliases, *(alias or ())])
         texts = list(dict.fromkeys(expand(adapter)))
         rows_known = [_adapter_or_folder(catalogue, text, progress) for text in texts]
         for done, row in enumerate(rows_known):

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.skeleton import WEIGHT, Matrix, Skeleton, Stack
+from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.models.stored import stored
 
 _hf: Any = transformers
@@ -104,11 +104,11 @@ def skeleton_of(model: Any) -> Skeleton:
         matrices=matrices,
         stacks=stacks,
         others=frozenset(others),
+        attentions=frozenset(n for n, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)),
         prefix=model.base_model_prefix,
         decoder="" if getattr(model.config, "is_encoder_decoder", False) else _name_of(model, "get_decoder"),
         head=_name_of(model, "get_output_embeddings"),
-        embedding=_name_of(model, "get_input_embeddings"),
-        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+        ties=_ties(model),
         peft_renames=renames,
         retargeted=retargeted,
         renamed=functools.partial(_renamed, model),
@@ -122,9 +122,8 @@ def _matrix(name: str, module: nn.Module) -> Matrix | None:
         return None
     stored, parameter = tuple(weight.shape), f"{name}{WEIGHT}"
     if isinstance(module, nn.Linear):
-        # A subclass may return more than a tensor (a router), so that nothing can be added to its output.
-        plain = type(module).forward is nn.Linear.forward
-        return Matrix("linear" if plain else "parameter", (stored[0], stored[1]), parameter, stored)
+        kind: Kind = "linear" if _gives_a_tensor(module) else "parameter"
+        return Matrix(kind, (stored[0], stored[1]), parameter, stored)
     if isinstance(module, Conv1D):
         return Matrix("linear", (stored[1], stored[0]), parameter, stored, transposed=True)
     if isinstance(module, nn.Embedding):
@@ -132,6 +131,27 @@ def _matrix(name: str, module: nn.Module) -> Matrix | None:
     if isinstance(module, _CONVOLUTIONS) and module.groups == 1:
         return Matrix("conv", (stored[0], weight[0].numel()), parameter, stored)
     return None
+
+
+def _gives_a_tensor(module: nn.Linear) -> bool:
+    """Whether an update can be added to its output: a subclass may return more than a tensor, as routers do."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        with torch.no_grad():
+            return isinstance(module(module.weight.new_empty(1, module.in_features)), torch.Tensor)
+    except Exception:  # a class may want other inputs, and each fails in its own way
+        return False
+
+
+def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """By module the others that share its weight."""
+    sharing: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.endswith(WEIGHT):
+            sharing.setdefault(id(parameter), []).append(name.removesuffix(WEIGHT))
+    groups = [names for names in sharing.values() if len(names) > 1]
+    return {one: tuple(other for other in names if other != one) for names in groups for one in names}
 
 
 def _stack(name: str, module: nn.Module, parameter: torch.Tensor, transforms: list[Any]) -> Stack:

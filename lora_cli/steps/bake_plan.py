@@ -207,6 +207,8 @@ def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) 
         if matrix is None or matrix.parameter not in stored.shares:
             if matrix is not None and (how := stored.others.get(matrix.parameter)):
                 raise Refused(f"{module} is kept in {base.name} in another arrangement ({how}): bake cannot add to it")
+            if matrix is not None and matrix.kind == "embedding":
+                raise Refused(f"{module} is not in {base.name}: its class computes it, so bake has no weight to add to")
             missing.append(module)
             continue
         if matrix.shape != adapter.shape(module):
@@ -276,21 +278,21 @@ def _other_shape(module: str, shape: Sequence[int], adapter: OpenAdapter | OpenD
 
 def _refuse_tied(adapter: OpenAdapter | OpenDelta, base: Base) -> None:
     """Refused where an update of one module would change another that shares its weight."""
-    skeleton, tied = base.skeleton, base.checkpoint.config.get("tie_word_embeddings")
     for module in natural(adapter.modules):
-        if skeleton is not None:
-            matrix = skeleton.matrices.get(module)
-            shared = skeleton.tied and (
-                module == skeleton.head or (matrix is not None and matrix.kind == "embedding" and bool(skeleton.head))
-            )
-        else:
-            named = module.rpartition(".")[2] in _TIED_MODULES
-            shared = named and bool(tied or (tied is None and f"{module}.weight" not in base.checkpoint.tensors))
-        if shared:
+        if other := _tied_to(module, base):
             raise Refused(
-                f"{adapter.ref.id} adapts {module}, whose weight in {base.name} is tied to the embedding",
+                f"{adapter.ref.id} adapts {module}, whose weight in {base.name} is tied to {other}",
                 hint="keep the adapter: baking it would change the other module too",
             )
+
+
+def _tied_to(module: str, base: Base) -> str:
+    """The module that shares a module's weight, "" where none does."""
+    if base.skeleton is not None:
+        return base.skeleton.ties.get(module, ("",))[0]
+    tied = base.checkpoint.config.get("tie_word_embeddings")
+    shared = tied or (tied is None and f"{module}.weight" not in base.checkpoint.tensors)
+    return "the embedding" if shared and module.rpartition(".")[2] in _TIED_MODULES else ""
 
 
 def _demand_one_each(adapter: OpenAdapter | OpenDelta, base: Base, found: Mapping[str, tuple[Piece, ...]]) -> None:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lora_cli.adapters.base_names import split_revision
 from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.adapters.lowrank import LowRank
+from lora_cli.adapters.skeleton import OWN
 from lora_cli.adapters.store import sha256_of
 from lora_cli.adapters.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.errors import OutputError, Refused
@@ -210,17 +212,30 @@ def _saved(plan: MergePlan) -> Saved | None:
 
 
 def _config(plan: MergePlan) -> dict[str, Any]:
-    # The head that a task needs is that of the adapter it comes from.
-    from_whom = plan.adapters if plan.saved is None else [plan.saved]
-    tasks = {adapter.config.task_type for adapter in from_whom}
     return {
         **base_entries(plan.base),
         "fan_in_fan_out": plan.fan_in_fan_out,
-        # PEFT knows null for no task, and no "".
-        "task_type": (tasks.pop() or None) if len(tasks) == 1 else None,
+        "task_type": _task(plan),
         "modules_to_save": None if plan.saved is None else sorted(plan.saved.config.modules_to_save) or None,
         **plan.targets,
+        **_class_of_all(plan),
     }
+
+
+def _task(plan: MergePlan) -> str | None:
+    """The task that the result declares, None for no task. The head that a task needs comes with it or not at all."""
+    from_whom = plan.adapters if plan.saved is None else [plan.saved]
+    tasks = {adapter.config.task_type for adapter in from_whom}
+    task = tasks.pop() if len(tasks) == 1 else ""
+    return None if plan.saved is None and task in TASKS_WITH_A_HEAD else task or None
+
+
+def _class_of_all(plan: MergePlan) -> dict[str, Any]:
+    """The class that all adapters say they were trained on, where the result has its names, as PEFT writes it down."""
+    classes = {adapter.config.trained_class for adapter in plan.adapters}
+    name = classes.pop() if len(classes) == 1 and plan.spelling != OWN else ""
+    mapping = {"base_model_class": name, "parent_library": "transformers"}
+    return {"auto_mapping": mapping} if name.isidentifier() else {}
 
 
 def rank_in_words(plan: MergePlan, report: MergeReport) -> str:

@@ -12,11 +12,12 @@ import torch
 from msgspec.structs import replace as replace_options
 from torch import Tensor
 
+from lora_cli.adapters.config import TASKS_WITH_A_HEAD
 from lora_cli.adapters.factors import TAKE_THE_UPDATE
 from lora_cli.adapters.layout import Layout, layout
 from lora_cli.adapters.lowrank import RankChoice
 from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.records import Coefficients
@@ -31,8 +32,6 @@ from lora_cli.steps.serving import (
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
-# Of these PEFT loads a classifier without being told to.
-_TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 Inputs = Callable[[OpenAdapter, str], Tensor]
 """Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
@@ -63,7 +62,14 @@ class MergePlan:
         """Where the factors of the result go."""
         parents = {module: factors for adapter in self.adapters for module, factors in adapter.modules.items()}
         modules = {module: parents[module] for module in self.modules}
-        return layout(modules, self.skeleton, known=_shapes(self.adapters), zeros=self.zeros)
+        own = layout(modules, self.skeleton, known=_shapes(self.adapters), zeros=self.zeros)
+        return own.spelled(self.spelling)
+
+    @property
+    def spelling(self) -> Spelling:
+        """Whose names the result has: those of the class that all adapters were trained on, else the base's."""
+        found = {adapter.spelling for adapter in self.adapters}
+        return found.pop() if len(found) == 1 else OWN
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -73,7 +79,9 @@ class MergePlan:
     @property
     def targets(self) -> dict[str, list[str]]:
         """How a PEFT configuration names them."""
-        return self.layout.targets(modules_meant(self.layout.layers, self.adapters, self.skeleton))
+        # Another class may have more modules of these last names than the base's.
+        known = self.skeleton if self.spelling == OWN else None
+        return self.layout.targets(modules_meant(self.layout.layers, self.adapters, known))
 
     @property
     def saved(self) -> OpenAdapter | None:
@@ -162,7 +170,7 @@ def plan(
     ordered = tuple(adapters[i] for i in order)
     modules = _modules(ordered, options.scope)
     demand_same_shapes(ordered, modules)
-    _check_saved_modules(ordered, options.saved_modules, dense=options.dense)
+    _check_saved_modules(ordered, modules, options.saved_modules, dense=options.dense)
     _check_rank(ordered, modules, options.rank)
     if options.for_ is not None:
         conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
@@ -227,8 +235,11 @@ def _modules(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str
     return modules
 
 
-def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: bool) -> None:
-    """Refused where an adapter has modules saved whole that are not spoken for, or the chosen one has none to take."""
+def _check_saved_modules(adapters: Sequence[OpenAdapter], modules: Sequence[str], what: str, *, dense: bool) -> None:
+    """Refused where an adapter has modules saved whole that are not spoken for, or the chosen one has none to take.
+
+    So it is where one of `modules` has an update and is saved whole: PEFT would leave out the update.
+    """
     if what == "refuse":
         for adapter in adapters:
             if adapter.saved:
@@ -241,10 +252,22 @@ def _check_saved_modules(adapters: Sequence[OpenAdapter], what: str, *, dense: b
             raise UsageError(f"--saved-modules names {what!r}, which is no adapter of this merge")
         if not chosen.saved:
             raise Refused(f"{chosen.ref.id} holds no modules saved whole", hint="--saved-modules drop")
-        if not chosen.config.modules_to_save and chosen.config.task_type not in _TASKS_WITH_A_HEAD:
+        if not chosen.config.modules_to_save and chosen.config.task_type not in TASKS_WITH_A_HEAD:
             raise Refused(
                 f"{chosen.ref.id}: its modules_to_save names none of the modules saved whole, so PEFT loads none",
                 hint="--saved-modules drop",
+            )
+        _demand_apart(chosen, adapters, modules)
+
+
+def _demand_apart(chosen: OpenAdapter, adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
+    whole = {name.rpartition(".")[0] for name in chosen.saved} | {*chosen.config.modules_to_save}
+    for module in modules:
+        if any(f".{one}." in f".{module}." for one in whole):
+            other = next(adapter for adapter in adapters if module in adapter.modules)
+            raise Refused(
+                f"{module} is saved whole in {chosen.ref.id} and adapted by {other.ref.id}: PEFT applies only one",
+                hint=f"leave {other.ref.id} out, or take the updates alone: --saved-modules drop",
             )
 
 

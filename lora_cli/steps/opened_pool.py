@@ -12,10 +12,11 @@ from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
+from lora_cli.steps.copies import THE_RIGHT_BASE, judge_copies
 from lora_cli.steps.fetch import bring
 from lora_cli.steps.gather import (
     Declared,
@@ -167,7 +168,10 @@ class Pool:
             adapters = [opened(files, skeleton, whole=whole, fuse=True) for files in here]
         for adapter, one in zip(adapters, judged, strict=True):
             taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
-            for note in filter(None, [taken, *adapter.notes]):
+            wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base or one.base, skeleton)
+            if wrong:
+                raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
+            for note in filter(None, [taken, *adapter.notes, unknown]):
                 self.announce(f"{adapter.ref.id}: {note}")
         public = public_base(base or "", known, [one.base for one in declared])
         return Gathered(adapters=tuple(adapters), base=public, inputs=inputs, skeleton=skeleton, unchecked=unchecked)

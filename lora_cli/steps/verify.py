@@ -13,8 +13,9 @@ from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import locate, read_config
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.hub import Hub, MissingFile
-from lora_cli.records import Adapter
+from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
+from lora_cli.steps.copies import judge_copies
 from lora_cli.steps.fetch import download
 from lora_cli.steps.sources import probe_header, weighed
 
@@ -72,6 +73,12 @@ def verify(
         found, read = weighed(found, weights, header, config, skeleton), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
             found = replace(found, status="unusable", reason="its weights are not those that the catalogue knows")
+        if found.status == "ok":
+            copies = locate_modules(parse_config(config), header, skeleton).copies
+            wrong, unknown = judge_copies(weights, copies, base or found.base, skeleton)
+            status: Status = "unusable" if wrong else "ok"
+            notes = "; ".join(filter(None, [found.notes, unknown]))
+            found = replace(found, status=status, reason=wrong, notes=notes)
     return Verdict(adapter=found, coverage=_coverage(config, header, skeleton), deep=read)
 
 
