@@ -150,7 +150,9 @@ def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
 def test_coefficients_of_others_are_refused() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
     assert "not in both" in refused(5, "merge", "one", "--coef", "c.json")
-    assert "--weights and --dedupe cannot be combined with --coef" in refused(2, "merge", *TWO, "--coef", "c.json", "--weights", "sum")
+    assert "--weights and --dedupe cannot be combined with --coef" in refused(
+        2, "merge", *TWO, "--coef", "c.json", "--weights", "sum"
+    )
     short = dict.fromkeys(SHAPES, ((0.5,), (1.0, 2.0)))
     Path("c.json").write_text(coefficients_text(coefficients(values=short)))
     assert "not as many as it has ranks" in refused(5, "merge", *TWO, "--coef", "c.json")
