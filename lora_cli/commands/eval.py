@@ -9,7 +9,7 @@ import typer
 
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Command, Listing, Loaded, Prompts, base_of, examples, with_flags
-from lora_cli.commands.task import summary
+from lora_cli.commands.task import tell
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
 from lora_cli.options import Flag, Options
 from lora_cli.records import Example, Metric, Score
@@ -116,7 +116,7 @@ def evaluate(
         with runs.recorded(settings.db, "eval", asked, inputs, rows) as run:
             run.device = ref.device
             loaded = ref.load()
-            screen.say(summary(look(task, loaded.encoder)))
+            tell(screen, look(task, loaded.encoder))
             scores = step.evaluate(
                 loaded,
                 systems,

@@ -22,7 +22,7 @@ from lora_cli.commands.options import (
     show_output,
     with_flags,
 )
-from lora_cli.commands.task import summary
+from lora_cli.commands.task import tell
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import MergeOptions
 from lora_cli.options import Flag, Options
@@ -123,7 +123,7 @@ def fit(
         def work(run: "Run") -> "FitReport":
             screen.say(f"fit: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
             loaded = ref.load()
-            screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
+            tell(screen, look(task, loaded.encoder, seed=settings.seed))
             return step.fit_and_write(
                 loaded,
                 plan,

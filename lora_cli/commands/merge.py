@@ -27,7 +27,7 @@ from lora_cli.commands.options import (
 from lora_cli.errors import Refused, UsageError
 from lora_cli.merge_options import METHODS, WHAT, MergeOptions
 from lora_cli.methods import Knob
-from lora_cli.models.encode import Prompting
+from lora_cli.models.forms import Prompting
 from lora_cli.options import Flag, Options, setting
 from lora_cli.screen import near, percent
 from lora_cli.settings import Settings

@@ -59,7 +59,7 @@ def show(
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)
     shown = [task_view.read(row, encoder) for row in rows[:n]]
     _show(screen, settings, facts, shown)
-    screen.say(summary(facts))
+    tell(screen, facts)
 
 
 def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:
@@ -78,8 +78,14 @@ def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:
     screen.document("lora.task.show/1", values)
 
 
-def summary(facts: Any) -> str:
-    """The one line that every command prints about the task it reads."""
+def tell(screen: Screen, facts: Any) -> None:
+    """Say what every command says about the task it reads: one line, and one more where something has no effect."""
+    screen.say(_summary(facts))
+    if facts.unread:
+        screen.warn(f"prompts are the same without {', '.join(facts.unread)}: the chat template does not read it")
+
+
+def _summary(facts: Any) -> str:
     lengths = facts.lengths
     parts = [
         f"data: {_counted(facts.examples, 'example')}",
@@ -90,6 +96,7 @@ def summary(facts: Any) -> str:
         facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
         facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
         facts.parted and f"{facts.parted:,} cut where turn and generation prompt part",
+        facts.early and f"{_counted(facts.early, 'answer')} with the end of a turn inside",
         facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
     ]
     return " · ".join(filter(None, parts))

@@ -17,7 +17,7 @@ from lora_cli.commands.options import (
     show_output,
     with_flags,
 )
-from lora_cli.commands.task import summary
+from lora_cli.commands.task import tell
 from lora_cli.options import Flag, Options
 from lora_cli.recipes import TargetRecipe
 from lora_cli.screen import near
@@ -95,7 +95,7 @@ def train(
     def work(run: "Run") -> "TrainResult":
         screen.say(f"train: {len(task)} examples of {file.name}, split 80/20 by seed {settings.seed}; base {model}")
         loaded = ref.load()
-        screen.say(summary(look(task, loaded.encoder, seed=settings.seed)))
+        tell(screen, look(task, loaded.encoder, seed=settings.seed))
         return step.train_and_write(
             loaded, task, training.folder, run, replace=job.force, progress=progress, recipe=recipe, **options.shape
         )
