@@ -136,7 +136,7 @@ def test_a_turn_that_does_not_begin_with_its_prompt_is_an_error_unless_it_is_all
         assert "example 1: the finished turn does not begin with the generation prompt" in told
         assert "--allow-template-mismatch" in told
     told = ok("train", *QUICK, "--allow-template-mismatch", "-o", "new")
-    assert "4 cut where turn and generation prompt part" in told.err
+    assert "4 without a right cut" in told.err
 
 
 def test_a_base_without_a_template_has_no_use_for_a_system_turn(here: Path) -> None:

@@ -95,7 +95,7 @@ def _summary(facts: Any) -> str:
         facts.across_split and f"{_counted(facts.across_split, 'validation prompt')} also in training",
         facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
         facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
-        facts.parted and f"{facts.parted:,} cut where turn and generation prompt part",
+        facts.parted and f"{facts.parted:,} without a right cut",
         facts.early and f"{_counted(facts.early, 'answer')} with the end of a turn inside",
         facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
     ]

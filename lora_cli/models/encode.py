@@ -174,8 +174,9 @@ class Encoder:
         self._demand_known(ids)
         prompt = self._ids(frame.prompt)
         start = _shared(ids, prompt)
-        if fault := self._fault_of_cut(frame.prompt, whole, start):
-            self._demand_allowed(fault)
+        fault = _fault_of_cut(frame.prompt, whole, start)
+        if fault is not None and not self.prompting.allow_mismatch:
+            raise fault
         # A completion may bring along what the template would write in front of a plain one, a block of thoughts.
         lead = frame.lead if whole.startswith(frame.lead) else whole[: _shared(whole, frame.prompt)]
         opening = self._opening(prompt if lead == frame.prompt else self._ids(lead), ids, end)
@@ -188,7 +189,7 @@ class Encoder:
             id=example.id,
             opening=opening,
             answer=answer,
-            parted=bool(fault),
+            parted=fault is not None,
             marked=self._is_marked(example, frame),
             early=start > 0 and generated.strip() != answer.strip(),
         )
@@ -281,23 +282,6 @@ class Encoder:
         if self.prompting.system and has_system(example):
             raise DataError("it has a system turn of its own", hint="leave out --system, or remove that turn")
 
-    def _fault_of_cut(self, prompt: str, whole: str, start: int) -> str:
-        """Why there is no right place to cut prompt and completion, "" where there is one."""
-        if not whole.startswith(prompt.rstrip()):
-            at = _shared(prompt, whole)
-            return (
-                "the finished turn does not begin with the generation prompt, which goes on with "
-                f"{prompt[at : at + 20]!r} where the turn has {whole[at : at + 20]!r}"
-            )
-        return "" if start else "its first token spans the whole prompt and the completion's beginning"
-
-    def _demand_allowed(self, fault: str) -> None:
-        if not self.prompting.allow_mismatch:
-            raise DataError(
-                fault,
-                hint="see --template-arg and --chat-template, or cut where they part with --allow-template-mismatch",
-            )
-
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text that `ids` add behind `before`: a token's text depends on the few before it."""
         near = before[-_CONTEXT:]
@@ -325,6 +309,23 @@ def encoder_of(name: str, tokenizer: Any, config: Any, generation: Any, promptin
 def until_end(ids: Sequence[int], ends: Collection[int]) -> Sequence[int]:
     """Token ids in front of the first that is an end."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _fault_of_cut(prompt: str, whole: str, start: int) -> DataError | None:
+    """Why there is no right place to cut prompt and completion, None where there is one."""
+    if not whole.startswith(prompt):
+        at = _shared(prompt, whole)
+        return DataError(
+            "the finished turn does not begin with the generation prompt, which goes on with "
+            f"{prompt[at : at + 20]!r} where the turn has {whole[at : at + 20]!r}",
+            hint="see --template-arg and --chat-template, or cut where they part with --allow-template-mismatch",
+        )
+    if not start:
+        return DataError(
+            "its first token spans the whole prompt and the completion's beginning",
+            hint="lengthen the prompt, or go on without that token with --allow-template-mismatch",
+        )
+    return None
 
 
 def _limit(config: Any, key: str) -> int:

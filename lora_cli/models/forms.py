@@ -22,6 +22,7 @@ RESERVED = frozenset(
 )
 # Stands for an answer, to find out what a template writes around one: letters alone, which no template changes.
 _ANSWER = "zqAnAnswerqz"
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
 _OWN_SYSTEM = ("system", "developer")
 
 
@@ -259,13 +260,13 @@ def one_line(error: Exception) -> str:
 
 
 def _each_left_out(example: Example) -> Iterator[tuple[str, Example]]:
-    """The further keys of an example's messages and line, each with the example without it."""
+    """The further keys of an example's messages and line that hold something, each with the example without it."""
     turns = as_turns(example)
-    keys = {key for turn in (*turns, example.answer) for key, value in turn.items() if value is not None}
+    keys = {key for turn in (*turns, example.answer) for key, value in turn.items() if value not in _NOTHING}
     for key in sorted(keys - {"role", "content"}):
         prompt = tuple(_without(turn, key) for turn in turns)
         yield key, replace(example, prompt=prompt, answer=_without(example.answer, key))
-    for key in example.extras:
+    for key in (key for key, value in example.extras.items() if value):
         yield key, replace(example, extras=_without(example.extras, key))
 
 
