@@ -5,7 +5,7 @@ import itertools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,10 +24,11 @@ from lora_cli.adapters.skeleton import Matrix, Skeleton
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hub import Hub
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
-from lora_cli.models.encode import Encoded, Encoder, Opening, Prompt, Prompting, encoder_of
+from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_end
+from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import class_of, skeleton_of
-from lora_cli.records import Example
+from lora_cli.records import Example, Prompt
 from lora_cli.settings import folder_of
 
 _hf: Any = transformers  # its annotations do not bear strict checking
@@ -73,8 +74,9 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.encoder = encoder_of(name, tokenizer, model.config, model.generation_config, prompting)
         self.ends = self.encoder.ends
-        pad = tokenizer.pad_token_id
-        self.pad: int = tokenizer.eos_token_id if pad is None else pad
+        # Padding is masked, so any token does that this model knows.
+        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        self.pad: int = next(token for token in fillers if token is not None and token < self.encoder.vocabulary)
         # What a model suggests for chatting (sampling, penalties) would make its output no longer the greedy one.
         model.generation_config = _hf.GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
@@ -241,7 +243,9 @@ class BaseModel:
     def stream(
         self, openings: Sequence[Opening], *, max_new_tokens: int = 30, batch_size: int = 16
     ) -> Iterator[tuple[int, Generation]]:
-        """Greedy continuations as (index of the opening, Generation), batch by batch, longest openings first.
+        """Greedy continuations as (index of the opening, Generation), batch by batch.
+
+        Openings that end alike share batches, the longest first.
 
         Raises:
             DataError: an opening with `max_new_tokens` more is longer than the model takes.
@@ -254,31 +258,31 @@ class BaseModel:
                     f"{self.name} takes {self.encoder.longest} in all",
                     hint="lower --max-new-tokens or shorten the prompt",
                 )
-        for rows in _by_length(lengths, batch_size):
+        for rows in _by_length(lengths, batch_size, [opening.ends for opening in openings]):
             began = time.perf_counter()
-            outputs = self._greedy([openings[row].ids for row in rows], max_new_tokens)
+            outputs = self._greedy([openings[row] for row in rows], max_new_tokens)
             seconds = (time.perf_counter() - began) / len(rows)
             for row, output in zip(rows, outputs, strict=True):
                 text, continues = self.encoder.written(openings[row], output)
                 yield row, Generation(text, len(output), seconds, continues)
 
     @torch.no_grad()
-    def _greedy(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
+    def _greedy(self, openings: Sequence[Opening], max_new_tokens: int) -> list[list[int]]:
+        """What follows each of some openings with the same ends."""
+        prompts, ends = [opening.ids for opening in openings], openings[0].ends
         width = max(len(ids) for ids in prompts)
         # New tokens are appended on the right, so prompts are filled up on the left, masked.
         tokens = torch.tensor([[self.pad] * (width - len(ids)) + [*ids] for ids in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
         with _silence():
             written = self.model.generate(
-                input_ids=tokens, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens
+                input_ids=tokens,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=list(ends),
             )
-        return [self._until_end(row) for row in written[:, width:].tolist()]
-
-    def _until_end(self, ids: list[int]) -> list[int]:
-        for place, token in enumerate(ids):
-            if token in self.ends:
-                return ids[:place]
-        return ids
+        return [list(until_end(row, ends)) for row in written[:, width:].tolist()]
 
     def check(self, shapes: Mapping[str, tuple[int, int]], who: str) -> None:
         """Refuse an update that does not fit: a matrix that is missing here or has another shape.
@@ -510,10 +514,14 @@ def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     return device, dtype
 
 
-def _by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
+def _by_length(lengths: Sequence[int], batch_size: int, kinds: Sequence[Hashable] = ()) -> Iterator[list[int]]:
+    """Rows in batches, the longest first; only rows of one kind share a batch."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        groups.setdefault(kinds[row] if kinds else None, []).append(row)
+    for order in groups.values():
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
 
 
 def _times(shape: tuple[int, int]) -> str:

@@ -93,6 +93,9 @@ class AdapterRow:
         return AdapterRef(id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder)
 
 
+Prompt = str | tuple[Mapping[str, Any], ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter(AdapterRow):
     """One adapter of the catalogue, whole. `ranks` maps each module to its rank, from tensor shapes."""
@@ -123,12 +126,19 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One line of a task file. `prompt` is plain text or a chat (a tuple of role/content messages)."""
+    """One line of a task file.
+
+    `prompt` is plain text or a chat, a tuple of messages with all their keys. `completion` is the text of the answer,
+    `answer` what its message has beside role and text, such as tool calls. `extras` are what else of the line a chat
+    template reads: tools and documents.
+    """
 
     id: str
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: Prompt
     completion: str
     choices: tuple[str, ...] = ()
+    answer: Mapping[str, Any] = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

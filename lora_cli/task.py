@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError
-from lora_cli.records import Example
+from lora_cli.records import Example, Prompt
 
 FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", …}, {"role": "assistant", …}]}'
 
@@ -20,8 +20,12 @@ def load_task(path: Path) -> list[Example]:
     """Every example of a task file, in file order.
 
     A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
-    assistant's turn last; `"choices"` (strings, the completion among them) and `"id"` are optional, other keys are left
-    alone. An example without an id gets its line number. Raises DataError that names the file, the line and the reason.
+    assistant's turn last. Further keys of messages are kept for the chat template, and so are `"tools"` and
+    `"documents"` of a line. A message that calls tools needs no content. `"choices"` (strings, the completion among
+    them) and `"id"` are optional, other keys of a line are left alone. An example without an id gets its line number.
+
+    Raises:
+        DataError: names the file, the line and the reason.
     """
     data = _bytes_of(path)
     try:
@@ -90,36 +94,58 @@ def _example(line: str, number: int) -> Example:
         raise _BadLine("malformed JSON: a number or a nesting that no example needs") from None
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON object is expected, not {_kind(row)}")
-    prompt: str | tuple[Mapping[str, str], ...]
+    prompt: Prompt
+    answer: Mapping[str, Any] = {}
     if "messages" in row:
         if "prompt" in row or "completion" in row:
             raise _BadLine('"messages" and "prompt"/"completion" exclude each other')
-        prompt, completion = _chat(row["messages"])
+        prompt, completion, answer = _chat(row["messages"])
     elif "prompt" in row and "completion" in row:
         prompt, completion = _text(row["prompt"], '"prompt"'), _text(row["completion"], '"completion"')
     else:
         raise _BadLine(f"neither of the two formats: {FORMATS}")
     return Example(
-        id=_id(row.get("id"), number), prompt=prompt, completion=completion, choices=_choices(row, completion)
+        id=_id(row.get("id"), number),
+        prompt=prompt,
+        completion=completion,
+        choices=_choices(row, completion),
+        answer=answer,
+        extras=_extras(row),
     )
 
 
-def _chat(messages: Any) -> tuple[tuple[Mapping[str, str], ...], str]:
+def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What else of a line a chat template reads, as apply_chat_template takes it."""
+    given = {key: row[key] for key in ("tools", "documents") if row.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise _BadLine(f'"{key}" must be a list of objects')
+    return given
+
+
+def _chat(messages: Any) -> tuple[tuple[Mapping[str, Any], ...], str, Mapping[str, Any]]:
+    """The prompt, the text of the answer, and what else the answer's message holds."""
     if not isinstance(messages, list):
         raise _BadLine(f'"messages" must be a list, not {_kind(messages)}')
-    turns: list[dict[str, str]] = []
+    turns: list[dict[str, Any]] = []
     for place, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise _BadLine(f"message {place} must be an object, not {_kind(message)}")
-        role = _text(message.get("role"), f'"role" of message {place}')
-        turns.append({"role": role, "content": _text(message.get("content"), f'"content" of message {place}')})
+        _text(message.get("role"), f'"role" of message {place}')
+        if not (message.get("tool_calls") and message.get("content") in (None, "")):
+            _text(message.get("content"), f'"content" of message {place}')
+        turns.append(message)
     if not any(turn["role"] == "assistant" for turn in turns):
         raise _BadLine("no assistant turn")
     if turns[-1]["role"] != "assistant":
         raise _BadLine(f"the last turn must be the assistant's, not the {turns[-1]['role']}'s")
     if len(turns) == 1:
         raise _BadLine("nothing comes before the assistant's turn")
-    return tuple(turns[:-1]), turns[-1]["content"]
+    *prompt, last = turns
+    further = {key: value for key, value in last.items() if key not in ("role", "content")}
+    if last.get("content"):
+        return tuple(prompt), last["content"], further
+    return tuple(prompt), "", {**further, "content": last.get("content")}
 
 
 def _text(value: Any, what: str) -> str:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from lora_cli.base_model import BaseModel, load
 from lora_cli.errors import DataError, Refused, UsageError
-from lora_cli.models.encode import Encoded, Encoder, Prompting
+from lora_cli.models.encode import Encoded, Encoder
+from lora_cli.models.forms import Prompting
 from lora_cli.records import Example
 from lora_cli.scores import exact_match
 from tests.cli import ok
@@ -90,7 +91,7 @@ def test_ids_and_mask_are_those_of_the_finished_conversation(name: str, kind: Ki
         ids, opened = rendered(made, style, prompt, "Paris is big.")
         assert list(encoded.ids) == ids
         assert encoded.start == same(ids, opened)
-        assert encoded.answer == "Paris is big."
+        assert exact_match(encoded.answer, "Paris is big.")
         # What is left of the prompt behind the cut is the white space that a token of the completion swallowed.
         assert made.decode(opened[encoded.start :]).strip() == ""
 
@@ -120,12 +121,12 @@ def test_what_the_template_puts_behind_an_answer_ends_it(name: str) -> None:
     read = encoder(made, arguments=style.arguments)
     opening = read.opening("What is it?")
     if opening.until:
-        assert (opening.until, read.ends) == (style.closing.strip(), [made.eos_token_id])
+        assert (opening.until, opening.ends) == (style.closing, (made.eos_token_id,))
         ids = made(f"Paris{style.closing}and more", add_special_tokens=False)["input_ids"]
-        assert read.written(opening, ids) == ("Paris\n", True)
+        assert read.written(opening, ids) == ("Paris", True)
     else:
         first = made(style.closing, add_special_tokens=False)["input_ids"][0]
-        assert read.ends == sorted({first, made.eos_token_id})
+        assert opening.ends == tuple(sorted({first, made.eos_token_id}))
 
 
 def tiny(made: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -290,7 +291,7 @@ def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pyt
 
     def value(text: str) -> float:
         written = made(text, add_special_tokens=False)["input_ids"]
-        monkeypatch.setattr(BaseModel, "_greedy", lambda self, prompts, max_new_tokens: [written])
+        monkeypatch.setattr(BaseModel, "_greedy", lambda self, openings, max_new_tokens: [written])
         return evaluate(base, [System(name="base")], [one])[0].value
 
     assert value("Lily") == 1
@@ -353,7 +354,7 @@ def test_added_tokens_of_white_space_end_nothing() -> None:
     made.chat_template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
     encoded = encoder(made).encode(example("Who?", "Lily"))
     assert made.decode(encoded.ids) == "Who?\nLily\n</s>"
-    assert encoder(made).ends == [made.eos_token_id]
+    assert encoded.opening.ends == (made.eos_token_id,)
 
 
 def test_generation_ends_at_what_the_model_names_too() -> None:
@@ -361,7 +362,8 @@ def test_generation_ends_at_what_the_model_names_too() -> None:
     model = tiny(made)
     model.generation_config.eos_token_id = [1]
     end = made.convert_tokens_to_ids("<|im_end|>")
-    assert BaseModel("acme/tiny", model, made).ends == sorted([1, made.eos_token_id, end])
+    base = BaseModel("acme/tiny", model, made)
+    assert base.encode(example("Who?", "Lily")).opening.ends == tuple(sorted([1, made.eos_token_id, end]))
 
 
 def test_a_finished_turn_that_does_not_begin_with_its_prompt_is_refused_unless_that_is_allowed() -> None:
@@ -384,7 +386,7 @@ def test_a_system_turn_goes_in_front_of_every_prompt() -> None:
         read = encoder(made, system="Be brief.")
         own = encoder(made).encode(example(PROMPTS["system"], "Paris"))
         assert read.encode(example("What is it?", "Paris")) == own
-        with pytest.raises(DataError, match="example 7 has a system turn of its own"):
+        with pytest.raises(DataError, match="example 7: it has a system turn of its own"):
             read.encode(example(PROMPTS["system"], "Paris", id="7"))
 
 
@@ -393,14 +395,13 @@ def test_the_users_own_template_is_taken_in_place_of_the_bases() -> None:
     expected = rendered(tokenizer_of(STYLES["chatml"]), STYLES["chatml"], "Who?", "Lily")[0]
     made.chat_template = None
     own = encoder(made, template=STYLES["chatml"].template)
-    assert list(own.encode(example("Who?", "Lily")).ids) == expected
-    assert made.convert_tokens_to_ids("<|im_end|>") in own.ends
+    encoded = own.encode(example("Who?", "Lily"))
+    assert list(encoded.ids) == expected
+    assert made.convert_tokens_to_ids("<|im_end|>") in encoded.opening.ends
     made.chat_template = STYLES["chatml"].template
     plain = encoder(made, templated=False)
     assert made.decode(plain.encode(example("Who?", "Lily")).ids) == "Who?Lily<|endoftext|>"
-    with pytest.raises(
-        DataError, match="--no-chat-template leaves no chat template, which examples with messages need"
-    ):
+    with pytest.raises(DataError, match="example 1: --no-chat-template leaves no chat template, which messages need"):
         plain.encode(example(PROMPTS["turns"], "Lily"))
 
 
@@ -409,14 +410,14 @@ def test_the_users_own_template_is_taken_in_place_of_the_bases() -> None:
     [
         (
             "{{ raise_exception('no') }}",
-            "the chat template given refuses an example with the roles user, assistant: no",
+            "example 1: the chat template given refuses the roles user, assistant: no",
         ),
-        ("{{ 1 + 'a' }}", "the chat template given refuses .*unsupported operand"),
-        ("{% for %}", "the chat template given refuses"),
+        ("{{ 1 + 'a' }}", "the chat template given fails in its line 1: unsupported operand"),
+        ("\n{% for %}", "the chat template given fails in its line 2: Expected an expression"),
         ("{{ messages[0].content }}", "the chat template given does not write an assistant's text"),
         ("", "the chat template given does not write an assistant's text"),
-        ("{{ ''.__class__.__mro__ }}", "the chat template given refuses .*unsafe"),
-        ("{{ '\\ud800' }}", "the chat template given refuses .*surrogates not allowed"),
+        ("{{ ''.__class__.__mro__ }}", "the chat template given fails in its line 1: .*unsafe"),
+        ("{{ '\\ud800' }}", "the chat template given fails: .*surrogates not allowed"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_one_line(template: str, message: str) -> None:
@@ -441,10 +442,11 @@ def test_what_needs_a_template_is_refused_without_one() -> None:
 
 def test_control_tokens_of_the_template_are_found_in_a_prompt() -> None:
     read = encoder(tokenizer_of(STYLES["llama-3"]))
-    assert read.holds_marks("<|start_header_id|>user<|end_header_id|>")
-    assert not read.holds_marks("<|begin_of_text|>Who?")
-    assert not read.holds_marks(PROMPTS["turns"])
-    assert not encoder(tokenizer("characters")).holds_marks("<s>Who?</s>")
+    for prompt in ("<|start_header_id|>user<|end_header_id|>", ({"role": "user", "content": "x<|eot_id|>"},)):
+        assert read.encode(example(prompt, "Lily")).marked
+    for prompt in ("<|begin_of_text|>Who?", PROMPTS["turns"], "<|end_of_text|>"):
+        assert not read.encode(example(prompt, "Lily")).marked
+    assert not encoder(tokenizer("characters")).encode(example("<s>Who?</s>", "Lily")).marked
 
 
 def test_settings_hold_only_what_was_asked_for() -> None:
@@ -487,7 +489,7 @@ TOKENIZERS = {(kind, post): tokenizer(kind, post=post) for kind in KINDS for pos
 @given(which=st.sampled_from(sorted(TOKENIZERS)), prompt=WORDS, completion=WORDS)
 def test_any_text_is_read_as_its_tokenizer_does(which: tuple[Kind, str], prompt: str, completion: str) -> None:
     made = TOKENIZERS[which]
-    read = encoder(made)
+    read = encoder(made, allow_mismatch=True)
     encoded = read.encode(example(prompt, completion))
     own = made(prompt + completion)["input_ids"]
     assert list(encoded.ids) == (own if own[-1] == made.eos_token_id else [*own, made.eos_token_id])
@@ -505,7 +507,7 @@ def check_the_cut(read: Encoder, encoded: Encoded, opened: Sequence[int]) -> Non
         return
     assert opening.ids == encoded.ids[: len(opening.ids)]
     behind = encoded.ids[len(opening.ids) :]
-    end = next((at for at, token in enumerate(behind) if token in read.ends), len(behind))
+    end = next((at for at, token in enumerate(behind) if token in opening.ends), len(behind))
     text, continues = read.written(opening, behind[:end])
     assert continues
     assert exact_match(text, encoded.answer)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_cli.models.encode import RESERVED
+from lora_cli.models.forms import RESERVED
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.templates import PARTED, STYLES, Style, tokenizer, tokenizer_of
@@ -136,7 +136,7 @@ def test_a_turn_that_does_not_begin_with_its_prompt_is_an_error_unless_it_is_all
         assert "example 1: the finished turn does not begin with the generation prompt" in told
         assert "--allow-template-mismatch" in told
     told = ok("train", *QUICK, "--allow-template-mismatch", "-o", "new")
-    assert "4 cut where turn and generation prompt part" in told.err
+    assert "4 without a right cut" in told.err
 
 
 def test_a_base_without_a_template_has_no_use_for_a_system_turn(here: Path) -> None:
@@ -154,7 +154,7 @@ def test_an_example_with_a_system_turn_of_its_own_is_named(here: Path) -> None:
     with Path("task.jsonl").open("a") as file:
         file.write(json.dumps({"id": "seven", "messages": turns}) + "\n")
     ok("train", *QUICK, "-o", "new")
-    assert "example seven has a system turn of its own" in refused(1, "train", *QUICK, "--system", "x")
+    assert "example seven: it has a system turn of its own" in refused(1, "train", *QUICK, "--system", "x")
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,11 @@ def test_an_example_with_a_system_turn_of_its_own_is_named(here: Path) -> None:
         (1, ("--chat-template", "."), "cannot read .: Is a directory"),
         (1, ("--chat-template", "large.jinja"), "large.jinja is larger than 1 MiB"),
         (1, ("--chat-template", "latin.jinja"), "latin.jinja is not UTF-8 text"),
-        (1, ("--chat-template", "broken.jinja"), "the chat template given refuses an example with the roles user"),
+        (
+            1,
+            ("--chat-template", "broken.jinja"),
+            "the chat template broken.jinja fails in its line ",
+        ),
         (1, ("--chat-template", "/dev/zero"), "/dev/zero is larger than 1 MiB"),
     ],
 )

@@ -8,7 +8,8 @@ import pytest
 
 from lora_cli.base_model import BaseModel, load_encoder
 from lora_cli.errors import NetworkError, NothingMatched, Refused
-from lora_cli.models.encode import Encoder, Prompting
+from lora_cli.models.encode import Encoder
+from lora_cli.models.forms import Prompting
 from lora_cli.records import Example
 from lora_cli.steps.task_view import look, read
 from tests.cli import ok, refused
@@ -71,6 +72,8 @@ def test_a_document_for_scripts(here: Path) -> None:
         "one_token": 1,
         "parted": 0,
         "marked": 0,
+        "early": 0,
+        "unread": [],
     }
     assert shown["pieces"] == ["<bos>", "<user>", "a", "b", "<assistant>", "x", "y", "<eos>"]
     assert (shown["start"], shown["generated_from"], len(shown["ids"])) == (5, 5, 8)

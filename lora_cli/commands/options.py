@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 from lora_cli.commands import completing
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
-from lora_cli.models.encode import Prompting, read_template
+from lora_cli.models.forms import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.records import Adapter, Precision
 from lora_cli.screen import Format, Screen, near
@@ -156,10 +156,11 @@ class Prompts(Options, frozen=True, kw_only=True):
             name, equals, value = _readable("--template-arg", text).partition("=")
             if not (equals and name.isidentifier()) or name in arguments:
                 raise UsageError(f"--template-arg is NAME=VALUE, once per name, not {text!r}")
-            arguments[name] = _json_or_text(value)
+            arguments[name] = _value(value)
         return Prompting(
             system=_readable("--system", self.system),
             template=None if self.chat_template is None else read_template(self.chat_template),
+            template_name="" if self.chat_template is None else near(self.chat_template),
             arguments=arguments,
             templated=not self.no_chat_template,
             allow_mismatch=self.allow_template_mismatch,
@@ -262,7 +263,14 @@ def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspe
     )
 
 
-def _json_or_text(value: str) -> Any:
+# Spellings of JSON's words in other languages: False as text would be true for a template.
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
+
+
+def _value(value: str) -> Any:
+    """The value of an argument: a JSON word however it is capitalised, else JSON where it is JSON, else text."""
+    if value.strip().lower() in _WORDS:
+        return _WORDS[value.strip().lower()]
     try:
         return json.loads(value)
     except (ValueError, RecursionError):

@@ -59,7 +59,8 @@ def show(
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)
     shown = [task_view.read(row, encoder) for row in rows[:n]]
     _show(screen, settings, facts, shown)
-    screen.say(task_view.summary(facts))
+    for line in task_view.told(facts):
+        screen.say(line)
 
 
 def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:

@@ -10,13 +10,13 @@ from lora_cli import runs
 from lora_cli.adapters.checks import CONFIG_NAME
 from lora_cli.base_model import pin
 from lora_cli.errors import DataError, NothingMatched, UsageError
-from lora_cli.models.encode import Prompting
+from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate import System, Updates, demand_sane, evaluate
 from lora_cli.steps.opened_pool import Pool
-from lora_cli.steps.task_view import look, summary
+from lora_cli.steps.task_view import look, told
 from lora_cli.task import load_task, split, task_sha256
 
 
@@ -77,7 +77,8 @@ class EvaluateRequest:
         with runs.recorded(db, "eval", self.asked, self.inputs, self.rows(out)) as run:
             run.device = self.ref.device
             loaded = self.ref.load()
-            self.pool.announce(summary(look(self.task, loaded.encoder)))
+            for line in told(look(self.task, loaded.encoder)):
+                self.pool.announce(line)
             scores = evaluate(
                 loaded,
                 self.systems,

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from lora_cli.base_model import BaseRef, pin
 from lora_cli.merge_options import MergeOptions
-from lora_cli.models.encode import Prompting
+from lora_cli.models.forms import Prompting
 from lora_cli.recipes import FitOptions, Recipe, Reduction, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.runs import Run
@@ -18,7 +18,7 @@ from lora_cli.steps.fit import FitReport, asked, demand_sane, fit_and_write
 from lora_cli.steps.merge import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.steps.task_view import look, summary
+from lora_cli.steps.task_view import look, told
 from lora_cli.task import load_task, task_sha256
 
 
@@ -42,7 +42,8 @@ class FitJob:
                 f"{request.recipe.seed}; base {request.base}"
             )
             loaded = self.ref.load()
-            request.pool.announce(summary(look(request.task, loaded.encoder, seed=request.recipe.seed)))
+            for line in told(look(request.task, loaded.encoder, seed=request.recipe.seed)):
+                request.pool.announce(line)
             return fit_and_write(
                 loaded,
                 self.plan,

@@ -14,7 +14,7 @@ from lora_cli.adapters.draws import uniform
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel, BaseRef
 from lora_cli.errors import OutputError, Refused, UsageError
-from lora_cli.models.encode import Encoded
+from lora_cli.models.encode import Encoded, until_end
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
@@ -137,7 +137,7 @@ class ModuleInputs:
     def _drawn(self, base: BaseModel, file: Path) -> tuple[list[Encoded], list[list[int]]]:
         """The examples of a file that hold a drawn token, and their drawn tokens."""
         encoded = [base.encode(example) for example in load_task(file)]
-        lengths = torch.tensor([_end_of(item, base.ends) for item in encoded])
+        lengths = torch.tensor([_end_of(item) for item in encoded])
         numbers = uniform(self.seed, int(self._hashes[file][:16], 16), 0, int(lengths.sum()))
         drawn = numbers.argsort(stable=True)[: self.tokens].sort().values
         ends = lengths.cumsum(0)
@@ -164,7 +164,6 @@ class ModuleInputs:
                 self._samples[adapter.ref.pinned, module] = place
 
 
-def _end_of(item: Encoded, ends: Collection[int]) -> int:
+def _end_of(item: Encoded) -> int:
     """How many tokens stand before the one that ends the completion."""
-    places = range(item.start, len(item.ids))
-    return next((place for place in places if item.ids[place] in ends), len(item.ids))
+    return item.start + len(until_end(item.ids[item.start :], item.opening.ends))

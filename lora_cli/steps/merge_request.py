@@ -12,7 +12,7 @@ from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import pin
 from lora_cli.errors import Refused, UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.models.encode import Prompting
+from lora_cli.models.forms import Prompting
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of

@@ -1,15 +1,15 @@
 """A task as a base would read it: lengths, what does not fit, what is there twice, and single examples as tokens."""
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lora_cli.models.encode import UNLIMITED, Encoder
+from lora_cli.models.forms import as_turns, content_of
 from lora_cli.records import Example
 from lora_cli.task import split
-
-_Turns = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,9 @@ class TaskFacts:
     `duplicates` counts the examples that repeat an earlier one, `across_split` the validation prompts that are training
     prompts too, `in_test` the test prompts that are prompts of this task too. `takes` is the most tokens that the base
     takes, `too_long` names the examples that have more. `one_token` counts the completions of one token, `parted` the
-    examples that are cut where the finished turn leaves the generation prompt, `marked` the prompts that hold control
-    tokens of the chat template.
+    examples that have no right cut, `marked` the prompts that hold control tokens of the chat template, `early` the
+    answers that hold an end of their turn. `unread` names what was given and changes nothing of what the base reads:
+    keys of messages and lines, `--system`.
     """
 
     examples: int
@@ -43,6 +44,8 @@ class TaskFacts:
     one_token: int | None = None
     parted: int | None = None
     marked: int | None = None
+    early: int | None = None
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +82,7 @@ def look(
         examples=len(examples),
         unit="characters" if encoder is None else "tokens",
         lengths=_lengths(lengths),
-        duplicates=len(examples) - len({(_turns(example), example.completion) for example in examples}),
+        duplicates=len(examples) - len({_identity(example, whole=True) for example in examples}),
         across_split=None if seed is None or len(examples) < 2 else _repeated(*split(examples, seed=seed)),
         in_test=None if test is None else _repeated(examples, test),
     )
@@ -91,14 +94,16 @@ def look(
         too_long=tuple(one.id for one in encoded if len(one.ids) > encoder.longest),
         one_token=sum(encoder.has_one_token(one) for one in encoded),
         parted=sum(one.parted for one in encoded),
-        marked=sum(encoder.holds_marks(example.prompt) for example in examples),
+        marked=sum(one.marked for one in encoded),
+        early=sum(one.early for one in encoded),
+        unread=tuple(sorted({name for example in examples for name in encoder.unread(example)})),
     )
 
 
 def read(example: Example, encoder: Encoder | None = None) -> ReadExample:
     """One example in pieces. Raises as `Encoder.read`."""
     if encoder is None:
-        turns = [f"{role}: {content}" for role, content in _turns(example)]
+        turns = [f"{turn['role']}: {content_of(turn)}" for turn in as_turns(example)]
         return ReadExample(id=example.id, pieces=(*turns, example.completion), start=len(turns))
     encoded = encoder.read(example)
     return ReadExample(
@@ -110,21 +115,20 @@ def read(example: Example, encoder: Encoder | None = None) -> ReadExample:
     )
 
 
-def _turns(example: Example) -> _Turns:
-    """A prompt in one form, however it is written: plain text is a user's turn."""
-    if isinstance(example.prompt, str):
-        return (("user", example.prompt),)
-    return tuple((turn["role"], turn["content"]) for turn in example.prompt)
+def _identity(example: Example, *, whole: bool = False) -> str:
+    """The same text for the same prompt, however it is written, or for the same example."""
+    answer = [example.completion, example.answer] if whole else []
+    return json.dumps([as_turns(example), example.extras, answer], sort_keys=True)
 
 
 def _text(example: Example) -> str:
-    return "".join(content for _, content in _turns(example)) + example.completion
+    return "".join(map(content_of, as_turns(example))) + example.completion
 
 
 def _repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
     """How many of `others` have a prompt of `these`."""
-    prompts = {_turns(example) for example in these}
-    return sum(_turns(example) in prompts for example in others)
+    prompts = {_identity(example) for example in these}
+    return sum(_identity(example) in prompts for example in others)
 
 
 def _lengths(lengths: Sequence[int]) -> Lengths:
@@ -133,8 +137,8 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(median=ordered[(len(ordered) - 1) // 2], p95=p95, longest=ordered[-1])
 
 
-def summary(facts: TaskFacts) -> str:
-    """The one line that every command prints about the task it reads."""
+def told(facts: TaskFacts) -> list[str]:
+    """The lines that every command prints about the task it reads: a summary, and what has no effect on it."""
     lengths = facts.lengths
     parts: list[Any] = [
         f"data: {_counted(facts.examples, 'example')}",
@@ -144,10 +148,15 @@ def summary(facts: TaskFacts) -> str:
         facts.across_split and f"{_counted(facts.across_split, 'validation prompt')} also in training",
         facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
         facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
-        facts.parted and f"{facts.parted:,} cut where turn and generation prompt part",
+        facts.parted and f"{facts.parted:,} without a right cut",
+        facts.early and f"{_counted(facts.early, 'answer')} with the end of a turn inside",
         facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
     ]
-    return " · ".join(filter(None, parts))
+    lines = [" · ".join(filter(None, parts))]
+    if facts.unread:
+        unread = ", ".join(facts.unread)
+        lines.append(f"warning: prompts are the same without {unread}: the chat template does not read it")
+    return lines
 
 
 def _counted(number: int, what: str) -> str:

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from lora_cli.adapters.base_names import public_base
 from lora_cli.base_model import BaseRef, pin
-from lora_cli.models.encode import Prompting
+from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Progress, silent
@@ -16,7 +16,7 @@ from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.steps.task_view import look, summary
+from lora_cli.steps.task_view import look, told
 from lora_cli.steps.train import TrainResult, asked, train_and_write
 from lora_cli.task import load_task, task_sha256
 
@@ -50,7 +50,8 @@ class TrainJob:
                 f"train: {len(task)} examples of {self.file.name}, split 80/20 by seed {seed}; base {self.ref.name}"
             )
             loaded = self.ref.load()
-            self.announce(summary(look(task, loaded.encoder, seed=seed)))
+            for line in told(look(task, loaded.encoder, seed=seed)):
+                self.announce(line)
             return train_and_write(
                 loaded,
                 task,

@@ -1,0 +1,309 @@
+"""How prompt and completion become one text and a text token ids: as a chat template has them, or as plain text."""
+
+import hashlib
+import re
+import traceback
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from lora_cli.errors import DataError, UsageError
+from lora_cli.records import Example
+
+MOST_TEMPLATE_BYTES = 1 << 20
+# Parameters of apply_chat_template that are no variables of the template.
+RESERVED = frozenset(
+    (
+        *("self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"),
+        *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
+        *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    )
+)
+# Stands for an answer, to find out what a template writes around one: letters alone, which no template changes.
+_ANSWER = "zqAnAnswerqz"
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+_OWN_SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompting:
+    """How prompts are put to a base model; by default with its own chat template, where it has one.
+
+    Args:
+        system: text of a system turn in front of every prompt; "" for none.
+        template: a chat template (Jinja) in place of the base's own.
+        template_name: what messages call it.
+        arguments: values for the template's variables, which the template may know or not.
+        templated: False reads prompts as plain text although there is a chat template.
+        allow_mismatch: go on where a finished turn does not begin with its generation prompt.
+
+    Raises:
+        UsageError: something that only a chat template can use, and none is to be used; an argument of a name that
+            is not the user's to set.
+    """
+
+    system: str = ""
+    template: str | None = None
+    template_name: str = "given"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    templated: bool = True
+    allow_mismatch: bool = False
+
+    def __post_init__(self) -> None:
+        useless = ["--chat-template"] if self.template is not None else self.for_templates
+        if useless and not self.templated:
+            raise UsageError(f"{useless[0]} and --no-chat-template exclude each other")
+        if reserved := sorted(RESERVED & self.arguments.keys()):
+            raise UsageError(f"--template-arg cannot set {reserved[0]}", hint="lora sets it for the template")
+
+    @property
+    def for_templates(self) -> list[str]:
+        """The options that were given and need a chat template to go into."""
+        given = {"--system": self.system, "--template-arg": self.arguments}
+        return [option for option, value in given.items() if value]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Its part of a run's settings: under one key, what differs from the default. A template counts by its hash."""
+        template = self.template
+        values = {
+            "system": self.system,
+            "chat_template": "" if template is None else hashlib.sha256(template.encode()).hexdigest(),
+            "template_args": dict(self.arguments),
+            "no_chat_template": not self.templated,
+            "allow_template_mismatch": self.allow_mismatch,
+        }
+        given = {name: value for name, value in values.items() if value}
+        return {"prompting": given} if given else {}
+
+
+def read_template(file: Path) -> str:
+    """The chat template in a file. DataError for one that cannot be read, is over 1 MiB, or is not UTF-8 text."""
+    try:
+        with file.open("rb") as opened:
+            data = opened.read(MOST_TEMPLATE_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}", hint="see --chat-template") from error
+    if len(data) > MOST_TEMPLATE_BYTES:
+        raise DataError(f"{file} is larger than 1 MiB: not a chat template", hint="see --chat-template")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 text", hint="see --chat-template") from error
+
+
+class Frame(NamedTuple):
+    """The text around an answer: the generation prompt, all up to a plain answer, all behind it."""
+
+    prompt: str
+    lead: str
+    closing: str
+
+
+class Form(Protocol):
+    """How an example becomes one text, and a text token ids. What a chat template cannot take is a DataError."""
+
+    def prompt(self, example: Example) -> str:
+        """The text in front of whatever is generated."""
+
+    def frame(self, example: Example) -> Frame:
+        """The text around an answer to the example's prompt."""
+
+    def finished(self, example: Example) -> str:
+        """The whole text."""
+
+    def unread(self, example: Example) -> list[str]:
+        """What was given and changes nothing of the text: further keys of messages and lines, `--system`."""
+
+    def ids(self, text: str) -> list[int]:
+        """A text that begins where the example begins, as token ids."""
+
+
+class Plain:
+    """No template: prompt and completion are one text, behind what the tokenizer puts in front of every text."""
+
+    def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
+        self._tokenizer = tokenizer
+        self._lacking = f"{name} has" if prompting.templated else "--no-chat-template leaves"
+
+    def prompt(self, example: Example) -> str:
+        what = "messages" if not isinstance(example.prompt, str) else next(iter(example.extras), None)
+        if what is not None or not isinstance(example.prompt, str):
+            raise DataError(
+                f"{self._lacking} no chat template, which {what} need",
+                hint='use {"prompt", "completion"} examples or the instruction-tuned base',
+            )
+        return example.prompt
+
+    def frame(self, example: Example) -> Frame:
+        text = self.prompt(example)
+        return Frame(text, text, "")
+
+    def finished(self, example: Example) -> str:
+        return self.prompt(example) + example.completion
+
+    def unread(self, example: Example) -> list[str]:
+        return []
+
+    def ids(self, text: str) -> list[int]:
+        bare = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        full = list(self._tokenizer(text)["input_ids"])
+        front = full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
+        return bare if bare[: len(front)] == front else [*front, *bare]
+
+
+class Chat:
+    """A chat template around the prompt and around the finished conversation."""
+
+    def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
+        self._tokenizer, self._prompting = tokenizer, prompting
+        own = prompting.template is not None
+        self._whose = f"the chat template {prompting.template_name}" if own else f"the chat template of {name}"
+        self._remedy = "correct that template" if own else "give another one with --chat-template"
+
+    def prompt(self, example: Example) -> str:
+        return self._rendered(example, self._turns(example), add_generation_prompt=True)
+
+    def frame(self, example: Example) -> Frame:
+        plain = replace(example, completion=_ANSWER, answer={})
+        lead, found, closing = self.finished(plain).rpartition(_ANSWER)
+        if not found:
+            raise DataError(
+                f"{self._whose} does not write an assistant's text",
+                hint="choose another with --chat-template, or none with --no-chat-template",
+            )
+        return Frame(self.prompt(example), lead, closing)
+
+    def finished(self, example: Example) -> str:
+        # The template writes the end of a turn by itself.
+        answer = {"role": "assistant", "content": example.completion, **example.answer}
+        return self._rendered(example, [*self._turns(example), answer])
+
+    def unread(self, example: Example) -> list[str]:
+        left_out = [(name, self, without) for name, without in _each_left_out(example)]
+        if self._prompting.system:
+            silent = Chat(self._tokenizer, replace(self._prompting, system=""), "")
+            left_out.append(("--system", silent, example))
+        whole = self.finished(example) if left_out else ""
+        return [name for name, form, without in left_out if form._writes(without, whole)]
+
+    def ids(self, text: str) -> list[int]:
+        # As apply_chat_template does.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _writes(self, example: Example, whole: str) -> bool:
+        try:
+            return self.finished(example) == whole
+        except DataError:
+            return False
+
+    def _turns(self, example: Example) -> list[dict[str, Any]]:
+        turns = as_turns(example)
+        system = [{"role": "system", "content": self._prompting.system}] if self._prompting.system else []
+        bos, first = self._tokenizer.bos_token, content_of(turns[0])
+        # Exported texts begin with the BOS that a template writes by itself.
+        if bos and first.startswith(bos):
+            bare = [*system, {**turns[0], "content": first.removeprefix(bos)}, *turns[1:]]
+            if self._rendered(example, bare).startswith(bos):
+                return bare
+        return [*system, *turns]
+
+    def _rendered(
+        self, example: Example, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = False
+    ) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                turns,
+                chat_template=self._prompting.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **{**self._prompting.arguments, **example.extras},
+            )
+            text.encode()  # Half of a surrogate pair, which no tokenizer takes, raises here.
+        # A template is a program of somebody else's: whatever it raises is about the template.
+        except Exception as error:
+            raise self._failure(error, turns) from error
+        return str(text)
+
+    def _failure(self, error: Exception, turns: Sequence[Mapping[str, Any]]) -> DataError:
+        # A template's own raise_exception is of this very class, and its faults are of classes below and beside it.
+        if type(error).__name__ == "TemplateError":
+            roles = ", ".join(str(turn["role"]) for turn in turns)
+            return DataError(
+                f"{self._whose} refuses the roles {roles}: {one_line(error)}",
+                hint="write the examples' messages as this base was trained on them",
+            )
+        return DataError(f"{self._whose} fails{_place_in_template(error)}: {one_line(error)}", hint=self._remedy)
+
+
+def as_turns(example: Example) -> list[dict[str, Any]]:
+    """The turns of a prompt, however it is written: plain text is a user's turn."""
+    if isinstance(example.prompt, str):
+        return [{"role": "user", "content": example.prompt}]
+    return [dict(turn) for turn in example.prompt]
+
+
+def content_of(turn: Mapping[str, Any]) -> str:
+    """The text of a turn, "" where it only calls tools."""
+    return turn.get("content") or ""
+
+
+def has_system(example: Example) -> bool:
+    """Whether an example has a system turn of its own."""
+    return any(turn["role"] in _OWN_SYSTEM for turn in as_turns(example))
+
+
+def one_line(error: Exception) -> str:
+    """What an error of a library says, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _each_left_out(example: Example) -> Iterator[tuple[str, Example]]:
+    """The further keys of an example's messages and line that hold something, each with the example without it."""
+    turns = as_turns(example)
+    keys = {key for turn in (*turns, example.answer) for key, value in turn.items() if value not in _NOTHING}
+    for key in sorted(keys - {"role", "content"}):
+        prompt = tuple(_without(turn, key) for turn in turns)
+        yield key, replace(example, prompt=prompt, answer=_without(example.answer, key))
+    for key in (key for key, value in example.extras.items() if value):
+        yield key, replace(example, extras=_without(example.extras, key))
+
+
+def _without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != key}
+
+
+def _place_in_template(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [getattr(error, "lineno", None), *(frame.lineno for frame in frames if frame.filename == "<template>")]
+    found = [line for line in lines if line is not None]
+    return f" in its line {found[-1]}" if found else ""
+
+
+class Control:
+    """The special and the added tokens of a tokenizer; `ids` maps the text of each to its id, longer texts first."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        found = sorted({**special, **added}.items(), key=lambda item: -len(item[0]))
+        # Gemma's tokenizers have runs of line breaks among them, which control nothing.
+        controls = {text: number for text, number in found if text.strip() or number == tokenizer.eos_token_id}
+        self.ids: Mapping[str, int] = controls
+        self._any = re.compile("|".join(map(re.escape, self.ids)))
+
+    def first(self, text: str) -> tuple[str, int | None]:
+        """The part of a text in front of its first control token, and that token; all of it and None without one."""
+        found = self._any.search(text)
+        return (text, None) if found is None else (text[: found.start()], self.ids[found[0]])
+
+    def inside(self, text: str) -> set[str]:
+        """The control tokens in a text."""
+        return set(self._any.findall(text))
+
+    def without_end(self, text: str, ends: Collection[int]) -> tuple[str, int | None]:
+        """A text without those of the tokens `ends` that it ends with, and the first of these, None for none."""
+        marks = "|".join(re.escape(mark) for mark, token in self.ids.items() if token in ends)
+        found = re.search(rf"({marks})(?:\s|{marks})*\Z", text) if marks else None
+        return (text, None) if found is None else (text[: found.start()], self.ids[found[1]])
