@@ -39,6 +39,16 @@ SUMMARIES = {
 """The commands, each in the file of its name below commands/; the first line of each one's help."""
 
 
+_KEPT = {
+    "demo": "finished parts are kept: the same command goes on from there",
+    "pool": "what was read is kept: the same command goes on from there",
+    "fit": "the last state is kept: the same command goes on from there",
+    "eval": "the answers so far are kept: the same command goes on from there",
+    **dict.fromkeys(("merge", "train", "bake"), "nothing half-written is left: run the command again"),
+}
+"""What an interrupted command leaves, by the name of the command."""
+
+
 class Root(Group):
     """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
 
@@ -65,6 +75,8 @@ class Root(Group):
             _tell(error.format_message(), f"see '{path} --help'")
             code = ExitCode.USAGE
         except typer.Abort:
+            words = sys.argv[1:] if args is None else args
+            _tell("interrupted", _KEPT.get(next(iter(words), ""), "nothing was changed"))
             code = ExitCode.INTERRUPTED
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
 

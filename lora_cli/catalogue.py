@@ -231,6 +231,29 @@ class Catalogue:
             )
             return [str(row[0]) for row in rows]
 
+    def remove(self, ids: Sequence[str]) -> None:
+        """Forget adapters; their files stay where they are, and selections that hold them lose them."""
+        with self._lock, writing(self._write()) as db:
+            for id in ids:
+                db.execute("DELETE FROM selected WHERE adapter_id = ?", [id])
+                db.execute("DELETE FROM adapters WHERE id = ?", [id])
+
+    def selections(self) -> list[dict[str, Any]]:
+        """Every selection, the newest first: number, name, time, method and how many adapters it holds."""
+        with self._lock:
+            return list(
+                self._read().query(
+                    "SELECT id, name, created, method, "
+                    "(SELECT count(*) FROM selected WHERE selection_id = id) AS adapters "
+                    "FROM selections ORDER BY id DESC"
+                )
+            )
+
+    def drop_selections(self, name: str) -> int:
+        """Forget the selections of a name, or the one whose number it is; how many that were."""
+        with self._lock, writing(self._write()) as db:
+            return int(db.execute("DELETE FROM selections WHERE name = ? OR id = ?", [*_clean([name]), name]).rowcount)
+
     def selection_names(self) -> list[str]:
         """The names of selections, the newest first."""
         with self._lock:

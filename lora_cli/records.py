@@ -167,7 +167,7 @@ class Score:
     """One system's result on one task. `low`..`high` is the 95 % interval of `value`.
 
     `delta` with its interval is the paired difference to `baseline`; `changed` counts the prompts whose output differs
-    from the base model's.
+    from the base model's, `cut` the wrong outputs that reached the limit of new tokens without an end.
     """
 
     system: str
@@ -184,4 +184,5 @@ class Score:
     changed: int | None = None
     log_likelihood: float | None = None
     tokens_per_second: float | None = None
+    cut: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)

@@ -268,6 +268,14 @@ def find(db: Path, prefix: str) -> dict[str, Any]:
     return {**row, "record": json.loads(row["record"]), "scores": scores}
 
 
+def remove(db: Path, ids: Sequence[str]) -> None:
+    """Forget runs and their scores; outputs stay where they are."""
+    with closing(open_for_writing(db)) as connection, writing(connection) as table:
+        for id in ids:
+            table.execute("DELETE FROM scores WHERE run_id = ?", [id])
+            table.execute("DELETE FROM runs WHERE id = ?", [id])
+
+
 def latest_output(db: Path, commands: Sequence[str], holding: str = "") -> tuple[str, Path] | None:
     """Command and folder of the newest finished run of one of `commands` whose output still exists.
 

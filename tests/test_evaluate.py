@@ -242,6 +242,14 @@ def test_what_cannot_be_evaluated_is_said_before_any_work(base: BaseModel, skill
         evaluate(base, [BASE], [Example(id="1", prompt="x" * 60, completion="y")])
 
 
+def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: System) -> None:
+    short = run(base, BASE, skilled, max_new_tokens=1)
+    assert {name: (score.value, score.cut) for name, score in short.items()} == {"base": (0, N), "skilled": (0, N)}
+    whole = run(base, BASE, skilled)["skilled"]
+    assert (whole.value, whole.cut) == (1.0, 0)
+    assert [score.cut for score in run(base, BASE, skilled, metric="nll").values()] == [None, None]
+
+
 @needs_stories
 def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
     from lora_cli.base_model import load

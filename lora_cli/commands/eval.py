@@ -91,6 +91,11 @@ def evaluate(
         screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} is too weak to change an output, though it moves likelihoods")
+    if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:
+        screen.warn(
+            f"wrong answers cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
+            "a higher limit may change the scores"
+        )
     _demand_effect(scores)
 
 

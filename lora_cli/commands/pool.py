@@ -58,6 +58,13 @@ _VERDICTS = (
     Column("NORM", "norm", "right"),
     Column("REASON", "reason", wide=True),
 )
+_SELECTIONS = (
+    Column("NUMBER", "id", "right"),
+    Column("NAME", "name", wide=True),
+    Column("METHOD", "method"),
+    Column("ADAPTERS", "adapters", "right"),
+    Column("MADE", "created", minor=True),
+)
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
 Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000, show_default="all")]
@@ -276,6 +283,66 @@ def sql(
     shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
     columns = [Column(key.upper(), key, wide=True, least=12) for key in keys]
     screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
+
+
+@app.command(
+    epilog=examples(
+        "lora pool rm $(lora pool list --where status!=ok -q -n 1)",
+        "lora pool list --where 'status!=ok' -q | lora pool rm - --dry-run",
+    )
+)
+def rm(
+    adapter: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER...", help="Ids, - for stdin.", autocompletion=completing.adapters),
+    ],
+    dry_run: DryRun = False,
+    db: Db = None,
+) -> None:
+    """Forget adapters: their rows go, their files stay. The next sync brings back what it finds."""
+    from lora_cli.catalogue import Catalogue
+    from lora_cli.commands.chosen import expand
+
+    screen = screen_for()
+    with Catalogue(load({"db": db}).db) as catalogue:
+        ids = list(dict.fromkeys(catalogue.named(text).id for text in expand(adapter)))
+        if dry_run:
+            screen.text("".join(f"{id}\n" for id in ids))
+            return
+        catalogue.remove(ids)
+    screen.say(f"forgot {len(ids):,} adapter{'s'[: len(ids) != 1]}; their files stay where they are")
+
+
+@app.command(
+    epilog=examples("lora pool selections", "lora select -k 2 --name two && lora pool selections --drop two"),
+)
+def selections(
+    drop: Annotated[
+        str | None,
+        typer.Option(
+            "--drop", help="Forget the selections of this name or number.", autocompletion=completing.selections
+        ),
+    ] = None,
+    db: Db = None,
+    json: Json = False,
+    jsonl: Jsonl = False,
+    csv: Csv = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the selections, the newest first, or drop some."""
+    from lora_cli.catalogue import Catalogue
+
+    screen = screen_for(json, jsonl, csv, quiet)
+    with Catalogue(load({"db": db}).db) as catalogue:
+        if drop is not None:
+            count = catalogue.drop_selections(drop)
+            if not count:
+                raise NothingMatched(f"no selection {drop!r}", hint="see lora pool selections")
+            screen.say(f"dropped {count} selection{'s'[: count != 1]}")
+            return
+        rows = catalogue.selections()
+    shown = [{**row, "created": row["created"][:19]} for row in rows]
+    screen.rows("lora.pool.selections/1", _SELECTIONS, shown)
 
 
 @app.command(epilog=examples("lora pool path", 'cp "$(lora pool path)" catalogue-backup.db'))

@@ -61,6 +61,24 @@ def show(
     screen_for(json).document("lora.runs.show/1", runs.find(load({"db": db}).db, run))
 
 
+@app.command(
+    epilog=examples("lora runs rm $(lora runs list -q -n 1)", "lora runs list --command eval -q | xargs lora runs rm")
+)
+def rm(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Ids, or the starts of them.", autocompletion=completing.runs)
+    ],
+    db: Db = None,
+) -> None:
+    """Forget runs and their scores. What they wrote stays where it is."""
+    from lora_cli.runs import find, remove
+
+    file = load({"db": db}).db
+    ids = list(dict.fromkeys(str(find(file, run)["id"]) for run in runs))
+    remove(file, ids)
+    screen_for().say(f"forgot {len(ids)} run{'s'[: len(ids) != 1]}")
+
+
 def register(root: typer.Typer) -> None:
     """Add `lora runs` to the command tree."""
     root.add_typer(app, name="runs")

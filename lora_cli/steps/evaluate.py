@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -138,7 +138,11 @@ def evaluate(
                         done += 1
                         progress(system.name, done, len(examples))
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
-    return [_score(found, name, metric, baseline, itself, seed) for name in names]
+    scores = [_score(found, name, metric, baseline, itself, seed) for name in names]
+    if metric == "nll":
+        return scores
+    cut = [sum(not row.correct and row.tokens >= max_new_tokens for row in found[name]) for name in names]
+    return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
 
 
 def demand_sane(names: Sequence[str], *, baseline: str) -> None:

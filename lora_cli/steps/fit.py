@@ -17,7 +17,7 @@ from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.mixture import Mixture
 from lora_cli.outputs import whole_folder
-from lora_cli.recipes import Recipe, Shape, TargetRecipe
+from lora_cli.recipes import Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.scores import Difference, paired_difference
@@ -208,6 +208,10 @@ def fit_and_write(
     own = [adapter for adapter in plan.adapters if adapter.ref.pinned == target]
     others = [adapter for adapter in plan.adapters if adapter.ref.pinned != target]
     options |= {"target": own[0] if own else None, "progress": progress}
+    if "target" in controls:
+        # Whatever keeps the control from being trained is told before the fit, not after it.
+        with base.new_adapter(**TrainOptions().shape, seed=recipe.seed):
+            pass
     result = fit(base, others, examples, checkpoint=state, **options)
     if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
         raise Refused(
