@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +248,9 @@ def test_a_barely_trained_adapter_is_kept_and_an_absurd_one_is_not(tmp_path: Pat
     huge = (np.full((4, 2), 1e200), np.full((2, 3), 1e200))
     found = scan_weights(path, weights(path, huge, dtype="F64"), parse_config(config()))
     assert weight_status(found) == ("unusable", "the norm of its update is not finite, above 1000")
+    at_most = WeightFacts("", 1000.0, None, zero=False, zero_b=False)
+    assert weight_status(at_most) == ("ok", "")
+    assert weight_status(replace(at_most, norm=math.nextafter(1000.0, 2000.0)))[0] == "unusable"
     assert weight_status(WeightFacts("", 5e4, None, zero=False, zero_b=False))[1].endswith("is 5e+04, above 1000")
 
 

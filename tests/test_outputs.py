@@ -20,6 +20,27 @@ def test_a_folder_appears_only_when_the_work_is_done(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to see what is synced")
+def test_a_folder_survives_a_crash_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(descriptor: int) -> None:
+        steps.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
+        sync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        steps.append(("rename", Path(target).name))
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    (tmp_path / "parent").mkdir()
+    with whole_folder(tmp_path / "parent" / "out") as partial:
+        (partial / "file").write_text("done")
+    assert steps == [("sync", "file"), ("sync", partial.name), ("rename", "out"), ("sync", "parent")]
+
+
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), whole_folder(tmp_path / "out") as partial:
         (partial / "file").write_text("half")

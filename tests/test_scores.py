@@ -108,6 +108,12 @@ def test_sign_flip_p_equals_counting_all_flips() -> None:
     assert paired_difference(differences, [0.0] * 8).p == pytest.approx(exact, abs=0.01)
 
 
+def test_flips_that_are_as_extreme_but_for_rounding_are_counted() -> None:
+    # Added up in another order, the four come to a little less than numpy's sum of them.
+    differences = [0.7, 0.3, 0.1, 0.3]
+    assert paired_difference(differences, [0.0] * 4).p == pytest.approx(2 / 16, abs=0.02)
+
+
 def test_no_difference_is_not_measurable() -> None:
     found = paired_difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (found.delta, found.low, found.high, found.p) == (0, 0, 0, 1)
