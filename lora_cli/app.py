@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Annotated, Any, Never
 
 import typer
@@ -86,12 +87,7 @@ class Root(Group):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a command when it is named: no command pays for the others."""
-        if cmd_name not in SUMMARIES:
-            return None
-        module = importlib.import_module(f"lora_cli.commands.{cmd_name}")
-        holder = typer.Typer(rich_markup_mode=None)
-        module.register(holder)
-        return get_group(holder).commands[cmd_name]
+        return _command(cmd_name) if cmd_name in SUMMARIES else None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
@@ -117,6 +113,15 @@ class Root(Group):
             if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
                 raise
             _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
+
+
+@cache
+def _command(name: str) -> Any:
+    """The command in the file of its name."""
+    module = importlib.import_module(f"lora_cli.commands.{name}")
+    holder = typer.Typer(rich_markup_mode=None)
+    module.register(holder)
+    return get_group(holder).commands[name]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlencode, urlsplit, urlunsplit
 
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, OutputError, Partial, UsageError
+from lora_cli.hashes import file_sha256
 from lora_cli.records import Progress, silent
 
 if TYPE_CHECKING:
@@ -425,7 +426,9 @@ def login_mark() -> str:
 
 def content_oid(path: Path, *, sha1: bool = False) -> str:
     """The name that the Hub gives to these bytes: SHA-256, or with `sha1` that of the git blob they make."""
-    digest = hashlib.sha1(b"blob %d\x00" % path.stat().st_size) if sha1 else hashlib.sha256()
+    if not sha1:
+        return file_sha256(path)
+    digest = hashlib.sha1(b"blob %d\x00" % path.stat().st_size)
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

@@ -1,6 +1,5 @@
 """Eligible or not, and why: base model, coverage, representability, finite, norm. Knows numpy, not torch."""
 
-import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from lora_cli.adapters.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, Tenso
 from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.adapters.modules import Located, locate_modules
 from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.records import BaseMatch, Status
 
@@ -201,8 +201,7 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
     with path.open("rb") as file:
         if file.seek(0, 2) != header.file_size:
             raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(path)
         for factors in stored.values():
             finite, untrained, update = _square_of(file, factors)
             if not finite:

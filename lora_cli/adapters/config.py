@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 from lora_cli.adapters.base_names import MAIN, at_revision
@@ -277,6 +277,7 @@ def shortened(value: object) -> str:
     return shown if len(shown) <= 120 else shown[:120] + "…"
 
 
+@lru_cache(maxsize=32)
 def parse_config(data: bytes) -> LoraConfigFacts:
     """The facts in the bytes of one adapter_config.json, of any PEFT type and version.
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry, read_header, reading
 from lora_cli.adapters.reader import read_tensor
-from lora_cli.adapters.store import Stamp, sha256_of, stamp
+from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import HeaderError, Refused
+from lora_cli.hashes import Stamp, stamp
 from lora_cli.records import AdapterRef
 from lora_cli.runs import read_record
 from lora_cli.settings import folder_of

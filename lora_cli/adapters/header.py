@@ -9,11 +9,13 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.adapters.config import shortened
 from lora_cli.errors import DataError, HeaderError
+from lora_cli.hashes import Stamp, stamp
 
 MAX_HEADER_BYTES: Final = 8 * 1024 * 1024
 MAX_TENSORS: Final = 50_000
@@ -110,8 +112,17 @@ def parse_header(data: bytes, file_size: int) -> Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of the file at `path`; raises HeaderError, or DataError where the file cannot be read."""
-    with reading(path), path.open("rb") as file:
+    """The header of the file at `path`; raises HeaderError, or DataError where the file cannot be read.
+
+    A file that is as it was when this process read its header is not read again.
+    """
+    with reading(path):
+        return _header_of(path.absolute(), stamp(path.stat()))
+
+
+@lru_cache(maxsize=16)
+def _header_of(path: Path, state: Stamp) -> Header:
+    with path.open("rb") as file:
         file_size = file.seek(0, 2)
         file.seek(0)
         first8 = file.read(8)

@@ -16,8 +16,9 @@ from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.lowrank import LowRank, bound
 from lora_cli.adapters.modules import fused, locate_modules
 from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
-from lora_cli.adapters.store import AdapterFiles, Stamp, stamp
+from lora_cli.adapters.store import AdapterFiles
 from lora_cli.errors import Refused
+from lora_cli.hashes import Stamp, stamp
 from lora_cli.records import AdapterRef
 
 DTYPES = {

@@ -1,20 +1,16 @@
 """Where an adapter's files are: a folder, or the Hub's cache. Nothing is downloaded, and no pickle is opened."""
 
 import hashlib
-import os
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.config import MAX_CONFIG_BYTES
 from lora_cli.adapters.header import reading
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.errors import NothingMatched
+from lora_cli.hashes import file_sha256
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of
-
-Stamp = tuple[int, int, int, int]
-"""Device, inode, size and time of change of a file."""
 
 
 @dataclass(frozen=True)
@@ -80,21 +76,10 @@ def read_config(folder: Path) -> bytes | None:
             return file.read(MAX_CONFIG_BYTES + 1)
 
 
-def stamp(status: os.stat_result) -> Stamp:
-    """What tells a file that was written to or replaced from the one it was."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
 
     A file that is as it was when this process hashed it is not read again.
     """
     with reading(path):
-        return _hashed(path.absolute(), stamp(path.stat()))
-
-
-@lru_cache(maxsize=4096)
-def _hashed(path: Path, state: Stamp) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)

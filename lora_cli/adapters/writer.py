@@ -20,8 +20,8 @@ from lora_cli.adapters.header import TensorEntry, read_header, reading
 from lora_cli.adapters.layout import Layout, Place
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import DTYPES, read_tensor
-from lora_cli.adapters.store import Stamp, stamp
 from lora_cli.errors import DataError, Refused
+from lora_cli.hashes import Stamp, stamp
 
 _CHUNK_BYTES = 1 << 22
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,0 +1,23 @@
+"""One adapter merged for the first time: nothing is derived twice, and the way through the rooms stays short."""
+
+import os
+from pathlib import Path
+
+import pytest
+from huggingface_hub import close_session
+
+from tests.cli import ok
+from tests.trips import merge_from_the_hub
+
+
+def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"])
+    trip = merge_from_the_hub(ok, tmp_path)
+    close_session()
+    assert trip.count("adapters/config.py:parse_config") == 1
+    # One of the bytes that the Hub sent for the listing, one of the file.
+    assert trip.count("adapters/header.py:parse_header") == 2
+    # The weights as they came; then the weights and the configuration of the result.
+    assert trip.count("hashes.py:_hashed") == 3
+    assert trip.handovers <= 800

@@ -1,0 +1,98 @@
+"""How far an adapter travels through the tool: what is derived again, and hand-overs between rooms.
+
+python -m tests.trips          prints the counts of `lora merge` of one adapter that only the Hub knows
+"""
+
+import os
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+PACKAGE = str(Path(__file__).resolve().parents[1] / "lora_cli") + os.sep
+
+
+class Trip:
+    """Counts of one piece of work: calls by function, and hand-overs from one file to another."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.between: Counter[tuple[str, str]] = Counter()
+
+    @property
+    def rooms(self) -> set[str]:
+        """The files that were entered."""
+        return {name.partition(":")[0] for name in self.calls}
+
+    @property
+    def handovers(self) -> int:
+        """How often a function of one file called one of another."""
+        return sum(self.between.values())
+
+    def count(self, *functions: str) -> int:
+        """How often these functions, each `file:function`, were called."""
+        return sum(self.calls[name] for name in functions)
+
+    def _seen(self, frame: FrameType, event: str, _: Any) -> None:
+        name = frame.f_code.co_filename
+        if event != "call" or not name.startswith(PACKAGE) or frame.f_code.co_name.startswith("<"):
+            return
+        here = name.removeprefix(PACKAGE)
+        self.calls[f"{here}:{frame.f_code.co_name}"] += 1
+        back = frame.f_back
+        while back is not None and not back.f_code.co_filename.startswith(PACKAGE):
+            back = back.f_back
+        if back is not None and (there := back.f_code.co_filename.removeprefix(PACKAGE)) != here:
+            self.between[there, here] += 1
+
+
+@contextmanager
+def travelled() -> Iterator[Trip]:
+    """Count what happens in the block, in all threads."""
+    trip = Trip()
+    threading.setprofile(trip._seen)
+    sys.setprofile(trip._seen)
+    try:
+        yield trip
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def merge_from_the_hub(do: Callable[..., Any], folder: Path) -> Trip:
+    """The trip of `lora merge alice/sql` where neither the catalogue nor the cache knows that adapter."""
+    from tests.fake_hub import FakeHub, lora_files
+
+    with FakeHub() as server:
+        server.add("alice/sql", lora_files(value=0.5))
+        os.environ["HF_ENDPOINT"] = server.endpoint
+        do("merge", "--help")  # a command's own flags are made once, when it is imported
+        with travelled() as trip:
+            do("merge", "alice/sql", "-o", str(folder / "out"), "--db", str(folder / "c.db"))
+    return trip
+
+
+def main() -> None:
+    """Print the counts."""
+    home = tempfile.mkdtemp()
+    os.environ.update(HF_HOME=f"{home}/hf", HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1", HOME=home)
+    os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+    os.chdir(home)
+    from tests.cli import ok
+
+    trip = merge_from_the_hub(ok, Path(home))
+    print(f"{len(trip.rooms)} rooms, {sum(trip.calls.values()):,} calls, {trip.handovers} hand-overs")
+    for (one, other), count in trip.between.most_common(40):
+        print(f"{count:5} {one} → {other}")
+    for name, count in trip.calls.most_common():
+        if any(word in name for word in ("parse_config", "parse_header", "sha256", "digest", "content_oid", "scan_w")):
+            print(f"{count:5} {name}")
+
+
+if __name__ == "__main__":
+    main()
