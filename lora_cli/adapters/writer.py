@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.factors import PREFIX
 from lora_cli.adapters.header import TensorEntry, read_header, reading
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.layout import Layout, Place
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.reader import DTYPES, read_tensor

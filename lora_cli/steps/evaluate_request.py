@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import runs
-from lora_cli.adapters.checks import CONFIG_NAME
+from lora_cli.adapters.kinds import CONFIG_NAME
 from lora_cli.base_model import pin
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.models.forms import Prompting

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.factors import only_saved_whole
 from lora_cli.adapters.header import read_header
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.store import AdapterFiles, locate, read_config
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import AccessDenied, DataError, HeaderError, LoraError, NetworkError, OutputError, Refused

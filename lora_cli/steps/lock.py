@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace as replace_options
 
-from lora_cli.adapters.checks import WEIGHTS_NAME
 from lora_cli.adapters.devices import resolve_device
+from lora_cli.adapters.kinds import WEIGHTS_NAME
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.adapters.store import sha256_of
 from lora_cli.catalogue import Catalogue

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.config import TASKS_WITH_A_HEAD
 from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.skeleton import OWN
 from lora_cli.adapters.store import sha256_of

@@ -12,18 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.base_names import split_revision, tables_digest
-from lora_cli.adapters.checks import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    Facts,
-    examine,
-    scan_weights,
-    weight_status,
-)
+from lora_cli.adapters.checks import Facts, examine
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.factors import only_saved_whole
 from lora_cli.adapters.header import Header, header_length, parse_header, read_header
-from lora_cli.adapters.kinds import holds_adapter, kind_in, other_kind
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in, other_kind
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
@@ -334,6 +327,8 @@ def weighed(
     adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
 ) -> Adapter:
     """`adapter` with what only its weights tell: SHA-256, norm, and whether they are sound."""
+    from lora_cli.adapters.weights import scan_weights, weight_status
+
     try:
         facts = scan_weights(weights, header, parse_config(config), skeleton)
     except (Refused, ConfigError, HeaderError) as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.checks import WEIGHTS_NAME
+from lora_cli.adapters.kinds import WEIGHTS_NAME
 from lora_cli.adapters.store import sha256_of
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import UsageError

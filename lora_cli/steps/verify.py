@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_cli.adapters.checks import CONFIG_NAME, WEIGHTS_NAME, examine
+from lora_cli.adapters.checks import examine
 from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.adapters.header import Header, read_header, reading
-from lora_cli.adapters.kinds import kind_in
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.adapters.modules import locate_modules
 from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.adapters.store import locate, read_config
@@ -15,7 +15,6 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.hub import Hub, MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
-from lora_cli.steps.copies import judge_copies
 from lora_cli.steps.fetch import download
 from lora_cli.steps.sources import probe_header, weighed
 
@@ -73,8 +72,10 @@ def verify(
         found, read = weighed(found, weights, header, config, skeleton), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
             found = replace(found, status="unusable", reason="its weights are not those that the catalogue knows")
-        if found.status == "ok":
-            copies = locate_modules(parse_config(config), header, skeleton).copies
+        copies = locate_modules(parse_config(config), header, skeleton).copies if found.status == "ok" else {}
+        if copies:
+            from lora_cli.steps.copies import judge_copies
+
             wrong, unknown = judge_copies(weights, copies, base or found.base, skeleton)
             status: Status = "unusable" if wrong else "ok"
             notes = "; ".join(filter(None, [found.notes, unknown]))

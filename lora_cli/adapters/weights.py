@@ -1,0 +1,166 @@
+"""What only an adapter's weights tell: finite or not, zero or not, and the norm of its update. numpy, not torch."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BufferedReader
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lora_cli.adapters.config import LoraConfigFacts, shortened
+from lora_cli.adapters.factors import ModuleFactors
+from lora_cli.adapters.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
+from lora_cli.adapters.modules import locate_modules
+from lora_cli.adapters.skeleton import Skeleton
+from lora_cli.adapters.store import sha256_of
+from lora_cli.errors import Refused
+from lora_cli.records import Status
+
+MAX_NORM: Final = 1000.0
+
+_CHUNK_BYTES = 1 << 22
+_MAX_FACTOR_ELEMENTS = 1 << 26
+_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | dict.fromkeys(FLOAT8_DTYPES, "u1")
+# Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
+_FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
+    "F8_E4M3": (3, 7, (127, 255)),
+    "F8_E5M2": (2, 15, (124, 125, 126, 127, 252, 253, 254, 255)),
+    "F8_E4M3FNUZ": (3, 8, (128,)),
+    "F8_E5M2FNUZ": (2, 16, (128,)),
+}
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What only the weights tell: `norm` is the Frobenius norm of s·B·A over all modules, None if not finite.
+
+    `nonfinite_module` names the first module with a NaN or an infinity. `zero`: the update is 0 everywhere;
+    `zero_b`: because every lora_B is.
+    """
+
+    sha256: str
+    norm: float | None
+    nonfinite_module: str | None
+    zero: bool
+    zero_b: bool
+
+
+def weight_status(facts: WeightFacts) -> tuple[Status, str]:
+    """("ok", "") or ("unusable", reason), by the rules of the paper except that a small norm is no fault.
+
+    arXiv 2602.12323 drops NaN, and norms outside (1, 1000]; an adapter that was barely trained is still an adapter.
+    """
+    if facts.nonfinite_module is not None:
+        return "unusable", f"NaN or Inf in {facts.nonfinite_module}"
+    if facts.zero_b:
+        return "unusable", "every lora_B is zero: changes nothing"
+    if facts.zero:
+        return "unusable", "the update is zero in every module: changes nothing"
+    if facts.norm is None or facts.norm > MAX_NORM:
+        shown = "not finite" if facts.norm is None else f"{facts.norm:.3g}"
+        return "unusable", f"the norm of its update is {shown}, above {MAX_NORM:g}"
+    return "ok", ""
+
+
+def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: Skeleton | None = None) -> WeightFacts:
+    """SHA-256 of the file, and the norm and finiteness of its factors, in float64.
+
+    The norm needs no product of the size of a layer: ‖s·B·A‖² = s² ⟨BᵀB, AAᵀ⟩, with r×r matrices. Memory: the factors
+    A of one place in the file, and chunks of the rest. The factors are read place by place after the hash, from the
+    pages that hashing left in the cache. Raises Refused for a file that no longer fits its header, HeaderError,
+    ConfigError.
+    """
+    located = locate_modules(config, header, skeleton)
+    stored = {part.a.name: part for factors in located.modules.values() for part in factors.parts}
+    for factors in stored.values():
+        if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
+            raise Refused(f"lora_A of {shortened(factors.adapted)} has {size:,} entries, over the safety limit")
+    square = 0.0
+    zero_b = True
+    nonfinite: str | None = None
+    with path.open("rb") as file:
+        if file.seek(0, 2) != header.file_size:
+            raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
+        sha256 = sha256_of(path)
+        for factors in stored.values():
+            finite, untrained, update = _square_of(file, factors)
+            if not finite:
+                nonfinite = factors.adapted
+                break
+            zero_b = zero_b and untrained
+            scale = config.scale(factors.pattern, factors.rank)
+            # A product of floats overflows to Inf, a power raises.
+            square += update * scale * scale
+    if nonfinite is not None:
+        return WeightFacts(sha256, None, nonfinite, zero=False, zero_b=False)
+    norm = math.sqrt(square) if math.isfinite(square) else None
+    return WeightFacts(sha256, norm, None, zero=norm == 0.0, zero_b=zero_b and bool(stored))
+
+
+def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool, float]:
+    """(all finite, B is zero, ‖B·A‖² summed over the experts) of one place in the file."""
+    experts, rank = factors.experts, factors.rank
+    a = np.concatenate(list(_rows(file, factors.a))).reshape(experts, rank, -1)  # (experts, rank, in)
+    if not np.isfinite(a).all():
+        return False, False, 0.0
+    small = rank <= a.shape[2]
+    gram_b = np.zeros((experts, rank, rank) if small else (0, 0, 0))
+    square = 0.0
+    zero_b = True
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows in _rows(file, factors.b):
+            if not np.isfinite(rows).all():
+                return False, False, 0.0
+            zero_b = zero_b and not rows.any()
+            b = rows.reshape(len(rows), rank, experts).transpose(2, 0, 1)  # (experts, some of out, rank)
+            if small:
+                gram_b += b.transpose(0, 2, 1) @ b
+            else:
+                update = b @ a
+                square += float(np.vdot(update, update))
+        if small:
+            square = float(np.vdot(gram_b, a @ a.transpose(0, 2, 1)))
+    return True, zero_b, max(square, 0.0) if math.isfinite(square) else math.inf
+
+
+def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
+    """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
+    if entry.dtype not in FACTOR_DTYPES:
+        raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
+    rows, columns = entry.shape[0], math.prod(entry.shape[1:])
+    stored = np.dtype(_DECODED[entry.dtype])
+    step = max(1, _CHUNK_BYTES // (columns * 8))
+    file.seek(entry.begin)
+    for first in range(0, rows, step):
+        count = min(step, rows - first)
+        data = file.read(count * columns * stored.itemsize)
+        if len(data) != count * columns * stored.itemsize:
+            raise Refused(f"the file ends inside {entry.name}")
+        numbers = np.frombuffer(data, stored)
+        if entry.dtype == "BF16":
+            numbers = (numbers.astype("<u4") << 16).view("<f4")
+        elif entry.dtype in FLOAT8_DTYPES:
+            numbers = _float8_values(entry.dtype)[numbers]
+        yield numbers.astype(np.float64).reshape(count, columns)
+
+
+@cache
+def _float8_values(dtype: str) -> NDArray[np.float64]:
+    """The number that each byte stands for, (256,), NaN for what is not finite.
+
+    Source: OCP 8-bit Floating Point Specification 1.0; FNUZ: arXiv 2206.02915; E8M0: OCP Microscaling Formats 1.0.
+    """
+    byte = np.arange(256)
+    values: NDArray[np.float64] = np.exp2(byte - 127.0)
+    not_finite: Sequence[int] = (255,)
+    if dtype in _FLOAT8:
+        width, bias, not_finite = _FLOAT8[dtype]
+        exponent = (byte & 127) >> width
+        mantissa = (byte & ((1 << width) - 1)) / (1 << width) + (exponent > 0)
+        values = np.where(byte < 128, 1.0, -1.0) * np.ldexp(mantissa, np.maximum(exponent, 1) - bias)
+    values[list(not_finite)] = np.nan
+    return values
