@@ -295,7 +295,7 @@ class Catalogue:
             rows = self._read().execute(
                 f"SELECT {_quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", _clean(values)
             )
-            return [Candidate(*row) for row in rows]
+            return list(map(Candidate._make, rows))
 
     def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.
