@@ -24,6 +24,7 @@ def here(own_world: World, monkeypatch: pytest.MonkeyPatch) -> Path:
     return own_world.folder
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 6

@@ -559,6 +559,7 @@ def large_base(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_blocks_and_a_killed_bake_is_whole_or_absent(tmp_path: Path) -> None:
     base = large_base(tmp_path / "base")
     adapter = adapter_of(tmp_path / "adapter", {"model.layers.0.q": (_LARGE // 4096, 1024)})

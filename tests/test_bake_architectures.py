@@ -49,6 +49,7 @@ def bakes_as_peft(kind: str, adapter: Path) -> None:
     assert moved > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPECS)
 def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
     base = skeleton(kind)

@@ -96,6 +96,7 @@ def printed(code: str, endpoint: str, cache: Path) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_an_encoder_of_the_hub_needs_no_weights_and_no_network_the_second_time(tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
     code = (
@@ -111,6 +112,7 @@ def test_an_encoder_of_the_hub_needs_no_weights_and_no_network_the_second_time(t
     assert printed(code, "http://127.0.0.1:9", tmp_path / "home") == ["acme/remote", "64", "2"]
 
 
+@pytest.mark.slow
 def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
     code = "from lora_cli.base_model import pin\nref = pin('acme/remote')\nprint(ref.version, ref.load().version)"

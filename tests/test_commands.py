@@ -57,6 +57,7 @@ def test_every_help_ends_with_at_least_two_examples(words: str) -> None:
     assert all(words in example for example in examples)
 
 
+@pytest.mark.slow
 def test_the_examples_of_every_help_run(own_world: World) -> None:
     folder = own_world.folder
     assert run("lora pool sync && lora select -k 3", folder).returncode == 0
@@ -70,6 +71,7 @@ def test_the_examples_of_every_help_run(own_world: World) -> None:
             assert "Traceback" not in done.stderr, example
 
 
+@pytest.mark.slow
 def test_the_four_lines_work_as_written(own_world: World) -> None:
     folder = own_world.folder
     for line in ("lora pool sync", "lora merge --method ties", "lora fit --data task.jsonl", "lora eval"):
@@ -83,6 +85,7 @@ def test_the_four_lines_work_as_written(own_world: World) -> None:
     assert "up to date" in again.stderr
 
 
+@pytest.mark.slow
 def test_data_flows_through_a_script(own_world: World) -> None:
     folder = own_world.folder
     run("lora pool sync", folder)
@@ -100,6 +103,7 @@ def test_data_flows_through_a_script(own_world: World) -> None:
     assert closed.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code"),
     [
@@ -125,6 +129,7 @@ def catalogued(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ["--help", "pool list", "select --by rank -k 2", "merge --help", "runs list"])
 def test_light_commands_import_nothing_heavy(line: str, catalogued: Path) -> None:
     code = (
@@ -186,6 +191,7 @@ def test_the_readme_links_to_what_exists() -> None:
     assert [link for link in links if not (generate.ROOT / link).exists()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [
@@ -236,6 +242,7 @@ def completed(line: str, folder: Path) -> list[str]:
     return run(command, folder).stdout.split()
 
 
+@pytest.mark.slow
 def test_a_shell_completes_what_the_catalogue_holds(own_world: World) -> None:
     folder = own_world.folder
     run("lora pool sync && lora select -k 2 --name first && lora merge --selection first", folder)

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 SPY = """
 import socket
@@ -38,6 +40,7 @@ def command(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Com
     )
 
 
+@pytest.mark.slow
 def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
     # Every process of the demo reads this at its start, and notes whatever would leave it, loopback or not.
     (tmp_path / "spy").mkdir()

@@ -51,6 +51,7 @@ def test_ties_is_that_of_peft_on_deltas_where_nothing_ties(n: int, density: floa
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dare", "rank-dare"])
 def test_the_mean_over_seeds_is_the_weighted_sum(name: str) -> None:
     updates = some(3, 12, 10, torch.float64)

@@ -194,6 +194,7 @@ def by_peft(folder: Path, rows: Sequence[tuple[list[int], int]]) -> float:
     return sum(means) / len(means)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STYLES)
 def test_a_perfect_adapter_scores_1_on_every_template(name: str, tmp_path: Path) -> None:
     style = STYLES[name]
@@ -216,6 +217,7 @@ def test_an_adapter_that_writes_its_own_thoughts_scores_1(tmp_path: Path) -> Non
     assert scored(folder, task(tmp_path / "task.jsonl", pairs)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post", ["$A", "<s> $A", "<s> $A </s>"])
 def test_a_perfect_adapter_scores_1_without_a_template_and_on_lines_with_bos_and_eos(post: str, tmp_path: Path) -> None:
     made = tokenizer("characters", tokens=("<sep>",), post=post)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
@@ -73,7 +74,7 @@ def test_the_learning_rate_warms_up_and_falls_as_half_a_cosine() -> None:
 )
 def test_a_recipe_that_cannot_be_followed(setting: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(setting))}"):
-        dataclasses.replace(Recipe(), **setting)
+        replace(Recipe(), **setting)
 
 
 def test_fit_finds_the_adapter_that_helps(base: BaseModel, pool: list[OpenAdapter]) -> None:
@@ -126,16 +127,14 @@ def test_a_fit_that_helps_nothing_keeps_the_base(pool: list[OpenAdapter], releva
     for module in relevant.modules:
         able.model.get_submodule(module).weight += relevant.read(module).dense()
     noise = [adapter for adapter in pool if adapter is not relevant]
-    result = fit(able, noise, examples(50), recipe=dataclasses.replace(SHORT, lr=50.0))
+    result = fit(able, noise, examples(50), recipe=replace(SHORT, lr=50.0))
     assert result.learnt.best_step == 0
     assert result.learnt.loss_after == result.learnt.loss_before
     assert {c for values in result.coefficients.values.values() for own in values for c in own} == {0.0}
 
 
 def test_fit_is_a_function_of_its_seed(base: BaseModel, pool: list[OpenAdapter]) -> None:
-    one, again, other = (
-        fit(base, pool, examples(20), recipe=dataclasses.replace(SHORT, seed=seed)) for seed in (0, 0, 1)
-    )
+    one, again, other = (fit(base, pool, examples(20), recipe=replace(SHORT, seed=seed)) for seed in (0, 0, 1))
     assert same(one, again)
     assert not same(one, other)
 
@@ -222,7 +221,7 @@ def test_a_state_of_another_fit_or_a_broken_one_is_not_taken_up(
     base: BaseModel, pool: list[OpenAdapter], tmp_path: Path
 ) -> None:
     state = tmp_path / "fit.state"
-    fit(base, pool, examples(20), recipe=dataclasses.replace(SHORT, seed=9), checkpoint=state)
+    fit(base, pool, examples(20), recipe=replace(SHORT, seed=9), checkpoint=state)
     expected = fit(base, pool, examples(20), recipe=SHORT)
     assert same(fit(base, pool, examples(20), recipe=SHORT, checkpoint=state), expected)
     with np.load(state) as file:

@@ -300,6 +300,7 @@ def test_a_base_is_needed(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
         assert "LORA_BASE" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["while loading", "second state", "end"])
 def test_a_fit_that_is_killed_leaves_nothing_half_done_and_goes_on(here: World, moment: str) -> None:
     command = ("fit", "--steps", "100", "-o")
@@ -332,6 +333,7 @@ def test_a_fit_that_is_killed_leaves_nothing_half_done_and_goes_on(here: World, 
     assert not list(here.folder.glob(".*"))
 
 
+@pytest.mark.slow
 @needs_stories
 def test_train_merge_fit_and_eval_on_a_real_base(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["Lily", "Tom", "Anna", "Ben", "Mia", "Max", "Sue", "Tim"]

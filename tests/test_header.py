@@ -99,6 +99,7 @@ def test_the_head_of_the_file_is_enough_but_half_of_it_is_not() -> None:
         parse_header(file[: 7 + length], len(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", BOMBS)
 def test_a_large_header_is_judged_within_2_seconds_and_64_megabytes(what: str) -> None:
     file = BOMBS[what]

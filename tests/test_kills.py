@@ -47,6 +47,7 @@ def moments() -> list[Callable[[Path], bool]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--force",)], ids=["new", "replace"])
 def test_a_killed_merge_is_whole_or_absent(tmp_path: Path, options: tuple[str, ...]) -> None:
     for seed, name in enumerate("abc"):
@@ -79,6 +80,7 @@ def _seen(has_come: Callable[[Path], bool], folder: Path) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_merge_that_is_told_to_end_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     for seed, name in enumerate("abc"):

@@ -79,6 +79,7 @@ def by_peft(base: str, adapter: str, kind: Kind) -> Tensor:
         return logits(PeftModel.from_pretrained(loaded(base, kind), adapter), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind.base}: {kind.title}")
 def test_every_command_gives_one_verdict(kind: Kind, bases: Path) -> None:
     base = str(bases / kind.base / "base")

@@ -205,6 +205,7 @@ def test_peft_loads_the_result_and_adds_the_same_update(pool: list[Path], tmp_pa
     close(in_peft([tmp_path / "out"], [1.0]), deltas(tmp_path / "out"), 1e-6)
 
 
+@pytest.mark.slow
 @needs_wild
 @pytest.mark.parametrize(
     "names",

@@ -70,6 +70,7 @@ def singles(name: str, kind: str, leaves: dict[str, tuple[int, int]], *, rank: i
 QWEN = {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPECS)
 def test_layers_embeddings_and_convolutions_of_every_architecture(kind: str) -> None:
     base = skeleton(kind)
@@ -87,6 +88,7 @@ def test_layers_embeddings_and_convolutions_of_every_architecture(kind: str) -> 
     assert "target_parameters" not in settings("out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compact", [(), ("--compact",)])
 @pytest.mark.parametrize("kind", ["qwen3_moe", "qwen2_moe", "mixtral", "phimoe", "gpt_oss", "llama4_text"])
 def test_fused_experts_and_routers_of_other_ranks(kind: str, compact: tuple[str, ...]) -> None:

@@ -44,6 +44,7 @@ def times(parts: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {module: delta * factor for module, delta in parts.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in WITHOUT_DATA if "seed" not in METHODS.get(name).knobs])
 @pytest.mark.parametrize("scale", [1e-25, 1e12])
 def test_updates_of_any_size_merge_alike(tmp_path: Path, method: str, scale: float) -> None:

@@ -216,6 +216,7 @@ def test_copies_come_back_as_the_adapter(name: str) -> None:
     same(merged(name, copies, [weight] * n, **knobs), MIXED[1].dense(), 1e-8)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("factor", [3.0, -1.0, 1e-4])
 def test_a_common_factor_on_all_adapters_comes_out(name: str, factor: float) -> None:

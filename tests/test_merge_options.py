@@ -164,6 +164,7 @@ def test_coefficients_of_others_are_refused() -> None:
         assert "c.json: no coefficients" in refused(1, "merge", *TWO, "--coef", "c.json")
 
 
+@pytest.mark.slow
 def test_regmean_sees_what_the_examples_feed(own_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(own_world.folder)
     ok("pool", "sync")
@@ -363,6 +364,7 @@ NOWHERE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "code"),
     [("../one", 0), ("../../{name}/one/../one", 0), *((path, 3) for path in NOWHERE), (".", 5), ("../\ud800", 1)],
@@ -405,6 +407,7 @@ def test_what_differs_from_a_lock_is_told(lock: Path) -> None:
     assert "not the adapters" in refused(5, "merge", "one", "three", "--locked", str(lock), "-o", "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["dare-ties", "norm-matched", "tsv"])
 def test_bytes_do_not_depend_on_hash_seeds_order_and_threads(method: str, own_home: Path) -> None:
     # More than one block of rows, and more modules than threads.
@@ -425,6 +428,7 @@ def test_bytes_do_not_depend_on_hash_seeds_order_and_threads(method: str, own_ho
 HOSTILE: list[Any] = [None, 5, -1.0, True, "x", "../x", [], [[]], {}, {"x": []}, {"seed": "x"}, 10**400, float("nan")]
 
 
+@pytest.mark.slow
 def test_a_lock_that_somebody_wrote(lock: Path) -> None:
     record = json.loads(lock.read_text())
     settings, parents = record["settings"], record["merge.lock"]["parents"]
@@ -486,6 +490,7 @@ def test_a_disk_that_fills_up_leaves_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full(own_home: Path) -> None:
     """On a file system of one megabyte, in a namespace of its own, where this machine allows that."""
     write_adapter(own_home / "big", random_factors({"model.layers.0.mlp.up_proj": (3000, 2000)}, 64, seed=3))

@@ -64,6 +64,7 @@ def fed(adapter: OpenAdapter, module: str) -> Tensor:
     return torch.randn(9, adapter.modules[module].in_features, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(METHODS.methods))
 def test_the_merged_adapter_says_what_the_dense_update_says(
     name: str, base: Any, adapters: list[OpenAdapter], tmp_path: Path

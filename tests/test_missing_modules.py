@@ -23,6 +23,7 @@ SHAPES = {ONE: (24, 18), OTHER: (20, 18)}
 COUNTS_APART = {name for name in METHODS.methods if name.startswith("peft-")} | {"regmean"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("match", [False, True], ids=["as it comes", "norm-match"])
 @pytest.mark.parametrize("name", sorted(METHODS.methods.keys() - COUNTS_APART))
 def test_absent_is_zero(name: str, match: bool, tmp_path: Path) -> None:

@@ -1,4 +1,3 @@
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -236,10 +235,9 @@ def test_an_adapter_that_does_not_fit_or_overflows_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["granularity", "activation", "init"])
-def test_unknown_words_are_answered_with_the_known_ones(name: str) -> None:
-    with pytest.raises(UsageError, match=f"unknown {name} 'nonsense'") as caught:
-        dataclasses.replace(Shape(), **{name: "nonsense"})
-    assert "one of" in caught.value.hint
+def test_unknown_words_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"'nonsense' - at `\$.{name}`"):
+        Shape.of(**{name: "nonsense"})
 
 
 def test_softmax_per_rank_is_refused() -> None:

@@ -38,6 +38,7 @@ def shape_of(kind: str, name: str) -> tuple[int, int]:
 # Every architecture --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SPECS)
 def test_a_lora_on_every_kind_of_module_is_read_as_peft_applies_it(kind: str, tmp_path: Path) -> None:
     base = skeleton(kind)

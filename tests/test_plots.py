@@ -49,6 +49,7 @@ def diff(file: Path, names: tuple[str, str] = (HOSTILE[1], HOSTILE[2])) -> None:
     draw_diff(file, names, [*pairs, ModulePair(module="lm_head", norms=(0, 1), cosine=None, spectra=((), (1.0,)))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [similarity, diff])
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".SVG"])
 def test_equal_numbers_give_equal_bytes(draw: Draw, suffix: str, tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def alone(module: str) -> ModulePair:
     return ModulePair(module=module, norms=(1.0, 2.0), cosine=0.5, spectra=((1.0,), (2.0,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [f"layers.{'9' * 400}.q_proj", f"layers.0.{'m' * 3000}", "layers.0.{}"])
 def test_names_and_numbers_of_modules_do_not_stretch_a_picture(module: str, tmp_path: Path) -> None:
     draw_diff(tmp_path / "x.png", ("a", "b"), [alone(module.replace("{}", f"m{i}")) for i in range(300)])

@@ -235,6 +235,7 @@ def test_verify_reads_the_weights_of_what_is_known_to_be_bad(pool: Path) -> None
         assert "pool/bob/nan: NaN or Inf in model.layers.0" in told.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     ["~nosuchuser/x", "x" * 300, "./" + "x" * 300, "a/b:" + "/".join(["x" * 90] * 60)],

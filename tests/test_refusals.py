@@ -263,6 +263,7 @@ def test_a_task_that_is_not_there(own_home: Path) -> None:
     assert "no task file" in refused(2, "fit", "--base", "acme/tiny")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
     (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

@@ -44,6 +44,7 @@ def test_a_folder_that_came_to_be_during_the_work_is_not_replaced(own_home: Path
     assert [*elsewhere.iterdir()] == []
 
 
+@pytest.mark.slow
 def test_of_two_merges_into_one_place_one_is_told_so() -> None:
     codes: dict[str, int] = {}
     errors: dict[str, str] = {}

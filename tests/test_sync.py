@@ -51,6 +51,7 @@ def counts(report: SyncReport) -> tuple[int, int, int, int]:
     return report.new, report.changed, report.unchanged, report.failed
 
 
+@pytest.mark.slow
 def test_a_thousand_adapters_twice(fake: FakeHub, catalogue: Catalogue) -> None:
     fake.add_many(1000)
     begin = time.process_time()
@@ -339,6 +340,7 @@ with Catalogue(Path(sys.argv[1])) as catalogue:
 """
 
 
+@pytest.mark.slow
 def test_a_sync_killed_at_any_moment_is_finished_by_the_next(fake: FakeHub, tmp_path: Path) -> None:
     fake.add_many(120)
     fake.delay = 0.004
@@ -373,6 +375,7 @@ def test_a_sync_killed_at_any_moment_is_finished_by_the_next(fake: FakeHub, tmp_
         assert len(killed.search("author7")) == 12
 
 
+@pytest.mark.slow
 def test_two_syncs_at_once_end_in_one_catalogue(fake: FakeHub, tmp_path: Path) -> None:
     fake.add_many(40)
     command = [sys.executable, "-c", KILLED, str(tmp_path / "shared.db"), fake.endpoint, BASE]

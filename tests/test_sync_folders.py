@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lora_cli.adapters import weights
 from lora_cli.adapters.store import folder_ref, sha256_of
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import DataError, NothingMatched
@@ -65,9 +66,9 @@ def test_only_what_has_changed_is_read_again(pool: Path, catalogue: Catalogue, m
     put(pool / "alice/sql", rank=2)
     put(pool / "carol/new")
     weighed: list[str] = []
-    scan = sources.scan_weights
+    scan = weights.scan_weights
     monkeypatch.setattr(
-        sources, "scan_weights", lambda path, *rest: weighed.append(path.parent.name) or scan(path, *rest)
+        weights, "scan_weights", lambda path, *rest: weighed.append(path.parent.name) or scan(path, *rest)
     )
     assert counts(sync(catalogue, pool)) == (1, 1, 3, 0)
     assert sorted(weighed) == ["new", "sql"]

@@ -66,6 +66,7 @@ SHAPED: dict[str, Callable[[], LowRank]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.0001, 0.01, 0.2, 0.5, 0.97, 1.0])
 @pytest.mark.parametrize("shape", SHAPED)
 def test_thresholds_are_those_of_a_full_sort(shape: str, density: float, way: str) -> None:

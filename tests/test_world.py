@@ -179,6 +179,7 @@ def test_operations(prompt: str, completion: str) -> None:
     assert answer(*prompt.split(":")) == completion
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_bytes_in_silence_and_clears_what_a_killed_build_left(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +232,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
         build(tmp_path / "file" / "world", size="test")
 
 
+@pytest.mark.slow
 def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
