@@ -174,8 +174,8 @@ class Catalogue:
         row = self.get(_REVISION.sub("", text))
         if wanted and not row.commit.startswith(wanted[1]):
             raise NothingMatched(
-                f"{row.id} is known at {row.commit[:12]}, not at {wanted[1]}",
-                hint="it has changed since it was selected: run lora select again, or name it without @",
+                f"{row.id} is at commit {row.commit[:12]} in the catalogue; commit {wanted[1]} is not available here",
+                hint=f"drop @{wanted[1]} to use it as it is, or run lora select again",
             )
         return row
 

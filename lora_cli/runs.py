@@ -205,9 +205,9 @@ def recorded(
     )
     with closing(open_for_writing(db)) as connection:
         with writing(connection) as table:
-            # Of two runs into one place only one ends well: what is still running there was killed, or will be late.
+            # An older "running" row for this output was killed or will lose the rename: mark it failed.
             table.execute(
-                "UPDATE runs SET status = 'failed', error = 'ended without a word' "
+                "UPDATE runs SET status = 'failed', error = 'interrupted (no end was recorded)' "
                 "WHERE status = 'running' AND out = ?",
                 [str(out.absolute()) if out else None],
             )

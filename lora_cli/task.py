@@ -91,7 +91,7 @@ def _example(line: str, number: int) -> Example:
     except json.JSONDecodeError as error:
         raise _BadLine(f"malformed JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):
-        raise _BadLine("malformed JSON: a number or a nesting that no example needs") from None
+        raise _BadLine("malformed JSON: a number too long or nesting too deep") from None
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON object is expected, not {_kind(row)}")
     prompt: Prompt

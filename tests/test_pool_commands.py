@@ -223,7 +223,7 @@ def test_verify_notices_weights_that_were_swapped(pool: Path) -> None:
     (pool / "alice/sql" / WEIGHTS).write_bytes(lora_files(rank=4, value=0.25)[WEIGHTS])
     told = lora("pool", "verify", "pool/alice/sql", "--deep")
     assert told.code == 5
-    assert "not those that the catalogue knows" in told.err
+    assert "differ from those in the catalogue (sha256)" in told.err
 
 
 def test_verify_reads_the_weights_of_what_is_known_to_be_bad(pool: Path) -> None:

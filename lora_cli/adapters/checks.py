@@ -247,7 +247,7 @@ def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
     if entry.dtype not in FACTOR_DTYPES:
-        raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
+        raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
     stored = np.dtype(_DECODED[entry.dtype])
     step = max(1, _CHUNK_BYTES // (columns * 8))
@@ -342,8 +342,9 @@ def _judge_base(
         return match, asked, ""
     if not declared:
         return match, "", f"{_undeclared(config)}; the shapes of {asked} are not known here"
-    but = "; its shapes fit" if known else ""
-    return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
+    but = ", but the shapes match" if known else ""
+    reason = f"declares base {shortened(declared)}, not {asked}{but}"
+    return match, resolved, f"{reason}: if both are the same model, accept it with --alias"
 
 
 def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:

@@ -173,7 +173,7 @@ def sort_tensors(header: Header) -> Sorted:
     for pair in pairs.values():
         for entry in (pair.a, pair.b):
             if entry.dtype not in FACTOR_DTYPES:
-                reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
+                reason = f"{shortened(entry.name)} is stored as {entry.dtype}; factors must be floats"
                 refused.setdefault("dtype", reason)
     return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(copies), tuple(refused.values()))
 
