@@ -197,7 +197,7 @@ def test_fetch_of_what_is_gated_unknown_or_broken(fake: FakeHub) -> None:
     assert "did you mean alice/sql" in refused(3, "pool", "fetch", "alice/sqll")
     assert "nothing was selected" in refused(2, "pool", "fetch")
     fake.fail("cdn:", "corrupt", times=9)
-    assert "do not have the hash" in refused(6, "pool", "fetch", "alice/sql")
+    assert "do not match the Hub's hash" in refused(6, "pool", "fetch", "alice/sql")
 
 
 def test_verify_says_how_much_of_an_adapter_the_base_has(fake: FakeHub, pool: Path) -> None:
