@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a folder, or the Hub's cache. Nothing is downloaded, and no pickle is opened."""
+"""The files of an adapter in a folder or in the Hub's cache. Nothing is downloaded, and no pickle is opened."""
 
 import hashlib
 import os
@@ -81,14 +81,14 @@ def read_config(folder: Path) -> bytes | None:
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """What tells a file that was written to or replaced from the one it was."""
+    """The identity of a file, which changes if the file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
 
-    A file that is as it was when this process hashed it is not read again.
+    An unchanged file that this process has hashed already is not read again.
     """
     with reading(path):
         return _hashed(path.absolute(), stamp(path.stat()))
