@@ -89,7 +89,7 @@ def _without_outputs(folder: Path) -> None:
 def test_a_result_that_cannot_be_trusted_is_not_up_to_date(damage: Callable[[Path], None]) -> None:
     ok("merge", *TWO, "-o", "out")
     damage(Path("out"))
-    assert "not what was written there" in refused(1, "merge", *TWO, "-o", "out")
+    assert "has changed since it was written" in refused(1, "merge", *TWO, "-o", "out")
     ok("merge", *TWO, "-o", "out", "--force")
     assert "up to date" in ok("merge", *TWO, "-o", "out").err
 
