@@ -1,6 +1,6 @@
 """Catalogue, select, merge, fit and evaluate pools of LoRA adapters.
 
-`open_pool` is the door for notebooks: see docs/python.md. `errors` holds what can go wrong, as exceptions.
+`open_pool` is the door for notebooks: see docs/python.md. `errors` holds the exceptions.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __all__ = ["OpenPool", "errors", "open_pool"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: the package itself costs nothing."""
+    """Import names on first use, so that importing the package is fast."""
     import importlib
 
     if name == "errors":

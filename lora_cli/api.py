@@ -1,6 +1,6 @@
-"""What a notebook needs: open a pool, then list, select, merge, fit, train, evaluate and bake with it.
+"""The interface for notebooks: open a pool, then list, select, merge, fit, train, evaluate and bake with it.
 
-Each function does what the command of its name does, by the same steps, and records the same run. Nothing is printed:
+Each function runs the same steps as the command of its name, and records the same run. Nothing is printed:
 `announce` gets the lines that a command would write to stderr, and `progress` is called as (what, done, total).
 """
 
@@ -31,7 +31,7 @@ def _ignore(text: str) -> None:
 class OpenPool:
     """A catalogue with a base model, opened; close it, or use it in a `with` statement.
 
-    Results are folders. A result that is there already is not made again, unless `force` is true.
+    Results are folders. An existing result is not made again, unless `force` is true.
     """
 
     def __init__(self, settings: Settings, announce: Callable[[str], None], progress: Progress) -> None:
@@ -188,14 +188,14 @@ def open_pool(
 ) -> OpenPool:
     """Open the catalogue for a base model: a Hub id, with @revision if any, or a folder.
 
-    What is not given comes from LORA_* in the environment, lora.toml or the user's configuration, as for the commands.
+    Missing settings come from LORA_* in the environment, lora.toml or the user's configuration, as for the commands.
 
     Args:
         db: the catalogue's file.
         settings: any other setting of `lora config show`, such as `device="cuda"`, `seed=1` or `runs="results"`.
 
     Raises:
-        UsageError: an unknown setting, or a value that it cannot have.
+        UsageError: an unknown setting, or an invalid value.
     """
     if unknown := sorted(settings.keys() - KEYS.keys()):
         raise UsageError(f"unknown setting {unknown[0]!r}", hint=f"settings are {', '.join(KEYS)}")
@@ -211,7 +211,7 @@ def _path(path: Path | str | None) -> Path | None:
 
 
 def _shared_out(options: Mapping[str, Any], *records: Any) -> "list[Any]":
-    """One record of each class, from the options that are its fields; UsageError for an option that none has."""
+    """One record of each class, from the options that are its fields; UsageError for an unknown option."""
     left = dict(options)
     made = [
         record.of(**{name: left.pop(name) for name in [*left] if name in record.__struct_fields__})

@@ -24,16 +24,16 @@ SUMMARIES = {
     "demo": "Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.",
     "pool": "The adapters of the catalogue: find them, list them, fetch and check them.",
     "select": "Choose usable adapters of one base model and remember the choice.",
-    "methods": "List the merge methods, or explain one: its formula, its options, what it costs and when to use it.",
-    "merge": "Merge adapters into one LoRA, on the updates themselves and not on A and B apart.",
+    "methods": "List the merge methods, or explain one: its formula, its options, its cost and when to use it.",
+    "merge": "Merge adapters into one LoRA, by their updates and not factor by factor.",
     "fit": "Fit one coefficient per adapter and module to a task, and merge with them.",
     "train": "Train a new LoRA on a task: the baseline that every fit has to beat.",
     "eval": "Evaluate adapters and the bare base on a task, with intervals, on one load of the base.",
-    "bake": "Add an adapter to its base model, and say how much of it survived.",
+    "bake": "Add an adapter to its base model, and report how much of the update survived.",
     "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
     "spectra.",
     "task": "The examples of a task, as a base model reads them.",
-    "runs": "The runs of all commands: on what data and adapters, and how they ended.",
+    "runs": "The recorded runs of all commands, with their inputs and outcomes.",
     "config": "Settings and where each comes from.",
     "completion": "Print the completion script of a shell, or install it.",
 }
@@ -42,20 +42,20 @@ SUMMARIES = {
 
 _KEPT = {
     "demo": "finished parts are kept: the same command goes on from there",
-    "pool": "what was read is kept: the same command goes on from there",
+    "pool": "the adapters read so far are kept: the same command goes on from there",
     "fit": "the last state is kept: the same command goes on from there",
     "eval": "the answers so far are kept: the same command goes on from there",
     **dict.fromkeys(("merge", "train", "bake"), "nothing half-written is left: run the command again"),
 }
-"""What an interrupted command leaves, by the name of the command."""
+"""The message about the state that an interrupted command leaves, by command."""
 
 
 class Root(Group):
-    """The `lora` command: runs a subcommand and turns what went wrong into lines on stderr and an exit code."""
+    """The `lora` command: runs a subcommand and turns errors into lines on stderr and an exit code."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        # The names, from which a mistyped one is recognised; `get_command` imports the commands themselves.
+        # The names only, for suggestions on a mistyped one; `get_command` imports the commands.
         self.commands = dict.fromkeys(SUMMARIES)  # type: ignore[assignment]
 
     def main(
@@ -82,11 +82,11 @@ class Root(Group):
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """In the order in which the work is done."""
+        """The commands in the order of a typical workflow."""
         return [*SUMMARIES]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command when it is named: no command pays for the others."""
+        """Import a command only when it is named, so that no command pays for the others."""
         return _command(cmd_name) if cmd_name in SUMMARIES else None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -109,7 +109,7 @@ class Root(Group):
                 raise
             _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
         except (MemoryError, RuntimeError) as error:
-            # torch's own class for it would want torch to be imported.
+            # Compare by name: torch's own class would need an import of torch.
             if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
                 raise
             _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
@@ -126,7 +126,7 @@ def _command(name: str) -> Any:
 
 @contextmanager
 def _quiet_at_closed_pipes() -> Iterator[None]:
-    """A reader that has what it wanted ends the command with 0."""
+    """End the command with 0 if the reader of stdout closes the pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -180,7 +180,7 @@ def main() -> None:
     """Console script."""
     _open_what_is_closed()
     for number in (signal.SIGTERM, signal.SIGHUP):
-        # A batch system's end and a closed terminal clean up as Ctrl-C does; who started this with nohup meant it.
+        # SIGTERM and SIGHUP clean up as Ctrl-C does; a SIGHUP ignored by nohup stays ignored.
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
     app(prog_name="lora")
@@ -191,7 +191,7 @@ def _end(number: int, frame: object) -> Never:
 
 
 def _open_what_is_closed() -> None:
-    """Standard streams that the caller closed lead nowhere: else the next file to be opened would take their place."""
+    """Open closed standard streams on the null device: else the next opened file would take their number."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)

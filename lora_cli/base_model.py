@@ -1,4 +1,4 @@
-"""The only door to transformers and peft: load a base model, know its modules, wear adapters, loss, generate."""
+"""The only door to transformers and peft: load a base model, list its modules, apply adapters, loss, generate."""
 
 import inspect
 import itertools
@@ -37,16 +37,16 @@ _hf.utils.logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IGNORED = -100
-# transformers would wear an adapter that it finds beside a model, and ask the network whether there is one.
+# Stop transformers from applying an adapter beside the model, and from asking the network for one.
 _NO_ADAPTER: Mapping[str, Any] = {"local_files_only": True, "subfolder": "no-adapter"}
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What the model wrote after a prompt: the text, its number of tokens, and its share of the batch's seconds.
+    """The model's text after a prompt: the text, its number of tokens, and its share of the batch's seconds.
 
-    `continues` is False where the text does not begin with the end of the prompt that was left to it; see `Opening`.
+    `continues` is False if the text does not begin with the cut end of the prompt; see `Opening`.
     """
 
     text: str
@@ -56,14 +56,14 @@ class Generation:
 
 
 class BaseModel:
-    """A frozen causal language model with its tokenizer, on which updates are worn without touching its weights.
+    """A frozen causal language model with its tokenizer. Updates are applied without touching its weights.
 
     Args:
-        name: how the user calls it; goes into messages and records.
+        name: the user's name for the model, in messages and records.
         model: a transformers causal language model.
         tokenizer: its tokenizer.
-        version: tells this very model from any other, under whatever name; see `BaseRef`.
-        prompting: how prompts are put to it.
+        version: identifies the model, whatever its name; see `BaseRef`.
+        prompting: the form of prompts.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.encoder = encoder_of(name, tokenizer, model.config, model.generation_config, prompting)
         self.ends = self.encoder.ends
-        # Padding is masked, so any token does that this model knows.
+        # Padding is masked, so any known token will do.
         fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad: int = next(token for token in fillers if token is not None and token < self.encoder.vocabulary)
-        # What a model suggests for chatting (sampling, penalties) would make its output no longer the greedy one.
+        # Drop the model's own generation settings (sampling, penalties): output must be greedy.
         model.generation_config = _hf.GenerationConfig(eos_token_id=self.ends, pad_token_id=self.pad)
 
     @property
     def pinned(self) -> str:
-        """`name@version`: what results of this base are kept under."""
+        """`name@version`: the key for results of this base."""
         return f"{self.name}@{self.version}"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return torch.device(self.model.device)
 
     @property
@@ -122,7 +122,7 @@ class BaseModel:
     def completion_losses(self, batch: Sequence[Encoded]) -> Tensor:
         """Negative log-likelihood in nats of each completion, summed over its tokens: (len(batch),) float32.
 
-        Differentiable in whatever the base wears. Divide by `Encoded.tokens` for a mean per token.
+        Differentiable in the applied updates. Divide by `Encoded.tokens` for a mean per token.
         """
         tokens = self._filled(batch)
         labels = torch.full_like(tokens, _IGNORED)
@@ -184,10 +184,10 @@ class BaseModel:
         *,
         batch_size: int = 16,
     ) -> dict[str, Tensor]:
-        """What each module is fed at some tokens of each example: (tokens, in) on the CPU, in this model's precision.
+        """Each module's activations at some tokens of each example: (tokens, in) on the CPU, in this model's precision.
 
         Args:
-            places: per example the indices of those tokens; rows come in the order of examples and places.
+            places: per example the indices of its tokens; rows come in the order of examples and places.
 
         Raises:
             Refused: a module does not see every token, as an expert of a mixture does not.
@@ -217,7 +217,7 @@ class BaseModel:
             return take
 
         hooks = [self.model.get_submodule(name).register_forward_pre_hook(hear(name)) for name in modules]
-        # Logits can outweigh all else: the head runs only where one of the modules is in it.
+        # Logits can need the most memory: run the head only if one of the modules is in it.
         below = f"{self.model.base_model_prefix}."
         model = self.model.base_model if all(name.startswith(below) for name in modules) else self.model
         try:
@@ -227,7 +227,7 @@ class BaseModel:
                 hook.remove()
         if deaf := [name for name in modules if name not in heard]:
             raise Refused(
-                f"{self.name}: {deaf[0]} is not fed every token, so its inputs cannot be sampled",
+                f"{self.name}: {deaf[0]} does not see every token, so its activations cannot be sampled",
                 hint="leave it out with --scope",
             )
         return heard
@@ -268,7 +268,7 @@ class BaseModel:
 
     @torch.no_grad()
     def _greedy(self, openings: Sequence[Opening], max_new_tokens: int) -> list[list[int]]:
-        """What follows each of some openings with the same ends."""
+        """The continuation of each opening; all openings have the same ends."""
         prompts, ends = [opening.ids for opening in openings], openings[0].ends
         width = max(len(ids) for ids in prompts)
         # New tokens are appended on the right, so prompts are filled up on the left, masked.
@@ -289,7 +289,7 @@ class BaseModel:
 
         Args:
             shapes: (out, in) of each matrix the update touches.
-            who: what to call the update in the message.
+            who: the update's name in the message.
         """
         ours = {name: self.skeleton.get(name) for name in shapes}
         wrong = [name for name, matrix in ours.items() if matrix is None or matrix.shape != tuple(shapes[name])]
@@ -312,12 +312,12 @@ class BaseModel:
         *,
         before: Callable[[], None] | None = None,
     ) -> Iterator[None]:
-        """While the block runs, each named matrix has B·A added, whatever its factors are at that moment.
+        """While the block runs, each named matrix has B·A added, with the factors of that moment.
 
         Args:
-            factors: by matrix, how to get B and A in the model's precision, on its device.
-            terms: outputs of linear layers that go through a term in place of one made of factors.
-            before: runs ahead of each pass.
+            factors: by matrix, a function that returns B and A in the model's precision, on its device.
+            terms: by linear layer, a term for its output in place of one made of factors.
+            before: runs before each pass.
         """
         made = dict(terms or {})
         by_parameter: dict[str, dict[str, Matrix]] = {}
@@ -337,13 +337,13 @@ class BaseModel:
 
     @contextmanager
     def wear(self, updates: Mapping[str, LowRank] | None, *, who: str = "the adapter") -> Iterator[None]:
-        """While the block runs, the base behaves as if each update were added to its weight; None adds none.
+        """While the block runs, the base behaves as if each update were added to its weight; None adds nothing.
 
         Raises:
             Refused: a matrix does not exist here or has another shape.
         """
         shapes, factors = {}, {}
-        # Once through: an update may be read from the disk each time it is asked for.
+        # Iterate only once: each access may read an update from the disk.
         for name, update in (updates or {}).items():
             shapes[name] = update.shape
             factors[name] = fixed(update.to(self.device).to(self.dtype))
@@ -358,7 +358,7 @@ class BaseModel:
         """While the block runs, the base carries a fresh trainable PEFT LoRA; afterwards it is as before.
 
         Raises:
-            Refused: no module of the base bears one of the `target_modules` names.
+            Refused: no module of the base has one of the `target_modules` names.
         """
         chosen = choose(self.skeleton, target_modules, dropout)
         with ExitStack() as stack:
@@ -371,11 +371,11 @@ class BaseModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRef:
-    """A base model at one version, and how it is to be loaded: decided, while its weights still lie on the disk.
+    """A base model at one version, with device, precision and prompting fixed; its weights are not loaded.
 
-    `place` is a folder or a Hub id; `name` is what records and messages call it. `version` has 40 hex digits: the
+    `place` is a folder or a Hub id; `name` is the base's name in records and messages. `version` has 40 hex digits: the
     commit on the Hub; for a folder the head of a SHA-256 over the files that loading reads. `device` and `dtype` are
-    those of this machine, never "auto". `prompting` is how prompts are put to it.
+    resolved for this machine, never "auto". `prompting` is the form of prompts.
     """
 
     place: str
@@ -387,24 +387,24 @@ class BaseRef:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its part of a run's settings."""
+        """The base's part of a run's settings."""
         return {"base": self.name, "device": self.device, "dtype": self.dtype, **self.prompting.settings}
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Its part of a run's inputs."""
+        """The base's part of a run's inputs."""
         return {f"base:{self.name}@{self.version}": self.version}
 
     def load(self) -> BaseModel:
-        """Load it. Code that comes with a model is never run, pickles are never opened.
+        """Load the model. Code that comes with a model is never run, pickles are never opened.
 
         Raises:
-            AccessDenied, NetworkError: it cannot be had.
-            Refused: it is not a causal language model this tool can load, or its weights are incomplete or broken.
+            AccessDenied, NetworkError: the model cannot be downloaded.
+            Refused: the model is not a causal language model that this tool can load, or its weights are incomplete.
         """
         options: dict[str, Any] = {"local_files_only": True}
         if folder_of(self.place) is None:
-            # A copy on this machine is taken as it is: no request, and the same base tomorrow.
+            # Use a copy on this machine as it is: no request, and the same base in later runs.
             options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
         try:
             with _silence():
@@ -427,7 +427,7 @@ class BaseRef:
         missing = sorted(report["missing_keys"])
         if missing:
             raise Refused(
-                f"{self.place}: {len(missing)} tensors are missing from its weights, {missing[0]} among them",
+                f"{self.place}: {len(missing)} tensors are missing from its weights, such as {missing[0]}",
                 hint="download the base model again",
             )
         return BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
@@ -441,15 +441,15 @@ def pin(
     dtype: str = "auto",
     prompting: Prompting | None = None,
 ) -> BaseRef:
-    """Decide on a base model without loading it. Hashing the weights of a folder takes a second per gigabyte or so.
+    """Pin a base model without loading it. Hashing the weights of a folder takes about a second per gigabyte.
 
     Args:
-        name: what records and messages call it, where that is not `public_base(name_or_path)`.
+        name: the base's name in records and messages; by default `public_base(name_or_path)`.
         device, dtype: see `resolve`.
-        prompting: how prompts are put to it; by default as the base does by itself.
+        prompting: the form of prompts; by default the base's own.
 
     Raises:
-        NothingMatched, AccessDenied, NetworkError: there is none, or the Hub cannot be asked for its commit.
+        NothingMatched, AccessDenied, NetworkError: no such base, or the Hub cannot be asked for its commit.
         UsageError, Refused: see `resolve`.
     """
     device, dtype = resolve(device, dtype)
@@ -473,7 +473,7 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
     """A base model's encoder, from its tokenizer and configuration, without its weights.
 
     Raises:
-        NothingMatched, AccessDenied, NetworkError: there is no such base, or it cannot be had.
+        NothingMatched, AccessDenied, NetworkError: no such base, or it cannot be downloaded.
         Refused: its tokenizer or configuration cannot be loaded. UsageError: see `Encoder`.
     """
     options: dict[str, Any] = {"local_files_only": True}
@@ -497,14 +497,14 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
 
 
 def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
-    """The device and the precision that are meant on this machine.
+    """The device and the precision on this machine.
 
     Args:
-        device: cpu, cuda, cuda:N or mps; "auto" is cuda where there is one, else cpu.
+        device: cpu, cuda, cuda:N or mps; "auto" is cuda if there is one, else cpu.
         dtype: fp32, bf16 or fp16; "auto" is bf16 on cuda and fp32 elsewhere.
 
     Raises:
-        UsageError: no such name. Refused: the device is not here.
+        UsageError: an unknown name. Refused: this machine lacks the device.
     """
     if dtype not in ("auto", *DTYPES):
         raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
@@ -534,20 +534,22 @@ def _cuda_devices(device: torch.device) -> list[torch.device]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """What these libraries remark about themselves is no news to the user."""
+    """Silence the libraries' remarks about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _version_on_hub(model: HubModel) -> str:
-    """The commit of the copy in the Hub client's cache where that is whole, else of the revision on the Hub."""
+    """The commit of the copy in the Hub client's cache if that is complete, else of the revision on the Hub."""
     if cached := cached_model(*model):
         return cached.name
     if not Hub().exists(model.repo):
-        raise NothingMatched(f"no base model {model.repo}", hint="check the id; a private one wants 'hf auth login'")
+        raise NothingMatched(
+            f"no base model {model.repo}", hint="check the id; for a private one log in with 'hf auth login'"
+        )
     try:
-        # By this the cache learns which commit a branch is; a later download by commit would not tell it.
+        # Download by branch name, so that the cache records which commit the branch points to.
         found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
     except Exception as error:
         _translate(str(model), error)
@@ -555,16 +557,16 @@ def _version_on_hub(model: HubModel) -> str:
 
 
 def _writer_of_text(config: Any, name: str) -> Any:
-    """The model's own class; Refused for one that does not continue a text."""
+    """The model's own class; Refused for one that cannot continue a text."""
     cls = class_of(config)
     if cls is None or not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
-        kind = "no model of transformers" if cls is None else f"a {cls.__name__}"
-        raise Refused(f"{name} is {kind}, which does not continue a text", hint="use a causal language model as base")
+        kind = "not a model of transformers" if cls is None else f"a {cls.__name__}"
+        raise Refused(f"{name} is {kind}, which cannot continue a text", hint="use a causal language model as base")
     return cls
 
 
 def _translate(name: str, error: Exception) -> NoReturn:
-    """Raise what a failure of loading means to the user; a bug stays what it is."""
+    """Turn a failure of loading into an error for the user; raise bugs unchanged."""
     if not isinstance(error, _LOADING_FAILS) and type(error).__name__ != "SafetensorError":
         raise error
     kinds: set[str] = set()

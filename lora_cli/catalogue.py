@@ -1,4 +1,4 @@
-"""The adapters that are known of, and the selections made from them: one SQLite file, safe to kill and to share."""
+"""The catalogued adapters, and the selections made from them: one SQLite file, safe to kill and to share."""
 
 import json
 import re
@@ -37,7 +37,7 @@ _BATCH = 400  # ids per statement, below SQLite's limit on parameters
 
 
 class Known(NamedTuple):
-    """What a plan needs to know of a row: is it the same version, and how did it end?"""
+    """The facts of a row that a sync's plan needs: version and status."""
 
     commit: str
     status: str
@@ -51,7 +51,7 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """Adapters chosen together: pinned references in order, with the score of each where the method gave one."""
+    """Adapters chosen together: pinned references in order, with the score of each if the method gave one."""
 
     id: int
     name: str
@@ -92,9 +92,9 @@ class Catalogue:
             self._reader = self._writer = None
 
     def add(self, adapters: Iterable[Adapter], hub_ids: Mapping[str, str] | None = None) -> None:
-        """Store adapters by id, in one transaction; a row that is there already is replaced.
+        """Store adapters by id, in one transaction; an existing row is replaced.
 
-        `hub_ids` maps an id to the Hub's own stable id of the repository: a row known under another name is renamed.
+        `hub_ids` maps an id to the Hub's own stable id of the repository: a row of that repository is renamed.
         """
         seen = datetime.now(UTC).isoformat(timespec="seconds")
         with self._lock, writing(self._write()) as db:
@@ -105,13 +105,13 @@ class Catalogue:
                 db.execute(_UPSERT, [*_row(adapter), sum(adapter.ranks.values()), hub_id, seen])
 
     def refresh(self, popularity: Mapping[str, tuple[int, int]]) -> None:
-        """Set downloads and likes, which change from day to day while the adapter stays the same."""
+        """Set downloads and likes, which change from day to day even if the adapter does not."""
         with self._lock, writing(self._write()) as db:
             for id, (downloads, likes) in popularity.items():
                 db.execute("UPDATE adapters SET downloads = ?, likes = ? WHERE id = ?", [downloads, likes, id])
 
     def learn(self, adapter: Adapter) -> None:
-        """Keep what the weights of an adapter told, unless its row has moved on to another commit meanwhile."""
+        """Store the facts from reading the weights; ignored if the row is at another commit by now."""
         with self._lock, writing(self._write()) as db:
             db.execute(
                 "UPDATE adapters SET sha256 = ?, norm = ?, bytes = ?, status = ?, reason = ? "
@@ -134,7 +134,7 @@ class Catalogue:
                 db.execute("UPDATE adapters SET status = ?, reason = ? WHERE id = ?", [status, reason, id])
 
     def known(self, ids: Sequence[str] | None = None) -> dict[str, Known]:
-        """What is stored of these ids (all ids by default); those that are not stored are left out."""
+        """The stored version and status of these ids (all ids by default); ids without a row are left out."""
         columns = "SELECT id, " + ", ".join(f'"{name}"' for name in Known._fields) + " FROM adapters"
         with self._lock:
             db = self._read()
@@ -148,7 +148,7 @@ class Catalogue:
         return {id: Known(*values) for id, *values in rows}
 
     def get(self, id: str) -> Adapter:
-        """The adapter with this id. NothingMatched, naming ids that look like it, if there is none."""
+        """The adapter with this id. NothingMatched, with similar ids, if there is none."""
         with self._lock:
             rows = self._rows(Adapter, "WHERE id = ?", [id])
         if rows:
@@ -158,35 +158,35 @@ class Catalogue:
         raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
 
     def named(self, text: str) -> Adapter:
-        """The row for what a user typed: an id (with `@commit` only that version of it), or a folder.
+        """The row for the user's text: an id (with `@commit` only that version), or a folder.
 
         Raises:
-            NothingMatched: unknown, with ids that look like it; or known at another commit.
+            NothingMatched: no such row, with similar ids; or the row is at another commit.
         """
         if text.startswith((".", "/", "~")) and (folder := folder_of(text)) is not None:
             found = self.at(folder)
             if found is None:
                 raise NothingMatched(
-                    f"{text}: not in the catalogue", hint=f"lora pool verify {text} looks at a folder as it is"
+                    f"{text}: not in the catalogue", hint=f"lora pool verify {text} checks a folder without a sync"
                 )
             return found
         wanted = _REVISION.search(text)
         row = self.get(_REVISION.sub("", text))
         if wanted and not row.commit.startswith(wanted[1]):
             raise NothingMatched(
-                f"{row.id} is known at {row.commit[:12]}, not at {wanted[1]}",
-                hint="it has changed since it was selected: run lora select again, or name it without @",
+                f"{row.id} is at commit {row.commit[:12]} in the catalogue; commit {wanted[1]} is not available here",
+                hint=f"drop @{wanted[1]} to use it as it is, or run lora select again",
             )
         return row
 
     def at(self, folder: Path) -> Adapter | None:
-        """The adapter that lies in `folder`, None if it is not in the catalogue."""
+        """The adapter in `folder`, None if it is not in the catalogue."""
         with self._lock:
             rows = self._rows(Adapter, "WHERE source = 'folder' AND repo = ?", [str(folder.resolve())])
         return rows[0] if rows else None
 
     def provenance(self, id: str) -> dict[str, Any]:
-        """When a row was last written, the Hub's own id of its repository, and the selections that hold it."""
+        """The time of a row's last write, the Hub's own id of its repository, and the selections that hold it."""
         with self._lock:
             db = self._read()
             found = db.execute("SELECT hub_id, seen_at FROM adapters WHERE id = ?", [id]).fetchone() or ("", "")
@@ -199,7 +199,7 @@ class Catalogue:
         return {"hub_id": found[0], "stored_at": found[1], "selections": names}
 
     def suggest(self, id: str, count: int = 3) -> list[str]:
-        """Ids that a user who typed `id` may have meant, the likeliest first: of the same name, or spelled alike."""
+        """Ids similar to `id`, the likeliest first: of the same name, or spelled alike."""
         from rapidfuzz import fuzz, process
 
         wanted = id.lower()
@@ -212,7 +212,7 @@ class Catalogue:
         return list(dict.fromkeys([*same, *(ids[place] for _, _, place in alike)]))[:count]
 
     def ids_from(self, start: str, limit: int) -> list[str]:
-        """The first ids, in alphabetical order, that begin with `start`."""
+        """The first ids with the prefix `start`, in alphabetical order."""
         with self._lock:
             rows = self._read().execute(
                 "SELECT id FROM adapters WHERE id >= ? AND substr(id, 1, ?) = ? ORDER BY id LIMIT ?",
@@ -221,7 +221,7 @@ class Catalogue:
             return [row[0] for row in rows]
 
     def values_of(self, column: str, start: str, limit: int) -> list[str]:
-        """The values of a column that begin with `start`, those of most adapters first."""
+        """The values of a column with the prefix `start`, the most frequent first."""
         name = _quoted([column])
         with self._lock:
             rows = self._read().execute(
@@ -232,14 +232,14 @@ class Catalogue:
             return [str(row[0]) for row in rows]
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Forget adapters; their files stay where they are, and selections that hold them lose them."""
+        """Delete the rows of adapters, also from selections; their files stay."""
         with self._lock, writing(self._write()) as db:
             for id in ids:
                 db.execute("DELETE FROM selected WHERE adapter_id = ?", [id])
                 db.execute("DELETE FROM adapters WHERE id = ?", [id])
 
     def selections(self) -> list[dict[str, Any]]:
-        """Every selection, the newest first: number, name, time, method and how many adapters it holds."""
+        """Every selection, the newest first: number, name, time, method and number of adapters."""
         with self._lock:
             return list(
                 self._read().query(
@@ -250,7 +250,7 @@ class Catalogue:
             )
 
     def drop_selections(self, name: str) -> int:
-        """Forget the selections of a name, or the one whose number it is; how many that were."""
+        """Delete the selections of this name or number; returns the number deleted."""
         with self._lock, writing(self._write()) as db:
             return int(db.execute("DELETE FROM selections WHERE name = ? OR id = ?", [*_clean([name]), name]).rowcount)
 
@@ -267,7 +267,7 @@ class Catalogue:
     ) -> list[AdapterRow]:
         """Adapters for which every condition of `where` holds (see `where`), and the status if one is given."""
         test, values = _tested(where, status)
-        # Rows are chosen by their keys first, so that only those that are asked for are read whole.
+        # Choose rows by their keys first, so that only the requested rows are read in full.
         keys = f"SELECT key FROM adapters WHERE {test} ORDER BY {ordering(sort)} LIMIT ?"
         with self._lock:
             return self._rows(
@@ -287,7 +287,7 @@ class Catalogue:
         return [found[id] for id in ids if id in found]
 
     def candidates(self, where: Sequence[str] = (), *, base: str | None = None) -> list[Candidate]:
-        """The usable adapters for which every condition of `where` holds, of one base if one is named; by id."""
+        """The usable adapters for which every condition of `where` holds, of `base` if given; by id."""
         test, values = _tested(where, "ok")
         if base is not None:
             test, values = f"{test} AND base = ?", [*values, base]
@@ -300,7 +300,7 @@ class Catalogue:
     def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.
 
-        Signs in `text` only separate words: there is no query language in it.
+        Punctuation in `text` only separates words: there is no query language.
         """
         words = re.findall(r"\w+", text.replace("_", " "))
         if not words:
@@ -342,7 +342,7 @@ class Catalogue:
         return {**totals, **groups, "last_sync": last}
 
     def ids_of(self, *, source: str, base: str = "") -> list[str]:
-        """Ids of rows that are not gone, from one source or of one base: what a sync may miss."""
+        """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions."""
         test, values = "source = ? AND status != 'gone'", [source]
         if base:
             test, values = f"{test} AND base = ?", [*values, base]
@@ -350,7 +350,7 @@ class Catalogue:
             return [row[0] for row in self._read().execute(f"SELECT id FROM adapters WHERE {test} ORDER BY id", values)]
 
     def remember_sync(self, started: str, source: str, base: str, report: Mapping[str, Any]) -> None:
-        """Keep the figures of one sync."""
+        """Store the figures of one sync."""
         with self._lock, writing(self._write()) as db:
             db.execute(
                 "INSERT INTO syncs (started, ended, source, base, report) VALUES (?, ?, ?, ?, ?)",
@@ -364,7 +364,7 @@ class Catalogue:
         method: str,
         settings: Mapping[str, Any],
     ) -> int:
-        """Keep a selection, in order, and return its number."""
+        """Store a selection, in order, and return its number."""
         created = datetime.now(UTC).isoformat(timespec="microseconds")
         with self._lock, writing(self._write()) as db:
             cursor = db.execute(
@@ -381,7 +381,7 @@ class Catalogue:
     def last_selection(self, name: str | None = None) -> Selection | None:
         """The newest selection, or the newest of this name; None if there is none.
 
-        Its adapters stay pinned to the commits they had. NothingMatched if one of them is no longer in the catalogue.
+        Its adapters stay pinned to their commits. NothingMatched if one of them is no longer in the catalogue.
         """
         test, values = ("WHERE name = ?", [name]) if name is not None else ("", [])
         with self._lock:
@@ -405,12 +405,12 @@ class Catalogue:
         )
 
     def aliases(self) -> dict[str, str]:
-        """Every remembered other name of a base model, with the base it stands for."""
+        """Every remembered other name of a base model, with its base."""
         with self._lock:
             return dict(self._read().execute("SELECT alias, base FROM aliases ORDER BY alias").fetchall())
 
     def remember_aliases(self, base: str, aliases: Iterable[str]) -> None:
-        """Keep the other names of a base model, and only these."""
+        """Replace the stored other names of a base model."""
         with self._lock, writing(self._write()) as db:
             db.execute("DELETE FROM aliases WHERE base = ?", [base])
             for alias in aliases:
@@ -419,7 +419,7 @@ class Catalogue:
     def sql(self, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
         """Column names and rows of a query that can only read: a connection of its own, no ATTACH, no extensions.
 
-        Raises UsageError for SQL that is wrong, wants more than to read, runs for over 10 s or gives over a million
+        Raises UsageError for SQL that is wrong, tries to write, runs for over 10 s or gives over a million
         rows.
         """
         db = open_for_reading(self.path)
@@ -461,7 +461,7 @@ class Catalogue:
 
 
 def _text(value: str) -> str:
-    """`value` with lone surrogates, as an argument or a file name may hold, as escapes: SQLite takes only Unicode."""
+    """`value` with lone surrogates escaped: arguments and file names may hold them, and SQLite takes only Unicode."""
     return value.encode("utf-8", "backslashreplace").decode()
 
 
@@ -505,7 +505,7 @@ def _parsed(values: dict[str, Any]) -> dict[str, Any]:
 
 def _guarded_query(connection: sqlite3.Connection, query: str) -> tuple[list[str], list[tuple[Any, ...]]]:
     connection.execute("PRAGMA query_only = ON")
-    # Virtual tables declare their columns when they are first used, which looks like creating a table.
+    # Use virtual tables once now: they declare their columns on first use, which looks like creating a table.
     connection.execute("SELECT 1 FROM adapters_fts, json_each('[]'), json_tree('[]') LIMIT 0").fetchall()
     connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _SQL_CELL_BYTES)
     deadline = time.monotonic() + _SQL_SECONDS
@@ -528,7 +528,7 @@ def _only_reading(action: int, first: str | None, second: str | None, *_: str | 
         return sqlite3.SQLITE_OK
     if action == sqlite3.SQLITE_FUNCTION and second != "load_extension":
         return sqlite3.SQLITE_OK
-    # The full-text index asks for this itself when it is searched.
+    # The full-text index issues this itself when it is searched.
     if action == sqlite3.SQLITE_PRAGMA and first == "data_version":
         return sqlite3.SQLITE_OK
     return sqlite3.SQLITE_DENY

@@ -33,7 +33,7 @@ class ExitCode(IntEnum):
 
 
 class LoraError(Exception):
-    """A condition the user can act on: `message` says what is wrong, `hint` what to do about it."""
+    """A condition that the user can act on: `message` is the fault, `hint` the remedy."""
 
     exit_code = ExitCode.ERROR
 
@@ -80,11 +80,11 @@ class ConfigError(Refused):
 
 
 class HeaderError(Refused):
-    """A safetensors header that is malformed or does not describe the file it stands in."""
+    """A safetensors header that is malformed or does not describe its file."""
 
 
 class Partial(LoraError):
-    """Some of the work is done and kept; a rerun goes on from there."""
+    """Some of the work is done and kept; a rerun continues from there."""
 
     exit_code = ExitCode.PARTIAL
 

@@ -10,14 +10,14 @@ Stamp = tuple[int, int, int, int]
 
 
 def stamp(status: os.stat_result) -> Stamp:
-    """The part of a file's status that differs once the file was written to or replaced."""
+    """The identity of a file, which changes if the file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def file_sha256(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits.
 
-    A file that is as it was when this process hashed it is not read again. Raises OSError where it cannot be read.
+    An unchanged file that this process has hashed already is not read again. Raises OSError where it cannot be read.
     """
     return _hashed(path.absolute(), stamp(path.stat()))
 

@@ -1,7 +1,7 @@
 """The only door to the Hugging Face Hub: list adapters, read parts of files, download one, find one in the cache.
 
 Every request goes through huggingface_hub's own session (its login, proxy and offline rules); this module adds time
-limits, capped waits, a count of requests and bytes, and turns what can go wrong into this tool's errors.
+limits, capped waits, a count of requests and bytes, and turns failures into this tool's errors.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# The listing takes any subset of properties; these are all that the catalogue stores or judges by.
+# The listing takes any subset of properties; the catalogue needs only these.
 _EXPAND = (
     "author",
     "cardData",
@@ -47,7 +47,7 @@ _EXPAND = (
     "siblings",
     "tags",
 )
-_PAGE_SIZES = (1000, 200, 40)  # a page that the Hub cannot make in time is asked for again in smaller parts
+_PAGE_SIZES = (1000, 200, 40)  # ask again for smaller pages if the Hub times out
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _TRIES = 5
 _LONGEST_WAIT = 330.0  # the Hub's rate windows last 300 s
@@ -62,7 +62,7 @@ class MissingFile(NothingMatched):
 
 
 class Gated(AccessDenied):
-    """The repository shows its files only to those whom its owner has let in."""
+    """The repository shows its files only to users with the owner's permission."""
 
 
 class Overloaded(NetworkError):
@@ -88,7 +88,7 @@ class Part(NamedTuple):
 
 
 class FileFacts(NamedTuple):
-    """What the Hub says of a file: `oid` is its SHA-256 (64 hex digits), or outside LFS a git blob's SHA-1 (40)."""
+    """The Hub's facts about a file: `oid` is its SHA-256 (64 hex digits), or outside LFS a git blob's SHA-1 (40)."""
 
     oid: str
     size: int
@@ -96,7 +96,7 @@ class FileFacts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """One repository as a listing shows it; `files` are names only. `base` is what its card or config declares."""
+    """One repository as a listing shows it; `files` are names only. `base` is declared by its card or config."""
 
     hub_id: str
     id: str
@@ -119,11 +119,11 @@ class Hub:
 
     Args:
         endpoint: default HF_ENDPOINT, else https://huggingface.co.
-        progress: is told of every wait that lasts longer than a second.
-        budget: how many requests this object may send, None for no limit; BudgetSpent is raised past it.
-        first_wait: seconds before the first repetition of a failed request; doubled each time.
-        silence: seconds for which a server may say nothing; None for the usual half a minute.
-        tries: how often a request that fails is sent at most.
+        progress: called during every wait longer than a second.
+        budget: the most requests that this object may send, None for no limit; BudgetSpent is raised beyond.
+        first_wait: seconds before the first retry of a failed request; doubled each time.
+        silence: seconds without data before a request times out; None for the usual half a minute.
+        tries: the most attempts per request.
     """
 
     def __init__(
@@ -152,23 +152,23 @@ class Hub:
 
     @property
     def traffic(self) -> Traffic:
-        """What has gone over the wire since this object was made."""
+        """Requests and bytes since this object was made."""
         now = _meter.reading()
         return Traffic(now.requests - self._start.requests, now.bytes - self._start.bytes)
 
     def stop(self) -> None:
-        """End every wait of every thread: the request under way becomes the last one."""
+        """End every wait of every thread: the current request becomes the last one."""
         self._stopped.set()
 
     def list_adapters(self, base: str, *, since: str = "", limit: int | None = None) -> Iterator[list[Listed]]:
         """The repositories tagged as PEFT adapters of `base`, newest first, one page at a time.
 
-        A repository that is repeated is given once; a page that cannot be trusted to end the listing raises.
+        A repeated repository is yielded once; a page that may cut the listing short raises.
 
         Args:
             base: the base model's Hub id.
-            since: leave out (and do not ask for) repositories created before this ISO time.
-            limit: stop after so many repositories.
+            since: skip (and do not request) repositories created before this ISO time.
+            limit: the most repositories to list.
         """
         query: list[tuple[str, Any]] = [("filter", f"base_model:adapter:{base}"), ("filter", "peft")]
         query += [("sort", "createdAt"), *(("expand", name) for name in _EXPAND)]
@@ -196,17 +196,19 @@ class Hub:
             yield page
 
     def repository(self, repo: str, revision: str = "") -> Listed:
-        """What a listing shows of one repository at a branch, tag or whole commit, "" for its main branch."""
+        """The listing's entry for one repository at a branch, tag or whole commit, "" for its main branch."""
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
         query = urlencode([("expand", name) for name in _EXPAND])
         item, _ = self._get(f"{self.endpoint}/api/models/{repo}{at}?{query}", repo, _json_page)
         listed = _listed(item)
         if listed is None or (_COMMIT.fullmatch(revision) and listed.commit != revision):
-            raise NetworkError(f"{repo}: the Hub's answer is not what was asked for", hint="check HF_ENDPOINT")
+            raise NetworkError(
+                f"{repo}: the Hub answered with another repository or revision", hint="check HF_ENDPOINT"
+            )
         return listed
 
     def exists(self, repo: str) -> bool:
-        """False if the Hub says that there is no such repository (any more)."""
+        """False if the repository does not exist on the Hub (any more)."""
         try:
             self._get(f"{self.endpoint}/api/models/{repo}?expand=sha", repo, _text)
         except Gated:
@@ -218,17 +220,17 @@ class Hub:
     def read_newest(self, repo: str, filename: str, limit: int, revision: str) -> bytes:
         """The whole of a small file on a branch, by one request; of one longer than `limit`, `limit + 1` bytes.
 
-        For looking, never for recording: which commit it is from is not said.
+        For display only, never for records: the commit is not known.
         """
         url = f"{self.endpoint}/{quote(repo)}/resolve/{quote(revision, safe='')}/{quote(filename)}"
         return self._get(url, repo, lambda r: _collect(r, limit + 1))
 
     def read_file(self, repo: str, filename: str, commit: str, limit: int) -> bytes:
-        """The whole of a small file. Of one longer than `limit`, `limit + 1` bytes: enough for the caller to tell."""
+        """The whole of a small file. Of one longer than `limit`, `limit + 1` bytes, so that the caller can tell."""
         return self._get(self._url(repo, filename, commit), repo, lambda r: _collect(r, limit + 1))
 
     def read_range(self, repo: str, filename: str, commit: str, begin: int, end: int) -> Part:
-        """Bytes `begin` to `end` (exclusive) of a file, fewer where it ends before, and its size.
+        """Bytes `begin` to `end` (exclusive) of a file, fewer if it ends before, and its size.
 
         A server that ignores the range is not read past `end`.
         """
@@ -248,7 +250,7 @@ class Hub:
         return self._attempts(repo, ask)
 
     def download(self, repo: str, filename: str, commit: str) -> Path:
-        """A file in the Hub client's cache, fetched if it is not there, its bytes checked against the Hub's hash.
+        """A file in the Hub client's cache, downloaded if missing, its bytes checked against the Hub's hash.
 
         Bytes that do not match are removed from the cache and fetched once more. Raises NetworkError if they still
         do not match, OutputError if the disk is full, and the errors of every request.
@@ -271,16 +273,14 @@ class Hub:
                 )
 
             path = self._attempts(repo, fetch)
-            # The cache names a blob by its hash, which saves asking; where it cannot make links, the Hub has to say.
+            # The cache names a blob by its hash, so no request is needed; without links, ask the Hub for the hash.
             linked = path.readlink().name if path.is_symlink() else ""
             oid = linked if _OID.fullmatch(linked) else self.file_facts(repo, filename, commit).oid
             if not _OID.fullmatch(oid) or content_oid(path, sha1=len(oid) == 40) == oid:
                 return path
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
-        raise NetworkError(
-            f"{repo}/{filename}: the bytes received do not have the hash that the Hub states", hint="rerun later"
-        )
+        raise NetworkError(f"{repo}/{filename}: the bytes received do not match the Hub's hash", hint="rerun later")
 
     def _url(self, repo: str, filename: str, commit: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -328,7 +328,7 @@ class Hub:
         return self._attempts(what, ask)
 
     def _attempts(self, what: str, ask: "Callable[[httpx2.Client], T]") -> T:
-        """Call `ask` until it succeeds, fails for a reason that will not go away, or has failed often enough."""
+        """Call `ask` until it succeeds, fails for a permanent reason, or the attempts are used up."""
         import httpx2
         from huggingface_hub import get_session
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -345,18 +345,18 @@ class Hub:
                     response = error.response if isinstance(error, HfHubHTTPError) else None
                     if response is not None and response.status_code not in _RETRIED:
                         raise
-                    # A host that does not exist will not exist in eight seconds either.
+                    # Do not retry an unknown host: it stays unknown.
                     tries = 3 if isinstance(error, httpx2.ConnectError) else _TRIES
                     if attempt >= min(tries, self._tries) or self._stopped.is_set():
                         raise
                     if response is not None and response.status_code == 429:
-                        # The limit is the account's: every thread has to wait.
+                        # The limit applies to the account, so every thread waits.
                         pause = self._asked_wait(response, what) or wait
                         self._pause_until = max(self._pause_until, time.monotonic() + pause)
         raise AssertionError("unreachable")
 
     def _hold(self, wait: float) -> None:
-        """Wait, and as long as the Hub wants a pause, saying so; then see whether the budget allows another request."""
+        """Wait as long as the Hub asks, reporting progress; then check the budget for another request."""
         begin = time.monotonic()
         while (left := max(self._pause_until, begin + wait) - time.monotonic()) > 0:
             if self._stopped.wait(min(left, 1.0)):
@@ -365,9 +365,9 @@ class Hub:
             if elapsed >= 1.0:
                 self._progress("waiting for the Hub, seconds", int(elapsed), int(elapsed + left) + 1)
         if self._stopped.is_set():
-            raise NetworkError("stopped", hint="rerun to go on")
+            raise NetworkError("stopped", hint="rerun to continue")
         if self._budget is not None and self.traffic.requests >= self._budget:
-            raise BudgetSpent(f"the budget of {self._budget} requests is spent", hint="rerun to go on")
+            raise BudgetSpent(f"the budget of {self._budget} requests is spent", hint="rerun to continue")
 
     def _asked_wait(self, response: "httpx2.Response", what: str) -> float | None:
         from huggingface_hub.utils._http import parse_ratelimit_headers
@@ -383,7 +383,7 @@ class Hub:
         return seconds
 
     def _obey(self, response: "httpx2.Response") -> None:
-        """When an answer says that nothing is left of this window, pause before being refused, not after."""
+        """If an answer shows that the rate window is used up, pause before the next request, which would be refused."""
         from huggingface_hub.utils._http import parse_ratelimit_headers
 
         for hop in (*response.history, response):
@@ -405,9 +405,9 @@ def cache_folder() -> Path:
 
 
 def cached_file(repo: str, filename: str, commit: str = "main") -> Path | None:
-    """Where the Hub client's cache holds a file at a commit; None if it does not. Sends nothing.
+    """The path of a file at a commit in the Hub client's cache; None if it is not there. Sends nothing.
 
-    "main" is the commit that the cache last saw under that name: for looking, never for recording.
+    "main" is the commit that the cache last saw under that name: for display only, never for records.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -417,7 +417,7 @@ def cached_file(repo: str, filename: str, commit: str = "main") -> Path | None:
 
 
 def login_mark() -> str:
-    """Tells one login from another and from none, without being of use to anybody who reads it."""
+    """A text that differs between logins and without one, and reveals nothing about the token."""
     from huggingface_hub import get_token
 
     token = get_token()
@@ -425,7 +425,7 @@ def login_mark() -> str:
 
 
 def content_oid(path: Path, *, sha1: bool = False) -> str:
-    """The name that the Hub gives to these bytes: SHA-256, or with `sha1` that of the git blob they make."""
+    """The Hub's hash of these bytes: SHA-256, or with `sha1` the git blob's SHA-1."""
     if not sha1:
         return file_sha256(path)
     digest = hashlib.sha1(b"blob %d\x00" % path.stat().st_size)
@@ -457,7 +457,7 @@ _trusted: set[tuple[str, str, int]] = set()
 
 @functools.cache
 def _identity() -> Mapping[str, Any]:
-    """How this tool names itself to the Hub."""
+    """The user agent of this tool."""
     try:
         version = importlib.metadata.version("lora-cli")
     except importlib.metadata.PackageNotFoundError:
@@ -473,12 +473,12 @@ def _client() -> None:
     from huggingface_hub.utils._http import hf_request_event_hook
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    # Its warnings would repeat ours, and quote headers that a server chose.
+    # Silence its warnings: they repeat ours, and quote headers from the server.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS"):
         disable_progress_bars()
     _trusted.add(_origin(constants.ENDPOINT))
-    # Else a request that the user did not ask for precedes the first of ours, and tells what is installed here.
+    # Stop huggingface_hub from sending telemetry (installed packages) before our first request.
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
     class Counted(httpx2.SyncByteStream):
@@ -495,7 +495,7 @@ def _client() -> None:
 
     def before(request: httpx2.Request) -> None:
         limits = request.extensions.setdefault("timeout", {})
-        # A silent server must not hold us for ever, and the client's own pages come without any limit.
+        # Set time limits: a silent server must not block for ever, and the client's own requests have none.
         for kind in ("connect", "read", "write", "pool"):
             if limits.get(kind) is None:
                 limits[kind] = _SILENCE_SECONDS
@@ -605,7 +605,7 @@ def _json_page(response: "httpx2.Response") -> tuple[Any, str]:
 
 
 def _collect(response: "httpx2.Response", limit: int) -> bytes:
-    """At most `limit` bytes of the decoded body, read no further than that."""
+    """At most `limit` bytes of the decoded body; the rest is not read."""
     deadline = time.monotonic() + _WHOLE_READ_SECONDS
     body = bytearray()
     for block in response.iter_bytes():
@@ -624,7 +624,7 @@ def _collect_range(response: "httpx2.Response", begin: int, end: int) -> Part:
     if response.status_code != 206:
         size_text = response.headers.get("content-length", "")
         body = _collect(response, end)
-        # Without a length, a body that stopped before `end` was read whole.
+        # Without a length, a body shorter than `end` is the whole file.
         size = int(size_text) if size_text.isdigit() else len(body)
         return Part(body[begin:], size)
     stated = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", response.headers.get("content-range", ""))
@@ -634,14 +634,14 @@ def _collect_range(response: "httpx2.Response", begin: int, end: int) -> Part:
 
 
 def _with_limit(url: str, size: int) -> str:
-    """`url` with its page size lowered to `size` where it asks for more."""
+    """`url` with a page size of at most `size`."""
     parts = urlsplit(url)
     query = re.sub(r"(^|&)limit=(\d+)", lambda m: f"{m[1]}limit={min(int(m[2]), size)}", parts.query)
     return urlunsplit(parts._replace(query=query))
 
 
 def _listed(item: Any) -> Listed | None:
-    """A listing's item, tolerant of every property being absent or of another kind; None without an id and a commit."""
+    """A listing's item; any property may be absent or of another type. None without an id and a commit."""
     if not isinstance(item, Mapping):
         return None
     name, commit = _str(item.get("id")), _str(item.get("sha"))
@@ -684,7 +684,7 @@ def _licence(card: Mapping[str, Any], tags: Any) -> str:
 
 
 def _card_text(card: Mapping[str, Any], item: Mapping[str, Any]) -> str:
-    """What the listing itself says of an adapter, for the full-text search: card metadata and tags, no README."""
+    """The listing's text about an adapter, for the full-text search: card metadata and tags, no README."""
     words = []
     for key in ("model_name", "tags", "datasets", "language", "pipeline_tag"):
         value = card.get(key)
@@ -703,7 +703,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def _str(value: Any) -> str:
-    # JSON can spell half a surrogate pair, which is no text for a database or a terminal.
+    # JSON can hold half a surrogate pair, which neither a database nor a terminal accepts.
     return value[:2_000].encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else ""
 
 

@@ -15,13 +15,13 @@ HOW, WHAT, SIZE, FORM = "How to merge", "What to merge", "Size of the result", "
 
 
 class MergeOptions(Options, frozen=True, kw_only=True):
-    """What decides the result of a merge besides the adapters, their weights and the base model.
+    """The options that decide the result of a merge, besides the adapters, their weights and the base model.
 
     `rank` is a number, "sum" (exact) or "auto" (up to 64, or the largest rank among the adapters if that is more).
     `scope` names the parts of the model to merge, like "layers=0-15,20" or "modules=q_proj,*.mlp.*"; all must hold.
-    `missing` says how an adapter counts in modules it lacks: "zero" as a zero update; "renorm" spreads its weight over
-    the others there. `saved_modules` is "refuse", "drop", or the `id@commit` of the adapter whose modules the result
-    takes. `device` is where the arithmetic is done, as torch names it.
+    `missing` is the treatment of an adapter in modules that it lacks: "zero" counts a zero update; "renorm" spreads its
+    weight over the others there. `saved_modules` is "refuse", "drop", or the `id@commit` of the adapter whose modules
+    the result takes. `device` is torch's name of the device for the arithmetic.
     """
 
     method: Annotated[
@@ -65,16 +65,17 @@ class MergeOptions(Options, frozen=True, kw_only=True):
     compact: Annotated[
         bool, Flag(help="Leave each module at its own rank: smaller, but not every server reads it.", panel=SIZE)
     ] = False
-    dtype: Annotated[Precision, Flag(help="Precision on disk; auto is that of the parents.", panel=FORM)] = "auto"
+    dtype: Annotated[Precision, Flag(help="Precision on disk; auto is the parents'.", panel=FORM)] = "auto"
     dense: Annotated[bool, Flag(help="Write whole updates (delta.safetensors) in place of a LoRA.", panel=FORM)] = False
     for_: Annotated[
-        Server | None, Flag(help="Keep the rules of a server, and print the line that serves the result.", panel=FORM)
+        Server | None,
+        Flag(help="Follow the rules of a server, and print the command that serves the result.", panel=FORM),
     ] = None
     device: str = "cpu"
 
 
 class MergeSources(Options, frozen=True, kw_only=True):
-    """Where the adapters of a merge, and the weight of each, come from."""
+    """The sources of a merge's adapters and weights."""
 
     weights: Annotated[
         str | None,

@@ -20,7 +20,7 @@ from lora_cli.errors import UsageError
 F = TypeVar("F", bound=Callable[..., Any])
 
 SECTIONS = ("Weights", "Cost", "Use", "Source")
-"""What the docstring of a merge method says after its formula, each paragraph under its name and a colon."""
+"""The paragraphs in a merge method's docstring after its formula, each under its name and a colon."""
 _SECTION = re.compile(rf"^({'|'.join(SECTIONS)}):\s", re.MULTILINE)
 
 
@@ -28,11 +28,11 @@ def method(kind: str, *, weights: str = "average", inside: tuple[str, ...] = (),
     """Mark the one public function of a method file.
 
     Args:
-        kind: says which engine runs it.
-        weights: what each adapter weighs where the user does not say: "average" (1/N) or "sum" (1).
-        inside: methods of the same folder that it can run inside itself, the default first; the user chooses with
-            `--inside`, whose knobs are then taken too.
-        needs: what it has to be given besides: "inputs".
+        kind: the engine that runs the method.
+        weights: the default weight of each adapter: "average" (1/N) or "sum" (1).
+        inside: methods of the same folder that this one can run inside, the default first; the user chooses with
+            `--inside`, and the inner method's knobs are then accepted too.
+        needs: further input of the method: "inputs".
     """
 
     def mark(function: F) -> F:
@@ -59,7 +59,7 @@ class Knob:
     choices: tuple[str, ...] = ()
 
     def check(self, method_name: str, value: Any) -> Any:
-        """`value` as this knob's type, or UsageError naming the method, the knob and what it takes."""
+        """`value` as this knob's type, or UsageError with the method, the knob and the allowed values."""
         flag = f"--{self.name.replace('_', '-')}"
         if self.choices and value not in self.choices:
             raise UsageError(f"{method_name}: {flag} is one of {', '.join(self.choices)}, not {value!r}")
@@ -87,7 +87,7 @@ class Knob:
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """What a method file says about itself."""
+    """The facts about a method, from its file."""
 
     name: str
     kind: str
@@ -104,18 +104,18 @@ class Method:
 
     @property
     def formula(self) -> str:
-        """What its docstring says between the first line and the first of SECTIONS."""
+        """The part of its docstring between the first line and the first of SECTIONS."""
         return _SECTION.split(self.doc, maxsplit=1)[0].removeprefix(self.summary).strip("\n")
 
     @property
     def sections(self) -> dict[str, str]:
-        """Those of SECTIONS that its docstring has, in its order."""
+        """The SECTIONS in its docstring, in its order."""
         _, *parts = _SECTION.split(self.doc)
         return {name: text.strip() for name, text in zip(parts[::2], parts[1::2], strict=True)}
 
     @property
     def arxiv(self) -> str:
-        """The first paper that its Source names, as arXiv numbers it; "" for none."""
+        """The arXiv number of the first paper in its Source; "" for none."""
         found = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", self.sections.get("Source", ""))
         return found[1] if found else ""
 
@@ -125,7 +125,7 @@ class MethodFolder:
 
     Args:
         package: dotted name of the folder, such as "lora_cli.merge_methods".
-        what: how messages call one of them, such as "merge method".
+        what: the word for one method in messages, such as "merge method".
     """
 
     def __init__(self, package: str, what: str) -> None:
@@ -150,7 +150,7 @@ class MethodFolder:
         return found
 
     def get(self, name: str) -> Method:
-        """The method called `name`; UsageError with the nearest names when there is none."""
+        """The method called `name`; UsageError with the nearest names if there is none."""
         if name not in self.methods:
             near = difflib.get_close_matches(name, self.methods, n=1)
             raise UsageError(
@@ -160,7 +160,7 @@ class MethodFolder:
         return self.methods[name]
 
     def knobs_of(self, name: str) -> dict[str, Knob]:
-        """Every knob that method `name` can take, those of the methods it can run inside itself included."""
+        """Every knob of method `name`, and of the methods that it can run inside."""
         own = self.get(name).knobs
         inside = own["inside"].choices if "inside" in own else ()
         return {**own, **{knob: value for one in inside for knob, value in self.get(one).knobs.items()}}
@@ -168,7 +168,7 @@ class MethodFolder:
     def check(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """All knobs of method `name`, `given` values over defaults; UsageError for a knob it lacks or out of range.
 
-        Those of the method inside it are among them.
+        The knobs of the method inside are included.
         """
         knobs = dict(self.get(name).knobs)
         if "inside" in knobs:
@@ -194,7 +194,7 @@ def _name(file: Path) -> str:
 
 
 def _read(file: Path, module: str) -> Method:
-    """Read what the one marked function of `file` says of itself, without importing it."""
+    """Read the facts about the one marked function of `file`, without importing it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == file.stem]
     if len(functions) != 1:

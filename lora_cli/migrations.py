@@ -1,6 +1,6 @@
-"""The one SQLite file: how it is opened, and its shape, one migration at a time. Append; never edit an old one.
+"""The one SQLite file: opening it, and its schema, one migration at a time. Append; never edit an old one.
 
-Catalogue, selections, runs and scores live in the same file, so `catalogue` and `runs` open it through here.
+Catalogue, selections, runs and scores are in the same file, so `catalogue` and `runs` open it through here.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from lora_cli.errors import DataError, OutputError
 
 @contextlib.contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Hide packages from an import: sqlite_utils imports numpy and pandas where they are, which takes 0.2 s."""
+    """Hide packages from an import: sqlite_utils imports numpy and pandas if installed, which takes 0.2 s."""
     hidden = [name for name in names if name not in sys.modules]
     sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
@@ -178,14 +178,15 @@ _M001 = (
 
 @migrations()
 def m002_revision_and_notes(db: Database) -> None:
-    """Which revision of its base an adapter is for, and what of its file was repaired or left out."""
+    """The revision of an adapter's base, and notes on repairs and omissions in its file."""
     for column in ("revision", "notes"):
         db.execute(f"ALTER TABLE adapters ADD COLUMN {column} TEXT NOT NULL DEFAULT ''")
 
 
 @migrations()
 def m003_thin_rows(db: Database) -> None:
-    """Ranks and card come last in a row, and an index holds what selection reads, so that neither reads them."""
+    """Ranks and card come last in a row, and an index holds the columns for selection, so that these long texts are
+    read only on request."""
     for name in ("insert", "delete", "update"):
         db.execute(f"DROP TRIGGER adapters_fts_{name}")
     db.execute("ALTER TABLE adapters RENAME TO adapters_before")
@@ -262,7 +263,7 @@ def open_for_reading(path: Path) -> Database:
 
 @contextlib.contextmanager
 def writing(db: Database) -> Iterator[Database]:
-    """One transaction that takes the write lock at once: waiting for it cannot fail half way through.
+    """One transaction that takes the write lock at the start, so that waiting for the lock cannot fail halfway.
 
     Raises OutputError where the disk is full, or another process holds the lock for longer than 30 s.
     """
@@ -295,7 +296,7 @@ def _connect_read_only(path: Path) -> Database:
         db.close()
         if path.with_name(path.name + "-wal").exists():
             raise
-        # In a folder that cannot be written, WAL's side files cannot be made; nobody else can be writing there either.
+        # In a read-only folder WAL's side files cannot be made; no other process can write there either.
         return _connect(f"{name}?mode=ro&immutable=1", uri=True)
     except BaseException:
         db.close()
@@ -304,7 +305,7 @@ def _connect_read_only(path: Path) -> Database:
 
 
 def _use_wal(db: Database) -> None:
-    # Changing the journal mode wants an exclusive lock and does not wait for it, busy_timeout or not.
+    # Changing the journal mode needs an exclusive lock and does not wait for it, in spite of busy_timeout.
     deadline = time.monotonic() + BUSY_SECONDS
     while db.journal_mode != "wal":
         try:
@@ -317,7 +318,7 @@ def _use_wal(db: Database) -> None:
 
 
 def _pending(db: Database, path: Path) -> bool:
-    """True if migrations are still to be applied. DataError for a stranger's database, or one from a newer version."""
+    """True if migrations are pending. DataError for another program's database, or one from a newer version."""
     tables = set(db.table_names())
     if not tables:
         return True

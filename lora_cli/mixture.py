@@ -60,13 +60,13 @@ class Mixture:
     """All `adapters` side by side on one base, with coefficients to learn.
 
     Args:
-        base: the model they will be worn on; factors are held in its precision, on its device.
-        adapters: of any ranks and target modules; one that does not touch a module counts as zero there.
-        shape: which coefficients there are.
-        seed: of a random start.
-        reinit: replace the factors of all adapters from place `kept` on by noise of the same spread: the control that
-            asks whether their content matters. Normal, mean 0, with the deviation of the module's stacked A and B.
-        kept: how many leading adapters keep their factors under `reinit`.
+        base: the model to which they are applied; factors are in its precision, on its device.
+        adapters: of any ranks and target modules; an adapter that lacks a module counts as zero there.
+        shape: granularity, activation and start of the coefficients.
+        seed: the seed of a random start.
+        reinit: replace the factors of all adapters from place `kept` on by noise of the same spread, as a control for
+            their content. Normal, mean 0, with the deviation of the module's stacked A and B.
+        kept: the number of leading adapters that keep their factors under `reinit`.
 
     Raises:
         Refused: an adapter does not fit the base, or its values do not fit the base's precision.
@@ -98,7 +98,7 @@ class Mixture:
         self._current: dict[str, Tensor] = {}
 
     def _lay_out(self, device: torch.device, units: Mapping[str, str]) -> None:
-        """Where in θ each rank of each module finds its coefficient; `units` names the module that matrices make up."""
+        """The place in θ of the coefficient of each rank of each module; `units` maps matrices to their module."""
         n, granularity = len(self.adapters), self.shape.granularity
         keys = {module: _group(unit, granularity) for module, unit in units.items()}
         groups = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
@@ -137,7 +137,7 @@ class Mixture:
                 return 0.5 * torch.randn(size, generator=generator)
 
     def penalty(self) -> Tensor:
-        """Mean over the groups of Σ|θ|: what an L1 factor multiplies."""
+        """Mean over the groups of Σ|θ|, the term for an L1 factor."""
         return self.theta.abs()[self._present].sum() / self._groups
 
     def _factors(self) -> Tensor:
@@ -153,12 +153,12 @@ class Mixture:
             case "square":
                 return theta.square()
             case "softmax":
-                # An adapter that is absent from a group must take no share of it.
+                # An adapter that is absent from a group must have no share of the softmax.
                 rows = theta.masked_fill(~self._present, -torch.inf).view(self._groups, -1)
                 return rows.softmax(dim=1).flatten()
 
     def _refresh(self) -> None:
-        # One gather for the whole model: per module it would cost more than a tiny module's own product.
+        # Gather once for the whole model: a gather per module would cost more than a tiny module's product.
         spread = self._factors()[self._index].split_with_sizes(self._widths)
         self._current = dict(zip(self._blocks, spread, strict=True))
 
@@ -178,7 +178,7 @@ class Mixture:
 
     @contextmanager
     def worn(self, base: BaseModel) -> Iterator[None]:
-        """While the block runs, every pass of `base` goes through the mixture with the coefficients of that moment."""
+        """While the block runs, every pass of `base` includes the mixture with the current coefficients."""
         linear = [module for module in self._blocks if module in base.shapes]
         others = [module for module in self._blocks if module not in base.shapes]
         with base.attach(
@@ -190,7 +190,7 @@ class Mixture:
 
     @torch.no_grad()
     def updates(self) -> dict[str, LowRank]:
-        """The mixture as it stands, one exact update per module: coefficients folded into B."""
+        """The current mixture, one exact update per module, with the coefficients folded into B."""
         spread = self._factors()[self._index].split_with_sizes(self._widths)
         return {
             module: LowRank((block.b * factors.to(block.b)).cpu(), block.a.cpu())
@@ -235,7 +235,7 @@ def _block(
         if place < kept:
             first_drawn = at
     if generator is not None and first_drawn < width:
-        # The spread is that of the adapters being replaced: a kept one must not set the control's size.
+        # Take the spread of the replaced adapters only: a kept one must not set the control's size.
         drawn_a, drawn_b = a[first_drawn:], b[:, first_drawn:]
         drawn_a.copy_(torch.randn(drawn_a.shape, generator=generator) * drawn_a.std())
         drawn_b.copy_(torch.randn(drawn_b.shape, generator=generator) * drawn_b.std())

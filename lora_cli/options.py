@@ -16,10 +16,10 @@ from lora_cli.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flag:
-    """How a field looks on the command line.
+    """The form of a field on the command line.
 
-    `default` names the default in the help where the value itself does not say it. `panel` is the heading below which
-    the help lists the flag. `name` is the flag where it is not that of the field.
+    `default` is the default's name in the help, if the value itself is not clear. `panel` is the flag's heading in the
+    help. `name` is the flag's name, if it differs from the field's.
     """
 
     help: str
@@ -59,7 +59,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """The options with these values, by the names of the fields; a number may stand for a text, such as a rank.
 
         Raises:
-            UsageError: an unknown option, or a value that it cannot have.
+            UsageError: an unknown option, or an invalid value.
         """
         for name in values.keys() - {*cls.__struct_fields__}:
             near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
@@ -72,7 +72,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
     @classmethod
     def _readable(cls, field: str, value: Any) -> Any:
-        """A whole number as the text that a flag of this type would get."""
+        """A whole number as text, if the option's type is text."""
         return str(value) if type(value) is int and cls.flags().get(field, (None,))[0] is str else value
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Output folders that are whole or absent: written beside their place, renamed into it last."""
+"""Output folders that are complete or absent: written beside their place, renamed into it last."""
 
 import errno
 import os
@@ -13,12 +13,12 @@ from lora_cli.errors import OutputError
 
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Yield an empty folder that becomes `target` when the block ends well, and vanishes when it does not.
+    """Yield an empty folder that becomes `target` if the block succeeds, and is removed if it fails.
 
-    What a killed process left behind for the same target is swept first. Existence of `target` means it is complete.
+    Remains of a killed process for the same target are removed first. If `target` exists, it is complete.
 
     Raises:
-        OutputError: `target` exists and `replace` is false (also where it came to be during the work), is a link, or
+        OutputError: `target` exists and `replace` is false (even if it was made during the work), is a link, or
             its place cannot be written.
     """
     _refuse_link(target)
@@ -54,11 +54,11 @@ def _refuse_link(target: Path) -> None:
 
 
 def _put(partial: Path, target: Path, *, replace: bool) -> None:
-    """Rename the finished folder into place. What somebody else put there meanwhile is not replaced unasked."""
+    """Rename the finished folder into place. A folder made there meanwhile is replaced only on request."""
     _refuse_link(target)
     if not replace:
         try:
-            # Fails where there is a file or a folder with anything in it.
+            # Fails if there is a file or a non-empty folder.
             partial.rename(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
@@ -83,7 +83,7 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
 
 
 def _sweep(target: Path) -> None:
-    """Remove what processes that no longer run left for `target`; put back an output whose replacement was cut off."""
+    """Remove remains of dead processes for `target`; restore an output whose replacement was interrupted."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
     for entry in target.parent.iterdir():
         match = pattern.fullmatch(entry.name)

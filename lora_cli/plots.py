@@ -1,4 +1,4 @@
-"""Pictures of comparisons, as PNG or SVG: the only keeper of matplotlib. Equal numbers give equal bytes."""
+"""Pictures of comparisons, as PNG or SVG: the only user of matplotlib. Equal numbers give equal bytes."""
 
 import io
 import os
@@ -14,11 +14,11 @@ from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.screen import safe
 
 FORMATS = (".png", ".svg")
-# Beyond so many rows, labels would run into each other.
+# With more rows, labels would overlap.
 _MOST_LABELS = 60
-# Beyond so many adapters, numbers would not fit their cells.
+# With more adapters, numbers would not fit their cells.
 _MOST_VALUES = 20
-# No model has so many; an adapter's names are its author's.
+# Limit the grid: module names come from strangers and could be millions.
 _MOST_CELLS = 1_000_000
 _LONGEST_LABEL = 36
 _STYLE: dict[Any, Any] = {
@@ -26,7 +26,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "figure.titlesize": 10,
     "savefig.dpi": 150,
-    # A stranger's id is text: never mathematics, never TeX.
+    # Show a stranger's id as plain text, never as mathematics or TeX.
     "text.parse_math": False,
     "text.usetex": False,
     "svg.fonttype": "none",
@@ -46,7 +46,7 @@ class ModulePair:
 
 
 def demand_plottable(file: Path) -> None:
-    """UsageError where the name of a plot says no format that can be written."""
+    """UsageError unless the name of a plot ends in a supported format."""
     if file.suffix.lower() not in FORMATS:
         raise UsageError(f"{file.name}: a plot is .png or .svg", hint="give --plot NAME.svg")
 
@@ -54,11 +54,11 @@ def demand_plottable(file: Path) -> None:
 def draw_similarity(
     file: Path, labels: Sequence[str], cosines: Sequence[Sequence[float]], clusters: Sequence[int], modules: int
 ) -> None:
-    """The cosine matrix of N adapters as a heat map; those of a cluster stand side by side, within a frame.
+    """The cosine matrix of N adapters as a heat map; clusters are framed.
 
     Args:
         labels, cosines, clusters: in the order of the rows, the matrix (N, N).
-        modules: over how many modules the cosines were taken.
+        modules: the number of modules in the cosines.
 
     Raises:
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
@@ -81,7 +81,7 @@ def draw_similarity(
             if n <= _MOST_VALUES:
                 _write_values(axes, cosines)
         else:
-            # As much room as a label takes: the clusters of the table, where they are large enough to be seen.
+            # Show the clusters of the table that are large enough for a label.
             seen = [(start, end) for start, end in frames if (end - start) * _MOST_LABELS >= n]
             axes.set(xticks=[], ylabel="cluster")
             axes.set_yticks([(start + end - 1) / 2 for start, end in seen], [str(clusters[at]) for at, _ in seen])
@@ -95,7 +95,7 @@ def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -
 
     Raises:
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
-        Refused: more modules than a picture has room for.
+        Refused: more modules than fit into a picture.
     """
     cells = _cells([pair.module for pair in pairs])
     layers, kinds = (list(dict.fromkeys(side)) for side in zip(*cells, strict=True))
@@ -147,7 +147,7 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
                 range(1, len(spectrum) + 1), spectrum, color=colour, alpha=0.25, linewidth=0.6, marker=_dot(spectrum)
             )
         longest = max(len(spectrum) for spectrum in spectra)
-        # A module without a direction has it at strength 0: over those that have it alone a median would rise again.
+        # Count missing singular values as 0, else the median could increase with k.
         all_medians = [np.median([s[k] if k < len(s) else 0.0 for s in spectra]) for k in range(longest)]
         medians = [median for median in all_medians if median > 0]
         axes.plot(
@@ -155,7 +155,7 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
         )
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
-        # Where there are few powers of ten to read values from, others are written too.
+        # With few powers of ten on the axis, label other ticks too.
         low, high = axes.get_ylim()
         digits = "123456789" if high < 10 * low else "25" if high < 1000 * low else ""
         axes.yaxis.set_minor_formatter(
@@ -168,12 +168,12 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
 
 
 def _dot(values: Sequence[float]) -> str:
-    """A line of one point would not be seen."""
+    """A marker for a line of one point, which would be invisible."""
     return "o" if len(values) == 1 else ""
 
 
 def _frames(clusters: Sequence[int]) -> list[tuple[int, int]]:
-    """Where clusters of two or more begin and end."""
+    """The bounds of clusters of two or more."""
     ends = accumulate(sizes := [len([*run]) for _, run in groupby(clusters)])
     return [(end - size, end) for size, end in zip(sizes, ends, strict=True) if size > 1]
 
@@ -192,7 +192,7 @@ def _write_values(axes: Any, cosines: Sequence[Sequence[float]]) -> None:
 
 
 def _short(cosine: float) -> str:
-    """Two digits, or three where two would say that a pair is the same."""
+    """Two digits, or three if two would round a cosine to 1."""
     text = f"{cosine:.2f}".replace("-0.00", "0.00")
     return f"{cosine:.3f}" if text in ("1.00", "-1.00") and abs(cosine) < 0.9995 else text
 
@@ -200,7 +200,7 @@ def _short(cosine: float) -> str:
 def _grid(
     cells: Sequence[tuple[str, str]], layers: Sequence[str], kinds: Sequence[str], values: Sequence[float | None]
 ) -> list[list[float]]:
-    """Values by layer and kind, NaN where there is none."""
+    """Values by layer and kind, NaN for none."""
     grid = [[float("nan")] * len(kinds) for _ in layers]
     for (layer, kind), value in zip(cells, values, strict=True):
         if value is not None:
@@ -209,10 +209,10 @@ def _grid(
 
 
 def _cells(modules: Sequence[str]) -> list[tuple[str, str]]:
-    """Row and column of every module: its layer, and what it is there.
+    """Row and column of every module: its layer, and its name in the layer.
 
-    `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`. Where a model has several stacks of layers, as an encoder
-    and a decoder, the row says which; a module outside them has the row –.
+    `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`. If a model has several stacks of layers, such as encoder
+    and decoder, the row includes the stack; a module outside all layers has the row –.
     """
     split = [(module, re.search(r"\.(\d+)\.", module)) for module in modules]
     stacks = _told_apart(list(dict.fromkeys(module[: match.start()] for module, match in split if match)))
@@ -223,7 +223,7 @@ def _cells(modules: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
-    """A short name for each stack of layers, "" for the only one: the first part in which they differ, if that will do.
+    """A short name for each stack of layers, "" for the only one: the first part in which they differ, if it is enough.
 
     `encoder.block` and `decoder.block` are `encoder` and `decoder`.
     """
@@ -236,18 +236,18 @@ def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
 
 
 def _label(text: str, longest: int = _LONGEST_LABEL) -> str:
-    """An id as it may stand in a picture: nothing that does not print or that the font lacks, and not too long."""
+    """An id for a picture: without characters that do not print or that the font lacks, and not too long."""
     shown = "".join(c if c < "\u0250" else c.encode("ascii", "backslashreplace").decode() for c in safe(text))
     if len(shown) <= longest:
         return shown
-    # Ids differ in their owners as often as in their ends.
+    # Keep both ends of an id: ids differ in owners as often as in last parts.
     head = longest // 3
     return f"{shown[:head]}…{shown[head + 1 - longest :]}"
 
 
 @contextmanager
 def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is written to `file` when the block ends well."""
+    """A figure that is written to `file` if the block succeeds."""
     demand_plottable(file)
     import matplotlib
     from matplotlib.figure import Figure
@@ -263,7 +263,7 @@ def _figure(file: Path, size: tuple[float, float]) -> Iterator[Any]:
 
 
 def _write(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all, in place of an earlier one."""
+    """Write a file completely or not at all, replacing an earlier one."""
     if file.is_symlink():
         raise OutputError(f"{file}: a link; outputs are never written through links")
     partial = file.parent / f".{file.name}.{os.getpid()}.partial"

@@ -18,7 +18,7 @@ ALL_LINEAR = "all-linear"
 
 
 class Shape(Options, frozen=True, kw_only=True):
-    """Which coefficients there are and how they come from θ.
+    """The coefficients, and their computation from θ.
 
     granularity: one per adapter and `adapter` (whole model), `layer`, `sublayer` (attention or MLP of a layer),
         `module`; or one per `rank` of each adapter in each module.
@@ -28,17 +28,17 @@ class Shape(Options, frozen=True, kw_only=True):
     """
 
     granularity: Annotated[
-        Granularity, Flag(help="What has a coefficient of its own, adapter by adapter.", panel=COEFFICIENTS)
+        Granularity, Flag(help="The parts of the model with a coefficient of their own.", panel=COEFFICIENTS)
     ] = "module"
     activation: Annotated[
-        Activation, Flag(help="The function that makes coefficients of what is learnt.", panel=COEFFICIENTS)
+        Activation, Flag(help="The function from learnt parameters to coefficients.", panel=COEFFICIENTS)
     ] = "leaky_relu"
     init: Annotated[Init, Flag(help="Start: 0, 1/N, 1/sqrt N, or random.", panel=COEFFICIENTS)] = "zero"
 
     def __post_init__(self) -> None:
         if self.granularity == "rank" and self.activation == "softmax":
             raise UsageError(
-                "--activation softmax cannot be used with --granularity rank: it is taken over adapters",
+                "--activation softmax cannot be used with --granularity rank: softmax compares adapters",
                 hint="use --activation leaky_relu",
             )
 
@@ -46,7 +46,7 @@ class Shape(Options, frozen=True, kw_only=True):
 class Recipe(Options, frozen=True, kw_only=True):
     """How to train: AdamW (0.9, 0.999) without decay, linear warm-up over `warmup` of the steps, then half a cosine.
 
-    `batch` examples make one step, in as many passes as memory asks for; gradients are clipped to norm 1; every `every`
+    `batch` examples make one step, in as many passes as memory requires; gradients are clipped to norm 1; every `every`
     steps, and before the first one, the validation loss is taken, and the best parameters are kept.
     """
 
@@ -80,7 +80,7 @@ class TargetRecipe(Recipe, frozen=True, kw_only=True):
 
 
 class Reduction(Options, frozen=True, kw_only=True):
-    """How the result of a merge is reduced."""
+    """The reduction of a merge's result."""
 
     rank: Annotated[
         str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
@@ -91,7 +91,7 @@ class Reduction(Options, frozen=True, kw_only=True):
 
 
 class FitOptions(Options, frozen=True, kw_only=True):
-    """What a fit does besides learning coefficients."""
+    """The options of a fit besides coefficients and training."""
 
     l1: Annotated[float, Flag(help="Weight of an L1 penalty on the coefficients.", panel=COEFFICIENTS)] = 0.0
     target: Annotated[
@@ -113,7 +113,7 @@ class FitOptions(Options, frozen=True, kw_only=True):
 
 
 class TrainOptions(Options, frozen=True, kw_only=True):
-    """The LoRA that is trained."""
+    """The LoRA to train."""
 
     rank: Annotated[int, Flag(help="Rank of the LoRA.", panel=LORA)] = 64
     alpha: Annotated[float, Flag(help="Alpha; the update is scaled by alpha/rank.", panel=LORA)] = 16.0
@@ -122,7 +122,7 @@ class TrainOptions(Options, frozen=True, kw_only=True):
 
     @property
     def shape(self) -> dict[str, Any]:
-        """The options as `steps.train` takes them."""
+        """The options as arguments of `steps.train`."""
         names = [part.strip() for part in self.target_modules.split(",") if part.strip()]
         modules = ALL_LINEAR if self.target_modules == ALL_LINEAR else names
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "target_modules": modules}
@@ -134,6 +134,6 @@ class EvalOptions(Options, frozen=True, kw_only=True):
     metric: Annotated[
         Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
     ] = "exact"
-    baseline: Annotated[str, Flag(help="What differences are to: base, or a system.", panel=SCORES)] = "base"
+    baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
     batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16

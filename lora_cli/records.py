@@ -1,4 +1,4 @@
-"""The frozen values that travel between the rooms of the tool."""
+"""The frozen values that the parts of the tool exchange."""
 
 import hashlib
 import json
@@ -18,14 +18,14 @@ Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The Progress that shows nothing: what a notebook gets by default."""
+    """The Progress that shows nothing, the default in a notebook."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
-    """One adapter at one version: what is needed to find its files and to name it for good.
+    """One adapter at one version: enough to find its files and to name it permanently.
 
-    `id` is what users type: `owner/name` or `owner/name:subfolder` on the Hub, `tree/folder` for a folder tree.
+    `id` is the user's name for it: `owner/name` or `owner/name:subfolder` on the Hub, `tree/folder` for a folder tree.
     `commit` has 40 hex digits: the repository's commit on the Hub; for a folder the head of a SHA-256 over its
     configuration and weights. `repo` is `owner/name`, or the folder's absolute path.
     """
@@ -44,13 +44,13 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRow:
-    """What the catalogue holds of an adapter, but for its card and the rank of each module.
+    """The catalogue's facts about an adapter, except its card and the rank of each module.
 
-    `base_declared` is the base model as its configuration has it, at `revision` ("" for the main branch); `base` is the
-    one it was found to be for, `name@revision` where there is one. `scale` is alpha/rank (alpha/sqrt(rank) for rslora)
-    where it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules
-    and, like `sha256` (of the weights file), is known only once the weights were at hand. `status` other than "ok"
-    comes with a `reason`. `notes` say what of the file was repaired or left out, and what it holds besides the update.
+    `base_declared` is the base model in its configuration, at `revision` ("" for the main branch); `base` is the
+    resolved base model, `name@revision` if there is a revision. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) if
+    it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules;
+    `norm` and `sha256` (of the weights file) are known only after the weights were read. A `status` other than "ok"
+    has a `reason`. `notes` list repairs and omissions in the file, and its contents besides the update.
     """
 
     id: str
@@ -89,7 +89,7 @@ class AdapterRow:
 
     @property
     def ref(self) -> AdapterRef:
-        """Where its files are."""
+        """The reference to its files."""
         return AdapterRef(id=self.id, commit=self.commit, source=self.source, repo=self.repo, subfolder=self.subfolder)
 
 
@@ -98,16 +98,16 @@ Prompt = str | tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adapter(AdapterRow):
-    """One adapter of the catalogue, whole. `ranks` maps each module to its rank, from tensor shapes."""
+    """All facts about one adapter of the catalogue. `ranks` maps each module to its rank, from tensor shapes."""
 
     ranks: Mapping[str, int] = field(default_factory=dict)
     card: str = ""
 
 
 class Candidate(NamedTuple):
-    """What selection has to know of an adapter. `rank_total` is the sum of the ranks of its modules.
+    """The facts about an adapter that selection needs. `rank_total` is the sum of the ranks of its modules.
 
-    A tuple, because a selection from 100,000 adapters makes as many.
+    A tuple for speed: a selection from 100,000 adapters makes 100,000 of them.
     """
 
     id: str
@@ -129,8 +129,8 @@ class Example:
     """One line of a task file.
 
     `prompt` is plain text or a chat, a tuple of messages with all their keys. `completion` is the text of the answer,
-    `answer` what its message has beside role and text, such as tool calls. `extras` are what else of the line a chat
-    template reads: tools and documents.
+    `answer` the further keys of its message besides role and text, such as tool calls. `extras` are the other parts of
+    the line for a chat template: tools and documents.
     """
 
     id: str
@@ -143,7 +143,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coefficients:
-    """What `fit` learnt: for each module, one factor per adapter, or per rank of each adapter.
+    """The coefficients from `fit`: for each module, one factor per adapter, or per rank of each adapter.
 
     `values[module][i]` belongs to `adapters[i]` (`id@commit`): a tuple of one factor, or of one per rank. The factors
     are final: the activation is already applied. `task_sha256` names the data they were learnt on.
@@ -158,7 +158,7 @@ class Coefficients:
 
     @property
     def sha256(self) -> str:
-        """Of all that these coefficients are, as 64 hex digits."""
+        """The hash of these coefficients, as 64 hex digits."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What was run, on what, how it ended: a row per run in the catalogue's database, a `run.json` beside its output."""
+"""Recorded runs: a row per run in the catalogue's database, and a `run.json` beside its output."""
 
 import hashlib
 import importlib.metadata
@@ -23,7 +23,7 @@ _PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers
 
 @dataclass(slots=True)
 class Run:
-    """A run under way: what goes into its record is added while it works."""
+    """A running run: inputs, outputs and results are added to its record during the work."""
 
     id: str
     command: str
@@ -36,7 +36,7 @@ class Run:
     lock: dict[str, Any] = field(default_factory=dict)
 
     def take(self, folder: Path) -> None:
-        """This very run was finished before: its outputs and results are those in `folder`."""
+        """Take outputs and results from `folder`, where this run was finished before."""
         record = read_record(folder)
         self.device = record["device"]
         self.outputs.update(record["outputs"])
@@ -44,7 +44,7 @@ class Run:
         self.lock.update(record.get("merge.lock", {}))
 
     def record(self) -> dict[str, Any]:
-        """What is written into `run.json`: no times and no paths, so that equal work gives equal bytes."""
+        """The contents of `run.json`, without times and paths, so that equal work gives equal bytes."""
         return {
             "schema": "lora.run/1",
             "key": self.key,
@@ -60,7 +60,7 @@ class Run:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of every package that takes part in the arithmetic."""
+    """Versions of Python and of every package used in the arithmetic."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -71,9 +71,9 @@ def versions() -> dict[str, str]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held, as the system counts it."""
+    """The peak memory of this process, as the system counts it."""
     try:
-        # What getrusage says includes what the parent held when this process was forked off.
+        # getrusage includes the parent's memory at the fork, so read /proc instead.
         found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     except OSError:
         found = None
@@ -86,7 +86,7 @@ def peak_bytes() -> int:
 
 
 def key_of(command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
-    """SHA-256 over what decides the result of a run: equal keys mean equal work."""
+    """SHA-256 over everything that decides the result of a run: equal keys mean equal work."""
     text = json.dumps([command, settings, inputs, versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -97,7 +97,7 @@ def record_text(record: Mapping[str, Any]) -> str:
 
 
 def finished(folder: Path, key: str) -> bool:
-    """True when `folder` holds the finished output of a run with this key."""
+    """True if `folder` holds the finished output of a run with this key."""
     try:
         return bool(read_record(folder)["key"] == key)
     except DataError:
@@ -105,7 +105,7 @@ def finished(folder: Path, key: str) -> bool:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record beside a finished output. DataError where it is missing or malformed."""
+    """The record beside a finished output. DataError if it is missing or malformed."""
     file = folder / RECORD_FILE
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: str) -> bool:
-    """Does a name mean a file in its folder, and nowhere else?"""
+    """Whether a name is a plain file name, without folders."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
@@ -145,7 +145,7 @@ def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool
         if finished(folder, key):
             if not force and (changed := _changed(folder)):
                 raise OutputError(
-                    f"{folder / changed} is not what was written there", hint="replace the folder with --force"
+                    f"{folder / changed} has changed since it was written", hint="replace the folder with --force"
                 )
             return not force
         if not folder.exists():
@@ -162,10 +162,10 @@ def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool
 
 
 def _changed(folder: Path) -> str:
-    """The first output that is missing or no longer what its record says, "" for none."""
+    """The first output that is missing or differs from its record, "" for none."""
     outputs = read_record(folder)["outputs"]
     for name, sha256 in outputs.items():
-        # Opening what is no file could wait for ever.
+        # Open regular files only: opening a pipe could block for ever.
         if not (folder / name).is_file():
             return str(name)
         with (folder / name).open("rb") as file:
@@ -175,7 +175,7 @@ def _changed(folder: Path) -> str:
 
 
 def is_output(folder: Path) -> bool:
-    """True when `folder` was made by a recorded run."""
+    """True if `folder` was made by a recorded run."""
     try:
         read_record(folder)
     except DataError:
@@ -187,7 +187,7 @@ def is_output(folder: Path) -> bool:
 def recorded(
     db: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str], out: Path | None
 ) -> Iterator[Run]:
-    """Record a run around its work: a crash is recorded too.
+    """Record a run around its work, even if the work fails.
 
     Args:
         inputs: `id@commit` (or a file's name) → SHA-256 of its bytes.
@@ -205,9 +205,9 @@ def recorded(
     )
     with closing(open_for_writing(db)) as connection:
         with writing(connection) as table:
-            # Of two runs into one place only one ends well: what is still running there was killed, or will be late.
+            # An older "running" row for this output was killed or will lose the rename: mark it failed.
             table.execute(
-                "UPDATE runs SET status = 'failed', error = 'ended without a word' "
+                "UPDATE runs SET status = 'failed', error = 'interrupted (no end was recorded)' "
                 "WHERE status = 'running' AND out = ?",
                 [str(out.absolute()) if out else None],
             )
@@ -254,7 +254,7 @@ def find(db: Path, prefix: str) -> dict[str, Any]:
     """The one run whose id starts with `prefix`, with its record and its scores.
 
     Raises:
-        NothingMatched: there is none, or more than one.
+        NothingMatched: no such run, or more than one.
     """
     with closing(open_for_reading(db)) as connection:
         matches = list(connection["runs"].rows_where("substr(id, 1, ?) = ?", [len(prefix), prefix], limit=3))
@@ -269,7 +269,7 @@ def find(db: Path, prefix: str) -> dict[str, Any]:
 
 
 def remove(db: Path, ids: Sequence[str]) -> None:
-    """Forget runs and their scores; outputs stay where they are."""
+    """Delete runs and their scores; output files stay."""
     with closing(open_for_writing(db)) as connection, writing(connection) as table:
         for id in ids:
             table.execute("DELETE FROM scores WHERE run_id = ?", [id])

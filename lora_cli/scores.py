@@ -36,7 +36,7 @@ class Difference:
 
 
 def normalise(text: str) -> str:
-    """What exact match compares: the text after the last "####", without spaces and outer full stops, in lower case.
+    """The text compared by exact match: after the last "####", without spaces and outer full stops, in lower case.
 
     Source: the evaluation of arXiv 2602.12323.
     """
@@ -66,7 +66,7 @@ def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Difference:
-    """How much higher `ours` is on the same examples: mean difference, paired bootstrap interval, p.
+    """The difference of `ours` to `theirs` on the same examples: mean, paired bootstrap interval, p.
 
     p is exact for right/wrong values (`sign_test` on the pairs that differ, which is McNemar's exact test); for other
     values it comes from random sign flips. Raises ValueError when the lengths differ or are 0.

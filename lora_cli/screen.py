@@ -1,4 +1,4 @@
-"""The only printer: results to stdout, talk to stderr, and nothing a stranger wrote reaches a terminal raw."""
+"""The only module that prints: results to stdout, messages to stderr, strangers' texts always escaped."""
 
 import csv
 import io
@@ -18,13 +18,13 @@ from lora_cli.records import Progress
 
 # Between two columns.
 _GAP = 2
-# Entries of a list or lines of a text that a terminal shows of one thing among others.
+# The most entries of a list, or lines of a text, that `record` shows on a terminal.
 _MOST_SHOWN = 15
-# A cell broken over more lines than this makes a minor column give way.
+# If a cell needs more lines than this, a minor column is left out.
 _MOST_LINES = 3
 Format = Literal["auto", "json", "jsonl", "csv", "quiet"]
 
-# Bidirectional controls and zero-width characters print as nothing and change how the text around them reads.
+# Bidirectional controls and zero-width characters are invisible and can change the look of the text around them.
 _INVISIBLE = frozenset(
     [*range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x00AD, 0x061C, 0x180E, 0xFEFF]
 )
@@ -53,17 +53,17 @@ def percent(share: float) -> str:
 
 
 def near(path: Path) -> str:
-    """A path as people want to read it: relative where it lies below the current folder."""
+    """A path for messages: relative if it is below the current folder."""
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """A column of a table: its heading, the key of the row it shows, and how it reads.
+    """A column of a table: its heading, the row's key, and its layout.
 
-    On a narrow terminal `minor` columns are left out, the rightmost first, which the table then says, and `wide` ones
-    break over several lines, at `least` so many characters each; the others keep their width. Nothing is ever cut off.
+    On a narrow terminal `minor` columns are left out, the rightmost first, with a note; `wide` columns wrap over
+    several lines of at `least` that many characters; other columns keep their width. No text is ever cut off.
     """
 
     heading: str
@@ -75,7 +75,7 @@ class Column:
 
 
 class Screen:
-    """Where a command shows its result. One object per command.
+    """The output of a command. One object per command.
 
     Args:
         format: "auto" is a table on a terminal and tab-separated lines elsewhere.
@@ -114,10 +114,10 @@ class Screen:
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
 
-        On a terminal what is nested stands indented below its key, and long texts and lists are shown in part.
+        On a terminal nested values are indented below their key, and long texts and lists are shown in part.
         """
         if self.format == "json":
-            # What is shown may be a record with a schema of its own.
+            # `value` may be a record with its own schema.
             _out(json.dumps({"schema": schema} | {**values, "schema": schema}, indent=2))
         elif self.format == "jsonl":
             _out(json.dumps(dict(values)))
@@ -133,7 +133,7 @@ class Screen:
                 _out(f"{key}\t{_cell(value)}")
 
     def pieces(self, heading: str, pieces: Sequence[tuple[str, bool]]) -> None:
-        """A text in pieces, with `|` between them. Those with True stand out: in colour, or in brackets without."""
+        """A text in pieces, with `|` between them. Pieces with True are in colour, or in brackets without colour."""
         _out(safe(heading))
         if _on_terminal() and self._coloured(pieces):
             return
@@ -141,7 +141,7 @@ class Screen:
         _out("|".join(f"[{text}]" if out else text for text, out in runs))
 
     def _coloured(self, pieces: Sequence[tuple[str, bool]]) -> bool:
-        """The pieces in colour; False where the terminal has none."""
+        """Print the pieces in colour; False if the terminal has no colour."""
         from rich.console import Console
         from rich.text import Text
 
@@ -153,19 +153,19 @@ class Screen:
         return True
 
     def text(self, text: str) -> None:
-        """Text that the tool itself made, to stdout as it is."""
+        """Print the tool's own text to stdout, unescaped."""
         _out(text, end="")
 
     def say(self, text: str) -> None:
-        """One line of talk on stderr; where nobody takes it, the work and its exit code matter more."""
+        """Print one line on stderr. A closed or full stderr is ignored: the work and its exit code matter more."""
         try:
             print(safe(text), file=sys.stderr, flush=True)
         except OSError:
-            # What could not be written stays in a buffer, and the interpreter would fail over it when it ends.
+            # Unwritten text stays in the buffer, and flushing it at exit would fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
     def warn(self, text: str) -> None:
-        """One line on stderr that asks for attention."""
+        """Print a warning on stderr."""
         self.say(f"warning: {text}")
 
     @contextmanager
@@ -192,7 +192,7 @@ class Screen:
 
             def report(what: str, done: int, total: int) -> None:
                 if what not in known:
-                    # Work whose end is unknown is over when other work begins.
+                    # Work of unknown length ends when other work begins.
                     for open_ended in [name for name, task in known.items() if bars.tasks[task].total is None]:
                         bars.update(known.pop(open_ended), visible=False)
                     known[what] = bars.add_task(safe(what), total=total or None)
@@ -227,7 +227,7 @@ class Screen:
             console.print(Text(f"no room for {', '.join(left_out)}: widen the terminal, or see --json", style="italic"))
 
     def _records(self, columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> None:
-        """Each row as a block of lines, one per column: where a table would have to cut."""
+        """Print each row as a block of lines, one per column, if a table would not fit."""
         indent = 2 + max(len(column.heading) for column in columns)
         for line in cells:
             for column, text in zip(columns, line, strict=True):
@@ -241,14 +241,14 @@ def _on_terminal() -> bool:
 
 
 def _out(text: str, end: str = "\n") -> None:
-    # Flushed, so that in a log results and talk stand in the order in which they came.
+    # Flush, so that results and messages keep their order in a log.
     print(text, end=end, flush=True)
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:
-    """How wide each column is, 0 for one that is left out; none at all where the others do not fit side by side.
+    """The width of each column, 0 for one that is left out; [] if the other columns do not fit side by side.
 
-    Minor columns give way where there is no room for them, or where wide ones would break over many lines beside them.
+    Minor columns are left out if there is no room for them, or if wide columns would wrap over too many lines.
     """
     from rich.cells import cell_len
 
@@ -267,7 +267,7 @@ def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int
 
 
 def _shared_out(natural: Sequence[int], least: Sequence[int], shown: Sequence[int], room: int) -> list[int]:
-    """`room` shared out among the columns shown, one at a time to those that want more; [] if it is too little."""
+    """`room` divided among the columns shown, one at a time to those that need more; [] if it is too little."""
     widths = [least[at] if at in shown else 0 for at in range(len(least))]
     spare = room - sum(widths)
     if spare < 0:
@@ -280,7 +280,7 @@ def _shared_out(natural: Sequence[int], least: Sequence[int], shown: Sequence[in
 
 
 def _broken(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width`, broken behind spaces and the signs that part an id where there are any."""
+    """`text` in lines of at most `width`, broken after spaces and the separators of an id, if there are any."""
     from rich.cells import cell_len, chop_cells
 
     lines = [""]
@@ -293,7 +293,7 @@ def _broken(text: str, width: int) -> list[str]:
 
 
 def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """`key  value` lines, what is nested indented below its key, at most `_MOST_SHOWN` entries or lines of each."""
+    """`key  value` lines, nested values indented below their key, at most `_MOST_SHOWN` entries or lines of each."""
     width = max((len(safe(key)) for key in values), default=0)
     for key, value in values.items():
         head = f"{indent}{safe(key).ljust(width)}"

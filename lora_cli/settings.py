@@ -1,4 +1,4 @@
-"""Where a value comes from: flag > LORA_* environment > ./lora.toml > user configuration > default."""
+"""Settings, by precedence: flag > LORA_* environment > ./lora.toml > user configuration > default."""
 
 import difflib
 import os
@@ -20,7 +20,7 @@ _Layer = tuple[str, Mapping[str, Any], Path]
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One setting: how its text becomes a value, its default and a line of help."""
+    """One setting: the parser of its value, its default and a line of help."""
 
     parse: Callable[[Any, Path], Any]
     default: Callable[[], Any]
@@ -29,15 +29,15 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A value and the place it was found in."""
+    """A value and its origin."""
 
     value: Any
     origin: str
 
 
 def folder_of(text: str) -> Path | None:
-    """The folder that a text names, `~` being the home; None where there is none, however odd the text."""
-    # Of all that asks a disk, only these two never raise: not for a text too long, not for a folder that is locked.
+    """The existing folder `text` points to (~ expanded), or None. Never raises."""
+    # os.path.expanduser and isdir never raise, unlike pathlib, even for over-long or unreadable paths.
     path = os.path.expanduser(text)  # noqa: PTH111
     return Path(path) if os.path.isdir(path) else None  # noqa: PTH112
 
@@ -49,10 +49,10 @@ def _text(value: Any, folder: Path) -> str:
 
 
 def _base(value: Any, folder: Path) -> str:
-    """A Hub id stays as it is; the name of a folder that exists beside the file becomes its path."""
+    """A Hub id unchanged; the name of an existing folder beside the file as its path."""
     text = _text(value, folder)
     local = folder_of(str(folder / _at_home(text)))
-    # A name without a revision means the main branch: one base has one name.
+    # Drop @main: a name without a revision means the main branch, so that one base has one name.
     return str(local.resolve()) if local is not None else text.removesuffix("@main")
 
 
@@ -141,7 +141,7 @@ class Settings:
         return Settings({**self.found, **{name: Setting(value, "argument") for name, value in values.items()}})
 
     def origin(self, name: str) -> str:
-        """Where the value of `name` was found."""
+        """The origin of the value of `name`."""
         return self.found[name].origin
 
 
@@ -153,7 +153,7 @@ def user_file() -> Path:
 def base_names_file() -> tuple[Path, str]:
     """The user's own table of base-model names, and its origin: LORA_BASE_NAMES, or "default" for beside `user_file`.
 
-    Only a file that LORA_BASE_NAMES names has to exist. Raises UsageError for a value that is no path.
+    Only a file named by LORA_BASE_NAMES must exist. Raises UsageError for a value that is not a path.
     """
     if not (named := os.environ.get(BASE_NAMES)):
         return user_file().with_name("base_names.toml"), "default"
@@ -164,10 +164,10 @@ def base_names_file() -> tuple[Path, str]:
 
 
 def load(flags: Mapping[str, Any] | None = None) -> Settings:
-    """Read all settings; `flags` holds what the command line said (None where it said nothing).
+    """Read all settings; `flags` holds the values from the command line (None for missing ones).
 
-    `base_aliases` and `pool` belong to the base that stands beside or below them: where a higher layer sets another
-    base, they are left out.
+    `base_aliases` and `pool` belong to the base of their own layer or of a lower one: if a higher layer sets another
+    base, they are ignored.
 
     Raises:
         UsageError: a file that is not TOML, an unknown key, or a value of the wrong kind.
@@ -224,7 +224,7 @@ def _read(file: Path) -> Mapping[str, Any]:
 
 
 def base_of(settings: Settings) -> str:
-    """The base model to load. UsageError where neither option nor setting names one."""
+    """The base model to load. UsageError if neither option nor setting names one."""
     if settings.base is None:
         raise UsageError("no base model", hint="give --base, set LORA_BASE, or set base in lora.toml")
     return str(settings.base)

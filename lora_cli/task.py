@@ -1,4 +1,4 @@
-"""task.jsonl → Examples: every line is read strictly, and a bad one is named by file, line number and reason."""
+"""task.jsonl → Examples: every line is read strictly; an error names file, line number and reason."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "use
 
 
 class _BadLine(Exception):
-    """Why one line cannot be used."""
+    """The fault of one line."""
 
 
 def load_task(path: Path) -> list[Example]:
@@ -22,7 +22,7 @@ def load_task(path: Path) -> list[Example]:
     A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
     assistant's turn last. Further keys of messages are kept for the chat template, and so are `"tools"` and
     `"documents"` of a line. A message that calls tools needs no content. `"choices"` (strings, the completion among
-    them) and `"id"` are optional, other keys of a line are left alone. An example without an id gets its line number.
+    them) and `"id"` are optional, other keys of a line are ignored. An example without an id gets its line number.
 
     Raises:
         DataError: names the file, the line and the reason.
@@ -44,7 +44,7 @@ def load_task(path: Path) -> list[Example]:
         try:
             example = _example(line, number)
             if example.id in first_line:
-                raise _BadLine(f"id {example.id!r} is already that of line {first_line[example.id]}")
+                raise _BadLine(f"id {example.id!r} is already used in line {first_line[example.id]}")
         except _BadLine as reason:
             raise DataError(f"{path}:{number}: {reason}", hint="correct or remove the line; none is skipped") from None
         first_line[example.id] = number
@@ -53,7 +53,7 @@ def load_task(path: Path) -> list[Example]:
 
 
 def task_sha256(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hex: the name under which a task goes into records. Raises DataError."""
+    """SHA-256 of the file's bytes, in hex, which identifies a task in records. Raises DataError."""
     return hashlib.sha256(_bytes_of(path)).hexdigest()
 
 
@@ -91,7 +91,7 @@ def _example(line: str, number: int) -> Example:
     except json.JSONDecodeError as error:
         raise _BadLine(f"malformed JSON: {error.msg} at column {error.colno}") from None
     except (ValueError, RecursionError):
-        raise _BadLine("malformed JSON: a number or a nesting that no example needs") from None
+        raise _BadLine("malformed JSON: a number too long or nesting too deep") from None
     if not isinstance(row, dict):
         raise _BadLine(f"a JSON object is expected, not {_kind(row)}")
     prompt: Prompt
@@ -115,7 +115,7 @@ def _example(line: str, number: int) -> Example:
 
 
 def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What else of a line a chat template reads, as apply_chat_template takes it."""
+    """The other parts of a line for a chat template, as arguments of apply_chat_template."""
     given = {key: row[key] for key in ("tools", "documents") if row.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
@@ -124,7 +124,7 @@ def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _chat(messages: Any) -> tuple[tuple[Mapping[str, Any], ...], str, Mapping[str, Any]]:
-    """The prompt, the text of the answer, and what else the answer's message holds."""
+    """The prompt, the text of the answer, and the other keys of the answer's message."""
     if not isinstance(messages, list):
         raise _BadLine(f'"messages" must be a list, not {_kind(messages)}')
     turns: list[dict[str, Any]] = []

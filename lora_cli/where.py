@@ -5,7 +5,7 @@
     VALUE                  a text; a number, also as 10k, 2.5M, 300MB, 1e-3; true or false; for = and != several with
                            commas between them; `none` for what is not known
 
-Nothing the user writes becomes part of the SQL: columns come from the list below, values travel as parameters.
+No user text becomes part of the SQL: columns come from the list below, values are passed as parameters.
 """
 
 import difflib
@@ -79,7 +79,7 @@ def conditions(texts: Sequence[str]) -> tuple[str, list[Value]]:
 def ordering(text: str) -> str:
     """The SQL after ORDER BY for a `--sort` column: ascending, with a leading `-` descending.
 
-    What is not known comes last either way, and equal rows are ordered by id.
+    Unknown values come last in both directions, and equal rows are ordered by id.
     """
     name = _quoted(_column(text.removeprefix("-"), text))
     return f"nullif({name}, '') IS NULL, {name} {'DESC' if text.startswith('-') else 'ASC'}, id"
@@ -105,10 +105,10 @@ def _condition(text: str) -> tuple[str, list[Value]]:
         choices = [choice.strip() for choice in value.split(",")]
         alternatives = [_equal(column, choice, text) for choice in choices]
         sql = " OR ".join(part for part, _ in alternatives)
-        # What is not known is not equal to anything, so != keeps it.
+        # An unknown value is not equal to anything, so != keeps it.
         return f"coalesce(({sql}), 0) = ?", [*(v for _, more in alternatives for v in more), int(operator == "=")]
     if kind in ("flag", "list"):
-        raise UsageError(f"--where {text!r}: {operator} has no meaning for {column}; use = or !=")
+        raise UsageError(f"--where {text!r}: {operator} cannot be used with {column}; use = or !=")
     return f"{name} {operator} ?", [_typed(column, value, text)]
 
 
@@ -152,5 +152,5 @@ def _quoted(column: str) -> str:
 
 
 def _literal(value: str) -> str:
-    """`value` with LIKE's own signs taken as they are."""
+    """`value` with LIKE's wildcards escaped."""
     return re.sub(r"([\\%_])", r"\\\1", value)

@@ -27,7 +27,7 @@ Made from `lora_cli/merge_methods/` by `python -m tests.generate`; what `lora me
 
 All of them get the updates of one module, ΔW_i = B_i A_i with B_i (out, r_i), A_i (r_i, in) and the scale alpha/rank
 folded into B_i, one weight w_i per adapter, and work module by module. A result of higher rank than asked for is then
-reduced to its best approximation in the Frobenius norm, and the share of the energy that was kept is told.
+reduced to its best approximation in the Frobenius norm, and the share of the energy that was kept is reported.
 """
 ADAPTERS_INTRO = """# What adapters are taken
 
@@ -41,7 +41,7 @@ CLASS_INTROS = {
     "exact low rank": "A weighted sum of the factored updates, without error at rank Σ r_i; nothing dense is formed.",
     "spectral": "Singular values and subspaces of the factored updates, rank Σ r_i at most; nothing dense is formed.",
     "elementwise": "Entry by entry on the dense updates, which are streamed; of full rank before it is reduced.",
-    "A and B apart": "What others do to the factors and not to the updates, to have their results again: the same "
+    "A and B apart": "Others' methods on the factors and not on the updates, to reproduce their results: the same "
     "update written with other factors gives another result.",
 }
 

@@ -181,7 +181,7 @@ def test_conv1d_is_stored_the_other_way_round_whatever_the_adapter_says(
         rewritten(base, lambda tensors: {name.removeprefix("transformer."): t for name, t in tensors.items()})
     adapter = adapter_of(tmp_path / "adapter", GPT2, fan_in_fan_out=flag)
     told = ok("bake", str(adapter), "--base", str(base), "-o", "out")
-    assert ("though the adapter says" in told.err) == (not flag)
+    assert ("although the adapter sets" in told.err) == (not flag)
     assert "2 square weights are read as (in, out): the base is a gpt2" in told.err
     torch.testing.assert_close(logits(Path("out")), logits(base, adapter), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logits(Path("out")), logits(base, adapter, merged=True), rtol=1e-6, atol=1e-5)
@@ -194,9 +194,9 @@ def test_without_a_model_type_the_adapters_flag_decides_square_weights(base: Pat
     shapes = {module: shape for module, shape in LLAMA.items() if "q_proj" in module}
     adapter = adapter_of(tmp_path / "adapter", shapes, fan_in_fan_out=True)
     told = ok("bake", str(adapter), "--base", str(base), "-o", "llama")
-    assert "read as (out, in): the base is a llama, though the adapter says fan_in_fan_out true" in told.err
+    assert "read as (out, in): the base is a llama, although the adapter sets fan_in_fan_out true" in told.err
     told = ok("bake", str(adapter), "--base", str(configured(base, model_type=None)), "-o", "unknown")
-    assert "read as (in, out): the adapter says fan_in_fan_out" in told.err
+    assert "read as (in, out): the adapter sets fan_in_fan_out" in told.err
     for name, delta in deltas(adapter).items():
         plain = weights(base)[f"{name}.weight"]
         torch.testing.assert_close(weights(Path("llama"))[f"{name}.weight"], (plain + delta).float())
@@ -354,8 +354,9 @@ def test_a_loss_is_warned_of_and_shown_by_layer(base: Path, tmp_path: Path) -> N
     words = ("bake", str(adapter), "--base", str(base), "-o", "out", "--dtype", "bf16")
     for told in (ok(*words), ok(*words)):
         [warning] = [line for line in told.err.splitlines() if line.startswith("warning")]
-        assert "of the update was lost in the cast, more than 10 % in 2 of 2 layers" in warning
-        assert "--dtype fp32, or keep the adapter" in warning
+        assert "rounding to bf16 lost" in warning
+        assert "(worst layer " in warning
+        assert "use --dtype fp32, or serve the adapter unbaked" in warning
         assert told.out == "out\n"
     shown = ok(*words, "--layers")
     assert "  out" in shown.err.splitlines()

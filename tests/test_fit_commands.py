@@ -228,7 +228,7 @@ def test_an_adapter_without_effect_fails_the_evaluation(here: World) -> None:
     save_file(tensors, weights)
     code, out, err = lora("eval", "pool/tarn/mirror", "idle")
     assert code == 5
-    assert "zero effect: idle changed the output on 0 of 100 prompts (not even a likelihood moved: not applied)" in err
+    assert "no effect of idle: all 100 outputs and likelihoods equal those of the base" in err
     assert [line.split("\t")[0] for line in out.splitlines()] == ["base", "pool/tarn/mirror", "idle"]
 
 
@@ -240,7 +240,7 @@ def test_an_adapter_that_only_moves_likelihoods_is_a_warning(here: World) -> Non
     )
     told = ok("eval", "faint")
     assert "faint\t" in told.out
-    assert "warning: faint is too weak to change an output, though it moves likelihoods" in told.err
+    assert "warning: faint changes likelihoods slightly but not a single output" in told.err
 
 
 def test_a_record_that_does_not_name_its_data(here: World) -> None:
@@ -250,7 +250,7 @@ def test_a_record_that_does_not_name_its_data(here: World) -> None:
     written = record(folder)
     del written["settings"]["data"]
     (folder / "run.json").write_text(json.dumps(written))
-    assert "does not say what the last fit was made on" in refused(1, "eval")
+    assert "does not name the data of the last fit" in refused(1, "eval")
 
 
 def test_bad_input_is_answered_in_a_line(here: World) -> None:

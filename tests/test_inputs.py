@@ -184,7 +184,7 @@ def test_a_module_that_is_not_fed_every_token_is_refused() -> None:
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :1])).expand_as(x)
     encoded = [base.encode(example) for example in examples(2)]
-    with pytest.raises(Refused, match=re.escape(f"{DOWN} is not fed every token")):
+    with pytest.raises(Refused, match=re.escape(f"{DOWN} does not see every token")):
         base.module_inputs([Q, DOWN], encoded, [[0, 1], [2]])
 
 

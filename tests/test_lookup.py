@@ -105,7 +105,7 @@ def test_a_version_that_is_known_is_used_and_another_replaces_it_only_if_it_can(
     ok("merge", "alice/sql", "-o", "out")
     assert fake.paths("/") == [f"/{BASE}/resolve/main/config.json"], "what the base is made of, once"
     message = refused(3, "merge", "alice/sql@" + "0" * 40)
-    assert f"alice/sql is known at {first[:12]}, not at 000" in message
+    assert f"alice/sql is at commit {first[:12]} in the catalogue; commit 000" in message
     assert "no such commit, branch or tag on the Hub" in message
     assert "DoRA" in refused(5, "merge", f"alice/sql@{repo.sha}")
     assert "DoRA" in refused(5, "pool", "fetch", f"alice/sql@{repo.sha}")

@@ -60,7 +60,7 @@ def test_a_selection_outlives_new_commits_as_long_as_its_files_are_in_the_cache(
     old = again(fake, "alice/sql")
     ok("pool", "sync", BASE)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "the catalogue knows another commit by now" in ok("merge", "-o", "out").err
+    assert "the catalogue is at another commit" in ok("merge", "-o", "out").err
     assert inputs("out") == [f"alice/sql@{old}"]
     assert json.loads(ok("pool", "verify", f"alice/sql@{old}", "--json").out)["rows"][0]["commit"] == old
     assert rows()["alice/sql"].commit == fake.repos["alice/sql"].sha
@@ -83,8 +83,8 @@ def test_a_selection_whose_files_are_nowhere_says_that_it_is_out_of_date(fake: F
     put(own_home / "pool" / "mine", value=0.25)
     ok("pool", "sync", BASE, "--from", "pool")
     message = refused(3, "merge", "-o", "out")
-    assert "pool/mine is known at" in message
-    assert "it has changed since it was selected: run lora select again" in message
+    assert "pool/mine is at commit" in message
+    assert "to use it as it is, or run lora select again" in message
 
 
 def test_a_selection_follows_a_repository_to_its_new_name(fake: FakeHub) -> None:

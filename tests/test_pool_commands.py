@@ -197,7 +197,7 @@ def test_fetch_of_what_is_gated_unknown_or_broken(fake: FakeHub) -> None:
     assert "did you mean alice/sql" in refused(3, "pool", "fetch", "alice/sqll")
     assert "nothing was selected" in refused(2, "pool", "fetch")
     fake.fail("cdn:", "corrupt", times=9)
-    assert "do not have the hash" in refused(6, "pool", "fetch", "alice/sql")
+    assert "do not match the Hub's hash" in refused(6, "pool", "fetch", "alice/sql")
 
 
 def test_verify_says_how_much_of_an_adapter_the_base_has(fake: FakeHub, pool: Path) -> None:
@@ -223,7 +223,7 @@ def test_verify_notices_weights_that_were_swapped(pool: Path) -> None:
     (pool / "alice/sql" / WEIGHTS).write_bytes(lora_files(rank=4, value=0.25)[WEIGHTS])
     told = lora("pool", "verify", "pool/alice/sql", "--deep")
     assert told.code == 5
-    assert "not those that the catalogue knows" in told.err
+    assert "differ from those in the catalogue (sha256)" in told.err
 
 
 def test_verify_reads_the_weights_of_what_is_known_to_be_bad(pool: Path) -> None:

@@ -139,7 +139,7 @@ def test_a_tokenizer_that_knows_no_unknown_is_one_line_with_the_example(
     lines(tmp_path / "task.jsonl", {"prompt": "b", "completion": "x"}, {"id": "nine", "prompt": "Q", "completion": "y"})
     told = refused(1, "task", "show", "task.jsonl", "--base", "base")
     assert "example nine: the tokenizer of " in told
-    assert "cannot read it" in told
+    assert "cannot read the text" in told
 
 
 @pytest.mark.parametrize(

@@ -138,8 +138,8 @@ def test_a_result_has_one_rank_which_is_its_alpha(form: str) -> None:
     results = json.loads((folder / "run.json").read_text())["results"]
     own = {module["rank"] for module in results["modules"].values()}
     assert max(own) == results["rank"] == config["r"]
-    assert ("filled up with zeros" in told.err) == (len(own) > 1)
-    assert ("filled up with zeros" in (folder / "README.md").read_text()) == (len(own) > 1)
+    assert ("padded with zeros" in told.err) == (len(own) > 1)
+    assert ("padded with zeros" in (folder / "README.md").read_text()) == (len(own) > 1)
 
 
 def test_ranks_that_agree_are_written_once(monkeypatch: pytest.MonkeyPatch) -> None:

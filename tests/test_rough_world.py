@@ -68,7 +68,7 @@ def test_force_does_not_take_an_adapter_with_it() -> None:
     ok("merge", *TWO, "-o", "out")
     Path("one").rename("out/child")
     told = refused(1, "merge", "out/child", "two", "-o", "out", "--force")
-    assert "one of the adapters to be merged is there" in told
+    assert "holds one of the adapters to be merged" in told
     assert Path("out/child/adapter_model.safetensors").is_file()
 
 
@@ -90,7 +90,7 @@ def _without_outputs(folder: Path) -> None:
 def test_a_result_that_cannot_be_trusted_is_not_up_to_date(damage: Callable[[Path], None]) -> None:
     ok("merge", *TWO, "-o", "out")
     damage(Path("out"))
-    assert "not what was written there" in refused(1, "merge", *TWO, "-o", "out")
+    assert "has changed since it was written" in refused(1, "merge", *TWO, "-o", "out")
     ok("merge", *TWO, "-o", "out", "--force")
     assert "up to date" in ok("merge", *TWO, "-o", "out").err
 
@@ -170,7 +170,7 @@ def test_an_absurd_alpha_stops_no_sync(alpha: float) -> None:
     [
         (1, ("merge", *TWO, "-o", "x" * 300), "cannot be read"),
         (1, ("merge", *TWO, "-o", "a\udcff"), "characters that do not print"),
-        (2, ("merge", *TWO, "--scope", f"layers={'9' * 5000}"), "no layer"),
+        (2, ("merge", *TWO, "--scope", f"layers={'9' * 5000}"), "neither a layer"),
         (2, ("merge", *TWO, "--rank", "３"), "--rank is a number"),
         (2, ("merge", "one=1_0", "two=1"), "is not a number"),
         (2, ("merge", "one=１", "two=1"), "is not a number"),
@@ -223,4 +223,4 @@ def test_a_run_that_was_killed_does_not_run_for_ever(own_home: Path) -> None:
     ok("merge", *TWO, "-m", "ties", "-o", "other")
     rows = json.loads(ok("runs", "list", "--json").out)["rows"]
     assert [row["status"] for row in rows] == ["done", "failed", "done"]
-    assert rows[1]["error"] == "ended without a word"
+    assert rows[1]["error"] == "interrupted (no end was recorded)"

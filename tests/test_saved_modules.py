@@ -42,7 +42,7 @@ def test_a_head_is_refused_unless_it_is_spoken_for(parents: Path) -> None:
 
 def test_a_dropped_head_leaves_the_update_alone(parents: Path) -> None:
     told = ok("merge", "a", "b", "--base", str(parents), "-m", "linear", "--saved-modules", "drop", "-o", "out")
-    assert "dropped what was saved whole: classifier of" in told.err
+    assert "dropped modules saved whole: classifier of" in told.err
     assert all("lora_" in name for name in load_file("out/adapter_model.safetensors"))
     written = json.loads(Path("out/adapter_config.json").read_text())
     assert (written["modules_to_save"], written["task_type"]) == (None, None)
@@ -67,8 +67,8 @@ def test_the_head_of_one_parent_is_loaded_by_peft_as_it_was(parents: Path, words
         "merge", "a=1", "b=1", "c=1", "--base", str(parents), "-m", "linear", "--rank", "sum", "--saved-modules", "b",
         "-o", "out", *words,
     )  # fmt: skip
-    assert "beside the update as they were saved: classifier of" in told.err
-    assert "dropped what was saved whole: classifier of" in told.err
+    assert "kept modules saved whole: classifier of" in told.err
+    assert "dropped modules saved whole: classifier of" in told.err
     written = json.loads(Path("out/adapter_config.json").read_text())
     assert (written["modules_to_save"], written["task_type"]) == (["classifier", "score"], "SEQ_CLS")
     theirs = load_file("b/adapter_model.safetensors")
@@ -96,7 +96,7 @@ def test_what_cannot_be_taken_is_said(parents: Path) -> None:
     take = ["merge", "a", "c", "--base", base, "-o", "out", "--saved-modules"]
     assert "refuse, drop or one of the adapters, not 'z'" in refused(2, *take, "z")
     assert "c holds no modules saved whole" in refused(5, *take, "c")
-    assert "no place for modules saved whole" in refused(2, *take, "a", "--dense")
+    assert "--dense cannot keep modules saved whole" in refused(2, *take, "a", "--dense")
     settings = json.loads(Path("a/adapter_config.json").read_text())
     Path("a/adapter_config.json").write_text(json.dumps({**settings, "modules_to_save": None, "task_type": None}))
     assert "modules_to_save names none of the modules saved whole, so PEFT loads none" in refused(5, *take, "a")

@@ -170,7 +170,7 @@ def test_a_name_that_is_not_unicode_is_listed_escaped_with_the_reason(catalogue:
     folder = Path(os.fsdecode(os.fsencode(tmp_path / "pool") + b"/caf\xe9"))
     put(folder)
     assert sync(catalogue, tmp_path / "pool").new == 1
-    assert [(row.id, row.reason) for row in catalogue.find()] == [("pool/caf\\udce9", "its path is no Unicode")]
+    assert [(row.id, row.reason) for row in catalogue.find()] == [("pool/caf\\udce9", "its path is not valid Unicode")]
 
 
 def test_the_card_is_searched_and_names_the_licence(catalogue: Catalogue, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def test_one_base_under_four_spellings() -> None:
         "tommyroar": "unknown",
         "zouhe0": "unknown",
     }
-    assert found["zouhe0"]["reason"].endswith(f"is not known to be {GEMMA}: accept it with --alias")
+    assert found["zouhe0"]["reason"].endswith(f"not {GEMMA}: if both are the same model, accept it with --alias")
     assert found["BK7195"]["reason"] == f"wrong base: declares cyberagent/open-calm-1b, asked for {GEMMA}"
 
 

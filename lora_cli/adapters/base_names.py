@@ -1,4 +1,4 @@
-"""Names of base models: which of them mean one model. Nothing is read but the tables of names; no network is asked.
+"""Names of base models, and which of them name the same model. Reads only the tables of names, never the network.
 
 A base is named `owner/model` or `owner/model@revision` (an id of the Hub; without a revision its main branch), by a
 bare name, or by a path. The tables are `lora_cli/data/base_names.toml` and the user's file of the same form.
@@ -56,7 +56,7 @@ def canonical_base(name: str) -> str:
     """`name` as base models are compared and shown: an id of the Hub where it is one, of a path the last part.
 
     Moved ids get their owner (`gpt2` → `openai-community/gpt2`), suffixes of quantised twins go, a path into the
-    Hub's cache becomes the id it holds. Two names may still mean one base: compare with `same_base`.
+    Hub's cache becomes the id it holds. Two results may still be one base: compare with `same_base`.
     """
     owner, model, revision, _ = _split(name, _tables())
     return at_revision(f"{owner}/{model}" if owner else model, revision)
@@ -65,8 +65,8 @@ def canonical_base(name: str) -> str:
 def public_base(base: str, aliases: Sequence[str] = (), declared: Iterable[str] = ()) -> str:
     """The name of a base model for other people: never a place on this machine.
 
-    An id of the Hub is its own name. A folder goes by its first alias, else by what most adapters have `declared`, else
-    by the last part of its path. Without a base, what the adapters declare decides.
+    An id of the Hub is its own name. The name of a folder is its first alias, else the base that most adapters have
+    `declared`, else the last part of its path. Without a base, the adapters' declared bases decide.
     """
     folder = folder_of(base)
     if base and folder is None and not base.startswith(("/", "~", ".")):
@@ -80,7 +80,7 @@ def public_base(base: str, aliases: Sequence[str] = (), declared: Iterable[str] 
 
 
 def same_base(a: str, b: str, aliases: Collection[str] = ()) -> bool:
-    """Do the names `a` and `b` mean one base model, or does `a` mean one of the `aliases`?
+    """Whether the names `a` and `b` are one base model, or `a` is one of the `aliases`.
 
     Case, punctuation, known mirrors (unsloth/…), quantised twins (…-bnb-4bit) and folders on someone's disk make no
     difference; any other part of the name does: neither …-it nor …-abliterated is its base. Revisions are the same
@@ -109,7 +109,7 @@ def split_revision(base: str) -> tuple[str, str]:
 
 
 def tables_digest() -> str:
-    """Changes when the tables of names do. Raises DataError for a user's file that cannot be used."""
+    """A stamp of the tables of names. Raises DataError for a user's file that cannot be used."""
     return _tables().digest
 
 
@@ -147,7 +147,7 @@ def _split(name: str, tables: _Tables) -> _Name:
 
 
 def _plain_twin(model: str, tables: _Tables) -> str:
-    """The model's name without the endings of a quantised copy; `model` itself where it is none."""
+    """The model's name without the endings of a quantised copy; `model` itself if it is no such copy."""
     short, quantised = model, False
     for _ in range(_MOST_ENDINGS):
         found = tables.ending.search(short)

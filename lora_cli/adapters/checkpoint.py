@@ -1,4 +1,4 @@
-"""A whole model on the disk: safetensors files and what goes with them. No tensor is ever read whole.
+"""A whole model on the disk: safetensors files and the files beside them. No tensor is ever read in full.
 
 The layout is that of transformers: `model.safetensors`, or parts that `model.safetensors.index.json` names.
 """
@@ -29,9 +29,9 @@ CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 BLOCK: Final = 1 << 20
-"""Entries that are read at a time, or one row where a row has more."""
+"""Entries per block; a longer row is a block of its own."""
 
-# What loading reads in a model's folder, and what therefore decides its version.
+# The files that loading reads in a model's folder; they decide its version.
 _READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"))
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
@@ -45,8 +45,8 @@ _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 class Checkpoint:
     """A model whose configuration and headers were read.
 
-    `headers` is by file name, `tensors` maps each tensor that loading would take to the file it stands in. `beside` are
-    the files that go with the weights: configuration, tokenizer, chat template, licence; never code.
+    `headers` is by file name, `tensors` maps each tensor that loading would read to its file. `beside` are
+    the files that belong to the weights: configuration, tokenizer, chat template, licence; never code.
     """
 
     folder: Path
@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, name: str) -> Checkpoint:
-    """Read what can be read of a model without its tensors; `name` is what messages call it.
+    """Read configuration, index and headers of a model, but no tensors; `name` is its name in messages.
 
     Raises:
         Refused: weights that are quantised, pickled, incomplete or absent; a malformed configuration or index.
@@ -101,7 +101,7 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
 
 
 class HubModel(NamedTuple):
-    """What may be a model on the Hub: its id and a branch, tag or commit of it."""
+    """A possible model on the Hub: its id and a branch, tag or commit."""
 
     repo: str
     revision: str = MAIN
@@ -111,9 +111,9 @@ class HubModel(NamedTuple):
 
 
 def folder_or_hub(name: str) -> Path | HubModel:
-    """A model's folder, or what may be on the Hub: `owner/name` or `owner/name@revision`.
+    """A model's folder, or a possible id on the Hub: `owner/name` or `owner/name@revision`.
 
-    NothingMatched for what is neither.
+    NothingMatched for anything else.
     """
     folder = folder_of(name)
     if folder is not None:
@@ -129,9 +129,9 @@ def folder_or_hub(name: str) -> Path | HubModel:
 
 
 def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True, weights: bool = True) -> Path | None:
-    """Where the Hub client's cache holds a model, by default at the commit it knows as main; None unless whole.
+    """The folder of a model in the Hub client's cache, by default at its commit of main; None unless complete.
 
-    tokenizer, weights: whether these belong to a whole model.
+    tokenizer, weights: whether a complete model must have these.
     """
     config = cached_file(repo, CONFIG, version)
     if config is None or (tokenizer and cached_file(repo, "tokenizer_config.json", version) is None):
@@ -146,11 +146,11 @@ def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True, weig
 
 
 def wanted_files(files: Collection[str], index: Path | None, name: str) -> list[str]:
-    """Of the files in a model's repository those that a copy of it needs here, weights last.
+    """The files in a model's repository that a local copy needs, weights last.
 
     Args:
-        index: the model's own, where its weights are split.
-        name: what messages call the model.
+        index: the model's index, if its weights are split.
+        name: the model's name in messages.
     """
     other = sorted(file for file in files if "/" not in file and _goes_along(Path(file)))
     if index is None:
@@ -194,12 +194,12 @@ def as_tensor(block: bytearray, dtype: str) -> Tensor:
 
 
 class ShardWriter:
-    """Writes one safetensors file, bytes in the order of its tensors; a context manager that knows the SHA-256.
+    """Writes one safetensors file, bytes in the order of its tensors; a context manager that computes the SHA-256.
 
     Args:
         path: the file to write.
-        like: the file it takes names, shapes, order and metadata from.
-        dtypes: of the tensors that change their precision.
+        like: the file from which names, shapes, order and metadata are taken.
+        dtypes: the new dtypes of tensors that change their precision.
     """
 
     def __init__(self, path: Path, like: Header, dtypes: Mapping[str, str]) -> None:
@@ -215,7 +215,7 @@ class ShardWriter:
 
     @property
     def sha256(self) -> str:
-        """Of all that was written, 64 hex digits."""
+        """The hash of all written bytes, 64 hex digits."""
         return self._sha256.hexdigest()
 
     def __enter__(self) -> "ShardWriter":
@@ -246,13 +246,13 @@ def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:
 def _goes_along(file: Path) -> bool:
     if file.stem.upper() in _TERMS or file.name.startswith(_NUMBERED):
         return True
-    # Weights have indices of their own; what an adapter or an earlier run left here is not the model's.
+    # Skip weight indices, which are written anew, and files of an adapter or an earlier run.
     foreign = file.name.endswith(".index.json") or file.name.startswith("adapter_") or file.name == "run.json"
     return file.suffix in _READ and file.suffix != ".safetensors" and not foreign
 
 
 def _beside(folder: Path, name: str) -> tuple[Path, ...]:
-    """What goes along with the weights. Refused where a link would bring in a file from elsewhere."""
+    """The files beside the weights. Refused for a link to a file outside the folder."""
     found = tuple(file for file in _files(folder) if _goes_along(file))
     here = folder.resolve()
     # In the Hub client's cache every file is a link to a blob.
@@ -281,7 +281,7 @@ def _object(path: Path, name: str) -> dict[str, Any]:
 
 
 def _weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
-    """Tensor → file of an index; Refused unless every file is a plain name, so that nothing outside can be meant."""
+    """Tensor → file of an index; Refused unless every file is a plain name, so that none is outside the folder."""
     found = index.get("weight_map")
     if not isinstance(found, dict) or not found:
         raise Refused(f"{name}: {INDEX} has no weight_map", hint="download the base model again")

@@ -18,7 +18,7 @@ UNDECLARED: Final = "declares no base model"
 
 
 class Facts(TypedDict):
-    """The fields of `records.Adapter` that configuration, header and file names give; see there for their meaning."""
+    """The fields of `records.Adapter` from configuration, header and file names; for their meaning see there."""
 
     base_declared: str
     revision: str
@@ -52,18 +52,18 @@ def examine(
     vouched: bool = False,
     kind: str = "",
 ) -> Facts:
-    """What one adapter is, and whether it can be used; never raises on what a stranger wrote.
+    """The facts about one adapter, and whether it is usable; never raises on a stranger's files.
 
     Args:
         config: the bytes of adapter_config.json, None where there is none.
         header: the header of the weights, or the error that parsing gave; None where there are no weights.
-        file_names: names of the files beside them, to tell an adapter of another kind from nothing.
+        file_names: names of the files beside them, to recognise an adapter of another kind.
         base_name: the base model asked for, `name@revision` for another than its main branch; "" for any.
         base_aliases: further names that the user vouches for.
-        skeleton: what the base's class is made of, where that is known.
-        vouched: the user named this adapter beside `base_name`, which is enough where the adapter declares no base and
-            nothing is known of the base's modules.
-        kind: what is here in place of an adapter of PEFT, where that was found out by other means than names.
+        skeleton: the modules of the base's class, None if they are not known.
+        vouched: the user named this adapter together with `base_name`. This is enough if the adapter declares no base
+            and the base's modules are not known.
+        kind: the kind of a non-PEFT adapter, if it was found by other means than file names.
     """
     if header is None:
         kind = kind or other_kind(file_names)
@@ -90,7 +90,7 @@ def examine(
             problems.extend(located.refusals if said.peft_type == "LORA" else ())
     known = skeleton is not None and bool(located.modules or located.missing)
     base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known, vouched)
-    # Modules saved whole come last: they alone leave an update that can be compared and merged.
+    # Modules saved whole come last: the update can be compared and merged in spite of them.
     problems.extend(filter(None, [base_problem, whole_reason(located.whole)]))
     factors = [part for found in located.modules.values() for part in found.parts]
     ranks = {part.adapted: part.rank for part in factors}
@@ -119,7 +119,7 @@ def examine(
 
 
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
-    """The last names of the modules with factors; where none are known, what the configuration says."""
+    """The last names of the modules with factors; without known factors, the configuration's targets."""
     if modules:
         return tuple(sorted({name.rpartition(".")[2] for name in modules}))
     declared = config.target_modules
@@ -127,7 +127,7 @@ def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ..
 
 
 def _layer(module: str) -> str:
-    """The part of a module's name up to its first number, "" where it has none."""
+    """The part of a module's name up to its first number, "" if it has none."""
     parts = module.split(".")
     for place, part in enumerate(parts):
         if part.isdecimal():
@@ -149,9 +149,9 @@ def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | 
 def _judge_base(
     config: LoraConfigFacts | None, conflict: str, asked: str, aliases: Collection[str], known: bool, vouched: bool
 ) -> tuple[BaseMatch, str, str]:
-    """(how the declared base matches, the base as resolved, what is wrong with it or "").
+    """(how the declared base matches, the resolved base, the fault or "").
 
-    `known`: the adapter was held against the base's skeleton; `conflict` is what that found.
+    `known`: the adapter was checked against the base's skeleton; `conflict` is the fault found there.
     """
     if config is None:
         return "unknown", "", ""
@@ -177,12 +177,13 @@ def _judge_base(
         return match, asked, ""
     if not declared:
         return match, "", f"{_undeclared(config)}; the shapes of {asked} are not known here"
-    but = "; its shapes fit" if known else ""
-    return match, resolved, f"base {shortened(declared)} is not known to be {asked}{but}: accept it with --alias"
+    but = ", but the shapes match" if known else ""
+    reason = f"declares base {shortened(declared)}, not {asked}{but}"
+    return match, resolved, f"{reason}: if both are the same model, accept it with --alias"
 
 
 def _other_revision(declared: str, asked: str, aliases: Collection[str]) -> str:
-    """The reason where two bases differ in their revisions alone, else ""."""
+    """The reason if two bases differ only in their revisions, else ""."""
     name, revision = split_revision(declared)
     wanted, at = split_revision(asked)
     if not same_base(name, wanted, [split_revision(alias)[0] for alias in aliases]):

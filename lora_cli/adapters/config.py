@@ -27,7 +27,7 @@ MAX_REGEX_KEYS = 64
 DEFAULT_RANK = 8
 """The rank of a configuration that gives none, as in PEFT."""
 TASKS_WITH_A_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
-"""Of these PEFT loads a head without being told to, and fails where there is none."""
+"""Tasks for which PEFT always loads a head, and fails if there is none."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 _PLAIN_INITS = ("true", "false", "gaussian", "eva", "orthogonal", "mica")
@@ -38,7 +38,7 @@ _BASE_CHANGING_INITS = {
     "loftq": "LoftQ",
     "lora_ga": "LoRA-GA",
 }
-# `unknown` key → why the update it switches on is not one s·B·A per module of the declared base.
+# `unknown` key → the reason why its update is not one s·B·A per module of the declared base.
 _VARIANTS = {
     "alora_invocation_tokens": "aLoRA: the update acts only after its invocation tokens",
     "alora_invocation_string": "aLoRA: the update acts only after its invocation string",
@@ -50,13 +50,13 @@ _VARIANTS = {
     "use_bdlora": "BD-LoRA: a factor is block-diagonal",
     "use_qalora": "QALoRA: A reads pooled inputs",
 }
-# PEFT treats these as on when the object is there, even an empty one; the others when they are truthy.
+# PEFT switches these on for any object, even an empty one; the others only if they are truthy.
 _ON_WHEN_PRESENT = ("arrow_config", "kasa_config", "use_bdlora")
 
 
 @dataclass(frozen=True)
 class LoraConfigFacts:
-    """What adapter_config.json says.
+    """The facts in adapter_config.json.
 
     `base` is the base model as declared ("" for none), `revision` the branch, tag or commit of it ("" for the main
     branch); `target_modules` is a tuple of names or, as a str, the
@@ -102,18 +102,18 @@ class LoraConfigFacts:
 
     @cached_property
     def targets(self) -> Targets:
-        """The modules and parameters that it means."""
+        """The modules and parameters that the configuration targets."""
         return Targets(self)
 
     @property
     def trained_class(self) -> str:
-        """The class of the model that it was trained on, where PEFT wrote that down."""
+        """The class of the model that the adapter was trained on, "" if PEFT did not record it."""
         mapping = self.unknown.get("auto_mapping")
         named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
         return named if isinstance(named, str) else ""
 
     def for_another_class(self, architecture: str) -> bool:
-        """Whether it says that it was trained on another class: one that it names, or the one without a head."""
+        """Whether the adapter declares training on another class: a named one, or the one without a head."""
         return self.task_type == "FEATURE_EXTRACTION" or self.trained_class not in ("", architecture)
 
     @property
@@ -122,7 +122,7 @@ class LoraConfigFacts:
         return self.unknown.get("ensure_weight_tying") is True
 
     def rank_of(self, module: str) -> int:
-        """The rank that it gives to `module`, by the first matching key of `rank_pattern`, else r.
+        """The rank of `module`, by the first matching key of `rank_pattern`, else r.
 
         Raises ConfigError where a key cannot be evaluated.
         """
@@ -145,7 +145,7 @@ class LoraConfigFacts:
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def refusals(self) -> tuple[str, ...]:
-        """Why the update cannot be written as s·B·A per module of the declared base; empty when it can.
+        """The reasons why the update is not s·B·A per module of the declared base; empty if it is.
 
         `modules_to_save` is no reason by itself: it may name modules the base does not have. Whether full weights
         were saved is seen in the header (`header.tensor_refusals`).
@@ -299,7 +299,7 @@ def parse_config(data: bytes) -> LoraConfigFacts:
     revision = take("revision", _text, "").strip()
     revision = "" if revision == MAIN else revision
     task_type = take("task_type", _text, "")
-    if peft_type != "LORA":  # their keys of the same name mean other things: OFT has r = 0
+    if peft_type != "LORA":  # other types use the same keys with other meanings: OFT has r = 0
         return LoraConfigFacts(
             peft_type=peft_type, base=base, revision=revision, task_type=task_type, unknown=take.rest()
         )
@@ -377,7 +377,7 @@ def _refuse_depth(raw: dict[str, Any]) -> None:
 
 
 class _Taker:
-    """Takes typed values out of a parsed object; what nobody took is the rest."""
+    """Reads typed values from a JSON object; the keys that were never read are the rest."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
         self._raw = dict(raw)
@@ -396,7 +396,7 @@ class _Taker:
 
 
 class _Wrong(Exception):
-    """Says what a value should have been."""
+    """The expected form of a value."""
 
 
 def _text(value: Any) -> str:

@@ -27,8 +27,8 @@ _FLAG = "fan_in_fan_out"
 class OpenDelta:
     """A dense result whose record and header were read.
 
-    `modules` maps a module's name in the base model to where its update is; `base` is the base model it is for.
-    `fan_in_fan_out` says, as in an adapter's configuration, whether the base stores these weights (in, out).
+    `modules` maps a module's name in the base model to its tensor; `base` is its base model.
+    `fan_in_fan_out` is, as in an adapter's configuration, whether the base stores these weights (in, out).
     """
 
     ref: AdapterRef
@@ -41,7 +41,7 @@ class OpenDelta:
 
     @property
     def folder(self) -> Path:
-        """Where it stands."""
+        """The folder of the result."""
         return self.file.parent
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -61,18 +61,18 @@ class OpenDelta:
 
 
 def dense_folder(name: str) -> Path | None:
-    """The folder of a dense result that `name` means; None for anything else."""
+    """The folder of a dense result at `name`; None for anything else."""
     folder = folder_of(name)
     return folder if folder is not None and (folder / DENSE_FILE).is_file() else None
 
 
 def weight_of(module: str) -> str:
-    """The tensor's name for a module's update: that of the weight it is added to."""
+    """The tensor's name for a module's update: that of its weight."""
     return module + _SUFFIX
 
 
 def metadata(*, fan_in_fan_out: bool) -> dict[str, str]:
-    """What the file says of itself besides names and shapes."""
+    """The file's metadata."""
     return {_FLAG: str(fan_in_fan_out).lower()}
 
 
@@ -81,7 +81,7 @@ def open_delta(folder: Path) -> OpenDelta:
 
     Raises:
         DataError, HeaderError: a file that is missing or malformed.
-        Refused: the file is not what its record says.
+        Refused: the file differs from its record.
     """
     record, file = read_record(folder), folder / DENSE_FILE
     with reading(file):

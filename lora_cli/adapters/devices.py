@@ -1,4 +1,4 @@
-"""Where the arithmetic is done: the names of torch's devices, checked against this machine."""
+"""Devices for the arithmetic: the names of torch's devices, checked against this machine."""
 
 import re
 
@@ -10,10 +10,10 @@ _DEVICE = re.compile(r"(cpu|mps|cuda)(?::(\d{1,3}))?", re.ASCII)
 
 
 def resolve_device(device: str = "auto") -> str:
-    """cpu, cuda:N or mps as meant by `device`; "auto" is cuda where there is one, else cpu.
+    """cpu, cuda:N or mps for `device`; "auto" is cuda if there is one, else cpu.
 
     Raises:
-        UsageError: no such name. Refused: the device is not here.
+        UsageError: an unknown name. Refused: this machine lacks the device.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The factors in an adapter's file: which tensors belong together, and what the other tensors are."""
+"""The factors in an adapter's file: the pairs of tensors, and the kinds of the other tensors."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two factors as they stand in the file. `place` is their tensors' name up to ".lora_"; `embedding`: of such names.
+    """Two factors as stored. `place` is their tensors' name up to ".lora_"; `embedding`: as of an embedding.
 
     A is (r, in), or (r, in, kernel…) of a convolution; B is (out, r), or (out, r, 1…).
     """
@@ -72,12 +72,12 @@ class ModuleFactors:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """Of a convolution the size of its kernel, else ()."""
+        """The kernel size of a convolution, else ()."""
         return self.a.shape[2:]
 
     @property
     def form(self) -> str:
-        """Of what the factors are, in words; factors of one form can be added up."""
+        """The form of the adapted module, in words; only factors of one form can be added."""
         kernel = "×".join(map(str, self.kernel))
         return f"a convolution {kernel}" if self.kernel else "an embedding" if self.kind == "embedding" else "a layer"
 
@@ -128,7 +128,7 @@ AnyFactors = ModuleFactors | FusedFactors
 
 @dataclass(frozen=True, slots=True)
 class Sorted:
-    """The tensors of a file: pairs of factors by place, and what else there is.
+    """The tensors of a file: pairs of factors by place, and all others.
 
     `names` are the adapters' names inside tensor names (`lora_A.NAME.weight`), which PEFT does not save. `whole` are
     tensors of the base that were saved, `copies`, by the place of an adapted layer, those of what it is wrapped
@@ -143,9 +143,9 @@ class Sorted:
 
 
 def sort_tensors(header: Header) -> Sorted:
-    """Which tensors are factors, and what the others are, in the order of the file.
+    """Sort tensors into factors and others, in the order of the file.
 
-    Raises HeaderError where a factor has no partner or is there twice, or the ranks of the two differ or are 0.
+    Raises HeaderError if a factor has no partner or exists twice, or the ranks of a pair differ or are 0.
     """
     sides: dict[str, dict[str, TensorEntry]] = {}
     names, others = set(), []
@@ -173,18 +173,18 @@ def sort_tensors(header: Header) -> Sorted:
     for pair in pairs.values():
         for entry in (pair.a, pair.b):
             if entry.dtype not in FACTOR_DTYPES:
-                reason = f"{shortened(entry.name)} is {entry.dtype}: factors are read as floats only"
+                reason = f"{shortened(entry.name)} is stored as {entry.dtype}; factors must be floats"
                 refused.setdefault("dtype", reason)
     return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(copies), tuple(refused.values()))
 
 
 _SAVED_WHOLE = ("tensors of a full head saved", "full weights saved")
 TAKE_THE_UPDATE = "lora merge takes its update alone with --saved-modules drop"
-"""What can be done with an adapter that is more than its update."""
+"""The remedy for an adapter that is more than its update."""
 
 
 def whole_reason(names: Sequence[str]) -> str:
-    """Why modules that were saved whole make an adapter more than its update; "" where there are none."""
+    """The reason why modules saved whole make an adapter more than its update; "" without such modules."""
     if not names:
         return ""
     head, other = _SAVED_WHOLE
@@ -192,12 +192,12 @@ def whole_reason(names: Sequence[str]) -> str:
 
 
 def only_saved_whole(reason: str) -> bool:
-    """Whether the first that is wrong with an adapter, and so all, is what `whole_reason` says."""
+    """Whether `whole_reason` is an adapter's first fault. It is checked last, so it is then the only one."""
     return reason.startswith(tuple(f"{text} (" for text in _SAVED_WHOLE))
 
 
 def shown(name: str) -> str:
-    """A tensor's name as people know it: without PEFT's prefix."""
+    """A tensor's name without PEFT's prefix, for messages."""
     return name.removeprefix(PREFIX)
 
 
@@ -272,7 +272,7 @@ def _other(name: str, pairs: Mapping[str, Pair], header: Header) -> tuple[str, s
 
 
 def _wrapping(name: str) -> str:
-    """The layer around what a tensor belongs to, "" where there is none."""
+    """The layer around a tensor's module, "" if there is none."""
     place, inner, _ = name.partition(".base_layer.")
     return place if inner else ""
 

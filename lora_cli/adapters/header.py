@@ -1,6 +1,6 @@
 """The header of a safetensors file from a stranger: strict, bounded in time and memory, no tensor data read.
 
-Stricter than the safetensors library: whatever it rejects is rejected here, and besides headers over 8 MB, more than
+Stricter than the safetensors library: all that it rejects is rejected here, and also headers over 8 MB, more than
 50,000 tensors, repeated names and extra keys. Format: https://github.com/huggingface/safetensors (README, "Format").
 """
 
@@ -131,7 +131,7 @@ def _header_of(path: Path, state: Stamp) -> Header:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """While a user's file is read: the system's refusals as DataErrors that name it."""
+    """Turn the system's errors while reading a user's file into DataErrors with the file's name."""
     try:
         yield
     except OSError as error:

@@ -1,6 +1,6 @@
 """Inner loops of the work done element by element: compiled by numba on a CPU, the same formulas in torch elsewhere.
 
-Nothing else knows which of the two runs. Both count, elect and draw the same, sums of floats differ by rounding; the
+Callers need not know which of the two runs. Both count, elect and draw the same, sums of floats differ by rounding; the
 compiled ones are several times faster.
 """
 
@@ -16,18 +16,18 @@ from torch import Tensor
 Array = NDArray[Any]
 
 COMPILED = True
-"""Whether CPU tensors go through numba. Tests turn it off to hold both ways against each other."""
+"""Whether CPU tensors go through numba. Tests turn it off to compare the two."""
 
-# So many entries are looked at together before one of them is looked at alone.
+# Entries are tested in groups of this size; single entries only if their group has a hit.
 _GROUP = 32
 _PIECE = 1 << 14
 _MASK = 0xFFFFFFFF
 
 
 def tally(tile: Tensor, low: float, high: float, room: Tensor) -> tuple[int, Tensor]:
-    """How many magnitudes of `tile` are above `high`, and those in (low, high].
+    """The number of magnitudes of `tile` above `high`, and the magnitudes in (low, high].
 
-    room: a vector with one entry more than `tile`, to be written over.
+    room: a vector with one entry more than `tile`, which is overwritten.
     """
     if _compiles(tile):
         values, found = _flat(tile), _flat(room)
@@ -48,7 +48,7 @@ def largest(magnitudes: Tensor, k: int) -> float:
 
 def entries(B: Tensor, A: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Single entries of B @ A: those at (rows[j], columns[j]), sums over the ranks."""
-    across = A.T.contiguous()  # (in, r): what one entry needs lies together
+    across = A.T.contiguous()  # (in, r): the numbers for one entry are contiguous
     if _compiles(B):
         found = torch.empty(len(rows), dtype=B.dtype)
         _loop(_entries)(B.contiguous().numpy(), across.numpy(), rows.numpy(), columns.numpy(), found.numpy())
@@ -140,10 +140,10 @@ def _flat(tensor: Tensor) -> Array:
 @cache
 def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled when first called, kept on disk where there is a place for it, free of Python's lock."""
-    # A third of a second that merges without these loops do not pay.
+    # Import numba lazily: it costs about 0.3 s, and most merges never need it.
     import numba
 
-    # Dividing as numpy does leaves out a check for zero in every step.
+    # numpy's division skips a check for zero in every step.
     compiled = partial(numba.njit, nogil=True, error_model="numpy")
     try:
         loop: Callable[..., Any] = compiled(cache=True)(function)
@@ -200,7 +200,7 @@ def _cast(
 def _elected(votes: Array, plus: Array, minus: Array, agreed: Array, against: Array) -> None:
     nothing, one = plus.dtype.type(0), plus.dtype.type(1)
     for i in range(votes.size):
-        # All are read first: a load that hangs on a condition would keep the loop out of vector registers.
+        # Read all values first: a conditional load would prevent vectorisation.
         up, down, for_up, for_down = plus[i], minus[i], agreed[i], against[i]
         ahead, tied = votes[i] > 0, votes[i] == 0
         won = up if ahead else down

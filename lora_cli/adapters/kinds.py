@@ -32,7 +32,7 @@ _FACTOR = re.compile(r"\.lora_[AB]\.(?:([^.]+)\.)?weight$")
 
 
 def other_kind(files: Collection[str]) -> str:
-    """The kind of adapter that has these files and no adapter_model.safetensors; "" where names do not show it."""
+    """The kind of adapter that has these files and no adapter_model.safetensors; "" if the names do not show it."""
     names = sorted({file.replace("\\", "/").rpartition("/")[2] for file in files})
     weights = [name for name in names if name.startswith("adapter_model") and name.endswith(_SUFFIX)]
     if shards := [name for name in weights if _SHARD.fullmatch(name)]:
@@ -49,7 +49,7 @@ def other_kind(files: Collection[str]) -> str:
 
 
 def kind_in(folder: Path, files: Collection[str]) -> str:
-    """`other_kind` of a folder's files; where names do not show it, by the tensors of its safetensors files."""
+    """`other_kind` of a folder's files; if the names do not show it, by the tensors of its safetensors files."""
     if kind := other_kind(files):
         return kind
     for name in sorted(files):

@@ -1,4 +1,4 @@
-"""How a PEFT folder names and arranges the factors of a result: the way back of `adapters.modules`."""
+"""The names and places of a result's factors in a PEFT folder: the inverse of `adapters.modules`."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the factors of a result go; the places hold zeros where the result has no module.
+    """The places of a result's factors; a place whose module is not in the result holds zeros.
 
     `singles` are the places of single experts' factors, which PEFT fuses: they need one rank, the one that the
     configuration gives as r, and all of a layer have to be there.
@@ -75,10 +75,10 @@ class Layout:
         return Layout(tuple(places.values()), frozenset(places[place] for place in self.singles))
 
     def targets(self, meant: Collection[str] | None) -> dict[str, list[str]]:
-        """How the configuration names all of it: `layers` by their last parts where PEFT finds the same by these.
+        """The configuration's target names: `layers` by their last parts if PEFT finds the same modules by these.
 
         Args:
-            meant: every module of the base whose last part is that of one of `layers`; None where that is not known.
+            meant: every module of the base whose last part is that of one of `layers`; None if the base is not known.
         """
         short = meant == {*self.layers}
         layers = {_last(place.target) if short else place.target for place in self._named}
@@ -97,10 +97,10 @@ def layout(
     """The places of a result's modules.
 
     Args:
-        modules: those of the result, each with the factors that a parent has there.
-        base: what the base is made of, where that is known.
-        known: shapes (out, in) of all modules that some parent adapts.
-        zeros: linear layers, with their shapes (out, in), that have to be there beside them.
+        modules: the result's modules, each with a parent's factors.
+        base: the modules of the base, None if they are not known.
+        known: shapes (out, in) of all modules that any parent adapts.
+        zeros: linear layers, with their shapes (out, in), that must be added as zeros.
     """
     experts = {name: found for name in modules if (found := _expert(name, base)) is not None}
     places = [_alone(name, factors, base) for name, factors in modules.items() if name not in experts]

@@ -1,4 +1,4 @@
-"""LowRank: a module's update as two factors, and the algebra on it. Nothing here ever forms the dense update unasked.
+"""LowRank: a module's update as two factors, and the algebra on it. The dense update is formed only on request.
 
 Shapes: B is (out, r), A is (r, in), the update is B @ A. Any scale (alpha/rank) is already folded into B.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_cli.adapters import kernels
 
 _KRYLOV_STEPS = 4
-# Squares of singular values in fp32 do not say more precisely what share of the energy they hold.
+# The share of the energy from squared singular values in fp32 is no more precise than this.
 _SHARE_NOISE = 1e-6
 
 
@@ -29,7 +29,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Inner dimension r, which the numerical rank may be below."""
+        """Inner dimension r; the numerical rank may be lower."""
         return self.A.shape[0]
 
     @property
@@ -59,7 +59,7 @@ class LowRank:
 
 
 def bound(update: LowRank | Tensor) -> float:
-    """What no entry exceeds, nor a sum on the way to it; Inf or NaN where a number is not finite."""
+    """A bound on every entry and on every partial sum; Inf or NaN if a number is not finite."""
     if isinstance(update, LowRank):
         return update.rank * bound(update.A) * bound(update.B)
     if update.numel() == 0:
@@ -135,7 +135,7 @@ def svd(update: LowRank) -> Spectrum:
 
 
 def numerical_rank(s: Tensor) -> int:
-    """How many singular values (descending) stand above the rounding noise of their dtype."""
+    """The number of singular values (descending) above the rounding noise of their dtype."""
     if s.numel() == 0 or float(s[0]) == 0.0:
         return 0
     return int((s > 16 * torch.finfo(s.dtype).eps * s[0]).sum())
@@ -178,11 +178,11 @@ class RankChoice:
 
     @property
     def share(self) -> float | None:
-        """`energy`, or None where it asks for everything."""
+        """`energy`, or None if it asks for everything."""
         return None if self.energy is None or self.energy >= 1 - _SHARE_NOISE else self.energy
 
     def choose(self, s: Tensor, total: float) -> int:
-        """How many of the singular values `s` (descending) to keep; `total` is the squared norm of the whole update."""
+        """The number of singular values `s` (descending) to keep; `total` is the squared norm of the whole update."""
         k = numerical_rank(s)
         if self.share is not None and total > 0:
             kept = s.double().square().cumsum(0) / total
@@ -222,7 +222,7 @@ def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
         enough = reduced.kept >= choice.share * total or reduced.update.rank < width
         if enough or width >= min(choice.ceiling or full, full):
             return reduced
-        # Of the flat spectra that this is met with, most directions are wanted: no more guesses.
+        # The spectra here are flat and most directions are needed, so stop guessing.
         width = full
 
 

@@ -1,8 +1,8 @@
-"""From the names in an adapter's file to the matrices of its base model, and how: one answer for every command.
+"""From the names in an adapter's file to the matrices of its base model: one mapping for every command.
 
-What PEFT would apply is taken under the base's own name. What PEFT would leave out in silence is repaired where only
-one meaning is possible, and said; the rest is refused by name. Rules: PEFT 0.21 (`peft/utils/save_and_load.py`,
-`utils/transformers_weight_conversion.py`, `tuners/lora/layer.py:ParamWrapper`).
+Modules that PEFT would apply go by the base's own names. Modules that PEFT would silently skip are repaired if
+only one meaning is possible, with a note; all others are refused by name. Rules: PEFT 0.21
+(`peft/utils/save_and_load.py`, `utils/transformers_weight_conversion.py`, `tuners/lora/layer.py:ParamWrapper`).
 """
 
 import re
@@ -15,12 +15,12 @@ from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFa
 from lora_cli.adapters.header import Header, TensorEntry
 from lora_cli.adapters.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 
-# What training leaves in names: torch.compile, gradient checkpointing, FSDP, DDP.
+# Parts of names that training adds: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
 INNER = ".base_layer"
-"""What PEFT's layers call what they are wrapped around."""
+"""The name of the wrapped module in PEFT's layers."""
 _TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
-# Modules that share a weight in bases that tie them, as PEFT knows their names.
+# Names, as in PEFT, of modules that share a weight in bases that tie them.
 _TIED = ("embed_tokens", "lm_head")
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 """The parameters of fused experts in the order in which transformers registers them."""
@@ -28,9 +28,9 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class Located:
-    """What an adapter's file holds, by the base's own names.
+    """The contents of an adapter's file, by the base's own names.
 
-    `notes` say what was repaired or left out; `saved` are tensors of modules that were saved as they are, beside the
+    `notes` list repairs and omissions; `saved` are tensors of modules that were saved as they are, beside the
     update; `refusals` why the pairs of factors are not one update s·B·A per matrix of the base, or not the ones that
     its configuration describes. `spelling` is that of the class it was trained on, where this is another than the
     base's; `copies` are tensors of the base by its own names, saved beside the factors of their layer. `missing` are
@@ -53,7 +53,7 @@ class Located:
 
     @property
     def conflict(self) -> str:
-        """What keeps it from the base that it was held against, "" where nothing does."""
+        """The reason why the adapter does not fit the base, "" if it fits."""
         total = len(self.modules) + len(self.missing)
         if self.missing and not self.modules:
             return f"targets match no module of the base (such as {shortened(self.missing[0])})"
@@ -124,7 +124,7 @@ def _demanded(base: Skeleton, name: str) -> Matrix:
 
 
 class _Locating:
-    """One file's pairs on their way to names."""
+    """The work of naming one file's pairs."""
 
     def __init__(self, config: LoraConfigFacts, base: Skeleton | None) -> None:
         self._config = config
@@ -140,14 +140,14 @@ class _Locating:
 
     @property
     def refusals(self) -> list[str]:
-        """One reason per kind, the first, with how many more there are."""
+        """The first reason of each kind, with the number of others."""
         return [
             first + (f" (and {len(others):,} more like this)" if others else "")
             for first, *others in self._refused.values()
         ]
 
     def place(self, pairs: Mapping[str, Pair]) -> None:
-        """Give every pair its name, or say why it has none."""
+        """Give every pair its name, or record why it has none."""
         plain = {place: place.removeprefix(PREFIX) for place in pairs if place.startswith(PREFIX)}
         bare = [place for place in pairs if place not in plain]
         names = self._direct(plain)
@@ -182,7 +182,7 @@ class _Locating:
         return self._base.get(name) is not None or name.replace(INNER, "") in self._base.below
 
     def _repaired(self, places: Sequence[str], *, alone: bool) -> dict[str, str]:
-        """Names for the others by the first rule that gives all of them one; none where no rule does.
+        """Names for the other places by the first rule that names all of them; none if no rule does.
 
         `alone`: there are no others whose names need no rule.
         """
@@ -240,7 +240,7 @@ class _Locating:
         self._note_ignored(outside, "outside target_modules")
 
     def _meant(self, name: str, place: str) -> bool:
-        """Whether the configuration means this module, by the base's name or by the one it was saved under."""
+        """Whether the configuration targets this module, by the base's name or by its name in the file."""
         targeted = any(map(self._config.targets.module, _both(name, place)))
         return targeted or self._by_parameter(name, place) or self._by_its_tie(name)
 
@@ -364,7 +364,7 @@ def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[
 
 
 def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
-    """Whether the configuration takes for a layer what is a parameter of the base."""
+    """Whether the configuration names a parameter of the base as a layer."""
     bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
     return bare and name.rpartition(".")[2] not in base.retargeted
 

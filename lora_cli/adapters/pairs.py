@@ -12,10 +12,10 @@ from lora_cli.adapters.lowrank import LowRank
 
 # Rows of a tile, so that its products stay near the processor while they are summed.
 _ROWS = 1024
-# Standard deviation that rounding may give to a cosine; beyond it the pair is computed again in a wider precision.
-# Of half a million pairs the worst is then off by five times this, 1e-4.
+# The largest standard deviation of a cosine from rounding; above it the pair is computed again in a wider precision.
+# The worst of half a million pairs is then off by five times this, 1e-4.
 _TOLERANCE = 2e-5
-# Entries that a module must have for whole numbers to be within the tolerance, for updates that are unrelated.
+# The fewest entries of a module for which int8 is within the tolerance, for unrelated updates.
 _MANY_ENTRIES = 2**21
 
 
@@ -31,7 +31,7 @@ def all_pairs(
     first precision are held.
 
     Args:
-        workers: how many threads work on tiles of their own; torch's own threads had better be one then.
+        workers: the number of threads, each on its own tiles; set torch's own threads to one.
         precisions: from narrow to wide; None takes what the processor multiplies natively of int8 (whole numbers per
             row, for large modules) and bfloat16, then fp32 and float64.
     """
@@ -103,11 +103,11 @@ class _Stack:
         b, a = _gram(self.B, other.B, self.owner.dtype), _gram(self.A, other.A, self.owner.dtype)  # (R, R')
         sums = self.owner.T @ (b * a) @ other.owner
         if self.B.dtype == torch.int8:
-            # Every number is off by up to a half, with variance 1/12: a Gram's entry by that times its rows' lengths.
+            # Every number is off by up to 1/2, with variance 1/12; a Gram entry by that times its rows' lengths.
             b_noise, a_noise = ((x + y) / 12 for x, y in zip(self.longest, other.longest, strict=True))
             spread = a.square_().mul_(b_noise).add_(b.square_(), alpha=a_noise)
         else:
-            # Of the unit of rounding, by which one number is off at most, four roundings of two Grams make about one.
+            # One rounding is off by at most eps/2; four independent ones (two Grams) have a deviation of about eps/2.
             spread = b.mul_(a).mul_(torch.finfo(self.B.dtype).eps / 2).square_()
         noise = (self.owner.square().T @ spread @ other.owner.square()).sqrt()
         return sums.cpu().double(), noise.cpu().double()
@@ -116,8 +116,8 @@ class _Stack:
 def _refine(
     block: Tensor, noise: Tensor, rows: Sequence[LowRank], columns: Sequence[LowRank], dtype: torch.dtype
 ) -> None:
-    """Compute again, in `dtype`, the smallest part of a tile that holds all pairs which rounding may have moved."""
-    # Also what overflowed and is no number any more.
+    """Compute again, in `dtype`, the smallest part of a tile that holds all pairs with too much rounding noise."""
+    # `not (noise <= tol)` also catches NaN from overflow.
     doubtful = ~(noise <= _TOLERANCE)
     i, j = (doubtful.any(side).nonzero().flatten() for side in (1, 0))
     if len(i):
@@ -136,14 +136,14 @@ def _square(update: LowRank) -> float:
 
 
 def _tiles(updates: Sequence[LowRank]) -> list[slice]:
-    """Where runs of updates with about _ROWS rows stand."""
+    """The bounds of runs of updates with about _ROWS rows."""
     ends = accumulate(update.rank for update in updates)
     sizes = [len([*run]) for _, run in groupby(max(end - 1, 0) // _ROWS for end in ends)]
     return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def _precisions(update: LowRank) -> list[torch.dtype]:
-    """From narrow to wide, those that gain time on this device for modules of this size."""
+    """The precisions that save time on this device for modules of this size, from narrow to wide."""
     out, inn = update.shape
     if update.B.device.type != "cpu":
         return [torch.float32, torch.float64]

@@ -1,4 +1,4 @@
-"""From an adapter's files to one LowRank per matrix, scale folded in; what cannot be represented is refused here."""
+"""From an adapter's files to one LowRank per matrix, scale folded in; adapters of another form are refused here."""
 
 import math
 import os
@@ -34,7 +34,7 @@ DTYPES = {
 }
 _HELD_STACKS = 4
 HEADROOM = 1e6
-"""How far below the end of its precision an update's entries stay, for sums and norms of them to fit as well."""
+"""The margin between an update's entries and the limit of the precision, so that sums and norms fit too."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,40 +43,40 @@ class OpenAdapter:
 
     `modules` maps a matrix's name in the base model (`model.layers.0.self_attn.q_proj`, or of an expert
     `model.layers.0.mlp.experts.3.down_proj`) to its factors. `saved` are tensors of modules that were saved as they
-    are beside the update, which is not the whole adapter then; `notes` say what was repaired or left out.
+    are beside the update, which is not the whole adapter then; `notes` list repairs and omissions.
     """
 
     files: AdapterFiles
     config: LoraConfigFacts
     modules: Mapping[str, AnyFactors] = field(repr=False)
     stamp: Stamp = field(repr=False)
-    """That of the weights' file when it was opened."""
+    """The identity of the weights' file when it was opened."""
     saved: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     notes: tuple[str, ...] = ()
     spelling: Spelling = OWN
-    """That of the class it was trained on."""
+    """The spelling of the class that the adapter was trained on."""
     copies: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     """Tensors of the base that were saved beside their layers' factors, by the base's names."""
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
     @property
     def ref(self) -> AdapterRef:
-        """Which adapter this is."""
+        """The reference of this adapter."""
         return self.files.ref
 
     @property
     def base(self) -> str:
-        """The base model that it declares, with `@revision` where it names one."""
+        """The declared base model, with `@revision` if one is declared."""
         return self.config.pinned_base
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether it says that the base stores its weights (in, out)."""
+        """Whether the adapter declares that the base stores its weights (in, out)."""
         return self.config.fan_in_fan_out
 
     @property
     def folder(self) -> Path:
-        """Where its files stand."""
+        """The folder of the adapter's files."""
         return self.files.weights.parent
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -165,10 +165,10 @@ def open_adapter(
     """Read configuration and header of an adapter; its weights stay on disk.
 
     Args:
-        base: what its base model is made of, where that is known: modules then go by the base's own names, and what
-            the base does not have is refused.
+        base: the modules of its base model, if known: modules then go by the base's own names, and modules that the
+            base lacks are refused.
         fuse: factors of the parts of an expert's matrix as those of the whole matrix; needs `base`.
-        whole: open it although modules were saved whole, so that the factors are not the whole adapter.
+        whole: also open an adapter with modules saved whole, whose factors are not the whole adapter.
 
     Raises:
         ConfigError, HeaderError: a file is malformed.

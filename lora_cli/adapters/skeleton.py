@@ -1,4 +1,4 @@
-"""What a base model's own class is made of, without weights: every matrix that can take an update, by name.
+"""The matrices of a base model's own class that can take an update, by name, without weights.
 
 Names are those of the transformers class that the base's configuration names. A matrix is a module's weight, or one
 expert of a stacked parameter: `layers.0.mlp.experts.3.gate_up_proj` is the fourth matrix of
@@ -129,7 +129,7 @@ class Skeleton:
         return self.matrices.get(name) or self._expert(name)
 
     def in_attention(self, name: str) -> bool:
-        """Whether a name is of one of `attentions` or of a part of one."""
+        """Whether a name belongs to one of `attentions` or to a part of one."""
         return any(f"{name}.".startswith(f"{one}.") for one in self.attentions)
 
     def _expert(self, name: str) -> Matrix | None:

@@ -1,4 +1,4 @@
-"""Where an adapter's files are: a folder, or the Hub's cache. Nothing is downloaded, and no pickle is opened."""
+"""The files of an adapter in a folder or in the Hub's cache. Nothing is downloaded, and no pickle is opened."""
 
 import hashlib
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def read_config(folder: Path) -> bytes | None:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
 
-    A file that is as it was when this process hashed it is not read again.
+    An unchanged file that this process has hashed already is not read again.
     """
     with reading(path):
         return file_sha256(path)

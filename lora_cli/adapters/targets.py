@@ -2,7 +2,7 @@
 
 Rules: PEFT 0.21, `peft/tuners/tuners_utils.py:check_target_module_exists` and `peft/utils/other.py:get_pattern_key`.
 Names are compared as text. Regular expressions go to RE2, whose time is linear in the name; where RE2 lacks an
-operator (look-around, back-references), or a budget of time is spent, nothing is decided.
+operator (look-around, back-references), or the time budget is spent, the pattern stays undecided.
 """
 
 import functools
@@ -50,10 +50,10 @@ def _compiled(pattern: str) -> Any:
 
 
 class Targets:
-    """The modules and parameters that a configuration means, by their names in the base model.
+    """The modules and parameters that a configuration targets, by their names in the base model.
 
-    `undecided` is the text of the pattern that is not evaluated, "" where there is none: then every module counts as
-    meant, for an adapter's file seldom holds more than its own configuration means.
+    `undecided` is the text of a pattern that is not evaluated, "" for none. With such a pattern every module counts as
+    a target: an adapter's file seldom holds modules that its own configuration does not target.
     """
 
     def __init__(self, config: "LoraConfigFacts") -> None:
@@ -87,7 +87,7 @@ class Targets:
         if isinstance(targets, str) or isinstance(layers, bool) or not layers:
             return named
         whole, layer_of = frozenset(targets), self._layer_of(config.unknown.get("layers_pattern"))
-        # A module that is named in full is meant in whatever layer it stands.
+        # A full module name is a target in any layer.
         return lambda name: name in whole or (named(name) and layer_of(name) in layers)
 
     def _layer_of(self, patterns: Any) -> Callable[[str], int | None]:
@@ -128,7 +128,7 @@ class Targets:
 
 
 def endings(name: str) -> Iterator[str]:
-    """`name`, and what is left of it as its first parts are taken off: a.b.c, b.c, c."""
+    """`name` and all its endings: a.b.c, b.c, c."""
     yield name
     while (dot := name.find(".")) >= 0:
         name = name[dot + 1 :]

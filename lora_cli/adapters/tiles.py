@@ -18,13 +18,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 Election = Literal["total", "frequency", "plain"]
-"""Whose sign wins an entry: that of the sum of all weighted values, that of most adapters, or that of the sum of the
-values as they are."""
+"""The sign that wins an entry: that of the sum of weighted values, that of most adapters, or that of the sum of
+unweighted values."""
 
 # One tile and the sums over tiles should fit a core's cache; a GPU wants fewer and larger pieces.
 _TILE_BYTES = {"cpu": 1 << 19}
 _TILE_BYTES_ELSEWHERE = 1 << 28
-# Updates with no more entries than this are looked through without a sample.
+# Updates with at most this many entries are searched without a sample.
 _SMALL = 1 << 14
 
 
@@ -33,8 +33,8 @@ class DeltaTiles:
 
     Args:
         updates: those of one module.
-        workers: how many blocks are worked on at once. Results do not depend on it.
-        tile_bytes: how large the block of one adapter may be. Results depend on it only by rounding.
+        workers: the number of blocks in work at once. Results do not depend on it.
+        tile_bytes: the largest size of one adapter's block. Results depend on it only by rounding.
     """
 
     def __init__(self, updates: Updates, workers: int = 1, tile_bytes: int | None = None) -> None:
@@ -57,7 +57,7 @@ class DeltaTiles:
         return result
 
     def each(self, work: Callable[["Block"], R]) -> list[R]:
-        """What `work` gives for every block of rows, in order."""
+        """The result of `work` for every block of rows, in order."""
         blocks = [*_row_blocks(self.shape[0], self._height)]
         todo = iter(range(len(blocks)))
         done: dict[int, R] = {}
@@ -75,7 +75,7 @@ class DeltaTiles:
         if per == "adapter" and self.updates.whole is not None:
             return self.updates.whole.thresholds(density)
         n, workers = len(self), self._workers
-        # Many adapters keep all workers busy, each with one of its own; few are taken apart.
+        # Many adapters: one per worker. Few adapters: split them into parts.
         pieces, inside = (1, 1) if n >= workers else (2 * workers, workers)
 
         def threshold(update: LowRank) -> float:
@@ -85,7 +85,7 @@ class DeltaTiles:
         return torch.tensor(found, dtype=torch.float64)
 
     def _parts(self, update: LowRank, pieces: int) -> list["Part"]:
-        # Whole blocks, for the same entries to be rounded the same way as in `merge`.
+        # Use whole blocks, so that entries are rounded as in `merge`.
         blocks = math.ceil(self.shape[0] / self._height)
         height = math.ceil(blocks / pieces) * self._height
         chunks = [LowRank(update.B[rows], update.A) for rows in _row_blocks(self.shape[0], height)]

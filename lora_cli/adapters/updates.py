@@ -1,4 +1,4 @@
-"""What a merge method is given of one module: the updates of the adapters that have it, and what can be measured."""
+"""A merge method's input for one module: the updates of the adapters that have it, and measures of them."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_cli.adapters.lowrank import LowRank, gram
 
 Per = Literal["module", "adapter"]
-"""Over what a method measures angles, norms and thresholds: each module by itself, or the whole adapter."""
+"""The scope of angles, norms and thresholds: each module by itself, or the whole adapter."""
 
 
 class Whole(Protocol):
@@ -26,10 +26,10 @@ class Whole(Protocol):
 class Updates(Sequence[LowRank]):
     """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user.
 
-    keys: one integer per adapter, made of where it is, its commit and the module: what randomness is keyed by.
-    scales: the alpha/rank that is folded into each B, for the methods that reproduce what others do with A and B apart.
-    whole: measures over the whole adapters; None where this module is all there is.
-    inputs: per adapter a sample of what the module is fed, (tokens, in); empty unless the method asks for it.
+    keys: one integer per adapter, from its place, its commit and the module: the key for random numbers.
+    scales: the alpha/rank that is folded into each B, for the per-factor methods, which reproduce others' results.
+    whole: measures over the whole adapters; None if this is the only module.
+    inputs: per adapter a sample of the module's activations, (tokens, in); empty unless the method needs it.
     absent: weights of the adapters that lack the module and count as updates of zero there.
     """
 

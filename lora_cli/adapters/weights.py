@@ -1,4 +1,4 @@
-"""What only an adapter's weights tell: finite or not, zero or not, and the norm of its update. numpy, not torch."""
+"""The facts that need an adapter's weights: finite or not, zero or not, and the norm of its update. numpy, not torch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ _FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
 
 @dataclass(frozen=True)
 class WeightFacts:
-    """What only the weights tell: `norm` is the Frobenius norm of s·B·A over all modules, None if not finite.
+    """The facts from the weights: `norm` is the Frobenius norm of s·B·A over all modules, None if not finite.
 
     `nonfinite_module` names the first module with a NaN or an infinity. `zero`: the update is 0 everywhere;
     `zero_b`: because every lora_B is.
@@ -130,7 +130,7 @@ def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
     if entry.dtype not in FACTOR_DTYPES:
-        raise Refused(f"{entry.name} is {entry.dtype}: factors are read as floats only")
+        raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
     stored = np.dtype(_DECODED[entry.dtype])
     step = max(1, _CHUNK_BYTES // (columns * 8))

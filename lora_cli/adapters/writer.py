@@ -30,14 +30,14 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 class TensorStream:
     """Writes one safetensors file tensor by tensor; a context manager.
 
-    The format wants its header first, and the header wants every shape, which is known only at the end: room for the
-    largest possible header is left at the front and filled up with spaces, as the format allows.
+    The header comes first in the file, but needs every shape, which is known only at the end. Room for the largest
+    possible header is therefore left at the front and padded with spaces, as the format allows.
 
     Args:
         path: the file to write.
         names: of every tensor that will be added, in any order.
         dtype: precision on disk.
-        says: what stands in the header besides the tensors.
+        says: the metadata in the header.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TensorStream:
     ) -> None:
         self.dtype = dtype
         self.empty = True
-        """Whether nothing but zeros was written."""
+        """Whether only zeros were written."""
         metadata = {"format": "pt", **(says or {})}
         longest = sum(len(json.dumps(name)) + 120 for name in names) + len(json.dumps(metadata)) + 64
         self._room = -(-longest // 8) * 8
@@ -76,7 +76,7 @@ class TensorStream:
         return anything
 
     def copy(self, name: str, entry: TensorEntry, file: BinaryIO) -> None:
-        """Write one tensor of another file as it stands there. DataError where that file ends inside it."""
+        """Write one tensor of another file unchanged. DataError where that file ends inside it."""
         size = entry.end - entry.begin
         self._entries[name] = {
             "dtype": entry.dtype,
@@ -92,7 +92,7 @@ class TensorStream:
         self._position += size
 
     def finish(self) -> None:
-        """Write the header; without it the file is nothing."""
+        """Write the header, which makes the file valid."""
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         self._file.seek(0)
         self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
@@ -119,10 +119,10 @@ class AdapterWriter:
     Alpha equals the rank everywhere: the factors hold the whole scale.
 
     Args:
-        folder: where the two files go.
-        layout: where every module that will be added goes; what of it is not added becomes zeros.
+        folder: the folder for the two files.
+        layout: the place of every module; places of modules that are not added become zeros.
         dtype: precision of the factors on disk.
-        saved: what goes into the file beside the factors.
+        saved: tensors to store beside the factors.
     """
 
     def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, saved: Saved | None = None) -> None:
@@ -164,8 +164,8 @@ class AdapterWriter:
     def finish(self, config: Mapping[str, Any], *, compact: bool = False) -> None:
         """Write the header, and `config` completed with rank and alpha.
 
-        Every module gets the largest rank, filled up with zeros: the only form that means the same to every program
-        that loads adapters. `compact` leaves each module at its own rank, in `rank_pattern` and `alpha_pattern`.
+        Every module gets the largest rank, padded with zeros: the only form that every program reads in the same
+        way. `compact` leaves each module at its own rank, in `rank_pattern` and `alpha_pattern`.
         """
         self._add_saved(self._stream)
         self._stream.finish()

@@ -1,1 +1,1 @@
-"""What the user types: each command parses, calls one step and shows what came back."""
+"""The commands: each parses its arguments, calls one step and shows the result."""

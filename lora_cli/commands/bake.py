@@ -34,9 +34,9 @@ _SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %
 
 
 class BakeOptions(Options, frozen=True, kw_only=True):
-    """How the baked model is written."""
+    """The output options of a bake."""
 
-    dtype: Annotated[Precision, Flag(help="Precision on disk; auto is that of the base.", panel=OUTPUT)] = "auto"
+    dtype: Annotated[Precision, Flag(help="Precision on disk; auto keeps the base's.", panel=OUTPUT)] = "auto"
 
 
 def bake(
@@ -48,17 +48,19 @@ def bake(
             autocompletion=completing.adapters,
         ),
     ],
-    layers: Annotated[bool, typer.Option("--layers", help="Show what each layer lost, in place of the path.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Show the loss of each layer, in place of the path.")
+    ] = False,
     *,
     setup: Catalogued,
     options: BakeOptions,
     job: JobOptions,
 ) -> None:
-    """Add an adapter to its base model, and say how much of it survived.
+    """Add an adapter to its base model, and report how much of the update survived.
 
-    Reads and writes the base's safetensors files in blocks, adds in fp32, casts once. A cast to bf16 or fp16 drops what
-    is small beside the weight it is added to: how much of the update that was is measured, and above 10 % a warning.
-    The result is a model folder with run.json; its path goes to stdout.
+    Reads and writes the base's safetensors files in blocks, adds in fp32, casts once. A cast to bf16 or fp16 drops
+    values that are small beside the weight: the share of the update lost is measured, and above 10 % a warning is
+    printed. The result is a model folder with run.json; its path goes to stdout.
     """
     from lora_cli.steps.bake import TOO_MUCH
     from lora_cli.steps.bake_request import BakeRequest
@@ -67,7 +69,7 @@ def bake(
     screen, settings = screen_for(job.json), setup.load()
     names = expand([adapter])
     if len(names) != 1:
-        raise UsageError(f"bake takes one adapter, not {len(names)}", hint="make one of them first: lora merge")
+        raise UsageError(f"bake takes one adapter, not {len(names)}", hint="merge them into one first: lora merge")
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         request = BakeRequest(pool, names[0], settings)
         absent, base = request.absent() if job.dry_run else ([], "")
@@ -100,7 +102,7 @@ def bake(
 
 
 def outcome(results: Mapping[str, Any]) -> str:
-    """The one line that says what a bake did."""
+    """The one-line summary of a bake."""
     modules, layers = len(results["modules"]), len(results["layers"])
     many = f"{modules} module{'s' if modules != 1 else ''} in {layers} layer{'s' if layers != 1 else ''}"
     return (
@@ -110,21 +112,19 @@ def outcome(results: Mapping[str, Any]) -> str:
 
 
 def warn_of_loss(screen: Screen, results: Mapping[str, Any], limit: float) -> None:
-    """Warn where the cast lost more than `limit` of the update, over all or in a layer."""
+    """Warn if the cast lost more than `limit` of the update, over all or in a layer."""
     worst = max(results["layers"], key=lambda layer: layer["lost"])
     if max(results["lost"], worst["lost"]) <= limit:
         return
-    over = sum(layer["lost"] > limit for layer in results["layers"])
-    wider = "" if results["precision"] == "fp32" else "bake with --dtype fp32, or "
+    wider = "" if results["precision"] == "fp32" else "use --dtype fp32, or "
     screen.warn(
-        f"{_percent(results['lost'])} of the update was lost in the cast, more than {100 * limit:.0f} % in {over} of "
-        f"{len(results['layers'])} layers, most in {worst['layer']}, {_percent(worst['lost'])}: "
-        f"{wider}keep the adapter"
+        f"rounding to {results['precision']} lost {_percent(results['lost'])} of the adapter (worst layer "
+        f"{worst['layer']}: {_percent(worst['lost'])}): {wider}serve the adapter unbaked"
     )
 
 
 def _percent(share: float) -> str:
-    """A share in percent; an error may be more than all of it."""
+    """A share in percent; a relative error may exceed 100 %."""
     return "under 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
 
 

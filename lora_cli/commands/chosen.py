@@ -8,7 +8,7 @@ from lora_cli.errors import UsageError
 
 
 def expand(texts: Sequence[str]) -> list[str]:
-    """The arguments with `-` replaced by what stdin lists, in order. UsageError for a line without an id."""
+    """The arguments with `-` replaced by the ids on stdin, in order. UsageError for a line without an id."""
     out: list[str] = []
     for text in texts:
         out += _from_stdin() if text == "-" else [text]
@@ -16,7 +16,7 @@ def expand(texts: Sequence[str]) -> list[str]:
 
 
 def _from_stdin() -> list[str]:
-    # Some editors begin a file with a mark of its encoding.
+    # Some editors begin a file with a byte order mark.
     lines = [line.strip().removeprefix("\ufeff") for line in sys.stdin]
     return [_id_in(line) for line in lines if line]
 

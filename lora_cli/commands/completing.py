@@ -1,4 +1,4 @@
-"""What a shell offers for an argument: ids, selections, runs and columns, from the catalogue and without torch."""
+"""Shell completions for an argument: ids, selections, runs and columns, from the catalogue and without torch."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -8,13 +8,13 @@ from lora_cli.settings import load
 from lora_cli.where import COLUMNS
 
 _MOST = 200
-"""A shell shows no more than a screen of them."""
+"""The most completions to offer: about one screen."""
 
 Complete = Callable[[str], list[str]]
 
 
 def _quiet(complete: Complete) -> Complete:
-    """`complete`, which offers nothing where the catalogue cannot be read: a shell has no place for a message."""
+    """`complete`, but without an error if the catalogue cannot be read: a shell has no place for a message."""
 
     @wraps(complete)
     def offered(incomplete: str) -> list[str]:
@@ -28,7 +28,7 @@ def _quiet(complete: Complete) -> Complete:
 
 @_quiet
 def adapters(incomplete: str) -> list[str]:
-    """Ids of the catalogue that begin so."""
+    """Ids of the catalogue with this prefix."""
     from lora_cli.catalogue import Catalogue
 
     with Catalogue(load().db) as catalogue:
@@ -37,7 +37,7 @@ def adapters(incomplete: str) -> list[str]:
 
 @_quiet
 def selections(incomplete: str) -> list[str]:
-    """Names of selections that begin so, the newest first."""
+    """Names of selections with this prefix, the newest first."""
     from lora_cli.catalogue import Catalogue
 
     with Catalogue(load().db) as catalogue:
@@ -46,7 +46,7 @@ def selections(incomplete: str) -> list[str]:
 
 @_quiet
 def runs(incomplete: str) -> list[str]:
-    """Ids of runs that begin so, the newest first."""
+    """Ids of runs with this prefix, the newest first."""
     from lora_cli.runs import all_runs
 
     return [str(run["id"]) for run in all_runs(load().db, limit=_MOST) if str(run["id"]).startswith(incomplete)]
@@ -59,7 +59,7 @@ def sorting(incomplete: str) -> list[str]:
 
 @_quiet
 def conditions(incomplete: str) -> list[str]:
-    """Columns, and after `COLUMN=` the values that the catalogue has most often."""
+    """Columns, and after `COLUMN=` the most frequent values in the catalogue."""
     column, equals, value = incomplete.partition("=")
     if not equals:
         return [f"{name}=" for name in COLUMNS if name.startswith(incomplete)]

@@ -31,7 +31,7 @@ def completion(
 
 
 def _own_shell() -> Shell:
-    """The shell of $SHELL. UsageError where that is none that scripts exist for."""
+    """The shell of $SHELL. UsageError if there is no script for it."""
     name = Path(os.environ.get("SHELL", "")).name
     for shell in SHELLS:
         if shell == name:

@@ -1,4 +1,4 @@
-"""`lora config` and `lora completion`: how the tool is set up."""
+"""`lora config`: the settings, and where each comes from."""
 
 from pathlib import Path
 

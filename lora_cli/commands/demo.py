@@ -1,4 +1,4 @@
-"""`lora demo`: the whole tool on a miniature world that is built on the spot."""
+"""`lora demo`: builds a miniature world and runs the whole tool on it."""
 
 import shutil
 import sys
@@ -34,8 +34,8 @@ def demo(
 ) -> None:
     """Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.
 
-    A tiny base model and a pool of LoRAs are really trained, some adapters deliberately broken. One table compares what
-    the tool makes of them. The folder that is left has a lora.toml: enter it and try the commands.
+    Trains a tiny base model and a pool of LoRAs, and breaks some adapters on purpose. One table compares the results.
+    The folder stays and has a lora.toml: enter it and try the commands.
     """
     from lora_cli.world import build
 

@@ -45,8 +45,8 @@ def diff(
 ) -> None:
     """Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the spectra.
 
-    ANGLE OUT is the smallest angle between what the two write into a module's output, ANGLE IN between what they read
-    of its input: 0 is a direction shared, 90 nothing shared. The last line compares the adapters as a whole.
+    ANGLE OUT is the smallest angle between the output spaces of the two updates, ANGLE IN between their input spaces:
+    0 means a shared direction, 90 nothing in common. The last line compares the adapters as a whole.
     """
     from lora_cli.steps.compare import diff as step
     from lora_cli.steps.opened_pool import open_pool
@@ -101,7 +101,7 @@ def draw(file: Path, names: tuple[str, str], found: Any) -> None:
 
 
 def told(found: Any) -> list[str]:
-    """What a steps.compare.Diff comes to, and what only one of the two adapters changes."""
+    """The summary of a steps.compare.Diff, and the modules that only one of the two adapters changes."""
     norms = found.norms
     if found.cosine is None:
         zero = [name for name, norm in zip("AB", norms, strict=True) if norm == 0]
@@ -154,7 +154,7 @@ def _row(module: Any) -> dict[str, Any]:
 
 
 def _angle(angles: tuple[float, ...], of: Callable[[tuple[float, ...]], float]) -> float | None:
-    """To a millionth of a degree: what is below that is rounding noise."""
+    """An angle rounded to a millionth of a degree: smaller parts are rounding noise."""
     return round(of(angles), 6) if angles else None
 
 

@@ -43,7 +43,7 @@ def evaluate(
         typer.Argument(
             metavar="ADAPTER...",
             help="Ids of the catalogue or the Hub, folders, or - for stdin.",
-            show_default="what merge and fit wrote last",
+            show_default="the last results of merge, fit and train",
             autocompletion=completing.adapters,
         ),
     ] = None,
@@ -58,8 +58,8 @@ def evaluate(
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
 
-    Every output is kept as a row of a JSONL file; a killed evaluation goes on from there. An adapter that moves not
-    even a likelihood fails the command after its table (exit 5): loaded is not applied.
+    Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
+    an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
     """
     from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
@@ -90,7 +90,7 @@ def evaluate(
     for score in scores[1:]:
         screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
-            screen.warn(f"{score.system} is too weak to change an output, though it moves likelihoods")
+            screen.warn(f"{score.system} changes likelihoods slightly but not a single output")
     if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:
         screen.warn(
             f"wrong answers cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
@@ -102,9 +102,9 @@ def evaluate(
 def _demand_effect(scores: list[Score]) -> None:
     if idle := [score for score in scores[1:] if score.details["moved"] == 0]:
         raise Refused(
-            f"zero effect: {', '.join(score.system for score in idle)} changed the output on 0 of {idle[0].n} prompts "
-            "(not even a likelihood moved: not applied)",
-            hint="check the adapter's base and modules with 'lora pool verify'",
+            f"no effect of {', '.join(score.system for score in idle)}: all {idle[0].n} outputs and likelihoods equal "
+            "those of the base",
+            hint="its modules may not match this base: check with 'lora pool verify'",
         )
 
 

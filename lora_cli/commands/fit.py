@@ -1,4 +1,4 @@
-"""`lora fit`: learn from data how much of each adapter a task wants."""
+"""`lora fit`: learn a coefficient per adapter and module from data."""
 
 from typing import TYPE_CHECKING
 
@@ -44,11 +44,11 @@ def fit(
 
     80 % of the examples train the coefficients, the others choose the best step. The result is a PEFT folder with
     coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
-    zero. A killed fit goes on where it was when it is run again.
+    zero. A killed fit resumes where it stopped when it is run again.
     """
     screen, settings = screen_for(job.json), setup.load()
     file = setup.task(settings)
-    # A missing base or a mistake in the task is told before libraries are imported that take seconds.
+    # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
     load_task(file)
 
@@ -75,7 +75,7 @@ def fit(
 
 
 def outcome(report: "FitReport") -> str:
-    """The one line that says what a fit did, and no more than its intervals support."""
+    """The one-line summary of a fit; it claims no more than the intervals support."""
     base, *controls = report.comparisons
     after = report.fit.learnt.loss_after
     parts = [f"fit: validation loss {base.loss:.3f} → {after:.3f}"]

@@ -54,7 +54,7 @@ def merge(
     setup: Computed,
     prompts: Prompts,
 ) -> None:
-    """Merge adapters into one LoRA, on the updates themselves and not on A and B apart.
+    """Merge adapters into one LoRA, by their updates and not factor by factor.
 
     Ranks and target modules may differ. The result is a PEFT folder with a model card and run.json; its path goes to
     stdout, and every merge reports how much of the update the chosen rank keeps. A method's own options are listed by
@@ -97,7 +97,7 @@ def merge(
 
 
 def outcome(plan: "MergePlan", report: "MergeReport") -> str:
-    """The one line that says what a merge did."""
+    """The one-line summary of a merge."""
     from lora_cli.steps.merge import rank_in_words
 
     n, modules = len(plan.adapters), len(report.modules)
@@ -112,15 +112,15 @@ def outcome(plan: "MergePlan", report: "MergeReport") -> str:
 
 
 def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:
-    """What a user should know besides: that little came out, or less than was asked for."""
+    """Notes on the result: dropped modules, a small result, or less energy than asked for."""
     notes = []
     if dropped := [adapter for adapter in plan.adapters if adapter.saved and adapter is not plan.saved]:
-        notes.append(f"  dropped what was saved whole: {in_words([_saved_in(adapter) for adapter in dropped])}")
+        notes.append(f"  dropped modules saved whole: {in_words([_saved_in(adapter) for adapter in dropped])}")
     if plan.saved is not None:
-        notes.append(f"  beside the update as they were saved: {_saved_in(plan.saved)}")
+        notes.append(f"  kept modules saved whole: {_saved_in(plan.saved)}")
     if report.norm < SMALL * report.mean_norm:
         notes.append(
-            f"  the result is {percent(report.norm / report.mean_norm)} of the size of what went in: it will change "
+            f"  the result is {percent(report.norm / report.mean_norm)} of the adapters' mean norm: it will change "
             "little; --norm-match or --lambda makes it larger"
         )
     energy = plan.options.energy or 0.0
@@ -139,7 +139,7 @@ def _saved_in(adapter: "OpenAdapter") -> str:
 
 
 def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
-    """The programs that read the result otherwise than PEFT does, and why."""
+    """Notes on programs that read the result differently from PEFT."""
     from lora_cli.steps.serving import READ_ONE_RANK, fused_parts_missing, sglang_loads
 
     if plan.options.dense:
@@ -151,7 +151,7 @@ def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
         told.append(
             f"  only some layers have {in_words(kinds)}: LoRAX drops these, lmdeploy reads stray memory in the others"
         )
-    # What the parents lack as well was not lost in the merge.
+    # Modules that the parents lack too were not lost in the merge.
     if lost := plan.known.keys() & fused_parts_missing(plan.written):
         names = sorted({module.rpartition(".")[2] for module in lost})
         alone = "" if sglang_loads(plan.written) else ", and cannot load them alone"
@@ -160,12 +160,12 @@ def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
 
 
 def _to_serve(plan: "MergePlan", folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:
-    """How to serve the result where that was asked for, and what the server may not take."""
+    """The command that serves the result with --for, and the modules that the server may not load."""
     from lora_cli.steps.serving import TITLES, not_surely_served, serve_line
 
     if plan.options.for_ is None:
         return []
-    # What adapters declare may be a folder of a machine that nobody here has.
+    # The declared base may be a folder on another machine.
     model = base or (plan.base if "/" in plan.base else "BASE-MODEL")
     lines = [f"  {serve_line(plan.options.for_, model, folder, results['rank'])}"]
     title = TITLES[plan.options.for_]
@@ -190,7 +190,7 @@ def _demand_no_others(context: typer.Context, file: Path) -> None:
 
 
 class MergeCommand(Command):
-    """`lora merge`, whose help lists the options of a method where --method names one."""
+    """`lora merge`, whose help lists a method's own options if --method names the method."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for place, word in enumerate(args):

@@ -1,4 +1,4 @@
-"""`lora methods`: the ways to merge, and what each of them does."""
+"""`lora methods`: the merge methods, and an explanation of each."""
 
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from lora_cli.screen import Column
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 CLASSES = ("exact low rank", "spectral", "elementwise", "A and B apart")
-"""What is computed on, from the simplest to what is there to reproduce others."""
+"""The classes of methods by the object they compute on; the last one is for reproducing others' results."""
 _CLASS_OF_KIND = {"low-rank": 0, "coefficients": 0, "factors": 0, "spectral": 1, "space": 1, "elementwise": 2}
 DEFAULTS = {"average": "1/N each", "sum": "1 each"}
 _WIDTH = 80
@@ -43,9 +43,9 @@ def methods(
     csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the merge methods, or explain one: its formula, its options, what it costs and when to use it.
+    """List the merge methods, or explain one: its formula, its options, its cost and when to use it.
 
-    WEIGHTS is what every adapter weighs where merge is told nothing: average is 1/N each, sum is 1 each.
+    WEIGHTS is the default weight of every adapter: average is 1/N each, sum is 1 each.
     """
     screen = screen_for(json, jsonl, csv, quiet)
     if name is None:
@@ -58,7 +58,7 @@ def methods(
 
 
 def class_of(one: Method) -> str:
-    """Which of CLASSES a method belongs to."""
+    """The class of a method, from CLASSES."""
     return CLASSES[-1] if one.module.startswith("compat.") else CLASSES[_CLASS_OF_KIND[one.kind]]
 
 
@@ -80,7 +80,7 @@ def row_of(one: Method) -> dict[str, Any]:
 
 
 def facts_of(one: Method, folder: MethodFolder) -> dict[str, Any]:
-    """All that a method says of itself."""
+    """All facts about a method, as data."""
     return {
         **row_of(one),
         "formula": one.formula,
@@ -91,7 +91,7 @@ def facts_of(one: Method, folder: MethodFolder) -> dict[str, Any]:
 
 
 def inside(one: Method, folder: MethodFolder) -> dict[str, list[Knob]]:
-    """The methods that it can run inside itself, each with the options that come with it."""
+    """The methods that a method can run inside, each with the options that it adds."""
     choices = one.knobs["inside"].choices if "inside" in one.knobs else ()
     return {name: [*folder.get(name).knobs.values()] for name in choices}
 
@@ -111,19 +111,19 @@ def page(one: Method, folder: MethodFolder) -> str:
 
 
 def blocks(text: str) -> Iterator[tuple[bool, str]]:
-    """The paragraphs of a docstring, each with whether it is indented: a formula, whose lines stay as they are."""
+    """The paragraphs of a docstring, each with whether it is indented. An indented one is a formula: keep its lines."""
     for indented, lines in groupby(text.splitlines(), lambda line: line[:1] == " " if line else None):
         if indented is not None:
             yield indented, textwrap.dedent("\n".join(lines))
 
 
 def allowed(knob: Knob) -> str:
-    """What an option takes, in words; "" for anything of its type."""
+    """The allowed values of an option, in words; "" for any value of its type."""
     return ", ".join(knob.choices) or knob.range()
 
 
 def flag(knob: Knob) -> str:
-    """How an option is written."""
+    """The option's name on the command line."""
     return f"--{knob.name.replace('_', '-')}"
 
 
@@ -155,7 +155,7 @@ def _labelled(name: str, text: str) -> str:
 
 
 def _filled(text: str) -> str:
-    """Prose broken anew, formulas line by line."""
+    """Prose re-wrapped, formulas line by line."""
     filled = []
     for formula, block in blocks(text):
         if formula:

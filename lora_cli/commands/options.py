@@ -62,7 +62,7 @@ OUTPUT = "Output"
 
 
 class Catalogued(Options, frozen=True, kw_only=True):
-    """The base model that the user works on, and the catalogue."""
+    """The user's base model, and the catalogue."""
 
     base: Annotated[
         str | None, Flag(help="Base model: Hub id, with @revision if any, or folder.", default="the setting")
@@ -70,12 +70,12 @@ class Catalogued(Options, frozen=True, kw_only=True):
     db: Annotated[Path | None, Flag(help="Catalogue file.", default="the setting")] = None
 
     def load(self) -> Settings:
-        """The settings, with these options above all other places."""
+        """The settings, with these options overriding all other sources."""
         return load({name: getattr(self, name) for name in self.__struct_fields__})
 
 
 class Computed(Catalogued, frozen=True, kw_only=True):
-    """`Catalogued`, and where the arithmetic is done."""
+    """`Catalogued`, and the device of the arithmetic."""
 
     device: Annotated[str | None, Flag(help="auto, cpu, cuda, cuda:N or mps.", default="auto")] = None
 
@@ -93,7 +93,7 @@ class OnTask(Loaded, frozen=True, kw_only=True):
     data: Annotated[Path | None, Flag(help="Task file, one JSON example per line.", default="the setting")] = None
 
     def task(self, settings: Settings) -> Path:
-        """The task file. UsageError where neither option nor setting names one."""
+        """The task file. UsageError if neither option nor setting names one."""
         if settings.data is None:
             raise UsageError("no task file", hint="give --data FILE.jsonl, or set data in lora.toml")
         file: Path = settings.data
@@ -101,7 +101,7 @@ class OnTask(Loaded, frozen=True, kw_only=True):
 
 
 class Listing(Options, frozen=True, kw_only=True):
-    """In which form rows are printed."""
+    """The output format of rows."""
 
     json: Annotated[bool, Flag(help="One JSON document.")] = False
     jsonl: Annotated[bool, Flag(help="One JSON object per line.")] = False
@@ -109,12 +109,12 @@ class Listing(Options, frozen=True, kw_only=True):
     quiet: Annotated[bool, Flag(help="Only ids, one per line.", short="-q")] = False
 
     def screen(self) -> Screen:
-        """The Screen for these flags. UsageError where more than one is given."""
+        """The Screen for these flags. UsageError if more than one is given."""
         return screen_for(self.json, self.jsonl, self.csv, self.quiet)
 
 
 class JobOptions(Options, frozen=True, kw_only=True):
-    """Where a job's output goes, and how the job is told to the user."""
+    """The place of a job's output, and how the job is reported."""
 
     out: Annotated[Path | None, Flag(help="Output folder.", short="-o", default="below ./lora-runs", panel=OUTPUT)] = (
         None
@@ -144,7 +144,7 @@ class Prompts(Options, frozen=True, kw_only=True):
     allow_template_mismatch: Annotated[
         bool,
         Flag(
-            help="Go on where a finished turn does not begin with its generation prompt; the cut is where they part.",
+            help="Accept a finished turn that does not begin with its generation prompt; cut where the two differ.",
             panel=PROMPTS,
         ),
     ] = False
@@ -171,7 +171,7 @@ class Command(TyperCommand):
     """A command whose help lists its options below the headings of their panels."""
 
     def left_out(self, ctx: Any) -> Collection[str]:
-        """The options that the help leaves out, by the names of their parameters."""
+        """The options hidden from the help, by the names of their parameters."""
         return ()
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
@@ -190,7 +190,7 @@ class Command(TyperCommand):
 
 
 class Group(TyperGroup):
-    """A command with commands below it: named without one it shows its help, in which every line is whole."""
+    """A command with subcommands: without one it shows its help, whose lines are not cut off."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
@@ -202,7 +202,7 @@ class Group(TyperGroup):
 
 
 def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet: bool = False) -> Screen:
-    """The Screen for the output flags of a command; UsageError when more than one is given."""
+    """The Screen for the output flags of a command; UsageError if more than one is given."""
     flags: dict[Format, bool] = {"json": json, "jsonl": jsonl, "csv": csv, "quiet": quiet}
     chosen = [name for name, on in flags.items() if on]
     if len(chosen) > 1:
@@ -240,11 +240,11 @@ _COMPLETED: Mapping[str, completing.Complete] = {
     "target": completing.adapters,
     "method": lambda incomplete: [name for name in METHODS.methods if name.startswith(incomplete)],
 }
-"""What a shell offers for the flags of records, by field."""
+"""The completion functions for the flags of records, by field."""
 
 
 def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspect.Parameter:
-    """The parameter from which Typer makes the option of a record's field."""
+    """The parameter that makes Typer add the option of a record's field."""
     default = inspect.signature(record).parameters[name].default
     option = typer.Option(
         f"--{(flag.name or setting(name)).replace('_', '-')}",
@@ -263,7 +263,7 @@ def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspe
     )
 
 
-# Spellings of JSON's words in other languages: False as text would be true for a template.
+# Accept True, False and None as JSON: a template would take the text "False" as true.
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
@@ -285,12 +285,12 @@ def _readable(option: str, text: str) -> str:
 
 
 def downloads(absent: Sequence[Adapter]) -> dict[str, Any]:
-    """What a command must download before it can plan further, as data."""
+    """The downloads that a command needs before it can plan further, as data."""
     return {"fetch": [row.ref.pinned for row in absent], "fetch_bytes": sum(row.bytes for row in absent)}
 
 
 def show_output(screen: Screen, schema: str, folder: Path, record: Mapping[str, Any]) -> None:
-    """The folder that a command made: its path, or as JSON its path with the run's record."""
+    """Print the folder that a command made: its path, or as JSON its path with the run's record."""
     if screen.format == "json":
         screen.document(schema, {"out": str(folder), **record})
     else:

@@ -1,4 +1,4 @@
-"""`lora pool`: the adapters that are known of, and what is known of each."""
+"""`lora pool`: the catalogued adapters, and the facts about each."""
 
 import math
 import re
@@ -87,16 +87,16 @@ def sync(
     ] = None,
     alias: Alias = None,
     no_alias: Annotated[
-        list[str] | None, typer.Option("--no-alias", help="A name that is no alias any more; repeatable.")
+        list[str] | None, typer.Option("--no-alias", help="A name that is no longer an alias; repeatable.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Look at so many adapters at most.", min=1)] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The most adapters to look at.", min=1)] = None,
     since: Annotated[
-        str | None, typer.Option("--since", help="Only what was created since: 30d, 8w or a date. Hub only.")
+        str | None, typer.Option("--since", help="Only adapters created since: 30d, 8w or a date. Hub only.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option("--budget-requests", help="Stop after so many requests; a rerun goes on.", min=1)
+        int | None, typer.Option("--budget-requests", help="The most requests to send; a rerun continues.", min=1)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Read again what has not changed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
     dry_run: DryRun = False,
     db: Db = None,
     json: Json = False,
@@ -106,8 +106,8 @@ def sync(
 ) -> None:
     """Bring the catalogue up to date with the Hub, or with a folder tree of adapters.
 
-    From the Hub come the listing and, of new or changed adapters, the configuration and the header of the weights,
-    never the weights. What has not changed is not read again. Adapters that cannot be used are listed with the reason.
+    From the Hub, sync reads the listing and, for new or changed adapters, the configuration and the header of the
+    weights, never the weights. Unchanged adapters are not read again. Unusable adapters are listed with the reason.
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.hub import Hub
@@ -139,7 +139,7 @@ def sync(
     if not report.complete:
         id, reason = report.failures[0] if report.failures else ("", "")
         detail = f" ({id}: {reason})" if id else ""
-        raise Partial(line + detail, hint="what was read is kept; rerun the same command for the rest")
+        raise Partial(line + detail, hint="the adapters read so far are kept; rerun the same command for the rest")
     if dry_run or screen.format != "auto":
         figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
         rows = [{"id": id, "action": action} for id, action in report.plan if dry_run or action != "unchanged"]
@@ -172,7 +172,7 @@ def list_(
     csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """List adapters, one row each, those that cannot be used with the reason.
+    """List adapters, one row each, unusable ones with the reason.
 
     Conditions are COLUMN OP VALUE with the operators = != < <= > >= ~ (contains) and !~; numbers may end in k, M or G.
     """
@@ -216,7 +216,7 @@ def show(
     db: Db = None,
     json: Json = False,
 ) -> None:
-    """Show all that is known of one adapter: facts, where they come from, and why it cannot be used if it cannot."""
+    """Show all facts about one adapter, their sources, and the reason if it is unusable."""
     from lora_cli.adapters.store import locate
     from lora_cli.catalogue import Catalogue
 
@@ -273,7 +273,7 @@ def sql(
     csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ask the catalogue in SQL. Reading only: nothing can be changed, attached or loaded, and it stops after 10 s."""
+    """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
     from lora_cli.catalogue import Catalogue
 
     screen = screen_for(json, jsonl, csv, quiet)
@@ -299,7 +299,7 @@ def rm(
     dry_run: DryRun = False,
     db: Db = None,
 ) -> None:
-    """Forget adapters: their rows go, their files stay. The next sync brings back what it finds."""
+    """Forget adapters: delete their rows, keep their files. The next sync adds those that it finds again."""
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
 
@@ -347,7 +347,7 @@ def selections(
 
 @app.command(epilog=examples("lora pool path", 'cp "$(lora pool path)" catalogue-backup.db'))
 def path(db: Db = None) -> None:
-    """Print where the catalogue's database is."""
+    """Print the path of the catalogue's database."""
     screen_for().text(f"{load({'db': db}).db}\n")
 
 
@@ -375,8 +375,8 @@ def fetch(
 ) -> None:
     """Download the weights of adapters into the Hub client's cache and check them.
 
-    Every byte is held against the Hub's hash; norm, NaN and zero weights are noted in the catalogue. What is there and
-    checked is not touched again.
+    Every byte is checked against the Hub's hash; norm, NaN and zero weights are recorded in the catalogue. Weights that
+    are present and checked are skipped.
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
@@ -437,10 +437,10 @@ def verify(
     csv: Csv = False,
     quiet: Quiet = False,
 ) -> None:
-    """Check adapters as if they had never been seen, and how much of each the base model has in the same shapes.
+    """Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.
 
-    Folders need not be in the catalogue. Weights of adapters that are known as unusable are read without --deep too.
-    One row per adapter comes out in any case; exit code 5 if one is refused.
+    Folders need not be in the catalogue. Weights of adapters that the catalogue lists as unusable are read without
+    --deep too. Every adapter gets a row; exit code 5 if one is refused.
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
@@ -489,13 +489,13 @@ def _refuse_without_hub_id(settings: Settings) -> None:
         )
     if folder_of(settings.base) is not None:
         raise UsageError(
-            f"the base {settings.base} is a folder: the Hub does not know it",
+            f"the base {settings.base} is a folder, so the Hub has no adapters of it",
             hint="read adapters from a folder tree with --from DIR, or give the base's Hub id",
         )
 
 
 def _assumed(settings: Settings) -> str:
-    """Where the base and the adapters come from, in one line."""
+    """The sources of base and adapters, in one line."""
     base = f"base {settings.base} ({settings.origin('base')})" if settings.base else "any base"
     if settings.pool is None:
         left_out = settings.origin("pool")
@@ -504,7 +504,7 @@ def _assumed(settings: Settings) -> str:
 
 
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
-    """The row of an id or a folder; of what is not in the catalogue, a row with nothing but where it is."""
+    """The row of an id or a folder; for a folder that is not in the catalogue, a row with its place only."""
     from lora_cli.adapters.store import folder_ref
     from lora_cli.steps.lookup import pinned
 
@@ -522,10 +522,12 @@ def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) ->
 
 
 def _raise_if_not_all(report: Any) -> None:
-    done = f"{len(report.fetched) + len(report.here):,} are here"
+    done = f"{len(report.fetched) + len(report.here):,} are on this machine"
     if report.failed:
         adapter, reason = report.failed[0]
-        raise Partial(f"{len(report.failed):,} not fetched, {done} ({adapter.id}: {reason})", hint="rerun to go on")
+        raise Partial(
+            f"{len(report.failed):,} not fetched, {done} ({adapter.id}: {reason})", hint="rerun to fetch the rest"
+        )
     if report.refused:
         adapter, reason = report.refused[0]
         kind = AccessDenied if adapter.status == "gated" else Refused
@@ -549,14 +551,14 @@ def _show(screen: Screen, schema: str, found: Sequence[AdapterRow], nothing: str
 
 
 def _facts(adapter: AdapterRow) -> dict[str, Any]:
-    """An adapter for a program to read: all but the long parts, which `show` gives."""
+    """An adapter for programs: all fields except the long ones, which `show` prints."""
     facts = asdict(adapter) | {"target_modules": list(adapter.target_modules)}
     del facts["stamp"]
     return facts
 
 
 def _as_row(adapter: AdapterRow) -> dict[str, Any]:
-    """An adapter for a person to read."""
+    """An adapter for people."""
     return {
         **_facts(adapter),
         "rev": adapter.commit[:7],
@@ -568,7 +570,7 @@ def _as_row(adapter: AdapterRow) -> dict[str, Any]:
 
 
 def _model_name(base: str) -> str:
-    """A base in little room: without its owner or folder, with its revision."""
+    """A short form of a base: without owner or folder, with its revision."""
     from lora_cli.adapters.base_names import at_revision, split_revision
 
     name, revision = split_revision(base)
@@ -576,7 +578,7 @@ def _model_name(base: str) -> str:
 
 
 def _targets(names: tuple[str, ...]) -> str:
-    """Target modules in little room: the seven of a Llama are "all linear"."""
+    """A short form of target modules: the seven of a Llama are "all linear"."""
     short = [name.removesuffix("_proj") for name in names]
     return "all linear" if sorted(short) == ["down", "gate", "k", "o", "q", "up", "v"] else ",".join(short)
 

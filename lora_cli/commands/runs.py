@@ -1,4 +1,4 @@
-"""`lora runs`: what was run, on what, how it ended."""
+"""`lora runs`: the recorded runs, their inputs and their outcomes."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from lora_cli.commands.options import Csv, Db, Group, Json, Jsonl, Quiet, exampl
 from lora_cli.screen import Column, near
 from lora_cli.settings import load
 
-app = typer.Typer(cls=Group, help="The runs of all commands: on what data and adapters, and how they ended.")
+app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
 
 _COLUMNS = (
     Column("RUN", "id"),
@@ -70,7 +70,7 @@ def rm(
     ],
     db: Db = None,
 ) -> None:
-    """Forget runs and their scores. What they wrote stays where it is."""
+    """Forget runs and their scores. Their output files stay."""
     from lora_cli.runs import find, remove
 
     file = load({"db": db}).db

@@ -30,7 +30,7 @@ def select(
     where: Where = None,
     target: Annotated[Path | None, typer.Option("--target", help="Adapter folder to compare with, for cosine.")] = None,
     max_per_author: Annotated[
-        int | None, typer.Option("--max-per-author", help="At most so many of one author.", min=1)
+        int | None, typer.Option("--max-per-author", help="The most adapters of one author.", min=1)
     ] = None,
     name: Annotated[str, typer.Option("--name", help="A name to find this selection by later.")] = "",
     base: Base = None,
@@ -43,8 +43,8 @@ def select(
 ) -> None:
     """Choose usable adapters of one base model and remember the choice.
 
-    The ids go to stdout; merge and fit take the last selection when no adapters are named. random is the control:
-    a selection worth its trouble has to beat it.
+    The ids go to stdout; merge and fit take the last selection if no adapters are named. random is the control: a
+    useful selection method has to beat it.
     """
     from lora_cli.catalogue import Catalogue
     from lora_cli.steps.select import select as step

@@ -1,4 +1,4 @@
-"""`lora pool similarity`: which adapters are alike."""
+"""`lora pool similarity`: clusters of similar adapters."""
 
 from typing import Annotated, Any
 
@@ -21,7 +21,9 @@ _COLUMNS = (
 
 def similarity(
     adapters: Adapters = None,
-    k: Annotated[int | None, typer.Option("-k", help="Only the first so many.", min=2, show_default="all")] = None,
+    k: Annotated[
+        int | None, typer.Option("-k", help="Use only the first K adapters.", min=2, show_default="all")
+    ] = None,
     selection: Selection = None,
     cut: Annotated[
         float, typer.Option("--cut", help="Clusters join while the mean cosine between them is above this.")
@@ -33,8 +35,8 @@ def similarity(
 ) -> None:
     """Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one of each.
 
-    Rows come in the order of the clusters, as in the picture; --json has the whole matrix in that order. A module that
-    an adapter lacks counts as zero there.
+    Rows are in the order of the clusters, as in the picture; --json has the whole matrix in that order. A module that
+    an adapter lacks counts as zero.
     """
     from lora_cli.steps import compare as step
     from lora_cli.steps.opened_pool import open_pool
@@ -98,7 +100,7 @@ def _rows(found: Any, matrix: list[list[float]]) -> list[dict[str, Any]]:
 
 
 def _told(found: Any, matrix: list[list[float]], cut: float) -> list[str]:
-    """What the matrix comes to, and which adapters have no direction to compare."""
+    """The summary of the matrix, and the adapters that have no direction to compare."""
     from statistics import median
 
     adapters, n = found.similarity.adapters, len(matrix)

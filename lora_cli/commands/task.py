@@ -33,10 +33,10 @@ def show(
     *,
     prompts: Prompts,
 ) -> None:
-    """Print examples as the base's tokens, and what the file holds: lengths, duplicates, what does not fit.
+    """Print examples as the base's tokens, and facts about the file: lengths, duplicates, examples that are too long.
 
-    Tokens that are learnt and scored are in colour on a terminal, in brackets elsewhere. Of the base only the tokenizer
-    and the configuration are loaded.
+    Tokens that are learnt and scored are in colour on a terminal, in brackets elsewhere. Only the base's tokenizer and
+    configuration are loaded.
     """
     screen, prompting = screen_for(json), prompts.prompting()
     settings = load({"data": file, "test": test, "base": base, "seed": seed})

@@ -38,7 +38,7 @@ def train(
     """
     screen, settings = screen_for(job.json), setup.load()
     file = setup.task(settings)
-    # A missing base or a mistake in the task is told before libraries are imported that take seconds.
+    # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
     load_task(file)
 
@@ -70,7 +70,7 @@ def train(
 
 
 def outcome(result: "TrainResult", rank: int) -> str:
-    """The one line that says what a training did."""
+    """The one-line summary of a training."""
     learnt = result.learnt
     return (
         f"train: validation loss {learnt.loss_before:.3f} → {learnt.loss_after:.3f} · rank {rank} · "

@@ -1,4 +1,4 @@
-"""What the methods on the unit sphere share: updates as directions, and the way back to coefficients."""
+"""Shared parts of the methods on the unit sphere: updates as directions, and the way back to coefficients."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Directions:
     """n updates as unit vectors u_i = sgn(w_i) ΔW_i / ‖ΔW_i‖; an update of zero has u_i = 0. All float64 on the CPU.
 
     cosines: ⟨u_i, u_j⟩, (n, n).
-    inverse: sgn(w_i) / ‖ΔW_i‖, what one u_i is in terms of its update, (n,).
+    inverse: sgn(w_i) / ‖ΔW_i‖, the factor from the update to u_i, (n,).
     shares: |w_i| / Σ |w| among the updates that are not zero, (n,).
-    length: Σ |w_i| ‖ΔW_i‖, the norm that a mean of weighted directions is given.
+    length: Σ |w_i| ‖ΔW_i‖, the norm for a mean of weighted directions.
     """
 
     cosines: Tensor

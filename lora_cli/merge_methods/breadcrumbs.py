@@ -15,7 +15,7 @@ def breadcrumbs(
     *,
     density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.2,
     gamma: Annotated[float, Knob("share of the largest entries that is dropped", low=0, below=1)] = 0.01,
-    per: Annotated[Literal["module", "adapter"], Knob("measure each module alone or the whole adapter")] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Drop the few largest entries of each update and all small ones, and sum.
 

@@ -22,7 +22,10 @@ def ctm(
     *,
     compress_to: Annotated[int, Knob("rank of the space that all adapters are compressed to", low=1)] = 16,
     beta: Annotated[
-        float, Knob("0 finds the space with all adapters at one norm, 1 each at its own", low=0, high=1)
+        float,
+        Knob(
+            "0: all adapters count equally in finding the space, 1: in proportion to their squared norm", low=0, high=1
+        ),
     ] = 0.25,
 ) -> LowRank:
     """Merge in the small space that holds most of all updates, by the method of --inside.

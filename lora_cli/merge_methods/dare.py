@@ -19,8 +19,8 @@ def dare(
     """Drop entries of each update at random, enlarge the rest to make up for it, and sum.
 
     ΔW = Σ w_i m_i ∘ ΔW_i / density, where each entry of the mask m_i (out, in) is 1 with probability `density` and
-    else 0. What is drawn hangs on the seed, the adapter (its commit, and its folder where a repository holds several),
-    the module and the entry's place: not on the order of the adapters or on how the work is cut. The mean over all
+    else 0. The draw depends on the seed, the adapter (its commit, and its folder if a repository holds several), the
+    module and the entry's place, not on the order of the adapters or the size of blocks. The mean over all
     seeds is `linear`; at density 1 it is `linear`.
 
     Weights: those of `linear`.
@@ -31,7 +31,7 @@ def dare(
     removes nothing on average; the paper's point is that much can be dropped without harm. `rank-dare` drops whole
     directions and keeps the rank low; `dare-ties` elects signs after dropping.
 
-    Source: Yu et al. 2023, arXiv 2311.03099, on ΔW itself. PEFT's `dare_linear` drops from A and B apart.
+    Source: Yu et al. 2023, arXiv 2311.03099, on ΔW itself. PEFT's `dare_linear` drops per factor.
     """
 
     def drop_and_sum(block: Block) -> Tensor:

@@ -18,7 +18,7 @@ def iso_cts(
     *,
     common: Annotated[float, Knob("share of the directions that is taken from the sum", low=0, high=1)] = 0.8,
 ) -> LowRank:
-    """As iso-c, with the sum's weakest directions given over to what each adapter has besides.
+    """As iso-c, with the sum's weakest directions replaced by directions of the single adapters.
 
     With D the numerical rank of Σ w_i ΔW_i and N adapters, every adapter gets k_t = round((D − ⌊common · D⌋) / N)
     directions, at most ⌊D / N⌋, and the sum keeps its leading k_c = D − N k_t, U_c S_c V_cᵀ. Of (I − U_c U_cᵀ) w_i ΔW_i

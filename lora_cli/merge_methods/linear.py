@@ -24,9 +24,9 @@ def linear(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     Use: as the first thing to try, and what every other method has to beat. Adapters that have nothing in common are
     nearly orthogonal, so the average of N of them is √N times smaller than one of them, 5 times at 30: `--norm-match`
     or `--lambda` makes up for it. Thirty such adapters of rank 16 do not fit into rank 16, where 95 to 97 % of the
-    energy would be lost; what was kept is always said.
+    energy would be lost; the share kept is always reported.
 
-    Source: task arithmetic, Ilharco et al. 2023, arXiv 2212.04089. Nothing is combined on A and B apart, so that no
+    Source: task arithmetic, Ilharco et al. 2023, arXiv 2212.04089. Nothing is combined per factor, so that no
     cross terms B_i A_j come in.
     """
     return concat(updates, weights)

@@ -15,9 +15,7 @@ def model_stock(
     updates: Updates,
     weights: Tensor,
     *,
-    per: Annotated[
-        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
-    ] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Mean of fine-tunes of one task, drawn to the base as far as they disagree.
 

@@ -15,9 +15,7 @@ def multislerp(
     updates: Updates,
     weights: Tensor,
     *,
-    per: Annotated[
-        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
-    ] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Mean of the updates' directions, at their mean norm.
 

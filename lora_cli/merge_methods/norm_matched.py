@@ -13,9 +13,7 @@ def norm_matched(
     updates: Updates,
     weights: Tensor,
     *,
-    per: Annotated[
-        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
-    ] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Weighted mean, brought to the mean norm of its adapters.
 

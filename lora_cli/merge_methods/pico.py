@@ -8,7 +8,7 @@ from lora_cli.adapters.spectra import Inside, basis, compact, counted
 from lora_cli.adapters.updates import Updates
 from lora_cli.methods import method
 
-# Below this share of its adapters' size a result is what rounding left of adapters that cancel.
+# A result below this share of its adapters' size is rounding noise of adapters that cancel.
 _NOISE = 1e-6
 
 

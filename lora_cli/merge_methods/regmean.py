@@ -1,4 +1,4 @@
-"""RegMean: the update whose outputs are nearest to each adapter's own, on samples of what each module is fed."""
+"""RegMean: the update whose outputs are nearest to each adapter's own, on samples of each module's activations."""
 
 from typing import Annotated
 
@@ -19,11 +19,11 @@ def regmean(
     updates: Updates,
     weights: Tensor,
     *,
-    alpha: Annotated[float, Knob("share of the Gram matrices off their diagonals that is kept", low=0, below=1)] = 0.9,
+    alpha: Annotated[float, Knob("how much of the off-diagonal Gram entries to keep (1 = all)", low=0, below=1)] = 0.9,
 ) -> LowRank:
-    """Least squares on the outputs: nearest to what each adapter does to its own inputs.
+    """Least squares on the outputs: nearest to each adapter's outputs on its own inputs.
 
-    From a sample X_i (t_i, in) of what the module is fed while adapter i is worn come G_i = X_iᵀX_i / t_i and, shrunk
+    From a sample X_i (t_i, in) of the module's activations with adapter i applied come G_i = X_iᵀX_i / t_i and, shrunk
     to its diagonal, G̃_i = |w_i| (α G_i + (1−α) diag G_i + ε I), each (in, in); then
 
         ΔW = (Σ sgn(w_i) ΔW_i G̃_i) (Σ G̃_i)⁻¹,

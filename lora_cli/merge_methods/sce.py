@@ -10,7 +10,7 @@ from lora_cli.adapters.kernels import largest, squares
 from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
 from lora_cli.methods import Knob, method
 
-# Standard deviations below so many units of rounding of a row's largest mean are none.
+# Standard deviations below this many units of rounding of a row's largest mean count as zero.
 _NOISE = 64
 
 

@@ -18,14 +18,12 @@ def slerp(
     updates: Updates,
     weights: Tensor,
     *,
-    per: Annotated[
-        Literal["module", "adapter"], Knob("norms and angles of each module or the whole adapter")
-    ] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Spherical interpolation between two adapters.
 
     ΔW = s Σ sin(p_i θ) / sin θ · sgn(w_i) ΔW_i with s = |w_0| + |w_1|, p_i = |w_i| / s and θ the angle between
-    sgn(w_0) ΔW_0 and sgn(w_1) ΔW_1. As θ → 0 this becomes Σ w_i ΔW_i, which is also what an update of zero gives. More
+    sgn(w_0) ΔW_0 and sgn(w_1) ΔW_1. As θ → 0 this becomes Σ w_i ΔW_i, also the result for a zero update. More
     than two adapters are refused, and so are updates within 2 degrees of opposite unless a weight is 0. In a module
     that one of the adapters lacks, the other counts as beside an update of zero.
     With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.

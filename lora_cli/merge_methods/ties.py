@@ -15,7 +15,7 @@ def ties(
     *,
     density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.2,
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
-    per: Annotated[Literal["module", "adapter"], Knob("measure each module alone or the whole adapter")] = "module",
+    per: Annotated[Literal["module", "adapter"], Knob("measure per module or over the whole adapter")] = "module",
 ) -> Tensor:
     """Keep each update's largest entries, elect one sign per entry, average those that agree.
 
@@ -35,7 +35,7 @@ def ties(
 
     Source: Yadav et al. 2023, arXiv 2306.01708, who trim over the whole model (`--per adapter`); PEFT and mergekit
     trim per tensor, which is the default here. PEFT elects + where a sum is zero and divides by the number of
-    adapters, not by their weights; its `add_weighted_adapter` treats A and B apart, which is not this method.
+    adapters, not by their weights; its `add_weighted_adapter` works per factor, which is not this method.
     """
     cuts = deltas.thresholds(density, per).tolist()
 

@@ -19,8 +19,9 @@ def wudi(
 ) -> LowRank:
     """Least interference on each adapter's own input directions, in closed form and without data.
 
-    X minimises Σ |w_i| ‖(X − w_i ΔW_i) ΔW_iᵀ‖² / ‖ΔW_i‖² + ρ ‖X − X_0‖². The rows of ΔW_i stand for what adapter i is
-    fed, so this is RegMean with the Grams H_i = ΔW_iᵀΔW_i / ‖ΔW_i‖² (in, in), of trace 1, in place of measured ones:
+    X minimises Σ |w_i| ‖(X − w_i ΔW_i) ΔW_iᵀ‖² / ‖ΔW_i‖² + ρ ‖X − X_0‖². The rows of ΔW_i stand in for the
+    activations of adapter i, so this is RegMean with the Grams H_i = ΔW_iᵀΔW_i / ‖ΔW_i‖² (in, in), of trace 1, in place
+    of measured ones:
 
         X = (Σ |w_i| w_i ΔW_i H_i + ρ X_0) (Σ |w_i| H_i + ρ I)⁻¹.
 

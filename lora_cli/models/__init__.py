@@ -1,1 +1,1 @@
-"""Base models: what their classes are made of, how updates act on them, and how text becomes their tokens."""
+"""Base models: the modules of their classes, the application of updates, and the encoding of text."""

@@ -1,4 +1,4 @@
-"""How updates act in a model that runs, without touching its weights.
+"""Apply updates in a running model, without touching its weights.
 
 An update of a linear layer or an embedding is added to the layer's output. Every other one (a convolution, a router,
 fused experts) is added to the weight for the time of its module's own forward pass.
@@ -15,13 +15,13 @@ from lora_cli.adapters.lowrank import LowRank
 from lora_cli.adapters.skeleton import Matrix
 
 Term = Callable[[Tensor, Tensor], Tensor]
-"""Called as term(input, output) of a module, (…, in) and (…, out); returns what the module's output becomes."""
+"""Called as term(input, output) of a module, (…, in) and (…, out); returns the module's new output."""
 
 Change = Callable[[], Tensor]
-"""Gives what is added to a parameter, in its shape."""
+"""Returns the tensor to add to a parameter, in its shape."""
 
 Factors = Callable[[], tuple[Tensor, Tensor]]
-"""Gives B (out, r) and A (r, in) of one matrix."""
+"""Returns B (out, r) and A (r, in) of one matrix."""
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def applied(
 ) -> Iterator[None]:
     """While the block runs, each named module's output goes through its term and each named parameter is changed.
 
-    `before` runs ahead of each pass of the model.
+    `before` runs before each pass of the model.
     """
     with ExitStack() as stack:
         for name, term in terms.items():
@@ -53,7 +53,7 @@ def _through(term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Te
 
 
 def _swap(module: nn.Module, last: str, change: Change) -> list[Any]:
-    """Hooks that put another tensor in a parameter's place while the module runs."""
+    """Hooks that replace a parameter by another tensor while the module runs."""
     own = module._parameters[last]
     assert own is not None
 
@@ -67,12 +67,12 @@ def _swap(module: nn.Module, last: str, change: Change) -> list[Any]:
 
 
 def fixed(update: LowRank) -> Factors:
-    """The factors of an update that stays as it is."""
+    """The factors of a fixed update."""
     return lambda: (update.B, update.A)
 
 
 def as_term(module: nn.Module, matrix: Matrix, factors: Factors) -> Term:
-    """What an update of a linear layer or of an embedding makes of that layer's output."""
+    """The output of a linear layer or an embedding with its update added."""
     if matrix.kind == "embedding":
         size = getattr(module, "embed_scale", 1.0)
 
@@ -91,7 +91,7 @@ def as_term(module: nn.Module, matrix: Matrix, factors: Factors) -> Term:
 
 
 def as_change(parameter: Tensor, matrices: Mapping[str, Matrix], factors: Mapping[str, Factors]) -> Change:
-    """What updates of some matrices of one parameter add to it."""
+    """The sum that updates of some matrices of one parameter add to it."""
 
     def total() -> Tensor:
         delta = parameter.new_zeros(parameter.shape)

@@ -1,4 +1,4 @@
-"""An example as a base model reads it: token ids, the part that is learnt, and where an answer is generated from."""
+"""An example as a base model reads it: token ids, the learnt part, and the start of generation."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -20,16 +20,16 @@ from lora_cli.models.forms import (
 from lora_cli.records import Example, Prompt
 
 UNLIMITED = 1 << 30
-# Tokens in front of a text that decide how its first token reads: a space mark, the bytes of a character.
+# The number of preceding tokens that decide how a text's first token reads: a space mark, the bytes of a character.
 _CONTEXT = 8
 
 
 class Opening(NamedTuple):
     """The beginning of a text that generation continues.
 
-    `ids` lack the end of the prompt, `left`, where a token spans prompt and answer: generated text has to begin with
-    it. One of the tokens `ends` ends the generation. Generated text ends before `until` ("" for never), a turn's end
-    that has no token of its own, and without `tail`, what the template writes between an answer and the end's token.
+    If a token spans prompt and answer, `ids` lack the end of the prompt, `left`, and generated text has to begin with
+    `left`. Any of the tokens `ends` ends the generation. Generated text is cut before `until` ("" for never), a turn's
+    end without a token of its own, and loses `tail`, the template's text between an answer and the end's token.
     """
 
     ids: tuple[int, ...]
@@ -40,15 +40,15 @@ class Opening(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An example as the model reads it when it is finished.
+    """A finished example as the model reads it.
 
-    `ids` are those of the whole text; the loss covers `ids[start:]`, all that follows the prompt: the completion with
-    the template's text around it and the end of the turn. Exact match compares `answer`, as the tokens have it, with
-    the text generated from `opening`. `id` is the example's.
+    `ids` are the ids of the whole text; the loss covers `ids[start:]`, everything after the prompt: the completion with
+    the template's text around it and the end of the turn. Exact match compares `answer`, decoded from the tokens, with
+    the text generated from `opening`. `id` is the example's id.
 
-    `parted` is True where there is no right cut: the finished turn does not begin with the generation prompt, or its
-    first token spans the whole prompt. `marked` is True where the prompt holds control tokens that the template writes
-    around prompts, `early` where the answer itself holds an end of its turn, so that none can be generated whole.
+    `parted` is True if there is no right cut: the finished turn does not begin with the generation prompt, or its first
+    token spans the whole prompt. `marked` is True if the prompt holds control tokens that the template writes around
+    prompts, `early` if the answer holds an end of turn, so that it cannot be generated completely.
     """
 
     ids: tuple[int, ...]
@@ -62,12 +62,12 @@ class Encoded(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """How many tokens the loss covers."""
+        """The number of tokens in the loss."""
         return len(self.ids) - self.start
 
 
 class _End(NamedTuple):
-    """What follows an answer: a text that ends it, or else a text and the token behind that, where there is one."""
+    """The end of an answer: a text, or else a text and the token after it, if there is one."""
 
     until: str
     tail: str
@@ -75,18 +75,18 @@ class _End(NamedTuple):
 
 
 class Encoder:
-    """Turns examples into token ids and generated ids into text, as a tokenizer and its chat template have them.
+    """Turns examples into token ids and generated ids into text, by a tokenizer and its chat template.
 
     Args:
         tokenizer: a transformers tokenizer.
-        name: how the user calls the base model.
+        name: the user's name for the base model.
         longest: the most tokens that the base takes.
-        vocabulary: how many token ids the base knows.
+        vocabulary: the number of token ids of the base.
         ends: token ids that end a generation besides the tokenizer's EOS and the template's end of a turn.
 
     Raises:
         Refused: the tokenizer has no EOS.
-        UsageError: `prompting` has something for a chat template, and there is none.
+        UsageError: `prompting` has options for a chat template, but there is no template.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Encoder:
         return self._ids(self._form.prompt(_unanswered(prompt)))
 
     def opening(self, prompt: Prompt) -> Opening:
-        """What an answer to a prompt is generated from: up to where a plain answer begins. Raises as `prompt_ids`."""
+        """The start of generation for a prompt: everything before a plain answer. Raises as `prompt_ids`."""
         frame = self._form.frame(_unanswered(prompt))
         end, ids = self._end(frame.closing), self._ids(frame.lead)
         self._demand_known(ids)
@@ -165,7 +165,7 @@ class Encoder:
         frame = self._form.frame(example)
         example, own_end = self._without_end(example, self._end(frame.closing))
         whole = self._form.finished(example)
-        # What a template writes behind an answer may depend on how the answer ends.
+        # The template's text after an answer may depend on the answer's end.
         closing = whole[len(whole) - _shared(whole[::-1], frame.closing[::-1]) :]
         end = self._end(closing)
         ids = self._ids(whole)
@@ -177,7 +177,7 @@ class Encoder:
         fault = _fault_of_cut(frame.prompt, whole, start)
         if fault is not None and not self.prompting.allow_mismatch:
             raise fault
-        # A completion may bring along what the template would write in front of a plain one, a block of thoughts.
+        # A completion may already begin with the template's text before a plain answer, such as a block of thoughts.
         lead = frame.lead if whole.startswith(frame.lead) else whole[: _shared(whole, frame.prompt)]
         opening = self._opening(prompt if lead == frame.prompt else self._ids(lead), ids, end)
         answer = self._answer(opening, whole.removesuffix(closing), lead)
@@ -195,20 +195,20 @@ class Encoder:
         )
 
     def written(self, opening: Opening, ids: Sequence[int]) -> tuple[str, bool]:
-        """The text of generated ids, and whether it goes on from the prompt; see `Opening`."""
+        """The text of generated ids, and whether it continues the prompt; see `Opening`."""
         text = self._after(opening.ids, ids).removesuffix(opening.tail)
         if opening.until:
             text, found, _ = text.partition(opening.until)
-            # A generation may stop in the white space that a turn ends with.
+            # A generation may stop inside the white space at the end of a turn.
             text = text if found else text.removesuffix(opening.until.rstrip())
         return text.removeprefix(opening.left), text.startswith(opening.left)
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token, as it reads behind those before it."""
+        """The text of each token after the tokens before it."""
         return [self._after(ids[max(0, place - _CONTEXT) : place], [token]) for place, token in enumerate(ids)]
 
     def has_one_token(self, encoded: Encoded) -> bool:
-        """Whether the answer of an example is a single token, what the template puts around it aside."""
+        """Whether the answer of an example, without the template's text around it, is a single token."""
         opening = encoded.opening
         behind = encoded.ids[len(opening.ids) :]
         texts = (self._after(opening.ids, behind[:count]) for count in range(1, len(behind) + 1))
@@ -216,7 +216,7 @@ class Encoder:
         return first.removeprefix(opening.left).strip() == encoded.answer.strip()
 
     def unread(self, example: Example) -> list[str]:
-        """What was given beside roles and texts and changes nothing of what the model reads. Raises as `read`."""
+        """The input besides roles and texts that has no effect on the tokens. Raises as `read`."""
         return self._form.unread(example)
 
     def _is_marked(self, example: Example, frame: Frame) -> bool:
@@ -227,20 +227,20 @@ class Encoder:
         return any(around.count(mark) > texts.count(mark) for mark in found)
 
     def _opening(self, lead: Sequence[int], ids: Sequence[int], end: _End) -> Opening:
-        """`lead` without the ids at its end that the example has otherwise: a token spans lead and answer."""
+        """`lead` without the ids at its end that differ in the example, because a token spans lead and answer."""
         kept = _shared(lead, ids) or len(lead)
         left = self._after(lead[:kept], lead[kept:])
         return Opening(tuple(lead[:kept]), self._ends_with(end), left, end.until, end.tail)
 
     def _answer(self, opening: Opening, text: str, lead: str) -> str:
-        """What of a text follows its lead, as its tokens have it: a tokenizer may normalise what it reads."""
+        """The part of a text after its lead, decoded from tokens: a tokenizer may normalise text."""
         ids = self._ids(text)
         if tuple(ids[: len(opening.ids)]) != opening.ids:
             return text[len(lead) :]
         return self._after(opening.ids, ids[len(opening.ids) :]).removeprefix(opening.left)
 
     def _without_end(self, example: Example, end: _End) -> tuple[Example, int | None]:
-        """An example without the end of its turn that its completion brings along, and that end's token."""
+        """An example without the end of turn at its completion's end, and that end's token."""
         text, token = self._control.without_end(example.completion, self._ends_with(end))
         if end.until and text.rstrip().endswith(end.until.rstrip()):
             text = text.rstrip().removesuffix(end.until.rstrip())
@@ -250,22 +250,22 @@ class Encoder:
         return tuple(self.ends) if end.token is None else tuple(sorted({*self.ends, end.token}))
 
     def _end(self, closing: str) -> _End:
-        """How what follows an answer ends it."""
+        """The end of an answer, from the text after it."""
         text, token = self._control.first(closing)
         text = text and self._as_read(text)
         return _End(text, "", None) if token is None and text.strip() else _End("", text, token)
 
     def _as_read(self, closing: str) -> str:
-        """What follows an answer, as its tokens have it."""
+        """The text after an answer, decoded from tokens."""
         return self._decoded(self._ids(f"a{closing}")).removeprefix(self._decoded(self._ids("a")))
 
     def _ids(self, text: str) -> list[int]:
         try:
             return self._form.ids(text)
-        # A tokenizer is a library that fails in its own ways; one without a token for the unknown raises so.
+        # Tokenizers raise exceptions of many kinds, for example if they have no token for unknown text.
         except Exception as error:
             raise DataError(
-                f"the tokenizer of {self.name} cannot read it: {one_line(error)}",
+                f"the tokenizer of {self.name} cannot read the text: {one_line(error)}",
                 hint="change or remove the example, or use a base whose tokenizer knows its characters",
             ) from error
 
@@ -280,7 +280,7 @@ class Encoder:
 
     def _demand_one_system(self, example: Example) -> None:
         if self.prompting.system and has_system(example):
-            raise DataError("it has a system turn of its own", hint="leave out --system, or remove that turn")
+            raise DataError("the example has its own system turn", hint="leave out --system, or remove that turn")
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text that `ids` add behind `before`: a token's text depends on the few before it."""
@@ -307,23 +307,23 @@ def encoder_of(name: str, tokenizer: Any, config: Any, generation: Any, promptin
 
 
 def until_end(ids: Sequence[int], ends: Collection[int]) -> Sequence[int]:
-    """Token ids in front of the first that is an end."""
+    """The token ids before the first end token."""
     return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def _fault_of_cut(prompt: str, whole: str, start: int) -> DataError | None:
-    """Why there is no right place to cut prompt and completion, None where there is one."""
+    """The error if there is no right place to cut prompt and completion, else None."""
     if not whole.startswith(prompt):
         at = _shared(prompt, whole)
         return DataError(
             "the finished turn does not begin with the generation prompt, which goes on with "
             f"{prompt[at : at + 20]!r} where the turn has {whole[at : at + 20]!r}",
-            hint="see --template-arg and --chat-template, or cut where they part with --allow-template-mismatch",
+            hint="see --template-arg and --chat-template, or cut where the two differ with --allow-template-mismatch",
         )
     if not start:
         return DataError(
             "its first token spans the whole prompt and the completion's beginning",
-            hint="lengthen the prompt, or go on without that token with --allow-template-mismatch",
+            hint="lengthen the prompt, or accept the example without that token with --allow-template-mismatch",
         )
     return None
 
@@ -338,6 +338,6 @@ def _unanswered(prompt: Prompt) -> Example:
 
 
 def _shared(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many entries two sequences have in common from their beginnings."""
+    """The length of the common prefix of two sequences."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

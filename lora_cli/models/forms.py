@@ -1,4 +1,4 @@
-"""How prompt and completion become one text and a text token ids: as a chat template has them, or as plain text."""
+"""Prompt and completion as one text, and text as token ids: by a chat template, or as plain text."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ from lora_cli.errors import DataError, UsageError
 from lora_cli.records import Example
 
 MOST_TEMPLATE_BYTES = 1 << 20
-# Parameters of apply_chat_template that are no variables of the template.
+# Parameters of apply_chat_template that are not variables of the template.
 RESERVED = frozenset(
     (
         *("self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -20,7 +20,7 @@ RESERVED = frozenset(
         *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
-# Stands for an answer, to find out what a template writes around one: letters alone, which no template changes.
+# A placeholder answer, to find the template's text around one: only letters, which no template changes.
 _ANSWER = "zqAnAnswerqz"
 _NOTHING: tuple[Any, ...] = (None, "", [], {})
 _OWN_SYSTEM = ("system", "developer")
@@ -28,19 +28,18 @@ _OWN_SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompting:
-    """How prompts are put to a base model; by default with its own chat template, where it has one.
+    """The form of prompts for a base model; by default its own chat template, if it has one.
 
     Args:
         system: text of a system turn in front of every prompt; "" for none.
         template: a chat template (Jinja) in place of the base's own.
-        template_name: what messages call it.
-        arguments: values for the template's variables, which the template may know or not.
+        template_name: the template's name in messages.
+        arguments: values for variables, which the template may or may not use.
         templated: False reads prompts as plain text although there is a chat template.
-        allow_mismatch: go on where a finished turn does not begin with its generation prompt.
+        allow_mismatch: accept a finished turn that does not begin with its generation prompt.
 
     Raises:
-        UsageError: something that only a chat template can use, and none is to be used; an argument of a name that
-            is not the user's to set.
+        UsageError: options for a chat template although none is used; an argument with a reserved name.
     """
 
     system: str = ""
@@ -59,13 +58,13 @@ class Prompting:
 
     @property
     def for_templates(self) -> list[str]:
-        """The options that were given and need a chat template to go into."""
+        """The given options that need a chat template."""
         given = {"--system": self.system, "--template-arg": self.arguments}
         return [option for option, value in given.items() if value]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its part of a run's settings: under one key, what differs from the default. A template counts by its hash."""
+        """The prompting's part of a run's settings: changes from the default, under one key; a template by its hash."""
         template = self.template
         values = {
             "system": self.system,
@@ -102,10 +101,10 @@ class Frame(NamedTuple):
 
 
 class Form(Protocol):
-    """How an example becomes one text, and a text token ids. What a chat template cannot take is a DataError."""
+    """Turns an example into one text, and a text into token ids. DataError for input that a chat template refuses."""
 
     def prompt(self, example: Example) -> str:
-        """The text in front of whatever is generated."""
+        """The text before the generated text."""
 
     def frame(self, example: Example) -> Frame:
         """The text around an answer to the example's prompt."""
@@ -114,14 +113,14 @@ class Form(Protocol):
         """The whole text."""
 
     def unread(self, example: Example) -> list[str]:
-        """What was given and changes nothing of the text: further keys of messages and lines, `--system`."""
+        """The input without effect on the text: further keys of messages and lines, `--system`."""
 
     def ids(self, text: str) -> list[int]:
-        """A text that begins where the example begins, as token ids."""
+        """The token ids of a text that starts at the example's start."""
 
 
 class Plain:
-    """No template: prompt and completion are one text, behind what the tokenizer puts in front of every text."""
+    """No template: prompt and completion are one text, after the tokenizer's own prefix."""
 
     def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
         self._tokenizer = tokenizer
@@ -176,7 +175,7 @@ class Chat:
         return Frame(self.prompt(example), lead, closing)
 
     def finished(self, example: Example) -> str:
-        # The template writes the end of a turn by itself.
+        # The template itself writes the end of a turn.
         answer = {"role": "assistant", "content": example.completion, **example.answer}
         return self._rendered(example, [*self._turns(example), answer])
 
@@ -202,7 +201,7 @@ class Chat:
         turns = as_turns(example)
         system = [{"role": "system", "content": self._prompting.system}] if self._prompting.system else []
         bos, first = self._tokenizer.bos_token, content_of(turns[0])
-        # Exported texts begin with the BOS that a template writes by itself.
+        # Exported texts may begin with the BOS that the template itself writes.
         if bos and first.startswith(bos):
             bare = [*system, {**turns[0], "content": first.removeprefix(bos)}, *turns[1:]]
             if self._rendered(example, bare).startswith(bos):
@@ -221,13 +220,13 @@ class Chat:
                 **{**self._prompting.arguments, **example.extras},
             )
             text.encode()  # Half of a surrogate pair, which no tokenizer takes, raises here.
-        # A template is a program of somebody else's: whatever it raises is about the template.
+        # A template is a stranger's program: report every exception as a fault of the template.
         except Exception as error:
             raise self._failure(error, turns) from error
         return str(text)
 
     def _failure(self, error: Exception, turns: Sequence[Mapping[str, Any]]) -> DataError:
-        # A template's own raise_exception is of this very class, and its faults are of classes below and beside it.
+        # raise_exception in a template raises exactly this class; faults of the template are of other classes.
         if type(error).__name__ == "TemplateError":
             roles = ", ".join(str(turn["role"]) for turn in turns)
             return DataError(
@@ -238,29 +237,29 @@ class Chat:
 
 
 def as_turns(example: Example) -> list[dict[str, Any]]:
-    """The turns of a prompt, however it is written: plain text is a user's turn."""
+    """The turns of a prompt: plain text is one user's turn."""
     if isinstance(example.prompt, str):
         return [{"role": "user", "content": example.prompt}]
     return [dict(turn) for turn in example.prompt]
 
 
 def content_of(turn: Mapping[str, Any]) -> str:
-    """The text of a turn, "" where it only calls tools."""
+    """The text of a turn, "" if it only calls tools."""
     return turn.get("content") or ""
 
 
 def has_system(example: Example) -> bool:
-    """Whether an example has a system turn of its own."""
+    """Whether an example has its own system turn."""
     return any(turn["role"] in _OWN_SYSTEM for turn in as_turns(example))
 
 
 def one_line(error: Exception) -> str:
-    """What an error of a library says, as one line."""
+    """The message of a library's error, as one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def _each_left_out(example: Example) -> Iterator[tuple[str, Example]]:
-    """The further keys of an example's messages and line that hold something, each with the example without it."""
+    """The further non-empty keys of an example's messages and line, each with the example without the key."""
     turns = as_turns(example)
     keys = {key for turn in (*turns, example.answer) for key, value in turn.items() if value not in _NOTHING}
     for key in sorted(keys - {"role", "content"}):
@@ -288,13 +287,13 @@ class Control:
         added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         found = sorted({**special, **added}.items(), key=lambda item: -len(item[0]))
-        # Gemma's tokenizers have runs of line breaks among them, which control nothing.
+        # Skip runs of line breaks, which are added tokens in Gemma's tokenizers but no control tokens.
         controls = {text: number for text, number in found if text.strip() or number == tokenizer.eos_token_id}
         self.ids: Mapping[str, int] = controls
         self._any = re.compile("|".join(map(re.escape, self.ids)))
 
     def first(self, text: str) -> tuple[str, int | None]:
-        """The part of a text in front of its first control token, and that token; all of it and None without one."""
+        """The part of a text before its first control token, and that token; the whole text and None without one."""
         found = self._any.search(text)
         return (text, None) if found is None else (text[: found.start()], self.ids[found[0]])
 
@@ -303,7 +302,7 @@ class Control:
         return set(self._any.findall(text))
 
     def without_end(self, text: str, ends: Collection[int]) -> tuple[str, int | None]:
-        """A text without those of the tokens `ends` that it ends with, and the first of these, None for none."""
+        """A text without the tokens `ends` at its end, and the first of those removed, None for none."""
         marks = "|".join(re.escape(mark) for mark, token in self.ids.items() if token in ends)
         found = re.search(rf"({marks})(?:\s|{marks})*\Z", text) if marks else None
         return (text, None) if found is None else (text[: found.start()], self.ids[found[1]])

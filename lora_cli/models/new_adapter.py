@@ -1,4 +1,4 @@
-"""A fresh PEFT LoRA on a base model: which matrices it adapts, its parameters, and how it is saved."""
+"""A fresh PEFT LoRA on a base model: its matrices, its parameters, and its files."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +17,9 @@ from lora_cli.recipes import ALL_LINEAR
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """What a new LoRA adapts: modules by name, and parameters that PEFT adapts without a layer of their own.
+    """The targets of a new LoRA: modules by name, and parameters that PEFT adapts without a layer of their own.
 
-    `said` names them and what is left out, by their last names; "" where that goes without saying.
+    `said` lists the targets and the matrices left out, by their last names; "" for the usual ones.
     """
 
     modules: str | list[str]
@@ -28,10 +28,10 @@ class Chosen:
 
 
 def choose(base: Skeleton, targets: str | Sequence[str], dropout: float) -> Chosen:
-    """The matrices that `targets` mean, names of modules or "all-linear" (every linear layer but the output head).
+    """The matrices for `targets`, which are names of modules or "all-linear" (every linear layer but the output head).
 
-    Fused experts are no layers, and PEFT has no dropout on them: "all-linear" adapts them where there is no dropout.
-    So it is with layers whose names PEFT takes for those of experts. Routers are left alone.
+    Fused experts are not layers, and PEFT has no dropout on them: "all-linear" adapts them only without dropout. The
+    same holds for layers whose names PEFT takes for those of experts. Routers are never adapted.
     """
     if targets != ALL_LINEAR or not base.stacks:
         return Chosen(targets if isinstance(targets, str) else sorted(targets), [])
@@ -59,7 +59,7 @@ def adapted(
     """While the block runs, `model` carries a fresh trainable LoRA; afterwards it is as before.
 
     Raises:
-        Refused: no module of the base bears one of the names, or PEFT cannot adapt one of them.
+        Refused: no module of the base has one of the names, or PEFT cannot adapt one of them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -114,10 +114,10 @@ class NewAdapter:
         config = self._wrapped.peft_config["default"]
         config.base_model_name_or_path, revision = split_revision(self._base)
         config.revision = revision or None
-        # Sets: their order would differ between two runs.
+        # Sort sets: their order would differ between two runs.
         config.target_modules = sorted(config.target_modules)
         config.target_parameters = sorted(config.target_parameters) if config.target_parameters else None
         with quiet():
-            # Without False PEFT asks the Hub whether the base's vocabulary was changed.
+            # Pass False: by default PEFT asks the Hub whether the base's vocabulary was changed.
             self._wrapped.save_pretrained(folder, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The skeleton of a base model: its own class built on the meta device, from a configuration alone.
 
-Which names mean which modules is taken from transformers (`conversion_mapping.py`: the renamings that loading applies
+The mapping from names to modules comes from transformers (`conversion_mapping.py`: the renamings that loading applies
 to checkpoints) and from PEFT (`utils/transformers_weight_conversion.py`: which of them it applies to adapters).
 """
 
@@ -26,7 +26,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def skeleton(folder: Path) -> Skeleton | None:
-    """The skeleton of the model whose config.json is in `folder`; None where transformers has no class for it."""
+    """The skeleton of the model whose config.json is in `folder`; None if transformers has no class for it."""
     file = (folder / "config.json").resolve()
     return _built(file, file.stat().st_mtime_ns)
 
@@ -40,7 +40,7 @@ def _built(file: Path, changed: int) -> Skeleton | None:
     try:
         with quiet(), torch.device("meta"):
             return skeleton_of(cls(config))
-    except Exception:  # a configuration may say anything, and each class fails in its own way
+    except Exception:  # a configuration may hold anything, and each class fails in its own way
         return None
 
 
@@ -54,7 +54,7 @@ def read_config(folder: Path) -> Any:
 
 
 def class_of(config: Any) -> Any:
-    """The class that `architectures` names; where it names none of transformers', the causal language model's."""
+    """The class in `architectures`; if it is not a class of transformers, the causal language model's."""
     for name in config.architectures or ():
         cls = getattr(_hf, name, None) if isinstance(name, str) else None
         if isinstance(cls, type) and issubclass(cls, _hf.PreTrainedModel):
@@ -67,7 +67,7 @@ def class_of(config: Any) -> Any:
 
 
 def _modest(config: Any) -> bool:
-    """Whether a class could really be built of this: every layer of it costs time and memory."""
+    """Whether a class can be built from this configuration: every layer costs time and memory."""
     nested = [config.to_dict()]
     while nested:
         values = nested.pop()
@@ -79,7 +79,7 @@ def _modest(config: Any) -> bool:
 
 
 def skeleton_of(model: Any) -> Skeleton:
-    """The skeleton of a model that is there, with or without weights."""
+    """The skeleton of an existing model, with or without weights."""
     transforms = _transforms(model)
     renames, retargeted = _peft_tables(model.config.model_type)
     matrices: dict[str, Matrix] = {}
@@ -145,7 +145,7 @@ def _gives_a_tensor(module: nn.Linear) -> bool:
 
 
 def _ties(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """By module the others that share its weight."""
+    """Module → the other modules that share its weight."""
     sharing: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name.endswith(WEIGHT):
@@ -162,7 +162,7 @@ def _stack(name: str, module: nn.Module, parameter: torch.Tensor, transforms: li
 
 
 def _parts(name: str, transforms: list[Any]) -> tuple[str, ...]:
-    """The last names under which a checkpoint keeps the shares of one expert's matrix."""
+    """The last names of the shares of one expert's matrix in a checkpoint."""
     for transform in transforms:
         operations = [type(operation).__name__ for operation in getattr(transform, "operations", ())]
         if operations[:1] != ["MergeModulelist"] or operations[1:] not in ([], ["Concatenate"]):
@@ -173,12 +173,12 @@ def _parts(name: str, transforms: list[Any]) -> tuple[str, ...]:
 
 
 def _plain(pattern: str) -> str:
-    """A pattern of these tables as the name that it stands for."""
+    """A pattern of these tables as a plain name."""
     return pattern.replace("\\", "").strip("^$").removesuffix(WEIGHT)
 
 
 def _transforms(model: Any) -> list[Any]:
-    """What loading does to the tensors of a checkpoint of this class, in order."""
+    """The conversions of a checkpoint's tensors on loading this class, in order."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     found: list[Any] = get_model_conversion_mapping(model, add_legacy=False)
@@ -186,7 +186,7 @@ def _transforms(model: Any) -> list[Any]:
 
 
 def _renamed(model: Any, names: Collection[str], ending: str) -> dict[str, str]:
-    """Each of `names` as loading renames the tensor called name + `ending`, without what follows."""
+    """Each of `names` as loading renames the tensor name + `ending`, without the ending."""
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [one for one in _transforms(model) if isinstance(one, WeightRenaming)]
@@ -206,7 +206,7 @@ def _peft_tables(model_type: str) -> tuple[bool, frozenset[str]]:
 
 
 def _name_of(model: Any, getter: str) -> str:
-    """The name of the module that a method of the model gives, "" where it gives none."""
+    """The name of the module that a method of the model returns, "" if it returns none."""
     try:
         wanted = getattr(model, getter)()
     except (AttributeError, NotImplementedError):
@@ -216,7 +216,7 @@ def _name_of(model: Any, getter: str) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """These libraries' remarks about themselves are no news to the user."""
+    """Silence the libraries' remarks about themselves."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

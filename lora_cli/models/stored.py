@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps the parameters of a class, by the conversions that transformers applies on loading."""
+"""The places of a class's parameters in a checkpoint, by the conversions that transformers applies on loading."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def stored(model: Any, tensors: Shapes) -> Stored:
     """The shares of every parameter of `model` that a checkpoint with these tensors holds.
 
-    A parameter that is kept in another arrangement than whole rows is among `others`, with the name of that.
+    A parameter that is stored in another arrangement than whole rows is in `others`, with the arrangement's name.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -39,7 +39,7 @@ def stored(model: Any, tensors: Shapes) -> Stored:
 def _convert(
     found: Stored, converter: Any, name: str, by_source: Mapping[str, Sequence[str]], tensors: Shapes, shapes: Shapes
 ) -> None:
-    """The shares of what one conversion makes of the tensors that match its patterns."""
+    """The shares of the result of one conversion of the tensors that match its patterns."""
     operations = [type(one).__name__ for one in converter.operations]
     dims = [getattr(one, "dim", None) for one in converter.operations]
     sources = [by_source[pattern] for pattern in converter.source_patterns if pattern in by_source]
@@ -49,7 +49,7 @@ def _convert(
     elif operations == ["Concatenate"] and dims == [0] and all(len(source) == 1 for source in sources):
         shares = list(_side_by_side([tensor for [tensor] in sources], tensors))
     elif operations == ["Transpose"] and [len(source) for source in sources] == [1] and name in shapes:
-        # What has the class's shape already stays as it is.
+        # A tensor that already has the class's shape is not converted.
         shares = [Share(sources[0][0], turned=tensors[sources[0][0]] != shapes[name])]
     elif operations in (["Chunk"], ["Split"]) and dims == [0] and all(target in shapes for target in targets):
         heights = [shapes[target][0] for target in targets]

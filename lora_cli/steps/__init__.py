@@ -1,1 +1,1 @@
-"""What the tool does: functions usable from a notebook, which never print."""
+"""The tool's operations as functions that a notebook can call; none of them prints."""

@@ -32,18 +32,18 @@ __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base"
 T = TypeVar("T")
 
 TOO_MUCH = 0.1
-"""A larger share of the update lost is worth a warning."""
+"""Warn where rounding loses a larger share of the update than this."""
 _IN_CONFIG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SPARE_ROOM = 1.05
 _UPDATES_HELD = 4
-# So many entries fit a cache with all that is computed from them.
+# Entries per tile: a tile and the four buffers computed from it fit into the cache.
 _TILE = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survival:
-    """What became of an update Δ when W + Δ was cast: squared norms of Δ and of (cast(W + Δ) − W) − Δ, and how many
-    of the `entries` are what the base alone would have been cast to.
+    """How much of an update Δ survived the cast of W + Δ: squared norms of Δ and of (cast(W + Δ) − W) − Δ, and how
+    many of the `entries` equal the cast of the base alone.
     """
 
     delta: float = 0.0
@@ -72,7 +72,7 @@ class Survival:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeReport:
-    """What a bake did: what survived by module (in natural order) and by layer, and over all."""
+    """The result of a bake: the survival of each module (in natural order), of each layer, and over all."""
 
     folder: Path
     modules: Mapping[str, Survival]
@@ -85,7 +85,7 @@ class BakeReport:
 def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progress: Progress = silent) -> BakeReport:
     """Carry out a plan: write the base's files with the update added, then rename the finished folder into place.
 
-    Memory: one block of rows of one tensor, and the factors of one module, or its update where that came dense.
+    Memory: one block of rows of one tensor, and the factors of one module, or its update if that is stored dense.
 
     Raises:
         Refused: the result does not fit its precision, or no entry of it differs from the base.
@@ -116,7 +116,7 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
 
 
 def demand_apart(plan: BakePlan, folder: Path) -> None:
-    """OutputError where the output would stand in, on or around the base or the adapter."""
+    """OutputError if the output folder equals, contains or lies in the base's or the adapter's folder."""
     out = folder.resolve()
     for what, path in (("base", plan.base.checkpoint.folder), ("adapter", plan.adapter.folder)):
         place = path.resolve()
@@ -125,7 +125,7 @@ def demand_apart(plan: BakePlan, folder: Path) -> None:
 
 
 def demand_room(plan: BakePlan, folder: Path) -> None:
-    """OutputError where the disk cannot take the result."""
+    """OutputError if the disk has too little room for the result."""
     place = folder.absolute().parent
     while not place.exists():
         place = place.parent
@@ -151,7 +151,7 @@ class _Steps:
 def _write_part(
     plan: BakePlan, part: str, folder: Path, found: dict[str, Survival], steps: _Steps, workers: int
 ) -> str:
-    """Write one file of the base anew, note what survived in each module of it, and return its SHA-256."""
+    """Write one file of the base anew, record the survival of each module in it, and return the file's SHA-256."""
     header = plan.base.checkpoint.headers[part]
     dtypes = {entry.name: plan.stored_as(entry) for entry in header.tensors.values()}
     with (
@@ -159,7 +159,7 @@ def _write_part(
         ShardWriter(folder / part, header, dtypes) as target,
     ):
         for entry in header.tensors.values():
-            # A tensor may stand in a file that the index does not name for it: loading does not take it from there.
+            # Loading ignores a tensor in a file that the index does not name for it, so cast it only.
             pieces = plan.pieces.get(entry.name) if plan.base.checkpoint.tensors.get(entry.name) == part else None
             if pieces:
                 _write_baked(plan, pieces, entry, source, target, found, workers)
@@ -178,7 +178,7 @@ def _write_baked(
     found: dict[str, Survival],
     workers: int,
 ) -> None:
-    """Write one tensor with the updates of its modules added, blocks of rows at a time, and note what survived."""
+    """Write one tensor with the updates of its modules added, blocks of rows at a time, and record their survival."""
     columns = entry.shape[-1] if len(entry.shape) == 3 and len(pieces) > 1 else math.prod(entry.shape[1:])
     dtype = DTYPES[plan.stored_as(entry)]
     update_of = _oriented(plan, entry)
@@ -205,8 +205,8 @@ def _write_baked(
 
 
 def _oriented(plan: BakePlan, entry: TensorEntry) -> Callable[[str, bool], LowRank | Tensor]:
-    """Reads updates as they are added to a tensor, and holds the last few."""
-    # Where the base is wider than fp32, so is the sum.
+    """Reads updates in the orientation and precision of a tensor's sum, and caches the last few."""
+    # The sum is in fp32, or in the base's precision if that is wider.
     wide = torch.promote_types(DTYPES[entry.dtype], torch.float32)
 
     def read(module: str, transposed: bool) -> LowRank | Tensor:
@@ -224,7 +224,7 @@ def rows_of(update: LowRank | Tensor, rows: slice) -> LowRank | Tensor:
 
 
 def add(weight: Tensor, update: LowRank | Tensor, dtype: torch.dtype) -> tuple[Tensor, Survival]:
-    """cast(W + Δ) and what of Δ survived. `weight` is (rows, columns) as stored, the sum has the dtype of `update`."""
+    """cast(W + Δ) and the survival of Δ. `weight` is (rows, columns) as stored, the sum has the dtype of `update`."""
     rows, columns = weight.shape
     height = max(1, _TILE // columns)
     baked, found = torch.empty(weight.shape, dtype=dtype), Survival()
@@ -247,20 +247,20 @@ def _add_tile(weight: Tensor, update: LowRank | Tensor, baked: Tensor, room: Ten
     baked.copy_(total)
     norm = _squared(delta)
     if baked.dtype == total.dtype:
-        # What a sum loses where nothing is cast: the remainder of two-sum (Knuth), exact in the sum's own precision.
+        # No cast: the error of the sum is the remainder of two-sum (Knuth), exact in the sum's own precision.
         torch.sub(total, exact, out=back)
         error = exact.sub_(total.sub_(back)).add_(delta.sub_(back))
         changed = torch.ne(back, 0, out=total).sum()
     else:
         plain = exact if weight.dtype == baked.dtype else total.copy_(weight.to(baked.dtype))
-        # As floats 0 and 1, which are several times faster to sum than bools to count.
+        # Summing floats 0 and 1 is several times faster than counting bools.
         changed = torch.ne(back.copy_(baked), plain, out=total).sum()
         error = back.sub_(exact).sub_(delta)
     return Survival(delta=norm, error=_squared(error), same=weight.numel() - int(changed), entries=weight.numel())
 
 
 def _in_order(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """The results of `work(*call)` in the order of the calls, few of which are under way at a time."""
+    """The results of `work(*call)` in the order of the calls; at most two per worker are pending."""
     pending: deque[Future[T]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for call in calls:
@@ -305,7 +305,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def _copy_beside(plan: BakePlan, folder: Path) -> None:
-    """Copy what goes with the weights; configuration and index say what has changed."""
+    """Copy the files beside the weights; configuration and index get the new dtype and size."""
     checkpoint = plan.base.checkpoint
     for file in checkpoint.beside:
         shutil.copyfile(file, folder / file.name)
@@ -318,7 +318,7 @@ def _copy_beside(plan: BakePlan, folder: Path) -> None:
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A configuration whose own precision, and that of every part of it, is `dtype`."""
+    """The configuration with `dtype` as its precision and as that of every nested part."""
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
 
     def changed(value: Any) -> Any:
@@ -334,7 +334,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _by_layer(modules: Mapping[str, Survival]) -> dict[str, Survival]:
-    """Summed over the modules of each layer, which is named up to its number; a module outside goes by its own name."""
+    """Sums over the modules of each layer, named as in `layer_of`."""
     layers: dict[str, Survival] = {}
     for module, survival in modules.items():
         layer = layer_of(module)
@@ -343,7 +343,7 @@ def _by_layer(modules: Mapping[str, Survival]) -> dict[str, Survival]:
 
 
 def layer_of(module: str) -> str:
-    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a name without a number stands for itself."""
+    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a name without a number unchanged."""
     parts = module.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
     return ".".join(parts[: number + 1])
@@ -360,7 +360,7 @@ def _demand_effect(plan: BakePlan, total: Survival) -> None:
 
 
 def _results(plan: BakePlan, report: BakeReport) -> dict[str, Any]:
-    """What run.json keeps: figures over all, by layer, by module; those of one are as in `Survival.figures`."""
+    """The results in run.json: `Survival.figures` over all, by layer and by module."""
     count = Counter(map(layer_of, report.modules))
     return {
         **report.total.figures,

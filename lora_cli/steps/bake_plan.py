@@ -1,4 +1,4 @@
-"""What a bake will do, decided and checked before a weight is read: which base, and where each module's weight is."""
+"""The plan of a bake, checked before any weight is read: the base, and the tensor of each module's weight."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ _TIED_MODULES = frozenset(("lm_head", "embed_out"))
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """A base model on this machine: what records call it, its version as `base_model.pin` has it, and its files."""
+    """A base model on this machine: its name in records, its version as in `base_model.pin`, and its files."""
 
     name: str
     version: str
@@ -48,17 +48,17 @@ class Base:
 
     @cached_property
     def skeleton(self) -> Skeleton | None:
-        """What its class is made of, None where transformers has no class for it."""
+        """The modules of the base's class, None if transformers has no class for the base."""
         return skeleton_at(self.checkpoint.folder)
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Its part of a run's inputs."""
+        """The base's part of a run's inputs."""
         return {f"base:{self.name}@{self.version}": self.version}
 
 
 def is_here(model: str) -> bool:
-    """False when `model` is a Hub id that would have to be downloaded. NothingMatched when it can be neither."""
+    """False if `model` is a Hub id that is not downloaded yet. NothingMatched if it is neither folder nor Hub id."""
     return _here(folder_or_hub(model)) is not None
 
 
@@ -68,15 +68,15 @@ def _here(found: Path | HubModel) -> Path | None:
 
 
 def find_base(model: str, *, name: str = "", announce: Callable[[str], None], progress: Progress = silent) -> Base:
-    """The base in a folder or in the Hub client's cache, into which it is downloaded if it is not there.
+    """The base in a folder or in the Hub client's cache; downloads a Hub id that is not in the cache.
 
     Args:
-        model: a folder or a Hub id, `@revision` where it is not the main branch.
-        name: what records and messages call it, where that is not `public_base(model)`.
-        announce: is told what is downloaded, before it is.
+        model: a folder or a Hub id, with `@revision` for another revision than the main branch.
+        name: the base's name in records and messages; by default `public_base(model)`.
+        announce: called with a line about each download before it starts.
 
     Raises:
-        NothingMatched, AccessDenied, NetworkError: there is none, or it cannot be had.
+        NothingMatched, AccessDenied, NetworkError: no such model, or it cannot be downloaded.
         Refused: see `open_checkpoint`.
     """
     name = name or public_base(model)
@@ -89,7 +89,7 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
 
 
 def _open(folder: Path, name: str) -> Checkpoint:
-    """`open_checkpoint`, with the model's name in what it says of malformed files."""
+    """`open_checkpoint`, with the model's name in errors about malformed files."""
     try:
         return open_checkpoint(folder, name)
     except HeaderError as error:
@@ -99,8 +99,8 @@ def _open(folder: Path, name: str) -> Checkpoint:
 def download_base(
     hub: Hub, repo: str, revision: str = MAIN, *, announce: Callable[[str], None], progress: Progress = silent
 ) -> Path:
-    """Bring a model into the Hub client's cache: its folder there, named by the commit."""
-    # Asked for by its branch, so that the cache learns which commit that is and needs no network tomorrow.
+    """Download a model into the Hub client's cache and return its folder there, which is named by the commit."""
+    # Download by branch name, so that the cache records the branch's commit and a later run needs no network.
     commit = hub.download(repo, CONFIG, revision).parent.name
     listed = hub.repository(repo, commit).files
     split = INDEX in listed and WEIGHTS not in listed
@@ -132,7 +132,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BakePlan:
-    """A bake that passed every check which needs no weights. `places` are by module; `notes` say what was assumed."""
+    """A bake that passed every check which needs no weights. `places` are by module; `notes` lists the assumptions."""
 
     adapter: OpenAdapter | OpenDelta
     base: Base
@@ -142,7 +142,7 @@ class BakePlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the result besides adapter and base."""
+        """The settings that decide the result besides adapter and base."""
         return {"base": self.base.name, "dtype": self.dtype}
 
     @cached_property
@@ -156,13 +156,13 @@ class BakePlan:
 
     @property
     def precision(self) -> str:
-        """Of the baked tensors, in words."""
+        """The precision of the baked tensors, in words."""
         entries = map(self.base.checkpoint.entry, self.pieces)
         return ", ".join(sorted({_SHORT.get(stored, stored.lower()) for stored in map(self.stored_as, entries)}))
 
     @property
     def bytes(self) -> int:
-        """Of the tensors that will be written."""
+        """The size of the tensors that will be written."""
         headers = self.base.checkpoint.headers.values()
         return sum(size_of(entry, self.stored_as(entry)) for header in headers for entry in header.tensors.values())
 
@@ -191,13 +191,13 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
     for module, pieces in found.items():
         for piece in pieces:
             if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOAT_DTYPES:
-                raise Refused(f"{module} is {stored} in {base.name}: an update is added to floats only")
+                raise Refused(f"{module} is {stored} in {base.name}: bake can add updates to floats only")
     notes = (_of_squares(found, checkpoint, adapter), *_of_absent(checkpoint))
     return BakePlan(adapter=adapter, base=base, places=found, dtype=dtype, notes=tuple(filter(None, notes)))
 
 
 def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) -> dict[str, tuple[Piece, ...]]:
-    """Where each module's update goes, by the base's own class and the names under which loading would find it."""
+    """The tensor rows of each module's update, by the base's class and the names from which loading reads them."""
     tensors = {name: base.checkpoint.entry(name).shape for name in base.checkpoint.tensors}
     stored = skeleton.stored(tensors)
     found: dict[str, tuple[Piece, ...]] = {}
@@ -222,7 +222,7 @@ def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) 
 
 
 def _pieces(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
-    """The parts of a matrix's rows (of its transpose, where it is stored so) that each tensor of a checkpoint holds."""
+    """The rows of a matrix (of its transpose, if it is stored transposed) that each tensor of a checkpoint holds."""
     height = matrix.shape[1] if matrix.transposed else matrix.shape[0]
     for share in shares:
         if not share.rows:
@@ -241,7 +241,7 @@ def _pieces(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple
 
 
 def _by_name(adapter: OpenAdapter | OpenDelta, base: Base) -> dict[str, tuple[Piece, ...]]:
-    """Where each module's update goes in a base of no known class: to the tensor that has the module's name."""
+    """The tensor of each module's update in a base without a known class: the one of the module's name."""
     checkpoint = base.checkpoint
     found: dict[str, tuple[Piece, ...]] = {}
     missing = []
@@ -308,8 +308,8 @@ def _demand_one_each(adapter: OpenAdapter | OpenDelta, base: Base, found: Mappin
 def weights_of(modules: Sequence[str], tensors: Collection[str]) -> dict[str, str | None]:
     """The tensor that is each module's weight: of its name, or of its name with the model's prefix taken off or put on.
 
-    A checkpoint may have been saved from the model with its head (`transformer.h.0…`) or without (`h.0…`), and an
-    adapter trained on either. None where there is no such tensor or more than one could be meant.
+    Checkpoints are saved from the model with its head (`transformer.h.0…`) or without (`h.0…`), and adapters are
+    trained on either. None for a module with no matching tensor or with more than one.
     """
     wanted = {f"{module}.weight" for module in modules}
     longer: dict[str, list[str]] = {}
@@ -335,7 +335,7 @@ def _shorter(module: str, tensors: Collection[str]) -> list[str]:
 
 
 def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta) -> bool:
-    """Is a square weight stored (in, out)? The model decides, as in PEFT; where none is named, the adapter's flag."""
+    """Is a square weight stored (in, out)? The model type decides, as in PEFT; without one, the adapter's flag."""
     model = checkpoint.config.get("model_type")
     if not model:
         return adapter.fan_in_fan_out
@@ -345,21 +345,21 @@ def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenD
 def _of_squares(
     found: Mapping[str, tuple[Piece, ...]], checkpoint: Checkpoint, adapter: OpenAdapter | OpenDelta
 ) -> str:
-    """How square weights are read, "" where that is as the adapter says and not transposed."""
+    """A note on how square weights are read, "" if they are (out, in) and the adapter's flag agrees."""
     flag = adapter.fan_in_fan_out
     squares = [pieces[0].transposed for module, pieces in found.items() if len(set(adapter.shape(module))) == 1]
     assumed = [transposed for transposed in squares if transposed or flag]
     if not assumed:
         return ""
     model = checkpoint.config.get("model_type")
-    because = f"the base is a {model}" if model else "the adapter says fan_in_fan_out"
-    though = f", though the adapter says fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""
+    because = f"the base is a {model}" if model else "the adapter sets fan_in_fan_out"
+    though = f", although the adapter sets fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""
     how = "(in, out)" if all(assumed) else "(out, in)" if not any(assumed) else "(in, out) where they are Conv1D"
     return f"{len(assumed)} square weights are read as {how}: {because}{though}"
 
 
 def _of_absent(checkpoint: Checkpoint) -> list[str]:
-    """What loading the result will want that does not come along."""
+    """Notes on the files that loading the result needs but bake does not write."""
     absent = []
     if checkpoint.config.get("auto_map"):
         absent.append("the base comes with code (auto_map), which is not copied: loading the result will ask for it")

@@ -1,4 +1,4 @@
-"""From what the user asks of a bake to a job that is ready to run."""
+"""From the user's request for a bake to a job that is ready to run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ class BakeJob:
 
 @dataclass(frozen=True, slots=True)
 class BakeRequest:
-    """What the user asks of a bake: one adapter, added to the base model of the settings."""
+    """The user's request for a bake: one adapter, added to the base model of the settings."""
 
     pool: Pool
     name: str
@@ -44,7 +44,7 @@ class BakeRequest:
         return self.pool.absent([self.name]), "" if is_here(base) else str(base)
 
     def prepare(self, *, dtype: str = "auto", out: Path | None = None) -> BakeJob:
-        """Open the adapter and the base, downloading what is absent, and check everything that needs no weights.
+        """Open the adapter and the base, downloading missing files, and check everything that needs no weights.
 
         Raises:
             UsageError: no base model, or an unknown dtype. Else as `Pool.update`, `find_base` and `plan` do.

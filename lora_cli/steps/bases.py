@@ -1,4 +1,4 @@
-"""What the base model is made of, wherever its configuration can be had: a folder, a cache, or one small request."""
+"""The modules of a base model, from its configuration in a folder, in a cache, or by one small request."""
 
 import contextlib
 import json
@@ -46,9 +46,9 @@ def config_here(base: str) -> Path | None:
 
 
 def skeleton_of(base: str) -> tuple["Skeleton | None", str]:
-    """What a base model's own class is made of; None where that cannot be known, with a sentence that says why.
+    """The modules of a base model's class; None if they cannot be found, with a sentence that gives the reason.
 
-    The configuration of a Hub id that is not on this machine is asked for by one request, and kept.
+    The configuration of a Hub id that is not on this machine is downloaded by one request, and kept.
     """
     folder = config_here(base) or _fetched(base)
     found = None if folder is None else skeleton_at(folder)
@@ -59,19 +59,19 @@ def skeleton_of(base: str) -> tuple["Skeleton | None", str]:
 
 
 def look_here(base: str | None) -> Callable[[], "Skeleton | None"] | None:
-    """How to find what a base model is made of; None where its configuration is not on this machine."""
+    """A function that finds the modules of a base model; None if the configuration is not on this machine."""
     folder = config_here(base) if base else None
     return None if folder is None else partial(skeleton_at, folder)
 
 
 def skeleton_here(base: str) -> "Skeleton | None":
-    """What a base model is made of; None where its configuration is not on this machine or not understood."""
+    """The modules of a base model; None if its configuration is not on this machine or not understood."""
     look = look_here(base)
     return look() if look is not None else None
 
 
 def skeleton_at(folder: Path) -> "Skeleton | None":
-    """What the model in `folder` is made of; None where transformers has no class for its configuration."""
+    """The modules of the model in `folder`; None if transformers has no class for its configuration."""
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
         if isinstance(json.loads((folder / _CONFIG).read_bytes()).get("model_type"), str):
             from lora_cli.models.skeleton import skeleton
@@ -81,7 +81,7 @@ def skeleton_at(folder: Path) -> "Skeleton | None":
 
 
 def _fetched(base: str) -> Path | None:
-    """The folder of a copy of our own, asked for now; an answer that there is none is believed for a day."""
+    """The folder of our own copy of a configuration, downloaded now; a missing file is retried after a day."""
     folder = _own_copy(base)
     name, revision = split_revision(base)
     if not _HUB_ID.fullmatch(name) or _age(folder / _ABSENT) < _BELIEVED:
@@ -108,7 +108,7 @@ def _keep(folder: Path, name: str, data: bytes) -> None:
 
 
 def _age(file: Path) -> float:
-    """Seconds since a file was written, infinite where there is none."""
+    """Seconds since a file was written, infinite if there is no file."""
     try:
         return time.time() - file.stat().st_mtime
     except OSError:

@@ -21,7 +21,7 @@ def coefficients_text(coefficients: Coefficients) -> str:
 
 
 def read_coefficients(file: Path) -> Coefficients:
-    """The coefficients in `file`. DataError for a file that holds none."""
+    """The coefficients in `file`. DataError for a file without coefficients."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         if found.pop("schema") != _SCHEMA:
@@ -40,16 +40,22 @@ def read_coefficients(file: Path) -> Coefficients:
 
 
 def demand_fitting(coefficients: Coefficients, adapters: Sequence[OpenAdapter]) -> None:
-    """Refused where the coefficients are not those of exactly these adapters, modules and ranks."""
-    given = {adapter.ref.pinned for adapter in adapters}
-    if missing := sorted(given ^ set(coefficients.adapters)):
-        raise Refused(f"{missing[0]}: among the adapters or among the coefficients, but not in both")
+    """Refused unless the coefficients are for exactly these adapters, modules and ranks."""
+    given, learnt = {adapter.ref.pinned for adapter in adapters}, set(coefficients.adapters)
+    if extra := sorted(given - learnt):
+        raise Refused(f"the coefficients have no entry for {extra[0]}", hint="leave it out, or fit with it")
+    if missing := sorted(learnt - given):
+        raise Refused(f"the coefficients need {missing[0]}, which was not given", hint="name this adapter too")
     for adapter in adapters:
         place = coefficients.adapters.index(adapter.ref.pinned)
         for module, factors in adapter.modules.items():
             rows = coefficients.values.get(module, ())
-            if len(rows) <= place or len(rows[place]) not in (1, factors.rank):
-                raise Refused(f"{module}: no coefficients for {adapter.ref.id}, or not as many as it has ranks")
+            count = len(rows[place]) if place < len(rows) else 0
+            if count not in (1, factors.rank):
+                raise Refused(
+                    f"the coefficients have {count} values for {adapter.ref.id} in {module}, "
+                    f"whose rank is {factors.rank}"
+                )
 
 
 def _numbers(row: Any) -> tuple[float, ...]:

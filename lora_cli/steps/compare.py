@@ -44,13 +44,13 @@ class Side:
 
     @property
     def effective_rank(self) -> float:
-        """How many directions carry the update, counted by the entropy of their shares of the squared norm."""
+        """The effective number of directions: exp of the entropy of their shares of the squared norm."""
         total = sum(self._squares)
         return math.exp(-sum(s / total * math.log(s / total) for s in self._squares)) if total else 0.0
 
     @property
     def stable_rank(self) -> float:
-        """Squared norm over that of the strongest direction."""
+        """Squared norm over the squared norm of the strongest direction."""
         return sum(self._squares)
 
     @property
@@ -64,7 +64,7 @@ class ModuleDiff:
     """Two adapters in one module of shape (out, in).
 
     `cosine` is None where one of them changes nothing. `outputs` and `inputs` are the principal angles in degrees,
-    smallest first, between the column spaces (what the updates write) and the row spaces (what they read).
+    smallest first, between the column spaces (which the updates write) and the row spaces (which they read).
     """
 
     module: str
@@ -94,7 +94,7 @@ class Diff:
 
     @property
     def cosine(self) -> float | None:
-        """Of the whole updates; a module that one of them lacks counts as zero there."""
+        """Cosine of the whole updates; a module that an adapter lacks counts as zero."""
         return _cosine(sum(m.product for m in self.modules), *self.norms)
 
     @property
@@ -126,7 +126,7 @@ class Similarity:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Clustered:
-    """A Similarity whose adapters stand in an order that brings like beside like; `labels` counts clusters from 1."""
+    """A Similarity with similar adapters next to each other; `labels` numbers the clusters from 1."""
 
     similarity: Similarity
     labels: tuple[int, ...]
@@ -148,8 +148,8 @@ def diff(one: OpenAdapter, other: OpenAdapter, progress: Progress = silent) -> D
 def principal_angles(q: Tensor, p: Tensor) -> tuple[float, ...]:
     """Angles between the spans of two orthonormal bases (n, k) and (n, l): min(k, l) degrees, smallest first.
 
-    Cosines are the singular values of qᵀp; sines those of what p leaves outside q, which resolve small angles, where a
-    cosine cannot (Björck and Golub 1973).
+    Cosines are the singular values of qᵀp, sines those of p − q qᵀp. Sines resolve small angles, which cosines cannot
+    (Björck and Golub 1973).
     """
     if q.shape[1] < p.shape[1]:
         q, p = p, q
@@ -162,8 +162,8 @@ def principal_angles(q: Tensor, p: Tensor) -> tuple[float, ...]:
 def similarity(adapters: Sequence[OpenAdapter], progress: Progress = silent) -> Similarity:
     """Cosines of the whole updates of all pairs; a module that an adapter lacks counts as zero there.
 
-    One module of all adapters is in memory at a time, with what pairs.all_pairs holds beside it: N r (10 out + 6 in)
-    bytes at most.
+    One module of all adapters is in memory at a time, with the buffers of pairs.all_pairs: N r (10 out + 6 in) bytes
+    at most.
     The order of the adapters is kept and does not matter.
 
     Raises:
@@ -229,7 +229,7 @@ def in_clusters(found: Similarity, cut: float) -> Clustered:
     """
     demand_cut(cut)
     n = len(found.adapters)
-    # Ties between equal distances are broken by place, which must not be that on the command line.
+    # scipy breaks ties by position; sort first, so that the order of the arguments does not matter.
     places = sorted(range(n), key=lambda i: found.adapters[i].ref.pinned)
     labels = [1] * n
     if n > 1:

@@ -1,6 +1,6 @@
-"""Copies of the base's weights that PEFT saves beside an update: whether they are what the base holds.
+"""Copies of the base's weights that PEFT saves beside an update: whether they equal the base's weights.
 
-PEFT loads such a copy over the base's weight, so one that differs is a part of the adapter which no update says.
+PEFT loads such a copy over the base's weight, so a copy that differs changes the base although no update holds it.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ THE_RIGHT_BASE = "use the adapter with the base model it was trained on"
 def judge_copies(
     file: Path, copies: Mapping[str, TensorEntry], base: str, skeleton: Skeleton | None
 ) -> tuple[str, str]:
-    """(what is wrong, what is not known) of the copies in an adapter's file; each "" where there is nothing to say.
+    """(fault, note on copies that could not be compared) of the copies in an adapter's file; "" for none.
 
     Args:
-        copies: by the names of the base's parameters.
+        copies: the copies by the names of the base's parameters.
         base: a folder or a Hub id; nothing is downloaded.
     """
     checkpoint = _here(base) if copies else None
@@ -32,14 +32,14 @@ def judge_copies(
     for parameter, copy in copies.items():
         tensor = None if checkpoint is None else _tensor_of(parameter, checkpoint, skeleton)
         if checkpoint is None or tensor is None or checkpoint.entry(tensor).dtype not in FLOAT_DTYPES:
-            unknown = f"the copy of {parameter} is left out, not compared: that of {base} is not here"
+            unknown = f"the copy of {parameter} is left out, not compared: {base} is not here, or lacks this weight"
         elif not _same(file, copy, checkpoint, tensor):
-            return f"its copy of {parameter} is not that of {base}, and PEFT would put it in its place", ""
+            return f"its copy of {parameter} differs from {base}, and PEFT would load it over the base's", ""
     return "", unknown
 
 
 def _here(base: str) -> Checkpoint | None:
-    """The base's files, where they are on this machine and can be read."""
+    """The base's files, None if they are not on this machine or cannot be read."""
     with contextlib.suppress(LoraError):
         found = folder_or_hub(base)
         folder = found if isinstance(found, Path) else cached_model(*found, tokenizer=False)
@@ -48,7 +48,7 @@ def _here(base: str) -> Checkpoint | None:
 
 
 def _tensor_of(parameter: str, checkpoint: Checkpoint, skeleton: Skeleton | None) -> str | None:
-    """The tensor that is a parameter, by its own name or by its tie; None where none is that alone."""
+    """The tensor of a parameter, by its own name or by its tie; None if no tensor holds exactly this parameter."""
     if skeleton is None:
         return parameter if parameter in checkpoint.tensors else None
     module, _, last = parameter.rpartition(".")
@@ -77,6 +77,6 @@ def _read(file: Path, entry: TensorEntry) -> Iterator[Tensor]:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one that was cast, to either precision or through half of one."""
+    """Whether two tensors are one tensor cast to either precision, or through half precision."""
     precisions: Sequence[torch.dtype] = (one.dtype, other.dtype, torch.bfloat16, torch.float16)
     return any(torch.equal(one.to(dtype), other.to(dtype)) for dtype in precisions)

@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """What came out.
+    """The outcome of a training.
 
     The tuples hold the loss of each validation example, a mean over its completion tokens in nats; the two losses are
     their means, so that every example counts the same, here as in the intervals.
@@ -70,8 +70,8 @@ def learn(
     Args:
         penalty: added to the loss.
         while_training: entered around every training step (dropout).
-        checkpoint: file in which the state is kept every `recipe.every` steps. A state with the same `key` is taken up
-            again, and the outcome is the same to the bit; any other is written over.
+        checkpoint: file in which the state is kept every `recipe.every` steps. A state with the same `key` is
+            resumed, and the outcome is the same to the bit; any other is overwritten.
 
     Raises:
         Refused: a loss that is not finite.
@@ -105,7 +105,7 @@ def learn(
 
 @torch.no_grad()
 def losses(base: BaseModel, examples: Sequence[Encoded]) -> tuple[float, list[float]]:
-    """Mean loss per completion token of each example, in nats, of what `base` wears now; in front the mean of these."""
+    """(mean over examples, mean loss per completion token of each example), in nats, with the update now on `base`."""
     sums: list[float] = []
     for part in _passes(examples):
         sums += base.completion_losses(part).tolist()
@@ -114,7 +114,7 @@ def losses(base: BaseModel, examples: Sequence[Encoded]) -> tuple[float, list[fl
 
 
 class _Run:
-    """The state of one training, and how it moves on."""
+    """The state of one training, and its steps."""
 
     def __init__(
         self,
@@ -144,7 +144,7 @@ class _Run:
         total = 0.0
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
         with torch.random.fork_rng(devices=cuda):
-            # Each step has its own seed, so that a resumed run draws what an unbroken one would have drawn.
+            # Each step has its own seed, so that a resumed run draws the same numbers as an unbroken one.
             torch.manual_seed(_number(f"{recipe.seed} dropout {self.step}"))
             for part in _passes(batch):
                 loss = self.base.completion_losses(part).sum() / tokens
@@ -189,7 +189,7 @@ class _Run:
             own = self.optimizer.state[parameter]
             tensors = {"now": parameter, "best": best, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
             state |= {f"{place}.{name}": tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        # One fixed name: what a killed fit left is written over, and gone once this one is whole.
+        # One fixed name: this file replaces the partial file of a killed fit.
         partial = checkpoint.with_name(f"{checkpoint.name}.partial")
         try:
             checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -200,7 +200,7 @@ class _Run:
             raise OutputError(f"{checkpoint}: cannot be written ({error.strerror})") from error
 
     def restore(self, checkpoint: Path) -> bool:
-        """Take up the state in `checkpoint`; False when there is none, or it is another training's."""
+        """Resume from the state in `checkpoint`; False if there is no state or it belongs to another training."""
         try:
             with np.load(checkpoint, allow_pickle=False) as file:
                 notes = json.loads(str(file["notes"]))

@@ -21,10 +21,10 @@ _SAME_LIKELIHOOD = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class System:
-    """Something to evaluate: the base itself (`updates` None) or the base wearing one update per module.
+    """Something to evaluate: the base itself (`updates` None) or the base with one update per module applied.
 
     `version` names the exact adapter (`id@commit`, or any text that changes when the adapter does); rows of another
-    version are not taken up again.
+    version are not reused.
     """
 
     name: str
@@ -33,14 +33,14 @@ class System:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each module it touches."""
+        """(out, in) of each module that the system changes."""
         if isinstance(self.updates, Updates):
             return self.updates.shapes
         return {module: update.shape for module, update in (self.updates or {}).items()}
 
 
 class Updates(Mapping[str, LowRank]):
-    """The updates of an adapter, each read when it is asked for: of many systems only the one at work is in memory."""
+    """The updates of an adapter, each read on access: of many systems only the current one is in memory."""
 
     def __init__(self, adapter: OpenAdapter) -> None:
         self._adapter = adapter
@@ -62,7 +62,7 @@ class Updates(Mapping[str, LowRank]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One system's answer to one example. `key` names all that decided it; `text` is None for the nll metric.
+    """One system's answer to one example. `key` identifies all that decides the answer; `text` is None for nll.
 
     `log_likelihood` is the mean per completion token in nats.
     """
@@ -129,7 +129,7 @@ def evaluate(
             left = [example for example in examples if (system.name, example.id) not in rows.found]
             done = len(examples) - len(left)
             progress(system.name, done, len(examples))
-            # Of a system that is done nothing needs to be read.
+            # All rows are stored already: do not load this system's weights.
             with base.wear(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * batch_size]]
@@ -146,7 +146,7 @@ def evaluate(
 
 
 def demand_sane(names: Sequence[str], *, baseline: str) -> None:
-    """Raise as `evaluate` does where names of systems or the baseline are wrong."""
+    """Raise the errors of `evaluate` about names of systems and the baseline."""
     if len(set(names)) < len(names):
         raise UsageError(f"two systems are called {max(names, key=names.count)!r}")
     if baseline not in names:
@@ -259,14 +259,14 @@ class _Rows:
             self._file.close()
 
     def add(self, row: Row) -> None:
-        """Take in one row."""
+        """Add one row."""
         self.found[row.system, row.id] = row
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
 
     def _rewritten(self, path: Path) -> Any:
-        """The file without the rows of these systems that no longer hold, open for more."""
+        """The file opened for appending, without the outdated rows of these systems."""
         partial = path.with_name(f".{path.name}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -285,7 +285,7 @@ def _read(path: Path) -> list[Row]:
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error
     rows = []
-    # What follows the last line break is a row whose writing was cut off.
+    # Text after the last line break is a row whose writing was interrupted.
     for line in lines[:-1]:
         try:
             rows.append(Row(**json.loads(line)))

@@ -1,4 +1,4 @@
-"""From what the user asks of an evaluation to scores, recorded as a run."""
+"""From the user's request for an evaluation to scores, recorded as a run."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -97,7 +97,7 @@ class EvaluateRequest:
 
 
 def last_written(db: Path) -> list[str]:
-    """The adapters that merge, fit and train wrote last; NothingMatched when there is none."""
+    """The adapters that merge, fit and train wrote last; NothingMatched if there are none."""
     found = [runs.latest_output(db, [command], CONFIG_NAME) for command in ("merge", "fit", "train")]
     names = [str(output[1]) for output in found if output is not None]
     if not names:
@@ -109,7 +109,7 @@ def test_data(settings: Settings) -> tuple[Path, list[Example]]:
     """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
 
     Raises:
-        UsageError: neither is known.
+        UsageError: no test data and no last fit.
         DataError: the file of the last fit has changed or is gone, or its record does not name it.
     """
     if settings.test is not None:
@@ -124,13 +124,13 @@ def test_data(settings: Settings) -> tuple[Path, list[Example]]:
         sha256 = record["inputs"][name]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"{last[1] / runs.RECORD_FILE} does not say what the last fit was made on",
+            f"{last[1] / runs.RECORD_FILE} does not name the data of the last fit",
             hint="give --data FILE.jsonl",
         ) from None
     for file in (settings.data, Path(name)):
         if file is not None and file.is_file() and task_sha256(file) == sha256:
             return file, split(load_task(file), seed=seed)[1]
-    raise DataError(f"{name}, the data of the last fit, is not here or has changed", hint="give --data FILE.jsonl")
+    raise DataError(f"{name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl")
 
 
 def _distinct(names: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Bring the weights of adapters into the Hub client's cache, and find out what only weights tell."""
+"""Download the weights of adapters into the Hub client's cache, and record hash, norm and faults of the weights."""
 
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ _SPARE_ROOM = 1.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchPlan:
-    """What is here already, what has to be downloaded (`bytes` of it), and what cannot be used, with the reason."""
+    """Adapters on this machine, adapters to download (`bytes` in all), and unusable adapters with the reason."""
 
     here: tuple[Adapter, ...]
     missing: tuple[Adapter, ...]
@@ -31,7 +31,7 @@ class FetchPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FetchReport:
-    """How each adapter ended: `fetched` were downloaded, `here` were there, `failed` may go better next time."""
+    """The outcome for each adapter: `fetched` were downloaded, `here` were present, `failed` are worth another try."""
 
     fetched: tuple[Adapter, ...]
     here: tuple[Adapter, ...]
@@ -41,10 +41,10 @@ class FetchReport:
 
 
 def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = False, whole: bool = False) -> FetchPlan:
-    """Which of `refs` still have to be downloaded or looked at. Sends nothing.
+    """Which of `refs` still have to be downloaded or checked. Sends nothing.
 
-    whole: those that hold modules saved whole beside their update are brought too.
-    NothingMatched for a reference that the catalogue does not know.
+    whole: also fetch adapters that hold modules saved whole beside their update.
+    NothingMatched for a reference that is not in the catalogue.
     """
     here, missing, refused = [], [], []
     for ref in refs:
@@ -77,10 +77,10 @@ def fetch(
     whole: bool = False,
     progress: Progress = silent,
 ) -> FetchReport:
-    """Download what is missing, check every byte of it, and write hash, norm and status into the catalogue.
+    """Download missing weights, check every byte, and write hash, norm and status into the catalogue.
 
-    Adapters in folders are checked where they are. Raises OutputError where the disk has no room, AccessDenied where
-    the login itself is refused; everything that concerns one adapter is in the report.
+    Adapters in folders are checked in place. Raises OutputError if the disk has no room, AccessDenied if the login
+    itself is refused; faults of single adapters are in the report.
     """
     todo = plan(catalogue, refs, force=force, whole=whole)
     _room_for(todo.bytes)
@@ -129,11 +129,11 @@ def bring(
 ) -> None:
     """Fetch and check the weights of catalogued adapters that are not on this machine yet.
 
-    whole: those that hold modules saved whole beside their update will do.
+    whole: also accept adapters that hold modules saved whole beside their update.
 
     Raises:
         Refused, AccessDenied: weights that turned out to be unusable, or a gated repository.
-        NetworkError: some could not be fetched; those that could are kept.
+        NetworkError: some could not be fetched; the others are kept.
     """
     for adapter, reason in refused(catalogue, refs, announce, progress, whole=whole):
         kind = AccessDenied if adapter.status == "gated" else Refused
@@ -148,7 +148,7 @@ def refused(
     *,
     whole: bool = False,
 ) -> tuple[tuple[Adapter, str], ...]:
-    """Do what `bring` does; adapters that turned out to be unusable are returned with the reason, and none raises."""
+    """As `bring`, but returns unusable adapters with the reason instead of raising."""
     missing = [ref for ref in refs if locate(ref) is None]
     if not missing:
         return ()
@@ -164,7 +164,7 @@ def _will_do(adapter: Adapter, *, whole: bool) -> bool:
 
 
 def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
-    """The adapter with everything its weights tell, and True if they had to be downloaded."""
+    """The adapter with hash, norm and status from its weights, and True if they had to be downloaded."""
     files = locate(adapter.ref)
     downloaded = files is None
     try:

@@ -1,4 +1,4 @@
-"""Learn how much of each adapter a task wants: the adaptive merge of arXiv 2602.12323 and its random-weight control."""
+"""Learn a coefficient per adapter for a task: the adaptive merge of arXiv 2602.12323 and its random-weight control."""
 
 import hashlib
 import json
@@ -119,7 +119,7 @@ def fit(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A fit beside something else on the same validation examples.
+    """A fit compared with something else on the same validation examples.
 
     `loss` is the other's; `difference` is the fit's loss minus the other's, per example: below 0 the fit is better.
     """
@@ -136,7 +136,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitReport:
-    """What `fit_and_write` made: the fit, the merged adapter, and what it was compared with, the base first.
+    """The result of `fit_and_write`: the fit, the merged adapter, and the comparisons, the base's first.
 
     `loss_merged` is the validation loss of the adapter as written, after reduction of its rank and rounding.
     """
@@ -164,7 +164,7 @@ def asked(
 
 
 def demand_sane(*, l1: float = 0.0, controls: Sequence[str] = ()) -> None:
-    """UsageError for an L1 factor that is none, or an unknown control."""
+    """UsageError for an invalid L1 factor or an unknown control."""
     if not 0 <= l1 < math.inf:
         raise UsageError(f"--l1 must be 0 or more, not {l1}")
     for control in controls:
@@ -194,12 +194,12 @@ def fit_and_write(
         plan: the adapters, and how the result is to be reduced; its weights are not used.
         target: `id@commit` of the plan's adapter that was trained on the task itself, if there is one.
         controls: "random", the same fit over noise; "target", a new LoRA trained on the same data.
-        states: folder for the states that a killed fit goes on from; they are removed at the end.
+        states: folder for the states from which a killed fit resumes; removed at the end.
         options: `shape`, `l1`, `recipe`, `fraction` and `task_sha256` of `fit`.
 
     Raises:
         UsageError: an unknown control.
-        Refused: every coefficient is 0, so there is nothing to write. Everything that `fit`, `train` and `merge` raise.
+        Refused: every coefficient is 0, so there is nothing to write. Also the errors of `fit`, `train` and `merge`.
     """
     demand_sane(controls=controls)
     recipe = options.get("recipe") or Recipe()
@@ -209,7 +209,7 @@ def fit_and_write(
     others = [adapter for adapter in plan.adapters if adapter.ref.pinned != target]
     options |= {"target": own[0] if own else None, "progress": progress}
     if "target" in controls:
-        # Whatever keeps the control from being trained is told before the fit, not after it.
+        # Check the settings of the control before the fit, not after it.
         with base.new_adapter(**TrainOptions().shape, seed=recipe.seed):
             pass
     result = fit(base, others, examples, checkpoint=state, **options)

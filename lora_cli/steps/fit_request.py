@@ -1,4 +1,4 @@
-"""From what the user asks of a fit to a job that is ready to run."""
+"""From the user's request for a fit to a job that is ready to run."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ class FitJob:
 
 
 class FitRequest:
-    """What the user asks of a fit: adapters, task, how coefficients are learnt and compared.
+    """The user's request for a fit: adapters, task, how coefficients are learnt and compared.
 
     Raises:
         UsageError: adapters with weights, an unknown control, no base model.
@@ -97,7 +97,7 @@ class FitRequest:
     def prepare(
         self, reduction: Reduction | None = None, prompting: Prompting | None = None, *, out: Path | None = None
     ) -> FitJob:
-        """Open the adapters, downloading what is absent, and check everything that needs no weights."""
+        """Open the adapters, downloading missing files, and check everything that needs no weights."""
         settings, reduction = self.settings, reduction or Reduction()
         ref = pin(self.base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
         gathered = self.pool.adapters(self.names)

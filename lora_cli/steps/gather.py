@@ -20,7 +20,7 @@ from lora_cli.steps.lookup import NAME_THE_BASE
 
 _NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")
-# A fused projection, and the projections that a model has in its place if they are split.
+# Fused projection → the projections of a model that splits it.
 _SPLIT = {
     **dict.fromkeys(
         ("qkv_proj", "qkv", "wqkv", "Wqkv", "W_pack", "query_key_value", "c_attn", "in_proj"), _OF_ATTENTION
@@ -30,7 +30,7 @@ _SPLIT = {
 
 
 class Declared(NamedTuple):
-    """An adapter and the base model that it is for."""
+    """An adapter and its base model."""
 
     ref: AdapterRef
     base: str
@@ -49,10 +49,10 @@ def files_of(ref: AdapterRef) -> AdapterFiles:
 
 
 def declared_base(files: AdapterFiles, row: Adapter | None, named: str | None) -> Declared:
-    """An adapter with the base that it declares; one that declares none is for that of the user or the catalogue.
+    """An adapter with its declared base, else with the base that the user or the catalogue names.
 
     Raises:
-        Refused: nobody names one.
+        Refused: no base is named.
     """
     try:
         base = parse_config(read_config(files.config.parent) or b"").pinned_base
@@ -67,7 +67,7 @@ def declared_base(files: AdapterFiles, row: Adapter | None, named: str | None) -
 def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
     """Whether the parts of experts' matrices have to be taken together.
 
-    They have where another adapter has factors of whole matrices, or where PEFT does not apply factors of the parts.
+    True if another adapter has factors of whole matrices, or if PEFT does not apply factors of the parts.
     """
     parts, whole = set[str](), False
     for adapter in adapters:
@@ -83,7 +83,7 @@ def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
 def demand_common_names(adapters: Sequence[OpenAdapter]) -> None:
     """Refused where two adapters adapt modules of the same last names that are never the same modules.
 
-    Which of them are the same only the base's own class can say.
+    Only the base's own class can match their names.
     """
     first = adapters[0]
     for adapter in adapters[1:]:
@@ -94,7 +94,7 @@ def demand_common_names(adapters: Sequence[OpenAdapter]) -> None:
             raise Refused(
                 f"{first.ref.id} and {adapter.ref.id} name their modules differently: "
                 f"{min(one[last])} and {min(other[last])}",
-                hint="give --base, a folder or a Hub id, so that they can be held against its class",
+                hint="give --base, a folder or a Hub id, so that the names can be matched by its class",
             )
 
 
@@ -107,7 +107,7 @@ def _kinds_of_names(adapter: OpenAdapter) -> dict[str, set[str]]:
 
 
 def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse: bool = False) -> OpenAdapter:
-    """`open_adapter`, with the adapter's name in what it says of malformed files."""
+    """`open_adapter`, with the adapter's name in errors about malformed files."""
     try:
         return open_adapter(files, skeleton, fuse=fuse, whole=whole)
     except (ConfigError, HeaderError) as error:
@@ -115,10 +115,10 @@ def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse:
 
 
 def sha256_of_weights(files: AdapterFiles, row: Adapter | None) -> str:
-    """SHA-256 of the weights, which must be those that were catalogued."""
+    """SHA-256 of the weights. Refused if they differ from the catalogued weights."""
     ref = files.ref
     if ref.source == "folder":
-        # One hash covers both files; a row whose commit still holds need not have its weights hashed again.
+        # The commit is a hash of both files: if it is unchanged, the row's SHA-256 still holds.
         if folder_ref(Path(ref.repo, ref.subfolder), ref.id).commit != ref.commit:
             raise Refused(
                 f"{ref.id}: its files changed since the last sync", hint="run lora pool sync, then select again"
@@ -127,19 +127,19 @@ def sha256_of_weights(files: AdapterFiles, row: Adapter | None) -> str:
     sha256 = sha256_of(files.weights)
     if row is not None and row.sha256 and row.sha256 != sha256:
         raise Refused(
-            f"{ref.id}: its weights are not those that were catalogued", hint=f"lora pool fetch {ref.id} --force"
+            f"{ref.id}: its weights differ from the catalogued ones (sha256)", hint=f"lora pool fetch {ref.id} --force"
         )
     return sha256
 
 
 def base_of_rows(rows: Sequence[Adapter]) -> str | None:
-    """The one base for which the catalogue has them as usable, under whatever names they declare; None for several."""
+    """The base for which the catalogue lists all rows as usable, whatever they declare; None for several bases."""
     bases = {row.base for row in rows}
     return bases.pop() or None if len(bases) == 1 else None
 
 
 def check_bases(adapters: Sequence[Declared], base: str | None, aliases: Sequence[str]) -> None:
-    """Refused where one of the adapters, each with its base, is for another than the others or than `base`."""
+    """Refused if the adapters' bases differ from each other or from `base`."""
     first, first_base = adapters[0]
     asked = base if base is not None else first_base
     for ref, declared in adapters:
@@ -149,7 +149,7 @@ def check_bases(adapters: Sequence[Declared], base: str | None, aliases: Sequenc
             raise Refused(
                 f"two base models: {first.id} is for {asked}, {ref.id} for {declared}",
                 hint=_of_revisions(declared, asked)
-                or "if these are one model, say so: --base, and base_aliases in lora.toml",
+                or "if these are one model, give --base, and add the other name to base_aliases in lora.toml",
             )
         raise Refused(
             f"{ref.id} is for {declared}, not for {base}",
@@ -158,7 +158,7 @@ def check_bases(adapters: Sequence[Declared], base: str | None, aliases: Sequenc
 
 
 def demand_one_form_of_projections(adapters: Sequence[OpenAdapter]) -> None:
-    """Refused where one adapter is for a fused projection and another for its parts: no base has both in one place."""
+    """Refused if one adapter has a fused projection and another its parts: no base has both in one place."""
     owners = {module: adapter.ref.id for adapter in reversed(adapters) for module in adapter.modules}
     for module, owner in owners.items():
         parent, dot, name = module.rpartition(".")

@@ -1,4 +1,4 @@
-"""Samples of what each module is fed while each adapter is worn: what RegMean merges by."""
+"""Samples of each module's activations while each adapter is applied, for RegMean."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ def data_of(given: Sequence[str], adapters: Sequence[OpenAdapter]) -> dict[str, 
     """The task file of each adapter (`id@commit`), from one FILE for all or from ADAPTER=FILE for each.
 
     Raises:
-        UsageError: both at once, an adapter left without a file, or a name that is none of the adapters.
+        UsageError: both at once, an adapter left without a file, or a name that matches no adapter.
     """
     whole = [one for one in given if "=" not in one or os.path.isfile(one)]  # noqa: PTH113 - never raises
     if len(whole) > 1 or (whole and len(given) > 1):
@@ -44,7 +44,7 @@ def data_of(given: Sequence[str], adapters: Sequence[OpenAdapter]) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Where one module's sample lies in the spool."""
+    """The place of one module's sample in the spool."""
 
     offset: int
     shape: tuple[int, int]
@@ -52,17 +52,17 @@ class _Sample:
 
 @dataclass(slots=True, kw_only=True)
 class ModuleInputs:
-    """Samples of what modules are fed, on the disk; called as samples(adapter, module) once they are collected.
+    """Samples of activations, on the disk; called as samples(adapter, module) once they are collected.
 
-    Nothing is read or loaded before `collect` but the task files, whose bytes go into `inputs`. A sample is drawn from
-    all tokens of a file that the model would be fed, prompt and completion as they are rendered, without the end token
-    and what follows it, the same ones for every module and for every adapter with that file.
+    Before `collect` only the task files are read; their bytes go into `inputs`. A sample is drawn from all tokens of
+    the rendered prompts and completions of a file, without the end token and the tokens after it. Every module, and
+    every adapter with that file, gets the same tokens.
 
     Args:
-        base: worn by each adapter in turn; its precision is that of the samples.
+        base: each adapter is applied to it in turn; the samples have its precision.
         files: per adapter (`id@commit`) its task file; see `data_of`.
-        tokens: at most so many per adapter.
-        seed: decides which.
+        tokens: the most tokens per adapter.
+        seed: decides which tokens are drawn.
     """
 
     base: BaseRef
@@ -81,13 +81,13 @@ class ModuleInputs:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Its part of a run's settings."""
+        """The samples' part of a run's settings."""
         data = {pinned: self._hashes[file] for pinned, file in self.files.items()}
         return {"module_inputs": {**self.base.settings, "tokens": self.tokens, "seed": self.seed, "data": data}}
 
     @property
     def inputs(self) -> dict[str, str]:
-        """Its part of a run's inputs."""
+        """The samples' part of a run's inputs."""
         return self.base.inputs | {f"data:{file.name}@{sha[:12]}": sha for file, sha in self._hashes.items()}
 
     def collect(
@@ -98,18 +98,18 @@ class ModuleInputs:
         *,
         progress: Progress = silent,
     ) -> None:
-        """Load the base, let it read each adapter's examples while it wears that adapter, and keep the samples.
+        """Load the base, run each adapter's examples with that adapter applied, and keep the samples.
 
-        Modules that are fed the same (q_proj, k_proj, v_proj) share their bytes: of an 8B model with 32 layers, an
-        adapter's 256 tokens in bf16 take about 0.45 GB on the disk and, while it is at work, 0.65 GB of memory.
+        Modules with the same input (q_proj, k_proj, v_proj) share their bytes: for an 8B model with 32 layers, an
+        adapter's 256 tokens in bf16 take about 0.45 GB on the disk and, during its run, 0.65 GB of memory.
 
         Args:
-            modules: those that will be asked for; an adapter is worn whole.
-            folder: an empty one, which has to last as long as the samples are read.
+            modules: the modules to sample; the whole adapter is applied all the same.
+            folder: an empty folder, which must exist as long as the samples are read.
 
         Raises:
             DataError: a task file cannot be used. OutputError: the folder cannot be written.
-            Refused: an adapter does not fit the base, or a module of it is not fed every token.
+            Refused: an adapter does not fit the base, or one of its modules does not see every token.
         """
         base = self.base.load()
         self._dtype, self._spool = base.dtype, folder / "inputs"
@@ -153,7 +153,8 @@ class ModuleInputs:
             for module, sample in fed.items():
                 if not torch.isfinite(sample).all():
                     raise Refused(
-                        f"{adapter.ref.id}: what {module} is fed is not finite", hint="use --dtype fp32 or bf16"
+                        f"{adapter.ref.id}: the inputs of module {module} are NaN or Inf when it is applied",
+                        hint="use --dtype fp32 or bf16",
                     )
                 data = sample.to(self._dtype).contiguous().view(torch.uint8).numpy().data
                 digest = hashlib.sha256(data).digest()
@@ -165,5 +166,5 @@ class ModuleInputs:
 
 
 def _end_of(item: Encoded) -> int:
-    """How many tokens stand before the one that ends the completion."""
+    """The number of tokens before the end token of the completion."""
     return item.start + len(until_end(item.ids[item.start :], item.opening.ends))

@@ -22,14 +22,14 @@ from lora_cli.runs import versions
 from lora_cli.settings import folder_of
 from lora_cli.steps.merge_plan import MergePlan
 
-# Options that run.json of earlier versions lacks, as these versions worked.
+# Options that run.json of earlier versions lacks, with the values those versions used.
 _BEFORE = {"compact": True, "saved_modules": "refuse"}
 # How far above run.json the folder may be that holds both run.json and a parent.
 _MOST_UP = 3
 
 
 class _Settings(MergeOptions, frozen=True, kw_only=True):
-    """The settings of a merge in its run.json. Whoever sends one may have written anything into it."""
+    """The settings of a merge in its run.json, which comes from strangers and may hold anything."""
 
     base: str
     weights: dict[str, float]
@@ -39,9 +39,9 @@ class _Settings(MergeOptions, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """What a finished merge was made of. `parents` maps `id@commit` to the SHA-256 of the weights.
+    """The ingredients of a finished merge. `parents` maps `id@commit` to the SHA-256 of the weights.
 
-    `folders` holds those of them that were folders, with the place where the lock says that they are now, if it does.
+    `folders` maps each parent that was a folder to the path that the lock gives for it, if any.
     """
 
     file: Path
@@ -60,7 +60,7 @@ class Lock:
             return replace_options(options, device=resolve_device(options.device))
         except (Refused, UsageError):
             raise Refused(
-                f"the locked merge was made on {options.device!r}, which is not here",
+                f"the locked merge was made on {options.device!r}, which this machine lacks",
                 hint="only the same kind of device gives the same bytes",
             ) from None
 
@@ -70,7 +70,7 @@ class Lock:
 
 
 def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """What goes into the run.json in `folder` as `merge.lock`."""
+    """The entry `merge.lock` for the run.json in `folder`."""
     return {
         "parents": {
             adapter.ref.pinned: {
@@ -86,7 +86,7 @@ def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[s
 
 
 def read_lock(file: Path) -> Lock:
-    """The lock in the run.json of a merge. DataError for a file that holds none."""
+    """The lock in the run.json of a merge. DataError for a file without a lock."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         lock = record["merge.lock"]
@@ -111,20 +111,20 @@ def read_lock(file: Path) -> Lock:
 
 
 def where_parents_are(lock: Lock, catalogue: Catalogue) -> list[str]:
-    """What `gather` finds each parent by: its `id@commit`, or its folder where the lock leads to that.
+    """The name under which `gather` finds each parent: its `id@commit`, or its folder if the lock gives its path.
 
-    Nobody asks the Hub for a parent that was a folder.
+    The Hub is never asked for a parent that was a folder.
 
     Raises:
-        NothingMatched: a parent that was a folder is neither there nor in the catalogue.
-        Refused: what is there has other weights, or the name of a parent from the Hub is that of a folder.
+        NothingMatched: a parent that was a folder is neither at its path nor in the catalogue.
+        Refused: the folder has other weights, or a parent from the Hub has the name of a local folder.
     """
     return [_folder(lock, name, catalogue) if name in lock.folders else _id_on_hub(name, lock) for name in lock.parents]
 
 
 def _id_on_hub(name: str, lock: Lock) -> str:
     if folder_of(name) is not None:
-        raise Refused(f"{name}: a parent from the Hub, and a folder here", hint=_by_hand(lock))
+        raise Refused(f"{name} is a parent from the Hub, but a local folder has the same name", hint=_by_hand(lock))
     return name
 
 
@@ -137,7 +137,7 @@ def _folder(lock: Lock, name: str, catalogue: Catalogue) -> str:
     try:
         return catalogue.named(name).ref.pinned
     except NothingMatched:
-        raise NothingMatched(f"{name} was a folder, which is not found again", hint=_by_hand(lock)) from None
+        raise NothingMatched(f"{name} was a folder, which is missing now", hint=_by_hand(lock)) from None
 
 
 def _by_hand(lock: Lock) -> str:
@@ -147,9 +147,9 @@ def _by_hand(lock: Lock) -> str:
 def under_locked_names(
     lock: Lock, adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]
 ) -> tuple[list[OpenAdapter], dict[str, str]]:
-    """The adapters and their inputs under the names that the lock has for them.
+    """The adapters and their inputs under their names in the lock.
 
-    A folder's commit is a hash of its files: the same commit under another name is the same adapter in another place.
+    A folder's commit is a hash of its files: the same commit under another name is a moved adapter.
     """
     free = [name for name in lock.folders if name not in inputs]
     renamed, hashes = [], {}
@@ -165,7 +165,7 @@ def under_locked_names(
 
 
 def _path_to(adapter: OpenAdapter, folder: Path) -> dict[str, str]:
-    """Where a parent that is a folder lies, seen from `folder`; nothing where that would tell of this machine."""
+    """The path of a parent folder relative to `folder`; empty if the path would reveal details of this machine."""
     here, there = folder.parent.resolve() / folder.name, adapter.folder
     if adapter.ref.source != "folder" or not _in_one_tree(here, there):
         return {}
@@ -173,9 +173,9 @@ def _path_to(adapter: OpenAdapter, folder: Path) -> dict[str, str]:
 
 
 def _place(file: Path, path: Any) -> Path | None:
-    """The folder of an adapter that a lock's path means; None where there is none, or where none may be looked for.
+    """The adapter folder at a lock's path; None if there is none, or if the path must not be followed.
 
-    The path is a stranger's: it is followed within the tree that `_path_to` would have written it for, through no link.
+    The path comes from a stranger: follow it only within the tree for which `_path_to` writes paths, and no links.
     """
     if not isinstance(path, str) or "\0" in path or Path(path).is_absolute():
         return None
@@ -195,12 +195,12 @@ def _in_one_tree(here: Path, there: Path) -> bool:
 
 
 def demand_same_parents(lock: Lock, parents: Mapping[str, str]) -> None:
-    """Refused, naming each, where a parent is missing, its weights are not those that were merged, or it was none."""
+    """Refused, with the names, if a parent is missing, has other weights, or was not part of the merge."""
     changed = [name for name, sha256 in lock.parents.items() if parents.get(name) != sha256]
     if changed:
         raise Refused(
-            f"not the adapters that were merged: {', '.join(changed)}",
-            hint="their commit or weights changed since, or they are not named; nothing was written",
+            f"missing or changed since the locked merge: {', '.join(changed)}",
+            hint="give each adapter at its locked commit, with the same weights; nothing was written",
         )
     if others := sorted(parents.keys() - lock.parents.keys()):
         raise Refused(f"not among the adapters that were merged: {', '.join(others)}", hint="leave them out")
@@ -218,15 +218,17 @@ def differences(lock: Lock) -> list[str]:
 
 
 def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
-    """Refused where the bytes that came out are not those of the locked merge; says what may be the reason."""
+    """Refused if the written bytes differ from the locked merge's; the hint names possible reasons."""
     wrong: Sequence[str] = [name for name, sha256 in lock.outputs.items() if outputs.get(name) != sha256]
     if wrong:
-        reasons = differences(lock) or ["the same versions: another kind of processor"]
-        raise Refused(f"{', '.join(wrong)} came out with other bytes than the locked merge's", hint="; ".join(reasons))
+        reasons = differences(lock) or ["the versions are the same: the processor may differ"]
+        raise Refused(
+            f"{', '.join(wrong)} differs from the locked merge (sha256); nothing was written", hint="; ".join(reasons)
+        )
 
 
 def _settings(found: Any, parents: Collection[str]) -> dict[str, Any]:
-    """`found` if it is what the settings of a merge of `parents` look like; else ValueError, TypeError and the like."""
+    """`found` if it has the form of a merge's settings for `parents`; else ValueError, TypeError and the like."""
     settings = _Settings.of_settings({**_BEFORE, **found})
     if settings.weights.keys() != _not_empty(parents):
         raise ValueError("weights of other adapters than the parents")

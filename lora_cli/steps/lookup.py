@@ -1,4 +1,4 @@
-"""From what a user typed to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
+"""From the user's text to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
 
 import os
 import re
@@ -38,23 +38,23 @@ def look_up(
     progress: Progress = silent,
     store: bool = True,
 ) -> Adapter:
-    """The row that `text` means. Where there is none for a Hub id, the Hub is asked for that repository alone.
+    """The row for `text`. For a Hub id that is not in the catalogue, the Hub is asked for that repository alone.
 
-    What is found is pinned to its commit and, if it can be used, stored; a row known at another commit is replaced
-    then and not before. Nothing is sent for a name the catalogue knows, for an older commit whose files are in the
-    cache (its row is left as it is), or for what cannot be a Hub id.
+    An adapter from the Hub is pinned to its commit and, if it is usable, stored; only then is a row at another commit
+    replaced. Nothing is sent for a name in the catalogue, for an older commit whose files are in the cache (its row is
+    left as it is), or for text that cannot be a Hub id.
 
     Args:
         text: a catalogue id, a folder, or `owner/name[@revision][:subfolder]` with a branch, tag or commit.
-        base: the base model that an adapter from the Hub has to be for, "" for any. One that declares no base is taken
-            to be for this one, unless its shapes are known not to fit.
+        base: the base model that an adapter from the Hub must be for, "" for any. An adapter without a declared base
+            counts as one for `base`, unless its shapes are known not to fit.
         aliases: other names of that base, beside those that the catalogue remembers.
-        whole: whether one that holds modules saved whole beside its update will do.
-        announce: is told what was taken from the Hub, and what is older than its row.
-        store: whether what is found may be stored.
+        whole: also accept an adapter that holds modules saved whole beside its update.
+        announce: called with a line about an adapter from the Hub, or about one older than its row.
+        store: whether an adapter from the Hub may be stored.
 
     Raises:
-        NothingMatched: neither the catalogue nor the Hub knows it.
+        NothingMatched: the adapter is neither in the catalogue nor on the Hub.
         AccessDenied, Refused: found on the Hub, but gated, unusable, or for another base.
         NetworkError: not in the catalogue, and the Hub cannot be asked.
     """
@@ -71,7 +71,7 @@ def look_up(
     names = names_of(catalogue, base, aliases)
     if (older := _older(catalogue, text)) is not None:
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter, whole=whole)
-        announce(f"{row.id}: {row.commit[:12]} as it is in the cache; the catalogue knows another commit by now")
+        announce(f"{row.id}: using the cached files of commit {row.commit[:12]}; the catalogue is at another commit")
         return row
     ask = Ask(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
     found = _on_hub(catalogue, text, ask, unknown, progress)
@@ -91,7 +91,7 @@ def look_up(
 
 
 def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adapter:
-    """The row that `text` means, else what the Hub's listing says of it; its files are not read and nothing is stored.
+    """The row for `text`, else one from the Hub's listing; its files are not read and nothing is stored.
 
     Raises NothingMatched, AccessDenied and NetworkError as `look_up` does.
     """
@@ -104,9 +104,9 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
 
 
 def usable(row: Adapter, *, whole: bool = False) -> Adapter:
-    """`row`, if its adapter can be used: AccessDenied or Refused with its reason if not.
+    """`row`, if its adapter is usable: AccessDenied or Refused with its reason if not.
 
-    whole: whether one that holds modules saved whole beside its update will do.
+    whole: also accept an adapter that holds modules saved whole beside its update.
     """
     if row.status == "gated":
         raise AccessDenied(
@@ -128,12 +128,12 @@ def _way_out(row: Adapter) -> str:
 
 
 def names_no_base(row: Adapter) -> bool:
-    """Whether nothing is wrong with an adapter but that it declares no base model."""
+    """Whether a missing base model is the only fault of an adapter."""
     return row.status == "unusable" and row.reason.startswith(UNDECLARED)
 
 
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
-    """`aliases`, and the other names of `base` that syncs were given."""
+    """`aliases`, and the other names of `base` from earlier syncs."""
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
 
 
@@ -160,11 +160,11 @@ def _older(catalogue: Catalogue, text: str) -> Adapter | None:
 
 
 def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, progress: Progress) -> Found:
-    """The adapter that the Hub has under this name; `unknown` is raised where the Hub is not to be asked."""
+    """The adapter of this name on the Hub; raises `unknown` if the Hub must not be asked."""
     revision = _REVISION.search(text)
     name = _REVISION.sub("", text, count=1)
     parts = _REPO.fullmatch(name)
-    # What lies here, or came from a folder, is never replaced by a stranger's repository of the same name.
+    # Never replace a local folder, or a row from a folder, by a stranger's repository of the same name.
     if parts is None or os.path.exists(name):  # noqa: PTH110 - this one never raises
         raise unknown
     row = catalogue.known([name]).get(name)
@@ -180,6 +180,6 @@ def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, 
 def _both(
     unknown: NothingMatched, error: NothingMatched | NetworkError, repo: str = ""
 ) -> NothingMatched | NetworkError:
-    """The Hub's error, which also says what the catalogue has instead."""
+    """The Hub's error with the catalogue's suggestions added."""
     reason = error.message.removeprefix(f"{repo}: ")
     return type(error)(f"{unknown.message}, and {reason}", hint=" · ".join(filter(None, (unknown.hint, error.hint))))

@@ -34,9 +34,9 @@ __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "pl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleReport:
-    """What became of one module: its own rank, the norm of the merged update and the share of its energy that was kept.
+    """The result for one module: its own rank, the norm of the merged update and the share of its energy that was kept.
 
-    In the files its rank is that of the whole result, unless this is compact.
+    In the files the module has the rank of the whole result, unless the result is compact.
     """
 
     module: str
@@ -47,10 +47,10 @@ class ModuleReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge.
 
     `energy` is the kept share of the squared Frobenius norm over all modules; `mean_norm` the weighted mean of the
-    adapters' own norms, beside which `norm`, that of the result, shows whether the merge left much of them.
+    adapters' own norms. `norm` is the result's: beside `mean_norm` it shows how much of the adapters the merge kept.
     """
 
     folder: Path
@@ -64,7 +64,7 @@ class MergeReport:
 
     @property
     def ranks(self) -> tuple[int, int]:
-        """Lowest and highest rank of a module; the highest is that of the whole result, unless this is compact."""
+        """Lowest and highest rank of a module; the highest is the rank of the whole result, unless it is compact."""
         ranks = [module.rank for module in self.modules]
         return min(ranks), max(ranks)
 
@@ -81,16 +81,16 @@ def merge(
     """Carry out a plan: read, merge and write module by module, then rename the finished folder into place.
 
     Args:
-        lock: of an earlier merge, whose bytes must come out again.
+        lock: the lock of an earlier merge; the result must have the same bytes.
 
     Raises:
         Refused: an adapter holds NaN or Inf, an adapter or the result changes nothing at all, or the result does not
-            fit its precision, or is not what the lock says.
+            fit its precision, or differs from the lock.
         OutputError: `folder` exists (and `replace` is false), cannot be written, or is one of the adapters.
     """
     started = time.monotonic()
     if any(adapter.folder.resolve().is_relative_to(folder.resolve()) for adapter in plan.adapters):
-        raise OutputError(f"{folder}: one of the adapters to be merged is there", hint="choose another folder with -o")
+        raise OutputError(f"{folder} holds one of the adapters to be merged", hint="choose another folder with -o")
     with whole_folder(folder, replace=replace) as partial:
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.options.dense else _write_factors)(plan, effect, partial, progress)
@@ -145,7 +145,7 @@ def _write_factors(
 def _write_dense(
     plan: MergePlan, effect: Effect, folder: Path, progress: Progress
 ) -> tuple[list[ModuleReport], float, float]:
-    """Merge and write every module's whole update, under the name of the weight that it belongs to."""
+    """Merge and write every module's whole update, under the name of its weight."""
     reports, total = [], 0.0
     names = [weight_of(module) for module in plan.modules]
     says = metadata(fan_in_fan_out=plan.fan_in_fan_out)
@@ -163,7 +163,7 @@ def _write_dense(
 
 
 def _merged(plan: MergePlan, effect: Effect, progress: Progress) -> Iterator[tuple[str, MergedModule]]:
-    """Every module merged, noted and announced."""
+    """Merge every module, record its norms and report progress."""
     progress("merge", 0, len(plan.modules))
     with closing(ModuleMerger(plan).each()) as results:
         for done, (module, merged) in enumerate(results, start=1):
@@ -173,12 +173,12 @@ def _merged(plan: MergePlan, effect: Effect, progress: Progress) -> Iterator[tup
 
 
 def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
-    """Refused where an adapter, the result, or (`empty`) what was written of it is zero."""
+    """Refused if an adapter, the result, or (`empty`) the written result is zero."""
     if still := [adapter.ref.id for adapter in plan.adapters if effect.norm(adapter) == 0]:
         where = " in the scope" if plan.options.scope else ""
         raise Refused(
-            f"{', '.join(still)}: every lora_B{where} is zero, or the scale is, so it changes nothing",
-            hint="leave it out",
+            f"{', '.join(still)}: no effect{where}, because lora_B or lora_alpha is zero",
+            hint="remove it from this merge",
         )
     if effect.cancelled:
         raise Refused(
@@ -187,11 +187,11 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
         )
     if empty:
         precision = str(_dtype(plan)).removeprefix("torch.")
-        raise Refused(f"the merged update is so small that {precision} holds only zeros of it", hint="see --dtype")
+        raise Refused(f"the merged update underflows to zero in {precision}", hint="write it with --dtype fp32")
 
 
 def _mean_norm(plan: MergePlan, effect: Effect) -> float:
-    """Mean of the adapters' norms, by the size of their weights where these are numbers."""
+    """Mean of the adapters' norms, weighted by the size of their weights if these are numbers."""
     weights = [1.0 if plan.coefficients is not None else abs(w) for w in plan.weights]
     return sum(w * effect.norm(a) for w, a in zip(weights, plan.adapters, strict=True)) / (sum(weights) or 1.0)
 
@@ -223,7 +223,7 @@ def _config(plan: MergePlan) -> dict[str, Any]:
 
 
 def _task(plan: MergePlan) -> str | None:
-    """The task that the result declares, None for no task. The head that a task needs comes with it or not at all."""
+    """The task that the result declares, None for no task. It is declared only with the head that it needs."""
     from_whom = plan.adapters if plan.saved is None else [plan.saved]
     tasks = {adapter.config.task_type for adapter in from_whom}
     task = tasks.pop() if len(tasks) == 1 else ""
@@ -231,7 +231,7 @@ def _task(plan: MergePlan) -> str | None:
 
 
 def _class_of_all(plan: MergePlan) -> dict[str, Any]:
-    """The class that all adapters say they were trained on, where the result has its names, as PEFT writes it down."""
+    """The class that all adapters were trained on, in PEFT's format, if the result has that class's names."""
     classes = {adapter.config.trained_class for adapter in plan.adapters}
     name = classes.pop() if len(classes) == 1 and plan.spelling != OWN else ""
     mapping = {"base_model_class": name, "parent_library": "transformers"}
@@ -239,11 +239,11 @@ def _class_of_all(plan: MergePlan) -> dict[str, Any]:
 
 
 def rank_in_words(plan: MergePlan, report: MergeReport) -> str:
-    """The rank of the files, and what was filled up to it."""
+    """The rank of the files, and the lowest rank that was padded to it."""
     low, high = report.ranks
     if low == high:
         return f"rank {high}"
-    return f"rank {low} to {high}" if plan.options.compact else f"rank {high}, filled up with zeros from {low}"
+    return f"rank {low} to {high}" if plan.options.compact else f"rank {high}, padded with zeros from {low}"
 
 
 def _card(plan: MergePlan, report: MergeReport) -> str:

@@ -23,16 +23,16 @@ from lora_cli.merge_options import METHODS
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge_plan import MergePlan, cancel
 
-# Below this share of the squares of what was added up, a squared norm is rounding noise.
+# A squared norm below this fraction of the summed squares is rounding noise.
 _CANCELLED = 1e-12
 # A dense module of an 8B model takes a quarter of a gigabyte, and as much again while its rank is reduced.
 _DENSE_AT_ONCE = 4
-# Of factors and what is computed from them, as numbers of fp32: so many times the factors, in so many bytes at once.
+# Memory budget: a module in work needs about 12 times its factors in fp32; modules in flight share 4 GiB.
 _FACTORS_HELD, _FACTORS_BYTES = 12, 4 << 30
 
 
 class Effect:
-    """Whether there is anything to a merge: how large the adapters are, and how large their sum could have been."""
+    """Whether a merge has any effect: the norms of the adapters, and the norm that their sum could have had."""
 
     def __init__(self, adapters: Sequence[OpenAdapter]) -> None:
         self.squared = {adapter.ref.pinned: 0.0 for adapter in adapters}
@@ -40,7 +40,7 @@ class Effect:
         self.terms = 0.0
 
     def see(self, merged: "MergedModule") -> None:
-        """Take note of one module."""
+        """Add one module's norms."""
         for pinned, squared in merged.squares.items():
             self.squared[pinned] += squared
         self.total += merged.made
@@ -48,21 +48,21 @@ class Effect:
 
     @property
     def cancelled(self) -> bool:
-        """True where nothing came out but rounding noise."""
+        """True if the result is only rounding noise."""
         return self.total <= _CANCELLED * self.terms
 
     def norm(self, adapter: OpenAdapter) -> float:
-        """Frobenius norm of an adapter's whole update, as far as it was seen."""
+        """Frobenius norm of an adapter's update over the modules seen so far."""
         return math.sqrt(self.squared[adapter.ref.pinned])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MergedModule:
-    """What became of one module.
+    """The result of one module.
 
-    `update` is as it goes out; `total` and `kept` are its squared norms before and after the reduction. `made` is the
-    squared norm of what the method made, `terms` that of what was added up to it, `squares` those of the adapters'
-    updates by `id@commit`.
+    `update` is the final update; `total` and `kept` are its squared norms before and after the reduction. `made` is
+    the squared norm of the method's result, `terms` the summed squares of its terms, `squares` the squared norms of
+    the adapters' updates by `id@commit`.
     """
 
     update: LowRank | Tensor
@@ -74,7 +74,7 @@ class MergedModule:
 
 
 class ModuleMerger:
-    """Merges the modules of a plan, and knows what is measured over all of them."""
+    """Merges the modules of a plan, and holds the measures over all of them."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
@@ -87,10 +87,10 @@ class ModuleMerger:
         self._whole = _WholeAdapters(plan, threads)
 
     def each(self) -> Generator[tuple[str, MergedModule], None, None]:
-        """Every module with what became of it, in the plan's order. On a CPU several are under way at once.
+        """Every module with its result, in the plan's order. On a CPU several modules are merged at once.
 
-        Each of them on one thread: torch's own threads wait for each other more than they work, most of all on a busy
-        machine, and so the result does not depend on how many there are.
+        Each module runs on one thread: torch's own threads mostly wait for each other, above all on a busy machine.
+        The result therefore does not depend on the number of threads.
         """
         work = self.merge_dense if self.plan.options.dense else self.merge
         if self.plan.options.device != "cpu":
@@ -160,7 +160,7 @@ class ModuleMerger:
                     plan.options.method, updates, weights, plan.options.knobs, workers=self._tile_workers
                 )
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-                raise Refused(f"{module}: {plan.options.method} finds no solution there ({error})") from error
+                raise Refused(f"{module}: {plan.options.method} failed numerically in this module ({error})") from error
         demand_room(module, bound(merged))
         pinned = [adapter.ref.pinned for adapter in adapters]
         return _Merged(merged, pinned, updates.ranks, squares, weights, sum(map(abs, updates.absent)))
@@ -173,7 +173,7 @@ class ModuleMerger:
 
     @cached_property
     def _whole_factors(self) -> Tensor:
-        """By what a method that weighs whole adapters multiplies each weight, in every module alike, (n,)."""
+        """The factor on each weight from a method that weighs whole adapters, the same in every module, (n,)."""
         everyone = Updates((), (), (), whole=self._whole.of(range(len(self.plan.adapters))))
         weights = torch.tensor(self.plan.weights, dtype=torch.float64)
         found: Tensor = METHODS.load(self.plan.options.method)(everyone, weights, **self.plan.options.knobs)
@@ -189,7 +189,7 @@ class ModuleMerger:
 
     def _choice(self, merged: "_Merged") -> RankChoice:
         plan = self.plan
-        # One adapter alone has nothing to be reduced to: it comes back as it is.
+        # A single adapter is not reduced: it is returned unchanged.
         alone = isinstance(merged.update, LowRank) and len(merged.ranks) == 1
         choice = plan.rank_choice(merged.ranks)
         if (
@@ -203,7 +203,7 @@ class ModuleMerger:
 
 
 def _largest_module(plan: MergePlan) -> int:
-    """About how many bytes the work on the module with the most factors takes."""
+    """The approximate number of bytes for the module with the most factors."""
     sizes = [
         sum((adapter.shape(module)[0] + adapter.shape(module)[1]) * adapter.modules[module].rank for adapter in having)
         for module in plan.modules
@@ -214,7 +214,7 @@ def _largest_module(plan: MergePlan) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Merged:
-    """What a method made of one module, and of what: ranks, squared norms (n,) and weights (n,) of the updates.
+    """A method's result in one module, and its inputs: ranks, squared norms (n,) and weights (n,) of the updates.
 
     `absent` is the sum of the sizes of the weights of adapters that count as zero here.
     """
@@ -228,7 +228,7 @@ class _Merged:
 
     @property
     def terms(self) -> float:
-        """Squares of what was added up. Of a dense result they are a guess: in some methods weights are but ratios."""
+        """Summed squares of the terms. For a dense result an estimate: in some methods weights are only ratios."""
         if isinstance(self.update, LowRank):
             return self.update.terms()
         return float(self.weights.abs().clamp(max=1).square() @ self.squares)
@@ -242,7 +242,7 @@ class _Merged:
 
 
 def demand_room(module: str, largest: float) -> None:
-    """Refused where numbers of this size, or no numbers at all, leave none for what is still to be done with them."""
+    """Refused if numbers of this size, or NaN, would overflow in the computations that follow."""
     if not largest <= torch.finfo(torch.float32).max / HEADROOM:
         raise Refused(f"{module}: the weighted updates are too large to compute with", hint="choose smaller weights")
 
@@ -254,8 +254,8 @@ def run_method(
 
     Args:
         weights: (n,) float64.
-        knobs: all of the method's own and, where it runs another inside, of that one.
-        workers: how many blocks of a dense update are worked on at once; the result does not depend on it.
+        knobs: all knobs of the method and, if it runs another inside, of that one.
+        workers: the number of blocks of a dense update in work at once; the result does not depend on it.
     """
     one, function = METHODS.get(name), METHODS.load(name)
     result: LowRank | Tensor
@@ -275,7 +275,7 @@ def run_method(
 
 @contextmanager
 def one_thread_each() -> Iterator[int]:
-    """torch on one thread while the block runs; how many workers may use it instead."""
+    """Restrict torch to one thread while the block runs; yields the number of workers to use instead."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -285,7 +285,7 @@ def one_thread_each() -> Iterator[int]:
 
 
 class _WholeAdapters:
-    """What is measured over all modules of the adapters of a plan: once, when first asked for."""
+    """Measures over all modules of the adapters of a plan, each computed once on first use."""
 
     def __init__(self, plan: MergePlan, workers: int) -> None:
         self._plan = plan
@@ -304,7 +304,7 @@ class _WholeAdapters:
                 n = len(self._plan.adapters)
                 found = torch.zeros(n, n, dtype=torch.float64)
                 with ThreadPoolExecutor(self._workers) as pool:
-                    # In the order of the modules, whichever is ready first: sums of floats depend on theirs.
+                    # Add in the order of the modules, not of completion: a sum of floats depends on the order.
                     for places, products in pool.map(self._products, self._plan.modules):
                         found[torch.tensor(places)[:, None], torch.tensor(places)] += products
                 self._gram = found
@@ -366,6 +366,6 @@ def _with_coefficients(
 
 
 def _key(adapter: OpenAdapter, module: str) -> int:
-    # One repository may hold several adapters, all at its commit.
+    # A repository may hold several adapters at one commit, so the key includes the subfolder.
     text = f"{adapter.ref.commit}\n{adapter.ref.subfolder}\n{module}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

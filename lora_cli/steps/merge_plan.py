@@ -1,4 +1,4 @@
-"""What a merge will do, decided and checked before a weight is read."""
+"""The plan of a merge, decided and checked before any weight is read."""
 
 import fnmatch
 import math
@@ -34,17 +34,17 @@ AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
 
 Inputs = Callable[[OpenAdapter, str], Tensor]
-"""Called as inputs(adapter, module): a sample of what the module is fed while the adapter is worn, (tokens, in)."""
+"""Called as inputs(adapter, module): a sample of the module's activations with the adapter applied, (tokens, in)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MergePlan:
     """A merge that passed every check which needs no weights.
 
-    `adapters` and `weights` are in canonical order, whatever order they were given in. `options` hold all knobs of the
-    method. `coefficients`, when there are any, replace the weights: per adapter, or per rank of each adapter, module by
-    module. `zeros` are the shapes (out, in) of modules that the result holds as zeros, because the server cannot load
-    the others without them.
+    `adapters` and `weights` are in canonical order, not in the order given. `options` hold all knobs of the method.
+    `coefficients`, if given, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros`
+    are the shapes (out, in) of modules that the result holds as zeros, because the server cannot load the other
+    modules without them.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -59,7 +59,7 @@ class MergePlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """Where the factors of the result go."""
+        """The layout of the result's factors."""
         parents = {module: factors for adapter in self.adapters for module, factors in adapter.modules.items()}
         modules = {module: parents[module] for module in self.modules}
         own = layout(modules, self.skeleton, known=_shapes(self.adapters), zeros=self.zeros)
@@ -67,7 +67,7 @@ class MergePlan:
 
     @property
     def spelling(self) -> Spelling:
-        """Whose names the result has: those of the class that all adapters were trained on, else the base's."""
+        """The names in the result: those of the class that all adapters were trained on, else the base's."""
         found = {adapter.spelling for adapter in self.adapters}
         return found.pop() if len(found) == 1 else OWN
 
@@ -78,14 +78,14 @@ class MergePlan:
 
     @property
     def targets(self) -> dict[str, list[str]]:
-        """How a PEFT configuration names them."""
-        # Another class may have more modules of these last names than the base's.
+        """The result's modules as a PEFT configuration names them."""
+        # Another class may have more modules of these last names than the base's class.
         known = self.skeleton if self.spelling == OWN else None
         return self.layout.targets(modules_meant(self.layout.layers, self.adapters, known))
 
     @property
     def saved(self) -> OpenAdapter | None:
-        """The adapter whose modules that were saved whole the result holds, if it holds any."""
+        """The adapter whose wholly saved modules go into the result, None if there is none."""
         return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.options.saved_modules), None)
 
     @property
@@ -95,7 +95,7 @@ class MergePlan:
 
     @property
     def kinds_in_some_layers(self) -> list[str]:
-        """The last parts of the layers that the result lacks in some layers of the base, as far as that is known."""
+        """The kinds of modules that the result has in some layers only, as far as the base is known."""
         layers = self.layout.layers
         if self.skeleton is not None:
             return kinds_in_some_layers(layers, self.skeleton.matrices, {_last(name) for name in layers})
@@ -104,12 +104,12 @@ class MergePlan:
 
     @property
     def fan_in_fan_out(self) -> bool:
-        """Whether the base stores its weights (in, out). PEFT saves true where it found that; false is its default."""
+        """Whether the base stores its weights (in, out). PEFT saves true if the base does; false is PEFT's default."""
         return any(adapter.fan_in_fan_out for adapter in self.adapters)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the result besides the adapters themselves."""
+        """The settings that decide the result besides the adapters themselves."""
         return {
             **self.options.settings,
             "base": self.base,
@@ -118,7 +118,7 @@ class MergePlan:
         }
 
     def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
-        """How the rank of a module's result is chosen where its adapters have `ranks`."""
+        """The rule for the rank of a module's result if its adapters have `ranks`."""
         choice = rank_choice(self.options.rank, self.options.energy, ranks)
         if self.options.for_ != "vllm" or choice.exact:
             return choice
@@ -140,15 +140,15 @@ def plan(
 
     Args:
         weights: one per adapter.
-        base: the base model that all adapters were found to belong to, as the result will declare it.
-        inputs: where a method that needs inputs finds them.
-        skeleton: the modules of the base, where its class is known.
+        base: the common base model of all adapters, in the form that the result will declare.
+        inputs: the samples for a method that needs inputs.
+        skeleton: the modules of the base, None if its class is not known.
 
     Raises:
         UsageError: an unknown method, knob, rank or scope.
         NothingMatched: no module in the scope.
         Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
-            scope, a device that lacks float64, what the server cannot serve.
+            scope, a device that lacks float64, or a result that the server cannot serve.
     """
     options = _checked(options)
     if not base:
@@ -221,7 +221,7 @@ def _modules(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str
     """The modules of the adapters that are in the scope.
 
     Raises:
-        NothingMatched: none is.
+        NothingMatched: no module is in the scope.
         Refused: an adapter is given twice, or has no module in the scope.
     """
     for one, other in pairwise(adapters):
@@ -236,9 +236,9 @@ def _modules(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str
 
 
 def _check_saved_modules(adapters: Sequence[OpenAdapter], modules: Sequence[str], what: str, *, dense: bool) -> None:
-    """Refused where an adapter has modules saved whole that are not spoken for, or the chosen one has none to take.
+    """Refused if wholly saved modules are neither kept nor dropped, or if the chosen adapter has none to keep.
 
-    So it is where one of `modules` has an update and is saved whole: PEFT would leave out the update.
+    Refused too if one of `modules` has an update and is saved whole: PEFT would leave out the update.
     """
     if what == "refuse":
         for adapter in adapters:
@@ -246,10 +246,10 @@ def _check_saved_modules(adapters: Sequence[OpenAdapter], modules: Sequence[str]
                 raise Refused(f"{adapter.ref.id} holds modules saved whole", hint=TAKE_THE_UPDATE)
     elif what != "drop":
         if dense:
-            raise UsageError("--dense has no place for modules saved whole: --saved-modules drop")
+            raise UsageError("--dense cannot keep modules saved whole: use --saved-modules drop")
         chosen = next((adapter for adapter in adapters if adapter.ref.pinned == what), None)
         if chosen is None:
-            raise UsageError(f"--saved-modules names {what!r}, which is no adapter of this merge")
+            raise UsageError(f"--saved-modules names {what!r}, which is not an adapter of this merge")
         if not chosen.saved:
             raise Refused(f"{chosen.ref.id} holds no modules saved whole", hint="--saved-modules drop")
         if not chosen.config.modules_to_save and chosen.config.task_type not in TASKS_WITH_A_HEAD:
@@ -284,12 +284,12 @@ def _demand_one_form(options: MergeOptions) -> None:
 
 
 def cancel(weights: Sequence[float]) -> bool:
-    """True where weights sum to zero, or to what rounding leaves of that."""
+    """True if the weights sum to zero, up to rounding."""
     return abs(sum(weights)) <= 1e-12 * sum(map(abs, weights))
 
 
 def rank_choice(rank: str, energy: float | None, ranks: Sequence[int]) -> RankChoice:
-    """How the rank of a module's result is chosen where its adapters have `ranks`. UsageError for a wrong rank."""
+    """The rule for the rank of a module's result if its adapters have `ranks`. UsageError for a wrong rank."""
     if energy is not None and not 0 < energy <= 1:
         raise UsageError(f"--energy lies in 0 < energy <= 1, not {energy}")
     if rank == "sum":
@@ -324,7 +324,7 @@ def _holds(module: str, condition: str) -> bool:
 def _layers(part: str, condition: str) -> tuple[int, int]:
     low, dash, high = part.partition("-")
     if not _is_number(low) or (dash and not _is_number(high)) or (dash and int(high) < int(low)):
-        raise UsageError(f"--scope {condition}: {part!r} is no layer and no range of layers such as 0-15")
+        raise UsageError(f"--scope {condition}: {part!r} is neither a layer nor a range of layers such as 0-15")
     return int(low), int(high) if dash else int(low)
 
 
@@ -340,7 +340,7 @@ def _check_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: s
 
 
 def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], options: MergeOptions) -> int:
-    """The highest rank that the result is asked to have; 0 where that is left open."""
+    """The highest rank that the options ask for; 0 if they set none."""
     if options.rank.isdecimal():
         return int(options.rank)
     if options.rank != "sum" or options.energy is not None:
@@ -356,9 +356,9 @@ def _shapes(adapters: Sequence[OpenAdapter]) -> dict[str, Shape]:
 def modules_meant(
     modules: Collection[str], adapters: Sequence[OpenAdapter], base: Skeleton | None = None
 ) -> set[str] | None:
-    """Every module of the base whose last part is that of one of `modules`; None where that is not known.
+    """Every module of the base whose last part is that of one of `modules`; None if the base is not known well enough.
 
-    An adapter whose configuration names its targets by their last parts, and no layers, has all modules of these names.
+    An adapter whose configuration names targets by their last parts, and no layers, has all modules of these names.
     """
     names = {_last(module) for module in modules}
     if base is not None:
@@ -368,14 +368,14 @@ def modules_meant(
 
 
 def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:
-    """Whether those of `meant` that end in `name` are all in the base, by the adapters that have all of this name."""
+    """Whether all modules of `meant` that end in `name` are in the base, by the adapters that have all of this name."""
     having_all = [adapter for adapter in adapters if name in _targets_everywhere(adapter)]
     wanted = {module for module in meant if _last(module) == name}
     return bool(having_all) and all(wanted <= adapter.modules.keys() for adapter in having_all)
 
 
 def _targets_everywhere(adapter: OpenAdapter) -> tuple[str, ...]:
-    """The target names of an adapter that hold in the whole base."""
+    """The target names of an adapter that apply to every layer of the base."""
     config = adapter.config
     if isinstance(config.target_modules, str) or config.layers_to_transform or config.exclude_modules:
         return ()

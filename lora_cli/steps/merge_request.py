@@ -1,4 +1,4 @@
-"""From what the user asks of a merge to a job that is ready to run."""
+"""From the user's request for a merge to a job that is ready to run."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from lora_cli.text import in_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeJob:
-    """A merge that is planned. `unchecked` says why module names were not held against the base's class."""
+    """A merge that is planned. `unchecked` is the reason why module names were not checked against the base's class."""
 
     plan: MergePlan
     job: Job
@@ -70,11 +70,11 @@ class _Team:
 
 
 class MergeRequest:
-    """What the user asks of a merge: adapters, options, and where weights come from.
+    """The user's request for a merge: adapters, options, and the source of the weights.
 
     Args:
-        texts: ADAPTER or ADAPTER=WEIGHT each; none means the adapters of the lock, of the coefficients, of the
-            selection.
+        texts: ADAPTER or ADAPTER=WEIGHT each; without any, the adapters of the lock, else of the coefficients, else
+            of the selection.
 
     Raises:
         UsageError: options that exclude each other, or weights that do not fit the adapters.
@@ -112,13 +112,13 @@ class MergeRequest:
         return self.pool.absent(self.names)
 
     def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> MergeJob:
-        """Open the adapters, downloading what is absent, and check everything that needs no weights.
+        """Open the adapters, downloading missing files, and check everything that needs no weights.
 
         Args:
             prompting: how a method that needs examples reads them.
 
         Raises:
-            Refused: adapters that are not those of the lock. Else as `Pool.adapters` and `steps.merge.plan` do.
+            Refused: adapters other than those of the lock. Else as `Pool.adapters` and `steps.merge.plan` do.
         """
         gathered = self.pool.adapters(self.names, whole=self.options.saved_modules != "refuse")
         team = self._team(gathered)
@@ -137,7 +137,7 @@ class MergeRequest:
         asked = planned.settings | (samples.settings if samples is not None else {})
         if self.lock is not None and asked != self.lock.settings:
             raise Refused(
-                "not the lock's coefficients, examples, prompts or base",
+                "coefficients, examples, prompts or base differ from those of the lock",
                 hint="give the same --coef, --data, --base and options about prompts",
             )
         job = Job(
@@ -152,7 +152,7 @@ class MergeRequest:
         return MergeJob(plan=planned, job=job, unchecked=gathered.unchecked, lock=self.lock, samples=samples)
 
     def _team(self, gathered: Gathered) -> _Team:
-        """The adapters that are merged, with weights from the lock, from the coefficients or from the user."""
+        """The adapters to merge, with weights from the lock, from the coefficients or from the user."""
         adapters, inputs, weights = list(gathered.adapters), dict(gathered.inputs), self.weights
         if self.lock is not None:
             adapters, inputs = under_locked_names(self.lock, adapters, inputs)
@@ -196,7 +196,7 @@ class MergeRequest:
             if data or prompting.settings:
                 what = "--data" if data else "options about prompts"
                 raise UsageError(
-                    f"{method} takes no {what}", hint="regmean does; lora fit learns weights from examples"
+                    f"{method} takes no {what}", hint="only regmean uses examples; lora fit learns weights from them"
                 )
             return None
         if not data:
@@ -210,7 +210,7 @@ class MergeRequest:
 
 
 def _weights(spelled: str, chosen: Chosen) -> list[float]:
-    """One weight per adapter, from --weights, or the method's default, unless each was given its own."""
+    """One weight per adapter: its own if given, else from --weights, else the method's default."""
     if chosen.weighted:
         own = [weight for weight in chosen.weights if weight is not None]
         if len(own) < len(chosen.weights):

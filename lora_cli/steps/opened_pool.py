@@ -1,4 +1,4 @@
-"""The opened pool: from what the user named to adapters that are here, readable and of one base model."""
+"""The opened pool: from the user's names to local, readable adapters of one base model."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,8 +40,8 @@ class Gathered:
     """Adapters ready to be read.
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
-    its weights; `skeleton` holds the modules of the base's class, None where the class is not known; `unchecked` then
-    says why.
+    its weights; `skeleton` holds the modules of the base's class, None if the class is not known; `unchecked` then
+    gives the reason.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -53,25 +53,25 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """Names of adapters, and the weight of each that was given one."""
+    """Names of adapters, and their weights, None for an adapter without a weight of its own."""
 
     names: tuple[str, ...]
     weights: tuple[float | None, ...]
 
     @property
     def weighted(self) -> bool:
-        """Whether any of them was given a weight."""
+        """Whether any adapter has a weight of its own."""
         return any(weight is not None for weight in self.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pool:
-    """A catalogue with the base model that the user works on.
+    """A catalogue with the user's base model.
 
-    `base` is the base model that adapters must belong to; None takes the one for which the catalogue found them usable,
-    else the one they declare. An adapter that declares none belongs to `base` if its shapes fit. `aliases` are other
-    names of it. `announce` gets a line for each adapter looked up on the Hub and, before weights are downloaded, one
-    with their size.
+    `base` is the base model that adapters must belong to. None means the base for which the catalogue lists them as
+    usable, else their declared base. An adapter without a declared base belongs to `base` if its shapes fit.
+    `aliases` are other names of `base`. `announce` gets a line for each adapter looked up on the Hub and, before
+    weights are downloaded, a line with their size.
     """
 
     catalogue: Catalogue
@@ -84,13 +84,13 @@ class Pool:
         """The adapters meant by texts ADAPTER[=WEIGHT]; without any, a selection or every usable adapter.
 
         Args:
-            texts: what the user typed, one adapter each.
+            texts: the user's arguments, one adapter each.
             selection: the name of a selection, in place of texts.
-            recorded: the adapters of a file that holds the weight of each; they are meant where nothing else is named.
+            recorded: the adapters of a file that holds a weight for each; used if nothing else is named.
 
         Raises:
             NothingMatched: no such selection, no usable adapter, or too many of them.
-            UsageError: texts beside a selection, a malformed weight, or weights beside such a file.
+            UsageError: texts beside a selection, a malformed weight, or weights beside such a file of weights.
         """
         known = tuple(recorded)
         if known and not texts and selection is None:
@@ -103,7 +103,7 @@ class Pool:
         pairs = [_split(text) for text in texts]
         chosen = Chosen(names=tuple(name for name, _ in pairs), weights=tuple(weight for _, weight in pairs))
         if known and chosen.weighted:
-            raise UsageError("the file says what each adapter weighs: leave out =WEIGHT")
+            raise UsageError("=WEIGHT cannot be used with a file that holds the weights")
         return chosen
 
     def _selected(self, name: str | None) -> tuple[str, ...]:
@@ -138,9 +138,9 @@ class Pool:
             whole: also accept adapters that hold modules saved whole, for their updates.
 
         Raises:
-            NothingMatched: an id that neither the catalogue nor the Hub has.
+            NothingMatched: an id that is neither in the catalogue nor on the Hub.
             AccessDenied: a gated adapter.
-            NetworkError: an id that the catalogue does not have, or weights that are not here, and no Hub to ask.
+            NetworkError: an id or weights have to come from the Hub, which cannot be reached.
             Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases.
         """
         if not names:
@@ -152,7 +152,7 @@ class Pool:
         here = [files_of(ref) for ref, _ in found]
         known = names_of(self.catalogue, base, self.aliases)
         judged = [declared_base(files, row, self.base) for files, (_, row) in zip(here, found, strict=True)]
-        # Sorted, so that the order in which adapters are named does not matter.
+        # Sort, so that the order of the arguments does not matter.
         declared = sorted(judged, key=lambda one: one.ref.pinned)
         check_bases(declared, base, known)
         skeleton, unchecked = skeleton_of(base or declared[0].base)
@@ -192,12 +192,12 @@ class Pool:
         return delta, public_base(self.base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
 
     def absent(self, names: Sequence[str]) -> list[Adapter]:
-        """The adapters of `names` whose weights `adapters` would have to download. Stores nothing; raises likewise."""
+        """The adapters of `names` whose weights `adapters` would download. Stores nothing; raises like `adapters`."""
         found = [self._find(name, store=False) for name in names]
         return [row for ref, row in found if row is not None and locate(ref) is None]
 
     def _find(self, name: str, *, whole: bool = False, store: bool = True) -> tuple[AdapterRef, Adapter | None]:
-        """An adapter and its row; no row for a folder that the catalogue has not at this commit, or not as usable."""
+        """An adapter and its row; no row for a folder that the catalogue lacks at this commit or lists as unusable."""
         folder = folder_of(name)
         if folder is None:
             look = partial(look_up, self.catalogue, base=self.base or "", aliases=self.aliases, announce=self.announce)
@@ -212,7 +212,7 @@ class Pool:
 
 @contextmanager
 def open_pool(settings: Settings, announce: Callable[[str], None], progress: Progress = silent) -> Iterator[Pool]:
-    """The pool that the settings name: catalogue, base model and its other names."""
+    """The pool of the settings: catalogue, base model and its other names."""
     with Catalogue(settings.db) as catalogue:
         yield Pool(
             catalogue=catalogue,

@@ -1,4 +1,4 @@
-"""The one way in which work is done once and recorded: key, claim, run, output, and what a rerun finds."""
+"""Run work once and record it: key, claim, run, output, and the reuse of an existing result."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ Report = TypeVar("Report")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A piece of work: its verb, the settings and inputs that decide its result, and where the result goes.
+    """A piece of work: its verb, the settings and inputs that decide its result, and the place of the result.
 
-    `inputs` maps `id@commit` (or a file's name) to the SHA-256 of its bytes. The result goes to `out`; where that is
-    None, to `verb-KEY` below `runs`, or to `name-KEY`.
+    `inputs` maps `id@commit` (or a file's name) to the SHA-256 of its bytes. The result goes to `out`; if `out` is
+    None, to `verb-KEY` (or `name-KEY`, if there is a name) below `runs`.
     """
 
     verb: str
@@ -41,7 +41,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Generic[Report]):
-    """A job that is done: its run, and what the work reported; None where the result was there already."""
+    """A finished job: its run, and the report of the work; None if the result existed already."""
 
     run: Run
     report: Report | None
@@ -50,7 +50,7 @@ class Finished(Generic[Report]):
 def run_once(
     db: Path, job: Job, work: Callable[[Run], Report], *, force: bool, replace: bool = False
 ) -> Finished[Report]:
-    """Do `job` by `work`, unless its result is there, and record the run in `db` however it ends.
+    """Do `job` by `work`, unless its result exists, and record the run in `db` however it ends.
 
     Args:
         work: writes the whole folder of the job or nothing.

@@ -38,13 +38,13 @@ def select(
     """The k best usable adapters by a selection method, best first, each with its score.
 
     Equal scores are ordered by a hash of the adapter's name, so that neither the alphabet nor the order of a sync
-    decides. An adapter without an author counts against nobody's share.
+    matters. The limit per author does not apply to adapters without an author.
 
     Args:
         where: conditions on catalogue columns, all of which must hold.
-        target: folder of the adapter that methods which compare weights compare with.
-        announce: is told, before weights are downloaded, how many adapters and how many bytes, and which adapters are
-            left out because their weights cannot be read.
+        target: folder of the reference adapter, for methods that compare weights.
+        announce: called with the number of adapters and bytes before a download, and with each adapter that is left
+            out because its weights cannot be read.
 
     Raises:
         UsageError: an unknown method, a bad condition, a target missing, or no base where there are several.
@@ -103,7 +103,7 @@ def _by_weights(
 ) -> list[tuple[Candidate, float]]:
     """Each candidate whose weights can be read with its score. NothingMatched where there is none."""
     goal = _target(target)
-    function([], goal)  # what is wrong with the target is no fault of a candidate
+    function([], goal)  # fail on a faulty target before any candidate is blamed
     rows = {row.id: row for row in catalogue.rows([candidate.id for candidate in candidates])}
     unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress)}
     for id, reason in unfit.items():

@@ -1,4 +1,4 @@
-"""What programs that load adapters make of a merged one, and what two servers want of it beforehand.
+"""How programs that load adapters read a merged one, and the requirements of two servers.
 
 The rules are those of vLLM 0.33.0, SGLang 0.5.23, llama.cpp of November 2026 and LoRAX, TensorRT-LLM and lmdeploy 0.18;
 docs/merging.md lists them, and tests/readers.py holds each as a function.
@@ -20,7 +20,7 @@ READ_ONE_RANK = ("llama.cpp", "SGLang", "LoRAX", "TensorRT-LLM", "lmdeploy")
 """The programs that read neither rank_pattern nor alpha_pattern and do not apply every module at its own rank."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of vLLM's `max_lora_rank`."""
-# Linear layers of decoder models of the Llama kind, apart and as servers fuse them.
+# Linear layers of decoder models of the Llama kind, separate and as servers fuse them.
 _LLAMA_MODULES = frozenset(
     ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj")
 )
@@ -35,15 +35,17 @@ Shape = tuple[int, int]
 
 
 def vllm_rank(rank: int) -> int:
-    """The smallest `max_lora_rank` of vLLM that `rank` fits into. Refused above the largest."""
+    """The smallest `max_lora_rank` of vLLM that is at least `rank`. Refused above the largest."""
     for accepted in VLLM_RANKS:
         if rank <= accepted:
             return accepted
-    raise Refused(f"vLLM serves ranks up to {VLLM_RANKS[-1]}, this result has {rank}", hint="give a lower --rank")
+    raise Refused(
+        f"vLLM serves ranks up to {VLLM_RANKS[-1]}, but this result has rank {rank}", hint="give a lower --rank"
+    )
 
 
 def demand_servable(server: Server, *, conv1d: Sequence[str], rank: int) -> None:
-    """Refused for modules that the server has no LoRA layer for, and for a rank beyond those that it serves.
+    """Refused for modules without a LoRA layer in the server, and for a rank above the server's limit.
 
     Args:
         conv1d: the adapters whose modules are Conv1D.
@@ -68,7 +70,7 @@ def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
     at = ["--revision", revision] if revision else []
     name, path = folder.name, str(folder.absolute())
     adapter = f"{name}={path}"
-    # Both take NAME=PATH apart at an equals sign, vLLM also at commas; in JSON these are letters.
+    # Both split NAME=PATH at an equals sign, vLLM also at commas; JSON avoids the split.
     plain = adapter.count("=") == 1 and "," not in adapter and not name.startswith(("-", "{"))
     if server == "sglang":
         adapter = adapter if plain else json.dumps({"lora_name": name, "lora_path": path})
@@ -80,7 +82,7 @@ def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
 
 
 def fused_parts_missing(modules: Collection[str]) -> list[str]:
-    """The modules that SGLang fuses with some of `modules` and that are not among these."""
+    """The modules that SGLang fuses with some of `modules` and that `modules` lacks."""
     beside = {
         module.removesuffix(_last(module)) + part
         for module in modules
@@ -92,7 +94,7 @@ def fused_parts_missing(modules: Collection[str]) -> list[str]:
 
 
 def sglang_loads(modules: Collection[str]) -> bool:
-    """Whether every module that SGLang cannot load alone stands beside the one that it needs."""
+    """Whether every module that SGLang cannot load alone comes with its required partner."""
     have = set(modules)
     needed = {
         module.removesuffix(_last(module)) + _NEEDS[_last(module)] for module in modules if _last(module) in _NEEDS
@@ -101,13 +103,13 @@ def sglang_loads(modules: Collection[str]) -> bool:
 
 
 def zeros_for_sglang(modules: Collection[str], shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """The modules that have to be there as zeros for SGLang to load all of `modules`, with their shapes (out, in).
+    """The modules that must be added as zeros so that SGLang loads all of `modules`, with their shapes (out, in).
 
     Args:
-        shapes: of every module that is known.
+        shapes: the shape of every known module.
 
     Raises:
-        Refused: the shape of one of them is not known.
+        Refused: the shape of a module to add is not known.
     """
     by_kind: dict[str, set[Shape]] = {}
     for module, shape in shapes.items():
@@ -130,11 +132,11 @@ def _shape_of(module: str, shapes: Mapping[str, Shape], by_kind: Mapping[str, Co
 
 
 def kinds_in_some_layers(modules: Collection[str], known: Iterable[str], everywhere: Collection[str]) -> list[str]:
-    """The last parts of those `modules` that the base has in more layers than `modules` do, as far as that is known.
+    """The last parts of those `modules` that the base has in more layers than `modules`, as far as the base is known.
 
     Args:
-        known: all modules of the base that are known.
-        everywhere: target names of adapters that have all modules of these names; other modules are taken to be in
+        known: all known modules of the base.
+        everywhere: target names of adapters that have all modules of these names; other modules are assumed to be in
             every layer of their stack.
     """
     all_known = _by_kind([*known, *modules])

@@ -1,4 +1,4 @@
-"""Where a sync finds adapters: the listing of a Hub, or a folder tree. Each gives batches of adapters not read yet."""
+"""Sources of adapters for a sync: the listing of a Hub, or a folder tree. Each yields batches of unread adapters."""
 
 import hashlib
 import os
@@ -38,10 +38,10 @@ _FRONT_MATTER_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)
 
 @dataclass(frozen=True)
 class Ask:
-    """What adapters are judged by: the base asked for ("" for any), names that mean it, and what it is made of.
+    """The rules for judging adapters: the base asked for ("" for any), the base's other names, and its modules.
 
-    The base is `name@revision` where it is not that of the main branch. `with_skeleton`: what it is made of decides
-    over every adapter, not only over one that declares no base. `vouched`: the user named base and adapter.
+    The base is `name@revision` if it is not on the main branch. `with_skeleton`: judge every adapter by the base's
+    modules, not only an adapter without a declared base. `vouched`: the user named base and adapter.
     """
 
     base: str
@@ -52,9 +52,9 @@ class Ask:
 
     @cached_property
     def digest(self) -> str:
-        """Equal for equal questions: a row with another one was judged by other rules.
+        """A text that is equal for equal rules: a row with another stamp was judged by other rules.
 
-        What is before its colon is equal for questions about one base.
+        The part before the colon is equal for rules about one base.
         """
         rules = [self.base, str(self.with_skeleton), str(self.vouched), tables_digest(), *sorted(set(self.aliases))]
         return f"{_digest(self.base)}:{_digest(chr(0).join(rules))}"
@@ -78,10 +78,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter at its source: `stub` is what is known without reading it, `read` reads the rest.
+    """An adapter at its source: `stub` holds the facts from the listing, `read` reads the rest.
 
-    `read` is given the stored row, if there is one. For what may go better next time it raises NetworkError, DataError
-    or OSError.
+    `read` gets the stored row, if there is one. It raises NetworkError, DataError or OSError for failures that may
+    pass.
     """
 
     stub: Adapter
@@ -91,20 +91,20 @@ class Found:
 
 
 class Source(ABC):
-    """Adapters to be found; `name` is kept with the sync."""
+    """A place that holds adapters; `name` is stored with the sync."""
 
     name: str
 
     @abstractmethod
     def batches(self, progress: Progress) -> Iterator[list[Found]]:
-        """Everything there is, some at a time."""
+        """All adapters of the source, in batches."""
 
     @abstractmethod
     def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
-        """Ids of stored rows that were here once and are not in `seen`, nor here any more."""
+        """Ids of stored rows from this source that are not in `seen` and no longer at the source."""
 
     def stop(self) -> None:  # noqa: B027 - most sources have nothing to stop
-        """End what other threads wait for."""
+        """Cancel the requests that other threads wait for."""
 
 
 class HubSource(Source):
@@ -117,7 +117,7 @@ class HubSource(Source):
         self._limit = limit
         self._since = since
         self._probe = _PROBE_BYTES
-        # Whether the owner has let the user in is no fact of the commit: it is asked again the next day, or as another.
+        # Access to a gated repo can change without a new commit: ask again after a day or under another login.
         self._gate = f"{ask.digest}:{login_mark()}:{datetime.now(UTC):%Y%m%d}"
 
     def stop(self) -> None:
@@ -126,7 +126,7 @@ class HubSource(Source):
     def batches(self, progress: Progress) -> Iterator[list[Found]]:
         count = 0
         named = [self._ask.base, *(alias for alias in self._ask.aliases if is_hub_name(alias))]
-        # A listing is of a repository, whatever its revisions.
+        # A listing covers the repository, not a single revision.
         for base in dict.fromkeys(split_revision(name)[0] for name in named):
             left = None if self._limit is None else self._limit - count
             if left is not None and left <= 0:
@@ -139,7 +139,7 @@ class HubSource(Source):
     def vanished(self, catalogue: Catalogue, seen: Collection[str]) -> list[str]:
         missing = [id for id in catalogue.ids_of(source="hub", base=self._ask.base) if id not in seen]
         if len(missing) > _MOST_VANISHED:
-            # A listing that ended early is likelier than that many deletions in one day.
+            # A truncated listing is likelier than so many deletions in one day.
             return []
         gone = {repo: not self._hub.exists(repo) for repo in {id.partition(":")[0] for id in missing}}
         return [id for id in missing if gone[id.partition(":")[0]]]
@@ -192,7 +192,7 @@ class HubSource(Source):
     def _is_same(self, stub: Adapter, known: Known) -> bool:
         if known.status == "gated":
             return known.commit == stub.commit and known.stamp == self._gate
-        # Which names mean the base changes the verdict only on those that do not name it themselves.
+        # A new alias can change the verdict only for adapters that do not declare this base by its exact name.
         asked = self._ask.base
         names_it = (known.base_declared, known.base) == (split_revision(asked)[0], asked)
         about_it = known.stamp.partition(":")[0] == stub.stamp.partition(":")[0]
@@ -203,27 +203,27 @@ class HubSource(Source):
         try:
             config = self._hub.read_file(stub.repo, prefix + CONFIG_NAME, stub.commit, MAX_CONFIG_BYTES)
             if refusal := _refusal(config):
-                # No header can make this one usable, so none is asked for.
+                # The configuration already rules the adapter out, so its header is not requested.
                 judged = replace(stub, **self._ask.judge(config, None, names))
                 return replace(judged, status="unusable", reason=_other_kind(names) or refusal)
             header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
         except Gated:
-            return replace(stub, status="gated", reason="gated: its owner has to let you in", stamp=self._gate)
+            return replace(stub, status="gated", reason="gated: the owner must grant you access", stamp=self._gate)
         except MissingFile:
-            return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but not there")
+            return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but missing")
         except NothingMatched as error:
             return replace(stub, status="gone", reason=error.message)
         return _kept(replace(stub, **self._ask.judge(config, header, names)), row)
 
     def _header(self, stub: Adapter, file: str) -> Header | HeaderError:
         header, needed = probe_header(self._hub, stub, file, self._probe)
-        # Adapters of one base have headers of about one length: the next probe gets it at once.
+        # Adapters of one base have headers of similar length: the next request can get the whole header.
         self._probe = max(self._probe, min(-(-needed // 4096) * 4096, _LARGEST_GUESS))
         return header
 
 
 class FolderSource(Source):
-    """The adapters in the folders below one folder, which are at hand and therefore read whole."""
+    """The adapters in the folders below one folder. They are local, so their weights are read too."""
 
     def __init__(self, root: Path, ask: Ask, catalogue: Catalogue, limit: int | None) -> None:
         found = folder_of(str(root))
@@ -277,7 +277,7 @@ class FolderSource(Source):
             is_same=lambda known: (known.stamp, known.repo) == (stub.stamp, stub.repo),
             read=partial(self._read, stub, folder, names)
             if named
-            else partial(_refuse, stub, "its path is no Unicode"),
+            else partial(_refuse, stub, "its path is not valid Unicode"),
         )
 
     def _read(self, stub: Adapter, folder: Path, names: Sequence[str], row: Adapter | None) -> Adapter:
@@ -311,7 +311,7 @@ class FolderSource(Source):
 
 
 def probe_header(hub: Hub, adapter: Adapter, file: str, guess: int) -> tuple[Header | HeaderError, int]:
-    """The header of weights on the Hub, and how many bytes it took: one range, a second where `guess` was too short."""
+    """The header of weights on the Hub, and the bytes read: one range request, two if `guess` was too short."""
     needed = 0
     try:
         first, size = hub.read_range(adapter.repo, file, adapter.commit, 0, guess)
@@ -326,7 +326,7 @@ def probe_header(hub: Hub, adapter: Adapter, file: str, guess: int) -> tuple[Hea
 def weighed(
     adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
 ) -> Adapter:
-    """`adapter` with what only its weights tell: SHA-256, norm, and whether they are sound."""
+    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound."""
     from lora_cli.adapters.weights import scan_weights, weight_status
 
     try:
@@ -343,7 +343,7 @@ def _refuse(stub: Adapter, reason: str, row: Adapter | None) -> Adapter:
 
 
 def _kept(adapter: Adapter, row: Adapter | None) -> Adapter:
-    """`adapter` with what its weights told once, if they are still the same."""
+    """Carry over sha256, norm and verdict from the stored row if the weights are unchanged."""
     if row is None or row.commit != adapter.commit or not row.sha256:
         return adapter
     adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
@@ -353,7 +353,7 @@ def _kept(adapter: Adapter, row: Adapter | None) -> Adapter:
 
 
 def _unreadable(listed: Listed, names: Collection[str]) -> str:
-    """Why there is nothing to ask for, "" if there is."""
+    """The reason to skip a listed repository, "" if it is worth a request."""
     if listed.disabled:
         return "disabled by the Hub"
     if CONFIG_NAME in names:
@@ -379,7 +379,7 @@ def _names_no_base(config: bytes | None) -> bool:
 
 
 def _refusal(config: bytes) -> str:
-    """Why this configuration rules its adapter out whatever the weights are, "" if it does not."""
+    """The reason why this configuration rules its adapter out whatever the weights are, "" for none."""
     try:
         return next(iter(parse_config(config).refusals()), "")
     except ConfigError as error:
@@ -387,7 +387,7 @@ def _refusal(config: bytes) -> str:
 
 
 def _folders(names: Collection[str]) -> list[str]:
-    """Where a repository holds adapters: "" for its top, which is also the answer where it holds none."""
+    """The folders of a repository that hold adapters, "" for its top; only "" if there is no adapter."""
     return [""] if CONFIG_NAME in names else _subfolders(names) or [""]
 
 
@@ -415,7 +415,7 @@ def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
     here = _text(str(folder))
     if id not in known or known[id].repo == here:
         return id
-    # A tree that was moved keeps its ids; a row of the Hub names no folder.
+    # A moved tree keeps its ids; a Hub row of the same id has no folder.
     was = known[id].repo
     return id if Path(was).is_absolute() and folder_of(was) is None else here
 
@@ -425,12 +425,12 @@ def _below(path: str, folder: str) -> bool:
 
 
 def _text(path: str) -> str:
-    """`path` with bytes that are no Unicode shown as escapes: neither a database nor JSON can hold them."""
+    """`path` with bytes that are not Unicode escaped: neither a database nor JSON can hold them."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _adapter_folders(root: Path) -> Iterator[Path]:
-    """Folders that hold an adapter's files; links are followed, each real folder is entered once."""
+    """Folders that hold an adapter's files. Links are followed; each real folder is visited once."""
     entered: set[tuple[int, int]] = set()
     waiting = [root]
     while waiting:
@@ -465,7 +465,7 @@ def _names(folder: Path) -> tuple[str, ...]:
 
 
 def _stamp(folder: Path, names: Sequence[str]) -> str:
-    """Changes when the size or time of a file that counts changes."""
+    """A stamp that changes with the size or time of any relevant file."""
     parts: list[Any] = []
     for name in names:
         if name == "README.md" or name.startswith("adapter") or name.endswith(".safetensors"):
@@ -495,7 +495,7 @@ def _card(folder: Path) -> str:
 
 
 def _card_licence(card: str) -> str:
-    """The licence that a model card's YAML front matter names."""
+    """The licence in a model card's YAML front matter."""
     if not card.startswith("---"):
         return ""
     front = card[3:].partition("\n---")[0]

@@ -1,8 +1,8 @@
-"""Bring the catalogue up to date with a Hub or with a folder tree, reading only what is new or has changed.
+"""Bring the catalogue up to date with a Hub or with a folder tree, reading only new or changed adapters.
 
-Of a Hub: the listing in pages, then of each new or changed commit its adapter_config.json and the header of its
-weights, never the weights. Of a folder tree: of each folder with an adapter whose files have changed, all of it.
-Every adapter is stored as soon as it is known, so a sync that is killed goes on where it stopped.
+From a Hub it reads the listing in pages, then adapter_config.json and the header of the weights of each new or
+changed commit, never the weights. From a folder tree it reads all files of each new or changed adapter. Every adapter
+is stored as soon as it is read, so a killed sync resumes where it stopped.
 """
 
 import time
@@ -32,11 +32,11 @@ _MOST_FAILURES_IN_A_ROW = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
-    """What a sync did, or would do.
+    """The outcome of a sync, or its plan.
 
     `new` and `changed` were read and stored. `unusable` counts the adapters of this source that are listed with a
-    reason. `failed` went wrong in a way that may pass; `left` were not asked for any more (budget spent, or the Hub
-    went away): a rerun reads both. `plan` gives every id with what was to be done about it.
+    reason. `failed` counts failures that may pass, `left` adapters that were not requested (budget spent, or the Hub
+    unreachable): a rerun reads both. `plan` maps every id to the planned action.
     """
 
     source: str
@@ -57,7 +57,7 @@ class SyncReport:
 
     @property
     def complete(self) -> bool:
-        """True if a rerun would have nothing more to do."""
+        """True if a rerun would read nothing more."""
         return not self.failed and not self.left
 
 
@@ -79,19 +79,19 @@ def sync(
 
     Args:
         source: a Hub (its budget of requests is kept), or a folder whose subfolders hold adapters.
-        base: the base model asked for: needed with a Hub; with a folder "" accepts every base.
-        aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of each of
-            them are listed too. All of them are remembered.
-        dropped: names that were such an alias and are no longer; what declared one of them cannot be used any more.
-        skeleton: finds what the base is made of, when that is first needed; None where it cannot be known.
-        limit: look at so many adapters at most.
-        since: on a Hub, leave out what was created before this ISO time.
-        force: read again what has not changed.
+        base: the base model asked for: required with a Hub; with a folder "" accepts every base.
+        aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of these
+            names are listed too. All are remembered.
+        dropped: names that are no longer an alias; adapters that declare one of them become unusable.
+        skeleton: returns the base's modules on first need; None if they cannot be known.
+        limit: the most adapters to look at.
+        since: on a Hub, skip adapters created before this ISO time.
+        force: read unchanged adapters again.
         dry_run: only plan: read the listing, store nothing.
 
     Raises:
         UsageError, NothingMatched: no base for a Hub, or no such folder.
-        AccessDenied, NetworkError, OutputError: the work could not go on; what is stored stays.
+        AccessDenied, NetworkError, OutputError: the sync had to stop; stored adapters stay.
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     aliases = tuple(name for name in names_of(catalogue, base, aliases) if name not in dropped)
@@ -125,7 +125,7 @@ def sync(
 
 @dataclass
 class _Work:
-    """One sync under way: what is to be done about each adapter, and how it went."""
+    """One running sync: the action for each adapter, and its outcome."""
 
     catalogue: Catalogue
     source: Source
@@ -139,7 +139,7 @@ class _Work:
     _failed_in_a_row: int = 0
 
     def take(self, batch: Sequence[Found]) -> None:
-        """Plan for one batch, then read and store what is new or has changed in it."""
+        """Plan one batch, then read and store its new and changed adapters."""
         batch = [found for found in batch if found.stub.id not in self.actions]
         known = self.catalogue.known([found.stub.id for found in batch])
         popularity = {}
@@ -160,7 +160,7 @@ class _Work:
             self._read(to_read, known)
 
     def remove(self, ids: Sequence[str]) -> None:
-        """Mark rows whose adapters are no longer there."""
+        """Mark rows whose adapters are no longer at the source."""
         self.actions.update((id, "gone") for id in ids)
         if ids and not self.dry_run:
             self.catalogue.mark(ids, "gone", "no longer at its source")
@@ -229,7 +229,7 @@ class _Work:
         except (NetworkError, DataError, OSError) as error:
             reason = error.message if isinstance(error, LoraError) else (error.strerror or str(error))
             self.failures[id] = reason
-            # A network that fails again and again is down; so many locked files are only many.
+            # Only network errors count towards giving up: a locked file says nothing about the next one.
             self._failed_in_a_row += isinstance(error, NetworkError)
             self.stopped = self.stopped or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
             if id in known:
@@ -241,14 +241,14 @@ class _Work:
 
 
 def _once(skeleton: Callable[[], Skeleton | None] | None) -> Callable[[], Skeleton | None]:
-    """The skeleton, found when it is first asked for."""
+    """The skeleton, found on first use."""
     if skeleton is None:
         return lambda: None
     found = cache(skeleton)
     lock = Lock()
 
     def look() -> Skeleton | None:
-        with lock:  # a cache alone lets every thread that comes early do the work
+        with lock:  # without the lock, every thread that starts before the first result would do the work
             return found()
 
     return look

@@ -1,4 +1,4 @@
-"""A task as a base would read it: lengths, what does not fit, what is there twice, and single examples as tokens."""
+"""A task as a base would read it: lengths, examples that are too long, duplicates, and single examples as tokens."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from lora_cli.task import split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lengths:
-    """Lengths of examples; 95 % of them do not exceed `p95`."""
+    """Lengths of examples; `p95` is the 95th percentile."""
 
     median: int
     p95: int
@@ -23,14 +23,13 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskFacts:
-    """What a task's examples are like. Without a base the lengths are in characters, and None stands for the rest.
+    """Facts about a task's examples. Without a base the lengths are in characters, and other facts are None.
 
-    `duplicates` counts the examples that repeat an earlier one, `across_split` the validation prompts that are training
-    prompts too, `in_test` the test prompts that are prompts of this task too. `takes` is the most tokens that the base
-    takes, `too_long` names the examples that have more. `one_token` counts the completions of one token, `parted` the
-    examples that have no right cut, `marked` the prompts that hold control tokens of the chat template, `early` the
-    answers that hold an end of their turn. `unread` names what was given and changes nothing of what the base reads:
-    keys of messages and lines, `--system`.
+    `duplicates` counts examples that repeat an earlier one, `across_split` validation prompts that are also training
+    prompts, `in_test` test prompts that are also prompts of this task. `takes` is the base's token limit, `too_long`
+    names the examples above it. `one_token` counts completions of one token, `parted` examples without a right cut,
+    `marked` prompts with control tokens of the chat template, `early` answers with an end of turn inside. `unread`
+    names input that has no effect on the rendered prompts: keys of messages and lines, `--system`.
     """
 
     examples: int
@@ -50,7 +49,7 @@ class TaskFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadExample:
-    """One example in pieces: tokens, or turns without a base. The pieces from `start` on are learnt and scored."""
+    """One example in pieces: tokens, or turns without a base. Pieces from `start` on are learnt and scored."""
 
     id: str
     pieces: tuple[str, ...]
@@ -69,9 +68,9 @@ def look(
     """The facts of a task, at least one example.
 
     Args:
-        encoder: the base's; None looks at the text alone.
-        seed: that of the split into training and validation part, which is looked at for repeated prompts.
-        test: test data, which is looked at for prompts of the task.
+        encoder: the base's encoder; None uses the text alone.
+        seed: the seed of the split into training and validation part, which is checked for repeated prompts.
+        test: test data, which is checked for prompts of the task.
 
     Raises:
         DataError: an example that the base cannot read, its length aside; see `Encoder.read`.
@@ -116,7 +115,7 @@ def read(example: Example, encoder: Encoder | None = None) -> ReadExample:
 
 
 def _identity(example: Example, *, whole: bool = False) -> str:
-    """The same text for the same prompt, however it is written, or for the same example."""
+    """A text that is the same for the same prompt, however it is written, or for the same example."""
     answer = [example.completion, example.answer] if whole else []
     return json.dumps([as_turns(example), example.extras, answer], sort_keys=True)
 
@@ -126,7 +125,7 @@ def _text(example: Example) -> str:
 
 
 def _repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
-    """How many of `others` have a prompt of `these`."""
+    """The number of examples in `others` whose prompt is also in `these`."""
     prompts = {_identity(example) for example in these}
     return sum(_identity(example) in prompts for example in others)
 
@@ -138,7 +137,7 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
 
 
 def told(facts: TaskFacts) -> list[str]:
-    """The lines that every command prints about the task it reads: a summary, and what has no effect on it."""
+    """The lines that every command prints about its task: a summary, and the input without effect."""
     lengths = facts.lengths
     parts: list[Any] = [
         f"data: {_counted(facts.examples, 'example')}",

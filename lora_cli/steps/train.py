@@ -22,9 +22,9 @@ from lora_cli.task import split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """How a LoRA was trained; its files are in the folder that `train` was given.
+    """The result of a training; the LoRA's files are in the folder given to `train`.
 
-    `adapted` says which matrices of the base it adapts and which not, "" where that goes without saying.
+    `adapted` lists the matrices of the base that the LoRA adapts and those that it does not, "" for the usual ones.
     """
 
     learnt: Learnt
@@ -49,7 +49,7 @@ def train(
 ) -> TrainResult:
     """Train a LoRA on 80 % of the examples, keep the best step by loss on the rest, and save it into `folder`.
 
-    `folder` is an empty folder (`outputs.whole_folder` gives one); the two PEFT files go into it.
+    `folder` must be empty (`outputs.whole_folder` makes one); the two PEFT files go into it.
 
     Args:
         target_modules: names of modules, or "all-linear"; see `models.new_adapter.choose`.
@@ -95,7 +95,7 @@ def asked(
     recipe: Recipe,
     data: str,
 ) -> dict[str, Any]:
-    """The settings of a run that trains, beside those of the base. UsageError when they make no LoRA."""
+    """The settings of a run that trains, beside those of the base. UsageError for settings that make no LoRA."""
     _demand_sane(rank, alpha, dropout)
     shape = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target_modules}
     return {**shape, **recipe.settings, "data": data}
@@ -119,7 +119,7 @@ def train_and_write(
     """Train, and write adapter, model card and run.json as one folder, whole or absent. `options` are `train`'s.
 
     Raises:
-        OutputError: `folder` exists (and `replace` is false) or cannot be written. Everything that `train` raises.
+        OutputError: `folder` exists (and `replace` is false) or cannot be written. Also the errors of `train`.
     """
     with whole_folder(folder, replace=replace) as partial:
         result = train(base, examples, partial, progress=progress, **options)

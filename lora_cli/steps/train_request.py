@@ -1,4 +1,4 @@
-"""From what the user asks of a training to a job that is ready to run."""
+"""From the user's request for a training to a job that is ready to run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from lora_cli.task import load_task, task_sha256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """A training that is planned: of a LoRA as `options` say, on the task `file`."""
+    """A planned training of a LoRA with `options` on the task `file`."""
 
     job: Job
     ref: BaseRef
@@ -34,7 +34,7 @@ class TrainJob:
 
     @property
     def matrices(self) -> str | None:
-        """Which matrices of the base are adapted and which not, where that does not go without saying."""
+        """The matrices of the base that are adapted and those that are not, "" for the usual ones."""
         folder = config_here(self.ref.place)
         skeleton = skeleton_at(folder) if folder is not None else None
         if skeleton is None:

@@ -1,4 +1,4 @@
-"""Look at one adapter as if it had never been seen, and say what of it fits the base model."""
+"""Check one adapter afresh, ignoring the catalogue, and measure how much of it fits the base model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ _PROBE_BYTES = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What a close look at one adapter gave.
+    """The result of checking one adapter.
 
-    `coverage` is the share of its modules that the base has in the same shape, None where it is not known what the base
-    is made of. `deep` is True if the weights themselves were read, as they are where the catalogue knows a fault.
+    `coverage` is the share of its modules that the base has in the same shape, None if the base's modules are not
+    known. `deep` is True if the weights were read, as they always are if the catalogue lists the adapter as faulty.
     """
 
     adapter: Adapter
@@ -43,15 +43,15 @@ def verify(
     skeleton: Skeleton | None = None,
     deep: bool = False,
 ) -> Verdict:
-    """Read configuration and header anew and judge them, with `deep` the weights too.
+    """Read configuration and header again and judge them, with `deep` the weights too.
 
     Args:
         adapter: a row of the catalogue, or one made for a folder.
-        hub: where to read what is not on this machine; None to look only at what is.
+        hub: the source of files that are not on this machine; None to use local files only.
         base: the base model asked for, "" for any.
-        skeleton: what that is made of, where it is known.
+        skeleton: the base's modules, None if they are not known.
 
-    Raises the errors of the Hub, and Refused where its files are not here and there is no Hub to ask.
+    Raises the errors of the Hub, and Refused if the files are not on this machine and `hub` is None.
     """
     config, weights, header, names = _files(adapter, hub, fetch=deep)
     absent = header is None and adapter.source == "folder"
@@ -66,12 +66,12 @@ def verify(
     )
     found = replace(adapter, **facts)
     read = False
-    # Configuration and header of an adapter with bad weights look sound.
+    # An adapter with bad weights can have a sound configuration and header.
     deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
         found, read = weighed(found, weights, header, config, skeleton), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
-            found = replace(found, status="unusable", reason="its weights are not those that the catalogue knows")
+            found = replace(found, status="unusable", reason="its weights differ from those in the catalogue (sha256)")
         copies = locate_modules(parse_config(config), header, skeleton).copies if found.status == "ok" else {}
         if copies:
             from lora_cli.steps.copies import judge_copies
@@ -86,7 +86,7 @@ def verify(
 def _files(
     adapter: Adapter, hub: Hub | None, *, fetch: bool
 ) -> tuple[bytes | None, Path | None, Header | HeaderError | None, tuple[str, ...]]:
-    """Configuration, where the weights are if they are here, their header, and the names of all files."""
+    """Configuration, path of the weights if they are local, their header, and the names of all files."""
     if adapter.source == "folder":
         folder = Path(adapter.repo, adapter.subfolder)
         if folder_of(str(folder)) is None:

@@ -1,1 +1,1 @@
-"""What PEFT makes of A and B apart, so that results obtained with it can be had again."""
+"""PEFT's per-factor combination types, to reproduce results obtained with them."""
