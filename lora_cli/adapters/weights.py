@@ -1,4 +1,4 @@
-"""The facts that need an adapter's weights: finite or not, zero or not, and the norm of its update. numpy, not torch."""
+"""The facts that need an adapter's weights: finite or not, zero or not, the norm of its update. numpy, not torch."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
