@@ -184,7 +184,7 @@ def test_a_folder_of_the_catalogue_is_never_replaced_by_a_repository_of_its_name
     ok("pool", "sync", "--from", str(folder.parent))
     fake.add("pool/mine")
     fake.forget()
-    assert "not at 12345678" in refused(3, "merge", "pool/mine@12345678")
+    assert "commit 12345678 is not available here" in refused(3, "merge", "pool/mine@12345678")
     assert fake.asked == []
 
 

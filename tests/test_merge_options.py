@@ -149,7 +149,7 @@ def test_learnt_coefficients_are_merged_as_fit_wrote_them() -> None:
 
 def test_coefficients_of_others_are_refused() -> None:
     Path("c.json").write_text(coefficients_text(coefficients()))
-    assert "the coefficients need two" in refused(5, "merge", "one", "--coef", "c.json")
+    assert "which was not given" in refused(5, "merge", "one", "--coef", "c.json")
     assert "--weights and --dedupe cannot be combined with --coef" in refused(
         2, "merge", *TWO, "--coef", "c.json", "--weights", "sum"
     )

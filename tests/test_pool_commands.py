@@ -147,7 +147,7 @@ def test_show_gives_all_that_is_known(pool: Path) -> None:
     assert "status\tunusable" in by_path
     assert "reason\tNaN or Inf" in by_path
     assert json.loads(ok("pool", "show", f"pool/alice/sql@{facts['commit'][:8]}", "--json").out) == facts
-    assert "not at 12345678" in refused(3, "pool", "show", "pool/alice/sql@12345678")
+    assert "commit 12345678 is not available here" in refused(3, "pool", "show", "pool/alice/sql@12345678")
     assert "did you mean pool/alice/sql" in refused(3, "pool", "show", "pool/alice/sqk")
 
 

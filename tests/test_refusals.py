@@ -47,7 +47,7 @@ def pool(own_home: Path) -> Iterator[Path]:
         (["pool/good", "pool/nan"], 5, "NaN or Inf in model.layers.0.mlp.up_proj"),
         (["pool/good", "pool/cut"], 5, "pool/cut: truncated"),
         (["pool/good", "pool/dora"], 5, "DoRA"),
-        (["pool/good", "pool/silent"], 5, "every lora_B is zero"),
+        (["pool/good", "pool/silent"], 5, "lora_B or lora_alpha is zero"),
         (["pool/good", "pool/good"], 5, "is given twice"),
         (["pool/good", "pool/empty"], 5, "no adapter_config.json"),
         (["pool/good", "missing"], 3, "missing: not in the catalogue"),
