@@ -388,7 +388,7 @@ def test_a_system_turn_goes_in_front_of_every_prompt() -> None:
         read = encoder(made, system="Be brief.")
         own = encoder(made).encode(example(PROMPTS["system"], "Paris"))
         assert read.encode(example("What is it?", "Paris")) == own
-        with pytest.raises(DataError, match="example 7: it has a system turn of its own"):
+        with pytest.raises(DataError, match="example 7: the example has its own system turn"):
             read.encode(example(PROMPTS["system"], "Paris", id="7"))
 
 

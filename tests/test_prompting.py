@@ -154,7 +154,7 @@ def test_an_example_with_a_system_turn_of_its_own_is_named(here: Path) -> None:
     with Path("task.jsonl").open("a") as file:
         file.write(json.dumps({"id": "seven", "messages": turns}) + "\n")
     ok("train", *QUICK, "-o", "new")
-    assert "example seven: it has a system turn of its own" in refused(1, "train", *QUICK, "--system", "x")
+    assert "example seven: the example has its own system turn" in refused(1, "train", *QUICK, "--system", "x")
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ def test_a_missing_last_line_break_a_byte_order_mark_and_crlf_are_no_fault(tmp_p
         ('{"prompt": "a", "completion": "b", "choices": ["b"]}', "at least two"),
         ('{"prompt": "a", "completion": "b", "choices": ["c", "d"]}', "not one of the choices"),
         ('{"prompt": "a", "completion": "b", "id": []}', '"id" must be text, not a list'),
-        ('{"prompt": "a", "completion": "b", "id": "1"}', "already that of line 1"),
+        ('{"prompt": "a", "completion": "b", "id": "1"}', "already used in line 1"),
     ],
 )
 def test_a_bad_line_is_named_by_file_line_and_reason(tmp_path: Path, line: str, reason: str) -> None:
