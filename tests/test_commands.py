@@ -235,6 +235,19 @@ def test_the_version_is_that_of_the_package() -> None:
     assert ok("--version").out == f"lora {importlib.metadata.version('lora-cli')}\n"
 
 
+def test_the_help_of_merge_fits_a_screen_and_lists_a_methods_options_where_it_is_named() -> None:
+    plain = ok("merge", "--help").out
+    assert len(plain.splitlines()) <= 85
+    assert "--gamma" not in plain
+    assert "--system" not in plain
+    ties = ok("merge", "-m", "ties", "--help").out
+    assert ties == ok("merge", "--help", "--method=ties").out
+    assert re.search(r"Options of --method ties:\n  --density <0 < x <= 1>\s.*\[default: 0.2\]", ties, flags=re.DOTALL)
+    assert "--gamma" not in ties
+    assert "--gamma" in ok("merge", "-m", "core", "--help").out
+    assert "--system" in ok("merge", "-m", "regmean", "--help").out
+
+
 def completed(line: str, folder: Path) -> list[str]:
     """What bash offers at the end of `line`."""
     place = len(line.split()) - (not line.endswith(" "))

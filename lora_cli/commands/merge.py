@@ -201,9 +201,20 @@ class MergeCommand(Command):
 
     def left_out(self, ctx: Any) -> Collection[str]:
         method = METHODS.methods.get(ctx.meta.get("method", ""))
-        taken = METHODS.knobs_of(method.name) if method is not None else {}
         prompts = () if method is not None and method.needs == "inputs" else Prompts.flags()
-        return {name for name in METHODS.knobs if name not in taken} | {*prompts}
+        return {*METHODS.knobs, *prompts}
+
+    def added(self, ctx: Any) -> Mapping[str, list[tuple[str, str]]]:
+        method = METHODS.methods.get(ctx.meta.get("method", ""))
+        knobs = METHODS.knobs_of(method.name) if method is not None else {}
+        rows = [(_spelled(knob), f"{knob.help}  [default: {knob.default}]") for knob in knobs.values()]
+        return {f"Options of --method {method.name}": rows} if method is not None and rows else {}
+
+
+def _spelled(knob: Knob) -> str:
+    """A method's option with the values that it takes."""
+    values = "|".join(knob.choices) or knob.range() or knob.type.__name__
+    return f"--{knob.name.replace('_', '-')} <{values}>"
 
 
 def with_knobs(function: Callable[..., None]) -> Callable[..., None]:

@@ -174,9 +174,13 @@ class Command(TyperCommand):
         """The options hidden from the help, by the names of their parameters."""
         return ()
 
+    def added(self, ctx: Any) -> Mapping[str, list[tuple[str, str]]]:
+        """Rows (option, help) that the help lists first, by heading."""
+        return {}
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         hidden = self.left_out(ctx)
-        panels: dict[str, list[tuple[str, str]]] = {}
+        panels = {heading: [*rows] for heading, rows in self.added(ctx).items()}
         for parameter in self.get_params(ctx):
             row = None if parameter.name in hidden else parameter.get_help_record(ctx)
             if row is not None:
