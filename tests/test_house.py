@@ -125,6 +125,17 @@ def test_every_room_has_its_floor() -> None:
     assert [name for name, _ in rooms() if name and floor(name) is None] == []
 
 
+def test_the_drawing_names_every_room_and_no_other() -> None:
+    drawing = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8").partition("**Floors**")[0]
+    named = set(re.findall(r"\b(\w+)\.py\b", drawing))
+    files = {file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py")}
+    # Folders of methods and the embedded world are open: the drawing names them as a whole, with examples.
+    open_folders = {"merge_methods", "selection_methods", "world"}
+    rooms = {file.stem for file in files if file.parts[0] not in open_folders}
+    assert rooms - named - {"__init__"} == set()
+    assert named - {file.stem for file in files} == set()
+
+
 def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
     # The package itself is the door: it hands out what lies on higher floors, when it is asked for.
     assert [breach for name, tree in rooms() if name for breach in breaches(name, tree)] == []
