@@ -449,6 +449,25 @@ def test_a_lock_that_somebody_wrote(lock: Path) -> None:
         assert not Path("again").exists()
 
 
+def test_a_lock_of_an_earlier_version_gives_the_same_weights(lock: Path) -> None:
+    ok("merge", *TWO, "-m", "linear", "--compact", "-o", "before")
+    record = json.loads(Path("before/run.json").read_text())
+    for name in ("compact", "saved_modules"):
+        del record["settings"][name]
+    record["settings"]["for"] = ""
+    record["outputs"]["adapter_config.json"] = "0" * 64
+    Path("earlier.json").write_text(json.dumps(record))
+    told = ok("merge", *TWO, "--locked", "earlier.json", "-o", "again")
+    assert "earlier.json is of an earlier version: weights are rebuilt byte for byte" in told.err
+    name = "adapter_model.safetensors"
+    assert Path("again", name).read_bytes() == Path("before", name).read_bytes()
+    record["outputs"][name] = "0" * 64
+    Path("earlier.json").write_text(json.dumps(record))
+    assert f"{name} differs from the locked merge" in refused(
+        5, "merge", *TWO, "--locked", "earlier.json", "-o", "other", "--force"
+    )
+
+
 def test_a_lock_without_outputs_proves_nothing(lock: Path) -> None:
     Path("other.json").write_text(json.dumps({**json.loads(lock.read_text()), "outputs": {}}))
     assert "not the run.json of a merge" in refused(1, "merge", *TWO, "--locked", "other.json", "-o", "again")

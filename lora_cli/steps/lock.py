@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace as replace_options
 
 from lora_cli.adapters.devices import resolve_device
-from lora_cli.adapters.kinds import WEIGHTS_NAME
+from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.adapters.store import sha256_of
 from lora_cli.catalogue import Catalogue
@@ -41,7 +41,8 @@ class _Settings(MergeOptions, frozen=True, kw_only=True):
 class Lock:
     """The ingredients of a finished merge. `parents` maps `id@commit` to the SHA-256 of the weights.
 
-    `folders` maps each parent that was a folder to the path that the lock gives for it, if any.
+    `folders` maps each parent that was a folder to the path that the lock gives for it, if any. `earlier` is true for a
+    run.json of a version that wrote the configuration in another form; `outputs` then holds the weights alone.
     """
 
     file: Path
@@ -50,6 +51,7 @@ class Lock:
     folders: Mapping[str, Path | None]
     versions: Mapping[str, str]
     outputs: Mapping[str, str]
+    earlier: bool = False
 
     @property
     def options(self) -> MergeOptions:
@@ -90,6 +92,10 @@ def read_lock(file: Path) -> Lock:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         lock = record["merge.lock"]
+        outputs, earlier = dict(_not_empty(record["outputs"])), _is_earlier(record["settings"])
+        if earlier:
+            # The same configuration is written in another form today; the weights have to come out byte for byte.
+            outputs.pop(CONFIG_NAME, None)
         return Lock(
             file=file,
             settings=_settings(record["settings"], lock["parents"].keys()),
@@ -100,7 +106,8 @@ def read_lock(file: Path) -> Lock:
                 if parent["source"] == "folder"
             },
             versions={str(name): str(version) for name, version in lock["versions"].items()},
-            outputs=dict(_not_empty(record["outputs"])),
+            outputs=outputs,
+            earlier=earlier,
         )
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}") from None
@@ -227,8 +234,16 @@ def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
         )
 
 
+def _is_earlier(settings: Mapping[str, Any]) -> bool:
+    """Whether a version wrote these settings that had not all options of today."""
+    return not settings.keys() >= _BEFORE.keys()
+
+
 def _settings(found: Any, parents: Collection[str]) -> dict[str, Any]:
     """`found` if it has the form of a merge's settings for `parents`; else ValueError, TypeError and the like."""
+    found = {**found}
+    if _is_earlier(found) and found["for"] == "":
+        found["for"] = None
     settings = _Settings.of_settings({**_BEFORE, **found})
     if settings.weights.keys() != _not_empty(parents):
         raise ValueError("weights of other adapters than the parents")

@@ -93,6 +93,11 @@ class MergeRequest:
             self.lock.options if self.lock is not None else replace(options, device=resolve_device(settings.device))
         )
         METHODS.check(self.options.method, self.options.knobs)
+        if self.lock is not None and self.lock.earlier:
+            pool.announce(
+                f"{sources.locked} is of an earlier version: weights are rebuilt byte for byte, the configuration is "
+                "written as today"
+            )
         self.chosen = pool.chosen(texts, sources.selection, self._recorded)
         self.spelled = sources.weights or METHODS.get(self.options.method).weights
         self.weights = [] if self._recorded else _weights(self.spelled, self.chosen)
