@@ -297,7 +297,7 @@ KINDS = (
             _file(_Q | {"lm_head": (104, 32)}, ["q_proj", "lm_head"]),
             lambda found: found | {"base_model.model.lm_head.base_layer.weight": torch.ones(104, 32)},
         ),
-        refused="its copy of lm_head.weight is not that of",
+        refused="its copy of lm_head.weight differs from",
         but={"sync": ""},
         says="sync, and verify without --deep, do not compare",
     ),
