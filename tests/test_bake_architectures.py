@@ -64,6 +64,7 @@ def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
     bakes_as_peft(kind, trained(tmp_path / "adapter", kind, LoraConfig(r=2, lora_alpha=6, target_modules=targets)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phimoe", "gpt_oss", "llama4_text", "qwen3_vl_moe"])
 def test_fused_experts_and_routers(kind: str, tmp_path: Path) -> None:
     router = next(name for name in skeleton(kind).matrices if name.endswith((".gate", ".router")))

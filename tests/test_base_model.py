@@ -229,6 +229,7 @@ def test_what_a_base_is_made_of_is_unknown_without_a_class_for_it(tmp_path: Path
     assert skeleton(tmp_path) is None
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NothingMatched, match="no base model at"):
         load("./absent")

@@ -317,6 +317,7 @@ def test_writers_wait_for_each_other_even_for_the_first_write(tmp_path: Path) ->
         assert len(catalogue.find()) == 4 * 40 * 2
 
 
+@pytest.mark.slow
 def test_writers_killed_at_any_moment_leave_whole_batches(tmp_path: Path) -> None:
     path = tmp_path / "killed.db"
     chance = random.Random(3)

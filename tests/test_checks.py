@@ -201,6 +201,7 @@ def weights(path: Path, *factors: tuple[np.ndarray, np.ndarray], dtype: str = "F
     return read_header(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
 @pytest.mark.parametrize("shape", [(50, 4, 30), (3, 8, 5), (3, 4, 9), (70_000, 64, 2), (5, 6, 400_000)])
 def test_the_norm_is_that_of_the_whole_update(tmp_path: Path, dtype: str, shape: tuple[int, int, int]) -> None:

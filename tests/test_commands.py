@@ -150,6 +150,7 @@ def test_help_comes_at_once() -> None:
     assert (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / 3 <= 0.4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [("lora me", "merge"), ("lora merge --method ", "ties"), ("lora pool s", "sync"), ("lora select --by r", "random")],

@@ -64,6 +64,7 @@ def method_of(combination: str) -> str:
     return f"peft-{combination.replace('_', '-')}"
 
 
+@pytest.mark.slow
 @every_combination
 @pytest.mark.parametrize("weights", [[1.0] * 4, [0.5, 2.0, 0.1, 1.0], [0.7, -0.4, 1.0, -1.5]], ids=str)
 def test_random_adapters_come_out_as_in_peft(
@@ -188,6 +189,7 @@ def test_ties_is_pefts_ties_svd_where_weights_are_one(
     close(deltas(tmp_path / "out"), wanted, 1e-5)
 
 
+@pytest.mark.slow
 @needs_wild
 @pytest.mark.parametrize("group", GROUPS)
 def test_real_adapters_merge_as_in_pefts_svd_ties_svd_and_magnitude_prune_svd(tmp_path: Path, group: str) -> None:

@@ -51,6 +51,7 @@ def test_the_refusal_says_what_is_wrong(what: str, reason: str) -> None:
         parse_config(MALFORMED[what])
 
 
+@pytest.mark.slow
 @given(data=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(str.encode)))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_give_facts_or_a_config_error(data: bytes) -> None:
@@ -170,6 +171,7 @@ keys = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(patterns=st.dictionaries(keys, st.integers(1, 99), max_size=5), module=parts.map(".".join))
 @settings(max_examples=500, deadline=None)
 def test_keys_match_as_in_peft(patterns: dict[str, int], module: str) -> None:

@@ -250,6 +250,7 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
     assert [score.cut for score in run(base, BASE, skilled, metric="nll").values()] == [None, None]
 
 
+@pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
     from lora_cli.base_model import load

@@ -77,6 +77,7 @@ def test_a_recipe_that_cannot_be_followed(setting: dict[str, float]) -> None:
         replace(Recipe(), **setting)
 
 
+@pytest.mark.slow
 def test_fit_finds_the_adapter_that_helps(base: BaseModel, pool: list[OpenAdapter]) -> None:
     result = fit(base, pool, examples(50), recipe=Recipe(steps=60), task_sha256="ab" * 32)
     assert (result.n_train, result.n_validation) == (40, 10)
@@ -265,6 +266,7 @@ def test_settings_that_make_no_lora(base: BaseModel, tmp_path: Path, setting: di
         train(base, examples(20), tmp_path, recipe=SHORT, **setting)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) -> None:
     from lora_cli.base_model import load

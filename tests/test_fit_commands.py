@@ -51,6 +51,7 @@ def record(folder: str | Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_literal_lines_of_the_tour(here: World) -> None:
     ok("merge", "--method", "ties")
     fitted = ok("fit", "--data", "task.jsonl")

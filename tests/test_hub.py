@@ -122,6 +122,7 @@ def test_what_goes_wrong_for_good_is_a_network_error(fake: FakeHub) -> None:
     assert len(fake.asked) == 5
 
 
+@pytest.mark.slow
 def test_a_rate_limit_is_waited_for_as_long_as_the_hub_says_and_the_user_is_told(fake: FakeHub) -> None:
     repo = fake.add("alice/sql")
     fake.fail("/resolve/", status=429, headers={"RateLimit": '"resolvers";r=0;t=1'})
@@ -151,6 +152,7 @@ def test_an_answer_that_spends_the_window_makes_the_next_request_wait(fake: Fake
     assert time.monotonic() - begin > 0.9
 
 
+@pytest.mark.slow
 def test_a_hub_that_stays_silent_is_given_up(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.add_many(3)
     monkeypatch.setattr(door, "_SILENCE_SECONDS", 0.2)

@@ -153,6 +153,7 @@ def test_a_gated_adapter_can_be_used_as_soon_as_its_owner_lets_one_in(fake: Fake
     ok("merge", "dora/locked", "-o", "out")
 
 
+@pytest.mark.slow
 def test_without_a_network_the_message_says_both_what_is_unknown_and_why_it_stays_so(
     fake: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

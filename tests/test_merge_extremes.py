@@ -80,6 +80,7 @@ def test_weights_too_large_to_compute_with_are_refused(tmp_path: Path, method: s
         merged(tmp_path / "out", folders, weights, method=method)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["ties", "dare-ties", "della", "pico", "lego"])
 @pytest.mark.parametrize("factor", [1e9, 1e-12])
 def test_where_only_ratios_of_weights_count_their_size_does_not(tmp_path: Path, method: str, factor: float) -> None:

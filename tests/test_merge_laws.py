@@ -182,6 +182,7 @@ def test_every_method_states_its_laws() -> None:
     assert sorted(LAWS) == sorted(METHODS.methods)
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize("weights", [WEIGHTS, [1.0] * 4, [0.5, -1.0, 0.25, 1.5]], ids=["mixed", "ones", "signed"])
 def test_equals_the_dense_reference_on_mixed_ranks(name: str, weights: list[float]) -> None:
@@ -190,6 +191,7 @@ def test_equals_the_dense_reference_on_mixed_ranks(name: str, weights: list[floa
     same(merged(name, updates, weights), expected(name, updates, weights), LAWS[name].tolerance)
 
 
+@pytest.mark.slow
 @every_method
 def test_the_order_of_adapters_does_not_matter(name: str) -> None:
     updates, weights = case_of(name)
@@ -227,6 +229,7 @@ def test_a_common_factor_on_all_adapters_comes_out(name: str, factor: float) -> 
     same(merged(name, scaled, weights) / factor, merged(name, updates, weights), 1e-8)
 
 
+@pytest.mark.slow
 @every_method
 def test_only_the_product_of_the_factors_matters(name: str) -> None:
     if not LAWS[name].gauge:

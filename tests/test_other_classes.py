@@ -66,6 +66,7 @@ def by_peft(folder: str, kind: str, name: str) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "named", "trained", "settings"), CLASSES)
 def test_the_result_is_for_the_class_that_its_parents_were_trained_on(
     kind: str, named: str, trained: str, settings: dict[str, Any]

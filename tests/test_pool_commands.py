@@ -96,6 +96,7 @@ def test_what_failed_in_passing_makes_a_partial_sync(fake: FakeHub, monkeypatch:
     assert lora("pool", "sync").code == 0
 
 
+@pytest.mark.slow
 def test_a_network_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORA_BASE", BASE)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -109,6 +109,7 @@ def wrong_in(folder: Path, wanted: Mapping[str, Tensor]) -> set[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_reader_applies_what_peft_applies_except_those_that_are_named(form: str) -> None:
     folder, told = made(*FORMS[form])
@@ -128,6 +129,7 @@ def test_the_update_is_that_of_the_parents(form: str) -> None:
     close(deltas(folder), {m: 0.5 * wide[m] + 2.0 * narrow.get(m, torch.zeros(())) for m in BASE}, 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [form for form in FORMS if "compact" not in form])
 def test_a_result_has_one_rank_which_is_its_alpha(form: str) -> None:
     folder, told = made(*FORMS[form])

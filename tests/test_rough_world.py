@@ -201,6 +201,7 @@ def test_a_strange_lora_toml_gets_one_line(text: str) -> None:
     assert len(said.strip().splitlines()) <= 2
 
 
+@pytest.mark.slow
 def test_a_full_stderr_changes_no_exit_code(own_home: Path) -> None:
     for words, code in ((["merge", "nowhere-at-all", "-m", "x"], 2), (["merge", *TWO, "-o", "out"], 0)):
         with Path("/dev/full").open("w") as full:

@@ -153,6 +153,7 @@ def test_the_encoder_of_a_base_is_loaded_without_its_weights(name: str, own_home
     assert made.eos_token_id in load_encoder("base").ends
 
 
+@pytest.mark.slow
 def test_a_base_that_is_not_there_is_one_line(here: Path) -> None:
     with pytest.raises(NothingMatched):
         load_encoder("./absent")
