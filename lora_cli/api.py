@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from lora_cli.catalogue import Catalogue
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.recipes import EvalOptions, FitOptions, Recipe, Reduction, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import AdapterRow, Progress, Score, silent
 from lora_cli.settings import KEYS, Settings, load
-from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.opened_pool import pool_of
+from lora_cli.task import read_task
 
 Rows = list[AdapterRow]
 Names = list[str]
@@ -36,14 +36,8 @@ class OpenPool:
 
     def __init__(self, settings: Settings, announce: Callable[[str], None], progress: Progress) -> None:
         self.settings = settings
-        self._catalogue = Catalogue(settings.db)
-        self._pool = Pool(
-            catalogue=self._catalogue,
-            base=settings.base,
-            aliases=settings.base_aliases,
-            announce=announce,
-            progress=progress,
-        )
+        self._pool = pool_of(settings, announce, progress)
+        self._catalogue = self._pool.catalogue
 
     def __enter__(self) -> Self:
         return self
@@ -68,28 +62,15 @@ class OpenPool:
 
     def select(self, by: str = "random", k: int = 30, *where: str, target: Path | str | None = None) -> Names:
         """The k best adapters by a selection method, as `id@commit`; remembered as the last selection."""
-        from lora_cli.steps.select import select
+        from lora_cli.steps.select import select_and_remember
 
-        settings, folder = self.settings, None if target is None else Path(target)
-        chosen = select(
-            self._catalogue,
-            by=by,
-            k=k,
-            base=settings.base,
-            where=where,
-            seed=settings.seed,
-            target=folder,
-            announce=self._pool.announce,
-            progress=self._pool.progress,
-        )
-        asked = {"k": k, "base": settings.base, "where": [*where], "seed": settings.seed, "target": str(folder or "")}
-        self._catalogue.remember_selection("", chosen, by, asked)
+        chosen, _ = select_and_remember(self._pool, self.settings.seed, by=by, k=k, where=where, target=_path(target))
         return [row.ref.pinned for row, _ in chosen]
 
     def merge(
         self,
         adapters: Sequence[str] = (),
-        method: str = "norm-matched",
+        method: str = "",
         *,
         out: Path | str | None = None,
         force: bool = False,
@@ -98,6 +79,7 @@ class OpenPool:
         """Merge adapters, each `ID`, `ID=WEIGHT` or a folder, and return the folder of the result.
 
         Args:
+            method: default norm-matched, or linear with `coef`.
             options: the options of `lora merge` with underscores, `lambda_` and `for_` among them, and the knobs of the
                 method: `rank=16`, `density=0.4`.
 
@@ -136,10 +118,8 @@ class OpenPool:
         from lora_cli.steps.fit_request import FitRequest
 
         shape, recipe, fit, reduction = _shared_out(options, Shape, Recipe, FitOptions, Reduction)
-        chosen = self._pool.chosen(adapters)
-        request = FitRequest(
-            self._pool, chosen.names, Path(data), self.settings, shape=shape, recipe=recipe, options=fit
-        )
+        names = self._pool.unweighted(adapters, verb="fit")
+        request = FitRequest(self._pool, names, read_task(Path(data)), self.settings, shape, recipe, fit)
         fitting = request.prepare(reduction, out=_path(out))
         fitting.run(self.settings.db, force=force, progress=self._pool.progress)
         return fitting.job.folder
@@ -150,7 +130,7 @@ class OpenPool:
 
         lora, recipe = _shared_out(options, TrainOptions, TargetRecipe)
         training = train_job(
-            Path(data),
+            read_task(Path(data)),
             self.settings,
             options=lora,
             recipe=recipe,
@@ -161,10 +141,13 @@ class OpenPool:
         return training.job.folder
 
     def evaluate(self, data: Path | str, adapters: Sequence[str] = (), **options: Any) -> Scores:
-        """Score the bare base and adapters on the task file `data`. `options` are those of `lora eval`."""
+        """Score the bare base and adapters on the task file `data`. `options` are those of `lora eval`.
+
+        An adapter without any effect, with which `lora eval` fails, has 0 in its score's `details["moved"]`.
+        """
         from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
 
-        names = adapters or last_written(self.settings.db)
+        names = self._pool.unweighted(adapters, verb="eval") if adapters else last_written(self.settings.db)
         settings = self.settings.with_values(test=Path(data))
         request = EvaluateRequest(self._pool, names, settings, EvalOptions.of(**options))
         return request.run(self.settings.db, progress=self._pool.progress)

@@ -13,15 +13,23 @@ Missing = Literal["zero", "renorm"]
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 HOW, WHAT, SIZE, FORM = "How to merge", "What to merge", "Size of the result", "Form of the result"
 
+Rank = Annotated[
+    str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
+]
+Energy = Annotated[
+    float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
+]
+
 
 class MergeOptions(Options, frozen=True, kw_only=True):
     """The options that decide the result of a merge, besides the adapters, their weights and the base model.
 
-    `rank` is a number, "sum" (exact) or "auto" (up to 64, or the largest rank among the adapters if that is more).
-    `scope` names the parts of the model to merge, like "layers=0-15,20" or "modules=q_proj,*.mlp.*"; all must hold.
-    `missing` is the treatment of an adapter in modules that it lacks: "zero" counts a zero update; "renorm" spreads its
-    weight over the others there. `saved_modules` is "refuse", "drop", or the `id@commit` of the adapter whose modules
-    the result takes. `device` is torch's name of the device for the arithmetic.
+    `method` is "" for the default of `MergeSources`. `rank` is a number, "sum" (exact) or "auto" (up to 64, or the
+    largest rank among the adapters if that is more). `scope` names the parts of the model to merge, like
+    "layers=0-15,20" or "modules=q_proj,*.mlp.*"; all must hold. `missing` is the treatment of an adapter in modules
+    that it lacks: "zero" counts a zero update; "renorm" spreads its weight over the others there. `saved_modules` is
+    "refuse", "drop", or the `id@commit` of the adapter whose modules the result takes. `device` is torch's name of the
+    device for the arithmetic.
     """
 
     method: Annotated[
@@ -32,7 +40,7 @@ class MergeOptions(Options, frozen=True, kw_only=True):
             default="norm-matched; linear with --coef",
             panel=HOW,
         ),
-    ] = "norm-matched"
+    ] = ""
     knobs: Mapping[str, Any] = {}
     lambda_: Annotated[float, Flag(help="Factor on the whole result.", panel=HOW)] = 1.0
     norm_match: Annotated[
@@ -56,12 +64,8 @@ class MergeOptions(Options, frozen=True, kw_only=True):
             panel=WHAT,
         ),
     ] = "refuse"
-    rank: Annotated[
-        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
-    ] = "auto"
-    energy: Annotated[
-        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
-    ] = None
+    rank: Rank = "auto"
+    energy: Energy = None
     compact: Annotated[
         bool, Flag(help="Leave each module at its own rank: smaller, but not every server reads it.", panel=SIZE)
     ] = False
@@ -76,6 +80,11 @@ class MergeOptions(Options, frozen=True, kw_only=True):
 
 class MergeSources(Options, frozen=True, kw_only=True):
     """The sources of a merge's adapters and weights."""
+
+    @property
+    def method(self) -> str:
+        """The default method. Coefficients were learnt for a weighted sum."""
+        return "norm-matched" if self.coef is None else "linear"
 
     weights: Annotated[
         str | None,

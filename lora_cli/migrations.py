@@ -185,32 +185,69 @@ def m002_revision_and_notes(db: Database) -> None:
 
 @migrations()
 def m003_thin_rows(db: Database) -> None:
-    """Ranks and card come last in a row, and an index holds the columns for selection, so that these long texts are
-    read only on request."""
+    """Put ranks and card last in a row, and the columns for selection into an index: neither reads the long texts."""
+    before = [f'"{column.name}"' for column in db.table("adapters").columns]
     for name in ("insert", "delete", "update"):
         db.execute(f"DROP TRIGGER adapters_fts_{name}")
     db.execute("ALTER TABLE adapters RENAME TO adapters_before")
-    columns = [line for line in _M001[0].splitlines() if line.startswith(" " * 8)]
-    heavy = [line for line in columns if line.split()[0] in ("ranks", "card")]
-    light = [line.rstrip(",") for line in columns if line not in heavy]
-    added = [f"{name} TEXT NOT NULL DEFAULT ''" for name in ("revision", "notes")]
-    added.append("rank_total INTEGER NOT NULL DEFAULT 0")
-    ordered = [*light, *added, *(line.rstrip(",") for line in heavy)]
-    db.execute(f"CREATE TABLE adapters ({', '.join(ordered)})")
-    names = ", ".join(line.split()[0] for line in ordered if not line.startswith("rank_total"))
+    db.execute(_M003_ADAPTERS)
     db.execute(
-        f"INSERT INTO adapters ({names}, rank_total) SELECT {names}, "
+        f"INSERT INTO adapters ({', '.join(before)}, rank_total) SELECT {', '.join(before)}, "
         "(SELECT coalesce(sum(value), 0) FROM json_each(ranks)) FROM adapters_before"
     )
     db.execute("DROP TABLE adapters_before")
+    # The indexes and the triggers of the full-text search, as they were.
     for statement in (*_M001[1:3], *_M001[4:7]):
         db.execute(statement)
     db.execute(
-        f"CREATE INDEX adapters_candidates ON adapters (status, base, {', '.join(_CANDIDATE)})",
+        "CREATE INDEX adapters_candidates "
+        'ON adapters (status, base, id, "commit", author, rank, rank_total, downloads, likes)'
     )
 
 
-_CANDIDATE = ("id", '"commit"', "author", "rank", "rank_total", "downloads", "likes")
+_M003_ADAPTERS = """
+    CREATE TABLE adapters (
+        key INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        "commit" TEXT NOT NULL,
+        source TEXT NOT NULL,
+        repo TEXT NOT NULL,
+        subfolder TEXT NOT NULL DEFAULT '',
+        author TEXT NOT NULL DEFAULT '',
+        base_declared TEXT NOT NULL DEFAULT '',
+        base TEXT NOT NULL DEFAULT '',
+        base_match TEXT NOT NULL DEFAULT 'unknown',
+        peft_type TEXT NOT NULL DEFAULT '',
+        rank INTEGER,
+        alpha REAL,
+        scale REAL,
+        rslora INTEGER NOT NULL DEFAULT 0,
+        target_modules TEXT NOT NULL DEFAULT '[]',
+        modules INTEGER NOT NULL DEFAULT 0,
+        layers INTEGER NOT NULL DEFAULT 0,
+        dtype TEXT NOT NULL DEFAULT '',
+        parameters INTEGER NOT NULL DEFAULT 0,
+        bytes INTEGER NOT NULL DEFAULT 0,
+        sha256 TEXT NOT NULL DEFAULT '',
+        norm REAL,
+        licence TEXT NOT NULL DEFAULT '',
+        downloads INTEGER NOT NULL DEFAULT 0,
+        likes INTEGER NOT NULL DEFAULT 0,
+        gated TEXT NOT NULL DEFAULT '',
+        created_at TEXT NOT NULL DEFAULT '',
+        modified_at TEXT NOT NULL DEFAULT '',
+        stamp TEXT NOT NULL DEFAULT '',
+        status TEXT NOT NULL DEFAULT 'ok',
+        reason TEXT NOT NULL DEFAULT '',
+        hub_id TEXT NOT NULL DEFAULT '',
+        seen_at TEXT NOT NULL DEFAULT '',
+        revision TEXT NOT NULL DEFAULT '',
+        notes TEXT NOT NULL DEFAULT '',
+        rank_total INTEGER NOT NULL DEFAULT 0,
+        ranks TEXT NOT NULL DEFAULT '{}',
+        card TEXT NOT NULL DEFAULT ''
+    )
+"""
 
 
 def open_for_writing(path: Path) -> Database:

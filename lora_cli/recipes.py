@@ -4,7 +4,7 @@ import math
 from typing import Annotated, Any, Literal
 
 from lora_cli.errors import UsageError
-from lora_cli.merge_options import SIZE
+from lora_cli.merge_options import Energy, Rank
 from lora_cli.options import Flag, Options
 from lora_cli.records import Metric
 
@@ -12,9 +12,12 @@ Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
 Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
 Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
 
-COEFFICIENTS, TRAINING, CONTROLS, LORA = "Coefficients", "Training", "Comparison", "The LoRA"
-SCORES = "Scores"
+COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
+LORA, SCORES = "The LoRA", "Scores"
 ALL_LINEAR = "all-linear"
+
+Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
+LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
 
 
 class Shape(Options, frozen=True, kw_only=True):
@@ -50,8 +53,8 @@ class Recipe(Options, frozen=True, kw_only=True):
     steps, and before the first one, the validation loss is taken, and the best parameters are kept.
     """
 
-    steps: Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)] = 100
-    lr: Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)] = 5e-2
+    steps: Steps = 100
+    lr: LearningRate = 5e-2
     batch: Annotated[int, Flag(help="Examples per step.", panel=TRAINING)] = 8
     warmup: float = 0.1
     every: int = 10
@@ -75,19 +78,15 @@ class Recipe(Options, frozen=True, kw_only=True):
 class TargetRecipe(Recipe, frozen=True, kw_only=True):
     """The paper's target LoRA: 400 steps of 8 examples at 3e-4."""
 
-    steps: Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)] = 400
-    lr: Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)] = 3e-4
+    steps: Steps = 400
+    lr: LearningRate = 3e-4
 
 
 class Reduction(Options, frozen=True, kw_only=True):
     """The reduction of a merge's result."""
 
-    rank: Annotated[
-        str, Flag(help="Rank of the result: a number, sum (of all ranks), or auto (up to rank 64).", panel=SIZE)
-    ] = "auto"
-    energy: Annotated[
-        float | None, Flag(help="Keep this share of the squared norm in each module, such as 0.99.", panel=SIZE)
-    ] = None
+    rank: Rank = "auto"
+    energy: Energy = None
 
 
 class FitOptions(Options, frozen=True, kw_only=True):

@@ -47,11 +47,6 @@ def safe(text: object) -> str:
     return "".join(out)
 
 
-def percent(share: float) -> str:
-    """A share in percent that never rounds a loss away: "100 %" means all of it, to rounding noise."""
-    return "100 %" if share >= 1 - 1e-6 else f"{min(share, 0.999):.1%}".replace("%", " %")
-
-
 def near(path: Path) -> str:
     """A path for messages: relative if it is below the current folder."""
     here = Path.cwd()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,21 @@ class _BadLine(Exception):
     """The fault of one line."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A task file as it was read: its examples in file order, and the SHA-256 of its bytes."""
+
+    file: Path
+    examples: list[Example]
+    sha256: str
+
+
 def load_task(path: Path) -> list[Example]:
+    """The examples of `read_task`, which raises likewise."""
+    return read_task(path).examples
+
+
+def read_task(path: Path) -> Task:
     """Every example of a task file, in file order.
 
     A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
@@ -28,6 +43,10 @@ def load_task(path: Path) -> list[Example]:
         DataError: names the file, the line and the reason.
     """
     data = _bytes_of(path)
+    return Task(file=path, examples=_examples(path, data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def _examples(path: Path, data: bytes) -> list[Example]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

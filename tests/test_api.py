@@ -54,6 +54,14 @@ def test_python_and_the_commands_make_the_same_result_once(here: Path) -> None:
     assert [run["command"] for run in runs] == ["merge"] * 3
 
 
+def test_learnt_coefficients_are_merged_as_the_command_merges_them(here: Path) -> None:
+    with lora_cli.open_pool() as pool:
+        fitted = pool.fit("task.jsonl", pool.select(k=2), steps=5)
+        merged = pool.merge(coef=str(fitted / "coefficients.json"))
+    assert json.loads((merged / "run.json").read_text())["settings"]["method"] == "linear"
+    assert Path(ok("merge", "--coef", str(fitted / "coefficients.json")).out.strip()).resolve() == merged.resolve()
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
@@ -61,6 +69,8 @@ def test_python_and_the_commands_make_the_same_result_once(here: Path) -> None:
         (lambda pool: pool.merge(["x"], missing="skip"), "missing"),
         (lambda pool: pool.merge(["x"], method="ties", density=2.0), "density"),
         (lambda pool: pool.fit("task.jsonl", steps="many"), "steps"),
+        (lambda pool: pool.fit("task.jsonl", ["x=0.5"]), "fit takes adapters without =WEIGHT"),
+        (lambda pool: pool.evaluate("task.jsonl", ["x=0.5"]), "eval takes adapters without =WEIGHT"),
         (lambda pool: pool.train("task.jsonl", rnk=4), "unknown option 'rnk'"),
         (lambda pool: pool.evaluate("task.jsonl", ["x"], metric="bleu"), "metric"),
         (lambda pool: lora_cli.open_pool(sede=1), "unknown setting 'sede'"),

@@ -14,7 +14,6 @@ from lora_cli.commands.options import (
     JobOptions,
     downloads,
     examples,
-    screen_for,
     show_output,
     with_flags,
 )
@@ -66,7 +65,7 @@ def bake(
     from lora_cli.steps.bake_request import BakeRequest
     from lora_cli.steps.opened_pool import open_pool
 
-    screen, settings = screen_for(job.json), setup.load()
+    screen, settings = job.screen(), setup.load()
     names = expand([adapter])
     if len(names) != 1:
         raise UsageError(f"bake takes one adapter, not {len(names)}", hint="merge them into one first: lora merge")

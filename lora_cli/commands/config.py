@@ -4,7 +4,7 @@ from pathlib import Path
 
 import typer
 
-from lora_cli.commands.options import Csv, Group, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.commands.options import Command, Group, Listing, examples, with_flags
 from lora_cli.screen import Column
 from lora_cli.settings import KEYS, base_names_file, load
 
@@ -13,8 +13,9 @@ app = typer.Typer(cls=Group, help="Settings and where each comes from.")
 _COLUMNS = (Column("SETTING", "id"), Column("VALUE", "value", wide=True), Column("FROM", "origin"))
 
 
-@app.command(epilog=examples("lora config show", "LORA_DEVICE=cpu lora config show --json"))
-def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quiet = False) -> None:
+@app.command(cls=Command, epilog=examples("lora config show", "LORA_DEVICE=cpu lora config show --json"))
+@with_flags
+def show(*, listing: Listing) -> None:
     """Print every setting, its value and where it was found.
 
     A flag of a command beats an environment variable LORA_<SETTING>, which beats ./lora.toml, which beats the user's
@@ -27,7 +28,7 @@ def show(json: Json = False, jsonl: Jsonl = False, csv: Csv = False, quiet: Quie
     ]
     file, origin = base_names_file()
     rows.append({"id": "base_names", "value": str(file), "origin": origin, "help": "more names of base models, TOML"})
-    screen_for(json, jsonl, csv, quiet).rows("lora.config.show/1", _COLUMNS, rows)
+    listing.screen().rows("lora.config.show/1", _COLUMNS, rows)
 
 
 def register(root: typer.Typer) -> None:

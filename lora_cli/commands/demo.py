@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lora_cli.commands.options import Json, Seed, examples, screen_for
+from lora_cli.commands.options import Command, Document, examples, with_flags
 from lora_cli.screen import Column, Screen, near
 from lora_cli.settings import load
 
@@ -29,8 +29,9 @@ def demo(
     size: Annotated[
         Literal["small", "test"], typer.Option("--size", help="small (minutes) or test (half a minute).")
     ] = "small",
-    seed: Seed = None,
-    json: Json = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")] = None,
+    *,
+    form: Document,
 ) -> None:
     """Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.
 
@@ -39,7 +40,7 @@ def demo(
     """
     from lora_cli.world import build
 
-    screen = screen_for(json)
+    screen = form.screen()
     number = load({"seed": seed}).seed
     with screen.progress() as progress:
         screen.say(f"demo: building a {size} world in {near(folder.absolute())}, seed {number}")
@@ -106,4 +107,4 @@ def _tell(screen: Screen, chapter: Any) -> None:
 
 def register(root: typer.Typer) -> None:
     """Add `lora demo` to the command tree."""
-    root.command(epilog=examples("lora demo", "lora demo tiny --size test --seed 1"))(demo)
+    root.command(cls=Command, epilog=examples("lora demo", "lora demo tiny --size test --seed 1"))(with_flags(demo))

@@ -9,7 +9,7 @@ import typer
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
-from lora_cli.errors import Refused, UsageError
+from lora_cli.errors import Refused
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
@@ -68,10 +68,7 @@ def evaluate(
     base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         if adapters:
-            chosen = pool.chosen(expand(adapters))
-            if chosen.weighted:
-                raise UsageError("eval takes adapters without =WEIGHT")
-            names = chosen.names
+            names = pool.unweighted(expand(adapters), verb="eval")
         else:
             names = tuple(last_written(settings.db))
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
@@ -83,7 +80,7 @@ def evaluate(
         _COLUMNS,
         [_row(score) for score in scores],
         identity="system",
-        caption=f"{metric}, n = {len(request.task)}, paired differences to {baseline}, bootstrap seed {settings.seed}",
+        caption=f"{metric}, n = {scores[0].n}, paired differences to {baseline}, bootstrap seed {settings.seed}",
         extra={**request.asked, "rows_file": str(request.rows(out))},
     )
     what = "output" if metric == "exact" else "likelihood"

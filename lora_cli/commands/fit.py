@@ -14,15 +14,12 @@ from lora_cli.commands.options import (
     Selection,
     downloads,
     examples,
-    screen_for,
     show_output,
     with_flags,
 )
-from lora_cli.errors import UsageError
 from lora_cli.recipes import FitOptions, Recipe, Reduction, Shape
 from lora_cli.screen import near
 from lora_cli.settings import base_of
-from lora_cli.task import load_task
 
 if TYPE_CHECKING:
     from lora_cli.steps.fit import Comparison, FitReport
@@ -46,20 +43,17 @@ def fit(
     coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
     zero. A killed fit resumes where it stopped when it is run again.
     """
-    screen, settings = screen_for(job.json), setup.load()
-    file = setup.task(settings)
+    screen, settings = job.screen(), setup.load()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
-    load_task(file)
+    task = setup.task(settings)
 
     from lora_cli.steps.fit_request import FitRequest
     from lora_cli.steps.opened_pool import open_pool
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
-        chosen = pool.chosen(expand(adapters or []), selection)
-        if chosen.weighted:
-            raise UsageError("fit learns the weights: name adapters without =WEIGHT")
-        request = FitRequest(pool, chosen.names, file, settings, shape=shape, recipe=recipe, options=options)
+        names = pool.unweighted(expand(adapters or []), selection, verb="fit")
+        request = FitRequest(pool, names, task, settings, shape, recipe, options)
         if job.dry_run and (absent := request.absent()):
             screen.document("lora.fit.plan/1", {"out": None, **downloads(absent)})
             return

@@ -18,7 +18,6 @@ from lora_cli.commands.options import (
     Prompts,
     downloads,
     examples,
-    screen_for,
     show_output,
     with_flags,
 )
@@ -26,8 +25,8 @@ from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.methods import Knob
 from lora_cli.options import setting
-from lora_cli.screen import near, percent
-from lora_cli.text import in_words
+from lora_cli.screen import near
+from lora_cli.text import in_words, percent
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
@@ -60,13 +59,10 @@ def merge(
     stdout, and every merge reports how much of the update the chosen rank keeps. A method's own options are listed by
     'lora merge -m METHOD --help' and 'lora methods METHOD'.
     """
-    screen, settings = screen_for(job.json), setup.load()
-    METHODS.check(options.method, options.knobs)
+    screen, settings = job.screen(), setup.load()
+    METHODS.check(options.method or sources.method, options.knobs)
     if sources.locked is not None:
         _demand_no_others(context, sources.locked)
-    if sources.coef is not None and context.params["method"] is None:
-        # The coefficients were learnt for a weighted sum.
-        options = replace(options, method="linear")
 
     from lora_cli.steps.merge_request import MergeRequest
     from lora_cli.steps.opened_pool import open_pool
@@ -185,8 +181,7 @@ def _demand_no_others(context: typer.Context, file: Path) -> None:
     for name in fixed & context.params.keys():
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
-            flag = setting(name).replace("_", "-")
-            raise UsageError(f"--locked takes every setting from {file}: leave out --{flag}")
+            raise UsageError(f"--locked takes every setting from {file}: leave out {_flag(name)}")
 
 
 class MergeCommand(Command):
@@ -214,7 +209,11 @@ class MergeCommand(Command):
 def _spelled(knob: Knob) -> str:
     """A method's option with the values that it takes."""
     values = "|".join(knob.choices) or knob.range() or knob.type.__name__
-    return f"--{knob.name.replace('_', '-')} <{values}>"
+    return f"{_flag(knob.name)} <{values}>"
+
+
+def _flag(name: str) -> str:
+    return f"--{setting(name).replace('_', '-')}"
 
 
 def with_knobs(function: Callable[..., None]) -> Callable[..., None]:
@@ -237,23 +236,9 @@ def with_knobs(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _option(name: str, owners: dict[str, Knob]) -> Any:
+    # `MergeCommand.added` lists each option as its method means it; a shell that completes flags shows this help.
     knob = next(iter(owners.values()))
-    said: dict[str, list[str]] = {}
-    for method, one in owners.items():
-        limits = ", ".join(one.choices) or one.range()
-        said.setdefault(one.help + (f" ({limits})" if limits else ""), []).append(method)
-    defaults: dict[str, list[str]] = {}
-    for method, one in owners.items():
-        defaults.setdefault(str(one.default), []).append(method)
-    option = typer.Option(
-        f"--{name.replace('_', '-')}",
-        help="; ".join(f"{', '.join(methods)}: {text}" for text, methods in said.items()) + ".",
-        show_default=next(iter(defaults))
-        if len(defaults) == 1
-        else "; ".join(f"{value} for {', '.join(methods)}" for value, methods in defaults.items()),
-        rich_help_panel="Options of the method",
-    )
-    return Annotated[knob.type | None, option]
+    return Annotated[knob.type | None, typer.Option(_flag(name), help=f"Of {', '.join(owners)}: {knob.help}.")]
 
 
 def register(root: typer.Typer) -> None:

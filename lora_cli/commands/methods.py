@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.options import Csv, Json, Jsonl, Quiet, examples, screen_for
+from lora_cli.commands.options import Command, Listing, examples, with_flags
+from lora_cli.merge_options import METHODS
 from lora_cli.methods import Knob, Method, MethodFolder
 from lora_cli.screen import Column
 
-METHODS = MethodFolder("lora_cli.merge_methods", "merge method")
 CLASSES = ("exact low rank", "spectral", "elementwise", "A and B apart")
 """The classes of methods by the object they compute on; the last one is for reproducing others' results."""
 _CLASS_OF_KIND = {"low-rank": 0, "coefficients": 0, "factors": 0, "spectral": 1, "space": 1, "elementwise": 2}
@@ -38,16 +38,14 @@ def methods(
             autocompletion=lambda: [*METHODS.methods],
         ),
     ] = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    listing: Listing,
 ) -> None:
     """List the merge methods, or explain one: its formula, its options, its cost and when to use it.
 
     WEIGHTS is the default weight of every adapter: average is 1/N each, sum is 1 each.
     """
-    screen = screen_for(json, jsonl, csv, quiet)
+    screen = listing.screen()
     if name is None:
         rows = [row_of(one) for one in by_class(METHODS)]
         screen.rows("lora.methods/1", _COLUMNS, rows, identity="method", caption="lora methods METHOD explains one.")
@@ -174,4 +172,6 @@ def _wrapped(text: str, first: str, rest: str) -> str:
 
 def register(root: typer.Typer) -> None:
     """Add `lora methods` to the command tree."""
-    root.command(epilog=examples("lora methods", "lora methods ties", "lora methods --json"))(methods)
+    root.command(cls=Command, epilog=examples("lora methods", "lora methods ties", "lora methods --json"))(
+        with_flags(methods)
+    )

@@ -18,6 +18,7 @@ from lora_cli.options import Flag, Options, setting
 from lora_cli.records import Adapter, Precision
 from lora_cli.screen import Format, Screen, near
 from lora_cli.settings import Settings, load
+from lora_cli.task import Task, read_task
 
 Adapters = Annotated[
     list[str] | None,
@@ -28,22 +29,6 @@ Adapters = Annotated[
         autocompletion=completing.adapters,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document.")]
-Jsonl = Annotated[bool, typer.Option("--jsonl", help="One JSON object per line.")]
-Csv = Annotated[bool, typer.Option("--csv", help="Comma-separated values with a header.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only ids, one per line.")]
-Db = Annotated[Path | None, typer.Option("--db", help="Catalogue file.", show_default="the setting")]
-Base = Annotated[
-    str | None,
-    typer.Option("--base", help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
-]
-Device = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda, cuda:N or mps.", show_default="auto")]
-Dtype = Annotated[
-    Precision | None, typer.Option("--dtype", help="Precision in which the base is loaded.", show_default="auto")
-]
-Seed = Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
-Force = Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")]
 Selection = Annotated[
     str | None,
     typer.Option("--selection", help="A selection's name, in place of ids.", autocompletion=completing.selections),
@@ -57,21 +42,34 @@ Where = Annotated[
     ),
 ]
 
+SeedFlag = Annotated[int | None, Flag(help="Seed of everything random.", default="0")]
+
 PROMPTS = "How prompts are read"
 OUTPUT = "Output"
 
 
-class Catalogued(Options, frozen=True, kw_only=True):
-    """The user's base model, and the catalogue."""
+class Stored(Options, frozen=True, kw_only=True):
+    """The catalogue."""
+
+    db: Annotated[Path | None, Flag(help="Catalogue file.", default="the setting")] = None
+
+    def load(self, **more: Any) -> Settings:
+        """The settings, with these options, and `more` settings by name, overriding all other sources."""
+        return load({name: getattr(self, name) for name in self.__struct_fields__} | more)
+
+
+class Catalogued(Stored, frozen=True, kw_only=True):
+    """`Stored`, and the user's base model."""
 
     base: Annotated[
         str | None, Flag(help="Base model: Hub id, with @revision if any, or folder.", default="the setting")
     ] = None
-    db: Annotated[Path | None, Flag(help="Catalogue file.", default="the setting")] = None
 
-    def load(self) -> Settings:
-        """The settings, with these options overriding all other sources."""
-        return load({name: getattr(self, name) for name in self.__struct_fields__})
+
+class Seeded(Catalogued, frozen=True, kw_only=True):
+    """`Catalogued`, and the seed."""
+
+    seed: SeedFlag = None
 
 
 class Computed(Catalogued, frozen=True, kw_only=True):
@@ -84,7 +82,7 @@ class Loaded(Computed, frozen=True, kw_only=True):
     """`Computed`, for a command that loads the base model."""
 
     dtype: Annotated[Precision | None, Flag(help="Precision in which the base is loaded.", default="auto")] = None
-    seed: Annotated[int | None, Flag(help="Seed of everything random.", default="0")] = None
+    seed: SeedFlag = None
 
 
 class OnTask(Loaded, frozen=True, kw_only=True):
@@ -92,12 +90,11 @@ class OnTask(Loaded, frozen=True, kw_only=True):
 
     data: Annotated[Path | None, Flag(help="Task file, one JSON example per line.", default="the setting")] = None
 
-    def task(self, settings: Settings) -> Path:
-        """The task file. UsageError if neither option nor setting names one."""
+    def task(self, settings: Settings) -> Task:
+        """The task. UsageError if neither option nor setting names its file; DataError for a malformed one."""
         if settings.data is None:
             raise UsageError("no task file", hint="give --data FILE.jsonl, or set data in lora.toml")
-        file: Path = settings.data
-        return file
+        return read_task(settings.data)
 
 
 class Listing(Options, frozen=True, kw_only=True):
@@ -113,7 +110,17 @@ class Listing(Options, frozen=True, kw_only=True):
         return screen_for(self.json, self.jsonl, self.csv, self.quiet)
 
 
-class JobOptions(Options, frozen=True, kw_only=True):
+class Document(Options, frozen=True, kw_only=True):
+    """The output format of a single result."""
+
+    json: Annotated[bool, Flag(help="One JSON document.")] = False
+
+    def screen(self) -> Screen:
+        """The Screen for this flag."""
+        return screen_for(self.json)
+
+
+class JobOptions(Document, frozen=True, kw_only=True):
     """The place of a job's output, and how the job is reported."""
 
     out: Annotated[Path | None, Flag(help="Output folder.", short="-o", default="below ./lora-runs", panel=OUTPUT)] = (
@@ -121,7 +128,6 @@ class JobOptions(Options, frozen=True, kw_only=True):
     )
     force: Annotated[bool, Flag(help="Redo the work and replace the output.", panel=OUTPUT)] = False
     dry_run: Annotated[bool, Flag(help="Print the plan as data and change nothing.", panel=OUTPUT)] = False
-    json: Annotated[bool, Flag(help="One JSON document.", panel=OUTPUT)] = False
 
 
 class Prompts(Options, frozen=True, kw_only=True):

@@ -13,23 +13,22 @@ import typer
 
 from lora_cli.commands import completing, similarity
 from lora_cli.commands.options import (
-    Base,
-    Csv,
-    Db,
-    DryRun,
-    Force,
+    Catalogued,
+    Command,
+    Document,
     Group,
-    Json,
-    Jsonl,
-    Quiet,
+    Listing,
+    Stored,
     Where,
     examples,
     screen_for,
+    with_flags,
 )
 from lora_cli.errors import AccessDenied, NothingMatched, Partial, Refused, UsageError
 from lora_cli.records import Adapter, AdapterRow, Progress
 from lora_cli.screen import Column, Screen
-from lora_cli.settings import Settings, folder_of, load
+from lora_cli.settings import Settings, folder_of
+from lora_cli.text import duration, size
 
 if TYPE_CHECKING:
     from lora_cli.catalogue import Catalogue
@@ -68,14 +67,17 @@ _SELECTIONS = (
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
 Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000, show_default="all")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")]
 Alias = Annotated[
     list[str] | None, typer.Option("--alias", help="Another name under which adapters declare this base; repeatable.")
 ]
 
 
 @app.command(
-    epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json")
+    cls=Command,
+    epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json"),
 )
+@with_flags
 def sync(
     base: Annotated[
         str | None,
@@ -98,11 +100,9 @@ def sync(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
     dry_run: DryRun = False,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """Bring the catalogue up to date with the Hub, or with a folder tree of adapters.
 
@@ -114,8 +114,8 @@ def sync(
     from lora_cli.steps.bases import look_here
     from lora_cli.steps.sync import sync as step
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    settings = load({"base": base, "pool": folder, "db": db})
+    screen = listing.screen()
+    settings = setup.load(base=base, pool=folder)
     aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
     created = _moment(since) if since else ""
     if settings.pool is None:
@@ -149,12 +149,14 @@ def sync(
 
 @app.command(
     "list",
+    cls=Command,
     epilog=examples(
         "lora pool list --where 'rank<=16' --sort -downloads -n 20",
         "lora pool list --where status!=ok",
         "lora pool list --where licence=apache-2.0,mit -q",
     ),
 )
+@with_flags
 def list_(
     where: Where = None,
     sort: Annotated[
@@ -166,11 +168,9 @@ def list_(
         ),
     ] = "id",
     n: Rows = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """List adapters, one row each, unusable ones with the reason.
 
@@ -178,50 +178,52 @@ def list_(
     """
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
         found = catalogue.find(where or (), sort=sort, limit=n)
     _show(screen, "lora.pool.list/1", found, "no adapter" + (" fits these conditions" if where else " is known"))
 
 
-@app.command(epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5"))
+@app.command(cls=Command, epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5"))
+@with_flags
 def search(
     text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """Find adapters by words in their id, author, target modules or card, the best match first."""
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
         found = catalogue.search(text, limit=n)
     _show(screen, "lora.pool.search/1", found, f"no adapter matches {text!r}")
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         "lora pool show $(lora pool list -q -n 1)", "lora pool show $(lora pool list -q -n 1 --sort rank) --json"
-    )
+    ),
 )
+@with_flags
 def show(
     adapter: Annotated[
         str,
         typer.Argument(help="Id (with @commit for that version only) or folder.", autocompletion=completing.adapters),
     ],
-    db: Db = None,
-    json: Json = False,
+    *,
+    setup: Stored,
+    form: Document,
 ) -> None:
     """Show all facts about one adapter, their sources, and the reason if it is unusable."""
     from lora_cli.adapters.store import locate
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = form.screen()
+    with Catalogue(setup.load().db) as catalogue:
         row = catalogue.named(adapter)
         provenance = catalogue.provenance(row.id)
     files = locate(row.ref)
@@ -237,13 +239,14 @@ def show(
     screen.document("lora.pool.show/1", {key: facts[key] for key in order} | rest)
 
 
-@app.command(epilog=examples("lora pool stats", "lora pool stats --json"))
-def stats(db: Db = None, json: Json = False, jsonl: Jsonl = False, csv: Csv = False) -> None:
+@app.command(cls=Command, epilog=examples("lora pool stats", "lora pool stats --json"))
+@with_flags
+def stats(*, setup: Stored, listing: Listing) -> None:
     """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json, jsonl, csv)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
         figures = catalogue.stats()
     rows = [
         {"column": name.removeprefix("by_"), "value": value, "adapters": count}
@@ -255,29 +258,29 @@ def stats(db: Db = None, json: Json = False, jsonl: Jsonl = False, csv: Csv = Fa
     screen.rows("lora.pool.stats/1", _COUNTS, rows, identity="value", extra=totals)
     screen.say(
         f"{totals['adapters']:,} adapters of {totals['authors']:,} known authors · {totals['usable']:,} usable · "
-        f"{_size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
+        f"{size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
     )
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         "lora pool sql 'select author, count(*) n from adapters group by 1 order by n desc limit 5'",
         "lora pool sql 'select rank, count(*) n from adapters group by rank' --csv",
-    )
+    ),
 )
+@with_flags
 def sql(
     query: Annotated[str, typer.Argument(help="One SELECT statement.")],
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
         names, rows = catalogue.sql(query)
     keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
     shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
@@ -286,25 +289,28 @@ def sql(
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         "lora pool rm $(lora pool list --where status!=ok -q -n 1)",
         "lora pool list --where 'status!=ok' -q | lora pool rm - --dry-run",
-    )
+    ),
 )
+@with_flags
 def rm(
     adapter: Annotated[
         list[str],
         typer.Argument(metavar="ADAPTER...", help="Ids, - for stdin.", autocompletion=completing.adapters),
     ],
     dry_run: DryRun = False,
-    db: Db = None,
+    *,
+    setup: Stored,
 ) -> None:
     """Forget adapters: delete their rows, keep their files. The next sync adds those that it finds again."""
     from lora_cli.catalogue import Catalogue
     from lora_cli.commands.chosen import expand
 
     screen = screen_for()
-    with Catalogue(load({"db": db}).db) as catalogue:
+    with Catalogue(setup.load().db) as catalogue:
         ids = list(dict.fromkeys(catalogue.named(text).id for text in expand(adapter)))
         if dry_run:
             screen.text("".join(f"{id}\n" for id in ids))
@@ -314,8 +320,10 @@ def rm(
 
 
 @app.command(
+    cls=Command,
     epilog=examples("lora pool selections", "lora select -k 2 --name two && lora pool selections --drop two"),
 )
+@with_flags
 def selections(
     drop: Annotated[
         str | None,
@@ -323,17 +331,15 @@ def selections(
             "--drop", help="Forget the selections of this name or number.", autocompletion=completing.selections
         ),
     ] = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """List the selections, the newest first, or drop some."""
     from lora_cli.catalogue import Catalogue
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    with Catalogue(load({"db": db}).db) as catalogue:
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
         if drop is not None:
             count = catalogue.drop_selections(drop)
             if not count:
@@ -345,17 +351,20 @@ def selections(
     screen.rows("lora.pool.selections/1", _SELECTIONS, shown)
 
 
-@app.command(epilog=examples("lora pool path", 'cp "$(lora pool path)" catalogue-backup.db'))
-def path(db: Db = None) -> None:
+@app.command(cls=Command, epilog=examples("lora pool path", 'cp "$(lora pool path)" catalogue-backup.db'))
+@with_flags
+def path(*, setup: Stored) -> None:
     """Print the path of the catalogue's database."""
-    screen_for().text(f"{load({'db': db}).db}\n")
+    screen_for().text(f"{setup.load().db}\n")
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         "lora pool fetch $(lora pool list --where status=ok -q -n 3)", "lora pool list -q | lora pool fetch - --dry-run"
-    )
+    ),
 )
+@with_flags
 def fetch(
     adapter: Annotated[
         list[str] | None,
@@ -365,13 +374,11 @@ def fetch(
             autocompletion=completing.adapters,
         ),
     ] = None,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Redo the work and replace the output.")] = False,
     dry_run: DryRun = False,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Stored,
+    listing: Listing,
 ) -> None:
     """Download the weights of adapters into the Hub client's cache and check them.
 
@@ -384,8 +391,8 @@ def fetch(
     from lora_cli.steps import fetch as step
     from lora_cli.steps.lookup import look_up
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    settings = load({"db": db})
+    screen = listing.screen()
+    settings = setup.load()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         if adapter:
             look = partial(
@@ -409,33 +416,32 @@ def fetch(
             rows = [*_acted("here", todo.here), *_acted("fetch", todo.missing)]
             rows += [{**row, "reason": why} for a, why in todo.refused for row in _acted("refuse", [a])]
             screen.rows("lora.pool.fetch/1", _FETCHED, rows)
-            screen.say(f"would fetch {len(todo.missing):,} adapters, {_size(todo.bytes)}")
+            screen.say(f"would fetch {len(todo.missing):,} adapters, {size(todo.bytes)}")
             return
         if todo.bytes:
-            screen.say(f"fetching {len(todo.missing):,} adapters, {_size(todo.bytes)}")
+            screen.say(f"fetching {len(todo.missing):,} adapters, {size(todo.bytes)}")
         report = step.fetch(catalogue, refs, Hub(progress=progress), force=force, progress=progress)
     _raise_if_not_all(report)
     rows = [*_acted("fetched", report.fetched), *_acted("here", report.here)]
     screen.rows("lora.pool.fetch/1", _FETCHED, rows)
-    screen.say(f"{len(report.fetched):,} fetched · {len(report.here):,} up to date · {_size(report.bytes)}")
+    screen.say(f"{len(report.fetched):,} fetched · {len(report.here):,} up to date · {size(report.bytes)}")
 
 
 @app.command(
+    cls=Command,
     epilog=examples(
         "lora pool verify $(lora pool list --where status=ok -q -n 2)",
         "lora pool list --where status=ok -q | lora pool verify - --deep",
-    )
+    ),
 )
+@with_flags
 def verify(
     adapter: Annotated[list[str], typer.Argument(help="Ids or folders, - for stdin.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read the weights too: hash, norm, NaN, zero.")] = False,
-    base: Base = None,
     alias: Alias = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Catalogued,
+    listing: Listing,
 ) -> None:
     """Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.
 
@@ -449,8 +455,8 @@ def verify(
     from lora_cli.steps.lookup import names_of
     from lora_cli.steps.verify import verify as step
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    settings = load({"db": db, "base": base})
+    screen = listing.screen()
+    settings = setup.load()
     rows: list[dict[str, Any]] = []
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         hub = Hub(progress=progress)
@@ -538,7 +544,7 @@ def _raise_if_not_all(report: Any) -> None:
 
 def _acted(action: str, adapters: Any) -> list[dict[str, Any]]:
     return [
-        {"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "size": _size(a.bytes), "sha256": a.sha256}
+        {"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "size": size(a.bytes), "sha256": a.sha256}
         for a in adapters
     ]
 
@@ -564,7 +570,7 @@ def _as_row(adapter: AdapterRow) -> dict[str, Any]:
         "rev": adapter.commit[:7],
         "targets": _targets(adapter.target_modules),
         "model": _model_name(adapter.base),
-        "size": _size(adapter.bytes) if adapter.bytes else None,
+        "size": size(adapter.bytes) if adapter.bytes else None,
         "state": ": ".join(filter(None, (adapter.status, adapter.reason or adapter.notes))),
     }
 
@@ -595,8 +601,8 @@ def _outcome(report: Any) -> str:
         if count:
             parts.append(f"{count:,} {what}")
     if report.requests:
-        parts += [f"{report.requests:,} requests", _size(report.bytes)]
-    return " · ".join([*parts, _duration(report.seconds)])
+        parts += [f"{report.requests:,} requests", size(report.bytes)]
+    return " · ".join([*parts, duration(report.seconds)])
 
 
 def _moment(text: str) -> str:
@@ -609,22 +615,6 @@ def _moment(text: str) -> str:
         return datetime.fromisoformat(text).strftime("%Y-%m-%dT%H:%M:%S.000Z")
     except ValueError:
         raise UsageError(f"--since {text!r}: neither a time ago (30d, 8w) nor a date (2026-05-01)") from None
-
-
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
 
 
 def _json_value(value: Any) -> Any:

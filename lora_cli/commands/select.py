@@ -5,13 +5,9 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.commands.options import Base, Csv, Db, Json, Jsonl, Quiet, Seed, Where, examples, screen_for
-from lora_cli.errors import NothingMatched
-from lora_cli.methods import MethodFolder
+from lora_cli.commands.options import Command, Listing, Seeded, Where, examples, with_flags
 from lora_cli.screen import Column
-from lora_cli.settings import load
-
-METHODS = MethodFolder("lora_cli.selection_methods", "selection method")
+from lora_cli.selection_methods import METHODS
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -33,48 +29,30 @@ def select(
         int | None, typer.Option("--max-per-author", help="The most adapters of one author.", min=1)
     ] = None,
     name: Annotated[str, typer.Option("--name", help="A name to find this selection by later.")] = "",
-    base: Base = None,
-    seed: Seed = None,
-    db: Db = None,
-    json: Json = False,
-    jsonl: Jsonl = False,
-    csv: Csv = False,
-    quiet: Quiet = False,
+    *,
+    setup: Seeded,
+    listing: Listing,
 ) -> None:
     """Choose usable adapters of one base model and remember the choice.
 
     The ids go to stdout; merge and fit take the last selection if no adapters are named. random is the control: a
     useful selection method has to beat it.
     """
-    from lora_cli.catalogue import Catalogue
-    from lora_cli.steps.select import select as step
+    from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.steps.select import select_and_remember
 
-    screen = screen_for(json, jsonl, csv, quiet)
-    settings = load({"base": base, "seed": seed, "db": db})
-    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        chosen = step(
-            catalogue,
+    screen, settings = listing.screen(), setup.load()
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+        chosen, asked = select_and_remember(
+            pool,
+            settings.seed,
             by=by,
             k=k,
-            base=settings.base,
-            where=where or [],
-            seed=settings.seed,
+            name=name,
+            where=where or (),
             max_per_author=max_per_author,
             target=target,
-            announce=screen.say,
-            progress=progress,
         )
-        if not chosen:
-            raise NothingMatched("no adapter fits")
-        asked = {
-            "k": k,
-            "base": settings.base,
-            "where": where or [],
-            "seed": settings.seed,
-            "max_per_author": max_per_author,
-            "target": str(target.resolve()) if target else None,
-        }
-        catalogue.remember_selection(name, chosen, by, asked)
     rows = [
         {
             "id": adapter.id,
@@ -94,8 +72,9 @@ def select(
 def register(root: typer.Typer) -> None:
     """Add `lora select` to the command tree."""
     root.command(
+        cls=Command,
         epilog=examples(
             "lora select --by random -k 8 --seed 1",
             "lora select --by rank -k 5 --where 'licence=apache-2.0' --max-per-author 2 -q",
-        )
-    )(select)
+        ),
+    )(with_flags(select))

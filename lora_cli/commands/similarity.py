@@ -7,7 +7,7 @@ import typer
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.diff import Plot
 from lora_cli.commands.options import Adapters, Catalogued, Command, Listing, Selection, examples, with_flags
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched
 from lora_cli.screen import Column, near
 
 _COLUMNS = (
@@ -49,10 +49,7 @@ def similarity(
     step.demand_cut(cut)
     settings = setup.load()
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
-        chosen = pool.chosen(expand(adapters or []), selection)
-        if chosen.weighted:
-            raise UsageError("similarity takes adapters without =WEIGHT")
-        names = chosen.names[:k]
+        names = pool.unweighted(expand(adapters or []), selection, verb="similarity")[:k]
         if len(names) < 2:
             raise NothingMatched(f"{len(names)} adapter is too few to compare", hint="name two or more")
         gathered = pool.adapters(names, whole=True)

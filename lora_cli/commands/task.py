@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_cli.commands.options import Base, Command, Group, Json, Prompts, Seed, examples, screen_for, with_flags
+from lora_cli.commands.options import Command, Document, Group, Prompts, Seeded, examples, with_flags
 from lora_cli.errors import UsageError
 from lora_cli.screen import Screen, near
-from lora_cli.settings import load
 from lora_cli.task import load_task
 
 app = typer.Typer(cls=Group, help="The examples of a task, as a base model reads them.")
@@ -27,10 +26,9 @@ def show(
     test: Annotated[
         Path | None, typer.Option("--test", help="Test data to compare with.", show_default="the setting")
     ] = None,
-    base: Base = None,
-    seed: Seed = None,
-    json: Json = False,
     *,
+    setup: Seeded,
+    form: Document,
     prompts: Prompts,
 ) -> None:
     """Print examples as the base's tokens, and facts about the file: lengths, duplicates, examples that are too long.
@@ -38,8 +36,8 @@ def show(
     Tokens that are learnt and scored are in colour on a terminal, in brackets elsewhere. Only the base's tokenizer and
     configuration are loaded.
     """
-    screen, prompting = screen_for(json), prompts.prompting()
-    settings = load({"data": file, "test": test, "base": base, "seed": seed})
+    screen, prompting = form.screen(), prompts.prompting()
+    settings = setup.load(data=file, test=test)
     if settings.data is None:
         raise UsageError("no task file", hint="name one, or set data in lora.toml")
     if settings.base is None and prompting.settings:

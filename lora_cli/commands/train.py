@@ -10,14 +10,12 @@ from lora_cli.commands.options import (
     OnTask,
     Prompts,
     examples,
-    screen_for,
     show_output,
     with_flags,
 )
 from lora_cli.recipes import TargetRecipe, TrainOptions
 from lora_cli.screen import near
 from lora_cli.settings import base_of
-from lora_cli.task import load_task
 
 if TYPE_CHECKING:
     from lora_cli.steps.train import TrainResult
@@ -36,16 +34,15 @@ def train(
     80 % of the examples train it, the others choose the best step. The result is a PEFT folder with run.json; its path
     goes to stdout.
     """
-    screen, settings = screen_for(job.json), setup.load()
-    file = setup.task(settings)
+    screen, settings = job.screen(), setup.load()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
-    load_task(file)
+    task = setup.task(settings)
 
     from lora_cli.steps.train_request import train_job
 
     training = train_job(
-        file,
+        task,
         settings,
         options=options,
         recipe=recipe,

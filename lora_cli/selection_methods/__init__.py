@@ -1,1 +1,5 @@
 """One file is one selection method."""
+
+from lora_cli.methods import MethodFolder
+
+METHODS = MethodFolder(__name__, "selection method")

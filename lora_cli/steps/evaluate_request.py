@@ -12,12 +12,12 @@ from lora_cli.base_model import pin
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
-from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate import System, Updates, demand_sane, evaluate
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, told
-from lora_cli.task import load_task, split, task_sha256
+from lora_cli.task import Task, read_task, split, task_sha256
 
 
 class EvaluateRequest:
@@ -39,17 +39,16 @@ class EvaluateRequest:
         self.pool, self.settings, self.options = pool, settings, options or EvalOptions()
         base, systems = base_of(settings), _distinct(names)
         demand_sane(["base", *systems], baseline=self.options.baseline)
-        self.file, self.task = test_data(settings)
+        self.task = test_data(settings)
         origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
         pool.announce(
-            f"eval: {len(self.task)} examples of {self.file.name} ({origin}); baseline {self.options.baseline}; "
-            f"base {base}"
+            f"eval: {len(self.task.examples)} examples of {self.task.file.name} ({origin}); "
+            f"baseline {self.options.baseline}; base {base}"
         )
         ref = pin(base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
         gathered = pool.adapters(names)
         self.ref = replace(ref, name=gathered.base)
-        self.sha256 = task_sha256(self.file)
-        self.inputs = {**self.ref.inputs, **gathered.inputs, self.file.name: self.sha256}
+        self.inputs = {**self.ref.inputs, **gathered.inputs, self.task.file.name: self.task.sha256}
         self.systems = [System(name="base")] + [
             System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
             for name, adapter in zip(systems, gathered.adapters, strict=True)
@@ -64,8 +63,8 @@ class EvaluateRequest:
             "baseline": self.options.baseline,
             "max_new_tokens": self.options.max_new_tokens,
             "seed": self.settings.seed,
-            "data": self.file.name,
-            "examples": len(self.task),
+            "data": self.task.file.name,
+            "examples": len(self.task.examples),
         }
 
     def rows(self, out: Path | None = None) -> Path:
@@ -77,12 +76,12 @@ class EvaluateRequest:
         with runs.recorded(db, "eval", self.asked, self.inputs, self.rows(out)) as run:
             run.device = self.ref.device
             loaded = self.ref.load()
-            for line in told(look(self.task, loaded.encoder)):
+            for line in told(look(self.task.examples, loaded.encoder)):
                 self.pool.announce(line)
             scores = evaluate(
                 loaded,
                 self.systems,
-                self.task,
+                self.task.examples,
                 metric=self.options.metric,
                 baseline=self.options.baseline,
                 max_new_tokens=self.options.max_new_tokens,
@@ -92,7 +91,7 @@ class EvaluateRequest:
                 progress=progress,
             )
             versions = {system.name: [system.version] for system in self.systems[1:]}
-            runs.add_scores(db, run, scores, versions, self.sha256)
+            runs.add_scores(db, run, scores, versions, self.task.sha256)
         return scores
 
 
@@ -105,15 +104,15 @@ def last_written(db: Path) -> list[str]:
     return names
 
 
-def test_data(settings: Settings) -> tuple[Path, list[Example]]:
-    """The file to evaluate on and its examples: that of --data or `test`, else the last fit's validation part.
+def test_data(settings: Settings) -> Task:
+    """The task to evaluate on: that of --data or `test`, else the last fit's, with its validation part alone.
 
     Raises:
         UsageError: no test data and no last fit.
         DataError: the file of the last fit has changed or is gone, or its record does not name it.
     """
     if settings.test is not None:
-        return settings.test, load_task(settings.test)
+        return read_task(settings.test)
 
     last = runs.latest_output(settings.db, ["fit"])
     if last is None:
@@ -129,7 +128,8 @@ def test_data(settings: Settings) -> tuple[Path, list[Example]]:
         ) from None
     for file in (settings.data, Path(name)):
         if file is not None and file.is_file() and task_sha256(file) == sha256:
-            return file, split(load_task(file), seed=seed)[1]
+            task = read_task(file)
+            return replace(task, examples=split(task.examples, seed=seed)[1])
     raise DataError(f"{name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl")
 
 

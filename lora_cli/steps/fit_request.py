@@ -19,7 +19,7 @@ from lora_cli.steps.merge import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
-from lora_cli.task import load_task, task_sha256
+from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,20 +34,20 @@ class FitJob:
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
         """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
-        request = self.request
+        request, task = self.request, self.request.task
 
         def work(run: Run) -> FitReport:
             request.pool.announce(
-                f"fit: {len(request.task)} examples of {request.file.name}, split 80/20 by seed "
-                f"{request.recipe.seed}; base {request.base}"
+                f"fit: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {request.recipe.seed}; "
+                f"base {request.base}"
             )
             loaded = self.ref.load()
-            for line in told(look(request.task, loaded.encoder, seed=request.recipe.seed)):
+            for line in told(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
                 request.pool.announce(line)
             return fit_and_write(
                 loaded,
                 self.plan,
-                request.task,
+                task.examples,
                 self.job.folder,
                 run,
                 target=self.target,
@@ -55,7 +55,7 @@ class FitJob:
                 states=self.job.folder.absolute().parent,
                 replace_folder=force,
                 progress=progress,
-                task_sha256=self.job.inputs[request.file.name],
+                task_sha256=task.sha256,
                 shape=request.shape,
                 l1=request.options.l1,
                 recipe=request.recipe,
@@ -68,27 +68,25 @@ class FitRequest:
     """The user's request for a fit: adapters, task, how coefficients are learnt and compared.
 
     Raises:
-        UsageError: adapters with weights, an unknown control, no base model.
-        DataError: a malformed task. Else as `Pool.chosen` does.
+        UsageError: an unknown control, or no base model.
     """
 
     def __init__(
         self,
         pool: Pool,
-        chosen: Sequence[str],
-        file: Path,
+        names: Sequence[str],
+        task: Task,
         settings: Settings,
-        *,
         shape: Shape | None = None,
         recipe: Recipe | None = None,
         options: FitOptions | None = None,
     ) -> None:
-        self.pool, self.file, self.settings = pool, file, settings
+        self.pool, self.task, self.settings = pool, task, settings
         self.shape, self.options = shape or Shape(), options or FitOptions()
         self.recipe = replace(recipe or Recipe(), seed=settings.seed)
-        self.base, self.task = base_of(settings), load_task(file)
+        self.base = base_of(settings)
         demand_sane(l1=self.options.l1, controls=self.options.controls)
-        self.names = [*chosen, *([] if self.options.target is None else [self.options.target])]
+        self.names = [*names, *([] if self.options.target is None else [self.options.target])]
 
     def absent(self) -> list[Adapter]:
         """The adapters whose weights would have to be downloaded."""
@@ -119,12 +117,12 @@ class FitRequest:
             recipe=self.recipe,
             target=target,
             controls=self.options.controls,
-            data=self.file.name,
+            data=self.task.file.name,
         )
         job = Job(
             verb="fit",
             settings=ref.settings | described,
-            inputs={**ref.inputs, **gathered.inputs, self.file.name: task_sha256(self.file)},
+            inputs={**ref.inputs, **gathered.inputs, self.task.file.name: self.task.sha256},
             runs=settings.runs,
             out=out,
             device=ref.device,

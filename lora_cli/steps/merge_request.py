@@ -89,9 +89,11 @@ class MergeRequest:
         if self.coefficients is not None and (sources.dedupe is not None or sources.weights is not None):
             raise UsageError("--weights and --dedupe cannot be combined with --coef, which holds the weights")
         self.lock = None if sources.locked is None else read_lock(sources.locked)
-        self.options = (
-            self.lock.options if self.lock is not None else replace(options, device=resolve_device(settings.device))
-        )
+        if self.lock is not None:
+            self.options = self.lock.options
+        else:
+            method = options.method or sources.method
+            self.options = replace(options, method=method, device=resolve_device(settings.device))
         METHODS.check(self.options.method, self.options.knobs)
         if self.lock is not None and self.lock.earlier:
             pool.announce(

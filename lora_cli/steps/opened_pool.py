@@ -106,6 +106,13 @@ class Pool:
             raise UsageError("=WEIGHT cannot be used with a file that holds the weights")
         return chosen
 
+    def unweighted(self, texts: Sequence[str], selection: str | None = None, *, verb: str) -> tuple[str, ...]:
+        """The names that `chosen` finds, for a verb that takes no weights. UsageError for a weight."""
+        chosen = self.chosen(texts, selection)
+        if any(weight is not None for weight in chosen.weights):
+            raise UsageError(f"{verb} takes adapters without =WEIGHT")
+        return chosen.names
+
     def _selected(self, name: str | None) -> tuple[str, ...]:
         """The last selection (or the last called `name`), else every usable adapter of the base if they are few."""
         selection = self.catalogue.last_selection(name)
@@ -210,17 +217,23 @@ class Pool:
         return here.ref, here
 
 
+def pool_of(settings: Settings, announce: Callable[[str], None], progress: Progress = silent) -> Pool:
+    """The pool of the settings: catalogue, base model and its other names. Its catalogue is the caller's to close."""
+    return Pool(
+        catalogue=Catalogue(settings.db),
+        base=settings.base,
+        aliases=settings.base_aliases,
+        announce=announce,
+        progress=progress,
+    )
+
+
 @contextmanager
 def open_pool(settings: Settings, announce: Callable[[str], None], progress: Progress = silent) -> Iterator[Pool]:
-    """The pool of the settings: catalogue, base model and its other names."""
-    with Catalogue(settings.db) as catalogue:
-        yield Pool(
-            catalogue=catalogue,
-            base=settings.base,
-            aliases=settings.base_aliases,
-            announce=announce,
-            progress=progress,
-        )
+    """`pool_of`, closed at the end of the block."""
+    pool = pool_of(settings, announce, progress)
+    with pool.catalogue:
+        yield pool
 
 
 def _split(text: str) -> tuple[str, float | None]:

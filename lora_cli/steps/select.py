@@ -6,20 +6,19 @@ from collections.abc import Callable, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
-from lora_cli.methods import MethodFolder
 from lora_cli.records import AdapterRow, Candidate, Progress, silent
+from lora_cli.selection_methods import METHODS
 from lora_cli.steps.fetch import refused
 from lora_cli.steps.lookup import demand_one_base
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
-
-METHODS = MethodFolder("lora_cli.selection_methods", "selection method")
+    from lora_cli.steps.opened_pool import Pool
 
 
 def select(
@@ -69,6 +68,48 @@ def select(
     chosen = _best(scored, k, max_per_author)
     rows = catalogue.rows([candidate.id for candidate, _ in chosen])
     return list(zip(rows, (score for _, score in chosen), strict=True))
+
+
+def select_and_remember(
+    pool: "Pool",
+    seed: int,
+    *,
+    by: str,
+    k: int,
+    name: str = "",
+    where: Sequence[str] = (),
+    max_per_author: int | None = None,
+    target: Path | None = None,
+) -> tuple[list[tuple[AdapterRow, float]], dict[str, Any]]:
+    """`select` from the pool, kept as the last selection, under `name` if there is one; and its settings.
+
+    Raises:
+        NothingMatched: no adapter fits. Else as `select` does.
+    """
+    chosen = select(
+        pool.catalogue,
+        by=by,
+        k=k,
+        base=pool.base,
+        where=where,
+        seed=seed,
+        max_per_author=max_per_author,
+        target=target,
+        announce=pool.announce,
+        progress=pool.progress,
+    )
+    if not chosen:
+        raise NothingMatched("no adapter fits")
+    asked = {
+        "k": k,
+        "base": pool.base,
+        "where": [*where],
+        "seed": seed,
+        "max_per_author": max_per_author,
+        "target": str(target.resolve()) if target else None,
+    }
+    pool.catalogue.remember_selection(name, chosen, by, asked)
+    return chosen, asked
 
 
 def _best(

@@ -18,16 +18,17 @@ from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
 from lora_cli.steps.train import TrainResult, asked, train_and_write
-from lora_cli.task import load_task, task_sha256
+from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """A planned training of a LoRA with `options` on the task `file`."""
+    """A planned training of a LoRA with `options` on `task`; `base` is its base model as the user named it."""
 
     job: Job
     ref: BaseRef
-    file: Path
+    base: str
+    task: Task
     options: TrainOptions
     recipe: Recipe
     announce: Callable[[str], None]
@@ -45,16 +46,17 @@ class TrainJob:
         """Train, unless the result is there; see `run_once` and `steps.train.train_and_write`."""
 
         def work(run: Run) -> TrainResult:
-            task, seed = load_task(self.file), self.recipe.seed
+            task, seed = self.task, self.recipe.seed
             self.announce(
-                f"train: {len(task)} examples of {self.file.name}, split 80/20 by seed {seed}; base {self.ref.name}"
+                f"train: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {seed}; "
+                f"base {self.base}"
             )
             loaded = self.ref.load()
-            for line in told(look(task, loaded.encoder, seed=seed)):
+            for line in told(look(task.examples, loaded.encoder, seed=seed)):
                 self.announce(line)
             return train_and_write(
                 loaded,
-                task,
+                task.examples,
                 self.job.folder,
                 run,
                 replace=force,
@@ -67,7 +69,7 @@ class TrainJob:
 
 
 def train_job(
-    file: Path,
+    task: Task,
     settings: Settings,
     *,
     options: TrainOptions | None = None,
@@ -76,14 +78,14 @@ def train_job(
     out: Path | None = None,
     announce: Callable[[str], None],
 ) -> TrainJob:
-    """The training of a new LoRA on the task `file`, checked as far as that needs no weights.
+    """The training of a new LoRA on `task`, checked as far as that needs no weights.
 
     Raises:
         UsageError: settings that make no LoRA, or no base model.
         DataError: a malformed task.
     """
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
-    described = asked(recipe=recipe, data=file.name, **options.shape)
+    described = asked(recipe=recipe, data=task.file.name, **options.shape)
     base = base_of(settings)
     ref = pin(
         base,
@@ -95,9 +97,9 @@ def train_job(
     job = Job(
         verb="train",
         settings=ref.settings | described,
-        inputs={**ref.inputs, file.name: task_sha256(file)},
+        inputs={**ref.inputs, task.file.name: task.sha256},
         runs=settings.runs,
         out=out,
         device=ref.device,
     )
-    return TrainJob(job=job, ref=ref, file=file, options=options, recipe=recipe, announce=announce)
+    return TrainJob(job=job, ref=ref, base=base, task=task, options=options, recipe=recipe, announce=announce)
