@@ -33,7 +33,7 @@ def test_the_examples_of_the_page_run(here: Path, capsys: pytest.CaptureFixture[
         exec(compile(block, str(DOCS), "exec"), names)
     told = capsys.readouterr().out
     assert "unknown merge method 'tie' - did you mean 'ties'?" in told
-    assert "random control" not in told
+    assert len(re.findall(r"^\S+ +\d+\.\d{3} \[\d+\.\d{3}, \d+\.\d{3}\]$", told, flags=re.MULTILINE)) == 3
     for name in ("merged", "twice", "fitted", "trained", "baked"):
         folder = names[name]
         assert isinstance(folder, Path)
