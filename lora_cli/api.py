@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.recipes import EvalOptions, FitOptions, Recipe, Reduction, Shape, TargetRecipe, TrainOptions
+from lora_cli.recipes import EvalOptions, FitOptions, Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import AdapterRow, Progress, Score, silent
 from lora_cli.settings import KEYS, Settings, load
 from lora_cli.steps.opened_pool import pool_of
@@ -117,10 +117,10 @@ class OpenPool:
         """
         from lora_cli.steps.fit_request import FitRequest
 
-        shape, recipe, fit, reduction = _shared_out(options, Shape, Recipe, FitOptions, Reduction)
+        shape, recipe, fit = _shared_out(options, Shape, Recipe, FitOptions)
         names = self._pool.unweighted(adapters, verb="fit")
         request = FitRequest(self._pool, names, read_task(Path(data)), self.settings, shape, recipe, fit)
-        fitting = request.prepare(reduction, out=_path(out))
+        fitting = request.prepare(out=_path(out))
         fitting.run(self.settings.db, force=force, progress=self._pool.progress)
         return fitting.job.folder
 

@@ -73,7 +73,8 @@ class Root(Group):
         except TyperException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "lora"
-            _tell(error.format_message(), f"see '{path} --help'")
+            # The library behind Typer names its own class before the words.
+            _tell(error.format_message().replace("Value error, ", ""), f"see '{path} --help'")
             code = ExitCode.USAGE
         except typer.Abort:
             words = sys.argv[1:] if args is None else args

@@ -82,17 +82,12 @@ class TargetRecipe(Recipe, frozen=True, kw_only=True):
     lr: LearningRate = 3e-4
 
 
-class Reduction(Options, frozen=True, kw_only=True):
-    """The reduction of a merge's result."""
-
-    rank: Rank = "auto"
-    energy: Energy = None
-
-
 class FitOptions(Options, frozen=True, kw_only=True):
-    """The options of a fit besides coefficients and training."""
+    """The options of a fit besides coefficients and training; `rank` and `energy` reduce the result."""
 
     l1: Annotated[float, Flag(help="Weight of an L1 penalty on the coefficients.", panel=COEFFICIENTS)] = 0.0
+    rank: Rank = "auto"
+    energy: Energy = None
     target: Annotated[
         str | None, Flag(help="An adapter trained on the task itself, to join the others.", panel=CONTROLS)
     ] = None

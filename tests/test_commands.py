@@ -176,6 +176,11 @@ def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
     }
 
 
+def test_a_wrong_choice_is_one_sentence() -> None:
+    told = run("lora merge --missing skip", Path()).stderr
+    assert told.splitlines()[0] == "lora: Invalid value for '--missing': 'skip' is not one of 'zero', 'renorm'."
+
+
 def test_a_mistyped_command_is_recognised() -> None:
     assert "Did you mean 'methods'?" in run("lora method", Path()).stderr
 

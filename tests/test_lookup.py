@@ -209,3 +209,16 @@ def test_verify_looks_at_a_hub_id_without_storing_it(fake: FakeHub) -> None:
     assert not [path for path in fake.paths("", "cdn") if "frank" in path and "resolve" in path]
     assert known() == {}
     assert json.loads(ok("pool", "verify", "alice/sql", "--deep", "--json").out)["rows"][0]["norm"] > 0
+
+
+@pytest.mark.parametrize("words", ["--lambda 0", "--rank x", "--energy 2", "--dense --compact", "-m ties --density 2"])
+def test_wrong_options_are_refused_before_the_hub_is_asked(fake: FakeHub, words: str) -> None:
+    refused(2, "merge", "alice/sql", *words.split())
+    assert fake.asked == []
+
+
+def test_a_fit_with_wrong_options_is_refused_before_the_hub_is_asked(fake: FakeHub) -> None:
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for words in (("--rank", "x"), ("--control", "nobody"), ("--l1", "-1")):
+        refused(2, "fit", "alice/sql", "--data", "task.jsonl", "--base", "acme/tiny", *words)
+    assert fake.asked == []

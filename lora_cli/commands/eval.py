@@ -64,7 +64,7 @@ def evaluate(
     from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
 
-    screen, settings = listing.screen(), setup.load()
+    screen, settings, prompting = listing.screen(), setup.load(), prompts.prompting()
     base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         if adapters:
@@ -72,7 +72,7 @@ def evaluate(
         else:
             names = tuple(last_written(settings.db))
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
-        request = EvaluateRequest(pool, names, settings, options, prompts.prompting())
+        request = EvaluateRequest(pool, names, settings, options, prompting)
         scores = request.run(settings.db, out=out, progress=progress)
     metric, baseline = options.metric, options.baseline
     screen.rows(

@@ -17,7 +17,7 @@ from lora_cli.commands.options import (
     show_output,
     with_flags,
 )
-from lora_cli.recipes import FitOptions, Recipe, Reduction, Shape
+from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.screen import near
 from lora_cli.settings import base_of
 
@@ -33,7 +33,6 @@ def fit(
     shape: Shape,
     recipe: Recipe,
     options: FitOptions,
-    reduction: Reduction,
     job: JobOptions,
     prompts: Prompts,
 ) -> None:
@@ -43,7 +42,7 @@ def fit(
     coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
     zero. A killed fit resumes where it stopped when it is run again.
     """
-    screen, settings = job.screen(), setup.load()
+    screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
     task = setup.task(settings)
@@ -57,7 +56,7 @@ def fit(
         if job.dry_run and (absent := request.absent()):
             screen.document("lora.fit.plan/1", {"out": None, **downloads(absent)})
             return
-        fitting = request.prepare(reduction, prompts.prompting(), out=job.out)
+        fitting = request.prepare(prompting, out=job.out)
         folder = fitting.job.folder
         if job.dry_run:
             found = {"out": str(folder), "adapters": len(fitting.plan.adapters), **fitting.job.settings}

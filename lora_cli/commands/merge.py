@@ -59,7 +59,7 @@ def merge(
     stdout, and every merge reports how much of the update the chosen rank keeps. A method's own options are listed by
     'lora merge -m METHOD --help' and 'lora methods METHOD'.
     """
-    screen, settings = job.screen(), setup.load()
+    screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     METHODS.check(options.method or sources.method, options.knobs)
     if sources.locked is not None:
         _demand_no_others(context, sources.locked)
@@ -73,7 +73,7 @@ def merge(
             found = {"out": None, "method": request.options.method, **downloads(absent)}
             screen.document("lora.merge.plan/1", found)
             return
-        merging = request.prepare(prompts.prompting(), out=job.out)
+        merging = request.prepare(prompting, out=job.out)
         plan, folder = merging.plan, merging.job.folder
         if job.dry_run:
             found = {"out": str(folder), "modules": len(plan.written), **merging.job.settings}

@@ -34,7 +34,7 @@ def train(
     80 % of the examples train it, the others choose the best step. The result is a PEFT folder with run.json; its path
     goes to stdout.
     """
-    screen, settings = job.screen(), setup.load()
+    screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
     task = setup.task(settings)
@@ -46,7 +46,7 @@ def train(
         settings,
         options=options,
         recipe=recipe,
-        prompting=prompts.prompting(),
+        prompting=prompting,
         out=job.out,
         announce=screen.say,
     )

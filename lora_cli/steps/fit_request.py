@@ -10,12 +10,13 @@ from msgspec.structs import replace
 from lora_cli.base_model import BaseRef, pin
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.forms import Prompting
-from lora_cli.recipes import FitOptions, Recipe, Reduction, Shape
+from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.fit import FitReport, asked, demand_sane, fit_and_write
 from lora_cli.steps.merge import MergePlan, plan
+from lora_cli.steps.merge_plan import checked_options
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
@@ -86,17 +87,18 @@ class FitRequest:
         self.recipe = replace(recipe or Recipe(), seed=settings.seed)
         self.base = base_of(settings)
         demand_sane(l1=self.options.l1, controls=self.options.controls)
+        self.merging = checked_options(
+            MergeOptions(method="linear", rank=self.options.rank, energy=self.options.energy)
+        )
         self.names = [*names, *([] if self.options.target is None else [self.options.target])]
 
     def absent(self) -> list[Adapter]:
         """The adapters whose weights would have to be downloaded."""
         return self.pool.absent(self.names)
 
-    def prepare(
-        self, reduction: Reduction | None = None, prompting: Prompting | None = None, *, out: Path | None = None
-    ) -> FitJob:
+    def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
         """Open the adapters, downloading missing files, and check everything that needs no weights."""
-        settings, reduction = self.settings, reduction or Reduction()
+        settings = self.settings
         ref = pin(self.base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
         gathered = self.pool.adapters(self.names)
         target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
@@ -105,7 +107,7 @@ class FitRequest:
         planned = plan(
             gathered.adapters,
             [1.0] * len(gathered.adapters),
-            MergeOptions(method="linear", rank=reduction.rank, energy=reduction.energy, device=device),
+            replace(self.merging, device=device),
             base=gathered.base,
             skeleton=gathered.skeleton,
         )

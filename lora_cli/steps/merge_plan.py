@@ -150,7 +150,7 @@ def plan(
         Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
             scope, a device that lacks float64, or a result that the server cannot serve.
     """
-    options = _checked(options)
+    options = checked_options(options)
     if not base:
         raise Refused("none of these adapters names its base model", hint="name it with --base")
     if METHODS.get(options.method).needs == "inputs" and inputs is None:
@@ -188,8 +188,8 @@ def plan(
     )
 
 
-def _checked(options: MergeOptions) -> MergeOptions:
-    """`options` with every knob of the method.
+def checked_options(options: MergeOptions) -> MergeOptions:
+    """`options` with every knob of the method: all that can be checked without adapters.
 
     Raises:
         UsageError: an unknown method or knob, a value out of its range, options that exclude each other.

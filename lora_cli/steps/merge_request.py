@@ -29,6 +29,7 @@ from lora_cli.steps.lock import (
     where_parents_are,
 )
 from lora_cli.steps.merge import MergePlan, MergeReport, identical, merge, plan
+from lora_cli.steps.merge_plan import checked_options
 from lora_cli.steps.opened_pool import Chosen, Gathered, Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.text import in_words
@@ -90,11 +91,12 @@ class MergeRequest:
             raise UsageError("--weights and --dedupe cannot be combined with --coef, which holds the weights")
         self.lock = None if sources.locked is None else read_lock(sources.locked)
         if self.lock is not None:
-            self.options = self.lock.options
+            options = self.lock.options
         else:
             method = options.method or sources.method
-            self.options = replace(options, method=method, device=resolve_device(settings.device))
-        METHODS.check(self.options.method, self.options.knobs)
+            options = replace(options, method=method, device=resolve_device(settings.device))
+        # Check before adapters are looked up or downloaded.
+        self.options = checked_options(options)
         if self.lock is not None and self.lock.earlier:
             pool.announce(
                 f"{sources.locked} is of an earlier version: weights are rebuilt byte for byte, the configuration is "
