@@ -64,7 +64,16 @@ class OpenPool:
         """The k best adapters by a selection method, as `id@commit`; remembered as the last selection."""
         from lora_cli.steps.select import select_and_remember
 
-        chosen, _ = select_and_remember(self._pool, self.settings.seed, by=by, k=k, where=where, target=_path(target))
+        chosen, _ = select_and_remember(
+            self._catalogue,
+            self.settings,
+            by=by,
+            k=k,
+            where=where,
+            target=_path(target),
+            announce=self._pool.announce,
+            progress=self._pool.progress,
+        )
         return [row.ref.pinned for row, _ in chosen]
 
     def merge(

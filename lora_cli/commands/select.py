@@ -38,20 +38,22 @@ def select(
     The ids go to stdout; merge and fit take the last selection if no adapters are named. random is the control: a
     useful selection method has to beat it.
     """
-    from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.catalogue import Catalogue
     from lora_cli.steps.select import select_and_remember
 
     screen, settings = listing.screen(), setup.load()
-    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+    with screen.progress() as progress, Catalogue(settings.db) as catalogue:
         chosen, asked = select_and_remember(
-            pool,
-            settings.seed,
+            catalogue,
+            settings,
             by=by,
             k=k,
             name=name,
             where=where or (),
             max_per_author=max_per_author,
             target=target,
+            announce=screen.say,
+            progress=progress,
         )
     rows = [
         {

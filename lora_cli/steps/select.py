@@ -13,12 +13,12 @@ from lora_cli.catalogue import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.records import AdapterRow, Candidate, Progress, silent
 from lora_cli.selection_methods import METHODS
+from lora_cli.settings import Settings
 from lora_cli.steps.fetch import refused
 from lora_cli.steps.lookup import demand_one_base
 
 if TYPE_CHECKING:
     from lora_cli.adapters.reader import OpenAdapter
-    from lora_cli.steps.opened_pool import Pool
 
 
 def select(
@@ -71,8 +71,8 @@ def select(
 
 
 def select_and_remember(
-    pool: "Pool",
-    seed: int,
+    catalogue: Catalogue,
+    settings: Settings,
     *,
     by: str,
     k: int,
@@ -80,35 +80,37 @@ def select_and_remember(
     where: Sequence[str] = (),
     max_per_author: int | None = None,
     target: Path | None = None,
+    announce: Callable[[str], None],
+    progress: Progress = silent,
 ) -> tuple[list[tuple[AdapterRow, float]], dict[str, Any]]:
-    """`select` from the pool, kept as the last selection, under `name` if there is one; and its settings.
+    """`select` for the base and the seed of the settings, kept as the last selection, also by `name`; and its settings.
 
     Raises:
         NothingMatched: no adapter fits. Else as `select` does.
     """
     chosen = select(
-        pool.catalogue,
+        catalogue,
         by=by,
         k=k,
-        base=pool.base,
+        base=settings.base,
         where=where,
-        seed=seed,
+        seed=settings.seed,
         max_per_author=max_per_author,
         target=target,
-        announce=pool.announce,
-        progress=pool.progress,
+        announce=announce,
+        progress=progress,
     )
     if not chosen:
         raise NothingMatched("no adapter fits")
     asked = {
         "k": k,
-        "base": pool.base,
+        "base": settings.base,
         "where": [*where],
-        "seed": seed,
+        "seed": settings.seed,
         "max_per_author": max_per_author,
         "target": str(target.resolve()) if target else None,
     }
-    pool.catalogue.remember_selection(name, chosen, by, asked)
+    catalogue.remember_selection(name, chosen, by, asked)
     return chosen, asked
 
 
