@@ -6,10 +6,10 @@ Each function runs the same steps as the command of its name, and records the sa
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
@@ -28,7 +28,7 @@ def _ignore(text: str) -> None:
     """Announce nothing."""
 
 
-class OpenPool:
+class OpenPool(AbstractContextManager["OpenPool"]):
     """A catalogue with a base model, opened; close it, or use it in a `with` statement.
 
     Results are folders. An existing result is not made again, unless `force` is true.
@@ -39,12 +39,7 @@ class OpenPool:
         self._pool = pool_of(settings, announce, progress)
         self._catalogue = self._pool.catalogue
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ import inspect
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fi
 from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_end
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
-from lora_cli.models.skeleton import class_of, skeleton_of
+from lora_cli.models.skeleton import class_of, quiet, skeleton_of
 from lora_cli.records import Example, Prompt
 from lora_cli.settings import folder_of
 
@@ -274,7 +273,7 @@ class BaseModel:
         # New tokens are appended on the right, so prompts are filled up on the left, masked.
         tokens = torch.tensor([[self.pad] * (width - len(ids)) + [*ids] for ids in prompts], device=self.device)
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
-        with _silence():
+        with quiet():
             written = self.model.generate(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -407,7 +406,7 @@ class BaseRef:
             # Use a copy on this machine as it is: no request, and the same base in later runs.
             options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
         try:
-            with _silence():
+            with quiet():
                 tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
                 config = _hf.AutoConfig.from_pretrained(self.place, trust_remote_code=False, **options)
                 cls = _writer_of_text(config, self.place)
@@ -484,7 +483,7 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
         version = _version_on_hub(found) if here is None else here.name
         options = {"local_files_only": here is not None, "revision": version}
     try:
-        with _silence():
+        with quiet():
             tokenizer = _hf.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
             config = _hf.AutoConfig.from_pretrained(place, trust_remote_code=False, **options)
             try:
@@ -530,14 +529,6 @@ def _times(shape: tuple[int, int]) -> str:
 
 def _cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Silence the libraries' remarks about themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _version_on_hub(model: HubModel) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from tests.templates import KINDS, PARTED, STYLES, Kind, Style, tokenizer, token
 from tests.tiny_bases import STORIES, needs_stories
 
 pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*model config:UserWarning"),
 ]
@@ -39,14 +40,6 @@ PROMPTS: dict[str, str | tuple[Mapping[str, str], ...]] = {
         {"role": "user", "content": "Where is she?"},
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def encoder(made: PreTrainedTokenizerFast, **prompting: Any) -> Encoder:

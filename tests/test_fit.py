@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +18,8 @@ from lora_cli.steps.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHORT = Recipe(steps=20, every=5, lr=5e-2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +24,9 @@ from tests.cli import lora, ok, refused
 from tests.test_merge import close
 from tests.tiny_bases import STORIES, needs_stories
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(lora_cli.__file__).parents[1]
 QUICK = ("--steps", "20")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """Texts, tokenizers and templates that are not as the common ones: each is read rightly, or named in one line."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -20,7 +19,10 @@ from tests.templates import STYLES, tokenizer, tokenizer_of
 from tests.test_encode import PAIRS, encoder, example, rendered, same, scored, task, taught, tiny
 from tests.tiny_bases import tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 CHATML = STYLES["chatml"]
 STERN = "{% if messages[0].role != 'system' %}{{ raise_exception('a system turn, please') }}{% endif %}"
 RULED = "{% for m in messages %}{{ '### ' + m.role + ': ' + m.content + '\n###\n' }}{% endfor %}"
@@ -29,14 +31,6 @@ TOOLS = "{% if tools %}{{ tools | length }}{% endif %}{% for m in messages %}{{ 
 TOOLS += "{% if m.reasoning_content %}{{ '[' + m.reasoning_content + ']' }}{% endif %}{{ m.content or '' }}"
 TOOLS += "{% for call in m.tool_calls or [] %}{{ '<call>' + call.name }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
 TOOLS += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def made_of(template: str) -> PreTrainedTokenizerFast:

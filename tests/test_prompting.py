@@ -3,12 +3,10 @@
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_cli.models.forms import RESERVED
@@ -17,17 +15,10 @@ from tests.cli import ok, refused
 from tests.templates import PARTED, STYLES, Style, tokenizer, tokenizer_of
 from tests.tiny_bases import tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = (("ab?", "xy"), ("cd?", "zw"), ("ef?", "uv"), ("gh?", "st"))
 QUICK = ("--rank", "2", "--steps", "2", "--data", "task.jsonl", "--base", "base")
 REGMEAN = ("merge", "one", "two", "-m", "regmean", "--base", "base", "--data", "task.jsonl")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
