@@ -15,7 +15,7 @@ SHELLS: tuple[Shell, ...] = ("bash", "zsh", "fish", "pwsh")
 
 
 def completion(
-    shell: Annotated[Shell | None, typer.Argument(help="The shell.", show_default="that of $SHELL")] = None,
+    shell: Annotated[Shell | None, typer.Argument(help="The shell.", show_default="the one in use")] = None,
     install: Annotated[bool, typer.Option("--install", help="Write the script where the shell finds it.")] = False,
 ) -> None:
     """Print the completion script of a shell, or install it."""
@@ -31,12 +31,21 @@ def completion(
 
 
 def _own_shell() -> Shell:
-    """The shell of $SHELL. UsageError if there is no script for it."""
-    name = Path(os.environ.get("SHELL", "")).name
+    """The shell of $SHELL, or without it (in a container) the calling one. UsageError if there is no script for it."""
+    name = Path(os.environ.get("SHELL", "")).name or _calling_shell()
     for shell in SHELLS:
         if shell == name:
             return shell
     raise UsageError(f"no completion for the shell {name!r}", hint=f"name one: {', '.join(SHELLS)}")
+
+
+def _calling_shell() -> str:
+    from shellingham import ShellDetectionFailure, detect_shell  # type: ignore[import-untyped]
+
+    try:
+        return str(detect_shell()[0])
+    except ShellDetectionFailure:
+        raise UsageError("no shell is known: $SHELL is not set", hint=f"name one: {', '.join(SHELLS)}") from None
 
 
 def completion_script(shell: Shell) -> str:
