@@ -15,12 +15,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lora_cli.adapters.base_names import public_base
-from lora_cli.adapters.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
-from lora_cli.adapters.devices import resolve_device
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.skeleton import Matrix, Skeleton
+from lora_cli.algebra.devices import resolve_device
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.formats.base_names import public_base
+from lora_cli.formats.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
+from lora_cli.formats.skeleton import Matrix, Skeleton
 from lora_cli.hub import Hub
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
 from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_end

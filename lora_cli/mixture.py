@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.adapters.skeleton import Matrix
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import Refused
+from lora_cli.formats.reader import OpenAdapter, all_modules
+from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.recipes import Granularity, Shape
 

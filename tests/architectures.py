@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_cli.adapters.reader import open_adapter
-from lora_cli.adapters.skeleton import Matrix, Skeleton
-from lora_cli.adapters.store import AdapterFiles, folder_ref
+from lora_cli.formats.reader import open_adapter
+from lora_cli.formats.skeleton import Matrix, Skeleton
+from lora_cli.formats.store import AdapterFiles, folder_ref
 from lora_cli.models.skeleton import skeleton_of
 
 _TEXT = {

@@ -6,7 +6,7 @@ decide its first centroids are the product's own: on random adapters other start
 
 import numpy as np
 
-from lora_cli.adapters.draws import uniform
+from lora_cli.algebra.draws import uniform
 from tests.dense_reference import Case, Dense
 
 

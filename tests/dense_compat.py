@@ -6,7 +6,7 @@ own numbers, since which ones fall is no part of the formula.
 
 import numpy as np
 
-from lora_cli.adapters.draws import uniform
+from lora_cli.algebra.draws import uniform
 from tests.dense_reference import Case, Dense
 
 Side = list[Dense]

@@ -113,7 +113,7 @@ def randomly_dropped(case: Case, density: float, seed: int) -> list[Dense]:
 
 
 def draws(seed: int, key: int, count: int) -> Dense:
-    """The generator of adapters/draws.py in Python's own integers."""
+    """The generator of algebra/draws.py in Python's own integers."""
     digest = hashlib.sha256(f"{seed}\n{key}".encode()).digest()
     first, second = (int.from_bytes(digest[i : i + 4], "little") for i in (0, 4))
     return np.array([(lowbias32(lowbias32(place ^ first) ^ second) >> 8) / 2**24 for place in range(count)])

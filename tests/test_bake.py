@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.base_model import pin
 from lora_cli.hub import Hub
 from lora_cli.steps import bake as baking

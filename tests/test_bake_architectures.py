@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel
 
-from lora_cli.adapters.skeleton import Stored
+from lora_cli.formats.skeleton import Stored
 from lora_cli.models import skeleton as skeletons
 from tests.architectures import SPECS, factors, model, saved_adapter, skeleton, trained
 from tests.cli import ok, refused

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_cli import base_model
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.base_model import BaseModel, load, resolve
 from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.models.skeleton import skeleton

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base
 from lora_cli.errors import DataError, UsageError
+from lora_cli.formats.base_names import canonical_base, is_hub_id, same_base
 from lora_cli.settings import user_file
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused

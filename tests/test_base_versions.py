@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters.base_names import public_base
 from lora_cli.base_model import BaseModel, load, pin
+from lora_cli.formats.base_names import public_base
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example
 from lora_cli.steps.evaluate import System, evaluate

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.merge_options import METHODS
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.pairs import all_pairs, cosines
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.pairs import all_pairs, cosines
 from lora_cli.errors import Refused, UsageError
 from lora_cli.steps.compare import Diff, diff, in_clusters, near_copies, similarity
 from tests.adapters_on_disk import Factors, random_factors, write_adapter
@@ -195,7 +195,7 @@ def test_cosines_are_right_in_whatever_precision_the_first_look_was(precisions: 
 
 
 def test_tiles_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.adapters.pairs._ROWS", 8)
+    monkeypatch.setattr("lora_cli.algebra.pairs._ROWS", 8)
     updates = [*families(20, 30)["mixed ranks"], LowRank(torch.zeros(20, 0), torch.zeros(0, 30))]
     flat = torch.stack([u.dense().double().flatten() for u in updates])
     lengths = flat.norm(dim=1)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lora_cli.adapters.draws import uniform
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.steps.merge_module import run_method
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from lora_cli.adapters.config import LoraConfigFacts, parse_config
 from lora_cli.errors import ConfigError
+from lora_cli.formats.config import LoraConfigFacts, parse_config
 from tests.hostile.corpus import GOOD_CONFIG, code_naming_configs, malformed_configs
 
 MALFORMED = malformed_configs()

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lora_cli.adapters.factors import Pair, sort_tensors
-from lora_cli.adapters.header import Header, parse_header
 from lora_cli.errors import HeaderError
+from lora_cli.formats.factors import Pair, sort_tensors
+from lora_cli.formats.header import Header, parse_header
 from tests.hostile.corpus import MODULE, safetensors, tensor
 
 PAIR = ((f"{MODULE}.lora_A.weight", "F32", [2, 3]), (f"{MODULE}.lora_B.weight", "F32", [4, 2]))

@@ -8,9 +8,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
 from lora_cli.steps.fit import FitResult, fit

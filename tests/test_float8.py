@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lora_cli.adapters.config import parse_config
-from lora_cli.adapters.header import FLOAT8_DTYPES, read_header
-from lora_cli.adapters.weights import _float8_values, scan_weights
+from lora_cli.checks.weights import _float8_values, scan_weights
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import FLOAT8_DTYPES, read_header
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
 from tests.tiny_bases import opened, tiny_llama

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 
-from lora_cli.adapters.header import (
+from lora_cli.errors import HeaderError
+from lora_cli.formats.header import (
     DTYPE_BITS,
     Header,
     header_length,
     parse_header,
     read_header,
 )
-from lora_cli.errors import HeaderError
 from tests.hostile.corpus import MODULE, good_weights, header_bombs, malformed_headers, safetensors, tensor
 
 HEADERS = malformed_headers()

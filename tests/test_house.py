@@ -32,7 +32,8 @@ FLOORS = (
         "hub",
     ),
     ("catalogue", "runs"),
-    ("adapters",),
+    ("algebra",),
+    ("formats", "checks"),
     ("models", "base_model", "mixture", "merge_methods", "selection_methods"),
     ("steps",),
     ("world", "api"),
@@ -40,23 +41,22 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )  # fmt: skip
+OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "world/")
 KEEPERS = {
     "torch": (
-        "adapters.lowrank", "adapters.reader", "adapters.writer", "adapters.tiles", "adapters.updates",
-        "adapters.devices", "adapters.draws", "adapters.kernels", "adapters.pairs", "adapters.spectra",
-        "adapters.checkpoint", "adapters.delta",
+        "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
         "models", "base_model", "mixture", "merge_methods", "selection_methods", "steps", "world",
     ),
     "transformers": ("models", "base_model", "world"),
     "peft": ("models", "base_model", "world"),
-    "re2": ("adapters.targets",),
+    "re2": ("formats.targets",),
     "tokenizers": ("world",),
     "msgspec": ("options", "recipes", "merge_options", "steps", "commands"),
     "rapidfuzz": ("catalogue",),
     "safetensors": ("world",),
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue", "migrations", "runs"),
-    "numba": ("adapters.kernels",),
+    "numba": ("algebra.kernels",),
     "scipy": ("steps",),
     "matplotlib": ("plots",),
     "rich": ("screen",),
@@ -121,19 +121,46 @@ def breaches(name: str, tree: ast.Module) -> list[str]:
     return found
 
 
+def test_merge_methods_stand_on_the_algebra_alone() -> None:
+    allowed = ("algebra", "methods", "errors", "merge_methods")
+    for name, tree in rooms():
+        if under(name, "merge_methods"):
+            used = {
+                imported.removeprefix("lora_cli.") for imported in imports(tree) if imported.startswith("lora_cli.")
+            }
+            assert [one for one in used if not any(under(one, room) for room in allowed)] == [], name
+
+
 def test_every_room_has_its_floor() -> None:
     assert [name for name, _ in rooms() if name and floor(name) is None] == []
 
 
 def test_the_drawing_names_every_room_and_no_other() -> None:
     drawing = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8").partition("**Floors**")[0]
-    named = set(re.findall(r"\b(\w+)\.py\b", drawing))
-    files = {file.relative_to(PACKAGE) for file in PACKAGE.rglob("*.py")}
+    named = drawn_files(drawing)
+    files = {file.relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
     # Folders of methods and the embedded world are open: the drawing names them as a whole, with examples.
-    open_folders = {"merge_methods", "selection_methods", "world"}
-    rooms = {file.stem for file in files if file.parts[0] not in open_folders}
-    assert rooms - named - {"__init__"} == set()
-    assert named - {file.stem for file in files} == set()
+    rooms = {file for file in files if not file.startswith(OPEN_FOLDERS) and not file.endswith("/__init__.py")}
+    assert rooms - named == set()
+    assert named - files == set()
+
+
+def drawn_files(drawing: str) -> set[str]:
+    """The files of the tree in docs/architecture.md, by their path below the package."""
+    folders: list[tuple[int, str]] = []
+    files = set()
+    for line in drawing.splitlines():
+        names = re.match(r"( +)((?:\w+(?:\.py|/) ?)+)", line)
+        if names is None:
+            continue
+        depth = len(names[1])
+        folders = [(deep, folder) for deep, folder in folders if deep < depth]
+        for name in names[2].split():
+            if name.endswith("/"):
+                folders.append((depth, name))
+            else:
+                files.add("".join(folder for _, folder in folders[1:]) + name)
+    return files
 
 
 def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
@@ -145,7 +172,7 @@ def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
     ("room", "line"),
     [
         ("catalogue", "from lora_cli.steps.merge import merge"),
-        ("adapters.header", "import torch"),
+        ("formats.header", "import torch"),
         ("commands.pool", "from huggingface_hub import HfApi"),
         ("steps.fit", "def f():\n    import peft"),
         ("screen", "import click"),

@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import close_session
 from safetensors.torch import save_file
 
-from lora_cli.adapters.checks import examine
-from lora_cli.adapters.header import read_header
-from lora_cli.adapters.kinds import other_kind
 from lora_cli.catalogue import Catalogue
+from lora_cli.checks.examine import examine
+from lora_cli.formats.header import read_header
+from lora_cli.formats.kinds import other_kind
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_cli.adapters.lowrank import (
+from lora_cli.algebra.lowrank import (
     LowRank,
     RankChoice,
     concat,

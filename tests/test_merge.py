@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.reader import OpenAdapter, open_adapter
-from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.records import Coefficients
 from lora_cli.runs import recorded

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
 from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference, dense_spectral

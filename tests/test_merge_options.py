@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_cli.adapters import writer
+from lora_cli.formats import writer
+from lora_cli.formats.coefficients import coefficients_text
 from lora_cli.records import Coefficients
-from lora_cli.steps.coefficients import coefficients_text
 from lora_cli.world import World
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.merge_options import METHODS
 from lora_cli.runs import recorded
 from lora_cli.steps.merge import merge

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.merge_options import METHODS
 from lora_cli.records import AdapterRef
 from lora_cli.steps.merge_module import _key

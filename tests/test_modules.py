@@ -10,12 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from lora_cli.adapters.config import parse_config
-from lora_cli.adapters.header import read_header
-from lora_cli.adapters.modules import Located, locate_modules
-from lora_cli.adapters.reader import open_adapter
-from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import HeaderError, Refused
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import read_header
+from lora_cli.formats.modules import Located, locate_modules
+from lora_cli.formats.reader import open_adapter
+from lora_cli.formats.skeleton import Skeleton
 from tests.architectures import SPECS, agree, by_peft, by_us, factors, files, model, saved_adapter, skeleton
 
 # What PEFT and transformers remark about themselves.

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lora_cli.adapters import writer
+from lora_cli.formats import writer
+from lora_cli.formats.coefficients import coefficients_text
 from lora_cli.records import Coefficients
-from lora_cli.steps.coefficients import coefficients_text
 from lora_cli.steps.serving import VLLM_RANKS, vllm_rank
 from tests import readers
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -12,11 +12,11 @@ from huggingface_hub import close_session
 from peft import LoraConfig
 
 from lora_cli import migrations
-from lora_cli.adapters.base_names import at_revision, canonical_base, same_base, split_revision
-from lora_cli.adapters.config import parse_config
 from lora_cli.base_model import pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched
+from lora_cli.formats.base_names import at_revision, canonical_base, same_base, split_revision
+from lora_cli.formats.config import parse_config
 from lora_cli.steps.bake import find_base
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.serving import serve_line

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.errors import DataError, OutputError, Refused
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.outputs import whole_folder
 from lora_cli.runs import read_record
 from tests.adapters_on_disk import random_factors, write_adapter

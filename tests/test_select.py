@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from lora_cli.adapters.lowrank import inner
-from lora_cli.adapters.reader import open_adapter
-from lora_cli.adapters.store import folder_ref, locate
+from lora_cli.algebra.lowrank import inner
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.formats.reader import open_adapter
+from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import Adapter
 from lora_cli.selection_methods.cosine import cosine
 from lora_cli.steps.select import select

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters import weights
-from lora_cli.adapters.store import folder_ref, sha256_of
 from lora_cli.catalogue import Catalogue
+from lora_cli.checks import weights
 from lora_cli.errors import DataError, NothingMatched
+from lora_cli.formats.store import folder_ref, sha256_of
 from lora_cli.steps import sources
 from lora_cli.steps.sync import SyncReport, sync
 from tests.fake_hub import BASE, lora_files

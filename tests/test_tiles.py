@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.adapters import kernels
-from lora_cli.adapters.draws import stream, uniform
-from lora_cli.adapters.lowrank import LowRank, squared_norm
-from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles, Part, exact_threshold
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra import kernels
+from lora_cli.algebra.draws import stream, uniform
+from lora_cli.algebra.lowrank import LowRank, squared_norm
+from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles, Part, exact_threshold
+from lora_cli.algebra.updates import Updates
 from tests.dense_reference import draws
 
 

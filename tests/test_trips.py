@@ -15,9 +15,9 @@ def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"])
     trip = merge_from_the_hub(ok, tmp_path)
     close_session()
-    assert trip.count("adapters/config.py:parse_config") == 1
+    assert trip.count("formats/config.py:parse_config") == 1
     # One of the bytes that the Hub sent for the listing, one of the file.
-    assert trip.count("adapters/header.py:parse_header") == 2
+    assert trip.count("formats/header.py:parse_header") == 2
     # The weights as they came; then the weights and the configuration of the result.
     assert trip.count("hashes.py:_hashed") == 3
     assert trip.handovers <= 800

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from lora_cli.adapters.base_names import same_base
-from lora_cli.adapters.checks import Facts, examine
-from lora_cli.adapters.config import parse_config
-from lora_cli.adapters.header import read_header
-from lora_cli.adapters.modules import locate_modules
-from lora_cli.adapters.store import folder_ref, locate, read_config
-from lora_cli.adapters.weights import scan_weights, weight_status
+from lora_cli.checks.examine import Facts, examine
+from lora_cli.checks.weights import scan_weights, weight_status
 from lora_cli.errors import ConfigError
+from lora_cli.formats.base_names import same_base
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import read_header
+from lora_cli.formats.modules import locate_modules
+from lora_cli.formats.store import folder_ref, locate, read_config
 from tests.architectures import linear_skeleton
 
 WILD = Path(__file__).parents[2] / "shared" / "wild"

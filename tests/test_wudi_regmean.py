@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from tests.test_merge_laws import IN, MIXED, OUT, WEIGHTS, expected, factors, inputs, mapped, merged, same, taken
 

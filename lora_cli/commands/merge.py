@@ -29,7 +29,7 @@ from lora_cli.screen import near
 from lora_cli.text import in_words, percent
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.reader import OpenAdapter
+    from lora_cli.formats.reader import OpenAdapter
     from lora_cli.steps.merge import MergePlan, MergeReport
 
 SMALL = 0.05

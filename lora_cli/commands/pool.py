@@ -219,8 +219,8 @@ def show(
     form: Document,
 ) -> None:
     """Show all facts about one adapter, their sources, and the reason if it is unusable."""
-    from lora_cli.adapters.store import locate
     from lora_cli.catalogue import Catalogue
+    from lora_cli.formats.store import locate
 
     screen = form.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -511,7 +511,7 @@ def _assumed(settings: Settings) -> str:
 
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
     """The row of an id or a folder; for a folder that is not in the catalogue, a row with its place only."""
-    from lora_cli.adapters.store import folder_ref
+    from lora_cli.formats.store import folder_ref
     from lora_cli.steps.lookup import pinned
 
     folder = folder_of(text)
@@ -577,7 +577,7 @@ def _as_row(adapter: AdapterRow) -> dict[str, Any]:
 
 def _model_name(base: str) -> str:
     """A short form of a base: without owner or folder, with its revision."""
-    from lora_cli.adapters.base_names import at_revision, split_revision
+    from lora_cli.formats.base_names import at_revision, split_revision
 
     name, revision = split_revision(base)
     return at_revision(name.replace("\\", "/").rstrip("/").rpartition("/")[2], revision)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.adapters.tiles import Block, DeltaTiles
+from lora_cli.algebra.tiles import Block, DeltaTiles
 from lora_cli.methods import Knob, method
 
 

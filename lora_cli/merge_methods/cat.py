@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, concat
+from lora_cli.algebra.lowrank import LowRank, concat
 from lora_cli.methods import method
 
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.spectra import Inside, Space, compact, counted, merged_inside
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.spectra import Inside, Space, compact, counted, merged_inside
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
 

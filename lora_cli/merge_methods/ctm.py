@@ -5,9 +5,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, Spectrum
-from lora_cli.adapters.spectra import Inside, Space, compact, counted, merged_inside, signs
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, Spectrum
+from lora_cli.algebra.spectra import Inside, Space, compact, counted, merged_inside, signs
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import Knob, method
 
 _ROUNDS = 1000

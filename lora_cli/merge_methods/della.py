@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.kernels import mean_ranks
-from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
+from lora_cli.algebra.kernels import mean_ranks
+from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
 from lora_cli.errors import UsageError
 from lora_cli.methods import Knob, method
 

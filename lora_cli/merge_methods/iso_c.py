@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.spectra import Space, compact
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.spectra import Space, compact
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
 

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.draws import uniform
-from lora_cli.adapters.lowrank import LowRank, concat, numerical_rank, svd
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.lowrank import LowRank, concat, numerical_rank, svd
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.methods import Knob, method
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import Knob, method
 
 

@@ -5,9 +5,9 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.draws import uniform
-from lora_cli.adapters.lowrank import LowRank, numerical_rank, svd
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.lowrank import LowRank, numerical_rank, svd
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import Knob, method
 
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.kernels import largest, squares
-from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
+from lora_cli.algebra.kernels import largest, squares
+from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
 from lora_cli.methods import Knob, method
 
 # Standard deviations below this many units of rounding of a row's largest mean count as zero.

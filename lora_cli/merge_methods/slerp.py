@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.methods import Knob, method
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.spectra import compact, counted, polar
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.spectra import compact, counted, polar
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
 

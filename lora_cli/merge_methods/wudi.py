@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, concat
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, concat
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import Knob, method
 
 

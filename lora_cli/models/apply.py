@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.skeleton import Matrix
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.formats.skeleton import Matrix
 
 Term = Callable[[Tensor, Tensor], Tensor]
 """Called as term(input, output) of a module, (…, in) and (…, out); returns the module's new output."""

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.skeleton import WEIGHT, Skeleton
 from lora_cli.errors import Refused
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.skeleton import quiet
 from lora_cli.recipes import ALL_LINEAR
 

@@ -16,7 +16,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_cli.adapters.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.models.stored import stored
 
 _hf: Any = transformers

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_cli.adapters.skeleton import Share, Stored
+from lora_cli.formats.skeleton import Share, Stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 

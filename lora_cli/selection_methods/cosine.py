@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from lora_cli.adapters.lowrank import LowRank, inner
-from lora_cli.adapters.reader import OpenAdapter
+from lora_cli.algebra.lowrank import LowRank, inner
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import method
 
 

@@ -16,16 +16,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
-from lora_cli.adapters.header import TensorEntry
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import DTYPES
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
+from lora_cli.formats.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
+from lora_cli.formats.header import TensorEntry
+from lora_cli.formats.reader import DTYPES
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.steps.bake_plan import BakePlan, Piece, find_base, is_here, plan
-from lora_cli.steps.merge_module import one_thread_each
 
 __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base", "is_here", "plan"]
 

@@ -7,8 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.adapters.base_names import MAIN, public_base
-from lora_cli.adapters.checkpoint import (
+from lora_cli.errors import HeaderError, Refused, UsageError
+from lora_cli.formats.base_names import MAIN, public_base
+from lora_cli.formats.checkpoint import (
     CONFIG,
     INDEX,
     WEIGHTS,
@@ -21,11 +22,10 @@ from lora_cli.adapters.checkpoint import (
     version_of_folder,
     wanted_files,
 )
-from lora_cli.adapters.delta import OpenDelta
-from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
-from lora_cli.adapters.reader import OpenAdapter, natural
-from lora_cli.adapters.skeleton import Matrix, Share, Skeleton
-from lora_cli.errors import HeaderError, Refused, UsageError
+from lora_cli.formats.delta import OpenDelta
+from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
+from lora_cli.formats.reader import OpenAdapter, natural
+from lora_cli.formats.skeleton import Matrix, Share, Skeleton
 from lora_cli.hub import Hub, cached_file
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
-from lora_cli.adapters.base_names import MAIN, split_revision
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched
+from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub import Hub, cached_file
 from lora_cli.settings import folder_of
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.skeleton import Skeleton
+    from lora_cli.formats.skeleton import Skeleton
 
 _CONFIG: Final = "config.json"
 _ABSENT: Final = "absent"

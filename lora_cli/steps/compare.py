@@ -11,13 +11,13 @@ from scipy.cluster import hierarchy
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, Spectrum, inner
-from lora_cli.adapters.pairs import all_pairs, cosines
-from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.adapters.spectra import compact
+from lora_cli.algebra.lowrank import LowRank, Spectrum, inner
+from lora_cli.algebra.pairs import all_pairs, cosines
+from lora_cli.algebra.spectra import compact
+from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import Refused, UsageError
+from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.records import Progress, silent
-from lora_cli.steps.merge_module import one_thread_each
 from lora_cli.steps.merge_plan import demand_same_shapes
 
 # A cosine computed in fp32 may fall short of 1 by this much.

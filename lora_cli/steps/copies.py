@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.checkpoint import Checkpoint, as_tensor, blocks, cached_model, folder_or_hub, open_checkpoint
-from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry
-from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import LoraError
+from lora_cli.formats.checkpoint import Checkpoint, as_tensor, blocks, cached_model, folder_or_hub, open_checkpoint
+from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
+from lora_cli.formats.skeleton import Skeleton
 
 THE_RIGHT_BASE = "use the adapter with the base model it was trained on"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli import runs
-from lora_cli.adapters.kinds import CONFIG_NAME
 from lora_cli.base_model import pin
 from lora_cli.errors import DataError, NothingMatched, UsageError
+from lora_cli.formats.kinds import CONFIG_NAME
 from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent

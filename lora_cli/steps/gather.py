@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.adapters.base_names import same_base, split_revision
-from lora_cli.adapters.checks import UNDECLARED
-from lora_cli.adapters.config import parse_config
-from lora_cli.adapters.delta import dense_folder
-from lora_cli.adapters.kinds import kind_in
-from lora_cli.adapters.reader import OpenAdapter, open_adapter
-from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
+from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import ConfigError, HeaderError, Refused
+from lora_cli.formats.base_names import same_base, split_revision
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.delta import dense_folder
+from lora_cli.formats.kinds import kind_in
+from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
 from lora_cli.steps.lookup import NAME_THE_BASE

@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.config import TASKS_WITH_A_HEAD
-from lora_cli.adapters.delta import DENSE_FILE, metadata, weight_of
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.skeleton import OWN
-from lora_cli.adapters.store import sha256_of
-from lora_cli.adapters.writer import AdapterWriter, Saved, TensorStream, base_entries
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import OutputError, Refused
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.config import TASKS_WITH_A_HEAD
+from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.skeleton import OWN
+from lora_cli.formats.store import sha256_of
+from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text

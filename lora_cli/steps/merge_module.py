@@ -3,9 +3,8 @@
 import hashlib
 import math
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import Lock
@@ -14,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, RankChoice, bound, concat, gram, inner, reduce, squared_norm
-from lora_cli.adapters.reader import HEADROOM, OpenAdapter
-from lora_cli.adapters.tiles import DeltaTiles, Part, exact_threshold
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, RankChoice, bound, concat, gram, inner, reduce, squared_norm
+from lora_cli.algebra.threads import one_thread_each
+from lora_cli.algebra.tiles import DeltaTiles, Part, exact_threshold
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
+from lora_cli.formats.reader import HEADROOM, OpenAdapter
 from lora_cli.merge_options import METHODS
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge_plan import MergePlan, cancel
@@ -271,17 +271,6 @@ def run_method(
         case _:
             result = function(updates, weights, **knobs)
     return result
-
-
-@contextmanager
-def one_thread_each() -> Iterator[int]:
-    """Restrict torch to one thread while the block runs; yields the number of workers to use instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield threads
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _WholeAdapters:

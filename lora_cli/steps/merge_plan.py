@@ -12,13 +12,13 @@ import torch
 from msgspec.structs import replace as replace_options
 from torch import Tensor
 
-from lora_cli.adapters.config import TASKS_WITH_A_HEAD
-from lora_cli.adapters.factors import TAKE_THE_UPDATE
-from lora_cli.adapters.layout import Layout, layout
-from lora_cli.adapters.lowrank import RankChoice
-from lora_cli.adapters.reader import OpenAdapter, all_modules
-from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
+from lora_cli.algebra.lowrank import RankChoice
 from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.formats.config import TASKS_WITH_A_HEAD
+from lora_cli.formats.factors import TAKE_THE_UPDATE
+from lora_cli.formats.layout import Layout, layout
+from lora_cli.formats.reader import OpenAdapter, all_modules
+from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.records import Coefficients
 from lora_cli.steps.serving import (

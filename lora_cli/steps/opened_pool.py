@@ -5,14 +5,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from lora_cli.adapters.base_names import public_base
-from lora_cli.adapters.checks import UNDECLARED
-from lora_cli.adapters.delta import OpenDelta, dense_folder, open_delta
-from lora_cli.adapters.reader import OpenAdapter
-from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
+from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.formats.base_names import public_base
+from lora_cli.formats.delta import OpenDelta, dense_folder, open_delta
+from lora_cli.formats.reader import OpenAdapter
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of

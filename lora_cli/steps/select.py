@@ -8,9 +8,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
+from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import AdapterRow, Candidate, Progress, silent
 from lora_cli.selection_methods import METHODS
 from lora_cli.settings import Settings
@@ -18,7 +18,7 @@ from lora_cli.steps.fetch import refused
 from lora_cli.steps.lookup import demand_one_base
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.reader import OpenAdapter
+    from lora_cli.formats.reader import OpenAdapter
 
 
 def select(
@@ -176,7 +176,7 @@ def _scored(
 
 
 def _opened(row: AdapterRow) -> "OpenAdapter":
-    from lora_cli.adapters.reader import open_adapter
+    from lora_cli.formats.reader import open_adapter
 
     files = locate(row.ref)
     if files is None:
@@ -185,7 +185,7 @@ def _opened(row: AdapterRow) -> "OpenAdapter":
 
 
 def _target(folder: Path) -> "OpenAdapter":
-    from lora_cli.adapters.reader import open_adapter
+    from lora_cli.formats.reader import open_adapter
 
     files = locate(folder_ref(folder))
     if files is None:

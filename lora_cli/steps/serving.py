@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.reader import natural
 from lora_cli.errors import Refused
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.reader import natural
 from lora_cli.records import Server
 
 TITLES: Mapping[Server, str] = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}

@@ -11,16 +11,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.base_names import split_revision, tables_digest
-from lora_cli.adapters.checks import Facts, examine
-from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
-from lora_cli.adapters.factors import only_saved_whole
-from lora_cli.adapters.header import Header, header_length, parse_header, read_header
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in, other_kind
-from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import folder_ref, read_config
 from lora_cli.catalogue import Catalogue, Known
+from lora_cli.checks.examine import Facts, examine
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
+from lora_cli.formats.base_names import split_revision, tables_digest
+from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.formats.factors import only_saved_whole
+from lora_cli.formats.header import Header, header_length, parse_header, read_header
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in, other_kind
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import folder_ref, read_config
 from lora_cli.hub import Gated, Hub, Listed, MissingFile, login_mark
 from lora_cli.records import Adapter, Progress
 from lora_cli.settings import folder_of
@@ -327,7 +327,7 @@ def weighed(
     adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
 ) -> Adapter:
     """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound."""
-    from lora_cli.adapters.weights import scan_weights, weight_status
+    from lora_cli.checks.weights import scan_weights, weight_status
 
     try:
         facts = scan_weights(weights, header, parse_config(config), skeleton)

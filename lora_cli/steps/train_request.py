@@ -6,8 +6,8 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from lora_cli.adapters.base_names import public_base
 from lora_cli.base_model import BaseRef, pin
+from lora_cli.formats.base_names import public_base
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_cli.adapters.checks import examine
-from lora_cli.adapters.config import MAX_CONFIG_BYTES, parse_config
-from lora_cli.adapters.header import Header, read_header, reading
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
-from lora_cli.adapters.modules import locate_modules
-from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import locate, read_config
+from lora_cli.checks.examine import examine
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
+from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.formats.header import Header, read_header, reading
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
+from lora_cli.formats.modules import locate_modules
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import locate, read_config
 from lora_cli.hub import Hub, MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from lora_cli import runs
-from lora_cli.adapters.reader import OpenAdapter, open_adapter
-from lora_cli.adapters.store import folder_ref, locate
 from lora_cli.base_model import BaseModel, BaseRef, pin
 from lora_cli.catalogue import Catalogue
 from lora_cli.errors import Refused
+from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.skeleton import skeleton
 from lora_cli.recipes import Recipe, Shape

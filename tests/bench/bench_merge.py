@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lora_cli.adapters.lowrank import LowRank, RankChoice, concat, reduce
-from lora_cli.adapters.tiles import Ballot, Block, DeltaTiles
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, RankChoice, concat, reduce
+from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_methods.ties import ties
 from lora_cli.steps.merge_module import one_thread_each
 

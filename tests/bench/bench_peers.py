@@ -16,8 +16,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
 

@@ -16,8 +16,8 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
-from lora_cli.adapters.lowrank import LowRank, RankChoice, reduce
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, RankChoice, reduce
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import one_thread_each, run_method
 

@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.pairs import all_pairs, cosines
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.pairs import all_pairs, cosines
 from lora_cli.steps.merge_module import one_thread_each
 
 OUT, IN, RANK, N, RUNS = 1024, 4096, 16, 1000, 5

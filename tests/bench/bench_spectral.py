@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
 from lora_cli.steps.merge_module import run_method
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.draws import uniform
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 
 

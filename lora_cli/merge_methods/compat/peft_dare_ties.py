@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_methods.compat._apart import dropped, elected, raw, scaled
 from lora_cli.methods import Knob, method
 

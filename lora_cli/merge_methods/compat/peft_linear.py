@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Updates
 from lora_cli.merge_methods.compat._apart import raw, scaled, summed
 from lora_cli.methods import method
 

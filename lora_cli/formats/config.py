@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
-from lora_cli.adapters.base_names import MAIN, at_revision
-from lora_cli.adapters.targets import SECONDS, Targets, Test, Undecided, fullmatch
 from lora_cli.errors import ConfigError
+from lora_cli.formats.base_names import MAIN, at_revision
+from lora_cli.formats.targets import SECONDS, Targets, Test, Undecided, fullmatch
 
 T = TypeVar("T")
 D = TypeVar("D")

@@ -10,14 +10,14 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.config import TASKS_WITH_A_HEAD, LoraConfigFacts, parse_config
-from lora_cli.adapters.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
-from lora_cli.adapters.header import TensorEntry, read_header, reading
-from lora_cli.adapters.lowrank import LowRank, bound
-from lora_cli.adapters.modules import fused, locate_modules
-from lora_cli.adapters.skeleton import OWN, Skeleton, Spelling
-from lora_cli.adapters.store import AdapterFiles
+from lora_cli.algebra.lowrank import LowRank, bound
 from lora_cli.errors import Refused
+from lora_cli.formats.config import TASKS_WITH_A_HEAD, LoraConfigFacts, parse_config
+from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
+from lora_cli.formats.header import TensorEntry, read_header, reading
+from lora_cli.formats.modules import fused, locate_modules
+from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
+from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.records import AdapterRef
 

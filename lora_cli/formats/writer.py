@@ -13,14 +13,14 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.base_names import split_revision
-from lora_cli.adapters.factors import PREFIX
-from lora_cli.adapters.header import TensorEntry, read_header, reading
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.adapters.layout import Layout, Place
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.reader import DTYPES, read_tensor
+from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, Refused
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.factors import PREFIX
+from lora_cli.formats.header import TensorEntry, read_header, reading
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.layout import Layout, Place
+from lora_cli.formats.reader import DTYPES, read_tensor
 from lora_cli.hashes import Stamp, stamp
 
 _CHUNK_BYTES = 1 << 22

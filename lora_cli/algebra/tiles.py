@@ -9,10 +9,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from lora_cli.adapters import kernels
-from lora_cli.adapters.draws import uniform
-from lora_cli.adapters.lowrank import LowRank
-from lora_cli.adapters.updates import Per, Updates
+from lora_cli.algebra import kernels
+from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.updates import Per, Updates
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -9,10 +9,10 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.header import FLOAT_DTYPES, TensorEntry, read_header, reading
-from lora_cli.adapters.reader import read_tensor
-from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import HeaderError, Refused
+from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry, read_header, reading
+from lora_cli.formats.reader import read_tensor
+from lora_cli.formats.store import sha256_of
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.records import AdapterRef
 from lora_cli.runs import read_record

@@ -16,12 +16,12 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.base_names import MAIN, at_revision, split_revision
-from lora_cli.adapters.config import shortened
-from lora_cli.adapters.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
-from lora_cli.adapters.reader import DTYPES
-from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import NothingMatched, Refused
+from lora_cli.formats.base_names import MAIN, at_revision, split_revision
+from lora_cli.formats.config import shortened
+from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
+from lora_cli.formats.reader import DTYPES
+from lora_cli.formats.store import sha256_of
 from lora_cli.hub import cached_file
 from lora_cli.settings import folder_of
 

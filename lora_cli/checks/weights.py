@@ -11,13 +11,13 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.adapters.config import LoraConfigFacts, shortened
-from lora_cli.adapters.factors import ModuleFactors
-from lora_cli.adapters.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
-from lora_cli.adapters.modules import locate_modules
-from lora_cli.adapters.skeleton import Skeleton
-from lora_cli.adapters.store import sha256_of
 from lora_cli.errors import Refused
+from lora_cli.formats.config import LoraConfigFacts, shortened
+from lora_cli.formats.factors import ModuleFactors
+from lora_cli.formats.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
+from lora_cli.formats.modules import locate_modules
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import sha256_of
 from lora_cli.records import Status
 
 MAX_NORM: Final = 1000.0

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, Spectrum, concat, svd
-from lora_cli.adapters.updates import Updates
+from lora_cli.algebra.lowrank import LowRank, Spectrum, concat, svd
+from lora_cli.algebra.updates import Updates
 
 Inside = Callable[[Updates, Tensor], LowRank | Tensor]
 """The merge method that runs inside a space: (updates in the space, weights) → the merged update in the space."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lora_cli.adapters.factors import PREFIX, AnyFactors, ModuleFactors
-from lora_cli.adapters.modules import EXPERT_PARAMETERS, INNER
-from lora_cli.adapters.skeleton import WEIGHT, Kind, Skeleton, Spelling
+from lora_cli.formats.factors import PREFIX, AnyFactors, ModuleFactors
+from lora_cli.formats.modules import EXPERT_PARAMETERS, INNER
+from lora_cli.formats.skeleton import WEIGHT, Kind, Skeleton, Spelling
 
 Shape = tuple[int, int]
 

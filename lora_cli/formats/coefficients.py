@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_cli.adapters.reader import OpenAdapter
 from lora_cli.errors import DataError, Refused
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.records import Coefficients
 
 COEFFICIENTS_FILE = "coefficients.json"

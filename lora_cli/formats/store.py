@@ -4,10 +4,10 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_cli.adapters.config import MAX_CONFIG_BYTES
-from lora_cli.adapters.header import reading
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.errors import NothingMatched
+from lora_cli.formats.config import MAX_CONFIG_BYTES
+from lora_cli.formats.header import reading
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.hashes import file_sha256
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_cli.recipes import ALL_LINEAR
 
 if TYPE_CHECKING:
-    from lora_cli.adapters.config import LoraConfigFacts
+    from lora_cli.formats.config import LoraConfigFacts
 
 MAX_REGEX: Final = 2_000
 SECONDS: Final = 2.0

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from lora_cli.adapters.config import LoraConfigFacts, shortened
-from lora_cli.adapters.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
-from lora_cli.adapters.header import Header, TensorEntry
-from lora_cli.adapters.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
+from lora_cli.formats.config import LoraConfigFacts, shortened
+from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
+from lora_cli.formats.header import Header, TensorEntry
+from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 
 # Parts of names that training adds: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))

@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora_cli.adapters.config import shortened
-from lora_cli.adapters.header import FACTOR_DTYPES, Header, TensorEntry
-from lora_cli.adapters.skeleton import WEIGHT, Kind
 from lora_cli.errors import HeaderError
+from lora_cli.formats.config import shortened
+from lora_cli.formats.header import FACTOR_DTYPES, Header, TensorEntry
+from lora_cli.formats.skeleton import WEIGHT, Kind
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of every name of the base model."""

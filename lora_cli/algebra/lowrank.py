@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_cli.adapters import kernels
+from lora_cli.algebra import kernels
 
 _KRYLOV_STEPS = 4
 # The share of the energy from squared singular values in fp32 is no more precise than this.

@@ -6,7 +6,7 @@ from typing import Literal, Protocol, overload
 
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank, gram
+from lora_cli.algebra.lowrank import LowRank, gram
 
 Per = Literal["module", "adapter"]
 """The scope of angles, norms and thresholds: each module by itself, or the whole adapter."""

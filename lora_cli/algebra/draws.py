@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from lora_cli.adapters import kernels
+from lora_cli.algebra import kernels
 
 
 def stream(seed: int, key: int) -> tuple[int, int]:

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from lora_cli.adapters.config import shortened
 from lora_cli.errors import DataError, HeaderError
+from lora_cli.formats.config import shortened
 from lora_cli.hashes import Stamp, stamp
 
 MAX_HEADER_BYTES: Final = 8 * 1024 * 1024

@@ -8,7 +8,7 @@ from itertools import accumulate, combinations_with_replacement, groupby
 import torch
 from torch import Tensor
 
-from lora_cli.adapters.lowrank import LowRank
+from lora_cli.algebra.lowrank import LowRank
 
 # Rows of a tile, so that its products stay near the processor while they are summed.
 _ROWS = 1024

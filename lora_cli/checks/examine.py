@@ -4,14 +4,14 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Final, TypedDict
 
-from lora_cli.adapters.base_names import canonical_base, is_hub_id, same_base, split_revision
-from lora_cli.adapters.config import LoraConfigFacts, parse_config, shortened
-from lora_cli.adapters.factors import whole_reason
-from lora_cli.adapters.header import Header
-from lora_cli.adapters.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
-from lora_cli.adapters.modules import Located, locate_modules
-from lora_cli.adapters.skeleton import Skeleton
 from lora_cli.errors import ConfigError, HeaderError
+from lora_cli.formats.base_names import canonical_base, is_hub_id, same_base, split_revision
+from lora_cli.formats.config import LoraConfigFacts, parse_config, shortened
+from lora_cli.formats.factors import whole_reason
+from lora_cli.formats.header import Header
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
+from lora_cli.formats.modules import Located, locate_modules
+from lora_cli.formats.skeleton import Skeleton
 from lora_cli.records import BaseMatch, Status
 
 UNDECLARED: Final = "declares no base model"

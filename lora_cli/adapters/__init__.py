@@ -1,1 +1,0 @@
-"""An adapter's files and algebra: configuration, header, checks, location, factors, writing."""

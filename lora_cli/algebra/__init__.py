@@ -1,0 +1,1 @@
+"""The algebra of updates, on tensors alone."""

@@ -1,0 +1,1 @@
+"""What makes an adapter usable or not."""

@@ -1,0 +1,1 @@
+"""Files of adapters, models and results: read strictly, written whole."""
