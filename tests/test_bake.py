@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import pin
-from lora_cli.hub import Hub
+from lora_cli.hub.client import Hub
+from lora_cli.models.base_model import pin
 from lora_cli.steps import bake as baking
 from lora_cli.steps.bake import add
 from lora_cli.steps.bake_plan import download_base, weights_of

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from lora_cli import base_model
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import BaseModel, load, resolve
 from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.models import base_model
+from lora_cli.models.base_model import BaseModel, load, resolve
 from lora_cli.models.skeleton import skeleton
 from lora_cli.records import Example
 from tests.tiny_bases import characters, examples, gpt2, llama, opened, saved, tiny_gpt2, tiny_llama

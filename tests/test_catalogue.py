@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli import migrations
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue import database, migrations
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.database import open_for_writing, writing
+from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
 from lora_cli.records import Adapter, Candidate
 
@@ -162,12 +164,12 @@ def test_sql_reads(catalogue: Catalogue) -> None:
 
 
 def test_sql_that_runs_away_is_stopped(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.catalogue._SQL_SECONDS", 0.3)
+    monkeypatch.setattr("lora_cli.catalogue.adapters._SQL_SECONDS", 0.3)
     begin = time.monotonic()
     with pytest.raises(UsageError, match="stopped after"):
         catalogue.sql("with recursive x(n) as (select 1 union all select n + 1 from x) select count(*) from x")
     assert time.monotonic() - begin < 3
-    monkeypatch.setattr("lora_cli.catalogue._SQL_ROWS", 1000)
+    monkeypatch.setattr("lora_cli.catalogue.adapters._SQL_ROWS", 1000)
     with pytest.raises(UsageError, match="more than 1,000 rows"):
         catalogue.sql("with recursive x(n) as (select 1 union all select n + 1 from x) select n from x limit 5000")
     with pytest.raises(UsageError, match="too big"):
@@ -211,11 +213,11 @@ def test_an_older_catalogue_is_copied_before_it_is_changed(
 ) -> None:
     catalogue.add([FULL])
     catalogue.close()
-    later = migrations.Migrations("lora")
-    for step in migrations.migrations._migrations:
-        later(name=step.name)(step.fn)
-    later(name="m999_colour")(lambda db: db.execute("ALTER TABLE adapters ADD COLUMN colour TEXT"))
-    monkeypatch.setattr(migrations, "migrations", later)
+
+    def m999_colour(db: Database) -> None:
+        db.execute("ALTER TABLE adapters ADD COLUMN colour TEXT")
+
+    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, m999_colour))
     assert whole(catalogue) == [FULL]
     assert "colour" in catalogue.sql("select * from adapters")[0]
     [backup] = catalogue.path.parent.glob("*.backup")
@@ -227,20 +229,17 @@ def test_an_older_catalogue_is_copied_before_it_is_changed(
 def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
     catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = migrations.migrations
-    earlier = migrations.Migrations("lora")
-    for step in every._migrations[:2]:
-        earlier(name=step.name)(step.fn)
-    monkeypatch.setattr(migrations, "migrations", earlier)
+    every = migrations.STEPS
+    monkeypatch.setattr(migrations, "STEPS", every[:2])
     columns = [f.name for f in fields(Adapter)]
-    with migrations.writing(migrations.open_for_writing(catalogue.path)) as db:
+    with writing(open_for_writing(catalogue.path)) as db:
         for number, one in enumerate((FULL, adapter("bob/plain", card="Writes poems."))):
             stored = {**asdict(one), "ranks": json.dumps(one.ranks), "target_modules": json.dumps(one.target_modules)}
             names = ", ".join(f'"{name}"' for name in columns)
             values = [number + 7, *(stored[name] for name in columns)]
             db.execute(f"INSERT INTO adapters (key, {names}) VALUES ({', '.join('?' * len(values))})", values)
     db.close()
-    monkeypatch.setattr(migrations, "migrations", every)
+    monkeypatch.setattr(migrations, "STEPS", every)
     assert whole(catalogue) == [FULL, adapter("bob/plain", card="Writes poems.")]
     assert [row.id for row in catalogue.search("poems")] == ["bob/plain"]
     catalogue.add([replace(FULL, card="Writes novels.")])
@@ -281,7 +280,7 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 def test_a_lock_that_is_never_given_back_is_said(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
     catalogue.add([FULL])
     catalogue.close()
-    monkeypatch.setattr(migrations, "BUSY_SECONDS", 0.2)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.2)
     other = sqlite3.connect(catalogue.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     with pytest.raises(OutputError, match="another lora"):
@@ -293,7 +292,7 @@ def test_a_lock_that_is_never_given_back_is_said(catalogue: Catalogue, monkeypat
 WRITER = """
 import sys
 from pathlib import Path
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.records import Adapter
 with Catalogue(Path(sys.argv[1])) as catalogue:
     for n in range(int(sys.argv[3])):

@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_cli.base_model import BaseModel, load
 from lora_cli.errors import DataError, Refused, UsageError
+from lora_cli.models.base_model import BaseModel, load
 from lora_cli.models.encode import Encoded, Encoder
 from lora_cli.models.forms import Prompting
 from lora_cli.records import Example

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
@@ -253,7 +253,7 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
-    from lora_cli.base_model import load
+    from lora_cli.models.base_model import load
 
     real = load(str(STORIES))
     animals = ["cat", "dog", "bird", "fish", "cow", "pig", "bear", "duck", "frog", "fox", "hen", "bee"]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
 from lora_cli.steps.fit import FitResult, fit
@@ -261,7 +261,7 @@ def test_settings_that_make_no_lora(base: BaseModel, tmp_path: Path, setting: di
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) -> None:
-    from lora_cli.base_model import load
+    from lora_cli.models.base_model import load
 
     real = load(str(STORIES))
     names = ["Lily", "Tom", "Anna", "Ben", "Mia", "Max", "Sue", "Tim"]

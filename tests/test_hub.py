@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session
 
-from lora_cli import hub as door
 from lora_cli.errors import AccessDenied, LoraError, NetworkError, NothingMatched, Partial
-from lora_cli.hub import Gated, Hub, MissingFile, cached_file
+from lora_cli.hub import client as door
+from lora_cli.hub.client import Gated, Hub, MissingFile, cached_file
 from tests.fake_hub import BASE, FakeHub, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

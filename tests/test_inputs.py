@@ -12,10 +12,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lora_cli.base_model import BaseModel, BaseRef, load, pin
+from lora_cli.catalogue.runs import recorded
 from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.runs import recorded
+from lora_cli.models.base_model import BaseModel, BaseRef, load, pin
 from lora_cli.steps.inputs import ModuleInputs, data_of
 from lora_cli.steps.merge import merge
 from tests.adapters_on_disk import random_factors, write_adapter

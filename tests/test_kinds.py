@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import close_session
 from safetensors.torch import save_file
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import examine
 from lora_cli.formats.header import read_header
 from lora_cli.formats.kinds import other_kind

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import close_session
 from safetensors.torch import load_file
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from tests.cli import lora, ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files
 

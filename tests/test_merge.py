@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora_cli.catalogue.runs import recorded
 from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.records import Coefficients
-from lora_cli.runs import recorded
 from lora_cli.steps.merge import MergePlan, MergeReport, merge, plan
 from tests import dense_reference
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -11,9 +11,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from lora_cli.catalogue.runs import recorded
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.merge_options import METHODS
-from lora_cli.runs import recorded
 from lora_cli.steps.merge import merge
 from lora_cli.steps.merge_module import ModuleMerger
 from lora_cli.world import World

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.mixture import Mixture
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.mixture import Mixture
 from lora_cli.recipes import Activation, Granularity, Init, Shape
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, llama, opened, tiny_llama

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from huggingface_hub import close_session
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files

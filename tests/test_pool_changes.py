@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.records import Adapter
 from tests.cli import ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files

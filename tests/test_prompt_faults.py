@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import DataError
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder, until_end
 from lora_cli.scores import exact_match
 from lora_cli.task import load_task

@@ -11,12 +11,12 @@ import pytest
 from huggingface_hub import close_session
 from peft import LoraConfig
 
-from lora_cli import migrations
-from lora_cli.base_model import pin
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue import migrations
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched
 from lora_cli.formats.base_names import at_revision, canonical_base, same_base, split_revision
 from lora_cli.formats.config import parse_config
+from lora_cli.models.base_model import pin
 from lora_cli.steps.bake import find_base
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.serving import serve_line
@@ -170,7 +170,7 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     assert usable() == {"plain"}
     assert rows()["last"]["revision"] == LAST
     assert len(list(database.parent.glob("*.backup"))) == 1
-    assert [migration.name for migration in migrations.migrations._migrations][1] == "m002_revision_and_notes"
+    assert [step.__name__ for step in migrations.STEPS][1] == "m002_revision_and_notes"
 
 
 @pytest.fixture

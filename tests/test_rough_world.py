@@ -13,8 +13,8 @@ import pytest
 
 from lora_cli.errors import DataError, OutputError, Refused
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.formats.run_record import read_record
 from lora_cli.outputs import whole_folder
-from lora_cli.runs import read_record
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
 from tests.test_merge import SHAPES, opened

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_cli.algebra.lowrank import inner
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate

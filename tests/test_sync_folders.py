@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks import weights
 from lora_cli.errors import DataError, NothingMatched
 from lora_cli.formats.store import folder_ref, sha256_of

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from lora_cli.base_model import BaseModel, load_encoder
 from lora_cli.errors import NetworkError, NothingMatched, Refused
+from lora_cli.models.base_model import BaseModel, load_encoder
 from lora_cli.models.encode import Encoder
 from lora_cli.models.forms import Prompting
 from lora_cli.records import Example

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.where import COLUMNS, conditions, ordering
 from lora_cli.errors import UsageError
 from lora_cli.records import Adapter
-from lora_cli.where import COLUMNS, conditions, ordering
 
 
 def adapter(name: str, **facts: object) -> Adapter:

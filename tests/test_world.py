@@ -11,10 +11,10 @@ import pytest
 import safetensors
 from safetensors.numpy import load_file
 
-from lora_cli.base_model import BaseModel, load
 from lora_cli.errors import OutputError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.models.base_model import BaseModel, load
 from lora_cli.world import Target, World, build
 from lora_cli.world.tasks import answer
 

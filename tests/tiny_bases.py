@@ -8,9 +8,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_cli.base_model import BaseModel
 from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.store import AdapterFiles, folder_ref
+from lora_cli.models.base_model import BaseModel
 from lora_cli.records import Example
 
 STORIES = Path(__file__).parents[2] / "shared" / "wild" / "bases" / "stories260K"

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from functools import wraps
 
+from lora_cli.catalogue.where import COLUMNS
 from lora_cli.errors import LoraError
 from lora_cli.settings import load
-from lora_cli.where import COLUMNS
 
 _MOST = 200
 """The most completions to offer: about one screen."""
@@ -29,7 +29,7 @@ def _quiet(complete: Complete) -> Complete:
 @_quiet
 def adapters(incomplete: str) -> list[str]:
     """Ids of the catalogue with this prefix."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     with Catalogue(load().db) as catalogue:
         return catalogue.ids_from(incomplete, _MOST)
@@ -38,7 +38,7 @@ def adapters(incomplete: str) -> list[str]:
 @_quiet
 def selections(incomplete: str) -> list[str]:
     """Names of selections with this prefix, the newest first."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     with Catalogue(load().db) as catalogue:
         return [name for name in catalogue.selection_names() if name.startswith(incomplete)][:_MOST]
@@ -47,7 +47,7 @@ def selections(incomplete: str) -> list[str]:
 @_quiet
 def runs(incomplete: str) -> list[str]:
     """Ids of runs with this prefix, the newest first."""
-    from lora_cli.runs import all_runs
+    from lora_cli.catalogue.runs import all_runs
 
     return [str(run["id"]) for run in all_runs(load().db, limit=_MOST) if str(run["id"]).startswith(incomplete)]
 
@@ -65,7 +65,7 @@ def conditions(incomplete: str) -> list[str]:
         return [f"{name}=" for name in COLUMNS if name.startswith(incomplete)]
     if column not in COLUMNS:
         return []
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     with Catalogue(load().db) as catalogue:
         return [f"{column}={found}" for found in catalogue.values_of(column, value, _MOST)]

@@ -31,7 +31,7 @@ from lora_cli.settings import Settings, folder_of
 from lora_cli.text import duration, size
 
 if TYPE_CHECKING:
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
 app = typer.Typer(cls=Group, help="The adapters of the catalogue: find them, list them, fetch and check them.")
 
@@ -109,8 +109,8 @@ def sync(
     From the Hub, sync reads the listing and, for new or changed adapters, the configuration and the header of the
     weights, never the weights. Unchanged adapters are not read again. Unusable adapters are listed with the reason.
     """
-    from lora_cli.catalogue import Catalogue
-    from lora_cli.hub import Hub
+    from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.hub.client import Hub
     from lora_cli.steps.bases import look_here
     from lora_cli.steps.sync import sync as step
 
@@ -176,7 +176,7 @@ def list_(
 
     Conditions are COLUMN OP VALUE with the operators = != < <= > >= ~ (contains) and !~; numbers may end in k, M or G.
     """
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -194,7 +194,7 @@ def search(
     listing: Listing,
 ) -> None:
     """Find adapters by words in their id, author, target modules or card, the best match first."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -219,7 +219,7 @@ def show(
     form: Document,
 ) -> None:
     """Show all facts about one adapter, their sources, and the reason if it is unusable."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.formats.store import locate
 
     screen = form.screen()
@@ -243,7 +243,7 @@ def show(
 @with_flags
 def stats(*, setup: Stored, listing: Listing) -> None:
     """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -277,7 +277,7 @@ def sql(
     listing: Listing,
 ) -> None:
     """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -306,7 +306,7 @@ def rm(
     setup: Stored,
 ) -> None:
     """Forget adapters: delete their rows, keep their files. The next sync adds those that it finds again."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
 
     screen = screen_for()
@@ -336,7 +336,7 @@ def selections(
     listing: Listing,
 ) -> None:
     """List the selections, the newest first, or drop some."""
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
 
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
@@ -385,9 +385,9 @@ def fetch(
     Every byte is checked against the Hub's hash; norm, NaN and zero weights are recorded in the catalogue. Weights that
     are present and checked are skipped.
     """
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
-    from lora_cli.hub import Hub
+    from lora_cli.hub.client import Hub
     from lora_cli.steps import fetch as step
     from lora_cli.steps.lookup import look_up
 
@@ -448,9 +448,9 @@ def verify(
     Folders need not be in the catalogue. Weights of adapters that the catalogue lists as unusable are read without
     --deep too. Every adapter gets a row; exit code 5 if one is refused.
     """
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
-    from lora_cli.hub import Hub
+    from lora_cli.hub.client import Hub
     from lora_cli.steps.bases import look_here
     from lora_cli.steps.lookup import names_of
     from lora_cli.steps.verify import verify as step

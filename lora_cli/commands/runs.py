@@ -30,7 +30,7 @@ def list_(
     listing: Listing,
 ) -> None:
     """List the latest runs, newest first."""
-    from lora_cli import runs
+    from lora_cli.catalogue import runs
 
     rows = [
         {key: row[key] for key in ("id", "command", "status", "started", "ended", "out", "error")}
@@ -57,7 +57,7 @@ def show(
     form: Document,
 ) -> None:
     """Show one run: settings, inputs, versions, outputs and scores."""
-    from lora_cli import runs
+    from lora_cli.catalogue import runs
 
     form.screen().document("lora.runs.show/1", runs.find(setup.load().db, run))
 
@@ -75,7 +75,7 @@ def rm(
     setup: Stored,
 ) -> None:
     """Forget runs and their scores. Their output files stay."""
-    from lora_cli.runs import find, remove
+    from lora_cli.catalogue.runs import find, remove
 
     file = setup.load().db
     ids = list(dict.fromkeys(str(find(file, run)["id"]) for run in runs))

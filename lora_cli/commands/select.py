@@ -38,7 +38,7 @@ def select(
     The ids go to stdout; merge and fit take the last selection if no adapters are named. random is the control: a
     useful selection method has to beat it.
     """
-    from lora_cli.catalogue import Catalogue
+    from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.steps.select import select_and_remember
 
     screen, settings = listing.screen(), setup.load()

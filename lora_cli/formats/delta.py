@@ -12,10 +12,10 @@ from torch import Tensor
 from lora_cli.errors import HeaderError, Refused
 from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry, read_header, reading
 from lora_cli.formats.reader import read_tensor
+from lora_cli.formats.run_record import read_record
 from lora_cli.formats.store import sha256_of
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.records import AdapterRef
-from lora_cli.runs import read_record
 from lora_cli.settings import folder_of
 
 DENSE_FILE: Final = "delta.safetensors"

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import UsageError
+from lora_cli.formats.run_record import Run
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.runs import Run
 from lora_cli.settings import Settings
 from lora_cli.steps.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
 from lora_cli.steps.opened_pool import Pool

@@ -15,7 +15,7 @@ import platformdirs
 
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched
 from lora_cli.formats.base_names import MAIN, split_revision
-from lora_cli.hub import Hub, cached_file
+from lora_cli.hub.client import Hub, cached_file
 from lora_cli.settings import folder_of
 
 if TYPE_CHECKING:

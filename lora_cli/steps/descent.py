@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import OutputError, Refused
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.recipes import Recipe
 from lora_cli.records import Progress, silent

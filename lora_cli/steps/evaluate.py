@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.records import Example, Metric, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson

@@ -6,10 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_cli import runs
-from lora_cli.base_model import pin
+from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME
+from lora_cli.formats.run_record import RECORD_FILE, key_of, read_record
+from lora_cli.models.base_model import pin
 from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
@@ -69,7 +70,7 @@ class EvaluateRequest:
 
     def rows(self, out: Path | None = None) -> Path:
         """The file that holds an answer of each system to each example."""
-        return out or self.settings.runs / f"eval-{runs.key_of('eval', self.asked, self.inputs)[:8]}.jsonl"
+        return out or self.settings.runs / f"eval-{key_of('eval', self.asked, self.inputs)[:8]}.jsonl"
 
     def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
         """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
@@ -117,13 +118,13 @@ def test_data(settings: Settings) -> Task:
     last = runs.latest_output(settings.db, ["fit"])
     if last is None:
         raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
-    record = runs.read_record(last[1])
+    record = read_record(last[1])
     try:
         name, seed = str(record["settings"]["data"]), int(record["settings"]["seed"])
         sha256 = record["inputs"][name]
     except (KeyError, TypeError, ValueError):
         raise DataError(
-            f"{last[1] / runs.RECORD_FILE} does not name the data of the last fit",
+            f"{last[1] / RECORD_FILE} does not name the data of the last fit",
             hint="give --data FILE.jsonl",
         ) from None
     for file in (settings.data, Path(name)):

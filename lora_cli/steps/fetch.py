@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import AccessDenied, DataError, HeaderError, LoraError, NetworkError, OutputError, Refused
 from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.store import AdapterFiles, locate, read_config
-from lora_cli.hub import Gated, Hub, cache_folder
+from lora_cli.hub.client import Gated, Hub, cache_folder
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.steps.sources import weighed
 

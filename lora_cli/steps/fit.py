@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.coefficients import COEFFICIENTS_FILE, coefficients_text
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
 from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
-from lora_cli.mixture import Mixture
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.mixture import Mixture
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
-from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.scores import Difference, paired_difference
 from lora_cli.steps.descent import Learnt, learn, losses
 from lora_cli.steps.merge import MergePlan, MergeReport, merge

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from lora_cli.base_model import BaseRef, pin
+from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import MergeOptions
+from lora_cli.models.base_model import BaseRef, pin
 from lora_cli.models.forms import Prompting
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.fit import FitReport, asked, demand_sane, fit_and_write
 from lora_cli.steps.merge import MergePlan, plan

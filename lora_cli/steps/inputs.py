@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.draws import uniform
-from lora_cli.base_model import BaseModel, BaseRef
 from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models.base_model import BaseModel, BaseRef
 from lora_cli.models.encode import Encoded, until_end
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate import Updates

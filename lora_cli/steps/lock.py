@@ -11,14 +11,14 @@ import msgspec
 from msgspec.structs import replace as replace_options
 
 from lora_cli.algebra.devices import resolve_device
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.formats.run_record import versions
 from lora_cli.formats.store import sha256_of
 from lora_cli.merge_options import MergeOptions
 from lora_cli.options import setting
-from lora_cli.runs import versions
 from lora_cli.settings import folder_of
 from lora_cli.steps.merge_plan import MergePlan
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
-from lora_cli.hub import Hub
+from lora_cli.hub.client import Hub
 from lora_cli.records import Adapter, Candidate, Progress, silent
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.sources import Ask, Found, HubSource

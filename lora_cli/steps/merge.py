@@ -18,12 +18,12 @@ from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
-from lora_cli.runs import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.screen import safe
 from lora_cli.steps.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger

@@ -8,14 +8,14 @@ from tempfile import TemporaryDirectory
 from msgspec.structs import replace
 
 from lora_cli.algebra.devices import resolve_device
-from lora_cli.base_model import pin
 from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.coefficients import demand_fitting, read_coefficients
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
+from lora_cli.models.base_model import pin
 from lora_cli.models.forms import Prompting
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.compare import near_copies
 from lora_cli.steps.inputs import ModuleInputs, data_of

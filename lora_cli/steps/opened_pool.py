@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import public_base

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lora_cli import runs
-from lora_cli.runs import Run
+from lora_cli.catalogue import runs
+from lora_cli.formats.run_record import Run, claim, key_of
 
 Report = TypeVar("Report")
 
@@ -31,7 +31,7 @@ class Job:
     @cached_property
     def key(self) -> str:
         """Equal keys mean equal work."""
-        return runs.key_of(self.verb, self.settings, self.inputs)
+        return key_of(self.verb, self.settings, self.inputs)
 
     @property
     def folder(self) -> Path:
@@ -60,7 +60,7 @@ def run_once(
     Raises:
         OutputError: the folder holds something else, or a result that was changed since.
     """
-    done = runs.claim(job.folder, job.key, force=force, replace=replace)
+    done = claim(job.folder, job.key, force=force, replace=replace)
     with runs.recorded(db, job.verb, job.settings, job.inputs, job.folder) as run:
         run.device = job.device
         if done:

@@ -8,7 +8,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import AdapterRow, Candidate, Progress, silent

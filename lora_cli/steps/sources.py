@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.catalogue import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue, Known
 from lora_cli.checks.examine import Facts, examine
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.formats.base_names import split_revision, tables_digest
@@ -21,7 +21,7 @@ from lora_cli.formats.header import Header, header_length, parse_header, read_he
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in, other_kind
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, read_config
-from lora_cli.hub import Gated, Hub, Listed, MissingFile, login_mark
+from lora_cli.hub.client import Gated, Hub, Listed, MissingFile, login_mark
 from lora_cli.records import Adapter, Progress
 from lora_cli.settings import folder_of
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Literal
 
-from lora_cli.catalogue import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue, Known
 from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
 from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.hub import BudgetSpent, Hub
+from lora_cli.hub.client import BudgetSpent, Hub
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.steps.lookup import names_of
 from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Source

@@ -7,15 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import UsageError
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import WEIGHTS_NAME
+from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
 from lora_cli.formats.store import sha256_of
+from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import ALL_LINEAR, Recipe, TargetRecipe
 from lora_cli.records import Example, Progress, silent
-from lora_cli.runs import RECORD_FILE, Run, record_text
 from lora_cli.steps.descent import Learnt, learn
 from lora_cli.task import split
 

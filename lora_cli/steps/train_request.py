@@ -6,13 +6,13 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from lora_cli.base_model import BaseRef, pin
 from lora_cli.formats.base_names import public_base
+from lora_cli.formats.run_record import Run
+from lora_cli.models.base_model import BaseRef, pin
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Progress, silent
-from lora_cli.runs import Run
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once

@@ -12,7 +12,7 @@ from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import locate, read_config
-from lora_cli.hub import Hub, MissingFile
+from lora_cli.hub.client import Hub, MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
 from lora_cli.steps.fetch import download

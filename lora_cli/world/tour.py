@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from lora_cli import runs
-from lora_cli.base_model import BaseModel, BaseRef, pin
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue import runs
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
+from lora_cli.models.base_model import BaseModel, BaseRef, pin
 from lora_cli.models.skeleton import skeleton
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Progress, Score, silent
-from lora_cli.runs import Run
 from lora_cli.steps import fit as fitting
 from lora_cli.steps import merge as merging
 from lora_cli.steps import train as training

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_cli.catalogue import Catalogue
+from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.records import Adapter
 
 BASE = "acme/llama-8b"

@@ -19,9 +19,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from lora_cli.base_model import BaseModel
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.mixture import Mixture, Shape
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.mixture import Mixture, Shape
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, examples, opened, tiny_llama
 

@@ -21,7 +21,7 @@ from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, No
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
 from lora_cli.formats.skeleton import Matrix, Skeleton
-from lora_cli.hub import Hub
+from lora_cli.hub.client import Hub
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
 from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_end
 from lora_cli.models.forms import Prompting

@@ -12,11 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
+from lora_cli.catalogue.database import open_for_reading, open_for_writing, writing
+from lora_cli.catalogue.sqlite import Database
+from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
-from lora_cli.migrations import Database, open_for_reading, open_for_writing, writing
 from lora_cli.records import Adapter, AdapterRef, AdapterRow, Candidate
 from lora_cli.settings import folder_of
-from lora_cli.where import conditions, ordering
 
 
 def _quoted(names: Iterable[str]) -> str:

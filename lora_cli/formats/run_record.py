@@ -1,21 +1,16 @@
-"""Recorded runs: a row per run in the catalogue's database, and a `run.json` beside its output."""
+"""`run.json`, the record beside every output: how it was made, and whether it is still what was made."""
 
 import hashlib
 import importlib.metadata
 import json
 import platform
 import re
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, NothingMatched, OutputError
-from lora_cli.migrations import open_for_reading, open_for_writing, writing
-from lora_cli.records import Score
+from lora_cli.errors import DataError, OutputError
 
 RECORD_FILE = "run.json"
 _PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers", "peft", "huggingface_hub")
@@ -181,110 +176,3 @@ def is_output(folder: Path) -> bool:
     except DataError:
         return False
     return True
-
-
-@contextmanager
-def recorded(
-    db: Path, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str], out: Path | None
-) -> Iterator[Run]:
-    """Record a run around its work, even if the work fails.
-
-    Args:
-        inputs: `id@commit` (or a file's name) → SHA-256 of its bytes.
-        out: folder or file that the run makes.
-    """
-    if out is not None and not str(out).isprintable():
-        raise OutputError(f"{str(out)!r}: a name with characters that do not print", hint="choose another -o")
-    now = datetime.now(UTC)
-    run = Run(
-        id=f"{now:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
-        command=command,
-        settings=settings,
-        inputs=inputs,
-        key=key_of(command, settings, inputs),
-    )
-    with closing(open_for_writing(db)) as connection:
-        with writing(connection) as table:
-            # An older "running" row for this output was killed or will lose the rename: mark it failed.
-            table.execute(
-                "UPDATE runs SET status = 'failed', error = 'interrupted (no end was recorded)' "
-                "WHERE status = 'running' AND out = ?",
-                [str(out.absolute()) if out else None],
-            )
-            table.table("runs").insert(
-                {"id": run.id, "command": command, "status": "running", "started": now.isoformat(),
-                 "out": str(out.absolute()) if out else None, "record": json.dumps(run.record())}
-            )  # fmt: skip
-        status, error = "failed", None
-        try:
-            yield run
-            status = "done"
-        except BaseException as caught:
-            error = f"{type(caught).__name__}: {caught}"
-            raise
-        finally:
-            ended = {"status": status, "ended": datetime.now(UTC).isoformat(), "error": error}
-            with writing(connection) as table:
-                table.table("runs").update(run.id, {**ended, "record": json.dumps(run.record())})
-
-
-def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[str, Sequence[str]], task: str) -> None:
-    """Store the scores of an evaluation. `adapters` maps a system to its `id@commit`s; `task` is the data's SHA-256."""
-    rows = []
-    for score in scores:
-        values = asdict(score)
-        rows.append(
-            {"run_id": run.id, "task_sha256": task, "adapters": json.dumps(list(adapters.get(score.system, ())))}
-            | {name: values.pop(name) for name in ("system", "metric", "value", "low", "high", "n")}
-            | {"details": json.dumps(values)}
-        )
-    with closing(open_for_writing(db)) as connection, writing(connection) as table:
-        table.table("scores").insert_all(rows)
-
-
-def all_runs(db: Path, *, command: str | None = None, limit: int = 50) -> list[dict[str, Any]]:
-    """The latest runs, newest first."""
-    with closing(open_for_reading(db)) as connection:
-        where, values = ("command = ?", [command]) if command else (None, [])
-        rows = connection["runs"].rows_where(where, values, order_by="started desc, rowid desc", limit=limit)
-        return [dict(row) for row in rows]
-
-
-def find(db: Path, prefix: str) -> dict[str, Any]:
-    """The one run whose id starts with `prefix`, with its record and its scores.
-
-    Raises:
-        NothingMatched: no such run, or more than one.
-    """
-    with closing(open_for_reading(db)) as connection:
-        matches = list(connection["runs"].rows_where("substr(id, 1, ?) = ?", [len(prefix), prefix], limit=3))
-        if len(matches) != 1:
-            problem = "no run" if not matches else "more than one run"
-            raise NothingMatched(f"{problem} whose id starts with {prefix!r}", hint="see 'lora runs list'")
-        [row] = matches
-        scores = [dict(score) for score in connection["scores"].rows_where("run_id = ?", [row["id"]])]
-    for score in scores:
-        score.update(adapters=json.loads(score["adapters"]), details=json.loads(score["details"]))
-    return {**row, "record": json.loads(row["record"]), "scores": scores}
-
-
-def remove(db: Path, ids: Sequence[str]) -> None:
-    """Delete runs and their scores; output files stay."""
-    with closing(open_for_writing(db)) as connection, writing(connection) as table:
-        for id in ids:
-            table.execute("DELETE FROM scores WHERE run_id = ?", [id])
-            table.execute("DELETE FROM runs WHERE id = ?", [id])
-
-
-def latest_output(db: Path, commands: Sequence[str], holding: str = "") -> tuple[str, Path] | None:
-    """Command and folder of the newest finished run of one of `commands` whose output still exists.
-
-    holding: a file that must be in the output.
-    """
-    with closing(open_for_reading(db)) as connection:
-        marks = ", ".join("?" * len(commands))
-        where = f"status = 'done' and out is not null and command in ({marks})"
-        for row in connection["runs"].rows_where(where, list(commands), order_by="started desc, rowid desc"):
-            if Path(row["out"], holding).exists():
-                return row["command"], Path(row["out"])
-    return None

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.base_model import BaseModel
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
+from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Granularity, Shape
 
 _LAYER = re.compile(r"(.*?\.\d+)\.([^.]+)")

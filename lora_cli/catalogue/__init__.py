@@ -1,0 +1,1 @@
+"""The SQLite database: adapters, selections, runs."""
