@@ -57,7 +57,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
     def select(self, by: str = "random", k: int = 30, *where: str, target: Path | str | None = None) -> Names:
         """The k best adapters by a selection method, as `id@commit`; remembered as the last selection."""
-        from lora_cli.steps.select import select_and_remember
+        from lora_cli.steps.pool.select import select_and_remember
 
         chosen, _ = select_and_remember(
             self._catalogue,
@@ -90,7 +90,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         Raises:
             UsageError: an unknown option, or a value out of range. Else as `lora merge` fails.
         """
-        from lora_cli.steps.merge_request import MergeRequest
+        from lora_cli.steps.merge.request import MergeRequest
 
         knobs = {name: options.pop(name) for name in [*options] if name in METHODS.knobs}
         sources = {name: options.pop(name) for name in [*options] if name in MergeSources.__struct_fields__}
@@ -119,7 +119,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         Args:
             options: the options of `lora fit` with underscores: `steps=50`, `granularity="layer"`, `control="random"`.
         """
-        from lora_cli.steps.fit_request import FitRequest
+        from lora_cli.steps.fit.request import FitRequest
 
         shape, recipe, fit = _shared_out(options, Shape, Recipe, FitOptions)
         names = self._pool.unweighted(adapters, verb="fit")
@@ -130,7 +130,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
     def train(self, data: Path | str, *, out: Path | str | None = None, force: bool = False, **options: Any) -> Path:
         """Train a new LoRA on the task file `data`, and return its folder. `options` are those of `lora train`."""
-        from lora_cli.steps.train_request import train_job
+        from lora_cli.steps.train.request import train_job
 
         lora, recipe = _shared_out(options, TrainOptions, TargetRecipe)
         training = train_job(
@@ -149,7 +149,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
         An adapter without any effect, with which `lora eval` fails, has 0 in its score's `details["moved"]`.
         """
-        from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
+        from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
 
         names = self._pool.unweighted(adapters, verb="eval") if adapters else last_written(self.settings.db)
         settings = self.settings.with_values(test=Path(data))
@@ -158,7 +158,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
     def bake(self, adapter: str, *, out: Path | str | None = None, force: bool = False, dtype: str = "auto") -> Path:
         """Add an adapter to its base model, and return the folder of the new model."""
-        from lora_cli.steps.bake_request import BakeRequest
+        from lora_cli.steps.bake.request import BakeRequest
 
         baking = BakeRequest(self._pool, adapter, self.settings).prepare(dtype=dtype, out=_path(out))
         baking.run(self.settings.db, force=force, progress=self._pool.progress)

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.hub.client import Hub
 from lora_cli.models.base_model import pin
-from lora_cli.steps import bake as baking
-from lora_cli.steps.bake import add
-from lora_cli.steps.bake_plan import download_base, weights_of
+from lora_cli.steps.bake import bake as baking
+from lora_cli.steps.bake.bake import add
+from lora_cli.steps.bake.plan import download_base, weights_of
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.fake_hub import FakeHub
@@ -566,7 +566,7 @@ def test_memory_is_bounded_by_blocks_and_a_killed_bake_is_whole_or_absent(tmp_pa
     adapter = adapter_of(tmp_path / "adapter", {"model.layers.0.q": (_LARGE // 4096, 1024)})
     code = (
         "import sys, resource\n"
-        "from lora_cli.app import app\nimport lora_cli.steps.bake, lora_cli.steps.opened_pool\n"
+        "from lora_cli.app import app\nimport lora_cli.steps.bake.bake, lora_cli.steps.opened_pool\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
         "before = peak()\n"
         "try:\n    app(sys.argv[1:], prog_name='lora')\n"

@@ -15,8 +15,8 @@ from lora_cli.formats.base_names import public_base
 from lora_cli.models.base_model import BaseModel, load, pin
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example
-from lora_cli.steps.evaluate import System, evaluate
-from lora_cli.steps.fit import fit
+from lora_cli.steps.evaluate.evaluate import System, evaluate
+from lora_cli.steps.fit.fit import fit
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
 from tests.fake_hub import FakeHub

@@ -12,7 +12,7 @@ from scipy.linalg import subspace_angles
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.pairs import all_pairs, cosines
 from lora_cli.errors import Refused, UsageError
-from lora_cli.steps.compare import Diff, diff, in_clusters, near_copies, similarity
+from lora_cli.steps.pool.compare import Diff, diff, in_clusters, near_copies, similarity
 from tests.adapters_on_disk import Factors, random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.test_merge import SHAPES, deltas, opened

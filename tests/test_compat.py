@@ -15,7 +15,7 @@ from lora_cli.algebra.draws import uniform
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.test_merge import SHAPES, WILD, Q, close, deltas, in_peft, merged, needs_wild
 

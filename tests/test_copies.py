@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lora_cli.formats.reader import open_adapter
-from lora_cli.steps.copies import judge_copies
+from lora_cli.steps.pool.copies import judge_copies
 from tests.architectures import factors, files, model, saved_adapter, skeleton
 from tests.cli import ok, refused
 

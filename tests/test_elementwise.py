@@ -13,7 +13,7 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 from tests import dense_reference
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.dense_reference import Case

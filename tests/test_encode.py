@@ -277,7 +277,7 @@ def test_a_token_across_the_boundary_is_the_completions() -> None:
 
 
 def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lora_cli.steps.evaluate import System, evaluate
+    from lora_cli.steps.evaluate.evaluate import System, evaluate
 
     made = tokenizer("pieces", post="<s> $A")
     base = BaseModel("acme/tiny", tiny(made), made)

@@ -13,8 +13,8 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
-from lora_cli.steps.evaluate import System, Updates, evaluate
-from lora_cli.steps.train import train
+from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
+from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
 

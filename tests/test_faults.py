@@ -80,7 +80,7 @@ def test_no_room_is_one_line(error: BaseException, told: str, own_home: Path, mo
     def fails(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr("lora_cli.steps.merge_request.merge", fails)
+    monkeypatch.setattr("lora_cli.steps.merge.request.merge", fails)
     said = refused(1 if isinstance(error, OSError) else 5, "merge", "one", "two", "-o", "out")
     assert told in said
     assert len(said.strip().splitlines()) <= 2

@@ -13,8 +13,8 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
-from lora_cli.steps.fit import FitResult, fit
-from lora_cli.steps.train import train
+from lora_cli.steps.fit.fit import FitResult, fit
+from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
 
@@ -136,7 +136,7 @@ def test_small_passes_give_the_same_gradient_as_one(
     base: BaseModel, pool: list[OpenAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fit(base, pool, examples(20), recipe=SHORT)
-    monkeypatch.setattr("lora_cli.steps.descent._TOKENS_PER_PASS", 40)
+    monkeypatch.setattr("lora_cli.steps.train.descent._TOKENS_PER_PASS", 40)
     parts = fit(base, pool, examples(20), recipe=SHORT)
     assert parts.learnt.loss_after == pytest.approx(whole.learnt.loss_after, rel=1e-3)
 

@@ -83,7 +83,7 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
     from transformers import AutoModelForCausalLM
 
     from lora_cli.models.base_model import load
-    from lora_cli.steps.evaluate import Updates
+    from lora_cli.steps.evaluate.evaluate import Updates
     from tests.tiny_bases import opened
 
     base = load(str(here.base))
@@ -123,7 +123,7 @@ def test_controls_are_reported_and_gain_is_claimed_only_where_it_is_measured(her
 def test_no_gain_is_claimed_that_the_interval_does_not_support(low: float, high: float, claim: str) -> None:
     from lora_cli.commands.fit import outcome
     from lora_cli.scores import Difference
-    from lora_cli.steps.fit import Comparison
+    from lora_cli.steps.fit.fit import Comparison
 
     delta = -0.2 if low < 0 else 0.2
     report = SimpleNamespace(

@@ -16,8 +16,8 @@ from lora_cli.catalogue.runs import recorded
 from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel, BaseRef, load, pin
-from lora_cli.steps.inputs import ModuleInputs, data_of
-from lora_cli.steps.merge import merge
+from lora_cli.steps.merge.inputs import ModuleInputs, data_of
+from lora_cli.steps.merge.stream import merge
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.dense_clusters import regmean
 from tests.dense_reference import Case

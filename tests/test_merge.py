@@ -18,7 +18,7 @@ from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge import MergePlan, MergeReport, merge, plan
+from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge, plan
 from tests import dense_reference
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.readers import peft as deltas

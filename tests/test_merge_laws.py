@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 from tests import dense_clusters, dense_coefficients, dense_compat, dense_reference, dense_spectral
 from tests.dense_reference import Case
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from lora_cli.catalogue.runs import recorded
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge import merge
-from lora_cli.steps.merge_module import ModuleMerger
+from lora_cli.steps.merge.module import ModuleMerger
+from lora_cli.steps.merge.stream import merge
 from lora_cli.world import World
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.test_merge import opened, planned_merge

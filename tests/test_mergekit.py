@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 
 mergekit = pytest.importorskip("mergekit.merge_methods", exc_type=ImportError)
 if not hasattr(mergekit, "merge_tensors"):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.merge_options import METHODS
 from lora_cli.records import AdapterRef
-from lora_cli.steps.merge_module import _key
+from lora_cli.steps.merge.module import _key
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.test_merge import close, deltas, merged, opened
 from tests.test_merge_laws import MIXED, expected, same, taken

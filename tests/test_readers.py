@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lora_cli.formats import writer
 from lora_cli.formats.coefficients import coefficients_text
 from lora_cli.records import Coefficients
-from lora_cli.steps.serving import VLLM_RANKS, vllm_rank
+from lora_cli.steps.merge.serving import VLLM_RANKS, vllm_rank
 from tests import readers
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import Told, ok, refused

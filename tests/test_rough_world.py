@@ -214,7 +214,7 @@ def test_a_full_stderr_changes_no_exit_code(own_home: Path) -> None:
 def test_a_run_that_was_killed_does_not_run_for_ever(own_home: Path) -> None:
     ok("merge", *TWO, "-o", "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora_cli.steps.merge_request.merge", lambda *args, **options: os.kill(os.getpid(), 0) or 1 / 0)
+        patch.setattr("lora_cli.steps.merge.request.merge", lambda *args, **options: os.kill(os.getpid(), 0) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             lora("merge", *TWO, "-m", "ties", "-o", "other")
     import sqlite3

@@ -15,7 +15,7 @@ from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import Adapter
 from lora_cli.selection_methods.cosine import cosine
-from lora_cli.steps.select import select
+from lora_cli.steps.pool.select import select
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
 

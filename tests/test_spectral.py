@@ -13,7 +13,7 @@ from lora_cli.algebra.lowrank import LowRank, RankChoice, concat, reduce, svd
 from lora_cli.algebra.spectra import basis, polar
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 from tests import dense_spectral
 from tests.dense_reference import Case
 

@@ -21,7 +21,7 @@ from huggingface_hub import close_session
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, UsageError
 from lora_cli.hub.client import Hub
-from lora_cli.steps.sync import SyncReport, sync
+from lora_cli.steps.pool.sync import SyncReport, sync
 from tests.architectures import linear_skeleton
 from tests.fake_hub import BASE, FakeHub, lora_files, safetensors_bytes
 
@@ -334,7 +334,7 @@ import sys
 from pathlib import Path
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.hub.client import Hub
-from lora_cli.steps.sync import sync
+from lora_cli.steps.pool.sync import sync
 with Catalogue(Path(sys.argv[1])) as catalogue:
     sync(catalogue, Hub(sys.argv[2]), base=sys.argv[3])
 """

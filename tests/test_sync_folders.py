@@ -12,8 +12,8 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks import weights
 from lora_cli.errors import DataError, NothingMatched
 from lora_cli.formats.store import folder_ref, sha256_of
-from lora_cli.steps import sources
-from lora_cli.steps.sync import SyncReport, sync
+from lora_cli.steps.pool import sources
+from lora_cli.steps.pool.sync import SyncReport, sync
 from tests.fake_hub import BASE, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -224,6 +224,6 @@ def test_where_nothing_can_be_written_the_loops_are_compiled_each_time(monkeypat
 
 @pytest.mark.slow
 def test_numba_is_not_imported_before_it_is_needed() -> None:
-    code = "import sys, lora_cli.steps.merge; print('numba' in sys.modules)"
+    code = "import sys, lora_cli.steps.merge.stream; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

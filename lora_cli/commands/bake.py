@@ -61,8 +61,8 @@ def bake(
     values that are small beside the weight: the share of the update lost is measured, and above 10 % a warning is
     printed. The result is a model folder with run.json; its path goes to stdout.
     """
-    from lora_cli.steps.bake import TOO_MUCH
-    from lora_cli.steps.bake_request import BakeRequest
+    from lora_cli.steps.bake.bake import TOO_MUCH
+    from lora_cli.steps.bake.request import BakeRequest
     from lora_cli.steps.opened_pool import open_pool
 
     screen, settings = job.screen(), setup.load()

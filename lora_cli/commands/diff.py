@@ -48,8 +48,8 @@ def diff(
     ANGLE OUT is the smallest angle between the output spaces of the two updates, ANGLE IN between their input spaces:
     0 means a shared direction, 90 nothing in common. The last line compares the adapters as a whole.
     """
-    from lora_cli.steps.compare import diff as step
     from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.steps.pool.compare import diff as step
 
     screen = listing.screen()
     if plot is not None:

@@ -61,7 +61,7 @@ def evaluate(
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
     """
-    from lora_cli.steps.evaluate_request import EvaluateRequest, last_written
+    from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
 
     screen, settings, prompting = listing.screen(), setup.load(), prompts.prompting()

@@ -22,7 +22,7 @@ from lora_cli.screen import near
 from lora_cli.settings import base_of
 
 if TYPE_CHECKING:
-    from lora_cli.steps.fit import Comparison, FitReport
+    from lora_cli.steps.fit.fit import Comparison, FitReport
 
 
 def fit(
@@ -47,7 +47,7 @@ def fit(
     base_of(settings)
     task = setup.task(settings)
 
-    from lora_cli.steps.fit_request import FitRequest
+    from lora_cli.steps.fit.request import FitRequest
     from lora_cli.steps.opened_pool import open_pool
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:

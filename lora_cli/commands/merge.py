@@ -30,7 +30,7 @@ from lora_cli.text import in_words, percent
 
 if TYPE_CHECKING:
     from lora_cli.formats.reader import OpenAdapter
-    from lora_cli.steps.merge import MergePlan, MergeReport
+    from lora_cli.steps.merge.stream import MergePlan, MergeReport
 
 SMALL = 0.05
 
@@ -64,7 +64,7 @@ def merge(
     if sources.locked is not None:
         _demand_no_others(context, sources.locked)
 
-    from lora_cli.steps.merge_request import MergeRequest
+    from lora_cli.steps.merge.request import MergeRequest
     from lora_cli.steps.opened_pool import open_pool
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
@@ -94,7 +94,7 @@ def merge(
 
 def outcome(plan: "MergePlan", report: "MergeReport") -> str:
     """The one-line summary of a merge."""
-    from lora_cli.steps.merge import rank_in_words
+    from lora_cli.steps.merge.stream import rank_in_words
 
     n, modules = len(plan.adapters), len(report.modules)
     kept = f"{rank_in_words(plan, report)} · {percent(report.energy)} of the energy kept"
@@ -136,7 +136,7 @@ def _saved_in(adapter: "OpenAdapter") -> str:
 
 def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
     """Notes on programs that read the result differently from PEFT."""
-    from lora_cli.steps.serving import READ_ONE_RANK, fused_parts_missing, sglang_loads
+    from lora_cli.steps.merge.serving import READ_ONE_RANK, fused_parts_missing, sglang_loads
 
     if plan.options.dense:
         return []
@@ -157,7 +157,7 @@ def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
 
 def _to_serve(plan: "MergePlan", folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:
     """The command that serves the result with --for, and the modules that the server may not load."""
-    from lora_cli.steps.serving import TITLES, not_surely_served, serve_line
+    from lora_cli.steps.merge.serving import TITLES, not_surely_served, serve_line
 
     if plan.options.for_ is None:
         return []

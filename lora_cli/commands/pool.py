@@ -112,7 +112,7 @@ def sync(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.hub.client import Hub
     from lora_cli.steps.bases import look_here
-    from lora_cli.steps.sync import sync as step
+    from lora_cli.steps.pool.sync import sync as step
 
     screen = listing.screen()
     settings = setup.load(base=base, pool=folder)
@@ -388,8 +388,8 @@ def fetch(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
     from lora_cli.hub.client import Hub
-    from lora_cli.steps import fetch as step
-    from lora_cli.steps.lookup import look_up
+    from lora_cli.steps.pool import fetch as step
+    from lora_cli.steps.pool.lookup import look_up
 
     screen = listing.screen()
     settings = setup.load()
@@ -452,8 +452,8 @@ def verify(
     from lora_cli.commands.chosen import expand
     from lora_cli.hub.client import Hub
     from lora_cli.steps.bases import look_here
-    from lora_cli.steps.lookup import names_of
-    from lora_cli.steps.verify import verify as step
+    from lora_cli.steps.pool.lookup import names_of
+    from lora_cli.steps.pool.verify import verify as step
 
     screen = listing.screen()
     settings = setup.load()
@@ -512,7 +512,7 @@ def _assumed(settings: Settings) -> str:
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
     """The row of an id or a folder; for a folder that is not in the catalogue, a row with its place only."""
     from lora_cli.formats.store import folder_ref
-    from lora_cli.steps.lookup import pinned
+    from lora_cli.steps.pool.lookup import pinned
 
     folder = folder_of(text)
     looks_like_path = text.startswith((".", "/", "~"))

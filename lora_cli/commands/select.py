@@ -39,7 +39,7 @@ def select(
     useful selection method has to beat it.
     """
     from lora_cli.catalogue.adapters import Catalogue
-    from lora_cli.steps.select import select_and_remember
+    from lora_cli.steps.pool.select import select_and_remember
 
     screen, settings = listing.screen(), setup.load()
     with screen.progress() as progress, Catalogue(settings.db) as catalogue:

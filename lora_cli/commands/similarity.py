@@ -38,8 +38,8 @@ def similarity(
     Rows are in the order of the clusters, as in the picture; --json has the whole matrix in that order. A module that
     an adapter lacks counts as zero.
     """
-    from lora_cli.steps import compare as step
     from lora_cli.steps.opened_pool import open_pool
+    from lora_cli.steps.pool import compare as step
 
     screen = listing.screen()
     if plot is not None:

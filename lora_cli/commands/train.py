@@ -18,7 +18,7 @@ from lora_cli.screen import near
 from lora_cli.settings import base_of
 
 if TYPE_CHECKING:
-    from lora_cli.steps.train import TrainResult
+    from lora_cli.steps.train.train import TrainResult
 
 
 def train(
@@ -39,7 +39,7 @@ def train(
     base_of(settings)
     task = setup.task(settings)
 
-    from lora_cli.steps.train_request import train_job
+    from lora_cli.steps.train.request import train_job
 
     training = train_job(
         task,

@@ -236,3 +236,31 @@ def _bytes(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Refused(f"{name}: {path.name} cannot be read ({error.strerror})") from error
+
+
+def shapes_of(adapters: Sequence[OpenAdapter]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module of `adapters`."""
+    return {module: adapter.shape(module) for adapter in adapters for module in adapter.modules}
+
+
+def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
+    """Refused where adapters disagree about the kind or the shape of a module."""
+    for module in modules:
+        shapes: dict[tuple[int, int], str] = {}
+        kinds: dict[str, str] = {}
+        for adapter in adapters:
+            if factors := adapter.modules.get(module):
+                shapes.setdefault((factors.out_features, factors.in_features), adapter.ref.id)
+                kinds.setdefault(factors.form, adapter.ref.id)
+        if len(kinds) > 1:
+            (form, first), (another, second) = list(kinds.items())[:2]
+            raise Refused(
+                f"{module} has factors of {form} in {first} but of {another} in {second}",
+                hint="these adapters belong to different base models",
+            )
+        if len(shapes) > 1:
+            (one, first), (other, second) = list(shapes.items())[:2]
+            raise Refused(
+                f"{module} is {one[0]}×{one[1]} in {first} but {other[0]}×{other[1]} in {second}",
+                hint="these adapters belong to different base models",
+            )

@@ -16,9 +16,9 @@ from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
-from lora_cli.steps.copies import THE_RIGHT_BASE, judge_copies
-from lora_cli.steps.fetch import bring
-from lora_cli.steps.gather import (
+from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
+from lora_cli.steps.pool.fetch import bring
+from lora_cli.steps.pool.gather import (
     Declared,
     base_of_rows,
     check_bases,
@@ -30,7 +30,7 @@ from lora_cli.steps.gather import (
     opened,
     sha256_of_weights,
 )
-from lora_cli.steps.lookup import demand_one_base, look_up, names_of, usable
+from lora_cli.steps.pool.lookup import demand_one_base, look_up, names_of, usable
 
 MOST_WITHOUT_SELECTION = 50
 

@@ -20,14 +20,14 @@ from lora_cli.models.base_model import BaseModel, BaseRef, pin
 from lora_cli.models.skeleton import skeleton
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Progress, Score, silent
-from lora_cli.steps import fit as fitting
-from lora_cli.steps import merge as merging
-from lora_cli.steps import train as training
-from lora_cli.steps.evaluate import System, Updates, evaluate
+from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
+from lora_cli.steps.fit import fit as fitting
+from lora_cli.steps.merge import stream as merging
 from lora_cli.steps.opened_pool import Gathered, Pool
+from lora_cli.steps.pool.select import select
+from lora_cli.steps.pool.sync import SyncReport, sync
 from lora_cli.steps.recorded import Job, run_once
-from lora_cli.steps.select import select
-from lora_cli.steps.sync import SyncReport, sync
+from lora_cli.steps.train import train as training
 from lora_cli.task import load_task, task_sha256
 from lora_cli.world.layout import Size, Target, World
 

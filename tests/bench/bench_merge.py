@@ -26,7 +26,7 @@ from lora_cli.algebra.lowrank import LowRank, RankChoice, concat, reduce
 from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_methods.ties import ties
-from lora_cli.steps.merge_module import one_thread_each
+from lora_cli.steps.merge.module import one_thread_each
 
 LAYER = {
     "self_attn.q_proj": (4096, 4096),

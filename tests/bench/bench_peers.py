@@ -19,7 +19,7 @@ from torch import nn
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 
 SHAPES = {"k": (1024, 4096), "q": (4096, 4096), "gate": (14336, 4096)}
 N, RANK, RUNS = 30, 16, 7

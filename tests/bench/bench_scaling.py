@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from lora_cli.algebra.lowrank import LowRank, RankChoice, reduce
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import one_thread_each, run_method
+from lora_cli.steps.merge.module import one_thread_each, run_method
 
 SHAPE, RANK, N, RUNS = (1024, 4096), 16, 10, 3
 COUNTS, RANKS = (5, 10, 20, 50, 100, 200), (4, 8, 16, 32, 64, 128)

@@ -13,7 +13,7 @@ import torch
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.pairs import all_pairs, cosines
-from lora_cli.steps.merge_module import one_thread_each
+from lora_cli.steps.merge.module import one_thread_each
 
 OUT, IN, RANK, N, RUNS = 1024, 4096, 16, 1000, 5
 WIDE = (torch.float32, torch.float64)

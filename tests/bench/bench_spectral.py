@@ -18,7 +18,7 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Updates
 from lora_cli.merge_options import METHODS
-from lora_cli.steps.merge_module import run_method
+from lora_cli.steps.merge.module import run_method
 
 SHAPES = {"k": (1024, 4096), "q": (4096, 4096), "gate": (14336, 4096)}
 CASES = (

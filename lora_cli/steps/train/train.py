@@ -16,7 +16,7 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import ALL_LINEAR, Recipe, TargetRecipe
 from lora_cli.records import Example, Progress, silent
-from lora_cli.steps.descent import Learnt, learn
+from lora_cli.steps.train.descent import Learnt, learn
 from lora_cli.task import split
 
 

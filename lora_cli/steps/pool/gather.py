@@ -16,7 +16,7 @@ from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
-from lora_cli.steps.lookup import NAME_THE_BASE
+from lora_cli.steps.pool.lookup import NAME_THE_BASE
 
 _NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")

@@ -20,7 +20,7 @@ from lora_cli.formats.store import sha256_of
 from lora_cli.merge_options import MergeOptions
 from lora_cli.options import setting
 from lora_cli.settings import folder_of
-from lora_cli.steps.merge_plan import MergePlan
+from lora_cli.steps.merge.plan import MergePlan
 
 # Options that run.json of earlier versions lacks, with the values those versions used.
 _BEFORE = {"compact": True, "saved_modules": "refuse"}

@@ -25,9 +25,9 @@ from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_ent
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
 from lora_cli.screen import safe
-from lora_cli.steps.lock import Lock, demand_same_outputs
-from lora_cli.steps.merge_module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge_plan import DTYPES, MergePlan, identical, plan
+from lora_cli.steps.merge.lock import Lock, demand_same_outputs
+from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
+from lora_cli.steps.merge.plan import DTYPES, MergePlan, identical, plan
 from lora_cli.text import percent
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]

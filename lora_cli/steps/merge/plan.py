@@ -1,11 +1,9 @@
 """The plan of a merge, decided and checked before any weight is read."""
 
-import fnmatch
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,15 +11,17 @@ from msgspec.structs import replace as replace_options
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import RankChoice
-from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.factors import TAKE_THE_UPDATE
 from lora_cli.formats.layout import Layout, layout
-from lora_cli.formats.reader import OpenAdapter, all_modules
+from lora_cli.formats.reader import OpenAdapter, demand_same_shapes, shapes_of
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.merge_options import METHODS, MergeOptions
+from lora_cli.names import leaf
 from lora_cli.records import Coefficients
-from lora_cli.steps.serving import (
+from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant, targets_everywhere
+from lora_cli.steps.merge.serving import (
     VLLM_RANKS,
     Shape,
     demand_servable,
@@ -62,7 +62,7 @@ class MergePlan:
         """The layout of the result's factors."""
         parents = {module: factors for adapter in self.adapters for module, factors in adapter.modules.items()}
         modules = {module: parents[module] for module in self.modules}
-        own = layout(modules, self.skeleton, known=_shapes(self.adapters), zeros=self.zeros)
+        own = layout(modules, self.skeleton, known=shapes_of(self.adapters), zeros=self.zeros)
         return own.spelled(self.spelling)
 
     @property
@@ -91,15 +91,15 @@ class MergePlan:
     @property
     def known(self) -> Mapping[str, Shape]:
         """(out, in) of every module that one of the adapters has, in the scope or not."""
-        return _shapes(self.adapters)
+        return shapes_of(self.adapters)
 
     @property
     def kinds_in_some_layers(self) -> list[str]:
         """The kinds of modules that the result has in some layers only, as far as the base is known."""
         layers = self.layout.layers
         if self.skeleton is not None:
-            return kinds_in_some_layers(layers, self.skeleton.matrices, {_last(name) for name in layers})
-        everywhere = {name for adapter in self.adapters for name in _targets_everywhere(adapter)}
+            return kinds_in_some_layers(layers, self.skeleton.matrices, {leaf(name) for name in layers})
+        everywhere = {name for adapter in self.adapters for name in targets_everywhere(adapter)}
         return kinds_in_some_layers(layers, self.known, everywhere)
 
     @property
@@ -168,7 +168,7 @@ def plan(
         raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
-    modules = _modules(ordered, options.scope)
+    modules = modules_in_scope(ordered, options.scope)
     demand_same_shapes(ordered, modules)
     _check_saved_modules(ordered, modules, options.saved_modules, dense=options.dense)
     _check_rank(ordered, modules, options.rank)
@@ -183,7 +183,7 @@ def plan(
         modules=modules,
         coefficients=coefficients,
         inputs=inputs,
-        zeros=zeros_for_sglang(modules, _shapes(ordered)) if options.for_ == "sglang" else {},
+        zeros=zeros_for_sglang(modules, shapes_of(ordered)) if options.for_ == "sglang" else {},
         skeleton=skeleton,
     )
 
@@ -215,24 +215,6 @@ def checked_options(options: MergeOptions) -> MergeOptions:
     if not abs(options.lambda_) <= _LARGEST_FACTOR:
         raise UsageError(f"--lambda must be at most {_LARGEST_FACTOR:g} in size, not {options.lambda_:g}")
     return options
-
-
-def _modules(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
-    """The modules of the adapters that are in the scope.
-
-    Raises:
-        NothingMatched: no module is in the scope.
-        Refused: an adapter is given twice, or has no module in the scope.
-    """
-    for one, other in pairwise(adapters):
-        if one.ref.commit == other.ref.commit and one.ref.id == other.ref.id:
-            raise Refused(f"{one.ref.id} is given twice", hint="give it once, with the sum of the weights")
-    modules = tuple(module for module in all_modules(adapters) if _in_scope(module, scope))
-    if not modules:
-        raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
-    if outside := [adapter.ref.id for adapter in adapters if adapter.modules.keys().isdisjoint(modules)]:
-        raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
-    return modules
 
 
 def _check_saved_modules(adapters: Sequence[OpenAdapter], modules: Sequence[str], what: str, *, dense: bool) -> None:
@@ -296,36 +278,9 @@ def rank_choice(rank: str, energy: float | None, ranks: Sequence[int]) -> RankCh
         return RankChoice(ceiling=sum(ranks), energy=energy, exact=energy is None)
     if rank == "auto":
         return RankChoice(ceiling=max(AUTO_RANK, *ranks) if energy is None else None, energy=energy)
-    if not _is_number(rank) or int(rank) == 0:
+    if not is_number(rank) or int(rank) == 0:
         raise UsageError(f"--rank is a number above 0, sum or auto, not {rank!r}")
     return RankChoice(ceiling=int(rank), energy=energy)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) < 10
-
-
-def _in_scope(module: str, scope: Sequence[str]) -> bool:
-    return all(_holds(module, condition) for condition in scope)
-
-
-def _holds(module: str, condition: str) -> bool:
-    what, equals, listed = condition.partition("=")
-    parts = [part.strip() for part in listed.split(",")]
-    if not equals or what not in ("layers", "modules") or not all(parts):
-        raise UsageError(f"--scope is layers=0-15,20 or modules=q_proj,*.mlp.*, not {condition!r}")
-    if what == "modules":
-        return any(fnmatch.fnmatchcase(name, part) for name in (module, module.rpartition(".")[2]) for part in parts)
-    layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
-    ranges = [_layers(part, condition) for part in parts]
-    return layer is not None and any(low <= layer <= high for low, high in ranges)
-
-
-def _layers(part: str, condition: str) -> tuple[int, int]:
-    low, dash, high = part.partition("-")
-    if not _is_number(low) or (dash and not _is_number(high)) or (dash and int(high) < int(low)):
-        raise UsageError(f"--scope {condition}: {part!r} is neither a layer nor a range of layers such as 0-15")
-    return int(low), int(high) if dash else int(low)
 
 
 def _check_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], rank: str) -> None:
@@ -346,67 +301,6 @@ def _asked_rank(adapters: Sequence[OpenAdapter], modules: Sequence[str], options
     if options.rank != "sum" or options.energy is not None:
         return 0
     return max(sum(a.modules[module].rank for a in adapters if module in a.modules) for module in modules)
-
-
-def _shapes(adapters: Sequence[OpenAdapter]) -> dict[str, Shape]:
-    """(out, in) of every module of `adapters`."""
-    return {module: adapter.shape(module) for adapter in adapters for module in adapter.modules}
-
-
-def modules_meant(
-    modules: Collection[str], adapters: Sequence[OpenAdapter], base: Skeleton | None = None
-) -> set[str] | None:
-    """Every module of the base whose last part is that of one of `modules`; None if the base is not known well enough.
-
-    An adapter whose configuration names targets by their last parts, and no layers, has all modules of these names.
-    """
-    names = {_last(module) for module in modules}
-    if base is not None:
-        return None if names & base.others else {module for module in base.matrices if _last(module) in names}
-    meant = {module for module in _shapes(adapters) if _last(module) in names}
-    return meant if all(_all_there(name, meant, adapters) for name in names) else None
-
-
-def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:
-    """Whether all modules of `meant` that end in `name` are in the base, by the adapters that have all of this name."""
-    having_all = [adapter for adapter in adapters if name in _targets_everywhere(adapter)]
-    wanted = {module for module in meant if _last(module) == name}
-    return bool(having_all) and all(wanted <= adapter.modules.keys() for adapter in having_all)
-
-
-def _targets_everywhere(adapter: OpenAdapter) -> tuple[str, ...]:
-    """The target names of an adapter that apply to every layer of the base."""
-    config = adapter.config
-    if isinstance(config.target_modules, str) or config.layers_to_transform or config.exclude_modules:
-        return ()
-    return config.target_modules
-
-
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]
-
-
-def demand_same_shapes(adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
-    """Refused where adapters disagree about the kind or the shape of a module."""
-    for module in modules:
-        shapes: dict[tuple[int, int], str] = {}
-        kinds: dict[str, str] = {}
-        for adapter in adapters:
-            if factors := adapter.modules.get(module):
-                shapes.setdefault((factors.out_features, factors.in_features), adapter.ref.id)
-                kinds.setdefault(factors.form, adapter.ref.id)
-        if len(kinds) > 1:
-            (form, first), (another, second) = list(kinds.items())[:2]
-            raise Refused(
-                f"{module} has factors of {form} in {first} but of {another} in {second}",
-                hint="these adapters belong to different base models",
-            )
-        if len(shapes) > 1:
-            (one, first), (other, second) = list(shapes.items())[:2]
-            raise Refused(
-                f"{module} is {one[0]}×{one[1]} in {first} but {other[0]}×{other[1]} in {second}",
-                hint="these adapters belong to different base models",
-            )
 
 
 def identical(adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]) -> list[list[str]]:

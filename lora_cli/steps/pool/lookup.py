@@ -15,8 +15,8 @@ from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
 from lora_cli.records import Adapter, Candidate, Progress, silent
 from lora_cli.steps.bases import skeleton_here
-from lora_cli.steps.sources import Ask, Found, HubSource
-from lora_cli.steps.verify import verify
+from lora_cli.steps.pool.sources import Ask, Found, HubSource
+from lora_cli.steps.pool.verify import verify
 
 _REPO = re.compile(
     r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII

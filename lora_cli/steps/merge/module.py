@@ -21,7 +21,7 @@ from lora_cli.errors import Refused
 from lora_cli.formats.reader import HEADROOM, OpenAdapter
 from lora_cli.merge_options import METHODS
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge_plan import MergePlan, cancel
+from lora_cli.steps.merge.plan import MergePlan, cancel
 
 # A squared norm below this fraction of the summed squares is rounding noise.
 _CANCELLED = 1e-12

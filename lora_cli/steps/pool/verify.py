@@ -15,8 +15,8 @@ from lora_cli.formats.store import locate, read_config
 from lora_cli.hub.client import Hub, MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
-from lora_cli.steps.fetch import download
-from lora_cli.steps.sources import probe_header, weighed
+from lora_cli.steps.pool.fetch import download
+from lora_cli.steps.pool.sources import probe_header, weighed
 
 _PROBE_BYTES = 16_384
 
@@ -74,7 +74,7 @@ def verify(
             found = replace(found, status="unusable", reason="its weights differ from those in the catalogue (sha256)")
         copies = locate_modules(parse_config(config), header, skeleton).copies if found.status == "ok" else {}
         if copies:
-            from lora_cli.steps.copies import judge_copies
+            from lora_cli.steps.pool.copies import judge_copies
 
             wrong, unknown = judge_copies(weights, copies, base or found.base, skeleton)
             status: Status = "unusable" if wrong else "ok"

@@ -17,7 +17,7 @@ from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
-from lora_cli.steps.train import TrainResult, asked, train_and_write
+from lora_cli.steps.train.train import TrainResult, asked, train_and_write
 from lora_cli.task import Task
 
 

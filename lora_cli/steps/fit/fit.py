@@ -22,9 +22,9 @@ from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.scores import Difference, paired_difference
-from lora_cli.steps.descent import Learnt, learn, losses
-from lora_cli.steps.merge import MergePlan, MergeReport, merge
-from lora_cli.steps.train import train
+from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
+from lora_cli.steps.train.descent import Learnt, learn, losses
+from lora_cli.steps.train.train import train
 from lora_cli.task import split
 
 CONTROLS = ("random", "target")

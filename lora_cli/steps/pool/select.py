@@ -14,8 +14,8 @@ from lora_cli.formats.store import folder_ref, locate
 from lora_cli.records import AdapterRow, Candidate, Progress, silent
 from lora_cli.selection_methods import METHODS
 from lora_cli.settings import Settings
-from lora_cli.steps.fetch import refused
-from lora_cli.steps.lookup import demand_one_base
+from lora_cli.steps.pool.fetch import refused
+from lora_cli.steps.pool.lookup import demand_one_base
 
 if TYPE_CHECKING:
     from lora_cli.formats.reader import OpenAdapter

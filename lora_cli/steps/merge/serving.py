@@ -13,6 +13,7 @@ from pathlib import Path
 from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.reader import natural
+from lora_cli.names import leaf
 from lora_cli.records import Server
 
 TITLES: Mapping[Server, str] = {"vllm": "vLLM 0.33.0", "sglang": "SGLang 0.5.23"}
@@ -58,7 +59,7 @@ def demand_servable(server: Server, *, conv1d: Sequence[str], rank: int) -> None
 
 def not_surely_served(modules: Iterable[str]) -> list[str]:
     """The kinds of modules that a server may have no LoRA layer for."""
-    return sorted({_last(module) for module in modules} - _LLAMA_MODULES)
+    return sorted({leaf(module) for module in modules} - _LLAMA_MODULES)
 
 
 def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
@@ -84,10 +85,10 @@ def serve_line(server: Server, base: str, folder: Path, rank: int) -> str:
 def fused_parts_missing(modules: Collection[str]) -> list[str]:
     """The modules that SGLang fuses with some of `modules` and that `modules` lacks."""
     beside = {
-        module.removesuffix(_last(module)) + part
+        module.removesuffix(leaf(module)) + part
         for module in modules
         for group in _FUSED
-        if _last(module) in group
+        if leaf(module) in group
         for part in group
     }
     return natural(beside - set(modules))
@@ -96,9 +97,7 @@ def fused_parts_missing(modules: Collection[str]) -> list[str]:
 def sglang_loads(modules: Collection[str]) -> bool:
     """Whether every module that SGLang cannot load alone comes with its required partner."""
     have = set(modules)
-    needed = {
-        module.removesuffix(_last(module)) + _NEEDS[_last(module)] for module in modules if _last(module) in _NEEDS
-    }
+    needed = {module.removesuffix(leaf(module)) + _NEEDS[leaf(module)] for module in modules if leaf(module) in _NEEDS}
     return needed <= have
 
 
@@ -118,7 +117,7 @@ def zeros_for_sglang(modules: Collection[str], shapes: Mapping[str, Shape]) -> d
 
 
 def _shape_of(module: str, shapes: Mapping[str, Shape], by_kind: Mapping[str, Collection[Shape]]) -> Shape:
-    last = _last(module)
+    last = leaf(module)
     alike = module.removesuffix(last) + _ALIKE.get(last, last)
     if (shape := shapes.get(module) or shapes.get(alike)) is not None:
         return shape
@@ -148,7 +147,7 @@ def kinds_in_some_layers(modules: Collection[str], known: Iterable[str], everywh
         complete = any(kind == name or kind.endswith(f".{name}") for name in everywhere)
         if found != (all_known[stack, kind] if complete else layers[stack]):
             partial.append(kind)
-    return sorted(set(map(_last, partial)))
+    return sorted(set(map(leaf, partial)))
 
 
 def _by_kind(modules: Iterable[str]) -> dict[tuple[str, str], set[str]]:
@@ -162,7 +161,3 @@ def _by_kind(modules: Iterable[str]) -> dict[tuple[str, str], set[str]]:
 def _kind(module: str) -> str:
     """A module's name with a star for its layer."""
     return _LAYER.sub(r"\1*.\3", module)
-
-
-def _last(module: str) -> str:
-    return module.rpartition(".")[2]

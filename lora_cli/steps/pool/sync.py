@@ -21,8 +21,8 @@ from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.hub.client import BudgetSpent, Hub
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.steps.lookup import names_of
-from lora_cli.steps.sources import Ask, FolderSource, Found, HubSource, Source
+from lora_cli.steps.pool.lookup import names_of
+from lora_cli.steps.pool.sources import Ask, FolderSource, Found, HubSource, Source
 
 Action = Literal["new", "changed", "unchanged", "gone"]
 

@@ -15,7 +15,7 @@ from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.evaluate import System, Updates, demand_sane, evaluate
+from lora_cli.steps.evaluate.evaluate import System, Updates, demand_sane, evaluate
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, told
 from lora_cli.task import Task, read_task, split, task_sha256

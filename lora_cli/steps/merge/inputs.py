@@ -16,7 +16,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel, BaseRef
 from lora_cli.models.encode import Encoded, until_end
 from lora_cli.records import Progress, silent
-from lora_cli.steps.evaluate import Updates
+from lora_cli.steps.evaluate.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
 
 

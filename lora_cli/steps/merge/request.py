@@ -17,9 +17,8 @@ from lora_cli.models.base_model import pin
 from lora_cli.models.forms import Prompting
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.compare import near_copies
-from lora_cli.steps.inputs import ModuleInputs, data_of
-from lora_cli.steps.lock import (
+from lora_cli.steps.merge.inputs import ModuleInputs, data_of
+from lora_cli.steps.merge.lock import (
     Lock,
     demand_same_outputs,
     demand_same_parents,
@@ -28,9 +27,10 @@ from lora_cli.steps.lock import (
     under_locked_names,
     where_parents_are,
 )
-from lora_cli.steps.merge import MergePlan, MergeReport, identical, merge, plan
-from lora_cli.steps.merge_plan import checked_options
+from lora_cli.steps.merge.plan import checked_options
+from lora_cli.steps.merge.stream import MergePlan, MergeReport, identical, merge, plan
 from lora_cli.steps.opened_pool import Chosen, Gathered, Pool
+from lora_cli.steps.pool.compare import near_copies
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.text import in_words
 

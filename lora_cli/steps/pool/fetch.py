@@ -13,7 +13,7 @@ from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.store import AdapterFiles, locate, read_config
 from lora_cli.hub.client import Gated, Hub, cache_folder
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
-from lora_cli.steps.sources import weighed
+from lora_cli.steps.pool.sources import weighed
 
 _THREADS = 4
 _SPARE_ROOM = 1.1

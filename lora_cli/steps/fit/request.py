@@ -14,9 +14,9 @@ from lora_cli.models.forms import Prompting
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.fit import FitReport, asked, demand_sane, fit_and_write
-from lora_cli.steps.merge import MergePlan, plan
-from lora_cli.steps.merge_plan import checked_options
+from lora_cli.steps.fit.fit import FitReport, asked, demand_sane, fit_and_write
+from lora_cli.steps.merge.plan import checked_options
+from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told

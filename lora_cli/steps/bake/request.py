@@ -7,7 +7,7 @@ from lora_cli.errors import UsageError
 from lora_cli.formats.run_record import Run
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings
-from lora_cli.steps.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
+from lora_cli.steps.bake.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 

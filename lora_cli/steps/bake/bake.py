@@ -25,7 +25,7 @@ from lora_cli.formats.reader import DTYPES
 from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Progress, silent
-from lora_cli.steps.bake_plan import BakePlan, Piece, find_base, is_here, plan
+from lora_cli.steps.bake.plan import BakePlan, Piece, find_base, is_here, plan
 
 __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base", "is_here", "plan"]
 

@@ -16,9 +16,8 @@ from lora_cli.algebra.pairs import all_pairs, cosines
 from lora_cli.algebra.spectra import compact
 from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import Refused, UsageError
-from lora_cli.formats.reader import OpenAdapter, all_modules
+from lora_cli.formats.reader import OpenAdapter, all_modules, demand_same_shapes
 from lora_cli.records import Progress, silent
-from lora_cli.steps.merge_plan import demand_same_shapes
 
 # A cosine computed in fp32 may fall short of 1 by this much.
 _ROUNDING = 1e-6

@@ -1,0 +1,1 @@
+"""Baking: an adapter becomes part of its base."""

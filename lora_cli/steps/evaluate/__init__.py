@@ -1,0 +1,1 @@
+"""Evaluation: systems scored on a task."""

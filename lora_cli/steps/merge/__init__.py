@@ -1,0 +1,1 @@
+"""Merging: requested, planned, computed, written, rebuilt."""

@@ -1,0 +1,84 @@
+"""The modules of a merge: those in --scope, and those that their names mean in the base."""
+
+import fnmatch
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+
+from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.formats.reader import OpenAdapter, all_modules, shapes_of
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.names import leaf
+
+
+def modules_in_scope(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
+    """The modules of the adapters that are in the scope.
+
+    Raises:
+        NothingMatched: no module is in the scope.
+        Refused: an adapter is given twice, or has no module in the scope.
+    """
+    for one, other in pairwise(adapters):
+        if one.ref.commit == other.ref.commit and one.ref.id == other.ref.id:
+            raise Refused(f"{one.ref.id} is given twice", hint="give it once, with the sum of the weights")
+    modules = tuple(module for module in all_modules(adapters) if _in_scope(module, scope))
+    if not modules:
+        raise NothingMatched(f"none of the adapters' modules is in the scope {' '.join(scope)}")
+    if outside := [adapter.ref.id for adapter in adapters if adapter.modules.keys().isdisjoint(modules)]:
+        raise Refused(f"{', '.join(outside)}: no module in the scope {' '.join(scope)}", hint="leave it out")
+    return modules
+
+
+def _in_scope(module: str, scope: Sequence[str]) -> bool:
+    return all(_holds(module, condition) for condition in scope)
+
+
+def _holds(module: str, condition: str) -> bool:
+    what, equals, listed = condition.partition("=")
+    parts = [part.strip() for part in listed.split(",")]
+    if not equals or what not in ("layers", "modules") or not all(parts):
+        raise UsageError(f"--scope is layers=0-15,20 or modules=q_proj,*.mlp.*, not {condition!r}")
+    if what == "modules":
+        return any(fnmatch.fnmatchcase(name, part) for name in (module, module.rpartition(".")[2]) for part in parts)
+    layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
+    ranges = [_layers(part, condition) for part in parts]
+    return layer is not None and any(low <= layer <= high for low, high in ranges)
+
+
+def _layers(part: str, condition: str) -> tuple[int, int]:
+    low, dash, high = part.partition("-")
+    if not is_number(low) or (dash and not is_number(high)) or (dash and int(high) < int(low)):
+        raise UsageError(f"--scope {condition}: {part!r} is neither a layer nor a range of layers such as 0-15")
+    return int(low), int(high) if dash else int(low)
+
+
+def is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) < 10
+
+
+def modules_meant(
+    modules: Collection[str], adapters: Sequence[OpenAdapter], base: Skeleton | None = None
+) -> set[str] | None:
+    """Every module of the base whose last part is that of one of `modules`; None if the base is not known well enough.
+
+    An adapter whose configuration names targets by their last parts, and no layers, has all modules of these names.
+    """
+    names = {leaf(module) for module in modules}
+    if base is not None:
+        return None if names & base.others else {module for module in base.matrices if leaf(module) in names}
+    meant = {module for module in shapes_of(adapters) if leaf(module) in names}
+    return meant if all(_all_there(name, meant, adapters) for name in names) else None
+
+
+def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:
+    """Whether all modules of `meant` that end in `name` are in the base, by the adapters that have all of this name."""
+    having_all = [adapter for adapter in adapters if name in targets_everywhere(adapter)]
+    wanted = {module for module in meant if leaf(module) == name}
+    return bool(having_all) and all(wanted <= adapter.modules.keys() for adapter in having_all)
+
+
+def targets_everywhere(adapter: OpenAdapter) -> tuple[str, ...]:
+    """The target names of an adapter that apply to every layer of the base."""
+    config = adapter.config
+    if isinstance(config.target_modules, str) or config.layers_to_transform or config.exclude_modules:
+        return ()
+    return config.target_modules

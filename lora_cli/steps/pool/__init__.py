@@ -1,0 +1,1 @@
+"""The pool: found, fetched, checked, chosen, compared."""

@@ -1,0 +1,1 @@
+"""Training: a new adapter, and the loop that fit shares."""
