@@ -94,7 +94,8 @@ def test_a_good_header_gives_names_types_shapes_and_places(tmp_path: Path) -> No
 def test_the_head_of_the_file_is_enough_but_half_of_it_is_not() -> None:
     file = good_weights()
     length = header_length(file[:8], len(file))
-    assert parse_header(file[: 8 + length], len(file)) == of(file)
+    head = parse_header(file[: 8 + length], len(file))
+    assert (head.tensors, head.file_size, head.metadata) == (of(file).tensors, len(file), of(file).metadata)
     with pytest.raises(HeaderError, match="incomplete"):
         parse_header(file[: 7 + length], len(file))
 

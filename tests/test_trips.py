@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import close_session
 
 from tests.cli import ok
-from tests.trips import merge_from_the_hub
+from tests.trips import evaluation_of_a_folder, merge_from_the_hub
 
 
 def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,4 +20,11 @@ def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytes
     assert trip.count("formats/header.py:parse_header") == 2
     # The weights as they came; then the weights and the configuration of the result.
     assert trip.count("hashes.py:_hashed") == 3
-    assert trip.handovers <= 800
+    assert trip.handovers <= 600
+
+
+@pytest.mark.slow
+def test_an_example_is_encoded_once(tmp_path: Path) -> None:
+    trip = evaluation_of_a_folder(ok, tmp_path, examples=20)
+    assert trip.count("models/encode.py:_read") == 20
+    assert trip.handovers <= 250 + 20 * 21

@@ -3,6 +3,7 @@
 python -m tests.trips          prints the counts of `lora merge` of one adapter that only the Hub knows
 """
 
+import json
 import os
 import sys
 import tempfile
@@ -47,7 +48,11 @@ class Trip:
         back = frame.f_back
         while back is not None and not back.f_code.co_filename.startswith(PACKAGE):
             back = back.f_back
-        if back is not None and (there := back.f_code.co_filename.removeprefix(PACKAGE)) != here:
+        if (
+            back is not None
+            and back.f_code.co_name != "<module>"
+            and (there := back.f_code.co_filename.removeprefix(PACKAGE)) != here
+        ):
             self.between[there, here] += 1
 
 
@@ -74,6 +79,25 @@ def merge_from_the_hub(do: Callable[..., Any], folder: Path) -> Trip:
         do("merge", "--help")  # a command's own flags are made once, when it is imported
         with travelled() as trip:
             do("merge", "alice/sql", "-o", str(folder / "out"), "--db", str(folder / "c.db"))
+    return trip
+
+
+def evaluation_of_a_folder(do: Callable[..., Any], folder: Path, examples: int = 100) -> Trip:
+    """The trip of `lora eval` of one adapter in a folder, by likelihood, on so many examples."""
+    from tests.adapters_on_disk import random_factors, write_adapter
+    from tests.tiny_bases import characters, tiny_llama
+
+    tiny_llama().save_pretrained(folder / "base")
+    characters().save_pretrained(folder / "base")
+    factors = random_factors({"model.layers.0.mlp.up_proj": (48, 32)}, 4, seed=0)
+    adapter = write_adapter(folder / "adapter", factors, base=str(folder / "base"))
+    lines = [json.dumps({"prompt": f"{number} =", "completion": f" {number}"}) for number in range(examples)]
+    (folder / "task.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = ["eval", str(adapter), "--base", str(folder / "base"), "--data", str(folder / "task.jsonl")]
+    words += ["--metric", "nll", "--db", str(folder / "c.db"), "-o", str(folder / "scores.jsonl")]
+    do("eval", "--help")
+    with travelled() as trip:
+        do(*words)
     return trip
 
 

@@ -1,6 +1,6 @@
 """A merge method's input for one module: the updates of the adapters that have it, and measures of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, overload
 
@@ -42,6 +42,9 @@ class Updates(Sequence[LowRank]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    def __iter__(self) -> Iterator[LowRank]:
+        return iter(self.items)
 
     @overload
     def __getitem__(self, index: int) -> LowRank: ...

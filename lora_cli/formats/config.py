@@ -54,9 +54,9 @@ _VARIANTS = {
 _ON_WHEN_PRESENT = ("arrow_config", "kasa_config", "use_bdlora")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraConfigFacts:
-    """The facts in adapter_config.json.
+    """The facts in adapter_config.json. Compared by identity: `parse_config` gives one object for the same bytes.
 
     `base` is the base model as declared ("" for none), `revision` the branch, tag or commit of it ("" for the main
     branch); `target_modules` is a tuple of names or, as a str, the

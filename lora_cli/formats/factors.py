@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lora_cli.errors import HeaderError
 from lora_cli.formats.config import shortened
@@ -52,18 +52,14 @@ class ModuleFactors:
     pattern: str = ""
     expert: int = 0
     experts: int = 1
+    rank: int = field(init=False)
+    out_features: int = field(init=False)
+    in_features: int = field(init=False)
 
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0] // self.experts
-
-    @property
-    def out_features(self) -> int:
-        return self.b.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return math.prod(self.a.shape[1:])
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self.a.shape[0] // self.experts)
+        object.__setattr__(self, "out_features", self.b.shape[0])
+        object.__setattr__(self, "in_features", math.prod(self.a.shape[1:]))
 
     @property
     def adapted(self) -> str:

@@ -60,9 +60,9 @@ class TensorEntry:
     end: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Header:
-    """The tensors of one file by name, in the order of their bytes."""
+    """The tensors of one file by name, in the order of their bytes. Compared by identity: `read_header` reads once."""
 
     tensors: Mapping[str, TensorEntry]
     file_size: int

@@ -8,7 +8,7 @@ only one meaning is possible, with a note; all others are refused by name. Rules
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 
 from lora_cli.formats.config import LoraConfigFacts, shortened
 from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
@@ -70,6 +70,7 @@ class Located:
         return (len(self.modules) - len(self.misfits)) / total if total else 0.0
 
 
+@lru_cache(maxsize=64)
 def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | None = None) -> Located:
     """The factors of an adapter by the names of its base; without `base` by those in its file, wrappers taken off.
 

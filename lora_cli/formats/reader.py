@@ -49,6 +49,8 @@ class OpenAdapter:
     files: AdapterFiles
     config: LoraConfigFacts
     modules: Mapping[str, AnyFactors] = field(repr=False)
+    scales: Mapping[str, float] = field(repr=False)
+    """alpha/rank (alpha/√rank for rslora) of every module: `read` multiplies B by it."""
     stamp: Stamp = field(repr=False)
     """The identity of the weights' file when it was opened."""
     saved: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
@@ -57,12 +59,11 @@ class OpenAdapter:
     """The spelling of the class that the adapter was trained on."""
     copies: Mapping[str, TensorEntry] = field(repr=False, default_factory=dict)
     """Tensors of the base that were saved beside their layers' factors, by the base's names."""
+    ref: AdapterRef = field(init=False)
     _stacks: "_Stacks" = field(repr=False, default_factory=lambda: _Stacks())
 
-    @property
-    def ref(self) -> AdapterRef:
-        """The reference of this adapter."""
-        return self.files.ref
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ref", self.files.ref)
 
     @property
     def base(self) -> str:
@@ -90,11 +91,6 @@ class OpenAdapter:
             DTYPES[entry.dtype] for one in self.modules.values() for part in one.parts for entry in (part.a, part.b)
         }
 
-    def scale(self, module: str) -> float:
-        """alpha/rank (alpha/√rank for rslora) in one module: what `read` folds into B."""
-        part = self.modules[module].parts[0]
-        return self.config.scale(part.pattern, part.rank)
-
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
 
@@ -110,7 +106,7 @@ class OpenAdapter:
                 raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
             parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
         update = parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
-        scale = self.scale(module)
+        scale = self.scales[module]
         largest = bound(update)
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
@@ -197,12 +193,18 @@ def open_adapter(
         files,
         config,
         located.modules,
+        {module: _scale(config, factors) for module, factors in located.modules.items()},
         opened,
         saved=located.saved,
         notes=located.notes,
         spelling=located.spelling,
         copies=located.copies,
     )
+
+
+def _scale(config: LoraConfigFacts, factors: AnyFactors) -> float:
+    part = factors.parts[0]
+    return config.scale(part.pattern, part.rank)
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

@@ -96,7 +96,7 @@ class Stack:
         return (self.experts, in_features, out_features) if self.transposed else (self.experts, *self.shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Skeleton:
     """The class `architecture` as one configuration builds it.
 

@@ -106,6 +106,7 @@ class Encoder:
         self._control = Control(tokenizer)
         self._form = self._chosen_form()
         self.ends: list[int] = sorted({*ends, tokenizer.eos_token_id})
+        self._known: dict[int, tuple[Example, Encoded]] = {}
 
     def _chosen_form(self) -> Form:
         there_is_one = (self.prompting.template, self._tokenizer.chat_template) != (None, None)
@@ -155,10 +156,16 @@ class Encoder:
                 not begin with its generation prompt; a system turn beside that of `prompting`; a text that the
                 tokenizer cannot read, or a token that the base does not know.
         """
+        # Commands look at a task's examples before they use them, so each is held with its tokens.
+        held, encoded = self._known.get(id(example), (None, None))
+        if held is example and encoded is not None:
+            return encoded
         try:
-            return self._read(example)
+            encoded = self._read(example)
         except DataError as error:
             raise DataError(f"example {example.id}: {error.message}", hint=error.hint) from error
+        self._known[id(example)] = example, encoded
+        return encoded
 
     def _read(self, example: Example) -> Encoded:
         self._demand_one_system(example)

@@ -119,8 +119,10 @@ def evaluate(
     for system in systems:
         base.check(system.shapes, system.name)
     encoded = {example.id: base.encode(example) for example in examples}
+    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
+    measured = [metric, max_new_tokens if metric == "exact" else None]
     keys = {
-        (system.name, example.id): _key(base, system, example, metric, max_new_tokens)
+        (system.name, example.id): _key([*common, system.version, system.updates is None, *measured, asdict(example)])
         for system in systems
         for example in examples
     }
@@ -219,17 +221,8 @@ def _values(rows: Sequence[Row], metric: Metric) -> list[float]:
     return [float(bool(row.correct)) if metric == "exact" else -row.log_likelihood for row in rows]
 
 
-def _key(base: BaseModel, system: System, example: Example, metric: Metric, max_new_tokens: int) -> str:
-    deciding = [
-        base.pinned,
-        str(base.dtype),
-        base.encoder.prompting.settings,
-        system.version,
-        system.updates is None,
-        metric,
-        max_new_tokens if metric == "exact" else None,
-        asdict(example),
-    ]
+def _key(deciding: Sequence[Any]) -> str:
+    """The first 16 digits of the SHA-256 of all that decides an answer."""
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
 

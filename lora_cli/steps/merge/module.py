@@ -85,6 +85,8 @@ class ModuleMerger:
         self._workers = min(threads, most)
         self._tile_workers = threads // self._workers
         self._whole = _WholeAdapters(plan, threads)
+        by_adapter = plan.options.knobs.get("per") == "adapter"
+        self._weighs_whole_adapters = by_adapter and METHODS.get(plan.options.method).kind == "coefficients"
 
     def each(self) -> Generator[tuple[str, MergedModule], None, None]:
         """Every module with its result, in the plan's order. On a CPU several modules are merged at once.
@@ -142,7 +144,7 @@ class ModuleMerger:
         updates = Updates(
             tuple(update for update, _ in read),
             keys=tuple(_key(adapter, module) for adapter in adapters),
-            scales=tuple(adapter.scale(module) for adapter in adapters),
+            scales=tuple(adapter.scales[module] for adapter in adapters),
             whole=self._whole.of(places),
             inputs=tuple(plan.inputs(a, module).to(plan.options.device) for a in adapters)
             if plan.inputs is not None
@@ -152,7 +154,7 @@ class ModuleMerger:
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
         squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update in updates])
         demand_room(module, float(weights.abs() @ squares.sqrt()))
-        if METHODS.get(plan.options.method).kind == "coefficients" and plan.options.knobs.get("per") == "adapter":
+        if self._weighs_whole_adapters:
             merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
         else:
             try:

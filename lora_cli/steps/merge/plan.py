@@ -311,6 +311,6 @@ def identical(adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]) -> lis
     """
     groups: dict[tuple[str, tuple[float, ...]], list[str]] = {}
     for adapter in adapters:
-        content = inputs[adapter.ref.pinned], tuple(map(adapter.scale, adapter.modules))
+        content = inputs[adapter.ref.pinned], tuple(adapter.scales.values())
         groups.setdefault(content, []).append(adapter.ref.id)
     return [ids for ids in groups.values() if len(ids) > 1]
