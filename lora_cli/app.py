@@ -188,6 +188,8 @@ def main() -> None:
 
 
 def _end(number: int, frame: object) -> Never:
+    # A second one must not interrupt the removal of unfinished work.
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 

@@ -1,21 +1,31 @@
-"""Output folders that are complete or absent: written beside their place, renamed into it last."""
+"""Outputs that are complete or absent: written beside their place, renamed into it last.
+
+Unfinished work stands as `.NAME.TOKEN.partial` beside its place, a folder or file that its process holds locked. The
+next process with the same output removes what no process holds.
+"""
 
 import errno
+import fcntl
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from lora_cli.errors import OutputError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
 def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes `target` if the block succeeds, and is removed if it fails.
 
-    Remains of a killed process for the same target are removed first. If `target` exists, it is complete.
+    Remains of killed processes for the same target are removed first. If `target` exists, it is complete.
 
     Raises:
         OutputError: `target` exists and `replace` is false (even if it was made during the work), is a link, or
@@ -23,29 +33,69 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     _refuse_link(target)
     target = target.absolute()
-    partial = target.parent / f".{target.name}.{os.getpid()}.partial"
+    partial = _beside(target)
+    held = None
+    # A signal may end the work at any line, so everything that makes a file stands inside this block.
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
-        if target.exists() and not replace:
-            raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
-        partial.mkdir()
-    except OSError as error:
-        raise OutputError(f"{target.parent}: cannot be written ({error.strerror})") from error
-    try:
+        with _explained(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target)
+            if target.exists() and not replace:
+                raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
+            held = _made_and_locked(partial)
         yield partial
-        try:
+        with _explained(target):
             for file in sorted(partial.rglob("*")):
                 _sync(file)
             _sync(partial)
             _put(partial, target, replace=replace)
             _sync(target.parent)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise OutputError(f"{target}: cannot be written ({error.strerror})") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def whole_file(target: Path) -> Iterator[BinaryIO]:
+    """Yield a new binary file that replaces `target` if the block succeeds, and is removed if it fails.
+
+    Raises OutputError where `target` is a link, or its place cannot be written.
+    """
+    _refuse_link(target)
+    target = target.absolute()
+    partial = _beside(target)
+    try:
+        with _explained(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(target)
+            # Mode x neither follows a link nor takes a file of another process.
+            with partial.open("xb") as file:
+                _hold(file.fileno())
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                _refuse_link(target)
+                partial.replace(target)
+            _sync(target.parent)
+    finally:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _explained(place: Path) -> Iterator[None]:
+    """OutputError for an OSError; a full disk is told at the top, with its file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
+
+
+def _beside(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
 
 
 def _refuse_link(target: Path) -> None:
@@ -68,14 +118,21 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
             ) from error
         return
     old = partial.with_suffix(".old")
+    held = None
     if target.exists():
+        # Locked, it is no remains of a killed process, for the moment in which nothing stands at the target.
+        held = os.open(target, os.O_RDONLY | os.O_NOFOLLOW)
+        _hold(held)
         target.rename(old)
     try:
         partial.rename(target)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not target.exists():
             old.rename(target)
         raise
+    finally:
+        if held is not None:
+            os.close(held)
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old)
     else:
@@ -84,25 +141,58 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
 
 def _sweep(target: Path) -> None:
     """Remove remains of dead processes for `target`; restore an output whose replacement was interrupted."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(\d+)\.(partial|old)")
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.(partial|old)")
     for entry in target.parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if not match or _alive(int(match[1])):
+        if match is None or entry.is_symlink() or not (entry.is_dir() or entry.is_file()):
             continue
-        if match[2] == "old" and not target.exists():
-            entry.rename(target)
-        else:
-            shutil.rmtree(entry, ignore_errors=True)
+        try:
+            descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            if not _locked(descriptor):
+                continue
+            if match[1] == "old" and not target.exists():
+                entry.rename(target)
+            elif entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
 
 
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
+def _made_and_locked(folder: Path) -> int:
+    """The open descriptor of a new folder that this process holds. A sweep may remove it before it is locked."""
+    while True:
+        folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            if _hold(descriptor) and folder.exists():
+                return descriptor
+            os.close(descriptor)
+        time.sleep(0.01)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process holds it, or the disk has no locks."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _hold(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed; False if another process holds it.
+
+    On a disk without locks nothing is locked, and nothing is removed by a sweep.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    except PermissionError:
+    except OSError:
         return True
     return True
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.errors import OutputError
-from lora_cli.outputs import whole_folder
+from lora_cli.outputs import whole_file, whole_folder
 
 
 def test_a_folder_appears_only_when_the_work_is_done(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None:
     code = (
-        "import os, sys, pathlib\nfrom lora_cli.outputs import whole_folder\n"
+        "import os, sys, pathlib\nfrom lora_cli.outputs import whole_file, whole_folder\n"
         "with whole_folder(pathlib.Path(sys.argv[1])) as partial:\n"
         "    (partial / 'half').write_text('half')\n    os.kill(os.getpid(), 9)\n"
     )
@@ -86,9 +86,7 @@ def test_what_a_killed_process_left_is_swept_by_the_next(tmp_path: Path) -> None
 
 
 def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    old = tmp_path / f".out.{gone.pid}.old"
+    old = tmp_path / ".out.0123abcd.old"
     old.mkdir()
     (old / "precious").write_text("mine")
     with pytest.raises(OutputError, match="exists"), whole_folder(tmp_path / "out"):
@@ -97,8 +95,58 @@ def test_a_replacement_that_was_cut_off_is_undone(tmp_path: Path) -> None:
 
 
 def test_the_work_of_a_living_process_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".out.{os.getppid()}.partial"
-    other.mkdir()
-    with whole_folder(tmp_path / "out"):
+    code = (
+        "import sys, pathlib\nfrom lora_cli.outputs import whole_file, whole_folder\n"
+        "with whole_folder(pathlib.Path(sys.argv[1])):\n    print(flush=True)\n    input()\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "ours").write_text("ours")
+        assert len(list(tmp_path.glob(".out.*.partial"))) == 2
+    _, _ = other.communicate("\n")
+    assert other.returncode == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_signal_at_any_moment_leaves_nothing_behind(tmp_path: Path) -> None:
+    code = (
+        "import signal, sys, pathlib\nfrom lora_cli.outputs import whole_file, whole_folder\n"
+        "signal.signal(signal.SIGALRM, lambda *_: sys.exit(9))\n"
+        "signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))\n"
+        "while True:\n"
+        "    with whole_folder(pathlib.Path(sys.argv[1]), replace=True) as partial:\n"
+        "        (partial / 'file').write_text('whole')\n"
+    )
+    for place in range(40):
+        again = [sys.executable, "-c", code, str(tmp_path / "out"), str(0.05 + 0.0011 * place)]
+        assert subprocess.run(again, check=False).returncode == 9
+        left = {path.name for path in tmp_path.iterdir()} - {"out"}
+        assert all(name.endswith(".old") for name in left), left
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file"
+    with whole_file(target) as file:
+        file.write(b"first")
+        assert not target.exists()
+    with pytest.raises(RuntimeError), whole_file(target) as file:
+        file.write(b"second")
+        raise RuntimeError
+    assert target.read_bytes() == b"first"
+    with whole_file(target) as file:
+        file.write(b"third")
+    assert target.read_bytes() == b"third"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    with pytest.raises(OutputError, match="link"), whole_file(tmp_path / "link"):
         pass
-    assert other.exists()
+    assert (tmp_path / "precious").read_text() == "mine"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import re
 import time
 from collections.abc import Callable
@@ -13,9 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
-from lora_cli.errors import AccessDenied, LoraError, NothingMatched
+from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
 from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub.client import Hub, cached_file
+from lora_cli.outputs import whole_file
 from lora_cli.settings import folder_of
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _fetched(base: str) -> Path | None:
             return None
         _keep(folder, _CONFIG, data)
     except (NothingMatched, AccessDenied):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OutputError, OSError):
             _keep(folder, _ABSENT, b"")
         return None
     except (LoraError, OSError, ValueError, RecursionError):
@@ -101,10 +101,8 @@ def _fetched(base: str) -> Path | None:
 
 
 def _keep(folder: Path, name: str, data: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.{os.getpid()}"
-    partial.write_bytes(data)
-    partial.replace(folder / name)
+    with whole_file(folder / name) as file:
+        file.write(data)
 
 
 def _age(file: Path) -> float:

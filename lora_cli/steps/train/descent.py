@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.errors import OutputError, Refused
+from lora_cli.errors import Refused
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
+from lora_cli.outputs import whole_file
 from lora_cli.recipes import Recipe
 from lora_cli.records import Progress, silent
 
@@ -189,15 +190,8 @@ class _Run:
             own = self.optimizer.state[parameter]
             tensors = {"now": parameter, "best": best, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
             state |= {f"{place}.{name}": tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        # One fixed name: this file replaces the partial file of a killed fit.
-        partial = checkpoint.with_name(f"{checkpoint.name}.partial")
-        try:
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
-                np.savez(file, **state)  # type: ignore[arg-type]
-            partial.replace(checkpoint)
-        except OSError as error:
-            raise OutputError(f"{checkpoint}: cannot be written ({error.strerror})") from error
+        with whole_file(checkpoint) as file:
+            np.savez(file, **state)  # type: ignore[arg-type]
 
     def restore(self, checkpoint: Path) -> bool:
         """Resume from the state in `checkpoint`; False if there is no state or it belongs to another training."""
