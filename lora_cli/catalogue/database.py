@@ -1,16 +1,19 @@
 """The one SQLite file: how it is opened, brought up to date and written. Its tables are made in `migrations`."""
 
 import contextlib
+import os
+import re
 import sqlite3
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from lora_cli.catalogue import migrations as schema
 from lora_cli.catalogue.sqlite import Database
-from lora_cli.errors import DataError, OutputError
+from lora_cli.errors import DataError, LoraError, OutputError
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
@@ -27,14 +30,12 @@ def open_for_writing(path: Path) -> Database:
     except OSError as error:
         raise OutputError(f"{path.parent}: cannot be created ({error.strerror})", hint=_ELSEWHERE) from error
     _refuse_other_files(path)
-    with _explained(path):
-        db = _connect(str(path))
+    db = _connect(str(path), path)
     try:
-        with _explained(path):
-            _use_wal(db)
-            if _pending(db, path):
-                _migrate(db, path)
-            db.execute("PRAGMA foreign_keys = ON")
+        _choose_journal(db, path)
+        if _pending(db, path):
+            _migrate(db, path)
+        db.execute("PRAGMA foreign_keys = ON")
     except BaseException:
         db.close()
         raise
@@ -47,21 +48,20 @@ def open_for_reading(path: Path) -> Database:
     Raises the same errors as `open_for_writing`.
     """
     if not _refuse_other_files(path):
-        db = _connect(":memory:")
+        db = _connect(":memory:", path)
         schema.migrations().apply(db)
         return db
-    with _explained(path):
-        db = _connect_read_only(path)
-        try:
-            behind = _pending(db, path)
-        except BaseException:
-            db.close()
-            raise
-        if not behind:
-            return db
+    db = _connect_read_only(path)
+    try:
+        behind = _pending(db, path)
+    except BaseException:
         db.close()
-        open_for_writing(path).close()
-        return _connect_read_only(path)
+        raise
+    if not behind:
+        return db
+    db.close()
+    open_for_writing(path).close()
+    return _connect_read_only(path)
 
 
 @contextlib.contextmanager
@@ -70,19 +70,74 @@ def writing(db: Database) -> Iterator[Database]:
 
     Raises OutputError where the disk is full, or another process holds the lock for longer than 30 s.
     """
-    with _explained(None):
-        db.execute("BEGIN IMMEDIATE")
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        db.rollback()
+        raise
+
+
+class _Connection(sqlite3.Connection):
+    """A connection whose errors about the file are those of this tool."""
+
+    place: Path
+
+    def cursor(self, *_: Any) -> "_Cursor":  # type: ignore[override]
+        return super().cursor(_Cursor)
+
+    def execute(self, *statement: Any) -> "_Cursor":
+        return self.cursor().execute(*statement)
+
+    def executemany(self, *statement: Any) -> "_Cursor":
+        return self.cursor().executemany(*statement)
+
+
+class _Cursor(sqlite3.Cursor):
+    connection: _Connection
+
+    def execute(self, *statement: Any) -> "_Cursor":
+        with _explained(self.connection.place):
+            super().execute(*statement)
+        return self
+
+    def executemany(self, *statement: Any) -> "_Cursor":
+        with _explained(self.connection.place):
+            super().executemany(*statement)
+        return self
+
+    def __next__(self) -> Any:
         try:
-            yield db
-        except BaseException:
-            db.rollback()
-            raise
-        db.commit()
+            return super().__next__()
+        except sqlite3.DatabaseError as error:
+            raise _of_the_file(error, self.connection.place) or error from error
+
+    def fetchone(self) -> Any:
+        with _explained(self.connection.place):
+            return super().fetchone()
+
+    def fetchmany(self, *size: Any) -> list[Any]:
+        with _explained(self.connection.place):
+            return super().fetchmany(*size)
+
+    def fetchall(self) -> list[Any]:
+        with _explained(self.connection.place):
+            return super().fetchall()
 
 
-def _connect(name: str, *, uri: bool = False) -> Database:
+def _connect(name: str, place: Path, *, uri: bool = False) -> Database:
     # isolation_level None leaves every BEGIN to us. Threads share a connection under a lock of the catalogue's own.
-    connection = sqlite3.connect(name, timeout=BUSY_SECONDS, isolation_level=None, uri=uri, check_same_thread=False)
+    with _explained(place):
+        connection = sqlite3.connect(
+            name,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            uri=uri,
+            check_same_thread=False,
+            factory=_Connection,
+        )
+    connection.place = place
     try:
         return Database(connection, execute_plugins=False)
     except BaseException:
@@ -90,34 +145,74 @@ def _connect(name: str, *, uri: bool = False) -> Database:
         raise
 
 
+def connect_unchecked(path: Path) -> sqlite3.Connection:
+    """A plain connection that cannot write, for a file that may be damaged or of another version.
+
+    Raises DataError for another kind of file, OutputError where it cannot be read.
+    """
+    _refuse_other_files(path)
+    with _explained(path):
+        return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", timeout=BUSY_SECONDS, uri=True)
+
+
 def _connect_read_only(path: Path) -> Database:
     name = f"file:{quote(str(path.absolute()))}"
-    db = _connect(f"{name}?mode=ro", uri=True)
+    db = _connect(f"{name}?mode=ro", path, uri=True)
     try:
         db.execute("SELECT count(*) FROM sqlite_master")
-    except sqlite3.OperationalError:
+    except OutputError as error:
         db.close()
-        if path.with_name(path.name + "-wal").exists():
-            raise
         # In a read-only folder WAL's side files cannot be made; no other process can write there either.
-        return _connect(f"{name}?mode=ro&immutable=1", uri=True)
+        code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not os.access(path.parent, os.W_OK):
+            return _connect(f"{name}?mode=ro&immutable=1", path, uri=True)
+        raise
     except BaseException:
         db.close()
         raise
     return db
 
 
-def _use_wal(db: Database) -> None:
+def _choose_journal(db: Database, path: Path) -> None:
+    """WAL, which lets readers and a writer work at once, but on network file systems a rollback journal.
+
+    WAL shares memory between processes, which those of two machines cannot: the file would be damaged.
+    """
+    wanted = "delete" if _on_network(path) else "wal"
     # Changing the journal mode needs an exclusive lock and does not wait for it, in spite of busy_timeout.
     deadline = time.monotonic() + BUSY_SECONDS
-    while db.journal_mode != "wal":
+    while db.journal_mode != wanted:
         try:
-            db.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
+            db.execute(f"PRAGMA journal_mode = {wanted}")
+        except OutputError as error:
+            code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
+            if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
-    db.execute("PRAGMA synchronous = NORMAL")
+    db.execute(f"PRAGMA synchronous = {'NORMAL' if wanted == 'wal' else 'FULL'}")
+
+
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "glusterfs", "ocfs2")
+
+
+_MOUNTS = Path("/proc/self/mounts")
+
+
+def _on_network(path: Path) -> bool:
+    """Whether a file is on a file system that several machines share, as far as the system tells (Linux)."""
+    try:
+        mounts = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape")
+        folder = path.parent.resolve()
+    except OSError:
+        return False
+    best, kind = -1, ""
+    for line in mounts.splitlines():
+        place, found = line.split()[1:3]
+        place = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), place)
+        # The last of several mounts at one place is the one in use.
+        if folder.is_relative_to(place) and len(place) >= best:
+            best, kind = len(place), found
+    return kind.startswith(_NETWORK)
 
 
 def _pending(db: Database, path: Path) -> bool:
@@ -168,25 +263,30 @@ def _refuse_other_files(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path | None) -> Iterator[None]:
-    where = path if path is not None else "the catalogue"
+def _explained(path: Path) -> Iterator[None]:
+    """The tool's own error for one of SQLite about the file; others pass."""
     try:
         yield
-    except sqlite3.OperationalError as error:
-        text = str(error)
-        if "locked" in text or "busy" in text:
-            raise OutputError(
-                f"{where}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun"
-            ) from error
-        if "disk" in text or "full" in text:
-            raise OutputError(f"{where}: cannot be written ({text})", hint="free some space, then rerun") from error
-        if "readonly" in text or "unable to open" in text:
-            raise OutputError(f"{where}: cannot be written", hint=_ELSEWHERE) from error
-        raise
     except sqlite3.DatabaseError as error:
-        if "malformed" in str(error) or "not a database" in str(error):
-            raise DataError(f"{where}: a damaged database ({error})", hint=_ELSEWHERE) from error
+        if (ours := _of_the_file(error, path)) is not None:
+            raise ours from error
         raise
+
+
+def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
+    # The low byte is the kind of error; see https://www.sqlite.org/rescode.html.
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
+        case sqlite3.SQLITE_FULL:
+            return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
+        case sqlite3.SQLITE_IOERR:
+            return OutputError(f"{path}: cannot be read or written ({error})", hint="check the disk, then rerun")
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            return OutputError(f"{path}: cannot be written", hint=_ELSEWHERE)
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            return DataError(f"{path}: a damaged database ({error})", hint="lora pool doctor rescues what is whole")
+    return None
 
 
 _ELSEWHERE = "give another file with --db, LORA_DB or db in lora.toml"
