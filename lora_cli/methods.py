@@ -1,8 +1,8 @@
-"""Methods are files in a folder: their names come from the file names, their knobs from the signatures.
+"""Members of an open folder are files: their names come from the file names, a method's knobs from its signature.
 
-A method file holds one function, named as the file, marked `@method(...)`. Names, help and knobs are read from the
-source text, so that `--help` and completion list every method without importing torch; the code is imported when the
-method is used.
+A file holds one object, named as the file: a method is a function marked `@method(...)`. Names, help and knobs are read
+from the source text, so that `--help` and completion list every member without importing torch; the code is imported
+when the member is used.
 """
 
 import ast
@@ -187,6 +187,18 @@ class MethodFolder:
         module = importlib.import_module(f"{self.package}.{self.get(name).module}")
         function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
         return function
+
+
+def file_names(package: str) -> tuple[str, ...]:
+    """The names of the members of an open folder, in alphabetical order, without importing one."""
+    folder = Path(__file__).parent.joinpath(*package.split(".")[1:])
+    return tuple(sorted(_name(file) for file in folder.glob("*.py") if not file.stem.startswith("_")))
+
+
+def member(package: str, name: str) -> Any:
+    """Import the file called `name` in an open folder, and return its object."""
+    stem = name.replace("-", "_")
+    return getattr(importlib.import_module(f"{package}.{stem}"), stem)
 
 
 def _name(file: Path) -> str:

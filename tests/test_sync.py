@@ -21,6 +21,7 @@ from huggingface_hub import close_session
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, UsageError
 from lora_cli.hub.client import Hub
+from lora_cli.sources.hub import HubSource
 from lora_cli.steps.pool.sync import SyncReport, sync
 from tests.architectures import linear_skeleton
 from tests.fake_hub import BASE, FakeHub, lora_files, safetensors_bytes
@@ -44,7 +45,7 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 
 
 def synced(catalogue: Catalogue, budget: int | None = None, **options: Any) -> SyncReport:
-    return sync(catalogue, Hub(first_wait=0.01, budget=budget), **{"base": BASE, **options})
+    return sync(catalogue, HubSource(Hub(first_wait=0.01, budget=budget)), **{"base": BASE, **options})
 
 
 def counts(report: SyncReport) -> tuple[int, int, int, int]:
@@ -315,7 +316,7 @@ def test_the_shapes_of_the_base_are_compared_with_the_header(fake: FakeHub, cata
 
 def test_a_hub_needs_a_base(catalogue: Catalogue) -> None:
     with pytest.raises(UsageError, match="no base model"):
-        sync(catalogue, Hub(first_wait=0.01))
+        sync(catalogue, HubSource(Hub(first_wait=0.01)))
 
 
 def test_weights_that_were_judged_once_keep_their_verdict(fake: FakeHub, catalogue: Catalogue) -> None:
@@ -334,9 +335,10 @@ import sys
 from pathlib import Path
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.hub.client import Hub
+from lora_cli.sources.hub import HubSource
 from lora_cli.steps.pool.sync import sync
 with Catalogue(Path(sys.argv[1])) as catalogue:
-    sync(catalogue, Hub(sys.argv[2]), base=sys.argv[3])
+    sync(catalogue, HubSource(Hub(sys.argv[2])), base=sys.argv[3])
 """
 
 
@@ -367,10 +369,10 @@ def test_a_sync_killed_at_any_moment_is_finished_by_the_next(fake: FakeHub, tmp_
     assert kept == sorted(kept), "what was stored stays stored"
     fake.delay = 0
     with Catalogue(db) as killed, Catalogue(tmp_path / "calm.db") as calm:
-        report = sync(killed, Hub(fake.endpoint), base=BASE)
+        report = sync(killed, HubSource(Hub(fake.endpoint)), base=BASE)
         assert report.complete
         assert report.unchanged >= kept[-1]
-        sync(calm, Hub(fake.endpoint), base=BASE)
+        sync(calm, HubSource(Hub(fake.endpoint)), base=BASE)
         assert killed.find() == calm.find()
         assert len(killed.search("author7")) == 12
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -11,14 +11,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.errors import Refused
-from lora_cli.formats.config import LoraConfigFacts, shortened
+from lora_cli.errors import ConfigError, HeaderError, Refused
+from lora_cli.formats.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.formats.factors import ModuleFactors
 from lora_cli.formats.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import sha256_of
-from lora_cli.records import Status
+from lora_cli.records import Adapter, Status
 
 MAX_NORM: Final = 1000.0
 
@@ -64,6 +64,19 @@ def weight_status(facts: WeightFacts) -> tuple[Status, str]:
         shown = "not finite" if facts.norm is None else f"{facts.norm:.3g}"
         return "unusable", f"the norm of its update is {shown}, above {MAX_NORM:g}"
     return "ok", ""
+
+
+def weighed(
+    adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
+) -> Adapter:
+    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound."""
+    try:
+        facts = scan_weights(weights, header, parse_config(config), skeleton)
+    except (Refused, ConfigError, HeaderError) as error:
+        return replace(adapter, status="unusable", reason=error.message)
+    adapter = replace(adapter, sha256=facts.sha256, norm=facts.norm)
+    status, reason = weight_status(facts)
+    return adapter if status == "ok" else replace(adapter, status=status, reason=reason)
 
 
 def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: Skeleton | None = None) -> WeightFacts:

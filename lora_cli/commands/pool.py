@@ -110,7 +110,7 @@ def sync(
     weights, never the weights. Unchanged adapters are not read again. Unusable adapters are listed with the reason.
     """
     from lora_cli.catalogue.adapters import Catalogue
-    from lora_cli.hub.client import Hub
+    from lora_cli.sources import open_source
     from lora_cli.steps.bases import look_here
     from lora_cli.steps.pool.sync import sync as step
 
@@ -121,10 +121,11 @@ def sync(
     if settings.pool is None:
         _refuse_without_hub_id(settings)
     screen.say(_assumed(settings))
+    name, place = ("hub", "") if settings.pool is None else ("folder", str(settings.pool))
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         report = step(
             catalogue,
-            settings.pool if settings.pool is not None else Hub(progress=progress, budget=budget),
+            open_source(name, place, budget=budget, progress=progress),
             base=settings.base or "",
             aliases=aliases,
             dropped=no_alias or (),

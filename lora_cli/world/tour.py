@@ -20,6 +20,7 @@ from lora_cli.models.base_model import BaseModel, BaseRef, pin
 from lora_cli.models.skeleton import skeleton
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Progress, Score, silent
+from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.fit import fit as fitting
 from lora_cli.steps.merge import stream as merging
@@ -74,7 +75,7 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
     with _one_thread(), Catalogue(db) as catalogue:
         synced = sync(
             catalogue,
-            world.pool,
+            FolderSource(world.pool),
             base=str(world.base),
             aliases=[world.base_name],
             skeleton=lambda: skeleton(world.base),

@@ -13,7 +13,6 @@ from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.store import AdapterFiles, locate, read_config
 from lora_cli.hub.client import Gated, Hub, cache_folder
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
-from lora_cli.steps.pool.sources import weighed
 
 _THREADS = 4
 _SPARE_ROOM = 1.1
@@ -183,6 +182,8 @@ def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
     if not only_saved_whole(adapter.reason):
         adapter = replace(adapter, status="ok", reason="")
     adapter = replace(adapter, bytes=header.file_size)
+    from lora_cli.checks.weights import weighed
+
     return weighed(adapter, files.weights, header, read_config(files.config.parent) or b""), downloaded
 
 

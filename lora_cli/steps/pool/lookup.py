@@ -9,13 +9,15 @@ from functools import partial
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
+from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
 from lora_cli.records import Adapter, Candidate, Progress, silent
+from lora_cli.sources import Found
+from lora_cli.sources.hub import HubReader
 from lora_cli.steps.bases import skeleton_here
-from lora_cli.steps.pool.sources import Ask, Found, HubSource
 from lora_cli.steps.pool.verify import verify
 
 _REPO = re.compile(
@@ -73,8 +75,8 @@ def look_up(
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter, whole=whole)
         announce(f"{row.id}: using the cached files of commit {row.commit[:12]}; the catalogue is at another commit")
         return row
-    ask = Ask(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
-    found = _on_hub(catalogue, text, ask, unknown, progress)
+    rules = Rules(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
+    found = _on_hub(catalogue, text, rules, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id]).get(id)
     stored = catalogue.get(id) if known is not None else None
@@ -99,8 +101,8 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
         return catalogue.named(text)
     except NothingMatched as error:
         unknown = error
-    ask = Ask("", (), lambda: None, with_skeleton=False)
-    return _older(catalogue, text) or _on_hub(catalogue, text, ask, unknown, progress).stub
+    rules = Rules("", (), lambda: None, with_skeleton=False)
+    return _older(catalogue, text) or _on_hub(catalogue, text, rules, unknown, progress).stub
 
 
 def usable(row: Adapter, *, whole: bool = False) -> Adapter:
@@ -159,7 +161,7 @@ def _older(catalogue: Catalogue, text: str) -> Adapter | None:
     return row if row.source == "hub" and locate(row.ref) is not None else None
 
 
-def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, progress: Progress) -> Found:
+def _on_hub(catalogue: Catalogue, text: str, rules: Rules, unknown: NothingMatched, progress: Progress) -> Found:
     """The adapter of this name on the Hub; raises `unknown` if the Hub must not be asked."""
     revision = _REVISION.search(text)
     name = _REVISION.sub("", text, count=1)
@@ -170,9 +172,9 @@ def _on_hub(catalogue: Catalogue, text: str, ask: Ask, unknown: NothingMatched, 
     row = catalogue.known([name]).get(name)
     if row is not None and row.repo != parts[1]:
         raise unknown
-    source = HubSource(Hub(progress=progress), ask, None, "")
+    reader = HubReader(Hub(progress=progress), rules)
     try:
-        return source.one(parts[1], revision[1] if revision else "", parts[2] or "")
+        return reader.one(parts[1], revision[1] if revision else "", parts[2] or "")
     except (NothingMatched, NetworkError) as error:
         raise _both(unknown, error, parts[1]) from error
 

@@ -11,18 +11,18 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from threading import Lock
 from typing import Literal
 
 from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.checks.rules import Rules
 from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
 from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.hub.client import BudgetSpent, Hub
+from lora_cli.hub.client import BudgetSpent
 from lora_cli.records import Adapter, Progress, silent
+from lora_cli.sources import Found, Sought, Source
 from lora_cli.steps.pool.lookup import names_of
-from lora_cli.steps.pool.sources import Ask, FolderSource, Found, HubSource, Source
 
 Action = Literal["new", "changed", "unchanged", "gone"]
 
@@ -63,7 +63,7 @@ class SyncReport:
 
 def sync(
     catalogue: Catalogue,
-    source: Hub | Path,
+    source: Source,
     *,
     base: str = "",
     aliases: Sequence[str] = (),
@@ -78,8 +78,8 @@ def sync(
     """Store every adapter of `source` in the catalogue.
 
     Args:
-        source: a Hub (its budget of requests is kept), or a folder whose subfolders hold adapters.
-        base: the base model asked for: required with a Hub; with a folder "" accepts every base.
+        base: the base model asked for: required with a source that lists the adapters of one base, such as a Hub;
+            else "" accepts every base.
         aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of these
             names are listed too. All are remembered.
         dropped: names that are no longer an alias; adapters that declare one of them become unusable.
@@ -95,31 +95,27 @@ def sync(
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     aliases = tuple(name for name in names_of(catalogue, base, aliases) if name not in dropped)
-    ask = Ask(base, aliases, _once(skeleton), skeleton is not None)
-    reading: Source
-    if isinstance(source, Hub):
-        if not base:
-            raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
-        reading = HubSource(source, ask, limit, since)
-    else:
-        reading = FolderSource(source, ask, catalogue, limit)
-    work = _Work(catalogue, reading, force=force, dry_run=dry_run, progress=progress)
+    if source.needs_base and not base:
+        raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
+    rules = Rules(base, aliases, _once(skeleton), skeleton is not None)
+    sought = Sought(catalogue=catalogue, rules=rules, limit=limit, since=since)
+    work = _Work(catalogue, source, force=force, dry_run=dry_run, progress=progress)
     if dropped and not dry_run:
         of_base = [row for row in catalogue.find() if row.base == base]
         rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
         catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
-    for batch in reading.batches(progress):
+    for batch in source.batches(sought, progress):
         work.take(batch)
         if work.stopped:
             break
     if limit is None and not since and not work.stopped:
-        work.remove(reading.vanished(catalogue, work.actions))
-    report = work.report(base, source.traffic if isinstance(source, Hub) else (0, 0), time.monotonic() - begin)
+        work.remove(source.vanished(sought, work.actions))
+    report = work.report(base, source.traffic, time.monotonic() - begin)
     if not dry_run:
         if base:
             catalogue.remember_aliases(base, aliases)
         figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
-        catalogue.remember_sync(started, reading.name, base, figures)
+        catalogue.remember_sync(started, source.name, base, figures)
     return report
 
 

@@ -10,13 +10,13 @@ from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.header import Header, read_header, reading
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.formats.modules import locate_modules
+from lora_cli.formats.remote_header import probe_header
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import locate, read_config
 from lora_cli.hub.client import Hub, MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.fetch import download
-from lora_cli.steps.pool.sources import probe_header, weighed
 
 _PROBE_BYTES = 16_384
 
@@ -69,6 +69,8 @@ def verify(
     # An adapter with bad weights can have a sound configuration and header.
     deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
+        from lora_cli.checks.weights import weighed
+
         found, read = weighed(found, weights, header, config, skeleton), True
         if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
             found = replace(found, status="unusable", reason="its weights differ from those in the catalogue (sha256)")

@@ -1,0 +1,194 @@
+"""A folder tree as a source. Its adapters are on this machine, so their weights are read too."""
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_cli.catalogue.adapters import Known
+from lora_cli.checks.rules import Rules
+from lora_cli.errors import HeaderError, NothingMatched
+from lora_cli.formats.card import licence_of, read_card
+from lora_cli.formats.factors import only_saved_whole
+from lora_cli.formats.header import Header, read_header
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in
+from lora_cli.formats.store import folder_ref, read_config
+from lora_cli.records import Adapter, Progress
+from lora_cli.settings import folder_of
+from lora_cli.sources import Found, Sought, Source, refuse
+
+_BATCH = 256
+
+
+def folder(place: str, budget: int | None, progress: Progress) -> Source:
+    """The folder tree at the path `place`."""
+    return FolderSource(Path(place))
+
+
+class FolderSource(Source):
+    """The adapters in the folders below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        found = folder_of(str(root))
+        if found is None:
+            raise NothingMatched(f"{root}: no such folder", hint="give a folder whose subfolders hold adapters")
+        self._root = found.resolve()
+        self.name = str(self._root)
+
+    def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
+        folders = []
+        for folder in _adapter_folders(self._root):
+            folders.append(folder)
+            progress("looking for adapters", len(folders), 0)
+        folders = sorted(folders)[: sought.limit]
+        for start in range(0, len(folders), _BATCH):
+            batch = folders[start : start + _BATCH]
+            ids = {folder: self._id(folder) for folder in batch}
+            known = sought.catalogue.known(list(ids.values()))
+            yield [self._found(folder, _own(id, folder, known), sought.rules) for folder, id in ids.items()]
+
+    def vanished(self, sought: Sought, seen: Collection[str]) -> list[str]:
+        name, root = self._id(self._root), _text(str(self._root))
+        known = sought.catalogue.known([id for id in sought.catalogue.ids_of(source="folder") if id not in seen])
+        return [
+            id
+            for id, row in known.items()
+            if _below(row.repo, root) or (_below(id, name) and folder_of(row.repo) is None)
+        ]
+
+    def _id(self, folder: Path) -> str:
+        return _text("/".join((self._root.name, *folder.relative_to(self._root).parts)))
+
+    def _found(self, folder: Path, id: str, rules: Rules) -> Found:
+        parts = folder.relative_to(self._root).parts
+        names = _names(folder)
+        files = _stamp(folder, names)
+        stub = Adapter(
+            id=id,
+            commit="0" * 40,
+            source="folder",
+            repo=_text(str(folder)),
+            author=_text(parts[0]) if len(parts) > 1 else "",
+            stamp=f"{files}:{rules.digest}",
+        )
+        named = stub.repo == str(folder)
+        return Found(
+            stub=stub,
+            is_same=lambda known: (known.stamp, known.repo) == (stub.stamp, stub.repo),
+            read=partial(_read, rules, stub, folder, names)
+            if named
+            else partial(refuse, stub, "its path is not valid Unicode"),
+        )
+
+
+def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: Adapter | None) -> Adapter:
+    """`stub` with the facts from the folder's files; unchanged weights are not read again."""
+    card = read_card(folder)
+    stub = replace(
+        stub,
+        commit=folder_ref(folder).commit,
+        card=card,
+        licence=licence_of(card),
+        modified_at=_modified(folder, names),
+    )
+    config = read_config(folder)
+    header: Header | HeaderError | None = None
+    kind = ""
+    if (folder / WEIGHTS_NAME).is_file():
+        try:
+            header = read_header(folder / WEIGHTS_NAME)
+        except HeaderError as error:
+            header = error
+    else:
+        kind = kind_in(folder, names)
+    adapter = replace(stub, **rules.judge(config, header, names, kind))
+    if row is not None and row.commit == adapter.commit and row.sha256:
+        adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
+        if row.status == "ok":
+            return adapter
+    sound = adapter.status == "ok" or only_saved_whole(adapter.reason)
+    if not sound or config is None or not isinstance(header, Header):
+        return adapter
+    from lora_cli.checks.weights import weighed
+
+    return weighed(adapter, folder / WEIGHTS_NAME, header, config, rules.skeleton())
+
+
+def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
+    """`id`, or the folder's path where that id already belongs to another place that is still there."""
+    here = _text(str(folder))
+    if id not in known or known[id].repo == here:
+        return id
+    # A moved tree keeps its ids; a Hub row of the same id has no folder.
+    was = known[id].repo
+    return id if Path(was).is_absolute() and folder_of(was) is None else here
+
+
+def _below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(f"{folder}/")
+
+
+def _text(path: str) -> str:
+    """`path` with bytes that are not Unicode escaped: neither a database nor JSON can hold them."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _adapter_folders(root: Path) -> Iterator[Path]:
+    """Folders that hold an adapter's files. Links are followed; each real folder is visited once."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        folder = waiting.pop()
+        try:
+            facts = folder.stat()
+            if (facts.st_dev, facts.st_ino) in entered:
+                continue
+            entered.add((facts.st_dev, facts.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        if holds_adapter(folder, [entry.name for entry in entries]):
+            yield folder
+        for entry in reversed(entries):
+            if not entry.name.startswith(".") and _is_folder(entry):
+                waiting.append(folder / entry.name)
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _names(folder: Path) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(path.name for path in folder.iterdir()))
+    except OSError:
+        return ()
+
+
+def _stamp(folder: Path, names: Sequence[str]) -> str:
+    """A stamp that changes with the size or time of any relevant file."""
+    parts: list[Any] = []
+    for name in names:
+        if name == "README.md" or name.startswith("adapter") or name.endswith(".safetensors"):
+            try:
+                facts = (folder / name).stat()
+            except OSError:
+                continue
+            parts.append((name, facts.st_size, facts.st_mtime_ns))
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _modified(folder: Path, names: Sequence[str]) -> str:
+    name = WEIGHTS_NAME if WEIGHTS_NAME in names else CONFIG_NAME
+    try:
+        seconds = (folder / name).stat().st_mtime
+    except OSError:
+        return ""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,218 @@
+"""A Hub as a source: the adapters of a base model and of its aliases, by the Hub's listing."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import partial
+
+from lora_cli.catalogue.adapters import Known
+from lora_cli.checks.rules import Rules
+from lora_cli.errors import ConfigError, HeaderError, NothingMatched
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
+from lora_cli.formats.header import Header
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
+from lora_cli.formats.remote_header import probe_header
+from lora_cli.hub.client import Gated, Hub, Listed, MissingFile, login_mark
+from lora_cli.records import Adapter, Progress
+from lora_cli.sources import Found, Sought, Source, refuse
+
+_PROBE_BYTES = 4096
+_LARGEST_GUESS = 65_536
+_MOST_VANISHED = 50
+_MOST_SUBFOLDERS = 16
+_SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
+_CHECKPOINT = re.compile(r"(?:^|/)(?:checkpoint|step|epoch)[-_]?\d+$", re.IGNORECASE)
+
+
+def hub(place: str, budget: int | None, progress: Progress) -> Source:
+    """The Hub at the endpoint `place`, "" for the usual one."""
+    return HubSource(Hub(place, progress=progress, budget=budget))
+
+
+class HubSource(Source):
+    """The adapters of a base model, and of its aliases, on a Hub."""
+
+    needs_base = True
+
+    def __init__(self, hub: Hub) -> None:
+        self.name = hub.endpoint
+        self._hub = hub
+
+    @property
+    def traffic(self) -> tuple[int, int]:
+        return self._hub.traffic
+
+    def stop(self) -> None:
+        self._hub.stop()
+
+    def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
+        reader = HubReader(self._hub, sought.rules)
+        count = 0
+        named = [sought.rules.base, *(alias for alias in sought.rules.aliases if _is_hub_name(alias))]
+        # A listing covers the repository, not a single revision.
+        for base in dict.fromkeys(split_revision(name)[0] for name in named):
+            left = None if sought.limit is None else sought.limit - count
+            if left is not None and left <= 0:
+                return
+            for page in self._hub.list_adapters(base, since=sought.since, limit=left):
+                count += len(page)
+                progress("listing", count, 0)
+                yield [found for listed in page for found in reader.all_in(listed)]
+
+    def vanished(self, sought: Sought, seen: Collection[str]) -> list[str]:
+        missing = [id for id in sought.catalogue.ids_of(source="hub", base=sought.rules.base) if id not in seen]
+        if len(missing) > _MOST_VANISHED:
+            # A truncated listing is likelier than so many deletions in one day.
+            return []
+        gone = {repo: not self._hub.exists(repo) for repo in {id.partition(":")[0] for id in missing}}
+        return [id for id in missing if gone[id.partition(":")[0]]]
+
+
+class HubReader:
+    """Adapters of a Hub, judged by `rules`: from a repository's entry in the listing to the facts about its adapters.
+
+    Only configurations and headers are read, never weights.
+    """
+
+    def __init__(self, hub: Hub, rules: Rules) -> None:
+        self._hub = hub
+        self._rules = rules
+        self._probe = _PROBE_BYTES
+        # Access to a gated repo can change without a new commit: ask again after a day or under another login.
+        self._gate = f"{rules.digest}:{login_mark()}:{datetime.now(UTC):%Y%m%d}"
+
+    def one(self, repo: str, revision: str = "", subfolder: str = "") -> Found:
+        """The adapter of one repository at a branch, tag or commit, by one request.
+
+        Raises NothingMatched where there is none in `subfolder`, or several to choose from, and the errors of the Hub.
+        """
+        listed = self._hub.repository(repo, revision)
+        held = _folders(listed.files)
+        if subfolder and f"{subfolder}/{CONFIG_NAME}" not in listed.files:
+            raise NothingMatched(f"{repo}: no adapter in its folder {subfolder}", hint=_choice(listed.id, held))
+        if not subfolder and len(held) > 1:
+            raise NothingMatched(f"{repo}: it holds {len(held)} adapters", hint=_choice(listed.id, held))
+        return self._found(listed, subfolder or held[0])
+
+    def all_in(self, listed: Listed) -> Iterator[Found]:
+        """The adapters in one repository: at its top, else in its subfolders."""
+        return (self._found(listed, folder) for folder in _folders(listed.files))
+
+    def _found(self, listed: Listed, folder: str) -> Found:
+        stub = Adapter(
+            id=f"{listed.id}:{folder}" if folder else listed.id,
+            commit=listed.commit,
+            source="hub",
+            repo=listed.id,
+            subfolder=folder,
+            author=listed.author,
+            base_declared=listed.base,
+            licence=listed.licence,
+            downloads=listed.downloads,
+            likes=listed.likes,
+            gated=listed.gated,
+            created_at=listed.created_at,
+            modified_at=listed.modified_at,
+            card=listed.card,
+            stamp=self._rules.digest,
+        )
+        prefix = f"{folder}/" if folder else ""
+        names = tuple(n.removeprefix(prefix) for n in listed.files if n.startswith(prefix))
+        problem = _unreadable(listed, names)
+        return Found(
+            stub=stub,
+            is_same=partial(self._is_same, stub),
+            read=partial(refuse, stub, problem) if problem else partial(self._read, stub, names),
+            hub_id=listed.hub_id,
+        )
+
+    def _is_same(self, stub: Adapter, known: Known) -> bool:
+        if known.status == "gated":
+            return known.commit == stub.commit and known.stamp == self._gate
+        # A new alias can change the verdict only for adapters that do not declare this base by its exact name.
+        asked = self._rules.base
+        names_it = (known.base_declared, known.base) == (split_revision(asked)[0], asked)
+        about_it = known.stamp.partition(":")[0] == stub.stamp.partition(":")[0]
+        return known.commit == stub.commit and (known.stamp == stub.stamp or (names_it and about_it))
+
+    def _read(self, stub: Adapter, names: tuple[str, ...], row: Adapter | None) -> Adapter:
+        prefix = f"{stub.subfolder}/" if stub.subfolder else ""
+        try:
+            config = self._hub.read_file(stub.repo, prefix + CONFIG_NAME, stub.commit, MAX_CONFIG_BYTES)
+            if refusal := _refusal(config):
+                # The configuration already rules the adapter out, so its header is not requested.
+                judged = replace(stub, **self._rules.judge(config, None, names))
+                return replace(judged, status="unusable", reason=_other_kind(names) or refusal)
+            header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
+        except Gated:
+            return replace(stub, status="gated", reason="gated: the owner must grant you access", stamp=self._gate)
+        except MissingFile:
+            return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but missing")
+        except NothingMatched as error:
+            return replace(stub, status="gone", reason=error.message)
+        return _kept(replace(stub, **self._rules.judge(config, header, names)), row)
+
+    def _header(self, stub: Adapter, file: str) -> Header | HeaderError:
+        header, needed = probe_header(self._hub, stub, file, self._probe)
+        # Adapters of one base have headers of similar length: the next request can get the whole header.
+        self._probe = max(self._probe, min(-(-needed // 4096) * 4096, _LARGEST_GUESS))
+        return header
+
+
+def _kept(adapter: Adapter, row: Adapter | None) -> Adapter:
+    """Carry over sha256, norm and verdict from the stored row if the weights are unchanged."""
+    if row is None or row.commit != adapter.commit or not row.sha256:
+        return adapter
+    adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
+    if adapter.status == "ok" and row.status == "unusable":
+        return replace(adapter, status=row.status, reason=row.reason)
+    return adapter
+
+
+def _unreadable(listed: Listed, names: Collection[str]) -> str:
+    """The reason to skip a listed repository, "" if it is worth a request."""
+    if listed.disabled:
+        return "disabled by the Hub"
+    if CONFIG_NAME in names:
+        return ""
+    if any(_CHECKPOINT.search(name.rpartition("/")[0]) for name in names if name.endswith(f"/{CONFIG_NAME}")):
+        return f"no {CONFIG_NAME}, only training checkpoints"
+    if kind := _other_kind(names):
+        return kind
+    if any(re.fullmatch(r"(pytorch_)?model.*\.(safetensors|bin)", name) for name in names):
+        return f"no {CONFIG_NAME}: full weights, not an adapter"
+    return f"no {CONFIG_NAME}"
+
+
+def _other_kind(names: Collection[str]) -> str:
+    return "" if WEIGHTS_NAME in names else other_kind(names)
+
+
+def _refusal(config: bytes) -> str:
+    """The reason why this configuration rules its adapter out whatever the weights are, "" for none."""
+    try:
+        return next(iter(parse_config(config).refusals()), "")
+    except ConfigError as error:
+        return error.message
+
+
+def _folders(names: Collection[str]) -> list[str]:
+    """The folders of a repository that hold adapters, "" for its top; only "" if there is no adapter."""
+    return [""] if CONFIG_NAME in names else _subfolders(names) or [""]
+
+
+def _choice(repo: str, folders: Sequence[str]) -> str:
+    return f"name {' or '.join(f'{repo}:{folder}' if folder else repo for folder in folders)}"
+
+
+def _subfolders(names: Collection[str]) -> list[str]:
+    folders = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG_NAME}"))
+    plain = [folder for folder in folders if _SUBFOLDER.fullmatch(folder) and not _CHECKPOINT.search(folder)]
+    return plain[:_MOST_SUBFOLDERS]
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether `name` is written like an id of the Hub, with or without owner and revision."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@.+)?", name) is not None and not name.startswith(".")
