@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from lora_cli.methods import MethodFolder
+from lora_cli.methods import MethodFolder, file_names
 from lora_cli.options import Flag, Options
-from lora_cli.records import Precision, Server
+from lora_cli.records import Precision
 
+if TYPE_CHECKING:
+    Server = str
+else:  # one choice per file of exports/
+    Server = Literal[file_names("lora_cli.exports")]
 Missing = Literal["zero", "renorm"]
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")

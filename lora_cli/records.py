@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
-Server = Literal["vllm", "sglang"]
 Metric = Literal["exact", "nll"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 

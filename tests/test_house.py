@@ -32,7 +32,7 @@ FLOORS = (
     ("algebra",),
     ("formats", "checks"),
     ("catalogue",),
-    ("models", "merge_methods", "selection_methods", "sources"),
+    ("models", "merge_methods", "selection_methods", "sources", "exports"),
     ("steps.recorded", "steps.bases", "steps.task_view"),
     ("steps.pool",),
     ("steps.opened_pool",),
@@ -44,7 +44,7 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )  # fmt: skip
-OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "world/")
+OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "exports/", "world/")
 KEEPERS = {
     "torch": (
         "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",

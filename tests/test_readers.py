@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lora_cli.exports.vllm import RANKS, max_lora_rank
 from lora_cli.formats import writer
 from lora_cli.formats.coefficients import coefficients_text
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge.serving import VLLM_RANKS, vllm_rank
 from tests import readers
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import Told, ok, refused
@@ -293,8 +293,8 @@ def test_what_is_told_of_readers_is_told_again_of_a_result_that_is_up_to_date() 
 
 
 def test_vllm_is_given_the_smallest_rank_that_it_accepts() -> None:
-    assert [vllm_rank(rank) for rank in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
-    assert VLLM_RANKS == (1, 8, 16, 32, 64, 128, 256, 320, 512)
+    assert [max_lora_rank(rank) for rank in (1, 2, 8, 9, 257, 512)] == [1, 8, 8, 16, 320, 512]
+    assert RANKS == (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def test_the_shapes_of_zeros_for_sglang_are_those_of_the_base() -> None:

@@ -14,12 +14,12 @@ from peft import LoraConfig
 from lora_cli.catalogue import migrations
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched
+from lora_cli.exports.vllm import vllm
 from lora_cli.formats.base_names import at_revision, canonical_base, same_base, split_revision
 from lora_cli.formats.config import parse_config
 from lora_cli.models.base_model import pin
 from lora_cli.steps.bake.bake import find_base
 from lora_cli.steps.bases import skeleton_here
-from lora_cli.steps.merge.serving import serve_line
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files
@@ -234,9 +234,9 @@ def test_a_merge_of_one_revision_names_it(pool: Path) -> None:
 
 
 def test_the_line_that_serves_names_the_revision(tmp_path: Path) -> None:
-    line = serve_line("vllm", f"{PYTHIA}@{FIRST}", tmp_path, 8)
+    line = vllm.serve_line(f"{PYTHIA}@{FIRST}", tmp_path, 8)
     assert line.startswith(f"vllm serve {PYTHIA} --revision {FIRST} --enable-lora")
-    assert "--revision" not in serve_line("vllm", PYTHIA, tmp_path, 8)
+    assert "--revision" not in vllm.serve_line(PYTHIA, tmp_path, 8)
 
 
 # Bases ---------------------------------------------------------------------------------------------------------------

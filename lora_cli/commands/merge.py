@@ -136,42 +136,26 @@ def _saved_in(adapter: "OpenAdapter") -> str:
 
 def _of_readers(plan: "MergePlan", results: Mapping[str, Any]) -> list[str]:
     """Notes on programs that read the result differently from PEFT."""
-    from lora_cli.steps.merge.serving import READ_ONE_RANK, fused_parts_missing, sglang_loads
+    from lora_cli.steps.merge.readers import notes
 
-    if plan.options.dense:
-        return []
-    told = []
-    if plan.options.compact and len({module["rank"] for module in results["modules"].values()}) > 1:
-        told.append(f"  ranks differ: {in_words(READ_ONE_RANK)} read this result wrongly or not at all")
-    if kinds := plan.kinds_in_some_layers:
-        told.append(
-            f"  only some layers have {in_words(kinds)}: LoRAX drops these, lmdeploy reads stray memory in the others"
-        )
-    # Modules that the parents lack too were not lost in the merge.
-    if lost := plan.known.keys() & fused_parts_missing(plan.written):
-        names = sorted({module.rpartition(".")[2] for module in lost})
-        alone = "" if sglang_loads(plan.written) else ", and cannot load them alone"
-        told.append(f"  SGLang fuses these modules with {in_words(names)}{alone}: --for sglang puts zeros there")
-    return told
+    return [f"  {note}" for note in notes(plan, [module["rank"] for module in results["modules"].values()])]
 
 
 def _to_serve(plan: "MergePlan", folder: Path, results: Mapping[str, Any], base: str | None) -> list[str]:
     """The command that serves the result with --for, and the modules that the server may not load."""
-    from lora_cli.steps.merge.serving import TITLES, not_surely_served, serve_line
-
-    if plan.options.for_ is None:
+    target = plan.target
+    if target is None:
         return []
     # The declared base may be a folder on another machine.
     model = base or (plan.base if "/" in plan.base else "BASE-MODEL")
-    lines = [f"  {serve_line(plan.options.for_, model, folder, results['rank'])}"]
-    title = TITLES[plan.options.for_]
+    lines = [f"  {target.serve_line(model, folder, results['rank'])}"]
     if plan.zeros:
-        lines.append(f"  {len(plan.zeros)} modules hold zeros: {title} fuses them with the others")
-    if unsure := not_surely_served(plan.written):
-        lines.append(f"  whether {title} adapts {', '.join(unsure)} depends on the model: not checked")
+        lines.append(f"  {len(plan.zeros)} modules hold zeros: {target.title} fuses them with the others")
+    if unsure := target.not_surely_served(plan.written):
+        lines.append(f"  whether {target.title} adapts {', '.join(unsure)} depends on the model: not checked")
     if plan.saved is not None:
-        lines.append(f"  whether {title} loads modules saved whole depends on the model: not checked")
-    lines.append(f"  checked by the rules of {title}, not on a server")
+        lines.append(f"  whether {target.title} loads modules saved whole depends on the model: not checked")
+    lines.append(f"  checked by the rules of {target.title}, not on a server")
     return lines
 
 

@@ -12,22 +12,15 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import RankChoice
 from lora_cli.errors import Refused, UsageError
+from lora_cli.exports import Export, Shape, export
 from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.factors import TAKE_THE_UPDATE
 from lora_cli.formats.layout import Layout, layout
 from lora_cli.formats.reader import OpenAdapter, demand_same_shapes, shapes_of
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.merge_options import METHODS, MergeOptions
-from lora_cli.names import leaf
 from lora_cli.records import Coefficients
-from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant, targets_everywhere
-from lora_cli.steps.merge.serving import (
-    VLLM_RANKS,
-    Shape,
-    demand_servable,
-    kinds_in_some_layers,
-    zeros_for_sglang,
-)
+from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
@@ -43,8 +36,8 @@ class MergePlan:
 
     `adapters` and `weights` are in canonical order, not in the order given. `options` hold all knobs of the method.
     `coefficients`, if given, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros`
-    are the shapes (out, in) of modules that the result holds as zeros, because the server cannot load the other
-    modules without them.
+    are the shapes (out, in) of modules that the result holds as zeros, because the program of --for cannot load the
+    others without them.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -89,18 +82,14 @@ class MergePlan:
         return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.options.saved_modules), None)
 
     @property
+    def target(self) -> Export | None:
+        """The program that the result is for, None if --for names none."""
+        return _target(self.options)
+
+    @property
     def known(self) -> Mapping[str, Shape]:
         """(out, in) of every module that one of the adapters has, in the scope or not."""
         return shapes_of(self.adapters)
-
-    @property
-    def kinds_in_some_layers(self) -> list[str]:
-        """The kinds of modules that the result has in some layers only, as far as the base is known."""
-        layers = self.layout.layers
-        if self.skeleton is not None:
-            return kinds_in_some_layers(layers, self.skeleton.matrices, {leaf(name) for name in layers})
-        everywhere = {name for adapter in self.adapters for name in targets_everywhere(adapter)}
-        return kinds_in_some_layers(layers, self.known, everywhere)
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -120,9 +109,9 @@ class MergePlan:
     def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
         """The rule for the rank of a module's result if its adapters have `ranks`."""
         choice = rank_choice(self.options.rank, self.options.energy, ranks)
-        if self.options.for_ != "vllm" or choice.exact:
+        most = None if self.target is None else self.target.highest_rank
+        if most is None or choice.exact:
             return choice
-        most = VLLM_RANKS[-1]
         return replace(choice, ceiling=min(choice.ceiling or most, most))
 
 
@@ -148,7 +137,7 @@ def plan(
         UsageError: an unknown method, knob, rank or scope.
         NothingMatched: no module in the scope.
         Refused: no base, shapes that contradict each other, an adapter given twice, or one that has no module in the
-            scope, a device that lacks float64, or a result that the server cannot serve.
+            scope, a device that lacks float64, or a result that the program of --for cannot serve.
     """
     options = checked_options(options)
     if not base:
@@ -172,9 +161,10 @@ def plan(
     demand_same_shapes(ordered, modules)
     _check_saved_modules(ordered, modules, options.saved_modules, dense=options.dense)
     _check_rank(ordered, modules, options.rank)
-    if options.for_ is not None:
+    target = _target(options)
+    if target is not None:
         conv1d = [adapter.ref.id for adapter in ordered if adapter.fan_in_fan_out]
-        demand_servable(options.for_, conv1d=conv1d, rank=_asked_rank(ordered, modules, options))
+        target.demand_servable(conv1d=conv1d, rank=_asked_rank(ordered, modules, options))
     return MergePlan(
         adapters=ordered,
         weights=tuple(float(weights[i]) for i in order),
@@ -183,7 +173,7 @@ def plan(
         modules=modules,
         coefficients=coefficients,
         inputs=inputs,
-        zeros=zeros_for_sglang(modules, shapes_of(ordered)) if options.for_ == "sglang" else {},
+        zeros={} if target is None else target.zeros(modules, shapes_of(ordered)),
         skeleton=skeleton,
     )
 
@@ -261,8 +251,15 @@ def _demand_one_form(options: MergeOptions) -> None:
         raise UsageError("--compact cannot be combined with --dense, which writes no factors")
     if options.dense and options.for_:
         raise UsageError("--for cannot be combined with --dense, which writes no adapter")
-    if options.compact and options.for_ == "sglang":
-        raise UsageError("--compact cannot be combined with --for sglang, which reads one rank for all modules")
+    target = _target(options)
+    if options.compact and target is not None and target.one_rank:
+        raise UsageError(
+            f"--compact cannot be combined with --for {options.for_}, which reads one rank for all modules"
+        )
+
+
+def _target(options: MergeOptions) -> Export | None:
+    return None if options.for_ is None else export(options.for_)
 
 
 def cancel(weights: Sequence[float]) -> bool:
