@@ -300,7 +300,7 @@ def test_a_folder_is_named_and_pinned_by_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_the_hub_is_looked_up_in_its_cache_by_commit(tmp_path: Path, monkeypatch: Any) -> None:
-    from lora_cli.hub import client as hub
+    from lora_cli.hub import cache as hub
     from lora_cli.records import AdapterRef
 
     asked = []

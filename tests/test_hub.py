@@ -9,8 +9,10 @@ import pytest
 from huggingface_hub import close_session
 
 from lora_cli.errors import AccessDenied, LoraError, NetworkError, NothingMatched, Partial
-from lora_cli.hub import client as door
-from lora_cli.hub.client import Gated, Hub, MissingFile, cached_file
+from lora_cli.hub import connection as door
+from lora_cli.hub.cache import cached_file
+from lora_cli.hub.client import Hub
+from lora_cli.hub.problems import Gated, MissingFile
 from tests.fake_hub import BASE, FakeHub, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -156,13 +158,13 @@ def test_an_answer_that_spends_the_window_makes_the_next_request_wait(fake: Fake
 def test_a_hub_that_stays_silent_is_given_up(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.add_many(3)
     monkeypatch.setattr(door, "_SILENCE_SECONDS", 0.2)
-    door._client.cache_clear()
+    door._prepare.cache_clear()
     fake.fail("/api/models?", "silent", status=1)
     assert len(listed(hub())) == 3
     fake.fail("/api/models?", "silent", status=1, times=99)
     with pytest.raises(NetworkError, match="does not answer"):
         listed(hub())
-    door._client.cache_clear()
+    door._prepare.cache_clear()
 
 
 def test_a_network_that_is_down_is_said_in_one_line() -> None:

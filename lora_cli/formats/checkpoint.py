@@ -22,7 +22,7 @@ from lora_cli.formats.config import shortened
 from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
 from lora_cli.formats.reader import DTYPES
 from lora_cli.formats.store import sha256_of
-from lora_cli.hub.client import cached_file
+from lora_cli.hub.cache import cached_file
 from lora_cli.settings import folder_of
 
 CONFIG: Final = "config.json"

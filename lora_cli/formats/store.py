@@ -33,7 +33,7 @@ def locate(ref: AdapterRef) -> AdapterFiles | None:
 
 def _file(ref: AdapterRef, name: str) -> Path | None:
     if ref.source == "hub":
-        from lora_cli.hub import client as hub
+        from lora_cli.hub import cache as hub
 
         return hub.cached_file(ref.repo, f"{ref.subfolder}/{name}" if ref.subfolder else name, ref.commit)
     path = Path(ref.repo, ref.subfolder, name)

@@ -14,7 +14,8 @@ import platformdirs
 
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
 from lora_cli.formats.base_names import MAIN, split_revision
-from lora_cli.hub.client import Hub, cached_file
+from lora_cli.hub.cache import cached_file
+from lora_cli.hub.client import Hub
 from lora_cli.outputs import whole_file
 from lora_cli.settings import folder_of
 

@@ -26,7 +26,8 @@ from lora_cli.formats.delta import OpenDelta
 from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
 from lora_cli.formats.reader import OpenAdapter, natural
 from lora_cli.formats.skeleton import Matrix, Share, Skeleton
-from lora_cli.hub.client import Hub, cached_file
+from lora_cli.hub.cache import cached_file
+from lora_cli.hub.client import Hub
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
 

@@ -11,7 +11,9 @@ from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.store import AdapterFiles, locate, read_config
-from lora_cli.hub.client import Gated, Hub, cache_folder
+from lora_cli.hub.cache import cache_folder
+from lora_cli.hub.client import Hub
+from lora_cli.hub.problems import Gated
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
 
 _THREADS = 4

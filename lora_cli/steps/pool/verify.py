@@ -13,7 +13,8 @@ from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import locate, read_config
-from lora_cli.hub.client import Hub, MissingFile
+from lora_cli.hub.client import Hub
+from lora_cli.hub.problems import MissingFile
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.fetch import download
