@@ -220,7 +220,8 @@ def _pending(db: Database, path: Path) -> bool:
     tables = set(db.table_names())
     if not tables:
         return True
-    applied = {migration.name for migration in schema.migrations().applied(db)}
+    steps = schema.migrations()
+    applied = {migration.name for migration in steps.applied(db)}
     if not applied:
         raise DataError(f"{path}: a database of another program", hint=_ELSEWHERE)
     unknown = applied - {step.__name__ for step in schema.STEPS}
@@ -229,17 +230,18 @@ def _pending(db: Database, path: Path) -> bool:
             f"{path}: written by a newer version of lora ({', '.join(sorted(unknown))})",
             hint="upgrade lora, or give another file with --db",
         )
-    return bool(schema.migrations().pending(db))
+    return bool(steps.pending(db))
 
 
 def _migrate(db: Database, path: Path) -> None:
-    if schema.migrations().applied(db) and schema.migrations().pending(db):
+    steps = schema.migrations()
+    if steps.applied(db) and steps.pending(db):
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         with contextlib.closing(sqlite3.connect(path.with_name(f"{path.name}.{stamp}.backup"))) as backup:
             db.conn.backup(backup)
     db.execute("BEGIN IMMEDIATE")
     try:
-        schema.migrations().apply(db)
+        steps.apply(db)
     except BaseException:
         db.rollback()
         raise

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lora_cli.hashes import file_sha256
-from lora_cli.hub.problems import translated
+from lora_cli.hub.problems import raise_translated
 
 
 def cache_folder() -> Path:
@@ -26,8 +26,10 @@ def cached_file(repo: str, filename: str, commit: str = "main") -> Path | None:
     """
     from huggingface_hub import try_to_load_from_cache
 
-    with translated(repo):
+    try:
         found = try_to_load_from_cache(repo, filename, cache_dir=cache_folder(), revision=commit)
+    except Exception as error:
+        raise_translated(error, repo)
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
 

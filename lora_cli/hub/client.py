@@ -11,7 +11,7 @@ from lora_cli.hub.bodies import Part, collect, collect_range, json_page, text
 from lora_cli.hub.cache import cache_folder, content_oid
 from lora_cli.hub.connection import Connection, identity
 from lora_cli.hub.listing import COMMIT, EXPAND, Listed, listed, with_limit
-from lora_cli.hub.problems import Gated, Overloaded, translated
+from lora_cli.hub.problems import Gated, Overloaded, raise_translated
 
 if TYPE_CHECKING:
     import httpx2
@@ -157,8 +157,10 @@ class Hub(Connection):
 
         if not COMMIT.fullmatch(commit):
             raise ValueError(f"not pinned to a commit: {commit!r}")
-        with translated(repo):
+        try:
             return hf_hub_url(repo, filename, revision=commit, endpoint=self.endpoint)
+        except Exception as error:
+            raise_translated(error, repo)
 
     def _page(self, url: str, what: str) -> tuple[list[Any], str]:
         for size in _PAGE_SIZES:

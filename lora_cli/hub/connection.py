@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from lora_cli.errors import NetworkError
-from lora_cli.hub.problems import BudgetSpent, translated
+from lora_cli.hub.problems import BudgetSpent, raise_translated
 from lora_cli.records import Progress, silent
 
 if TYPE_CHECKING:
@@ -128,25 +128,26 @@ class Connection:
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         transport = (httpx2.TimeoutException, httpx2.NetworkError, httpx2.RemoteProtocolError)
-        with translated(what):
-            wait = 0.0
-            for attempt in range(1, _TRIES + 1):
-                self._hold(wait)
-                wait = self._first_wait * 2 ** (attempt - 1)
-                try:
-                    return ask(get_session())
-                except (*transport, LocalEntryNotFoundError, HfHubHTTPError) as error:
-                    response = error.response if isinstance(error, HfHubHTTPError) else None
-                    if response is not None and response.status_code not in _RETRIED:
-                        raise
-                    # Do not retry an unknown host: it stays unknown.
-                    tries = 3 if isinstance(error, httpx2.ConnectError) else _TRIES
-                    if attempt >= min(tries, self._tries) or self.stopped:
-                        raise
-                    if response is not None and response.status_code == 429:
-                        # The limit applies to the account, so every thread waits.
-                        pause = self._asked_wait(response, what) or wait
-                        self._pause_until = max(self._pause_until, time.monotonic() + pause)
+        wait = 0.0
+        for attempt in range(1, _TRIES + 1):
+            self._hold(wait)
+            wait = self._first_wait * 2 ** (attempt - 1)
+            try:
+                return ask(get_session())
+            except (*transport, LocalEntryNotFoundError, HfHubHTTPError) as error:
+                response = error.response if isinstance(error, HfHubHTTPError) else None
+                if response is not None and response.status_code not in _RETRIED:
+                    raise_translated(error, what)
+                # Do not retry an unknown host: it stays unknown.
+                tries = 3 if isinstance(error, httpx2.ConnectError) else _TRIES
+                if attempt >= min(tries, self._tries) or self.stopped:
+                    raise_translated(error, what)
+                if response is not None and response.status_code == 429:
+                    # The limit applies to the account, so every thread waits.
+                    pause = self._asked_wait(response, what) or wait
+                    self._pause_until = max(self._pause_until, time.monotonic() + pause)
+            except Exception as error:
+                raise_translated(error, what)
         raise AssertionError("unreachable")
 
     def _hold(self, wait: float) -> None:

@@ -1,8 +1,7 @@
 """The Hub's refusals and failures, as this tool's errors."""
 
-import contextlib
 import errno
-from collections.abc import Iterator
+from typing import Never
 
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, OutputError, Partial, UsageError
 
@@ -23,14 +22,17 @@ class BudgetSpent(Partial):
     """The number of requests allowed for this piece of work is used up."""
 
 
-@contextlib.contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Every exception of the client and its transport, as one of this tool's."""
+def raise_translated(error: Exception, what: str) -> Never:
+    """Raise this tool's error for one of the client or its transport; raise any other as it is.
+
+    Args:
+        what: the name of the thing asked for, for the message.
+    """
     import httpx2
     from huggingface_hub import errors as theirs
 
     try:
-        yield
+        raise error
     except theirs.OfflineModeIsEnabled as error:
         raise NetworkError(f"{what}: offline mode is on", hint="unset HF_HUB_OFFLINE") from error
     except theirs.GatedRepoError as error:

@@ -15,9 +15,9 @@ from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.hub.client import Hub
+from lora_cli.hub.connection import login_mark
 from lora_cli.hub.listing import Listed
 from lora_cli.hub.problems import Gated, MissingFile
-from lora_cli.hub.session import login_mark
 from lora_cli.records import Adapter, Progress
 from lora_cli.sources import Found, Sought, Source, refuse
 

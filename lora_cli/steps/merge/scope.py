@@ -1,7 +1,8 @@
 """The modules of a merge: those in --scope, and those that their names mean in the base."""
 
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Sequence, Set
 from itertools import pairwise
 
 from lora_cli.errors import NothingMatched, Refused, UsageError
@@ -65,15 +66,18 @@ def modules_meant(
     names = {leaf(module) for module in modules}
     if base is not None:
         return None if names & base.others else {module for module in base.matrices if leaf(module) in names}
-    meant = {module for module in shapes_of(adapters) if leaf(module) in names}
-    return meant if all(_all_there(name, meant, adapters) for name in names) else None
+    known: defaultdict[str, set[str]] = defaultdict(set)
+    for module in shapes_of(adapters):
+        known[leaf(module)].add(module)
+    if not all(_all_there(name, known[name], adapters) for name in names):
+        return None
+    return set().union(*(known[name] for name in names))
 
 
-def _all_there(name: str, meant: Collection[str], adapters: Sequence[OpenAdapter]) -> bool:
-    """Whether all modules of `meant` that end in `name` are in the base, by the adapters that have all of this name."""
+def _all_there(name: str, known: Set[str], adapters: Sequence[OpenAdapter]) -> bool:
+    """Whether the base has no other modules called `name` than `known`, by the adapters that have all of this name."""
     having_all = [adapter for adapter in adapters if name in targets_everywhere(adapter)]
-    wanted = {module for module in meant if leaf(module) == name}
-    return bool(having_all) and all(wanted <= adapter.modules.keys() for adapter in having_all)
+    return bool(having_all) and all(known <= adapter.modules.keys() for adapter in having_all)
 
 
 def targets_everywhere(adapter: OpenAdapter) -> tuple[str, ...]:
