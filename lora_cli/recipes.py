@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import Energy, Rank
 from lora_cli.options import Flag, Options
-from lora_cli.records import Metric
+from lora_cli.records import ALL_LINEAR, Metric
 
 Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
 Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
@@ -14,7 +14,6 @@ Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
 
 COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES = "The LoRA", "Scores"
-ALL_LINEAR = "all-linear"
 
 Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]

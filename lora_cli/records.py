@@ -12,6 +12,9 @@ BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
 Metric = Literal["exact", "nll"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
+ALL_LINEAR = "all-linear"
+"""PEFT's target for every linear layer."""
+
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from lora_cli.recipes import ALL_LINEAR
+from lora_cli.records import ALL_LINEAR
 
 if TYPE_CHECKING:
     from lora_cli.formats.config import LoraConfigFacts

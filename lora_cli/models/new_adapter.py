@@ -12,7 +12,7 @@ from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.skeleton import quiet
-from lora_cli.recipes import ALL_LINEAR
+from lora_cli.records import ALL_LINEAR
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
 from lora_cli.formats.store import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
-from lora_cli.recipes import ALL_LINEAR, Recipe, TargetRecipe
-from lora_cli.records import Example, Progress, silent
+from lora_cli.recipes import Recipe, TargetRecipe
+from lora_cli.records import ALL_LINEAR, Example, Progress, silent
 from lora_cli.steps.train.descent import Learnt, learn
 from lora_cli.task import split
 
