@@ -421,7 +421,7 @@ def fetch(
             return
         if todo.bytes:
             screen.say(f"fetching {len(todo.missing):,} adapters, {size(todo.bytes)}")
-        report = step.fetch(catalogue, refs, Hub(progress=progress), force=force, progress=progress)
+        report = step.fetch(catalogue, todo, Hub(progress=progress), progress=progress)
     _raise_if_not_all(report)
     rows = [*_acted("fetched", report.fetched), *_acted("here", report.here)]
     screen.rows("lora.pool.fetch/1", _FETCHED, rows)

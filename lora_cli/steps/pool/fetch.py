@@ -48,6 +48,7 @@ def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = Fals
     NothingMatched for a reference that is not in the catalogue.
     """
     here, missing, refused = [], [], []
+    size = 0
     for ref in refs:
         row = catalogue.get(ref.id)
         adapter = (
@@ -55,35 +56,24 @@ def plan(catalogue: Catalogue, refs: Sequence[AdapterRef], *, force: bool = Fals
         )
         if adapter.status in ("unusable", "gone", "failed") and not _will_do(adapter, whole=whole):
             refused.append((adapter, adapter.reason))
-        elif adapter.source == "folder" and locate(ref) is None:
+        elif (absent := locate(ref) is None) and adapter.source == "folder":
             refused.append((adapter, "its folder is gone"))
-        elif not force and _will_do(adapter, whole=whole) and adapter.sha256 and locate(ref) is not None:
+        elif not (force or absent) and _will_do(adapter, whole=whole) and adapter.sha256:
             here.append(adapter)
         else:
             missing.append(adapter)
-    return FetchPlan(
-        here=tuple(here),
-        missing=tuple(missing),
-        refused=tuple(refused),
-        bytes=sum(adapter.bytes for adapter in missing if locate(adapter.ref) is None),
-    )
+            size += adapter.bytes if absent else 0
+    return FetchPlan(here=tuple(here), missing=tuple(missing), refused=tuple(refused), bytes=size)
 
 
 def fetch(
-    catalogue: Catalogue,
-    refs: Sequence[AdapterRef],
-    hub: Hub,
-    *,
-    force: bool = False,
-    whole: bool = False,
-    progress: Progress = silent,
+    catalogue: Catalogue, todo: FetchPlan, hub: Hub, *, whole: bool = False, progress: Progress = silent
 ) -> FetchReport:
-    """Download missing weights, check every byte, and write hash, norm and status into the catalogue.
+    """Download the missing weights of a plan, check every byte, and write hash, norm and status into the catalogue.
 
     Adapters in folders are checked in place. Raises OutputError if the disk has no room, AccessDenied if the login
     itself is refused; faults of single adapters are in the report.
     """
-    todo = plan(catalogue, refs, force=force, whole=whole)
     _room_for(todo.bytes)
     fetched: list[Adapter] = []
     here = list(todo.here)
@@ -153,8 +143,9 @@ def refused(
     missing = [ref for ref in refs if locate(ref) is None]
     if not missing:
         return ()
-    announce(f"fetching {len(missing)} adapters, {plan(catalogue, missing, whole=whole).bytes / 1e6:,.1f} MB")
-    report = fetch(catalogue, missing, Hub(progress=progress), whole=whole, progress=progress)
+    todo = plan(catalogue, missing, whole=whole)
+    announce(f"fetching {len(missing)} adapters, {todo.bytes / 1e6:,.1f} MB")
+    report = fetch(catalogue, todo, Hub(progress=progress), whole=whole, progress=progress)
     for adapter, reason in report.failed:
         raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
     return report.refused
