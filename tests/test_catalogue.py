@@ -18,6 +18,7 @@ import pytest
 from lora_cli.catalogue import database, migrations
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.catalogue.database import open_for_writing, writing
+from lora_cli.catalogue.sql import query
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
 from lora_cli.records import Adapter, Candidate
@@ -68,8 +69,8 @@ def test_adding_again_replaces_the_row(catalogue: Catalogue) -> None:
 def test_reading_creates_nothing(catalogue: Catalogue) -> None:
     assert catalogue.find() == []
     assert catalogue.stats()["adapters"] == 0
-    assert catalogue.last_selection() is None
-    assert catalogue.sql("select count(*) n from adapters") == (["n"], [(0,)])
+    assert catalogue.selections.last() is None
+    assert query(catalogue.path, "select count(*) n from adapters") == (["n"], [(0,)])
     assert not catalogue.path.parent.exists()
 
 
@@ -99,17 +100,17 @@ def test_the_best_match_comes_first(catalogue: Catalogue) -> None:
 def test_selections_keep_order_scores_and_commits(catalogue: Catalogue) -> None:
     catalogue.add([adapter(f"a/{n}") for n in range(4)])
     rows = whole(catalogue)
-    catalogue.remember_selection("first", [(rows[2], 0.5), (rows[0], None)], "cosine", {"k": 2})
-    catalogue.remember_selection("", [(rows[1], 1.0)], "random", {"seed": 3})
+    catalogue.selections.remember("first", [(rows[2], 0.5), (rows[0], None)], "cosine", {"k": 2})
+    catalogue.selections.remember("", [(rows[1], 1.0)], "random", {"seed": 3})
     catalogue.add([replace(rows[2], commit="b" * 40)])
-    last = catalogue.last_selection()
+    last = catalogue.selections.last()
     assert last is not None
     assert (last.method, last.settings, [ref.id for ref in last.refs]) == ("random", {"seed": 3}, ["a/1"])
-    first = catalogue.last_selection("first")
+    first = catalogue.selections.last("first")
     assert first is not None
     assert [ref.pinned for ref in first.refs] == [f"a/2@{'a' * 40}", f"a/0@{'a' * 40}"]
     assert first.scores == (0.5, None)
-    assert catalogue.last_selection("nothing") is None
+    assert catalogue.selections.last("nothing") is None
     assert catalogue.provenance("a/2")["selections"] == ["first"]
 
 
@@ -132,7 +133,7 @@ def test_stats_count_the_whole_catalogue(catalogue: Catalogue) -> None:
 
 
 @pytest.mark.parametrize(
-    "query",
+    "statement",
     [
         "delete from adapters", "update adapters set rank = 1", "insert into aliases values ('a', 'b')",
         "drop table adapters", "create table x (y)", "create temp table x (y)", "attach 'other.db' as o", "vacuum",
@@ -141,39 +142,46 @@ def test_stats_count_the_whole_catalogue(catalogue: Catalogue) -> None:
         "with x as (select 1) delete from adapters", "explain delete from adapters", "reindex", "select readfile('/x')",
     ],
 )  # fmt: skip
-def test_sql_can_only_read(catalogue: Catalogue, query: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sql_can_only_read(
+    catalogue: Catalogue, statement: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(tmp_path)
     catalogue.add([FULL])
     with pytest.raises(UsageError):
-        catalogue.sql(query)
+        query(catalogue.path, statement)
     assert whole(catalogue) == [FULL]
     assert not (tmp_path / "other.db").exists()
 
 
 def test_sql_reads(catalogue: Catalogue) -> None:
     catalogue.add([FULL, adapter("bob/x")])
-    assert catalogue.sql("select id, rank from adapters order by id") == (
+    assert query(catalogue.path, "select id, rank from adapters order by id") == (
         ["id", "rank"],
         [("alice/sql", 8), ("bob/x", None)],
     )
-    assert catalogue.sql("select count(*) from adapters_fts where adapters_fts match 'sql'")[1] == [(1,)]
-    assert catalogue.sql("select value from adapters, json_each(target_modules)")[1] == [("q_proj",), ("v_proj",)]
+    assert query(catalogue.path, "select count(*) from adapters_fts where adapters_fts match 'sql'")[1] == [(1,)]
+    assert query(catalogue.path, "select value from adapters, json_each(target_modules)")[1] == [
+        ("q_proj",),
+        ("v_proj",),
+    ]
     with pytest.raises(UsageError) as caught:
-        catalogue.sql("select commit from adapters")
+        query(catalogue.path, "select commit from adapters")
     assert "double quotes" in caught.value.hint
 
 
 def test_sql_that_runs_away_is_stopped(catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_cli.catalogue.adapters._SQL_SECONDS", 0.3)
+    monkeypatch.setattr("lora_cli.catalogue.sql._SECONDS", 0.3)
     begin = time.monotonic()
     with pytest.raises(UsageError, match="stopped after"):
-        catalogue.sql("with recursive x(n) as (select 1 union all select n + 1 from x) select count(*) from x")
+        query(catalogue.path, "with recursive x(n) as (select 1 union all select n + 1 from x) select count(*) from x")
     assert time.monotonic() - begin < 3
-    monkeypatch.setattr("lora_cli.catalogue.adapters._SQL_ROWS", 1000)
+    monkeypatch.setattr("lora_cli.catalogue.sql._ROWS", 1000)
     with pytest.raises(UsageError, match="more than 1,000 rows"):
-        catalogue.sql("with recursive x(n) as (select 1 union all select n + 1 from x) select n from x limit 5000")
+        query(
+            catalogue.path, "with recursive x(n) as (select 1 union all select n + 1 from x) select n from x limit 5000"
+        )
     with pytest.raises(UsageError, match="too big"):
-        catalogue.sql("select zeroblob(500000000)")
+        query(catalogue.path, "select zeroblob(500000000)")
 
 
 @pytest.mark.parametrize("content", [b"not a database at all, but text", b"SQLite format 3\x00 and then rubbish" * 40])
@@ -219,7 +227,7 @@ def test_an_older_catalogue_is_copied_before_it_is_changed(
 
     monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, m999_colour))
     assert whole(catalogue) == [FULL]
-    assert "colour" in catalogue.sql("select * from adapters")[0]
+    assert "colour" in query(catalogue.path, "select * from adapters")[0]
     [backup] = catalogue.path.parent.glob("*.backup")
     connection = sqlite3.connect(backup)
     assert connection.execute("select id from adapters").fetchall() == [("alice/sql",)]
@@ -244,13 +252,13 @@ def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
     assert [row.id for row in catalogue.search("poems")] == ["bob/plain"]
     catalogue.add([replace(FULL, card="Writes novels.")])
     assert [row.id for row in catalogue.search("novels")] == ["alice/sql"]
-    assert catalogue.sql("select key, rank_total from adapters order by key")[1] == [(7, 8), (8, 0)]
+    assert query(catalogue.path, "select key, rank_total from adapters order by key")[1] == [(7, 8), (8, 0)]
 
 
 def test_what_selection_reads_is_in_an_index_and_lists_leave_out_what_is_long(catalogue: Catalogue) -> None:
     catalogue.add([replace(FULL, status="ok"), adapter("bob/plain", base="acme/base@v1"), adapter("bob/other")])
     seen: list[str] = []
-    reader = catalogue._read()
+    reader = catalogue._db.read()
     reader.conn.set_trace_callback(seen.append)
     found = catalogue.candidates(base="acme/base@v1")
     catalogue.find(["rank<=8"], sort="-downloads", limit=1)

@@ -4,11 +4,13 @@ import contextlib
 import os
 import re
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 from urllib.parse import quote
 
 from lora_cli.catalogue import migrations as schema
@@ -17,6 +19,55 @@ from lora_cli.errors import DataError, LoraError, OutputError
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
+
+
+class OpenDatabase:
+    """The database at `path`, opened when it is first used: to read, and later to write.
+
+    One object may be used by several threads, which hold `lock` as long as they use a connection.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = threading.RLock()
+        self._reader: Database | None = None
+        self._writer: Database | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        with self.lock:
+            for db in (self._reader, self._writer):
+                if db is not None:
+                    db.close()
+            self._reader = self._writer = None
+
+    def read(self) -> Database:
+        """The connection that reads."""
+        if self._writer is not None:
+            return self._writer
+        if self._reader is None:
+            self._reader = open_for_reading(self.path)
+        return self._reader
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[Database]:
+        """One transaction; see `writing`."""
+        with self.lock:
+            if self._writer is None:
+                self._writer = open_for_writing(self.path)
+                if self._reader is not None:
+                    self._reader.close()
+                    self._reader = None
+            with writing(self._writer) as db:
+                yield db
 
 
 def open_for_writing(path: Path) -> Database:

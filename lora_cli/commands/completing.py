@@ -41,7 +41,7 @@ def selections(incomplete: str) -> list[str]:
     from lora_cli.catalogue.adapters import Catalogue
 
     with Catalogue(load().db) as catalogue:
-        return [name for name in catalogue.selection_names() if name.startswith(incomplete)][:_MOST]
+        return [name for name in catalogue.selections.names() if name.startswith(incomplete)][:_MOST]
 
 
 @_quiet

@@ -278,11 +278,10 @@ def sql(
     listing: Listing,
 ) -> None:
     """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
-    from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.catalogue.sql import query as ask
 
     screen = listing.screen()
-    with Catalogue(setup.load().db) as catalogue:
-        names, rows = catalogue.sql(query)
+    names, rows = ask(setup.load().db, query)
     keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
     shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
     columns = [Column(key.upper(), key, wide=True, least=12) for key in keys]
@@ -342,12 +341,12 @@ def selections(
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
         if drop is not None:
-            count = catalogue.drop_selections(drop)
+            count = catalogue.selections.drop(drop)
             if not count:
                 raise NothingMatched(f"no selection {drop!r}", hint="see lora pool selections")
             screen.say(f"dropped {count} selection{'s'[: count != 1]}")
             return
-        rows = catalogue.selections()
+        rows = catalogue.selections.all()
     shown = [{**row, "created": row["created"][:19]} for row in rows]
     screen.rows("lora.pool.selections/1", _SELECTIONS, shown)
 
@@ -406,7 +405,7 @@ def fetch(
             )
             refs = [look(text).ref for text in dict.fromkeys(expand(adapter))]
         else:
-            last = catalogue.last_selection()
+            last = catalogue.selections.last()
             if last is None:
                 raise UsageError(
                     "no adapters given, and nothing was selected yet", hint="lora pool fetch ID…, or lora select"

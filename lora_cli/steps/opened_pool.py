@@ -115,7 +115,7 @@ class Pool:
 
     def _selected(self, name: str | None) -> tuple[str, ...]:
         """The last selection (or the last called `name`), else every usable adapter of the base if they are few."""
-        selection = self.catalogue.last_selection(name)
+        selection = self.catalogue.selections.last(name)
         if selection is not None:
             called = f" {selection.name!r}" if selection.name else ""
             label = f"selection {name!r}" if name else f"last selection{called}"

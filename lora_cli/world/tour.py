@@ -150,7 +150,7 @@ class _Guide:
             target=target,
             announce=_nothing_to_fetch,
         )
-        self.catalogue.remember_selection(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})
+        self.catalogue.selections.remember(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})
         pool = Pool(
             catalogue=self.catalogue,
             base=str(self.world.base),

@@ -207,7 +207,7 @@ class ModuleMerger:
 def _largest_module(plan: MergePlan) -> int:
     """The approximate number of bytes for the module with the most factors."""
     sizes = [
-        sum((adapter.shape(module)[0] + adapter.shape(module)[1]) * adapter.modules[module].rank for adapter in having)
+        sum(sum(adapter.shape(module)) * adapter.modules[module].rank for adapter in having)
         for module in plan.modules
         if (having := [adapter for adapter in plan.adapters if module in adapter.modules])
     ]

@@ -110,7 +110,7 @@ def select_and_remember(
         "max_per_author": max_per_author,
         "target": str(target.resolve()) if target else None,
     }
-    catalogue.remember_selection(name, chosen, by, asked)
+    catalogue.selections.remember(name, chosen, by, asked)
     return chosen, asked
 
 

@@ -1,0 +1,59 @@
+"""Adapters as rows of the database, and rows as adapters."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+from lora_cli.records import Adapter
+
+
+def quoted(names: Iterable[str]) -> str:
+    """Names of columns for SQL: `commit` is one of its words."""
+    return ", ".join(f'"{name}"' for name in names)
+
+
+_WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at")
+# Store a row by its id, in place of an earlier one.
+UPSERT = (
+    f"INSERT INTO adapters ({quoted(_WRITTEN)}) VALUES ({', '.join('?' * len(_WRITTEN))}) "
+    "ON CONFLICT (id) DO UPDATE SET " + ", ".join(f'"{name}" = excluded."{name}"' for name in _WRITTEN if name != "id")
+)
+
+
+def row_of(adapter: Adapter) -> list[Any]:
+    """The values of an adapter's fields as SQLite stores them, in their order."""
+    values = []
+    for field in fields(Adapter):
+        value = getattr(adapter, field.name)
+        if field.name == "ranks":
+            value = json.dumps(dict(value))
+        elif field.name == "target_modules":
+            value = json.dumps(list(value))
+        elif isinstance(value, bool):
+            value = int(value)
+        elif isinstance(value, str):
+            value = text(value)
+        values.append(value)
+    return values
+
+
+def parsed(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a record from what SQLite stored of them."""
+    if "ranks" in values:
+        values["ranks"] = json.loads(values["ranks"])
+    if "target_modules" in values:
+        values["target_modules"] = tuple(json.loads(values["target_modules"]))
+    if "rslora" in values:
+        values["rslora"] = bool(values["rslora"])
+    return values
+
+
+def text(value: str) -> str:
+    """`value` with lone surrogates escaped: arguments and file names may hold them, and SQLite takes only Unicode."""
+    return value.encode("utf-8", "backslashreplace").decode()
+
+
+def clean(values: Iterable[Any]) -> list[Any]:
+    """`values` with every text as SQLite takes it."""
+    return [text(value) if isinstance(value, str) else value for value in values]
