@@ -1,22 +1,19 @@
 """The command tree, and the one place where a LoraError becomes an exit code."""
 
 import errno
-import importlib
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from typing import Annotated, Any, Never
 
 import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.exceptions import TyperException
-from typer.main import get_group
 
-from lora_cli.commands.options import Group
+from lora_cli.commands.lazy import LazyGroup
 from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
 from lora_cli.screen import Screen
 
@@ -50,13 +47,11 @@ _KEPT = {
 """The message about the state that an interrupted command leaves, by command."""
 
 
-class Root(Group):
+class Root(LazyGroup):
     """The `lora` command: runs a subcommand and turns errors into lines on stderr and an exit code."""
 
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__(**attributes)
-        # The names only, for suggestions on a mistyped one; `get_command` imports the commands.
-        self.commands = dict.fromkeys(SUMMARIES)  # type: ignore[assignment]
+    package = "lora_cli.commands"
+    summaries = SUMMARIES
 
     def main(
         self,
@@ -82,18 +77,6 @@ class Root(Group):
             code = ExitCode.INTERRUPTED
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The commands in the order of a typical workflow."""
-        return [*SUMMARIES]
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Import a command only when it is named, so that no command pays for the others."""
-        return _command(cmd_name) if cmd_name in SUMMARIES else None
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([*SUMMARIES.items()])
-
     def make_context(self, *args: Any, **extra: Any) -> Any:
         # Help is printed while arguments are read.
         with _quiet_at_closed_pipes():
@@ -114,15 +97,6 @@ class Root(Group):
             if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
                 raise
             _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
-
-
-@cache
-def _command(name: str) -> Any:
-    """The command in the file of its name."""
-    module = importlib.import_module(f"lora_cli.commands.{name}")
-    holder = typer.Typer(rich_markup_mode=None)
-    module.register(holder)
-    return get_group(holder).commands[name]
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.app import SUMMARIES
+from lora_cli.commands.pool import SUMMARIES as POOL_SUMMARIES
 from lora_cli.world import World
 from tests import generate
 from tests.cli import ok
@@ -137,7 +138,7 @@ def test_light_commands_import_nothing_heavy(line: str, catalogued: Path) -> Non
         "import sys\nfrom lora_cli.app import app\n"
         f"try:\n    app({shlex.split(line)!r}, prog_name='lora')\n"
         "except SystemExit as end:\n    assert not end.code, end.code\n"
-        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+        "assert not {'torch', 'numpy', 'transformers', 'peft'} & set(sys.modules)"
     )
     environment = {k: v for k, v in os.environ.items() if k != "LORA_DB"}
     subprocess.run([sys.executable, "-c", code], cwd=catalogued, env=environment, check=True)
@@ -175,6 +176,9 @@ def test_the_list_of_commands_says_what_each_command_says_of_itself() -> None:
     assert {f"lora {name}": summary for name, summary in SUMMARIES.items()} == {
         words: text for words, text in said.items() if words.count(" ") == 1
     }
+    of_pool = [text for words, text in said.items() if words.startswith("lora pool ")]
+    for text, summary in zip(of_pool, POOL_SUMMARIES.values(), strict=True):
+        assert f"{text} ".startswith(f"{summary} ")
 
 
 def test_a_wrong_choice_is_one_sentence() -> None:

@@ -176,7 +176,7 @@ def test_no_room_reaches_up_or_keeps_what_is_not_its_own() -> None:
     [
         ("catalogue", "from lora_cli.steps.merge.stream import merge"),
         ("formats.header", "import torch"),
-        ("commands.pool", "from huggingface_hub import HfApi"),
+        ("commands.pool.sync", "from huggingface_hub import HfApi"),
         ("steps.fit", "def f():\n    import peft"),
         ("screen", "import click"),
         ("errors", "from lora_cli import records, screen"),

@@ -143,10 +143,11 @@ class AdapterWriter:
         Raises:
             Refused: the values do not fit into the precision on disk.
         """
-        if update.rank == 0:
+        rank = update.rank
+        if rank == 0:
             out_features, in_features = update.shape
-            update = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features))
-        self.ranks[module] = update.rank
+            update, rank = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features)), 1
+        self.ranks[module] = rank
         place = self._layout.of[module]
         name_a, name_b = _apart(module, place)
         written = [

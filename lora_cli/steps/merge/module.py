@@ -152,7 +152,7 @@ class ModuleMerger:
             absent=self._absent(places),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
-        squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update in updates])
+        squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update, _ in read])
         demand_room(module, float(weights.abs() @ squares.sqrt()))
         if self._weighs_whole_adapters:
             merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])

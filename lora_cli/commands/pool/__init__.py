@@ -1,0 +1,36 @@
+"""`lora pool`: the catalogued adapters, and the facts about each. One file = one command, imported when it is named."""
+
+import typer
+
+from lora_cli.commands.lazy import LazyGroup
+
+SUMMARIES = {
+    "sync": "Bring the catalogue up to date with the Hub, or with a folder tree of adapters.",
+    "list": "List adapters, one row each, unusable ones with the reason.",
+    "search": "Find adapters by words in their id, author, target modules or card, the best match first.",
+    "show": "Show all facts about one adapter, their sources, and the reason if it is unusable.",
+    "stats": "Count the catalogue's adapters by status, base, rank, licence, author, data type and reason.",
+    "sql": "Query the catalogue in SQL.",
+    "rm": "Forget adapters: delete their rows, keep their files.",
+    "selections": "List the selections, the newest first, or drop some.",
+    "path": "Print the path of the catalogue's database.",
+    "fetch": "Download the weights of adapters into the Hub client's cache and check them.",
+    "verify": "Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.",
+    "similarity": "Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one "
+    "of each.",
+}
+
+
+class Pool(LazyGroup):
+    """The `lora pool` command."""
+
+    package = "lora_cli.commands.pool"
+    summaries = SUMMARIES
+
+
+app = typer.Typer(cls=Pool, help="The adapters of the catalogue: find them, list them, fetch and check them.")
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora pool` to the command tree."""
+    root.add_typer(app, name="pool")

@@ -1,0 +1,51 @@
+"""`lora pool list`: adapters by conditions on their columns."""
+
+from typing import Annotated
+
+import typer
+
+from lora_cli.commands import completing
+from lora_cli.commands.options import Command, Listing, Stored, Where, examples, with_flags
+from lora_cli.commands.pool.shared import Rows, show_adapters
+
+
+def list_(
+    where: Where = None,
+    sort: Annotated[
+        str,
+        typer.Option(
+            "--sort",
+            help="Column to sort by, smallest, oldest or A first; -COLUMN largest first.",
+            autocompletion=completing.sorting,
+        ),
+    ] = "id",
+    n: Rows = None,
+    *,
+    setup: Stored,
+    listing: Listing,
+) -> None:
+    """List adapters, one row each, unusable ones with the reason.
+
+    Conditions are COLUMN OP VALUE with the operators = != < <= > >= ~ (contains) and !~; numbers may end in k, M or G.
+    """
+    from lora_cli.catalogue.adapters import Catalogue
+
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
+        found = catalogue.find(where or (), sort=sort, limit=n)
+    show_adapters(
+        screen, "lora.pool.list/1", found, "no adapter" + (" fits these conditions" if where else " is known")
+    )
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool list` to the commands of the pool."""
+    pool.command(
+        "list",
+        cls=Command,
+        epilog=examples(
+            "lora pool list --where 'rank<=16' --sort -downloads -n 20",
+            "lora pool list --where status!=ok",
+            "lora pool list --where licence=apache-2.0,mit -q",
+        ),
+    )(with_flags(list_))

@@ -1,0 +1,31 @@
+"""`lora pool search`: adapters by words."""
+
+from typing import Annotated
+
+import typer
+
+from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
+from lora_cli.commands.pool.shared import show_adapters
+
+
+def search(
+    text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
+    *,
+    setup: Stored,
+    listing: Listing,
+) -> None:
+    """Find adapters by words in their id, author, target modules or card, the best match first."""
+    from lora_cli.catalogue.adapters import Catalogue
+
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
+        found = catalogue.search(text, limit=n)
+    show_adapters(screen, "lora.pool.search/1", found, f"no adapter matches {text!r}")
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool search` to the commands of the pool."""
+    pool.command(
+        cls=Command, epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5")
+    )(with_flags(search))

@@ -1,0 +1,43 @@
+"""`lora pool sql`: the user's own query."""
+
+import math
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
+from lora_cli.screen import Column
+
+
+def sql(
+    query: Annotated[str, typer.Argument(help="One SELECT statement.")],
+    *,
+    setup: Stored,
+    listing: Listing,
+) -> None:
+    """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
+    from lora_cli.catalogue.sql import query as ask
+
+    screen = listing.screen()
+    names, rows = ask(setup.load().db, query)
+    keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
+    shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
+    columns = [Column(key.upper(), key, wide=True, least=12) for key in keys]
+    screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool sql` to the commands of the pool."""
+    pool.command(
+        cls=Command,
+        epilog=examples(
+            "lora pool sql 'select author, count(*) n from adapters group by 1 order by n desc limit 5'",
+            "lora pool sql 'select rank, count(*) n from adapters group by rank' --csv",
+        ),
+    )(with_flags(sql))

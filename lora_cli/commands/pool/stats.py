@@ -1,0 +1,37 @@
+"""`lora pool stats`: counts over the whole catalogue."""
+
+from collections.abc import Mapping
+
+import typer
+
+from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
+from lora_cli.screen import Column
+from lora_cli.text import size
+
+_COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
+
+
+def stats(*, setup: Stored, listing: Listing) -> None:
+    """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
+    from lora_cli.catalogue.adapters import Catalogue
+
+    screen = listing.screen()
+    with Catalogue(setup.load().db) as catalogue:
+        figures = catalogue.stats()
+    rows = [
+        {"column": name.removeprefix("by_"), "value": value, "adapters": count}
+        for name, counts in figures.items()
+        if isinstance(counts, Mapping)
+        for value, count in counts.items()
+    ]
+    totals = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
+    screen.rows("lora.pool.stats/1", _COUNTS, rows, identity="value", extra=totals)
+    screen.say(
+        f"{totals['adapters']:,} adapters of {totals['authors']:,} known authors · {totals['usable']:,} usable · "
+        f"{size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
+    )
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool stats` to the commands of the pool."""
+    pool.command(cls=Command, epilog=examples("lora pool stats", "lora pool stats --json"))(with_flags(stats))

@@ -1,0 +1,146 @@
+"""`lora pool sync`: bring the catalogue up to date."""
+
+import re
+from dataclasses import asdict
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
+from lora_cli.commands.pool.shared import Alias, DryRun
+from lora_cli.errors import Partial, UsageError
+from lora_cli.screen import Column
+from lora_cli.settings import Settings, folder_of
+from lora_cli.text import duration, size
+
+_PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
+
+
+def sync(
+    base: Annotated[
+        str | None,
+        typer.Argument(help="Base model: Hub id, with @revision if any, or folder.", show_default="the setting"),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder tree of adapters to read.", show_default="setting pool, or the Hub"),
+    ] = None,
+    alias: Alias = None,
+    no_alias: Annotated[
+        list[str] | None, typer.Option("--no-alias", help="A name that is no longer an alias; repeatable.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="The most adapters to look at.", min=1)] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", help="Only adapters created since: 30d, 8w or a date. Hub only.")
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option("--budget-requests", help="The most requests to send; a rerun continues.", min=1)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
+    dry_run: DryRun = False,
+    *,
+    setup: Stored,
+    listing: Listing,
+) -> None:
+    """Bring the catalogue up to date with the Hub, or with a folder tree of adapters.
+
+    From the Hub, sync reads the listing and, for new or changed adapters, the configuration and the header of the
+    weights, never the weights. Unchanged adapters are not read again. Unusable adapters are listed with the reason.
+    """
+    from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.sources import open_source
+    from lora_cli.steps.bases import look_here
+    from lora_cli.steps.pool.sync import sync as step
+
+    screen = listing.screen()
+    settings = setup.load(base=base, pool=folder)
+    aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
+    created = _moment(since) if since else ""
+    if settings.pool is None:
+        _refuse_without_hub_id(settings)
+    screen.say(_assumed(settings))
+    name, place = ("hub", "") if settings.pool is None else ("folder", str(settings.pool))
+    with Catalogue(settings.db) as catalogue, screen.progress() as progress:
+        report = step(
+            catalogue,
+            open_source(name, place, budget=budget, progress=progress),
+            base=settings.base or "",
+            aliases=aliases,
+            dropped=no_alias or (),
+            skeleton=look_here(settings.base),
+            limit=limit,
+            since=created,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
+        )
+    line = _outcome(report)
+    if not report.complete:
+        id, reason = report.failures[0] if report.failures else ("", "")
+        detail = f" ({id}: {reason})" if id else ""
+        raise Partial(line + detail, hint="the adapters read so far are kept; rerun the same command for the rest")
+    if dry_run or screen.format != "auto":
+        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
+        rows = [{"id": id, "action": action} for id, action in report.plan if dry_run or action != "unchanged"]
+        screen.rows("lora.pool.sync/1", _PLANNED, rows, extra=figures)
+    screen.say(f"would do: {line}" if dry_run else line)
+
+
+def _refuse_without_hub_id(settings: Settings) -> None:
+    if not settings.base:
+        raise UsageError(
+            "no base model to look for adapters of",
+            hint='lora pool sync BASE, or base = "owner/name" in lora.toml, or LORA_BASE=owner/name',
+        )
+    if folder_of(settings.base) is not None:
+        raise UsageError(
+            f"the base {settings.base} is a folder, so the Hub has no adapters of it",
+            hint="read adapters from a folder tree with --from DIR, or give the base's Hub id",
+        )
+
+
+def _assumed(settings: Settings) -> str:
+    """The sources of base and adapters, in one line."""
+    base = f"base {settings.base} ({settings.origin('base')})" if settings.base else "any base"
+    if settings.pool is None:
+        left_out = settings.origin("pool")
+        return f"{base} · from the Hub" + (f" (pool: {left_out})" if left_out != "default" else "")
+    return f"{base} · from {settings.pool} ({settings.origin('pool')})"
+
+
+def _outcome(report: Any) -> str:
+    parts = [f"{report.seen:,} seen", f"{report.new:,} new", f"{report.changed:,} changed"]
+    parts.append(f"{report.unchanged:,} unchanged")
+    for count, what in (
+        (report.unusable, "not usable"),
+        (report.gone, "gone"),
+        (report.failed, "failed (rerun to retry)"),
+        (report.left, "left (rerun to go on)"),
+    ):
+        if count:
+            parts.append(f"{count:,} {what}")
+    if report.requests:
+        parts += [f"{report.requests:,} requests", size(report.bytes)]
+    return " · ".join([*parts, duration(report.seconds)])
+
+
+def _moment(text: str) -> str:
+    """A date, or a time ago, as the Hub writes times."""
+    ago = re.fullmatch(r"(\d{1,4})([dwmy])", text)
+    if ago:
+        days = int(ago[1]) * {"d": 1, "w": 7, "m": 30, "y": 365}[ago[2]]
+        return (datetime.now(UTC) - timedelta(days=days)).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    try:
+        return datetime.fromisoformat(text).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+    except ValueError:
+        raise UsageError(f"--since {text!r}: neither a time ago (30d, 8w) nor a date (2026-05-01)") from None
+
+
+def register(pool: typer.Typer) -> None:
+    """Add `lora pool sync` to the commands of the pool."""
+    pool.command(
+        cls=Command,
+        epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json"),
+    )(with_flags(sync))
