@@ -29,7 +29,7 @@ def full(tmp_path: Path) -> Path:
     path = tmp_path / "catalogue.db"
     with Catalogue(path) as catalogue:
         catalogue.add([row(number) for number in range(2000)])
-        catalogue.remember_selection("best", [(catalogue.get("owner/0001").ref, 1.0)], "rank", {})
+        catalogue.selections.remember("best", [(catalogue.get("owner/0001").ref, 1.0)], "rank", {})
         catalogue.remember_aliases("acme/base", ["mirror/base"])
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")

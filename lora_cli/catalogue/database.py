@@ -9,8 +9,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import quote
 
 from lora_cli.catalogue import migrations as schema
@@ -32,14 +31,6 @@ class OpenDatabase:
         self.lock = threading.RLock()
         self._reader: Database | None = None
         self._writer: Database | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the file; the next use opens it again."""
