@@ -13,10 +13,10 @@ import pytest
 
 from lora_cli.formats.base_names import public_base
 from lora_cli.models.base_model import BaseModel, load, pin
-from lora_cli.recipes import Recipe
+from lora_cli.recipes import EvalOptions, Recipe
 from lora_cli.records import Example
 from lora_cli.steps.evaluate.evaluate import System, evaluate
-from lora_cli.steps.fit.fit import fit
+from lora_cli.steps.fit.fit import Fitting, fit
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
 from tests.fake_hub import FakeHub
@@ -141,19 +141,19 @@ def test_rows_and_states_of_another_base_of_the_same_name_are_not_taken_up(tmp_p
     def progress(what: str, done: int, total: int) -> None:
         counted.append(f"{what} {done}")
 
-    evaluate(one, [System(name="base")], examples(4), rows_path=rows, metric="nll")
-    evaluate(one, [System(name="base")], examples(4), rows_path=rows, metric="nll", progress=progress)
+    evaluate(one, [System(name="base")], examples(4), EvalOptions(metric="nll"), rows_path=rows)
+    evaluate(one, [System(name="base")], examples(4), EvalOptions(metric="nll"), rows_path=rows, progress=progress)
     assert counted.pop(0) == "base 4"
-    evaluate(other, [System(name="base")], examples(4), rows_path=rows, metric="nll", progress=progress)
+    evaluate(other, [System(name="base")], examples(4), EvalOptions(metric="nll"), rows_path=rows, progress=progress)
     assert counted[0] == "base 0"
 
     shapes = {"model.layers.0.mlp.up_proj": (48, 32)}
     adapter = opened(write_adapter(tmp_path / "adapter", random_factors(shapes, 2, seed=0)))
     state, recipe = tmp_path / "state.npz", Recipe(steps=2, every=1)
-    fit(one, [adapter], examples(5), recipe=recipe, checkpoint=state)
+    fit(one, [adapter], examples(5), Fitting(recipe=recipe), checkpoint=state)
     for base, begins in ((one, 2), (other, 0)):
         counted.clear()
-        fit(base, [adapter], examples(5), recipe=recipe, checkpoint=state, progress=progress)
+        fit(base, [adapter], examples(5), Fitting(recipe=recipe), checkpoint=state, progress=progress)
         assert counted[0] == f"fit: adapters {begins}"
 
 

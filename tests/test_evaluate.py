@@ -10,7 +10,7 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
-from lora_cli.recipes import Recipe
+from lora_cli.recipes import EvalOptions, Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -47,7 +47,9 @@ def idle(base: BaseModel) -> System:
 
 
 def run(base: BaseModel, *systems: System, **options: Any) -> dict[str, Score]:
-    scores = evaluate(base, systems, examples(N), **{"max_new_tokens": 4, "batch_size": 8, **options})
+    recorded = {name: options.pop(name) for name in [*options] if name in EvalOptions.flags()}
+    chosen = EvalOptions(**{"max_new_tokens": 4, "batch_size": 8, **recorded})
+    scores = evaluate(base, systems, examples(N), chosen, **options)
     assert [score.system for score in scores] == [system.name for system in systems]
     return {score.system: score for score in scores}
 
@@ -267,7 +269,7 @@ def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -
         updates = {module: adapter.read(module) for module in adapter.modules}
         systems.append(System(name=f"{steps} steps", updates=updates, version=adapter.ref.pinned))
     # This model has no use for its end token, so it is stopped after the seven tokens of the answer.
-    base_score, short, long = evaluate(real, systems, data, max_new_tokens=7)
+    base_score, short, long = evaluate(real, systems, data, EvalOptions(max_new_tokens=7))
     assert base_score.value == 0
     assert long.value > 0.5
     assert long.changed == len(data)

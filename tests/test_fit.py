@@ -13,7 +13,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
-from lora_cli.steps.fit.fit import FitResult, fit
+from lora_cli.steps.fit.fit import FitResult, Fitting, fit
 from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import STORIES, examples, llama, needs_stories, opened
@@ -71,7 +71,7 @@ def test_a_recipe_that_cannot_be_followed(setting: dict[str, float]) -> None:
 
 @pytest.mark.slow
 def test_fit_finds_the_adapter_that_helps(base: BaseModel, pool: list[OpenAdapter]) -> None:
-    result = fit(base, pool, examples(50), recipe=Recipe(steps=60), task_sha256="ab" * 32)
+    result = fit(base, pool, examples(50), Fitting(recipe=Recipe(steps=60), task_sha256="ab" * 32))
     assert (result.n_train, result.n_validation) == (40, 10)
     assert result.learnt.loss_after < 0.7 * result.learnt.loss_before
     coefficients = result.coefficients
@@ -85,7 +85,7 @@ def test_fit_finds_the_adapter_that_helps(base: BaseModel, pool: list[OpenAdapte
 
 
 def test_the_coefficients_are_those_of_the_best_step(base: BaseModel, pool: list[OpenAdapter]) -> None:
-    result = fit(base, pool, examples(20), recipe=SHORT)
+    result = fit(base, pool, examples(20), Fitting(recipe=SHORT))
     curve = result.learnt.curve
     assert [point.step for point in curve] == [0, 5, 10, 15, 20]
     assert curve[0].training is None
@@ -110,7 +110,7 @@ def test_a_loss_is_the_mean_over_the_examples_that_its_interval_is_about(
     base: BaseModel, pool: list[OpenAdapter]
 ) -> None:
     uneven = [dataclasses.replace(e, completion=e.completion * (1 + i % 4)) for i, e in enumerate(examples(20))]
-    learnt = fit(base, pool, uneven, recipe=SHORT).learnt
+    learnt = fit(base, pool, uneven, Fitting(recipe=SHORT)).learnt
     assert learnt.loss_after == pytest.approx(sum(learnt.each_after) / len(learnt.each_after), rel=1e-9)
     assert learnt.loss_before == pytest.approx(sum(learnt.each_before) / len(learnt.each_before), rel=1e-9)
 
@@ -120,14 +120,14 @@ def test_a_fit_that_helps_nothing_keeps_the_base(pool: list[OpenAdapter], releva
     for module in relevant.modules:
         able.model.get_submodule(module).weight += relevant.read(module).dense()
     noise = [adapter for adapter in pool if adapter is not relevant]
-    result = fit(able, noise, examples(50), recipe=replace(SHORT, lr=50.0))
+    result = fit(able, noise, examples(50), Fitting(recipe=replace(SHORT, lr=50.0)))
     assert result.learnt.best_step == 0
     assert result.learnt.loss_after == result.learnt.loss_before
     assert {c for values in result.coefficients.values.values() for own in values for c in own} == {0.0}
 
 
 def test_fit_is_a_function_of_its_seed(base: BaseModel, pool: list[OpenAdapter]) -> None:
-    one, again, other = (fit(base, pool, examples(20), recipe=replace(SHORT, seed=seed)) for seed in (0, 0, 1))
+    one, again, other = (fit(base, pool, examples(20), Fitting(recipe=replace(SHORT, seed=seed))) for seed in (0, 0, 1))
     assert same(one, again)
     assert not same(one, other)
 
@@ -135,23 +135,23 @@ def test_fit_is_a_function_of_its_seed(base: BaseModel, pool: list[OpenAdapter])
 def test_small_passes_give_the_same_gradient_as_one(
     base: BaseModel, pool: list[OpenAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = fit(base, pool, examples(20), recipe=SHORT)
+    whole = fit(base, pool, examples(20), Fitting(recipe=SHORT))
     monkeypatch.setattr("lora_cli.steps.train.descent._TOKENS_PER_PASS", 40)
-    parts = fit(base, pool, examples(20), recipe=SHORT)
+    parts = fit(base, pool, examples(20), Fitting(recipe=SHORT))
     assert parts.learnt.loss_after == pytest.approx(whole.learnt.loss_after, rel=1e-3)
 
 
 def test_l1_pulls_coefficients_towards_zero(base: BaseModel, pool: list[OpenAdapter]) -> None:
     def size(l1: float) -> float:
-        values = fit(base, pool, examples(50), l1=l1, recipe=Recipe(steps=40)).coefficients.values
+        values = fit(base, pool, examples(50), Fitting(l1=l1, recipe=Recipe(steps=40))).coefficients.values
         return sum(abs(c) for per_adapter in values.values() for own in per_adapter for c in own)
 
     assert size(50.0) < 0.1 * size(0.0)
 
 
 def test_the_control_has_nothing_to_learn_from(base: BaseModel, pool: list[OpenAdapter]) -> None:
-    real = fit(base, pool, examples(50), recipe=Recipe(steps=60))
-    control = fit(base, pool, examples(50), recipe=Recipe(steps=60), reinit=True)
+    real = fit(base, pool, examples(50), Fitting(recipe=Recipe(steps=60)))
+    control = fit(base, pool, examples(50), Fitting(recipe=Recipe(steps=60)), reinit=True)
     assert control.learnt.loss_before == real.learnt.loss_before
     assert control.learnt.loss_after > 1.3 * real.learnt.loss_after
 
@@ -160,7 +160,13 @@ def test_a_target_joins_in_front_and_the_control_leaves_it_alone(
     base: BaseModel, pool: list[OpenAdapter], relevant: OpenAdapter
 ) -> None:
     noise = [adapter for adapter in pool if adapter is not relevant]
-    result = fit(base, noise, examples(50), target=relevant, recipe=Recipe(steps=60), reinit=True)
+    result = fit(
+        base,
+        [*noise, relevant],
+        examples(50),
+        Fitting(recipe=Recipe(steps=60), target=relevant.ref.pinned),
+        reinit=True,
+    )
     assert result.coefficients.adapters[0] == relevant.ref.pinned
     assert result.learnt.loss_after < 0.7 * result.learnt.loss_before
 
@@ -174,7 +180,7 @@ def test_what_cannot_be_fitted_is_said(base: BaseModel, pool: list[OpenAdapter])
         fit(base, pool, [*examples(5), Example(id="long", prompt="x" * 80, completion="y")])
     for l1 in (-1.0, math.nan, math.inf):
         with pytest.raises(UsageError, match="--l1"):
-            fit(base, pool, examples(5), l1=l1)
+            fit(base, pool, examples(5), Fitting(l1=l1))
 
 
 def test_a_loss_that_is_not_finite_is_refused(base: BaseModel, tmp_path: Path) -> None:
@@ -182,7 +188,7 @@ def test_a_loss_that_is_not_finite_is_refused(base: BaseModel, tmp_path: Path) -
     factors = {name: (b * 1e14, a * 1e14) for name, (b, a) in random_factors(attention, 2, seed=0).items()}
     huge = opened(write_adapter(tmp_path / "huge", factors))
     with pytest.raises(Refused, match=r"the loss is (nan|inf) at step \d"):
-        fit(base, [huge], examples(20), shape=Shape(activation="linear", init="average"), recipe=SHORT)
+        fit(base, [huge], examples(20), Fitting(shape=Shape(activation="linear", init="average"), recipe=SHORT))
 
 
 class Killed(Exception):
@@ -198,12 +204,17 @@ def test_a_killed_fit_resumes_to_the_same_bits(
             raise Killed
 
     state = tmp_path / "states" / "fit.state"
-    whole = fit(base, pool, examples(20), recipe=SHORT)
+    whole = fit(base, pool, examples(20), Fitting(recipe=SHORT))
     with pytest.raises(Killed):
-        fit(base, pool, examples(20), recipe=SHORT, checkpoint=state, progress=kill)
+        fit(base, pool, examples(20), Fitting(recipe=SHORT), checkpoint=state, progress=kill)
     seen: list[int] = []
     resumed = fit(
-        base, pool, examples(20), recipe=SHORT, checkpoint=state, progress=lambda what, done, total: seen.append(done)
+        base,
+        pool,
+        examples(20),
+        Fitting(recipe=SHORT),
+        checkpoint=state,
+        progress=lambda what, done, total: seen.append(done),
     )
     assert same(resumed, whole)
     assert seen[0] == at // 5 * 5
@@ -214,19 +225,19 @@ def test_a_state_of_another_fit_or_a_broken_one_is_not_taken_up(
     base: BaseModel, pool: list[OpenAdapter], tmp_path: Path
 ) -> None:
     state = tmp_path / "fit.state"
-    fit(base, pool, examples(20), recipe=replace(SHORT, seed=9), checkpoint=state)
-    expected = fit(base, pool, examples(20), recipe=SHORT)
-    assert same(fit(base, pool, examples(20), recipe=SHORT, checkpoint=state), expected)
+    fit(base, pool, examples(20), Fitting(recipe=replace(SHORT, seed=9)), checkpoint=state)
+    expected = fit(base, pool, examples(20), Fitting(recipe=SHORT))
+    assert same(fit(base, pool, examples(20), Fitting(recipe=SHORT), checkpoint=state), expected)
     with np.load(state) as file:
         assert json.loads(str(file["notes"]))["step"] == 20
     state.write_bytes(b"broken")
-    assert same(fit(base, pool, examples(20), recipe=SHORT, checkpoint=state), expected)
+    assert same(fit(base, pool, examples(20), Fitting(recipe=SHORT), checkpoint=state), expected)
 
 
 def test_a_state_that_cannot_be_written(base: BaseModel, pool: list[OpenAdapter], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="cannot be written"):
-        fit(base, pool, examples(20), recipe=SHORT, checkpoint=tmp_path / "file" / "fit.state")
+        fit(base, pool, examples(20), Fitting(recipe=SHORT), checkpoint=tmp_path / "file" / "fit.state")
 
 
 def test_training_repeats_to_the_bit_with_dropout(base: BaseModel, tmp_path: Path) -> None:
@@ -284,7 +295,7 @@ def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) 
         result = train(real, task(ending, 40), tmp_path / name, rank=4, alpha=8, dropout=0.0, recipe=recipe)
         assert result.learnt.loss_after < 0.5 * result.learnt.loss_before
         trained.append(opened(tmp_path / name))
-    result = fit(real, trained, task("lost and gone", 30, offset=3), recipe=Recipe(steps=30))
+    result = fit(real, trained, task("lost and gone", 30, offset=3), Fitting(recipe=Recipe(steps=30)))
     assert result.learnt.loss_after < 0.6 * result.learnt.loss_before
     red, sad = (sum(values[place][0] for values in result.coefficients.values.values()) for place in range(2))
     assert sad > red

@@ -18,7 +18,7 @@ from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.base_model import BaseModel, BaseRef, pin
 from lora_cli.models.skeleton import skeleton
-from lora_cli.recipes import Recipe, Shape
+from lora_cli.recipes import EvalOptions, Recipe, Shape
 from lora_cli.records import Progress, Score, silent
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -195,9 +195,8 @@ class _Guide:
                 self.train,
                 job.folder,
                 run,
+                fitting.Fitting(recipe=recipe, task_sha256=self.task[self.target.train.name]),
                 replace_folder=True,
-                recipe=recipe,
-                task_sha256=self.task[self.target.train.name],
                 progress=self.progress,
             )
 
@@ -220,7 +219,8 @@ class _Guide:
     def _noise(self, chosen: Gathered) -> System:
         """The same fit over noise of the same spread: what it reaches owes nothing to what the adapters know."""
         recipe = Recipe(seed=self.world.seed)
-        result = fitting.fit(self.base, chosen.adapters, self.train, recipe=recipe, reinit=True, progress=self.progress)
+        how = fitting.Fitting(recipe=recipe)
+        result = fitting.fit(self.base, chosen.adapters, self.train, how, reinit=True, progress=self.progress)
         version = " ".join([f"noise, seed {recipe.seed}", *(a.ref.pinned for a in chosen.adapters)])
         return System(name=_NOISE, updates=result.updates, version=version)
 
@@ -240,7 +240,8 @@ class _Guide:
     def _against(self, systems: Sequence[System], one: str, other: str) -> Score:
         """Score `one` with `other` as the baseline, from the rows that are already there."""
         rows = self.folder / "rows.jsonl"
-        scores = evaluate(self.base, systems, self.test, baseline=other, rows_path=rows, seed=self.world.seed)
+        against = EvalOptions(baseline=other)
+        scores = evaluate(self.base, systems, self.test, against, rows_path=rows, seed=self.world.seed)
         return next(score for score in scores if score.system == one)
 
 

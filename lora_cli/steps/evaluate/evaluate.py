@@ -13,6 +13,7 @@ from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
+from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Metric, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
 
@@ -81,11 +82,8 @@ def evaluate(
     base: BaseModel,
     systems: Sequence[System],
     examples: Sequence[Example],
+    options: EvalOptions | None = None,
     *,
-    metric: Metric = "exact",
-    baseline: str = "base",
-    max_new_tokens: int = 30,
-    batch_size: int = 16,
     seed: int = 0,
     rows_path: Path | None = None,
     progress: Progress = silent,
@@ -99,7 +97,7 @@ def evaluate(
 
     Args:
         systems: distinct names; one of them is the base itself (`updates` None).
-        baseline: name of one of them.
+        options: metric, baseline (the name of a system), the longest output, prompts per batch.
         rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again, and
             those of other systems stay.
 
@@ -109,6 +107,8 @@ def evaluate(
         Refused: an adapter does not fit. DataError: an example or a prompt is too long.
         OutputError: the rows cannot be written, or the file holds something else.
     """
+    options = options or EvalOptions()
+    metric, baseline, max_new_tokens = options.metric, options.baseline, options.max_new_tokens
     if metric not in get_args(Metric):
         raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
     names = [system.name for system in systems]
@@ -133,9 +133,9 @@ def evaluate(
             progress(system.name, done, len(examples))
             # All rows are stored already: do not load this system's weights.
             with base.wear(system.updates if left else None, who=system.name):
-                for at in range(0, len(left), 4 * batch_size):
-                    part = [encoded[example.id] for example in left[at : at + 4 * batch_size]]
-                    for row in _answers(base, system.name, part, keys, metric, max_new_tokens, batch_size):
+                for at in range(0, len(left), 4 * options.batch_size):
+                    part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
+                    for row in _answers(base, system.name, part, keys, options):
                         rows.add(row)
                         done += 1
                         progress(system.name, done, len(examples))
@@ -160,17 +160,16 @@ def _answers(
     name: str,
     examples: Sequence[Encoded],
     keys: Mapping[tuple[str, str], str],
-    metric: Metric,
-    max_new_tokens: int,
-    batch_size: int,
+    options: EvalOptions,
 ) -> Any:
+    batch_size = options.batch_size
     likelihoods = base.mean_log_likelihoods(examples, batch_size=batch_size)
-    if metric == "nll":
+    if options.metric == "nll":
         for example, likelihood in zip(examples, likelihoods, strict=True):
             yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
         return
     openings = [example.opening for example in examples]
-    for place, written in base.stream(openings, max_new_tokens=max_new_tokens, batch_size=batch_size):
+    for place, written in base.stream(openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
         example = examples[place]
         yield Row(
             system=name,

@@ -44,29 +44,47 @@ class FitResult:
     n_validation: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitting:
+    """How coefficients are learnt.
+
+    shape: granularity, activation and start of the coefficients; default per module, leaky ReLU, zero.
+    recipe: default 100 steps of 8 examples at a learning rate of 0.05.
+    l1: weight of the mean over groups of Σ|θ|.
+    fraction: share of the examples held out to choose the best step.
+    target: `id@commit` of the adapter that was trained on the task itself, if there is one; it joins in front of the
+        others.
+    controls: "random", the same fit over noise; "target", a new LoRA trained on the same data.
+    task_sha256: SHA-256 of the task's file, which the coefficients name.
+
+    Raises UsageError for an L1 factor or a control that is not one.
+    """
+
+    shape: Shape = field(default_factory=Shape)
+    recipe: Recipe = field(default_factory=Recipe)
+    l1: float = 0.0
+    fraction: float = 0.2
+    target: str = ""
+    controls: Sequence[str] = ()
+    task_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        demand_sane(l1=self.l1, controls=self.controls)
+
+
 def fit(
     base: BaseModel,
     adapters: Sequence[OpenAdapter],
     examples: Sequence[Example],
+    how: Fitting | None = None,
     *,
-    shape: Shape | None = None,
-    l1: float = 0.0,
-    recipe: Recipe | None = None,
-    fraction: float = 0.2,
-    target: OpenAdapter | None = None,
     reinit: bool = False,
-    task_sha256: str = "",
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> FitResult:
-    """Fit one coefficient per adapter and module (or as `shape` says) on 80 % of the examples, by loss on the rest.
+    """Fit one coefficient per adapter and module (or as `how.shape` says) on 80 % of the examples, by loss on the rest.
 
     Args:
-        shape: granularity, activation and start of the coefficients; default per module, leaky ReLU, zero.
-        l1: weight of the mean over groups of Σ|θ|.
-        recipe: default 100 steps of 8 examples at a learning rate of 0.05.
-        fraction: share of the examples held out to choose the best step.
-        target: an adapter trained on the task itself; it joins in front of the others.
         reinit: the control: noise of the same spread in place of every adapter's factors, the target's excepted.
         checkpoint: see `learn`.
 
@@ -74,17 +92,17 @@ def fit(
         NothingMatched: no adapters. Refused: an adapter does not fit, or the loss is not finite.
         DataError: the examples cannot be split, or one is too long. UsageError: settings out of range.
     """
-    shape, recipe = shape or Shape(), recipe or Recipe()
-    demand_sane(l1=l1)
-    if not adapters and target is None:
+    how = how or Fitting()
+    shape, recipe, l1 = how.shape, how.recipe, how.l1
+    if not adapters:
         raise NothingMatched("no adapters to fit", hint="choose some with 'lora select' or name them")
-    together = [*([] if target is None else [target]), *adapters]
-    training, validation = split(examples, fraction=fraction, seed=recipe.seed)
-    kept = 0 if target is None else 1
+    together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
+    training, validation = split(examples, fraction=how.fraction, seed=recipe.seed)
+    kept = 1 if together[0].ref.pinned == how.target else 0
     mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept)
     key = json.dumps(
         [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings, l1]
-        + [recipe.settings, fraction, kept, reinit]
+        + [recipe.settings, how.fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
     with mixture.worn(base):
@@ -105,7 +123,7 @@ def fit(
         values=mixture.values(),
         granularity=shape.granularity,
         activation=shape.activation,
-        task_sha256=task_sha256,
+        task_sha256=how.task_sha256,
         base=base.name,
     )
     return FitResult(
@@ -178,83 +196,88 @@ def fit_and_write(
     examples: Sequence[Example],
     folder: Path,
     run: Run,
+    how: Fitting,
     *,
-    target: str = "",
-    controls: Sequence[str] = (),
-    states: Path | None = None,
     replace_folder: bool = False,
     progress: Progress = silent,
-    **options: Any,
 ) -> FitReport:
     """Fit, compare with the controls, merge with the coefficients found, and write all of it as one folder.
 
-    The folder is a PEFT adapter with coefficients.json and run.json. It is whole or absent.
+    The folder is a PEFT adapter with coefficients.json and run.json. It is whole or absent. States beside it, from
+    which a killed fit resumes, are removed at the end.
 
     Args:
         plan: the adapters, and how the result is to be reduced; its weights are not used.
-        target: `id@commit` of the plan's adapter that was trained on the task itself, if there is one.
-        controls: "random", the same fit over noise; "target", a new LoRA trained on the same data.
-        states: folder for the states from which a killed fit resumes; removed at the end.
-        options: `shape`, `l1`, `recipe`, `fraction` and `task_sha256` of `fit`.
 
     Raises:
-        UsageError: an unknown control.
         Refused: every coefficient is 0, so there is nothing to write. Also the errors of `fit`, `train` and `merge`.
     """
-    demand_sane(controls=controls)
-    recipe = options.get("recipe") or Recipe()
-    state = None if states is None else states / f".fit-{run.key[:16]}.npz"
-    state_of_control = None if states is None else states / f".fit-{run.key[:16]}-control.npz"
-    own = [adapter for adapter in plan.adapters if adapter.ref.pinned == target]
-    others = [adapter for adapter in plan.adapters if adapter.ref.pinned != target]
-    options |= {"target": own[0] if own else None, "progress": progress}
-    if "target" in controls:
+    states = [folder.absolute().parent / f".fit-{run.key[:16]}{part}.npz" for part in ("", "-control")]
+    if "target" in how.controls:
         # Check the settings of the control before the fit, not after it.
-        with base.new_adapter(**TrainOptions().shape, seed=recipe.seed):
+        with base.new_adapter(**TrainOptions().shape, seed=how.recipe.seed):
             pass
-    result = fit(base, others, examples, checkpoint=state, **options)
+    result = fit(base, plan.adapters, examples, how, checkpoint=states[0], progress=progress)
     if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
         raise Refused(
             f"no step lowers the validation loss of {result.learnt.loss_before:.3f}: the base alone is best",
             hint="choose other adapters, or raise --steps",
         )
-    found: dict[str, Learnt] = {}
-    if "random" in controls:
-        found["random"] = fit(base, others, examples, reinit=True, checkpoint=state_of_control, **options).learnt
-    if "target" in controls:
-        with tempfile.TemporaryDirectory() as scratch:
-            long = TargetRecipe(seed=recipe.seed)
-            found["target"] = train(base, examples, Path(scratch), recipe=long, progress=progress).learnt
-    _, held_out = split(examples, fraction=options.get("fraction", 0.2), seed=recipe.seed)
+    found = _controls(base, plan.adapters, examples, how, states[1], progress)
+    _, held_out = split(examples, fraction=how.fraction, seed=how.recipe.seed)
     validation = [base.encode(example) for example in held_out]
     loss_base, each_base = losses(base, validation)
-    ours = result.learnt.each_after
-    comparisons = [_compared("base", loss_base, each_base, ours, recipe.seed)] + [
-        _compared(name, learnt.loss_after, learnt.each_after, ours, recipe.seed) for name, learnt in found.items()
+    ours, seed = result.learnt.each_after, how.recipe.seed
+    comparisons = [_compared("base", loss_base, each_base, ours, seed)] + [
+        _compared(name, learnt.loss_after, learnt.each_after, ours, seed) for name, learnt in found.items()
     ]
     with whole_folder(folder, replace=replace_folder) as partial:
-        inner = partial / "merged"
-        report = merge(replace(plan, coefficients=result.coefficients), inner, run, progress=progress)
-        for file in list(inner.iterdir()):
-            file.rename(partial / file.name)
-        inner.rmdir()
-        (partial / COEFFICIENTS_FILE).write_text(coefficients_text(result.coefficients), encoding="utf-8")
+        report = _merged(plan, result.coefficients, partial, run, progress)
         written = AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME)
         merged = open_adapter(written, base.skeleton)
         with base.wear({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
-        run.outputs[COEFFICIENTS_FILE] = sha256_of(partial / COEFFICIENTS_FILE)
         run.results.update(_results(result, loss_merged, comparisons))
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
-    for used in (state, state_of_control):
-        if used is not None:
-            used.unlink(missing_ok=True)
+    for state in states:
+        state.unlink(missing_ok=True)
     return FitReport(
         fit=result,
         merge=replace(report, folder=folder),
         loss_merged=loss_merged,
         comparisons=tuple(comparisons),
     )
+
+
+def _controls(
+    base: BaseModel,
+    adapters: Sequence[OpenAdapter],
+    examples: Sequence[Example],
+    how: Fitting,
+    state: Path,
+    progress: Progress,
+) -> dict[str, Learnt]:
+    """What the controls learnt, by name."""
+    found: dict[str, Learnt] = {}
+    if "random" in how.controls:
+        found["random"] = fit(base, adapters, examples, how, reinit=True, checkpoint=state, progress=progress).learnt
+    if "target" in how.controls:
+        with tempfile.TemporaryDirectory() as scratch:
+            long = TargetRecipe(seed=how.recipe.seed)
+            found["target"] = train(base, examples, Path(scratch), recipe=long, progress=progress).learnt
+    return found
+
+
+def _merged(plan: MergePlan, coefficients: Coefficients, folder: Path, run: Run, progress: Progress) -> MergeReport:
+    """Merge with the coefficients into `folder`, which exists, and write them beside the result."""
+    inner = folder / "merged"
+    report = merge(replace(plan, coefficients=coefficients), inner, run, progress=progress)
+    for file in list(inner.iterdir()):
+        file.rename(folder / file.name)
+    inner.rmdir()
+    (folder / COEFFICIENTS_FILE).write_text(coefficients_text(coefficients), encoding="utf-8")
+    run.outputs[COEFFICIENTS_FILE] = sha256_of(folder / COEFFICIENTS_FILE)
+    return report
 
 
 def _compared(name: str, loss: float, each: Sequence[float], ours: Sequence[float], seed: int) -> Comparison:

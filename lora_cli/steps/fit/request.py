@@ -14,7 +14,7 @@ from lora_cli.models.forms import Prompting
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.fit.fit import FitReport, asked, demand_sane, fit_and_write
+from lora_cli.steps.fit.fit import FitReport, Fitting, asked, demand_sane, fit_and_write
 from lora_cli.steps.merge.plan import checked_options
 from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
@@ -36,6 +36,14 @@ class FitJob:
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
         """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
         request, task = self.request, self.request.task
+        how = Fitting(
+            shape=request.shape,
+            recipe=request.recipe,
+            l1=request.options.l1,
+            target=self.target,
+            controls=request.options.controls,
+            task_sha256=task.sha256,
+        )
 
         def work(run: Run) -> FitReport:
             request.pool.announce(
@@ -51,15 +59,9 @@ class FitJob:
                 task.examples,
                 self.job.folder,
                 run,
-                target=self.target,
-                controls=request.options.controls,
-                states=self.job.folder.absolute().parent,
+                how,
                 replace_folder=force,
                 progress=progress,
-                task_sha256=task.sha256,
-                shape=request.shape,
-                l1=request.options.l1,
-                recipe=request.recipe,
             )
 
         return run_once(db, self.job, work, force=force)
