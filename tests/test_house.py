@@ -69,6 +69,17 @@ KEEPERS = {
 }  # fmt: skip
 
 
+MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS, MOST_METHODS = 400, 60, 8, 30
+STILL_TOO_LONG = frozenset(("formats/config.py", "formats/modules.py", "models/base_model.py", "steps/pool/sources.py"))
+"""Files that are still to be split."""
+STILL_TOO_WIDE = frozenset(
+    ("checks.examine.examine", "steps.pool.select.select", "steps.pool.select.select_and_remember",
+     "steps.pool.sync.sync", "steps.train.descent.learn", "steps.train.train.train")
+)  # fmt: skip
+"""Functions that are still to be made smaller."""
+EXCUSED = STILL_TOO_LONG | STILL_TOO_WIDE
+
+
 def rooms() -> list[tuple[str, ast.Module]]:
     """Every module of the package by its name below it, parsed."""
     found = []
@@ -229,6 +240,58 @@ def test_a_merge_method_tells_its_weights_cost_use_and_source(name: str) -> None
     sections = METHODS.get(name).sections
     assert [*sections] == ["Weights", "Cost", "Use", "Source"]
     assert all(text.endswith(".") for text in sections.values())
+
+
+def too_long(file: str, text: str) -> list[str]:
+    """What of a file is larger than the house allows: the file, its functions, their parameters, its classes.
+
+    A docstring does not count: that of a method or a command is its page. The entry function of a command has one
+    parameter per option.
+    """
+    found = [f"{file} has {count} lines"] if (count := len(text.splitlines())) > MOST_LINES else []
+    room = file.removesuffix(".py").replace("/", ".")
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            first = node.body[1] if ast.get_docstring(node) is not None and len(node.body) > 1 else node.body[0]
+            lines = (node.end_lineno or 0) - first.lineno + 1 + node.body[0].lineno - node.lineno
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            given = [one for one in arguments if one.arg not in ("self", "cls")]
+            if lines > MOST_LINES_OF_A_FUNCTION:
+                found.append(f"{room}.{node.name} has {lines} lines")
+            if len(given) > MOST_PARAMETERS and not is_entry(file, node):
+                found.append(f"{room}.{node.name} has {len(given)} parameters")
+        elif isinstance(node, ast.ClassDef):
+            methods = sum(isinstance(one, ast.FunctionDef) for one in node.body)
+            if methods > MOST_METHODS:
+                found.append(f"{room}.{node.name} has {methods} methods")
+    return found
+
+
+def is_entry(file: str, function: ast.FunctionDef) -> bool:
+    """Whether Typer calls a function, with one parameter per option: it is in commands/ and takes the `setup`."""
+    return file.startswith("commands/") and any(one.arg == "setup" for one in function.args.kwonlyargs)
+
+
+def test_files_functions_and_classes_stay_small() -> None:
+    found = []
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        found += [one for one in too_long(name, file.read_text(encoding="utf-8")) if one.split()[0] not in EXCUSED]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\n" * 401, "steps/x.py has 401 lines"),
+        ("def f():\n" + "    x = 1\n" * 61, "steps.x.f has 62 lines"),
+        ('def f():\n    """' + "\n" * 70 + '"""\n' + "    x = 1\n" * 61, "steps.x.f has 62 lines"),
+        ("def f(a, b, c, d, e, *, f, g, h, i): ...", "steps.x.f has 9 parameters"),
+        ("class C:\n" + "    def f(self): ...\n" * 31, "steps.x.C has 31 methods"),
+    ],
+)
+def test_what_is_too_large_is_seen(text: str, said: str) -> None:
+    assert too_long("steps/x.py", text) == [said]
 
 
 def test_every_file_of_the_package_that_is_no_code_is_installed_with_it() -> None:

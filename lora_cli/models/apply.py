@@ -54,6 +54,7 @@ def _through(term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Te
 
 def _swap(module: nn.Module, last: str, change: Change) -> list[Any]:
     """Hooks that replace a parameter by another tensor while the module runs."""
+    # Private: torch has no public way to put a plain tensor into a parameter's place and keep the parameters' order.
     own = module._parameters[last]
     assert own is not None
 

@@ -11,7 +11,7 @@ import typer
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, DryRun
 from lora_cli.errors import Partial, UsageError
-from lora_cli.screen import Column
+from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, folder_of
 from lora_cli.text import duration, size
 
@@ -76,6 +76,11 @@ def sync(
             dry_run=dry_run,
             progress=progress,
         )
+    _show(screen, report, dry_run=dry_run)
+
+
+def _show(screen: Screen, report: Any, *, dry_run: bool) -> None:
+    """Print the outcome. Partial if adapters are left."""
     line = _outcome(report)
     if not report.complete:
         id, reason = report.failures[0] if report.failures else ("", "")
