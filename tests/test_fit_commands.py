@@ -171,6 +171,19 @@ def test_a_target_adapter_joins_and_the_options_are_recorded(here: World) -> Non
     assert json.loads(again.out) == {**record("mine"), "schema": "lora.train/1", "out": "mine"}
 
 
+def test_a_fit_and_an_evaluation_draw_beside_their_results(here: World) -> None:
+    told = ok("fit", *QUICK, "--control", "random", "--plot", "fit.svg", "-o", "drawn")
+    assert "plot: fit.svg" in told.err
+    first = Path("fit.svg").read_bytes()
+    assert b"random-LoRA control: " in first
+    again = ok("fit", *QUICK, "--control", "random", "--plot", "fit.svg", "-o", "drawn")
+    assert "up to date" in again.err
+    assert Path("fit.svg").read_bytes() == first
+    shown = json.loads(ok("eval", "drawn", "--plot", "eval.svg", "--json").out)
+    assert shown["plot"] == "eval.svg"
+    assert b"baseline: base" in Path("eval.svg").read_bytes()
+
+
 def test_equal_work_gives_equal_bytes(here: World) -> None:
     for name in ("one", "two"):
         ok("fit", *QUICK, "-o", name)

@@ -4,15 +4,19 @@ import re
 import struct
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
 import pytest
 
 from lora_cli.errors import LoraError, OutputError, Refused, UsageError
-from lora_cli.plots import ModulePair, draw_diff, draw_similarity
+from lora_cli.plots.compare import ModulePair, draw_diff, draw_similarity
+from lora_cli.plots.figure import Colours, colours_for
+from lora_cli.plots.results import Losses, draw_fit, draw_scores
+from lora_cli.records import Coefficients, Metric, Score
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.cli import ok
+from tests.cli import ok, refused
 from tests.test_merge import SHAPES
 
 HOSTILE = (
@@ -49,8 +53,62 @@ def diff(file: Path, names: tuple[str, str] = (HOSTILE[1], HOSTILE[2])) -> None:
     draw_diff(file, names, [*pairs, ModulePair(module="lm_head", norms=(0, 1), cosine=None, spectra=((), (1.0,)))])
 
 
+LOSSES = Losses(
+    points=[(0, None, 1.2), (10, 1.0, 0.9), (20, 0.8, 0.95)],
+    best_step=10,
+    others={"base": 1.2, "random-LoRA control": 0.94},
+)
+
+
+def coefficients(
+    names: tuple[str, ...] = HOSTILE, *, layers: int = 2, granularity: str = "module", scale: float = 1.0
+) -> Coefficients:
+    """Coefficients of both signs, 0.1 apart; the first adapter lacks the first module."""
+    values = {
+        f"model.layers.{layer}.{kind}": tuple(
+            (0.0 if (layer, kind, i) == (0, "attn.q", 0) else scale * (i - 3 + layer / 10),) for i in range(len(names))
+        )
+        for layer in range(layers)
+        for kind in ("attn.q", "attn.k", "mlp.up")
+    }
+    return Coefficients(
+        adapters=tuple(f"{name}@{'0' * 40}" for name in names),
+        values=values,
+        granularity=granularity,
+        activation="linear",
+        task_sha256="",
+        base="acme/base",
+    )
+
+
+def fitted(file: Path) -> None:
+    draw_fit(file, LOSSES, coefficients())
+
+
+def score(system: str, value: float, *, delta: float | None = None, metric: Metric = "exact") -> Score:
+    """A score; its difference to the baseline is `delta` ± 0.1, or it is the baseline's own."""
+    differs = {} if delta is None else {"delta": delta, "delta_low": delta - 0.1, "delta_high": delta + 0.1}
+    return Score(
+        system=system,
+        metric=metric,
+        value=value,
+        low=value - 0.1,
+        high=value + 0.1,
+        n=50,
+        baseline="" if delta is None else "base",
+        **differs,
+    )
+
+
+def scored(file: Path) -> None:
+    draw_scores(file, [score("base", 0.3), *(score(name, 0.1, delta=-0.2) for name in HOSTILE)], "$\\frac.jsonl")
+
+
+PICTURES = [similarity, diff, fitted, scored]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("draw", [similarity, diff])
+@pytest.mark.parametrize("draw", PICTURES)
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".SVG"])
 def test_equal_numbers_give_equal_bytes(draw: Draw, suffix: str, tmp_path: Path) -> None:
     one, other = tmp_path / f"one{suffix}", tmp_path / f"other{suffix}"
@@ -64,7 +122,7 @@ def test_equal_numbers_give_equal_bytes(draw: Draw, suffix: str, tmp_path: Path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [one.name, other.name]
 
 
-@pytest.mark.parametrize("draw", [similarity, diff])
+@pytest.mark.parametrize("draw", PICTURES)
 def test_an_id_is_text_and_no_more(draw: Draw, tmp_path: Path) -> None:
     draw(tmp_path / "x.svg")
     text = (tmp_path / "x.svg").read_text("utf-8")
@@ -188,3 +246,116 @@ def test_a_crowd_is_labelled_by_cluster(tmp_path: Path) -> None:
     words = set(words_of(tmp_path / "x.svg"))
     assert {"1", "2", "cluster"} <= words
     assert "3" not in words
+
+
+def test_colours_fit_their_values() -> None:
+    assert colours_for([-0.02, 0.01, float("nan")]) == Colours("RdBu_r", -0.02, 0.02)
+    assert colours_for([0.4, 0.9]) == Colours("viridis", 0.4, 0.9)
+    assert colours_for([0.7, 0.7]) == Colours("viridis", 0.0, 0.7)
+    assert colours_for([0.0]) == colours_for([]) == Colours("viridis", 0.0, 1.0)
+
+
+@pytest.mark.parametrize("colours", [Colours("RdBu_r", -0.2, 0.2), Colours("viridis", 3.0, 4.0)])
+def test_a_text_can_be_read_on_every_colour(colours: Colours) -> None:
+    for step in range(101):
+        value = colours.low + step / 100 * (colours.high - colours.low)
+        rgb = matplotlib.colormaps[colours.map]((value - colours.low) / (colours.high - colours.low))[:3]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+        light = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+        contrast = 1.05 / (light + 0.05) if colours.ink(value) == "white" else (light + 0.05) / 0.05
+        assert contrast > 4.5, value
+
+
+def test_a_similarity_has_the_colours_of_its_own_range(tmp_path: Path) -> None:
+    cosines = [[1.0, 0.02, -0.01], [0.02, 1.0, 0.0], [-0.01, 0.0, 1.0]]
+    draw_similarity(tmp_path / "x.svg", ["a", "b", "c"], cosines, [1, 2, 3], 7)
+    assert {"0.02", "0.015", "\u22120.015"} <= set(words_of(tmp_path / "x.svg"))
+    assert "1.00" not in words_of(tmp_path / "x.svg")
+
+
+def test_a_fit_shows_its_losses_and_its_coefficients(tmp_path: Path) -> None:
+    draw_fit(tmp_path / "x.svg", LOSSES, coefficients(("one/a", "two/b")))
+    words = words_of(tmp_path / "x.svg")
+    assert {"training", "validation", "best: 0.900", "base: 1.200", "random-LoRA control: 0.940", "coefficient"} <= {
+        *words
+    }
+    assert words.index("one/a") < words.index("two/b")
+    assert {"0 attn.q", "1 mlp.up", "-2.90", "-1.90", "0.00"} <= set(words)
+    assert "2 adapters, the largest coefficients first · 6 modules" in words
+
+
+@pytest.mark.parametrize(
+    ("granularity", "columns", "title"),
+    [
+        ("adapter", {"all modules"}, "1 part"),
+        ("layer", {"0", "1", "layer"}, "2 layers"),
+        ("sublayer", {"0 attn", "0 mlp", "1 attn", "1 mlp"}, "4 sublayers"),
+    ],
+)
+def test_a_column_is_a_part_with_coefficients_of_its_own(
+    granularity: str, columns: set[str], title: str, tmp_path: Path
+) -> None:
+    draw_fit(tmp_path / "x.svg", LOSSES, coefficients(("one/a", "two/b"), granularity=granularity))
+    words = words_of(tmp_path / "x.svg")
+    assert columns <= set(words)
+    assert any(word.endswith(f"· {title}") for word in words)
+    # The value of the adapter that lacks one module of the part.
+    assert "-3.00" in words
+
+
+def test_of_coefficients_per_rank_the_mean_is_shown(tmp_path: Path) -> None:
+    many = {"layers.0.q": ((0.5, 0.7), ()), "layers.0.k": ((0.1, 0.3), (0.4,))}
+    per_rank = replace(coefficients(("one/a", "two/b"), granularity="rank"), values=many)
+    draw_fit(tmp_path / "x.svg", LOSSES, per_rank)
+    words = words_of(tmp_path / "x.svg")
+    assert {"0.60", "0.20", "0.40", "coefficient, the mean over ranks"} <= set(words)
+    assert "nan" not in words
+
+
+@pytest.mark.parametrize(("scale", "written"), [(1.0, True), (1e-4, False), (1e6, False)])
+def test_numbers_that_do_not_fit_their_cells_are_left_to_the_colours(
+    scale: float, written: bool, tmp_path: Path
+) -> None:
+    draw_fit(tmp_path / "x.svg", LOSSES, coefficients(("one/a",), scale=scale))
+    assert ("-2.90" in words_of(tmp_path / "x.svg")) == written
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "layers"), [(200, 32), (500, 2)])
+def test_every_adapter_of_a_fit_and_of_an_evaluation_has_a_label_up_to_some_hundreds(
+    n: int, layers: int, tmp_path: Path
+) -> None:
+    names = tuple(f"owner/adapter-{i}" for i in range(n))
+    draw_fit(tmp_path / "fit.svg", LOSSES, coefficients(names, layers=layers))
+    draw_scores(
+        tmp_path / "eval.svg", [score("base", 0.3), *(score(name, 0.1, delta=-0.2) for name in names)], "t.jsonl"
+    )
+    for file in ("fit.svg", "eval.svg"):
+        assert len({*names} & {*words_of(tmp_path / file)}) == (n if n <= 400 else 0)
+
+
+@pytest.mark.parametrize(("metric", "best"), [("exact", "high"), ("nll", "low")])
+def test_scores_are_sorted_with_the_best_at_the_top_and_the_baseline_marked(
+    metric: Metric, best: str, tmp_path: Path
+) -> None:
+    scores = [
+        score("low", 0.1, delta=-0.2, metric=metric),
+        score("base", 0.3, metric=metric),
+        score("high", 0.35, delta=0.05, metric=metric),
+    ]
+    draw_scores(tmp_path / "x.svg", scores, "task.jsonl")
+    words = words_of(tmp_path / "x.svg")
+    assert sorted(("low", "base", "high"), key=words.index) == (
+        ["high", "base", "low"] if best == "high" else ["low", "base", "high"]
+    )
+    assert {"baseline: base", "no measurable difference", "task.jsonl, n = 50", "0.350"} <= set(words)
+
+
+def test_modules_outside_all_layers_have_a_row_of_their_own(tmp_path: Path) -> None:
+    draw_diff(tmp_path / "x.svg", ("a", "b"), [alone("layers.0.q"), alone("lm_head")])
+    assert "–" in words_of(tmp_path / "x.svg")
+
+
+def test_a_plot_of_another_kind_is_refused_before_the_work() -> None:
+    for words in (("diff", "a", "b"), ("pool", "similarity"), ("fit",), ("eval",)):
+        assert "x.pdf: a plot is .png or .svg" in refused(2, *words, "--plot", "x.pdf")

@@ -8,12 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands import completing
-from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
+from lora_cli.commands.options import Catalogued, Command, Listing, Plot, examples, with_flags
 from lora_cli.screen import Column, near
-
-Plot = Annotated[
-    Path | None, typer.Option("--plot", help="Draw a picture too: a file whose name ends in .png or .svg.")
-]
 
 _COLUMNS = (
     Column("MODULE", "module", wide=True),
@@ -52,10 +48,6 @@ def diff(
     from lora_cli.steps.pool.compare import diff as step
 
     screen = listing.screen()
-    if plot is not None:
-        from lora_cli.plots import demand_plottable
-
-        demand_plottable(plot)
     with screen.progress() as progress, open_pool(setup.load(), screen.say, progress) as pool:
         gathered = pool.adapters([a, b], whole=True)
         one, other = gathered.adapters
@@ -86,7 +78,7 @@ def diff(
 
 def draw(file: Path, names: tuple[str, str], found: Any) -> None:
     """The picture of a steps.compare.Diff."""
-    from lora_cli.plots import ModulePair, draw_diff
+    from lora_cli.plots.compare import ModulePair, draw_diff
 
     pairs = [
         ModulePair(

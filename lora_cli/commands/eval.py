@@ -8,7 +8,7 @@ import typer
 
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
+from lora_cli.commands.options import Command, Listing, Loaded, Plot, Prompts, examples, with_flags
 from lora_cli.errors import Refused
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
@@ -50,6 +50,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
     ] = None,
+    plot: Plot = None,
     *,
     setup: Tested,
     options: EvalOptions,
@@ -74,6 +75,10 @@ def evaluate(
             screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
         request = EvaluateRequest(pool, names, settings, options, prompting)
         scores = request.run(settings.db, out=out, progress=progress)
+    if plot is not None:
+        from lora_cli.plots.results import draw_scores
+
+        draw_scores(plot, scores, request.task.file.name)
     metric, baseline = options.metric, options.baseline
     screen.rows(
         "lora.eval/1",
@@ -81,7 +86,7 @@ def evaluate(
         [_row(score) for score in scores],
         identity="system",
         caption=f"{metric}, n = {scores[0].n}, paired differences to {baseline}, bootstrap seed {settings.seed}",
-        extra={**request.asked, "rows_file": str(request.rows(out))},
+        extra={**request.asked, "rows_file": str(request.rows(out)), "plot": None if plot is None else str(plot)},
     )
     what = "output" if metric == "exact" else "likelihood"
     for score in scores[1:]:
@@ -93,6 +98,8 @@ def evaluate(
             f"wrong answers cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
             "a higher limit may change the scores"
         )
+    if plot is not None:
+        screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
 
 

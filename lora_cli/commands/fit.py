@@ -1,6 +1,8 @@
 """`lora fit`: learn a coefficient per adapter and module from data."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -10,6 +12,7 @@ from lora_cli.commands.options import (
     Command,
     JobOptions,
     OnTask,
+    Plot,
     Prompts,
     Selection,
     downloads,
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 def fit(
     adapters: Adapters = None,
     selection: Selection = None,
+    plot: Plot = None,
     *,
     setup: OnTask,
     shape: Shape,
@@ -63,8 +67,25 @@ def fit(
             screen.document("lora.fit.plan/1", found)
             return
         done = fitting.run(settings.db, force=job.force, progress=progress)
+    if plot is not None:
+        draw(plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())
     screen.say(f"fit: {near(folder)} is up to date" if done.report is None else outcome(done.report))
+    if plot is not None:
+        screen.say(f"  plot: {near(plot)}")
+
+
+def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:
+    """The picture of a fit, from the results in its record and the coefficients in its folder."""
+    from lora_cli.formats.coefficients import COEFFICIENTS_FILE, read_coefficients
+    from lora_cli.plots.results import Losses, draw_fit
+
+    losses = Losses(
+        points=[(point["step"], point["training"], point["validation"]) for point in results["curve"]],
+        best_step=results["best_step"],
+        others={_NAMES[one["against"]]: one["loss"] for one in results["comparisons"]},
+    )
+    draw_fit(file, losses, read_coefficients(folder / COEFFICIENTS_FILE))
 
 
 def outcome(report: "FitReport") -> str:
@@ -104,5 +125,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
+            "lora fit --data task.jsonl --plot fit.svg",
         ),
     )(with_flags(fit))

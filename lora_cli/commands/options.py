@@ -15,6 +15,7 @@ from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
 from lora_cli.models.forms import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
+from lora_cli.plots.figure import demand_plottable
 from lora_cli.records import Adapter, Precision
 from lora_cli.screen import Format, Screen, near
 from lora_cli.settings import Settings, load
@@ -39,6 +40,13 @@ Where = Annotated[
         "--where",
         help="Condition on a column, like 'rank<=16'; repeatable, all must hold.",
         autocompletion=completing.conditions,
+    ),
+]
+
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", help="Draw a picture too: a file whose name ends in .png or .svg.", callback=demand_plottable
     ),
 ]
 

@@ -5,8 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.diff import Plot
-from lora_cli.commands.options import Adapters, Catalogued, Command, Listing, Selection, examples, with_flags
+from lora_cli.commands.options import Adapters, Catalogued, Command, Listing, Plot, Selection, examples, with_flags
 from lora_cli.errors import NothingMatched
 from lora_cli.screen import Column, near
 
@@ -42,10 +41,6 @@ def similarity(
     from lora_cli.steps.pool import compare as step
 
     screen = listing.screen()
-    if plot is not None:
-        from lora_cli.plots import demand_plottable
-
-        demand_plottable(plot)
     step.demand_cut(cut)
     settings = setup.load()
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
@@ -56,7 +51,7 @@ def similarity(
         found = step.in_clusters(step.similarity(gathered.adapters, progress), cut)
     matrix = found.similarity.cosines.tolist()
     if plot is not None:
-        from lora_cli.plots import draw_similarity
+        from lora_cli.plots.compare import draw_similarity
 
         ids = [adapter.ref.id for adapter in found.similarity.adapters]
         draw_similarity(plot, ids, matrix, found.labels, found.similarity.modules)
