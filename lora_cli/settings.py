@@ -4,7 +4,9 @@ import difflib
 import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from lora_cli.errors import UsageError
 
 PROJECT_FILE = "lora.toml"
 BASE_NAMES = "LORA_BASE_NAMES"
+# Limits of the search for folders of a like name.
+_DEEPEST, _MOST_ENTRIES = 32, 5_000
 _OF_ONE_BASE = ("base_aliases", "pool")
 _Layer = tuple[str, Mapping[str, Any], Path]
 
@@ -40,6 +44,36 @@ def folder_of(text: str) -> Path | None:
     # os.path.expanduser and isdir never raise, unlike pathlib, even for over-long or unreadable paths.
     path = os.path.expanduser(text)  # noqa: PTH111
     return Path(path) if os.path.isdir(path) else None  # noqa: PTH112
+
+
+def means_folder(text: str) -> bool:
+    """Whether `text`, if it names no existing folder, is a mistyped one and no id of the Hub.
+
+    It begins or ends like a path, has more parts than an id, or its first part is a folder here; a name with a
+    revision is an id.
+    """
+    name = text.partition(":")[0]
+    if text.startswith((".", "/", "~")) or text.endswith("/") or name.count("/") > 1:
+        return True
+    return "/" in name and "@" not in name and folder_of(name.partition("/")[0]) is not None
+
+
+def folders_like(text: str) -> list[str]:
+    """Existing folders whose names are like that of a missing one, the likeliest first. Never raises."""
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - see folder_of
+    return [str(folder) for folder in _like(path)] if len(path.parts) <= _DEEPEST and "\0" not in text else []
+
+
+def _like(path: Path) -> list[Path]:
+    if folder_of(str(path)) is not None:
+        return [path]
+    found: list[Path] = []
+    for parent in [] if path == path.parent else _like(path.parent):
+        names: list[str] = []
+        with suppress(OSError), os.scandir(parent) as entries:
+            names = sorted(entry.name for entry in islice(entries, _MOST_ENTRIES) if entry.is_dir())
+        found += [parent / name for name in difflib.get_close_matches(path.name, names, n=3)]
+    return found[:3]
 
 
 def _text(value: Any, folder: Path) -> str:

@@ -222,3 +222,71 @@ def test_a_fit_with_wrong_options_is_refused_before_the_hub_is_asked(fake: FakeH
     for words in (("--rank", "x"), ("--control", "nobody"), ("--l1", "-1")):
         refused(2, "fit", "alice/sql", "--data", "task.jsonl", "--base", "acme/tiny", *words)
     assert fake.asked == []
+
+
+def typed(*folders: str) -> None:
+    for folder in folders:
+        Path(folder).mkdir(parents=True)
+
+
+def test_a_mistyped_folder_is_said_and_the_hub_is_not_asked(fake: FakeHub) -> None:
+    typed("runs/merge-1", "runs/fit-2", "adapters/sql", "merged")
+    near = {
+        "runs/mrege-1": "runs/merge-1",
+        "./adapterz/sql": "adapters/sql",
+        "./adapterz/sqll": "adapters/sql",
+        "mreged": "merged",
+        "adapters/deep/sql": "",
+        "runs/none/": "",
+    }
+    for name, like in near.items():
+        message = refused(3, "merge", name)
+        assert f"{name}: no such folder and not in the catalogue" in message
+        assert not like or f"did you mean {like}?" in message
+        assert refused(3, "pool", "fetch", name) == message
+    assert "a repository of the Hub is runs/mrege-1@main" in refused(3, "merge", "runs/mrege-1")
+    assert "did you mean adapters/sql?" in refused(3, "pool", "verify", "./adapterz/sql")
+    assert fake.asked == []
+
+
+def test_a_repository_whose_owner_has_the_name_of_a_folder_is_found_by_its_branch(fake: FakeHub) -> None:
+    typed("alice/other")
+    assert "alice/sql@main" in refused(3, "merge", "alice/sql")
+    ok("merge", "alice/sql@main", "-o", "out")
+    ok("merge", "alice/sql", "-o", "again")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_offline_a_name_that_may_be_a_folder_comes_with_folders_like_it(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    if folder:
+        typed("runs/merge-1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(7, "merge", "rnus/merge-1")
+    assert "offline mode is on" in message
+    assert ("did you mean runs/merge-1?" in message) == folder
+    assert ("no such folder" in message) == folder
+    assert fake.asked == []
+
+
+def test_a_mistyped_folder_of_a_base_model_is_said_and_the_hub_is_not_asked(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed("bases/llama", "base")
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    for name, like in (("bases/lama", "bases/llama"), ("./bsae", "base"), ("../x/y", ""), ("bases/llama/x", "")):
+        for words in (
+            ("fit", "alice/sql", "--data"),
+            ("train", "--data"),
+            ("eval", "alice/sql", "--data"),
+            ("task", "show"),
+        ):
+            message = refused(3, *words, "task.jsonl", "--base", name)
+            assert f"no base model at {name}: no such folder" in message
+            assert (f"did you mean {like}" if like else "a Hub id or an existing folder") in message
+    assert "run hf download bases/lama" in refused(3, "train", "--data", "task.jsonl", "--base", "bases/lama")
+    assert fake.asked == []
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    message = refused(7, "train", "--data", "task.jsonl", "--base", "bse")
+    assert "did you mean the folder base" in message

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,14 +17,14 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.errors import NothingMatched, Refused
+from lora_cli.errors import NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
 from lora_cli.formats.config import shortened
 from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
 from lora_cli.formats.reader import DTYPES
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
-from lora_cli.settings import folder_of
+from lora_cli.settings import folder_of, folders_like, means_folder
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -113,7 +114,7 @@ class HubModel(NamedTuple):
 def folder_or_hub(name: str) -> Path | HubModel:
     """A model's folder, or a possible id on the Hub: `owner/name` or `owner/name@revision`.
 
-    NothingMatched for anything else.
+    NothingMatched for anything else, such as a mistyped folder, with folders of a like name.
     """
     folder = folder_of(name)
     if folder is not None:
@@ -121,11 +122,37 @@ def folder_or_hub(name: str) -> Path | HubModel:
             raise NothingMatched(f"{name} holds no model: {CONFIG} is missing", hint="name the model's own folder")
         return folder
     repo, revision = split_revision(name)
-    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or not repo:
-        raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
+    if not repo or (means_folder(name) and not _in_cache(repo)):
+        raise _no_folder(name)
     if not _REVISION.fullmatch(revision or MAIN):
         raise NothingMatched(f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit after @")
     return HubModel(repo, revision or MAIN)
+
+
+def _in_cache(repo: str) -> bool:
+    with suppress(UsageError):
+        return cached_file(repo, CONFIG) is not None
+    return False
+
+
+def _no_folder(name: str) -> NothingMatched:
+    like = folders_like(name)
+    hint = f"did you mean {' or '.join(like)}?" if like else "set base to a Hub id or an existing folder"
+    if name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
+        hint += f" · for the Hub's model run hf download {name}"
+    return NothingMatched(f"no base model at {name}: no such folder", hint=hint)
+
+
+@contextmanager
+def or_a_folder_like(name: str) -> Iterator[None]:
+    """Add the folders of a name like `name` to an error of the Hub about `name`."""
+    try:
+        yield
+    except (NothingMatched, NetworkError) as error:
+        if not (like := folders_like(name)):
+            raise
+        hint = f"did you mean the folder {' or '.join(like)}? · {error.hint}"
+        raise type(error)(error.message, hint=hint) from error
 
 
 def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True, weights: bool = True) -> Path | None:

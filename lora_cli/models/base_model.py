@@ -19,7 +19,7 @@ from lora_cli.algebra.devices import resolve_device
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import public_base
-from lora_cli.formats.checkpoint import HubModel, cached_model, folder_or_hub, version_of_folder
+from lora_cli.formats.checkpoint import HubModel, cached_model, folder_or_hub, or_a_folder_like, version_of_folder
 from lora_cli.formats.skeleton import Matrix, Skeleton
 from lora_cli.hub.client import Hub
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
@@ -535,15 +535,16 @@ def _version_on_hub(model: HubModel) -> str:
     """The commit of the copy in the Hub client's cache if that is complete, else of the revision on the Hub."""
     if cached := cached_model(*model):
         return cached.name
-    if not Hub().exists(model.repo):
-        raise NothingMatched(
-            f"no base model {model.repo}", hint="check the id; for a private one log in with 'hf auth login'"
-        )
-    try:
-        # Download by branch name, so that the cache records which commit the branch points to.
-        found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
-    except Exception as error:
-        _translate(str(model), error)
+    with or_a_folder_like(model.repo):
+        if not Hub().exists(model.repo):
+            raise NothingMatched(
+                f"no base model {model.repo}", hint="check the id; for a private one log in with 'hf auth login'"
+            )
+        try:
+            # Download by branch name, so that the cache records which commit the branch points to.
+            found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
+        except Exception as error:
+            _translate(str(model), error)
     return Path(found).parent.name
 
 

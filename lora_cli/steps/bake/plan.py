@@ -18,6 +18,7 @@ from lora_cli.formats.checkpoint import (
     cached_model,
     folder_or_hub,
     open_checkpoint,
+    or_a_folder_like,
     size_of,
     version_of_folder,
     wanted_files,
@@ -85,7 +86,8 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
     if isinstance(found, Path):
         checkpoint = _open(found, name)
         return Base(name=name, version=version_of_folder(found), checkpoint=checkpoint)
-    cached = _here(found) or download_base(Hub(progress=progress), *found, announce=announce, progress=progress)
+    with or_a_folder_like(found.repo):
+        cached = _here(found) or download_base(Hub(progress=progress), *found, announce=announce, progress=progress)
     return Base(name=name, version=cached.name, checkpoint=_open(cached, name))
 
 

@@ -15,6 +15,7 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
 from lora_cli.records import Adapter, Candidate, Progress, silent
+from lora_cli.settings import folders_like, means_folder
 from lora_cli.sources import Found
 from lora_cli.sources.hub import HubReader
 from lora_cli.steps.bases import skeleton_here
@@ -44,7 +45,7 @@ def look_up(
 
     An adapter from the Hub is pinned to its commit and, if it is usable, stored; only then is a row at another commit
     replaced. Nothing is sent for a name in the catalogue, for an older commit whose files are in the cache (its row is
-    left as it is), or for text that cannot be a Hub id.
+    left as it is), or for text that cannot be a Hub id or is a mistyped folder.
 
     Args:
         text: a catalogue id, a folder, or `owner/name[@revision][:subfolder]` with a branch, tag or commit.
@@ -63,7 +64,7 @@ def look_up(
     try:
         row = catalogue.named(text)
     except NothingMatched as error:
-        unknown = error
+        unknown = _unknown(catalogue, text, error)
     else:
         if not base or not names_no_base(row):
             return row
@@ -100,7 +101,7 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
     try:
         return catalogue.named(text)
     except NothingMatched as error:
-        unknown = error
+        unknown = _unknown(catalogue, text, error)
     rules = Rules("", (), lambda: None, with_skeleton=False)
     return _older(catalogue, text) or _on_hub(catalogue, text, rules, unknown, progress).stub
 
@@ -161,6 +162,17 @@ def _older(catalogue: Catalogue, text: str) -> Adapter | None:
     return row if row.source == "hub" and locate(row.ref) is not None else None
 
 
+def _unknown(catalogue: Catalogue, text: str, error: NothingMatched) -> NothingMatched:
+    """The catalogue's `error` about `text`; also about a folder, if one can be meant."""
+    like, folder = folders_like(text), means_folder(text)
+    if not (like or folder) or catalogue.known([_REVISION.sub("", text, count=1)]):
+        return error
+    hints = [f"did you mean {' or '.join(like)}?"] if like else []
+    if folder and _REPO.fullmatch(text):
+        hints.append(f"a repository of the Hub is {text}@main")
+    return NothingMatched(f"{text}: no such folder and not in the catalogue", hint=" · ".join([*hints, error.hint]))
+
+
 def _on_hub(catalogue: Catalogue, text: str, rules: Rules, unknown: NothingMatched, progress: Progress) -> Found:
     """The adapter of this name on the Hub; raises `unknown` if the Hub must not be asked."""
     revision = _REVISION.search(text)
@@ -170,7 +182,7 @@ def _on_hub(catalogue: Catalogue, text: str, rules: Rules, unknown: NothingMatch
     if parts is None or os.path.exists(name):  # noqa: PTH110 - this one never raises
         raise unknown
     row = catalogue.known([name]).get(name)
-    if row is not None and row.repo != parts[1]:
+    if means_folder(text) if row is None else row.repo != parts[1]:
         raise unknown
     reader = HubReader(Hub(progress=progress), rules)
     try:
