@@ -26,7 +26,7 @@ from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fi
 from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_end
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
-from lora_cli.models.skeleton import class_of, quiet, skeleton_of
+from lora_cli.models.skeleton import class_of, quiet, read_config, skeleton_of
 from lora_cli.records import Example, Prompt
 from lora_cli.settings import folder_of
 
@@ -399,7 +399,7 @@ class BaseRef:
 
         Raises:
             AccessDenied, NetworkError: the model cannot be downloaded.
-            Refused: the model is not a causal language model that this tool can load, or its weights are incomplete.
+            Refused: the model cannot be loaded, or its weights are incomplete.
         """
         options: dict[str, Any] = {"local_files_only": True}
         if folder_of(self.place) is None:
@@ -409,8 +409,7 @@ class BaseRef:
             with quiet():
                 tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
                 config = _hf.AutoConfig.from_pretrained(self.place, trust_remote_code=False, **options)
-                cls = _writer_of_text(config, self.place)
-                model, report = cls.from_pretrained(
+                model, report = class_of(config).from_pretrained(
                     self.place,
                     trust_remote_code=False,
                     dtype=DTYPES[self.dtype],
@@ -449,14 +448,17 @@ def pin(
 
     Raises:
         NothingMatched, AccessDenied, NetworkError: no such base, or the Hub cannot be asked for its commit.
-        UsageError, Refused: see `resolve`.
+        Refused: not a causal language model. UsageError, Refused: see `resolve`.
     """
     device, dtype = resolve(device, dtype)
     found = folder_or_hub(name_or_path)
+    folder = found if isinstance(found, Path) else _copy_of(found)
+    # Refuse before the weights are hashed, which can take a minute.
+    _demand_causal(folder, name_or_path)
     return BaseRef(
         place=str(found) if isinstance(found, Path) else found.repo,
         name=name or public_base(name_or_path),
-        version=version_of_folder(found) if isinstance(found, Path) else _version_on_hub(found),
+        version=version_of_folder(folder) if folder is found else folder.name,
         device=device,
         dtype=dtype,
         prompting=prompting or Prompting(),
@@ -480,7 +482,7 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
     place = str(found) if isinstance(found, Path) else found.repo
     if not isinstance(found, Path):
         here = cached_model(*found, weights=False)
-        version = _version_on_hub(found) if here is None else here.name
+        version = (here or _copy_of(found)).name
         options = {"local_files_only": here is not None, "revision": version}
     try:
         with quiet():
@@ -531,10 +533,12 @@ def _cuda_devices(device: torch.device) -> list[torch.device]:
     return [device] if device.type == "cuda" else []
 
 
-def _version_on_hub(model: HubModel) -> str:
-    """The commit of the copy in the Hub client's cache if that is complete, else of the revision on the Hub."""
+def _copy_of(model: HubModel) -> Path:
+    """The folder in the Hub client's cache that has the name of the model's commit: of the copy that is here if it is
+    complete, else of the revision's configuration, which is downloaded.
+    """
     if cached := cached_model(*model):
-        return cached.name
+        return cached
     with or_a_folder_like(model.repo):
         if not Hub().exists(model.repo):
             raise NothingMatched(
@@ -545,16 +549,21 @@ def _version_on_hub(model: HubModel) -> str:
             found = _hf.utils.cached_file(model.repo, "config.json", revision=model.revision)
         except Exception as error:
             _translate(str(model), error)
-    return Path(found).parent.name
+    return Path(found).parent
 
 
-def _writer_of_text(config: Any, name: str) -> Any:
-    """The model's own class; Refused for one that cannot continue a text."""
+def _demand_causal(folder: Path, name: str) -> None:
+    """Refused for a model that cannot continue a text; a configuration that cannot be read is left to `load`."""
+    config = read_config(folder)
+    if config is None:
+        return
     cls = class_of(config)
     if cls is None or not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
         kind = "not a model of transformers" if cls is None else f"a {cls.__name__}"
-        raise Refused(f"{name} is {kind}, which cannot continue a text", hint="use a causal language model as base")
-    return cls
+        raise Refused(
+            f"{name} is {kind}, and no causal language model: it cannot continue a text",
+            hint="give --base a causal language model; merge and bake take other models too",
+        )
 
 
 def _translate(name: str, error: Exception) -> NoReturn:
