@@ -140,6 +140,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
             recipe=recipe,
             out=_path(out),
             announce=self._pool.announce,
+            progress=self._pool.progress,
         )
         training.run(self.settings.db, force=force, progress=self._pool.progress)
         return training.job.folder

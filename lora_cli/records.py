@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -15,12 +16,24 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 ALL_LINEAR = "all-linear"
 """PEFT's target for every linear layer."""
 
+PATIENCE = 2.0
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""
 
 
 def silent(what: str, done: int, total: int) -> None:
     """The Progress that shows nothing, the default in a notebook."""
+
+
+def patient(progress: Progress) -> Progress:
+    """`progress` for work that is mostly quick: it is called from the third second on."""
+    begin = time.monotonic()
+
+    def report(what: str, done: int, total: int) -> None:
+        if time.monotonic() - begin >= PATIENCE:
+            progress(what, done, total)
+
+    return report
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

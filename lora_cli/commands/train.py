@@ -41,21 +41,22 @@ def train(
 
     from lora_cli.steps.train.request import train_job
 
-    training = train_job(
-        task,
-        settings,
-        options=options,
-        recipe=recipe,
-        prompting=prompting,
-        out=job.out,
-        announce=screen.say,
-    )
-    folder = training.job.folder
-    if job.dry_run:
-        found = {"out": str(folder), **training.job.settings, "matrices": training.matrices}
-        screen.document("lora.train.plan/1", found)
-        return
     with screen.progress() as progress:
+        training = train_job(
+            task,
+            settings,
+            options=options,
+            recipe=recipe,
+            prompting=prompting,
+            out=job.out,
+            announce=screen.say,
+            progress=progress,
+        )
+        folder = training.job.folder
+        if job.dry_run:
+            found = {"out": str(folder), **training.job.settings, "matrices": training.matrices}
+            screen.document("lora.train.plan/1", found)
+            return
         done = training.run(settings.db, force=job.force, progress=progress)
     show_output(screen, "lora.train/1", folder, done.run.record())
     if done.report is None:

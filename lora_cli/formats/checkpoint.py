@@ -24,6 +24,7 @@ from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header
 from lora_cli.formats.reader import DTYPES
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
+from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import folder_of, folders_like, means_folder
 
 CONFIG: Final = "config.json"
@@ -185,13 +186,14 @@ def wanted_files(files: Collection[str], index: Path | None, name: str) -> list[
     return [*other, INDEX, *sorted(set(_weight_map(_object(index, name), name).values()))]
 
 
-def version_of_folder(folder: Path) -> str:
+def version_of_folder(folder: Path, progress: Progress = silent) -> str:
     """The head of a SHA-256 over the files that loading reads: 40 hex digits.
 
     Takes a second per gigabyte or so.
     """
+    report = patient(progress)
     read = [file for file in _files(folder) if file.suffix in _READ or file.name.startswith(_NUMBERED)]
-    text = "".join(f"{file.name}\n{sha256_of(file)}\n" for file in read)
+    text = "".join(f"{file.name}\n{sha256_of(file, report)}\n" for file in read)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 

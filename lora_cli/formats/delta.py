@@ -15,7 +15,7 @@ from lora_cli.formats.reader import read_tensor
 from lora_cli.formats.run_record import read_record
 from lora_cli.formats.store import sha256_of
 from lora_cli.hashes import Stamp, stamp
-from lora_cli.records import AdapterRef
+from lora_cli.records import AdapterRef, Progress, patient, silent
 from lora_cli.settings import folder_of
 
 DENSE_FILE: Final = "delta.safetensors"
@@ -76,7 +76,7 @@ def metadata(*, fan_in_fan_out: bool) -> dict[str, str]:
     return {_FLAG: str(fan_in_fan_out).lower()}
 
 
-def open_delta(folder: Path) -> OpenDelta:
+def open_delta(folder: Path, progress: Progress = silent) -> OpenDelta:
     """Read record and header of a dense result; the updates stay on disk.
 
     Raises:
@@ -87,7 +87,7 @@ def open_delta(folder: Path) -> OpenDelta:
     with reading(file):
         opened = stamp(file.stat())
     name = "/".join(folder.resolve().parts[-2:]).lstrip("/")
-    sha256 = sha256_of(file)
+    sha256 = sha256_of(file, patient(progress))
     try:
         base, wanted = str(record["settings"]["base"]), record["outputs"][DENSE_FILE]
     except (KeyError, TypeError):

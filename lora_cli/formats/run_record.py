@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError, OutputError
+from lora_cli.hashes import file_sha256
+from lora_cli.records import Progress, patient, silent
 
 RECORD_FILE = "run.json"
 _PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers", "peft", "huggingface_hub")
@@ -123,7 +125,7 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 
 
-def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool:
+def claim(folder: Path, key: str, *, force: bool, replace: bool = False, progress: Progress = silent) -> bool:
     """Is this run's result already in `folder`? True: reuse it. False: the folder is free, do the work.
 
     Args:
@@ -138,7 +140,7 @@ def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool
         if folder.is_symlink():
             raise OutputError(f"{folder}: a link; outputs are never written through links")
         if finished(folder, key):
-            if not force and (changed := _changed(folder)):
+            if not force and (changed := _changed(folder, progress)):
                 raise OutputError(
                     f"{folder / changed} has changed since it was written", hint="replace the folder with --force"
                 )
@@ -156,16 +158,15 @@ def claim(folder: Path, key: str, *, force: bool, replace: bool = False) -> bool
     return False
 
 
-def _changed(folder: Path) -> str:
+def _changed(folder: Path, progress: Progress) -> str:
     """The first output that is missing or differs from its record, "" for none."""
-    outputs = read_record(folder)["outputs"]
+    outputs, report = read_record(folder)["outputs"], patient(progress)
     for name, sha256 in outputs.items():
         # Open regular files only: opening a pipe could block for ever.
         if not (folder / name).is_file():
             return str(name)
-        with (folder / name).open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-                return str(name)
+        if file_sha256(folder / name, report) != sha256:
+            return str(name)
     return "" if outputs else RECORD_FILE
 
 

@@ -9,7 +9,7 @@ from lora_cli.formats.config import MAX_CONFIG_BYTES
 from lora_cli.formats.header import reading
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.hashes import file_sha256
-from lora_cli.records import AdapterRef
+from lora_cli.records import AdapterRef, Progress, silent
 from lora_cli.settings import folder_of
 
 
@@ -76,10 +76,10 @@ def read_config(folder: Path) -> bytes | None:
             return file.read(MAX_CONFIG_BYTES + 1)
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: Path, progress: Progress = silent) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
 
     An unchanged file that this process has hashed already is not read again.
     """
     with reading(path):
-        return file_sha256(path)
+        return file_sha256(path, progress)

@@ -27,7 +27,7 @@ from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import class_of, quiet, read_config, skeleton_of
-from lora_cli.records import Example, Prompt
+from lora_cli.records import Example, Progress, Prompt, silent
 from lora_cli.settings import folder_of
 
 _hf: Any = transformers  # its annotations do not bear strict checking
@@ -36,6 +36,7 @@ _hf.utils.logging.disable_progress_bar()
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IGNORED = -100
+_LOADING = "loading the base"
 # Stop transformers from applying an adapter beside the model, and from asking the network for one.
 _NO_ADAPTER: Mapping[str, Any] = {"local_files_only": True, "subfolder": "no-adapter"}
 _LOADING_FAILS = (OSError, ValueError, KeyError, RuntimeError, ImportError)
@@ -394,7 +395,7 @@ class BaseRef:
         """The base's part of a run's inputs."""
         return {f"base:{self.name}@{self.version}": self.version}
 
-    def load(self) -> BaseModel:
+    def load(self, progress: Progress = silent) -> BaseModel:
         """Load the model. Code that comes with a model is never run, pickles are never opened.
 
         Raises:
@@ -405,6 +406,7 @@ class BaseRef:
         if folder_of(self.place) is None:
             # Use a copy on this machine as it is: no request, and the same base in later runs.
             options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
+        progress(_LOADING, 0, 0)
         try:
             with quiet():
                 tokenizer = _hf.AutoTokenizer.from_pretrained(self.place, trust_remote_code=False, **options)
@@ -428,7 +430,9 @@ class BaseRef:
                 f"{self.place}: {len(missing)} tensors are missing from its weights, such as {missing[0]}",
                 hint="download the base model again",
             )
-        return BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
+        base = BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
+        progress(_LOADING, 1, 1)
+        return base
 
 
 def pin(
@@ -438,6 +442,7 @@ def pin(
     device: str = "auto",
     dtype: str = "auto",
     prompting: Prompting | None = None,
+    progress: Progress = silent,
 ) -> BaseRef:
     """Pin a base model without loading it. Hashing the weights of a folder takes about a second per gigabyte.
 
@@ -458,7 +463,7 @@ def pin(
     return BaseRef(
         place=str(found) if isinstance(found, Path) else found.repo,
         name=name or public_base(name_or_path),
-        version=version_of_folder(folder) if folder is found else folder.name,
+        version=version_of_folder(folder, progress) if folder is found else folder.name,
         device=device,
         dtype=dtype,
         prompting=prompting or Prompting(),

@@ -22,6 +22,7 @@ from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import Granularity, Shape
+from lora_cli.records import Progress, patient, silent
 
 _LAYER = re.compile(r"(.*?\.\d+)\.([^.]+)")
 
@@ -81,6 +82,7 @@ class Mixture:
         seed: int = 0,
         reinit: bool = False,
         kept: int = 0,
+        progress: Progress = silent,
     ) -> None:
         self.adapters = tuple(adapter.ref.pinned for adapter in adapters)
         self.shape = shape
@@ -90,9 +92,11 @@ class Mixture:
                 adapter.ref.id,
             )
         self._blocks: dict[str, _Block] = {}
-        for module in all_modules(adapters):
+        modules, report = all_modules(adapters), patient(progress)
+        for done, module in enumerate(modules, 1):
             generator = torch.Generator().manual_seed(_seed_of(seed, module)) if reinit else None
             self._blocks[module] = _block(base, adapters, module, generator, kept)
+            report("loading adapters", done, len(modules))
         self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
         self.theta = self._start(seed).to(base.device).requires_grad_()
         self._current: dict[str, Tensor] = {}

@@ -13,7 +13,7 @@ from lora_cli.formats.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
-from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.records import Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
@@ -152,7 +152,11 @@ class Pool:
         """
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
-        found = [self._find(name, whole=whole) for name in names]
+        report = patient(self.progress)
+        found = []
+        for done, name in enumerate(names, 1):
+            found.append(self._find(name, whole=whole))
+            report("looking up adapters", done, len(names))
         rows = [row for _, row in found if row is not None]
         base = self.base or base_of_rows(rows)
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
@@ -168,6 +172,7 @@ class Pool:
             # Open before hashing, so that a later change of the file is detected on read.
             adapters.append(opened(files, skeleton, whole=whole))
             inputs[ref.pinned] = sha256_of_weights(files, row)
+            report("opening adapters", len(adapters), len(here))
         if skeleton is None:
             demand_common_names(adapters)
             demand_one_form_of_projections(adapters)
@@ -193,7 +198,7 @@ class Pool:
         if folder is None:
             found = self.adapters([name])
             return found.adapters[0], found.base, found.inputs
-        delta = open_delta(folder)
+        delta = open_delta(folder, self.progress)
         known = names_of(self.catalogue, self.base, self.aliases)
         check_bases([Declared(delta.ref, delta.base)], self.base, known)
         return delta, public_base(self.base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}

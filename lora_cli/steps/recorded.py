@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from lora_cli.catalogue import runs
 from lora_cli.formats.run_record import Run, claim, key_of
+from lora_cli.records import Progress, silent
 
 Report = TypeVar("Report")
 
@@ -48,7 +49,13 @@ class Finished(Generic[Report]):
 
 
 def run_once(
-    db: Path, job: Job, work: Callable[[Run], Report], *, force: bool, replace: bool = False
+    db: Path,
+    job: Job,
+    work: Callable[[Run], Report],
+    *,
+    force: bool,
+    replace: bool = False,
+    progress: Progress = silent,
 ) -> Finished[Report]:
     """Do `job` by `work`, unless its result exists, and record the run in `db` however it ends.
 
@@ -60,7 +67,7 @@ def run_once(
     Raises:
         OutputError: the folder holds something else, or a result that was changed since.
     """
-    done = claim(job.folder, job.key, force=force, replace=replace)
+    done = claim(job.folder, job.key, force=force, replace=replace, progress=progress)
     with runs.recorded(db, job.verb, job.settings, job.inputs, job.folder) as run:
         run.device = job.device
         if done:

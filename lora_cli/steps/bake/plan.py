@@ -85,7 +85,7 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
     found = folder_or_hub(model)
     if isinstance(found, Path):
         checkpoint = _open(found, name)
-        return Base(name=name, version=version_of_folder(found), checkpoint=checkpoint)
+        return Base(name=name, version=version_of_folder(found, progress), checkpoint=checkpoint)
     with or_a_folder_like(found.repo):
         cached = _here(found) or download_base(Hub(progress=progress), *found, announce=announce, progress=progress)
     return Base(name=name, version=cached.name, checkpoint=_open(cached, name))

@@ -25,7 +25,7 @@ class BakeJob:
         def work(run: Run) -> BakeReport:
             return bake(self.plan, self.job.folder, run, replace=force, progress=progress)
 
-        return run_once(db, self.job, work, force=force)
+        return run_once(db, self.job, work, force=force, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,13 @@ class EvaluateRequest:
             f"eval: {len(self.task.examples)} examples of {self.task.file.name} ({origin}); "
             f"baseline {self.options.baseline}; base {base}"
         )
-        ref = pin(base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
+        ref = pin(
+            base,
+            device=settings.device,
+            dtype=settings.dtype,
+            prompting=prompting or Prompting(),
+            progress=pool.progress,
+        )
         gathered = pool.adapters(names)
         self.ref = replace(ref, name=gathered.base)
         self.inputs = {**self.ref.inputs, **gathered.inputs, self.task.file.name: self.task.sha256}
@@ -76,7 +82,7 @@ class EvaluateRequest:
         """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
         with runs.recorded(db, "eval", self.asked, self.inputs, self.rows(out)) as run:
             run.device = self.ref.device
-            loaded = self.ref.load()
+            loaded = self.ref.load(progress)
             for line in told(look(self.task.examples, loaded.encoder)):
                 self.pool.announce(line)
             scores = evaluate(

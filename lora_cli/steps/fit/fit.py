@@ -99,7 +99,7 @@ def fit(
     together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
     training, validation = split(examples, fraction=how.fraction, seed=recipe.seed)
     kept = 1 if together[0].ref.pinned == how.target else 0
-    mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept)
+    mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress)
     key = json.dumps(
         [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings, l1]
         + [recipe.settings, how.fraction, kept, reinit]

@@ -50,7 +50,7 @@ class FitJob:
                 f"fit: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {request.recipe.seed}; "
                 f"base {request.base}"
             )
-            loaded = self.ref.load()
+            loaded = self.ref.load(progress)
             for line in told(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
                 request.pool.announce(line)
             return fit_and_write(
@@ -64,7 +64,7 @@ class FitJob:
                 progress=progress,
             )
 
-        return run_once(db, self.job, work, force=force)
+        return run_once(db, self.job, work, force=force, progress=progress)
 
 
 class FitRequest:
@@ -101,7 +101,13 @@ class FitRequest:
     def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
         """Open the adapters, downloading missing files, and check everything that needs no weights."""
         settings = self.settings
-        ref = pin(self.base, device=settings.device, dtype=settings.dtype, prompting=prompting or Prompting())
+        ref = pin(
+            self.base,
+            device=settings.device,
+            dtype=settings.dtype,
+            prompting=prompting or Prompting(),
+            progress=self.pool.progress,
+        )
         gathered = self.pool.adapters(self.names)
         target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
         # A merge computes in float64, which Apple's GPUs do not have.

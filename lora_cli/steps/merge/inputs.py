@@ -111,7 +111,7 @@ class ModuleInputs:
             DataError: a task file cannot be used. OutputError: the folder cannot be written.
             Refused: an adapter does not fit the base, or one of its modules does not see every token.
         """
-        base = self.base.load()
+        base = self.base.load(progress)
         self._dtype, self._spool = base.dtype, folder / "inputs"
         read = {file: self._drawn(base, file) for file in self._hashes}
         for done, adapter in enumerate(adapters):

@@ -55,7 +55,7 @@ class MergeJob:
                     self.samples.collect(self.plan.adapters, self.plan.modules, Path(spool), progress=progress)
                 return merge(self.plan, self.job.folder, run, replace=force, lock=self.lock, progress=progress)
 
-        done = run_once(db, self.job, work, force=force)
+        done = run_once(db, self.job, work, force=force, progress=progress)
         if done.report is None and self.lock is not None:
             demand_same_outputs(self.lock, done.run.outputs)
         return done
@@ -214,7 +214,13 @@ class MergeRequest:
                 hint="give --data FILE.jsonl",
             )
         settings = self.settings
-        ref = pin(base_of(settings), device=settings.device, dtype=settings.dtype, prompting=prompting)
+        ref = pin(
+            base_of(settings),
+            device=settings.device,
+            dtype=settings.dtype,
+            prompting=prompting,
+            progress=self.pool.progress,
+        )
         return ModuleInputs(base=ref, files=data_of(data, adapters), seed=settings.seed)
 
 

@@ -23,7 +23,7 @@ from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.outputs import whole_folder
-from lora_cli.records import Progress, silent
+from lora_cli.records import Progress, patient, silent
 from lora_cli.screen import safe
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
@@ -96,7 +96,7 @@ def merge(
         effect = Effect(plan.adapters)
         reports, kept, total = (_write_dense if plan.options.dense else _write_factors)(plan, effect, partial, progress)
         weights = DENSE_FILE if plan.options.dense else WEIGHTS_NAME
-        sha256 = sha256_of(partial / weights)
+        sha256 = sha256_of(partial / weights, patient(progress))
         report = MergeReport(
             folder=folder,
             modules=tuple(reports),

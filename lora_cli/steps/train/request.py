@@ -51,7 +51,7 @@ class TrainJob:
                 f"train: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {seed}; "
                 f"base {self.base}"
             )
-            loaded = self.ref.load()
+            loaded = self.ref.load(progress)
             for line in told(look(task.examples, loaded.encoder, seed=seed)):
                 self.announce(line)
             return train_and_write(
@@ -65,7 +65,7 @@ class TrainJob:
                 **self.options.shape,
             )
 
-        return run_once(db, self.job, work, force=force)
+        return run_once(db, self.job, work, force=force, progress=progress)
 
 
 def train_job(
@@ -77,6 +77,7 @@ def train_job(
     prompting: Prompting | None = None,
     out: Path | None = None,
     announce: Callable[[str], None],
+    progress: Progress = silent,
 ) -> TrainJob:
     """The training of a new LoRA on `task`, checked as far as that needs no weights.
 
@@ -93,6 +94,7 @@ def train_job(
         device=settings.device,
         dtype=settings.dtype,
         prompting=prompting or Prompting(),
+        progress=progress,
     )
     job = Job(
         verb="train",
