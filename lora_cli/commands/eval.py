@@ -61,6 +61,7 @@ def evaluate(
 
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
+    `lora runs answers` shows the wrong answers.
     """
     from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool

@@ -1,5 +1,6 @@
 """`lora runs`: the recorded runs, their inputs and their outcomes."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -7,6 +8,9 @@ import typer
 
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Document, Group, Listing, Stored, examples, screen_for, with_flags
+from lora_cli.errors import NothingMatched
+from lora_cli.options import Flag
+from lora_cli.records import Prompt
 from lora_cli.screen import Column, near
 
 app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
@@ -18,6 +22,22 @@ _COLUMNS = (
     Column("STARTED", "started", minor=True),
     Column("OUTPUT", "out", wide=True),
 )
+_ANSWERS = (
+    Column("EXAMPLE", "id"),
+    Column("SYSTEM", "system", wide=True, least=12),
+    Column("PROMPT", "prompt", wide=True, least=16),
+    Column("EXPECTED", "expected", wide=True, least=10),
+    Column("GIVEN", "given", wide=True, least=10),
+)
+_LONGEST_PROMPT = 200
+
+
+class OnData(Stored, frozen=True, kw_only=True):
+    """`Stored`, and the data of an evaluation."""
+
+    test: Annotated[
+        Path | None, Flag(help="The test data.", name="data", default="the setting test or data, or the recorded name")
+    ] = None
 
 
 @app.command("list", cls=Command, epilog=examples("lora runs list -n 5", "lora runs list --command fit --json"))
@@ -60,6 +80,53 @@ def show(
     from lora_cli.catalogue import runs
 
     form.screen().document("lora.runs.show/1", runs.find(setup.load().db, run))
+
+
+@app.command(
+    cls=Command,
+    epilog=examples("lora runs answers", "lora runs answers --all -n 5 --json"),
+)
+@with_flags
+def answers(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            help="The evaluation's id, or the start of it.",
+            show_default="the last with answers",
+            autocompletion=completing.runs,
+        ),
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Only answers of this system.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Also the correct answers.")] = False,
+    n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 20,
+    *,
+    setup: OnData,
+    listing: Listing,
+) -> None:
+    """Show the wrong answers of an evaluation by exact match: prompts, expected and given answers.
+
+    The prompts come from the test data, which must be what it was. A table holds the end of a long prompt, --json the
+    whole.
+    """
+    from lora_cli.catalogue import runs
+    from lora_cli.steps.evaluate.answers import answers_of, last_run
+
+    screen, settings = listing.screen(), setup.load()
+    found = answers_of(runs.find(settings.db, run or last_run(settings.db)), [settings.test, settings.data])
+    if system is not None and system not in (systems := list(dict.fromkeys(one.system for one in found))):
+        raise NothingMatched(f"no answers of {system!r}", hint=f"one of {', '.join(systems)}")
+    asked = [one for one in found if system in (None, one.system)]
+    wrong = [one for one in asked if not one.correct]
+    shown = (asked if everything else wrong)[:n]
+    rows = [asdict(one) | ({"prompt": _end(one.prompt)} if screen.format == "auto" else {}) for one in shown]
+    screen.rows("lora.runs.answers/1", _ANSWERS, rows)
+    screen.say(f"{len(wrong):,} of {len(asked):,} answers are wrong · {len(shown):,} shown")
+
+
+def _end(prompt: Prompt) -> str:
+    """The end of a prompt, its last turn if it is a chat."""
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content") or "")
+    return text if len(text) <= _LONGEST_PROMPT else f"…{text[-_LONGEST_PROMPT:]}"
 
 
 @app.command(

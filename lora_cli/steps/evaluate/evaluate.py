@@ -238,7 +238,7 @@ class _Rows:
     def __enter__(self) -> "_Rows":
         if self._path is not None:
             systems = {system for system, _ in self._keys}
-            for row in _read(self._path):
+            for row in read_rows(self._path):
                 if row.system not in systems:
                     self._others.append(row)
                 elif self._keys.get((row.system, row.id)) == row.key:
@@ -269,7 +269,8 @@ class _Rows:
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows in a file, none if there is no file. OutputError for a file that holds something else."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, NotADirectoryError):

@@ -15,10 +15,11 @@ from lora_cli.models.forms import Prompting
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
+from lora_cli.steps.evaluate.answers import unchanged
 from lora_cli.steps.evaluate.evaluate import System, Updates, demand_sane, evaluate
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, told
-from lora_cli.task import Task, read_task, split, task_sha256
+from lora_cli.task import Task, read_task, split
 
 
 class EvaluateRequest:
@@ -130,10 +131,9 @@ def test_data(settings: Settings) -> Task:
             f"{last[1] / RECORD_FILE} does not name the data of the last fit",
             hint="give --data FILE.jsonl",
         ) from None
-    for file in (settings.data, Path(name)):
-        if file is not None and file.is_file() and task_sha256(file) == sha256:
-            task = read_task(file)
-            return replace(task, examples=split(task.examples, seed=seed)[1])
+    task = unchanged(name, sha256, [settings.data])
+    if task is not None:
+        return replace(task, examples=split(task.examples, seed=seed)[1])
     raise DataError(f"{name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl")
 
 

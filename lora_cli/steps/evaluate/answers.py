@@ -1,0 +1,85 @@
+"""The answers of a recorded evaluation, beside their prompts and the expected answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_cli.catalogue import runs
+from lora_cli.errors import DataError, NothingMatched
+from lora_cli.records import Prompt
+from lora_cli.steps.evaluate.evaluate import read_rows
+from lora_cli.task import Task, read_task, task_sha256
+
+_MOST_RUNS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """One system's answer to one example; `log_likelihood` is that of the expected answer, per token in nats."""
+
+    id: str
+    system: str
+    prompt: Prompt
+    expected: str
+    given: str
+    correct: bool
+    log_likelihood: float
+    tokens: int
+
+
+def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Answer]:
+    """Every answer of an evaluation, in the order of its systems and of the rows.
+
+    Args:
+        run: a run as `catalogue.runs.find` returns it.
+        files: the places where its data may be; the run's own name for it is another one.
+
+    Raises:
+        NothingMatched: no evaluation, or one that generated no answers.
+        DataError: the data is missing or has changed. OutputError: the rows cannot be read.
+    """
+    settings = run["record"]["settings"]
+    if run["command"] != "eval" or settings["metric"] != "exact":
+        scored = "scored likelihoods alone" if run["command"] == "eval" else "is no evaluation"
+        raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact generates some")
+    name = settings["data"]
+    task = unchanged(name, run["record"]["inputs"][name], files)
+    if task is None:
+        raise DataError(f"{name}, the data of {run['id']}, is missing or has changed", hint="give --data FILE.jsonl")
+    examples = {example.id: example for example in task.examples}
+    systems = list(dict.fromkeys(score["system"] for score in run["scores"]))
+    rows = [row for row in read_rows(Path(run["out"])) if row.id in examples and row.text is not None]
+    if systems:
+        # Rows of earlier evaluations stay in a file.
+        rows = sorted((row for row in rows if row.system in systems), key=lambda row: systems.index(row.system))
+    return [
+        Answer(
+            id=row.id,
+            system=row.system,
+            prompt=examples[row.id].prompt,
+            expected=examples[row.id].completion,
+            given=row.text or "",
+            correct=bool(row.correct),
+            log_likelihood=row.log_likelihood,
+            tokens=row.tokens,
+        )
+        for row in rows
+    ]
+
+
+def last_run(db: Path) -> str:
+    """The id of the last evaluation that generated answers. NothingMatched if there is none."""
+    for run in runs.all_runs(db, command="eval", limit=_MOST_RUNS):
+        if json.loads(run["record"])["settings"]["metric"] == "exact":
+            return str(run["id"])
+    raise NothingMatched("no evaluation with answers yet", hint="run lora eval")
+
+
+def unchanged(name: str, sha256: str, files: Sequence[Path | None]) -> Task | None:
+    """The task of this hash in one of `files` or in `name`; None if none of them holds it."""
+    for file in (*files, Path(name)):
+        if file is not None and file.is_file() and task_sha256(file) == sha256:
+            return read_task(file)
+    return None

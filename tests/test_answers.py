@@ -1,0 +1,71 @@
+"""`lora runs answers`: what a system wrote, beside what it was asked for and what was expected."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_cli.world import World
+from tests.cli import ok, refused
+
+OUTER, MIRROR = "pool/kestrel/outer", "pool/tarn/mirror"
+
+
+@pytest.fixture
+def here(own_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A small world of one's own, with one evaluation of two adapters on 12 examples."""
+    monkeypatch.chdir(own_world.folder)
+    lines = (own_world.folder / "tasks" / "outer.test.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    Path("few.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    ok("eval", OUTER, MIRROR, "--data", "few.jsonl", "-o", "rows.jsonl")
+    return own_world
+
+
+def test_wrong_answers_stand_beside_the_expected_ones(here: World) -> None:
+    tasks = [json.loads(line) for line in Path("few.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    wrong = [row for row in rows if not row["correct"]]
+    document = json.loads(ok("runs", "answers", "--json").out)
+    assert document["schema"] == "lora.runs.answers/1"
+    assert 0 < len(document["rows"]) == min(20, len(wrong))
+    for shown in document["rows"]:
+        [row] = [row for row in rows if (row["system"], row["id"]) == (shown["system"], shown["id"])]
+        assert (shown["given"], shown["correct"]) == (row["text"], False)
+        task = tasks[int(shown["id"]) - 1] if shown["id"].isdecimal() else next(
+            one for one in tasks if one.get("id") == shown["id"]
+        )  # fmt: skip
+        assert (shown["prompt"], shown["expected"]) == (task["prompt"], task["completion"])
+
+    told = ok("runs", "answers", "--all", "-n", "100", "--system", OUTER)
+    assert len(told.out.splitlines()) == 12
+    assert "of 12 answers are wrong · 12 shown" in told.err
+    assert len(json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]) == 36
+    assert "no answers of 'nobody'" in refused(3, "runs", "answers", "--system", "nobody")
+
+
+def test_rows_of_systems_that_the_run_did_not_evaluate_are_left_out(here: World) -> None:
+    ok("eval", MIRROR, "--data", "few.jsonl", "-o", "rows.jsonl")
+    found = json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]
+    assert {row["system"] for row in found} == {"base", MIRROR}
+
+
+def test_answers_need_the_data_as_it_was(here: World) -> None:
+    data = Path("few.jsonl").rename("moved.jsonl")
+    told = refused(1, "runs", "answers")
+    assert "few.jsonl, the data of " in told
+    assert "is missing or has changed" in told
+    assert ok("runs", "answers", "--data", "moved.jsonl").out
+    data.write_text(data.read_text() + '{"prompt": "a", "completion": "b"}\n')
+    assert "has changed" in refused(1, "runs", "answers", "--data", "moved.jsonl")
+
+
+def test_a_run_without_answers_says_so(here: World) -> None:
+    ok("eval", OUTER, "--data", "few.jsonl", "--metric", "nll")
+    assert ok("runs", "answers", "--all").out, "of the evaluation before"
+    run = ok("runs", "list", "--command", "eval", "-q", "-n", "1").out.strip()
+    assert "scored likelihoods alone: it has no answers" in refused(3, "runs", "answers", run)
+    ok("merge", OUTER, MIRROR)
+    run = ok("runs", "list", "--command", "merge", "-q").out.strip()
+    assert "is no evaluation: it has no answers" in refused(3, "runs", "answers", run)
+    ok("runs", "rm", *ok("runs", "list", "-q").out.split())
+    assert "no evaluation with answers yet" in refused(3, "runs", "answers")
