@@ -2,15 +2,15 @@
 
 import io
 import math
-import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import OutputError, UsageError
+from lora_cli.errors import UsageError
+from lora_cli.names import layer_of
+from lora_cli.outputs import whole_file
 from lora_cli.screen import safe
 
 FORMATS = (".png", ".svg")
@@ -64,7 +64,8 @@ def figure_in(file: Path, size: tuple[float, float]) -> Iterator[Any]:
         yield figure
         data = io.BytesIO()
         figure.savefig(data, format=file.suffix.lower()[1:], metadata=metadata)
-    _write(file, data.getvalue())
+    with whole_file(file) as stream:
+        stream.write(data.getvalue())
 
 
 def label(text: str, longest: int = _LONGEST_LABEL) -> str:
@@ -132,13 +133,11 @@ def cells_of(modules: Sequence[str]) -> list[tuple[str, str]]:
     `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`. If a model has several stacks of layers, such as encoder
     and decoder, the row includes the stack; a module outside all layers has the row –.
     """
-    split = [(module, re.search(r"\.(\d+)\.", module)) for module in modules]
-    stacks = _told_apart(list(dict.fromkeys(module[: match.start()] for module, match in split if match)))
+    layers = [layer_of(module) for module in modules]
+    stacks = _told_apart(list(dict.fromkeys(layer.stack for layer in layers if layer is not None)))
     return [
-        (f"{stacks[module[: match.start()]]} {match[1]}".strip(), module[match.end() :])
-        if match
-        else (NO_LAYER, module)
-        for module, match in split
+        (NO_LAYER, module) if layer is None else (f"{stacks[layer.stack]} {layer.number}".strip(), layer.place)
+        for module, layer in zip(modules, layers, strict=True)
     ]
 
 
@@ -153,22 +152,3 @@ def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
     shared = next((i for i, same in enumerate(zip(*parts, strict=False)) if len(set(same)) > 1), min(map(len, parts)))
     names = [".".join(one[shared : shared + 1]) for one in parts]
     return dict(zip(stacks, names if len(set(names)) == len(names) else stacks, strict=True))
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file completely or not at all, replacing an earlier one."""
-    if file.is_symlink():
-        raise OutputError(f"{file}: a link; outputs are never written through links")
-    partial = file.parent / f".{file.name}.{os.getpid()}.partial"
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
