@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands import completing
-from lora_cli.commands.options import Catalogued, Command, Listing, Plot, examples, with_flags
+from lora_cli.commands.options import Catalogued, Command, DrawnListing, examples, with_flags
 from lora_cli.screen import Column, near
 
 _COLUMNS = (
@@ -34,10 +34,9 @@ def diff(
         ),
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.", autocompletion=completing.adapters)],
-    plot: Plot = None,
     *,
     setup: Catalogued,
-    listing: Listing,
+    listing: DrawnListing,
 ) -> None:
     """Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the spectra.
 
@@ -47,7 +46,7 @@ def diff(
     from lora_cli.steps.opened_pool import open_pool
     from lora_cli.steps.pool.compare import diff as step
 
-    screen = listing.screen()
+    screen, plot = listing.screen(), listing.plot
     with screen.progress() as progress, open_pool(setup.load(), screen.say, progress) as pool:
         gathered = pool.adapters([a, b], whole=True)
         one, other = gathered.adapters

@@ -8,12 +8,12 @@ import typer
 
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Command, Listing, Loaded, Plot, Prompts, examples, with_flags
+from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
-from lora_cli.screen import Column, near
+from lora_cli.screen import Column, Screen, near
 from lora_cli.settings import base_of
 
 _COLUMNS = (
@@ -50,11 +50,10 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
     ] = None,
-    plot: Plot = None,
     *,
     setup: Tested,
     options: EvalOptions,
-    listing: Listing,
+    listing: DrawnListing,
     prompts: Prompts,
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
@@ -66,7 +65,7 @@ def evaluate(
     from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
 
-    screen, settings, prompting = listing.screen(), setup.load(), prompts.prompting()
+    screen, settings, prompting, plot = listing.screen(), setup.load(), prompts.prompting(), listing.plot
     base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         if adapters:
@@ -89,7 +88,15 @@ def evaluate(
         caption=f"{metric}, n = {scores[0].n}, paired differences to {baseline}, bootstrap seed {settings.seed}",
         extra={**request.asked, "rows_file": str(request.rows(out)), "plot": None if plot is None else str(plot)},
     )
-    what = "output" if metric == "exact" else "likelihood"
+    _tell(screen, scores, options)
+    if plot is not None:
+        screen.say(f"  plot: {near(plot)}")
+    _demand_effect(scores)
+
+
+def _tell(screen: Screen, scores: list[Score], options: EvalOptions) -> None:
+    """The effect of each adapter, and the answers that were cut."""
+    what = "output" if options.metric == "exact" else "likelihood"
     for score in scores[1:]:
         screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
@@ -99,9 +106,6 @@ def evaluate(
             f"wrong answers cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
             "a higher limit may change the scores"
         )
-    if plot is not None:
-        screen.say(f"  plot: {near(plot)}")
-    _demand_effect(scores)
 
 
 def _demand_effect(scores: list[Score]) -> None:

@@ -10,9 +10,8 @@ from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
     Adapters,
     Command,
-    JobOptions,
+    DrawnJob,
     OnTask,
-    Plot,
     Prompts,
     Selection,
     downloads,
@@ -31,13 +30,12 @@ if TYPE_CHECKING:
 def fit(
     adapters: Adapters = None,
     selection: Selection = None,
-    plot: Plot = None,
     *,
     setup: OnTask,
     shape: Shape,
     recipe: Recipe,
     options: FitOptions,
-    job: JobOptions,
+    job: DrawnJob,
     prompts: Prompts,
 ) -> None:
     """Fit one coefficient per adapter and module to a task, and merge with them.
@@ -67,12 +65,12 @@ def fit(
             screen.document("lora.fit.plan/1", found)
             return
         done = fitting.run(settings.db, force=job.force, progress=progress)
-    if plot is not None:
-        draw(plot, folder, done.run.results)
+    if job.plot is not None:
+        draw(job.plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())
     screen.say(f"fit: {near(folder)} is up to date" if done.report is None else outcome(done.report))
-    if plot is not None:
-        screen.say(f"  plot: {near(plot)}")
+    if job.plot is not None:
+        screen.say(f"  plot: {near(job.plot)}")
 
 
 def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:

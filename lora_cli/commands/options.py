@@ -43,13 +43,7 @@ Where = Annotated[
     ),
 ]
 
-Plot = Annotated[
-    Path | None,
-    typer.Option(
-        "--plot", help="Draw a picture too: a file whose name ends in .png or .svg.", callback=demand_plottable
-    ),
-]
-
+PlotFlag = Annotated[Path | None, Flag(help="Draw a picture too: a file whose name ends in .png or .svg.")]
 SeedFlag = Annotated[int | None, Flag(help="Seed of everything random.", default="0")]
 
 PROMPTS = "How prompts are read"
@@ -118,6 +112,15 @@ class Listing(Options, frozen=True, kw_only=True):
         return screen_for(self.json, self.jsonl, self.csv, self.quiet)
 
 
+class DrawnListing(Listing, frozen=True, kw_only=True):
+    """`Listing`, with a picture."""
+
+    plot: PlotFlag = None
+
+    def __post_init__(self) -> None:
+        demand_plottable(self.plot)
+
+
 class Document(Options, frozen=True, kw_only=True):
     """The output format of a single result."""
 
@@ -136,6 +139,15 @@ class JobOptions(Document, frozen=True, kw_only=True):
     )
     force: Annotated[bool, Flag(help="Redo the work and replace the output.", panel=OUTPUT)] = False
     dry_run: Annotated[bool, Flag(help="Print the plan as data and change nothing.", panel=OUTPUT)] = False
+
+
+class DrawnJob(JobOptions, frozen=True, kw_only=True):
+    """`JobOptions`, with a picture."""
+
+    plot: PlotFlag = None
+
+    def __post_init__(self) -> None:
+        demand_plottable(self.plot)
 
 
 class Prompts(Options, frozen=True, kw_only=True):

@@ -39,11 +39,10 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def demand_plottable(file: Path | None) -> Path | None:
-    """`file`, the name of a plot. UsageError unless it ends in a supported format."""
+def demand_plottable(file: Path | None) -> None:
+    """UsageError unless the name of a plot, if there is one, ends in a supported format."""
     if file is not None and file.suffix.lower() not in FORMATS:
         raise UsageError(f"{file.name}: a plot is .png or .svg", hint="give --plot NAME.svg")
-    return file
 
 
 @contextmanager

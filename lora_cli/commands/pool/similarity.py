@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from lora_cli.commands.chosen import expand
-from lora_cli.commands.options import Adapters, Catalogued, Command, Listing, Plot, Selection, examples, with_flags
+from lora_cli.commands.options import Adapters, Catalogued, Command, DrawnListing, Selection, examples, with_flags
 from lora_cli.errors import NothingMatched
 from lora_cli.screen import Column, near
 
@@ -27,10 +27,9 @@ def similarity(
     cut: Annotated[
         float, typer.Option("--cut", help="Clusters join while the mean cosine between them is above this.")
     ] = 0.5,
-    plot: Plot = None,
     *,
     setup: Catalogued,
-    listing: Listing,
+    listing: DrawnListing,
 ) -> None:
     """Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one of each.
 
@@ -40,7 +39,7 @@ def similarity(
     from lora_cli.steps.opened_pool import open_pool
     from lora_cli.steps.pool import compare as step
 
-    screen = listing.screen()
+    screen, plot = listing.screen(), listing.plot
     step.demand_cut(cut)
     settings = setup.load()
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
