@@ -15,12 +15,12 @@ from safetensors import SafetensorError, deserialize
 
 from lora_cli.errors import HeaderError
 from lora_cli.formats.header import (
-    DTYPE_BITS,
     Header,
     header_length,
     parse_header,
     read_header,
 )
+from lora_cli.precision import BITS
 from tests.hostile.corpus import MODULE, good_weights, header_bombs, malformed_headers, safetensors, tensor
 
 HEADERS = malformed_headers()
@@ -140,10 +140,10 @@ def test_the_types_are_those_that_the_library_names() -> None:
         deserialize(safetensors({"a": tensor("F31")}, b"\0" * 4))
     named = set(re.findall("`([A-Z0-9_]+)`", str(refusal.value))) - {"F31"}
     assert len(named) > 20
-    assert named == set(DTYPE_BITS)
+    assert named == set(BITS)
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BITS)
+@pytest.mark.parametrize("dtype", BITS)
 def test_every_type_fills_as_many_bytes_as_in_the_library(dtype: str) -> None:
     for count in range(9):
         for size in range(0, 8 * count + 2):

@@ -19,7 +19,7 @@ from lora_cli.commands.options import (
 )
 from lora_cli.errors import UsageError
 from lora_cli.options import Flag, Options
-from lora_cli.records import Precision
+from lora_cli.precision import Precision
 from lora_cli.screen import Column, Screen, near
 
 _LAYERS = (

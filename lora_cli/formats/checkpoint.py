@@ -19,10 +19,10 @@ from torch import Tensor
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
 from lora_cli.formats.config import shortened
-from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
-from lora_cli.formats.reader import DTYPES
+from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
+from lora_cli.precision import BITS, torch_dtype
 from lora_cli.settings import folder_of
 
 CONFIG: Final = "config.json"
@@ -175,7 +175,7 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
         Refused: the file ends inside the tensor.
     """
     file.seek(entry.begin)
-    size, row = 8 * (entry.end - entry.begin), columns * DTYPE_BITS[entry.dtype]
+    size, row = 8 * (entry.end - entry.begin), columns * BITS[entry.dtype]
     rows = max(1, BLOCK // columns)
     for at in range(0, size // row, rows):
         block = bytearray(min(rows * row, size - at * row) // 8)
@@ -190,7 +190,7 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
 
 def as_tensor(block: bytearray, dtype: str) -> Tensor:
     """The entries of a block, (entries,), sharing its memory."""
-    return torch.frombuffer(block, dtype=DTYPES[dtype])
+    return torch.frombuffer(block, dtype=torch_dtype(dtype))
 
 
 class ShardWriter:
@@ -227,7 +227,7 @@ class ShardWriter:
 
 def size_of(entry: TensorEntry, dtype: str) -> int:
     """The bytes of a tensor once it is stored as `dtype`."""
-    return (entry.end - entry.begin) * DTYPE_BITS[dtype] // DTYPE_BITS[entry.dtype]
+    return (entry.end - entry.begin) * BITS[dtype] // BITS[entry.dtype]
 
 
 def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:

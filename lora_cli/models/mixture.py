@@ -241,7 +241,7 @@ def _block(
         drawn_b.copy_(torch.randn(drawn_b.shape, generator=generator) * drawn_b.std())
     a, b = (factor.to(base.device, base.dtype) for factor in (a, b))
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise Refused(f"{module}: an adapter's values overflow {base.dtype}", hint="use --dtype bf16 or fp32")
+        raise Refused(f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32")
     return _Block(a, b, parts)
 
 

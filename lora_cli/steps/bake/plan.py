@@ -23,16 +23,15 @@ from lora_cli.formats.checkpoint import (
     wanted_files,
 )
 from lora_cli.formats.delta import OpenDelta
-from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
+from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.reader import OpenAdapter, natural
 from lora_cli.formats.skeleton import Matrix, Share, Skeleton
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
+from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
 
-PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_SHORT = {stored: short for short, stored in PRECISIONS.items()}
 # Models of transformers whose attention and MLP are Conv1D, which stores (in, out), and the names of these modules.
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _CONV1D_MODULES = frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
@@ -159,7 +158,7 @@ class BakePlan:
     def precision(self) -> str:
         """The precision of the baked tensors, in words."""
         entries = map(self.base.checkpoint.entry, self.pieces)
-        return ", ".join(sorted({_SHORT.get(stored, stored.lower()) for stored in map(self.stored_as, entries)}))
+        return ", ".join(sorted(set(map(spoken, map(self.stored_as, entries)))))
 
     @property
     def bytes(self) -> int:
@@ -169,7 +168,7 @@ class BakePlan:
 
     def stored_as(self, entry: TensorEntry) -> str:
         """The dtype a tensor of the base is written in."""
-        return entry.dtype if self.dtype == "auto" or entry.dtype not in FLOAT_DTYPES else PRECISIONS[self.dtype]
+        return entry.dtype if self.dtype == "auto" or entry.dtype not in FLOATS else STORED[self.dtype]
 
 
 def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -> BakePlan:
@@ -182,8 +181,8 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
         UsageError: an unknown dtype.
         Refused: a module that the base does not have, has in another shape or type, or shares with its embedding.
     """
-    if dtype not in ("auto", *PRECISIONS):
-        raise UsageError(f"--dtype is auto, {', '.join(PRECISIONS)}, not {dtype!r}")
+    if dtype not in CHOICES:
+        raise UsageError(f"--dtype is one of {', '.join(CHOICES)}, not {dtype!r}")
     checkpoint = base.checkpoint
     _refuse_tied(adapter, base)
     skeleton = base.skeleton
@@ -191,7 +190,7 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
     _demand_one_each(adapter, base, found)
     for module, pieces in found.items():
         for piece in pieces:
-            if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOAT_DTYPES:
+            if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOATS:
                 raise Refused(f"{module} is {stored} in {base.name}: bake can add updates to floats only")
     notes = (_of_squares(found, checkpoint, adapter), *_of_absent(checkpoint))
     return BakePlan(adapter=adapter, base=base, places=found, dtype=dtype, notes=tuple(filter(None, notes)))

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from msgspec.structs import replace as replace_options
 from torch import Tensor
 
@@ -22,7 +21,6 @@ from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
 
