@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.names import layer_of
 from lora_cli.screen import safe
 
 FORMATS = (".png", ".svg")
@@ -214,11 +214,11 @@ def _cells(modules: Sequence[str]) -> list[tuple[str, str]]:
     `model.layers.3.mlp.up_proj` is layer 3's `mlp.up_proj`. If a model has several stacks of layers, such as encoder
     and decoder, the row includes the stack; a module outside all layers has the row –.
     """
-    split = [(module, re.search(r"\.(\d+)\.", module)) for module in modules]
-    stacks = _told_apart(list(dict.fromkeys(module[: match.start()] for module, match in split if match)))
+    layers = [layer if (layer := layer_of(module)) and layer.place else None for module in modules]
+    stacks = _told_apart(list(dict.fromkeys(layer.stack for layer in layers if layer)))
     return [
-        (f"{stacks[module[: match.start()]]} {match[1]}".strip(), module[match.end() :]) if match else ("–", module)
-        for module, match in split
+        (f"{stacks[layer.stack]} {layer.number}".strip(), layer.place) if layer else ("–", module)
+        for module, layer in zip(modules, layers, strict=True)
     ]
 
 

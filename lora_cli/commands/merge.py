@@ -24,6 +24,7 @@ from lora_cli.commands.options import (
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.methods import Knob
+from lora_cli.names import parent
 from lora_cli.options import setting
 from lora_cli.screen import near
 from lora_cli.text import in_words, percent
@@ -129,7 +130,7 @@ def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:
 
 
 def _saved_in(adapter: "OpenAdapter") -> str:
-    names = list(dict.fromkeys(name.rpartition(".")[0] for name in adapter.saved))
+    names = list(dict.fromkeys(parent(name) for name in adapter.saved))
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more} of {adapter.ref.id}"
 

@@ -5,7 +5,6 @@ The layout is that of transformers: `model.safetensors`, or parts that `model.sa
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from lora_cli.formats.config import shortened
 from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
+from lora_cli.names import is_model, is_revision
 from lora_cli.precision import BITS, torch_dtype
 from lora_cli.settings import folder_of
 
@@ -36,8 +36,6 @@ _READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", "
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
 _TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
-# Without "..": a revision becomes part of a path in the Hub client's cache.
-_REVISION: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
 
@@ -121,9 +119,9 @@ def folder_or_hub(name: str) -> Path | HubModel:
             raise NothingMatched(f"{name} holds no model: {CONFIG} is missing", hint="name the model's own folder")
         return folder
     repo, revision = split_revision(name)
-    if repo.startswith((".", "/", "~")) or repo.count("/") > 1 or not repo:
+    if not is_model(repo):
         raise NothingMatched(f"no base model at {name}", hint="set base to a Hub id or an existing folder")
-    if not _REVISION.fullmatch(revision or MAIN):
+    if not is_revision(revision or MAIN):
         raise NothingMatched(f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit after @")
     return HubModel(repo, revision or MAIN)
 

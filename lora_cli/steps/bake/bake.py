@@ -22,6 +22,7 @@ from lora_cli.errors import OutputError, Refused
 from lora_cli.formats.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
+from lora_cli.names import layer_of
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import dtype_name, in_config, torch_dtype
 from lora_cli.records import Progress, silent
@@ -333,19 +334,18 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _by_layer(modules: Mapping[str, Survival]) -> dict[str, Survival]:
-    """Sums over the modules of each layer, named as in `layer_of`."""
+    """Sums over the modules of each layer, named as in `_layer_or_module`."""
     layers: dict[str, Survival] = {}
     for module, survival in modules.items():
-        layer = layer_of(module)
+        layer = _layer_or_module(module)
         layers[layer] = layers.get(layer, Survival()) + survival
     return layers
 
 
-def layer_of(module: str) -> str:
-    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a name without a number unchanged."""
-    parts = module.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: number + 1])
+def _layer_or_module(module: str) -> str:
+    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a module outside all layers itself."""
+    layer = layer_of(module)
+    return layer.name if layer else module
 
 
 def _demand_effect(plan: BakePlan, total: Survival) -> None:
@@ -360,7 +360,7 @@ def _demand_effect(plan: BakePlan, total: Survival) -> None:
 
 def _results(plan: BakePlan, report: BakeReport) -> dict[str, Any]:
     """The results in run.json: `Survival.figures` over all, by layer and by module."""
-    count = Counter(map(layer_of, report.modules))
+    count = Counter(map(_layer_or_module, report.modules))
     return {
         **report.total.figures,
         "precision": plan.precision,

@@ -28,6 +28,7 @@ from lora_cli.formats.reader import OpenAdapter, natural
 from lora_cli.formats.skeleton import Matrix, Share, Skeleton
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
+from lora_cli.names import layer_of, leaf
 from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
@@ -292,7 +293,7 @@ def _tied_to(module: str, base: Base) -> str:
         return base.skeleton.ties.get(module, ("",))[0]
     tied = base.checkpoint.config.get("tie_word_embeddings")
     shared = tied or (tied is None and f"{module}.weight" not in base.checkpoint.tensors)
-    return "the embedding" if shared and module.rpartition(".")[2] in _TIED_MODULES else ""
+    return "the embedding" if shared and leaf(module) in _TIED_MODULES else ""
 
 
 def _demand_one_each(adapter: OpenAdapter | OpenDelta, base: Base, found: Mapping[str, tuple[Piece, ...]]) -> None:
@@ -328,9 +329,9 @@ def weights_of(modules: Sequence[str], tensors: Collection[str]) -> dict[str, st
 
 def _shorter(module: str, tensors: Collection[str]) -> list[str]:
     """The tensors of a module's name without its first parts; the list that holds the layers keeps its own name."""
-    parts = module.split(".")
-    layer = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-    names = [".".join([*parts[cut:], "weight"]) for cut in range(1, layer)]
+    parts, layer = module.split("."), layer_of(module)
+    stack = layer.stack if layer else module
+    names = [".".join([*parts[cut:], "weight"]) for cut in range(1, stack.count(".") + 1)]
     return [name for name in names if name in tensors]
 
 
@@ -339,7 +340,7 @@ def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenD
     model = checkpoint.config.get("model_type")
     if not model:
         return adapter.fan_in_fan_out
-    return isinstance(model, str) and model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+    return isinstance(model, str) and model in _CONV1D_MODELS and leaf(module) in _CONV1D_MODULES
 
 
 def _of_squares(
