@@ -12,6 +12,7 @@ from typing import Any
 from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.names import layer_of
 from lora_cli.screen import safe
+from lora_cli.text import counted
 
 FORMATS = (".png", ".svg")
 # With more rows, labels would overlap.
@@ -86,8 +87,8 @@ def draw_similarity(
             axes.set(xticks=[], ylabel="cluster")
             axes.set_yticks([(start + end - 1) / 2 for start, end in seen], [str(clusters[at]) for at, _ in seen])
             axes.set_xlabel(f"{n} adapters in the order of their clusters")
-        many = f"{len(frames)} cluster{'s' if len(frames) != 1 else ''} of two or more"
-        axes.set_title(f"{n} adapters · {modules} modules · {many}")
+        many = f"{counted(len(frames), 'cluster')} of two or more"
+        axes.set_title(f"{counted(n, 'adapter')} · {counted(modules, 'module')} · {many}")
 
 
 def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -> None:
@@ -164,7 +165,7 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
         axes.set_xlim(0.5, longest + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, title=f"{len(spectra)} modules")
+        axes.legend(frameon=False, title=counted(len(spectra), "module"))
 
 
 def _dot(values: Sequence[float]) -> str:

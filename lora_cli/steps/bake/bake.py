@@ -27,6 +27,7 @@ from lora_cli.outputs import whole_folder
 from lora_cli.precision import dtype_name, in_config, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bake.plan import BakePlan, Piece, find_base, is_here, plan
+from lora_cli.text import size
 
 __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base", "is_here", "plan"]
 
@@ -132,7 +133,7 @@ def demand_room(plan: BakePlan, folder: Path) -> None:
     free, need = shutil.disk_usage(place).free, plan.bytes * _SPARE_ROOM
     if need > free:
         raise OutputError(
-            f"{need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free at {place}",
+            f"{size(need)} to write, {size(free)} free at {place}",
             hint="free some space, or choose a folder on another disk with -o",
         )
 

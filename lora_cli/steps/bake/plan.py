@@ -32,6 +32,7 @@ from lora_cli.names import layer_of, leaf
 from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
+from lora_cli.text import counted, size
 
 # Models of transformers whose attention and MLP are Conv1D, which stores (in, out), and the names of these modules.
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
@@ -107,8 +108,8 @@ def download_base(
     split = INDEX in listed and WEIGHTS not in listed
     files = wanted_files(listed, hub.download(repo, INDEX, commit) if split else None, repo)
     missing = [file for file in files if cached_file(repo, file, commit) is None]
-    size = sum(hub.file_facts(repo, file, commit).size for file in missing)
-    announce(f"fetching the base {repo}, {len(missing)} files, {size / 1e6:,.1f} MB")
+    total = sum(hub.file_facts(repo, file, commit).size for file in missing)
+    announce(f"fetching the base {repo}, {counted(len(missing), 'file')}, {size(total)}")
     for done, file in enumerate(missing):
         progress("fetching the base", done, len(missing))
         hub.download(repo, file, commit)
