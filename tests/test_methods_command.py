@@ -24,7 +24,7 @@ def test_the_list_has_every_method_with_its_class_weights_paper_and_first_line()
     assert rows["linear"] == [
         "linear",
         "exact low rank",
-        "Weighted sum of the updates, reduced to the rank asked for.",
+        "Weighted sum of the updates, reduced to the requested rank.",
         "average",
         "2212.04089",
     ]
