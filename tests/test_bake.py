@@ -204,7 +204,7 @@ def test_without_a_model_type_the_adapters_flag_decides_square_weights(base: Pat
 
 
 @needs_stories
-def test_a_real_model(tmp_path: Path) -> None:
+def test_a_baked_real_model_gives_the_logits_of_base_and_adapter(tmp_path: Path) -> None:
     shapes = {f"model.layers.{i}.self_attn.{m}": s for i in range(5) for m, s in (("q_proj", (64, 64)),)}
     shapes |= {f"model.layers.{i}.mlp.down_proj": (64, 172) for i in range(5)}
     adapter = adapter_of(tmp_path / "adapter", shapes, size=0.02)

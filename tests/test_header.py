@@ -189,7 +189,7 @@ def agrees_with_the_library(file: bytes) -> None:
 
 @given(header=objects, body=st.binary(max_size=16))
 @settings(max_examples=400, deadline=None)
-def test_any_json_header(header: dict[str, object], body: bytes) -> None:
+def test_any_json_header_is_judged_as_the_library_judges_it(header: dict[str, object], body: bytes) -> None:
     agrees_with_the_library(safetensors(header, body))
 
 
@@ -232,6 +232,6 @@ def test_a_valid_file_and_the_same_file_with_bytes_changed(file: bytes, data: st
 
 @given(file=st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes(file: bytes) -> None:
+def test_any_bytes_are_judged_as_the_library_judges_them(file: bytes) -> None:
     agrees_with_the_library(file)
     agrees_with_the_library(struct.pack("<Q", len(file)) + file)

@@ -114,7 +114,7 @@ def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
     assert lines[3][-1].startswith("unusable: NaN or Inf in model.layers.0")
 
 
-def test_listing_in_every_format(pool: Path) -> None:
+def test_a_list_is_the_same_in_every_format(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
     document = json.loads(
         ok("pool", "list", "--where", "rank<=8", "--where", "status=ok", "--sort", "-rank", "--json").out
