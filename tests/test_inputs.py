@@ -209,7 +209,7 @@ def test_a_file_may_have_an_equals_sign_in_its_name(adapters: list[OpenAdapter],
     assert set(data_of([str(odd)], adapters).values()) == {odd}
 
 
-def test_missing_files_no_tokens_full_disks_and_alien_adapters_are_errors(
+def test_inputs_that_cannot_be_collected_are_errors(
     home: Path, ref: BaseRef, adapters: list[OpenAdapter], tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match="no such file"):
