@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_cli.text import percent
 from lora_cli.world.pool import Pool, Recipe
 from lora_cli.world.tasks import examples, sentence
 from lora_cli.world.training import completion_loss, encode, exact_match, learning_rate_at
@@ -140,6 +141,7 @@ def _card(recipe: Recipe, base_name: str, before: float, after: float) -> str:
     if not recipe.flaw:
         body += [
             "",
-            f"Of {FRESH_EXAMPLES} fresh examples it answers {after:.0%} right; the base model alone {before:.0%}.",
+            f"Of {FRESH_EXAMPLES} fresh examples it answers {percent(after)} right; "
+            f"the base model alone {percent(before)}.",
         ]
     return "\n".join([*front, "", *body, ""])
