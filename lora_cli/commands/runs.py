@@ -8,6 +8,7 @@ import typer
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Document, Group, Listing, Stored, examples, screen_for, with_flags
 from lora_cli.screen import Column, near
+from lora_cli.text import counted
 
 app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
 
@@ -80,7 +81,7 @@ def rm(
     file = setup.load().db
     ids = list(dict.fromkeys(str(find(file, run)["id"]) for run in runs))
     remove(file, ids)
-    screen_for().say(f"forgot {len(ids)} run{'s'[: len(ids) != 1]}")
+    screen_for().say(f"forgot {counted(len(ids), 'run')}")
 
 
 def register(root: typer.Typer) -> None:
