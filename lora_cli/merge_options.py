@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from lora_cli.methods import MethodFolder, file_names
 from lora_cli.options import Flag, Options
-from lora_cli.records import Precision
+from lora_cli.precision import Precision
 
 if TYPE_CHECKING:
     Server = str

@@ -1,6 +1,23 @@
-"""What a name means: of a module, an adapter, a repository of the Hub."""
+"""What a name means: of a module, an adapter, a repository of the Hub.
 
+Names of base models have a home of their own, formats/base_names.py: an adapter declares its base in any words.
+"""
+
+import re
 from typing import NamedTuple
+
+_OWNER, _MODEL = r"[A-Za-z0-9][\w.-]{0,95}", r"\w[\w.-]{0,95}"
+_FOLDERS = r"[A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*"
+# Without "..": a revision becomes part of a path in the Hub client's cache.
+_REVISION = r"(?![\w./-]*\.\.)[A-Za-z0-9][\w./-]{0,199}"
+_IS_REPO = re.compile(rf"{_OWNER}/{_MODEL}", re.ASCII)
+_IS_MODEL = re.compile(rf"(?:{_OWNER}/)?{_MODEL}", re.ASCII)
+_IS_REVISION = re.compile(_REVISION, re.ASCII)
+_IS_COMMIT = re.compile(r"[0-9a-f]{40}")
+_IS_FOLDER = re.compile(_FOLDERS, re.ASCII)
+_IN_REPO = re.compile(rf"({_OWNER}/{_MODEL})(?::({_FOLDERS}))?", re.ASCII)
+_AT_REVISION = re.compile(rf"@({_REVISION})(?=\Z|:)", re.ASCII)
+_AT_COMMIT = re.compile(r"@([0-9a-f]{4,40})(?=\Z|:)")
 
 
 class Layer(NamedTuple):
@@ -31,3 +48,62 @@ def layer_of(module: str) -> Layer | None:
 def leaf(module: str) -> str:
     """The last part of a module's name, such as "q_proj"."""
     return module.rpartition(".")[2]
+
+
+def parent(module: str) -> str:
+    """The name of the module that holds this one, "" for the model itself."""
+    return module.rpartition(".")[0]
+
+
+def is_repo(name: str) -> bool:
+    """Whether `name` is `owner/name`, as every repository of the Hub but some old models is called."""
+    return _IS_REPO.fullmatch(name) is not None
+
+
+def is_model(name: str) -> bool:
+    """Whether the Hub can have a model of this name: `owner/name`, or a bare name such as gpt2."""
+    return _IS_MODEL.fullmatch(name) is not None
+
+
+def is_commit(text: str) -> bool:
+    """Whether `text` is a whole commit: 40 hex digits."""
+    return _IS_COMMIT.fullmatch(text) is not None
+
+
+def is_revision(text: str) -> bool:
+    """Whether `text` can be a branch, a tag or a commit."""
+    return _IS_REVISION.fullmatch(text) is not None
+
+
+def is_folder(name: str) -> bool:
+    """Whether an adapter can be named by this folder of its repository."""
+    return _IS_FOLDER.fullmatch(name) is not None
+
+
+def in_repo(repo: str, folder: str) -> str:
+    """The id of an adapter in a folder of a repository: `owner/name:folder`, `owner/name` for its top."""
+    return f"{repo}:{folder}" if folder else repo
+
+
+def repo_and_folder(id: str) -> tuple[str, str] | None:
+    """`owner/name` and the folder, "" for its top, of an adapter on the Hub; None for an id of another form."""
+    found = _IN_REPO.fullmatch(id)
+    return None if found is None else (found[1], found[2] or "")
+
+
+def id_and_revision(text: str) -> tuple[str, str]:
+    """The id and the revision, "" for none, of a text for the Hub: `owner/name@revision:folder`."""
+    return _split(_AT_REVISION, text)
+
+
+def id_and_commit(text: str) -> tuple[str, str]:
+    """The id and the commit, whole or its first digits, "" for none, of a text for the catalogue: `id@commit`.
+
+    The catalogue holds every adapter at one commit and no branches, so "@" and a word are part of a folder's name.
+    """
+    return _split(_AT_COMMIT, text)
+
+
+def _split(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
+    found = pattern.search(text)
+    return (text, "") if found is None else (text[: found.start()] + text[found.end() :], found[1])

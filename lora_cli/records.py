@@ -11,7 +11,6 @@ Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
 Metric = Literal["exact", "nll"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 ALL_LINEAR = "all-linear"
 """PEFT's target for every linear layer."""

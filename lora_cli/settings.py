@@ -13,6 +13,7 @@ from typing import Any
 import platformdirs
 
 from lora_cli.errors import UsageError
+from lora_cli.precision import CHOICES
 
 PROJECT_FILE = "lora.toml"
 BASE_NAMES = "LORA_BASE_NAMES"
@@ -150,9 +151,7 @@ KEYS: dict[str, Key] = {
     "data": Key(_path, lambda: None, "task file for fit and train"),
     "test": Key(_path, lambda: None, "task file for eval"),
     "device": Key(_device, lambda: "auto", "auto, cpu, cuda, cuda:N or mps"),
-    "dtype": Key(
-        _one_of("auto", "fp32", "bf16", "fp16"), lambda: "auto", "precision of the base model: auto, fp32, bf16, fp16"
-    ),
+    "dtype": Key(_one_of(*CHOICES), lambda: "auto", f"precision of the base model: {', '.join(CHOICES)}"),
     "runs": Key(_path, lambda: Path.cwd() / "lora-runs", "folder that collects the outputs of merge, fit and train"),
     "seed": Key(_seed, lambda: 0, "seed of everything random"),
 }

@@ -1,4 +1,4 @@
-"""Words for people: lists, shares, sizes, durations."""
+"""Words for people: lists, counts, shares, intervals, sizes, durations."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,39 @@ def in_words(words: Sequence[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
+def counted(number: int, what: str) -> str:
+    """A number with its noun, given in the singular: 1 adapter, 1,200 adapters."""
+    return f"{number:,} {what}{'s'[: number != 1]}"
+
+
 def percent(share: float) -> str:
-    """A share in percent that never rounds a loss away: "100 %" means all of it, to rounding noise."""
-    return "100 %" if share >= 1 - 1e-6 else f"{min(share, 0.999):.1%}".replace("%", " %")
+    """A share in percent that never rounds a difference away: "100 %" means all of it, to rounding noise."""
+    if abs(share - 1) < 1e-6:
+        return "100 %"
+    if 0 < share < 1e-4:
+        return "under 0.01 %"
+    shown = min(share, 0.999) if share < 1 else share
+    return f"{100 * shown:.{2 if share < 0.01 else 1}f}".rstrip("0").rstrip(".") + " %"
 
 
-def size(count: int) -> str:
+def interval(low: float, high: float, *, places: int = 3, signed: bool = False) -> str:
+    """The two ends of an interval; `signed` gives both their sign, as differences have."""
+    sign = "+" if signed else ""
+    return f"[{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
+
+
+def size(count: float) -> str:
     """A number of bytes, to a tenth of its unit."""
-    left = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if left < 999.5:
-            return f"{left:.0f} {unit}" if unit == "B" else f"{left:.1f} {unit}"
-        left /= 1000
-    return f"{left:.1f} TB"
+        if count < 999.5:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 def duration(seconds: float) -> str:
     """A time, to a tenth of a second below a minute."""
-    if seconds < 60:
-        return f"{seconds:.1f}s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -23,26 +23,26 @@ FILES = {"bash": "lora.bash", "zsh": "_lora", "fish": "lora.fish", "pwsh": "lora
 
 METHODS_INTRO = """# Merge methods
 
-Made from `lora_cli/merge_methods/` by `python -m tests.generate`; what `lora methods NAME` prints, method by method.
+Made from `lora_cli/merge_methods/` by `python -m tests.generate`: the output of `lora methods NAME`, method by method.
 
-All of them get the updates of one module, ΔW_i = B_i A_i with B_i (out, r_i), A_i (r_i, in) and the scale alpha/rank
-folded into B_i, one weight w_i per adapter, and work module by module. A result of higher rank than asked for is then
-reduced to its best approximation in the Frobenius norm, and the share of the energy that was kept is reported.
+All methods work module by module. They get the module's updates, ΔW_i = B_i A_i with B_i (out, r_i), A_i (r_i, in) and
+the scale alpha/rank folded into B_i, and one weight w_i per adapter. A result above the requested rank is then reduced
+to its best approximation in the Frobenius norm, and the share of the energy kept is reported.
 """
-ADAPTERS_INTRO = """# What adapters are taken
+ADAPTERS_INTRO = """# Accepted and refused adapters
 
 Made from `tests/matrix.py` by `python -m tests.generate`. `tests/test_matrix.py` runs every row through the commands of
-the columns, on a small base with random weights. Where an adapter is taken (✓), the logits of PEFT, of the base in
-`lora eval`, of the merge and of the bake agree to 1e-5. Where it is refused (✗), it is by name, with exit code 5, and
-nothing is written. `lora fit` and `lora eval` want a base that continues a text (·: not tried); the others take any.
+the columns, on a small base with random weights. If an adapter is accepted (✓), the logits of PEFT, of the base in
+`lora eval`, of the merge and of the bake agree to 1e-5. If it is refused (✗), the error names it, the exit code is 5,
+and nothing is written. `lora fit` and `lora eval` need a base that continues a text (·: not tried); others take any.
 """
 COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {
     "exact low rank": "A weighted sum of the factored updates, without error at rank Σ r_i; nothing dense is formed.",
     "spectral": "Singular values and subspaces of the factored updates, rank Σ r_i at most; nothing dense is formed.",
-    "elementwise": "Entry by entry on the dense updates, which are streamed; of full rank before it is reduced.",
-    "A and B apart": "Others' methods on the factors and not on the updates, to reproduce their results: the same "
-    "update written with other factors gives another result.",
+    "elementwise": "Entry by entry on the dense updates, which are streamed; of full rank before the reduction.",
+    "A and B apart": "Methods of other tools on the factors, not on the updates, to reproduce their results: the same "
+    "update with other factors gives another result.",
 }
 
 
@@ -62,7 +62,7 @@ def reference() -> str:
     """docs/commands.md."""
     text = io.StringIO()
     text.write(
-        "# Commands\n\nMade from the program by `python -m tests.generate`; what `--help` prints, command by command.\n"
+        "# Commands\n\nMade from the program by `python -m tests.generate`: the output of `--help`, by command.\n"
     )
     for words, command, context in commands():
         text.write(f"\n## {words}\n\n```text\n{command.get_help(context).strip()}\n```\n")
@@ -83,7 +83,10 @@ def methods() -> str:
 def adapters() -> str:
     """docs/adapters.md."""
     parts = [ADAPTERS_INTRO.rstrip()]
-    for title, kinds in (("Taken", [k for k in KINDS if not k.refused]), ("Refused", [k for k in KINDS if k.refused])):
+    for title, kinds in (
+        ("Accepted", [k for k in KINDS if not k.refused]),
+        ("Refused", [k for k in KINDS if k.refused]),
+    ):
         rows = [
             [kind.title, f"`{SPECS[kind.base][0]}`", *(_verdict(kind, name) for name in COMMANDS), _reason(kind)]
             for kind in kinds

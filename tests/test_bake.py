@@ -204,7 +204,7 @@ def test_without_a_model_type_the_adapters_flag_decides_square_weights(base: Pat
 
 
 @needs_stories
-def test_a_real_model(tmp_path: Path) -> None:
+def test_a_baked_real_model_gives_the_logits_of_base_and_adapter(tmp_path: Path) -> None:
     shapes = {f"model.layers.{i}.self_attn.{m}": s for i in range(5) for m, s in (("q_proj", (64, 64)),)}
     shapes |= {f"model.layers.{i}.mlp.down_proj": (64, 172) for i in range(5)}
     adapter = adapter_of(tmp_path / "adapter", shapes, size=0.02)
@@ -457,8 +457,8 @@ def _part_missing(base: Path) -> Path:
         (_wider, "model.layers.0.mlp.up_proj is 50×32 in acme/base and 48×32 in"),
         (_integers, "model.layers.0.mlp.up_proj is I8 in acme/base"),
         (_broken, "model.layers.0.mlp.up_proj: NaN or Inf in the base's own weight"),
-        (_huge, "model.layers.0.mlp.up_proj: values overflow float16"),
-        (_huge_elsewhere, "model.embed_tokens.weight: values overflow float16"),
+        (_huge, "model.layers.0.mlp.up_proj: values overflow fp16"),
+        (_huge_elsewhere, "model.embed_tokens.weight: values overflow fp16"),
         (_outside, "names ../model.safetensors, which is no file beside it"),
         (_linked_out, "acme/base: tokenizer.json is a link to outside its folder"),
         (_listed_type, "6 of 8 modules match"),
@@ -500,7 +500,7 @@ def test_what_has_no_place_or_no_sense_is_refused(
     assert "is for acme/base: give --base" in refused(2, "bake", str(adapter))
     assert "no base model at" in refused(3, "bake", str(adapter), "--base", "./none/base")
     monkeypatch.setattr(baking.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
-    assert "GB free at" in refused(1, *words, "-o", "out")
+    assert "kB to write, 1 B free at" in refused(1, *words, "-o", "out")
     assert [*Path().iterdir()] == []
 
 

@@ -51,7 +51,7 @@ def bakes_as_peft(kind: str, adapter: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SPECS)
-def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
+def test_layers_of_every_architecture_bake_as_peft_applies_them(kind: str, tmp_path: Path) -> None:
     base = skeleton(kind)
     targets = [
         name
@@ -66,7 +66,7 @@ def test_layers_of_every_architecture(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "phimoe", "gpt_oss", "llama4_text", "qwen3_vl_moe"])
-def test_fused_experts_and_routers(kind: str, tmp_path: Path) -> None:
+def test_fused_experts_and_routers_bake_as_peft_applies_them(kind: str, tmp_path: Path) -> None:
     router = next(name for name in skeleton(kind).matrices if name.endswith((".gate", ".router")))
     parameters = ["gate_up_proj", "down_proj", f"{router.rpartition('.')[2]}.weight"]
     config = LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"], target_parameters=parameters)

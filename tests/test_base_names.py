@@ -118,7 +118,7 @@ def test_a_model_keeps_its_whole_name(name: str) -> None:
     assert not others
 
 
-def test_canonical_names() -> None:
+def test_a_canonical_name_has_its_owner_and_no_quantised_suffix() -> None:
     assert canonical_base("gpt2") == "openai-community/gpt2"
     assert canonical_base("unsloth/Llama-3.2-1B-bnb-4bit") == "unsloth/Llama-3.2-1B"
     assert canonical_base("D:\\a\\b\\gemma3-270m") == "gemma3-270m"

@@ -153,7 +153,7 @@ def test_sql_can_only_read(
     assert not (tmp_path / "other.db").exists()
 
 
-def test_sql_reads(catalogue: Catalogue) -> None:
+def test_sql_reads_columns_the_index_and_lists(catalogue: Catalogue) -> None:
     catalogue.add([FULL, adapter("bob/x")])
     assert query(catalogue.path, "select id, rank from adapters order by id") == (
         ["id", "rank"],

@@ -113,7 +113,7 @@ def test_nll_generates_nothing_and_lower_is_better(
     assert (score.changed, scores["idle"].changed, score.tokens_per_second) == (N, 0, None)
 
 
-def test_another_baseline(base: BaseModel, skilled: System, idle: System) -> None:
+def test_scores_are_paired_with_the_baseline_that_was_named(base: BaseModel, skilled: System, idle: System) -> None:
     scores = run(base, BASE, skilled, idle, baseline="skilled")
     assert scores["base"].delta == -scores["skilled"].value
     assert scores["idle"].baseline == "skilled"

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from lora_cli.checks.weights import _float8_values, scan_weights
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.header import FLOAT8_DTYPES, read_header
+from lora_cli.formats.header import read_header
+from lora_cli.precision import FLOATS8
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
 from tests.tiny_bases import opened, tiny_llama
@@ -65,7 +66,7 @@ def test_merging_them_gives_fp32(tmp_path: Path) -> None:
     for number, dtype in enumerate(TORCH):
         adapter(tmp_path / "pool" / dtype.lower(), dtype, number)
     ok("pool", "sync", "acme/tiny", "--from", str(tmp_path / "pool"))
-    assert set(ok("pool", "sql", "select dtype from adapters").out.split()) == set(FLOAT8_DTYPES)
+    assert set(ok("pool", "sql", "select dtype from adapters").out.split()) == set(FLOATS8)
     ok("merge", "pool/f8_e4m3", "pool/f8_e5m2fnuz", "-m", "linear", "-o", "out")
     assert {tensor.dtype for tensor in load_file("out/adapter_model.safetensors").values()} == {torch.float32}
 

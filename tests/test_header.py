@@ -15,12 +15,12 @@ from safetensors import SafetensorError, deserialize
 
 from lora_cli.errors import HeaderError
 from lora_cli.formats.header import (
-    DTYPE_BITS,
     Header,
     header_length,
     parse_header,
     read_header,
 )
+from lora_cli.precision import BITS
 from tests.hostile.corpus import MODULE, good_weights, header_bombs, malformed_headers, safetensors, tensor
 
 HEADERS = malformed_headers()
@@ -140,10 +140,10 @@ def test_the_types_are_those_that_the_library_names() -> None:
         deserialize(safetensors({"a": tensor("F31")}, b"\0" * 4))
     named = set(re.findall("`([A-Z0-9_]+)`", str(refusal.value))) - {"F31"}
     assert len(named) > 20
-    assert named == set(DTYPE_BITS)
+    assert named == set(BITS)
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BITS)
+@pytest.mark.parametrize("dtype", BITS)
 def test_every_type_fills_as_many_bytes_as_in_the_library(dtype: str) -> None:
     for count in range(9):
         for size in range(0, 8 * count + 2):
@@ -189,7 +189,7 @@ def agrees_with_the_library(file: bytes) -> None:
 
 @given(header=objects, body=st.binary(max_size=16))
 @settings(max_examples=400, deadline=None)
-def test_any_json_header(header: dict[str, object], body: bytes) -> None:
+def test_any_json_header_is_judged_as_the_library_judges_it(header: dict[str, object], body: bytes) -> None:
     agrees_with_the_library(safetensors(header, body))
 
 
@@ -232,6 +232,6 @@ def test_a_valid_file_and_the_same_file_with_bytes_changed(file: bytes, data: st
 
 @given(file=st.binary(max_size=200))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes(file: bytes) -> None:
+def test_any_bytes_are_judged_as_the_library_judges_them(file: bytes) -> None:
     agrees_with_the_library(file)
     agrees_with_the_library(struct.pack("<Q", len(file)) + file)

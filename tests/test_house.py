@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
-    ("errors", "records", "options", "text", "names", "hashes"),
+    ("errors", "precision", "records", "options", "text", "names", "hashes"),
     (
         "settings",
         "methods",
@@ -47,7 +47,7 @@ FLOORS = (
 OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "exports/", "world/")
 KEEPERS = {
     "torch": (
-        "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
+        "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
         "models", "merge_methods", "selection_methods", "steps", "world",
     ),
     "transformers": ("models", "world"),

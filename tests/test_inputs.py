@@ -209,7 +209,9 @@ def test_a_file_may_have_an_equals_sign_in_its_name(adapters: list[OpenAdapter],
     assert set(data_of([str(odd)], adapters).values()) == {odd}
 
 
-def test_what_cannot_be_collected(home: Path, ref: BaseRef, adapters: list[OpenAdapter], tmp_path: Path) -> None:
+def test_inputs_that_cannot_be_collected_are_errors(
+    home: Path, ref: BaseRef, adapters: list[OpenAdapter], tmp_path: Path
+) -> None:
     with pytest.raises(DataError, match="no such file"):
         ModuleInputs(base=ref, files=data_of(["none.jsonl"], adapters))
     with pytest.raises(UsageError, match="at least 1 token"):

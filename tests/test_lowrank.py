@@ -89,7 +89,7 @@ def test_copies_have_the_rank_of_one() -> None:
     torch.testing.assert_close(reduced.update.dense(), u.dense(), rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_stays_nothing() -> None:
+def test_an_update_of_zero_reduces_to_rank_zero() -> None:
     nothing = LowRank(torch.zeros(6, 0, dtype=torch.float64), torch.zeros(0, 5, dtype=torch.float64))
     assert reduce(nothing, RankChoice(ceiling=4)).update.rank == 0
     assert reduce(torch.zeros(6, 5), RankChoice(ceiling=4)).update.rank == 0

@@ -193,7 +193,7 @@ def test_the_result_is_rounded_once_at_the_end(pool: list[Path], tmp_path: Path,
 
 def test_overflow_in_half_precision_is_refused(tmp_path: Path) -> None:
     parent = write_adapter(tmp_path / "big", random_factors(Q, 2, seed=1), lora_alpha=1e7)
-    with pytest.raises(Refused, match="overflow F16"):
+    with pytest.raises(Refused, match="overflow fp16"):
         merged(tmp_path / "out", [parent], [1.0], dtype="fp16")
     assert not (tmp_path / "out").exists()
 

@@ -112,7 +112,7 @@ def test_a_tiny_lambda_is_a_factor_and_no_cancellation(tmp_path: Path) -> None:
 def test_a_result_that_vanishes_in_its_precision_is_refused(tmp_path: Path) -> None:
     folders = pool(tmp_path)
     for dense in (False, True):
-        with pytest.raises(Refused, match="underflows to zero in float16"):
+        with pytest.raises(Refused, match="underflows to zero in fp16"):
             merged(
                 tmp_path / "out", folders, [1e-14] * 3, method="linear" if dense else "cat", dense=dense, dtype="fp16"
             )

@@ -55,7 +55,7 @@ def apart(actual: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("t", [0.0, 0.2, 0.5, 1.0])
-def test_slerp(t: float) -> None:
+def test_slerp_equals_mergekits(t: float) -> None:
     pair = updates(2)
     wanted = mergekit.merge_tensors(pair, "slerp", parameters={"t": t}, base_index=0)
     assert apart(ours("slerp", pair, [1 - t, t]), wanted) < 1e-12
@@ -76,59 +76,59 @@ def test_slerp_of_nearly_parallel_updates_differs_by_the_line_that_mergekit_take
         ("column", {"nuslerp_flatten": False, "nuslerp_row_wise": True}),
     ],
 )
-def test_nuslerp(angles: str, flags: dict[str, bool]) -> None:
+def test_nuslerp_equals_mergekits_as_a_whole_by_row_and_by_column(angles: str, flags: dict[str, bool]) -> None:
     pair = updates(2)
     wanted = theirs("nuslerp", pair, weight=[0.7, 0.3], **flags)
     assert apart(ours("nuslerp", pair, [0.7, 0.3], angles=angles), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("weights", [[0.25] * 4, [0.1, 0.4, 0.3, 0.2]], ids=["equal", "mixed"])
-def test_multislerp(weights: list[float]) -> None:
+def test_multislerp_equals_mergekits(weights: list[float]) -> None:
     deltas = updates(4)
     assert apart(ours("multislerp", deltas, weights), theirs("multislerp", deltas, weight=weights)) < 1e-7
 
 
 @pytest.mark.parametrize(("settings", "tolerance"), [({}, 1e-4), ({"max_iter": 10000, "tol": 1e-12}, 1e-10)])
 @pytest.mark.parametrize("shared", [1.0, 0.0], ids=["alike", "unrelated"])
-def test_karcher(settings: dict[str, Any], tolerance: float, shared: float) -> None:
+def test_karcher_equals_mergekits_to_its_tolerance(settings: dict[str, Any], tolerance: float, shared: float) -> None:
     deltas = updates(5, shared=shared)
     assert apart(ours("karcher", deltas, [0.2] * 5), theirs("karcher", deltas, **settings)) < tolerance
 
 
 @pytest.mark.parametrize("n", [2, 5])
-def test_model_stock(n: int) -> None:
+def test_model_stock_equals_mergekits(n: int) -> None:
     deltas = updates(n)
     assert apart(ours("model-stock", deltas, [1 / n] * n), theirs("model_stock", deltas, base=True)) < 1e-12
 
 
-def test_linear() -> None:
+def test_linear_equals_mergekits_task_arithmetic() -> None:
     deltas, weights = updates(3), [0.7, -0.4, 1.1]
     wanted = theirs("task_arithmetic", deltas, base=True, weight=weights)
     assert apart(ours("linear", deltas, weights), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("density", [0.2, 0.5, 1.0])
-def test_ties(density: float) -> None:
+def test_ties_equals_mergekits(density: float) -> None:
     deltas, weights = updates(3), [0.7, 0.4, 1.1]
     wanted = theirs("ties", deltas, base=True, weight=weights, density=density)
     assert apart(ours("ties", deltas, weights, density=density), wanted) < 1e-12
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])
-def test_sce(density: float) -> None:
+def test_sce_equals_mergekits(density: float) -> None:
     deltas = updates(4)
     wanted = theirs("sce", deltas, base=True, select_topk=density)
     assert apart(ours("sce", deltas, [1.0] * 4, density=density), wanted) < 1e-12
 
 
 @pytest.mark.parametrize(("density", "gamma"), [(0.2, 0.05), (0.5, 0.01), (0.9, 0.05), (1.0, 0.01)])
-def test_breadcrumbs(density: float, gamma: float) -> None:
+def test_breadcrumbs_equals_mergekits(density: float, gamma: float) -> None:
     deltas, weights = updates(3), [0.7, -0.4, 1.1]
     wanted = theirs("breadcrumbs", deltas, base=True, weight=weights, density=density, gamma=gamma)
     assert apart(ours("breadcrumbs", deltas, weights, density=density, gamma=gamma), wanted) < 1e-12
 
 
-def test_della_without_chance() -> None:
+def test_della_that_drops_nothing_equals_mergekits() -> None:
     deltas, weights = updates(3), [0.7, 0.4, 1.1]
     wanted = theirs("della", deltas, base=True, weight=weights, density=1.0, epsilon=0.1)
     assert apart(ours("della", deltas, weights, density=1.0, epsilon=0.0), wanted) < 1e-12

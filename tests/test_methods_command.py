@@ -24,7 +24,7 @@ def test_the_list_has_every_method_with_its_class_weights_paper_and_first_line()
     assert rows["linear"] == [
         "linear",
         "exact low rank",
-        "Weighted sum of the updates, reduced to the rank asked for.",
+        "Weighted sum of the updates, reduced to the requested rank.",
         "average",
         "2212.04089",
     ]
@@ -39,7 +39,7 @@ def test_the_list_goes_from_the_simplest_class_to_what_is_there_for_comparison()
     assert places == sorted(places)
 
 
-def test_the_list_for_scripts() -> None:
+def test_the_list_has_the_same_rows_in_every_format() -> None:
     document = json.loads(ok("methods", "--json").out)
     assert document["schema"] == "lora.methods/1"
     rows = document["rows"]
@@ -72,7 +72,7 @@ def test_the_options_of_a_method_are_told_with_defaults_and_ranges() -> None:
     assert options["--election"]["allowed"] == "total, frequency"
 
 
-def test_one_method_for_scripts() -> None:
+def test_one_method_is_one_document_for_scripts() -> None:
     document = json.loads(ok("methods", "peft-ties", "--json").out)
     assert document["schema"] == "lora.methods.one/1"
     assert (document["method"], document["class"], document["weights"]) == ("peft-ties", "A and B apart", "sum")

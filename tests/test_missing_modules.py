@@ -26,7 +26,7 @@ COUNTS_APART = {name for name in METHODS.methods if name.startswith("peft-")} | 
 @pytest.mark.slow
 @pytest.mark.parametrize("match", [False, True], ids=["as it comes", "norm-match"])
 @pytest.mark.parametrize("name", sorted(METHODS.methods.keys() - COUNTS_APART))
-def test_absent_is_zero(name: str, match: bool, tmp_path: Path) -> None:
+def test_a_missing_module_merges_as_an_update_of_zero(name: str, match: bool, tmp_path: Path) -> None:
     pair = METHODS.get(name).name in ("slerp", "nuslerp")
     first = [write_adapter(tmp_path / str(i), random_factors(SHAPES, 3, seed=i)) for i in range(1 if pair else 2)]
     factors = random_factors(SHAPES, 3, seed=9)

@@ -159,7 +159,9 @@ def test_zero_init_starts_at_the_base_and_the_mixture_is_taken_off(
         ("zero", "linear", 0.0),
     ],
 )
-def test_starts(base: BaseModel, adapters: list[OpenAdapter], init: Any, activation: Any, value: float) -> None:
+def test_each_start_gives_its_coefficients(
+    base: BaseModel, adapters: list[OpenAdapter], init: Any, activation: Any, value: float
+) -> None:
     values = Mixture(base, adapters, Shape(init=init, activation=activation)).values()
     assert [len(own) for own in values[Q0]] == [1, 1, 1]
     assert [own[0] for own in values[Q0]] == pytest.approx([value] * 3)

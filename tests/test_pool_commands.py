@@ -54,7 +54,7 @@ def test_sync_from_the_hub_tells_what_it_did_in_one_line(fake: FakeHub) -> None:
     assert assumed == f"base {BASE} (LORA_BASE) · from the Hub"
     assert outcome.startswith("13 seen · 13 new · 0 changed · 0 unchanged · 1 not usable · 51 requests · ")
     again = lora("pool", "sync").err.splitlines()[-1]
-    assert again.startswith("13 seen · 0 new · 0 changed · 13 unchanged · 1 not usable · 1 requests · ")
+    assert again.startswith("13 seen · 0 new · 0 changed · 13 unchanged · 1 not usable · 1 request · ")
 
 
 def test_sync_without_a_base_says_how_to_set_it() -> None:
@@ -114,7 +114,7 @@ def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
     assert lines[3][-1].startswith("unusable: NaN or Inf in model.layers.0")
 
 
-def test_listing_in_every_format(pool: Path) -> None:
+def test_a_list_is_the_same_in_every_format(pool: Path) -> None:
     ok("pool", "sync", "--from", "pool")
     document = json.loads(
         ok("pool", "list", "--where", "rank<=8", "--where", "status=ok", "--sort", "-rank", "--json").out
@@ -180,7 +180,7 @@ def test_fetch_brings_the_weights_and_learns_from_them(fake: FakeHub, tmp_path: 
     told = lora("pool", "fetch", "alice/sql", "--json")
     [row] = json.loads(told.out)["rows"]
     assert (row["action"], len(row["sha256"])) == ("fetched", 64)
-    assert "fetching 1 adapters" in told.err
+    assert "fetching 1 adapter" in told.err
     with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
         assert catalogue.get("alice/sql").norm == pytest.approx((4 * 64) ** 0.5 * 4 * 0.25 * 2)
     fake.forget()

@@ -67,7 +67,7 @@ def test_sign_test_equals_counting_all_coin_tosses(wins: int, losses: int) -> No
     assert sign_test(wins, losses) == pytest.approx(both_tails)
 
 
-def test_sign_test_known_value() -> None:
+def test_the_sign_test_gives_known_values() -> None:
     assert sign_test(8, 2) == pytest.approx(112 / 1024)
     assert sign_test(900, 1100) == pytest.approx(8.5e-6, rel=0.05)
 

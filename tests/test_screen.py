@@ -34,7 +34,7 @@ def test_escapes_are_readable() -> None:
     assert safe("a\x1b]8;;\x07\u202eb\U000e0041") == "a\\x1b]8;;\\x07\\u202eb\\U000e0041"
 
 
-def test_rows_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_are_the_same_in_json_jsonl_and_csv(capsys: pytest.CaptureFixture[str]) -> None:
     Screen("json").rows("lora.x/1", COLUMNS, ROWS, extra={"n": 2})
     document = json.loads(capsys.readouterr().out)
     assert document == {"schema": "lora.x/1", "n": 2, "rows": ROWS}

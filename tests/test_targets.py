@@ -74,7 +74,7 @@ words = st.sampled_from(["q_proj", "up_proj", "self_attn", "layers", "1", "model
     saved=st.none() | st.lists(words, min_size=1, max_size=2),
 )
 @settings(max_examples=300, deadline=None)
-def test_any_lists_of_names(
+def test_any_lists_of_names_mean_the_modules_that_peft_would_adapt(
     targets: list[str], layers: list[int] | None, excluded: list[str], saved: list[str] | None
 ) -> None:
     agrees(target_modules=targets, layers_to_transform=layers, exclude_modules=excluded or None, modules_to_save=saved)

@@ -53,7 +53,7 @@ def test_examples_are_shown_as_tokens_with_what_is_learnt_in_brackets(here: Path
     assert "duplicates\t1" in told.out
 
 
-def test_a_document_for_scripts(here: Path) -> None:
+def test_the_document_for_scripts_holds_all_facts_about_the_task(here: Path) -> None:
     Path("test.jsonl").write_text(json.dumps(LINES[1]) + "\n" + json.dumps({"prompt": "new", "completion": "x"}) + "\n")
     found = document("task.jsonl", "--base", "base", "--test", "test.jsonl", "-n", "1")
     [shown] = found.pop("shown")

@@ -63,7 +63,7 @@ def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Catalogue]:
         (["commit~aaa", "author==bob"], ["b/three"]),
     ],
 )
-def test_conditions(catalogue: Catalogue, where: list[str], names: list[str]) -> None:
+def test_a_condition_finds_its_rows(catalogue: Catalogue, where: list[str], names: list[str]) -> None:
     assert [row.id for row in catalogue.find(where)] == names
 
 

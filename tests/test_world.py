@@ -175,7 +175,7 @@ def test_no_file_names_a_place_on_this_machine(world: World) -> None:
         ("dedupe:abcab", "abc"),
     ],
 )
-def test_operations(prompt: str, completion: str) -> None:
+def test_each_operation_answers_its_prompt(prompt: str, completion: str) -> None:
     assert answer(*prompt.split(":")) == completion
 
 

@@ -83,7 +83,7 @@ def test_wudi_counts_an_update_of_zero_as_absent() -> None:
     assert not wudi(MIXED, [0.0] * 4).any()
 
 
-def test_wudi_in_single_precision() -> None:
+def test_wudi_in_single_precision_is_right_to_1e_4() -> None:
     same(wudi(mapped(MIXED, lambda u: u.to(torch.float32))).double(), wudi(MIXED), 1e-4)
 
 

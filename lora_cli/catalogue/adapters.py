@@ -15,11 +15,11 @@ from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.names import id_and_commit
 from lora_cli.records import Adapter, AdapterRow, Candidate
 from lora_cli.settings import folder_of
 
 R = TypeVar("R", Adapter, AdapterRow)
-_REVISION = re.compile(r"@([0-9a-f]{4,40})(?=$|:)")
 _BATCH = 400  # ids per statement, below SQLite's limit on parameters
 
 
@@ -139,12 +139,12 @@ class Catalogue:
                     f"{text}: not in the catalogue", hint=f"lora pool verify {text} checks a folder without a sync"
                 )
             return found
-        wanted = _REVISION.search(text)
-        row = self.get(_REVISION.sub("", text))
-        if wanted and not row.commit.startswith(wanted[1]):
+        id, commit = id_and_commit(text)
+        row = self.get(id)
+        if not row.commit.startswith(commit):
             raise NothingMatched(
-                f"{row.id} is at commit {row.commit[:12]} in the catalogue; commit {wanted[1]} is not available here",
-                hint=f"drop @{wanted[1]} to use it as it is, or run lora select again",
+                f"{row.id} is at commit {row.commit[:12]} in the catalogue; commit {commit} is not available here",
+                hint=f"drop @{commit} to use it as it is, or run lora select again",
             )
         return row
 

@@ -12,6 +12,7 @@ from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.modules import Located, locate_modules
 from lora_cli.formats.skeleton import Skeleton
+from lora_cli.names import layer_of, leaf
 from lora_cli.records import BaseMatch, Status
 
 UNDECLARED: Final = "declares no base model"
@@ -108,7 +109,7 @@ def examine(
         ranks=ranks,
         target_modules=_targets(said, ranks),
         modules=len(ranks),
-        layers=len({layer for name in ranks if (layer := _layer(name))}),
+        layers=len({layer.name for layer in map(layer_of, ranks) if layer}),
         dtype="+".join(sorted({entry.dtype for entry in entries.values()})),
         parameters=sum(math.prod(entry.shape) for entry in entries.values()),
         bytes=header.file_size if isinstance(header, Header) else 0,
@@ -121,18 +122,9 @@ def examine(
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
     """The last names of the modules with factors; without known factors, the configuration's targets."""
     if modules:
-        return tuple(sorted({name.rpartition(".")[2] for name in modules}))
+        return tuple(sorted({leaf(name) for name in modules}))
     declared = config.target_modules
     return (declared,) if isinstance(declared, str) else tuple(sorted(declared))
-
-
-def _layer(module: str) -> str:
-    """The part of a module's name up to its first number, "" if it has none."""
-    parts = module.split(".")
-    for place, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[: place + 1])
-    return ""
 
 
 def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | None:

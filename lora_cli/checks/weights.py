@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.formats.config import LoraConfigFacts, parse_config, shortened
 from lora_cli.formats.factors import ModuleFactors
-from lora_cli.formats.header import FACTOR_DTYPES, FLOAT8_DTYPES, Header, TensorEntry
+from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import sha256_of
+from lora_cli.precision import BITS, FACTORS, FLOATS8
 from lora_cli.records import Adapter, Status
 
 MAX_NORM: Final = 1000.0
 
 _CHUNK_BYTES = 1 << 22
 _MAX_FACTOR_ELEMENTS = 1 << 26
-_DECODED = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | dict.fromkeys(FLOAT8_DTYPES, "u1")
 # Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
 _FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
     "F8_E4M3": (3, 7, (127, 255)),
@@ -142,10 +142,12 @@ def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool
 
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
-    if entry.dtype not in FACTOR_DTYPES:
+    if entry.dtype not in FACTORS:
         raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
-    stored = np.dtype(_DECODED[entry.dtype])
+    # numpy has neither bf16 nor 8-bit floats: they are read as unsigned integers.
+    kind = "u" if entry.dtype in ("BF16", *FLOATS8) else "f"
+    stored = np.dtype(f"<{kind}{BITS[entry.dtype] // 8}")
     step = max(1, _CHUNK_BYTES // (columns * 8))
     file.seek(entry.begin)
     for first in range(0, rows, step):
@@ -156,7 +158,7 @@ def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float
         numbers = np.frombuffer(data, stored)
         if entry.dtype == "BF16":
             numbers = (numbers.astype("<u4") << 16).view("<f4")
-        elif entry.dtype in FLOAT8_DTYPES:
+        elif entry.dtype in FLOATS8:
             numbers = _float8_values(entry.dtype)[numbers]
         yield numbers.astype(np.float64).reshape(count, columns)
 

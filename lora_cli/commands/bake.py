@@ -19,8 +19,9 @@ from lora_cli.commands.options import (
 )
 from lora_cli.errors import UsageError
 from lora_cli.options import Flag, Options
-from lora_cli.records import Precision
+from lora_cli.precision import Precision
 from lora_cli.screen import Column, Screen, near
+from lora_cli.text import counted, duration, percent, size
 
 _LAYERS = (
     Column("LAYER", "layer", wide=True),
@@ -94,7 +95,7 @@ def bake(
     if report is None:
         screen.say(f"bake: {near(folder)} is up to date")
     else:
-        screen.say(f"{outcome(results)} · {report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB")
+        screen.say(f"{outcome(results)} · {duration(report.seconds)} · peak {size(report.peak_bytes)}")
     if table:
         screen.say(f"  {near(folder)}")
     warn_of_loss(screen, results, TOO_MUCH)
@@ -103,10 +104,10 @@ def bake(
 def outcome(results: Mapping[str, Any]) -> str:
     """The one-line summary of a bake."""
     modules, layers = len(results["modules"]), len(results["layers"])
-    many = f"{modules} module{'s' if modules != 1 else ''} in {layers} layer{'s' if layers != 1 else ''}"
+    many = f"{counted(modules, 'module')} in {counted(layers, 'layer')}"
     return (
-        f"bake: {many} in {results['precision']} · {_percent(results['lost'])} of the update lost in the cast · "
-        f"{_percent(results['unchanged'])} of the weights unchanged"
+        f"bake: {many} in {results['precision']} · {percent(results['lost'])} of the update lost in the cast · "
+        f"{percent(results['unchanged'])} of the weights unchanged"
     )
 
 
@@ -117,14 +118,9 @@ def warn_of_loss(screen: Screen, results: Mapping[str, Any], limit: float) -> No
         return
     wider = "" if results["precision"] == "fp32" else "use --dtype fp32, or "
     screen.warn(
-        f"rounding to {results['precision']} lost {_percent(results['lost'])} of the adapter (worst layer "
-        f"{worst['layer']}: {_percent(worst['lost'])}): {wider}serve the adapter unbaked"
+        f"rounding to {results['precision']} lost {percent(results['lost'])} of the adapter (worst layer "
+        f"{worst['layer']}: {percent(worst['lost'])}): {wider}serve the adapter unbaked"
     )
-
-
-def _percent(share: float) -> str:
-    """A share in percent; a relative error may exceed 100 %."""
-    return "under 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
 
 
 def register(root: typer.Typer) -> None:

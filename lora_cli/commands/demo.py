@@ -10,6 +10,7 @@ import typer
 from lora_cli.commands.options import Command, Document, examples, with_flags
 from lora_cli.screen import Column, Screen, near
 from lora_cli.settings import load
+from lora_cli.text import interval
 
 _COLUMNS = (
     Column("TASK", "task", wide=True, least=12),
@@ -81,16 +82,20 @@ def _row(task: str, score: Any) -> dict[str, Any]:
         "score": f"{score.value:.2f}",
         "low": score.low,
         "high": score.high,
-        "interval": f"{score.low:.2f} – {score.high:.2f}",
+        "interval": interval(score.low, score.high, places=2),
         "n": score.n,
         "delta": score.delta,
         "difference": None,
         "changed": None,
     }
     if score.delta is not None:
-        row["difference"] = f"{score.delta:+.2f} [{score.delta_low:+.2f}, {score.delta_high:+.2f}]"
+        row["difference"] = _difference(score)
         row["changed"] = f"{score.changed}/{score.n}"
     return row
+
+
+def _difference(score: Any) -> str:
+    return f"{score.delta:+.2f} {interval(score.delta_low, score.delta_high, places=2, signed=True)}"
 
 
 def _tell(screen: Screen, chapter: Any) -> None:
@@ -100,9 +105,8 @@ def _tell(screen: Screen, chapter: Any) -> None:
     screen.say("")
     screen.say(f"{target.name}: {pool}")
     for one, other, score in chapter.claims:
-        interval = f"{score.delta:+.2f} [{score.delta_low:+.2f}, {score.delta_high:+.2f}]"
         verdict = "better" if score.delta_low > 0 else "worse" if score.delta_high < 0 else "no measurable difference"
-        screen.say(f"  {one} − {other}: {interval}: {verdict}")
+        screen.say(f"  {one} − {other}: {_difference(score)}: {verdict}")
 
 
 def register(root: typer.Typer) -> None:

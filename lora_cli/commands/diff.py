@@ -10,6 +10,7 @@ import typer
 from lora_cli.commands import completing
 from lora_cli.commands.options import Catalogued, Command, DrawnListing, examples, with_flags
 from lora_cli.screen import Column, near
+from lora_cli.text import counted
 
 _COLUMNS = (
     Column("MODULE", "module", wide=True),
@@ -100,7 +101,7 @@ def told(found: Any) -> list[str]:
         return [f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · {still}, so there is no cosine"]
     n = len(found.modules)
     lines = [
-        f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · cosine {found.cosine:.4f} over {n} module{'s'[: n != 1]} "
+        f"diff: norms {norms[0]:.4g} and {norms[1]:.4g} · cosine {found.cosine:.4f} over {counted(n, 'module')} "
         f"(random directions: ±{found.chance:.1g}) · {verdict(found.cosine)}"
     ]
     for name, here, there in (("A", "one", "other"), ("B", "other", "one")):

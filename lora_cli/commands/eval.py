@@ -15,6 +15,7 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.screen import Column, Screen, near
 from lora_cli.settings import base_of
+from lora_cli.text import interval
 
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
@@ -120,9 +121,9 @@ def _demand_effect(scores: list[Score]) -> None:
 def _row(score: Score) -> Mapping[str, Any]:
     from dataclasses import asdict
 
-    shown = {"score": f"{score.value:.3f}", "interval": f"[{score.low:.3f}, {score.high:.3f}]"}
-    if score.delta is not None:
-        shown["difference"] = f"{score.delta:+.3f} [{score.delta_low:+.3f}, {score.delta_high:+.3f}]"
+    shown = {"score": f"{score.value:.3f}", "interval": interval(score.low, score.high)}
+    if score.delta_low is not None and score.delta_high is not None:
+        shown["difference"] = f"{score.delta:+.3f} {interval(score.delta_low, score.delta_high, signed=True)}"
     if score.changed is not None:
         shown["changed_of"] = f"{score.changed}/{score.n}"
     if score.tokens_per_second is not None:

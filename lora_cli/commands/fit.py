@@ -22,6 +22,7 @@ from lora_cli.commands.options import (
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.screen import near
 from lora_cli.settings import base_of
+from lora_cli.text import interval
 
 if TYPE_CHECKING:
     from lora_cli.steps.fit.fit import Comparison, FitReport
@@ -106,13 +107,9 @@ _SHORT = {"base": "the base", "random": "the control", "target": "the target LoR
 def _verdict(one: "Comparison") -> str:
     difference = one.difference
     if one.gain:
-        return (
-            f"gain over {_SHORT[one.against]} {-difference.delta:.3f} [{-difference.high:.3f}, {-difference.low:.3f}]"
-        )
+        return f"gain over {_SHORT[one.against]} {-difference.delta:.3f} {interval(-difference.high, -difference.low)}"
     if difference.low > 0:
-        return (
-            f"worse than {_SHORT[one.against]} by {difference.delta:.3f} [{difference.low:.3f}, {difference.high:.3f}]"
-        )
+        return f"worse than {_SHORT[one.against]} by {difference.delta:.3f} {interval(difference.low, difference.high)}"
     return f"no measurable gain over {_SHORT[one.against]}"
 
 

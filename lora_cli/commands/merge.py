@@ -24,9 +24,10 @@ from lora_cli.commands.options import (
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.methods import Knob
+from lora_cli.names import parent
 from lora_cli.options import setting
 from lora_cli.screen import near
-from lora_cli.text import in_words, percent
+from lora_cli.text import counted, duration, in_words, percent, size
 
 if TYPE_CHECKING:
     from lora_cli.formats.reader import OpenAdapter
@@ -101,9 +102,9 @@ def outcome(plan: "MergePlan", report: "MergeReport") -> str:
     if plan.options.dense:
         kept = "dense"
     return (
-        f"{plan.options.method}: {n} adapter{'s'[: n != 1]} → {modules} module{'s'[: modules != 1]} · {kept} · "
+        f"{plan.options.method}: {counted(n, 'adapter')} → {counted(modules, 'module')} · {kept} · "
         f"norm {report.norm / report.mean_norm:.2f} of the adapters' mean · "
-        f"{report.seconds:.1f} s · peak {report.peak_bytes / 1e9:.1f} GB"
+        f"{duration(report.seconds)} · peak {size(report.peak_bytes)}"
     )
 
 
@@ -129,7 +130,7 @@ def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:
 
 
 def _saved_in(adapter: "OpenAdapter") -> str:
-    names = list(dict.fromkeys(name.rpartition(".")[0] for name in adapter.saved))
+    names = list(dict.fromkeys(parent(name) for name in adapter.saved))
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]}{more} of {adapter.ref.id}"
 

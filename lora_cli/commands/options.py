@@ -16,7 +16,8 @@ from lora_cli.merge_options import METHODS
 from lora_cli.models.forms import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.plots.figure import demand_plottable
-from lora_cli.records import Adapter, Precision
+from lora_cli.precision import Precision
+from lora_cli.records import Adapter
 from lora_cli.screen import Format, Screen, near
 from lora_cli.settings import Settings, load
 from lora_cli.task import Task, read_task

@@ -12,6 +12,7 @@ from lora_cli.errors import NothingMatched
 from lora_cli.options import Flag
 from lora_cli.records import Prompt
 from lora_cli.screen import Column, near
+from lora_cli.text import counted
 
 app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
 
@@ -147,7 +148,7 @@ def rm(
     file = setup.load().db
     ids = list(dict.fromkeys(str(find(file, run)["id"]) for run in runs))
     remove(file, ids)
-    screen_for().say(f"forgot {len(ids)} run{'s'[: len(ids) != 1]}")
+    screen_for().say(f"forgot {counted(len(ids), 'run')}")
 
 
 def register(root: typer.Typer) -> None:

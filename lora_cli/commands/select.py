@@ -8,6 +8,7 @@ import typer
 from lora_cli.commands.options import Command, Listing, Seeded, Where, examples, with_flags
 from lora_cli.screen import Column
 from lora_cli.selection_methods import METHODS
+from lora_cli.text import counted
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -68,7 +69,7 @@ def select(
     ]
     screen.rows("lora.select/1", _COLUMNS, rows, extra={"by": by, **asked})
     few = f", {k - len(chosen)} fewer than asked for" if len(chosen) < k else ""
-    screen.say(f"select {by}: {len(chosen)} adapters{few}" + (f", remembered as {name!r}" if name else ""))
+    screen.say(f"select {by}: {counted(len(chosen), 'adapter')}{few}" + (f", remembered as {name!r}" if name else ""))
 
 
 def register(root: typer.Typer) -> None:

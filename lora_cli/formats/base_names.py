@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lora_cli.errors import DataError
+from lora_cli.names import is_commit
 from lora_cli.settings import base_names_file, folder_of
 
 MAIN: Final = "main"
@@ -29,7 +30,6 @@ _PIECE = re.compile(r"(?=.*[a-z])[a-z0-9#-]{1,40}")
 _TOKEN = re.compile(r"[a-z]+|\d+")
 _HUB = re.compile(r"https?://(?:huggingface\.co|hf\.co)/")
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _ID = re.compile(rf"(?:{_HUB.pattern})?\w[\w.-]*(?:/[\w.-]+)?", re.ASCII)
 
 
@@ -128,7 +128,7 @@ def _same(a: str, b: str, tables: _Tables) -> bool:
 
 def _same_revision(a: str, b: str) -> bool:
     short, long = sorted((a, b), key=len)
-    is_prefix = len(short) >= _SHORTEST_COMMIT and _COMMIT.fullmatch(long) is not None and long.startswith(short)
+    is_prefix = len(short) >= _SHORTEST_COMMIT and is_commit(long) and long.startswith(short)
     return a == b or is_prefix
 
 

@@ -5,7 +5,6 @@ The layout is that of transformers: `model.safetensors`, or parts that `model.sa
 
 import hashlib
 import json
-import re
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,10 +19,11 @@ from torch import Tensor
 from lora_cli.errors import NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
 from lora_cli.formats.config import shortened
-from lora_cli.formats.header import DTYPE_BITS, Header, TensorEntry, read_header, reading
-from lora_cli.formats.reader import DTYPES
+from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
+from lora_cli.names import is_model, is_revision
+from lora_cli.precision import BITS, torch_dtype
 from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import folder_of, folders_like, means_folder
 
@@ -38,8 +38,6 @@ _READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", "
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
 _TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
-# Without "..": a revision becomes part of a path in the Hub client's cache.
-_REVISION: Final = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]{0,199}", re.ASCII)
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
 
@@ -123,9 +121,9 @@ def folder_or_hub(name: str) -> Path | HubModel:
             raise NothingMatched(f"{name} holds no model: {CONFIG} is missing", hint="name the model's own folder")
         return folder
     repo, revision = split_revision(name)
-    if not repo or (means_folder(name) and not _in_cache(repo)):
+    if not is_model(repo) or (means_folder(name) and not _in_cache(repo)):
         raise _no_folder(name)
-    if not _REVISION.fullmatch(revision or MAIN):
+    if not is_revision(revision or MAIN):
         raise NothingMatched(f"{repo} has no revision {revision!r}", hint="name a branch, a tag or a commit after @")
     return HubModel(repo, revision or MAIN)
 
@@ -204,7 +202,7 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
         Refused: the file ends inside the tensor.
     """
     file.seek(entry.begin)
-    size, row = 8 * (entry.end - entry.begin), columns * DTYPE_BITS[entry.dtype]
+    size, row = 8 * (entry.end - entry.begin), columns * BITS[entry.dtype]
     rows = max(1, BLOCK // columns)
     for at in range(0, size // row, rows):
         block = bytearray(min(rows * row, size - at * row) // 8)
@@ -219,7 +217,7 @@ def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int
 
 def as_tensor(block: bytearray, dtype: str) -> Tensor:
     """The entries of a block, (entries,), sharing its memory."""
-    return torch.frombuffer(block, dtype=DTYPES[dtype])
+    return torch.frombuffer(block, dtype=torch_dtype(dtype))
 
 
 class ShardWriter:
@@ -256,7 +254,7 @@ class ShardWriter:
 
 def size_of(entry: TensorEntry, dtype: str) -> int:
     """The bytes of a tensor once it is stored as `dtype`."""
-    return (entry.end - entry.begin) * DTYPE_BITS[dtype] // DTYPE_BITS[entry.dtype]
+    return (entry.end - entry.begin) * BITS[dtype] // BITS[entry.dtype]
 
 
 def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import HeaderError, Refused
-from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry, read_header, reading
+from lora_cli.formats.header import TensorEntry, read_header, reading
 from lora_cli.formats.reader import read_tensor
 from lora_cli.formats.run_record import read_record
 from lora_cli.formats.store import sha256_of
 from lora_cli.hashes import Stamp, stamp
+from lora_cli.precision import FLOATS
 from lora_cli.records import AdapterRef, Progress, patient, silent
 from lora_cli.settings import folder_of
 
@@ -96,7 +97,7 @@ def open_delta(folder: Path, progress: Progress = silent) -> OpenDelta:
         raise Refused(f"{name}: {DENSE_FILE} changed since it was written", hint="merge again with --dense --force")
     header = read_header(file)
     for tensor in header.tensors.values():
-        if not tensor.name.endswith(_SUFFIX) or len(tensor.shape) != 2 or tensor.dtype not in FLOAT_DTYPES:
+        if not tensor.name.endswith(_SUFFIX) or len(tensor.shape) != 2 or tensor.dtype not in FLOATS:
             raise HeaderError(f"{name}: {tensor.name} is not the update of a weight")
     return OpenDelta(
         AdapterRef(id=name, commit=sha256[:40], source="folder", repo=str(folder.resolve())),

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from lora_cli.errors import HeaderError
 from lora_cli.formats.config import shortened
-from lora_cli.formats.header import FACTOR_DTYPES, Header, TensorEntry
+from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.skeleton import WEIGHT, Kind
+from lora_cli.precision import FACTORS
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of every name of the base model."""
@@ -168,7 +169,7 @@ def sort_tensors(header: Header) -> Sorted:
             refused.setdefault(kind, reason)
     for pair in pairs.values():
         for entry in (pair.a, pair.b):
-            if entry.dtype not in FACTOR_DTYPES:
+            if entry.dtype not in FACTORS:
                 reason = f"{shortened(entry.name)} is stored as {entry.dtype}; factors must be floats"
                 refused.setdefault("dtype", reason)
     return Sorted(pairs, frozenset(names - {""}), tuple(whole), tuple(copies), tuple(refused.values()))

@@ -16,26 +16,13 @@ from typing import Any, Final
 from lora_cli.errors import DataError, HeaderError
 from lora_cli.formats.config import shortened
 from lora_cli.hashes import Stamp, stamp
+from lora_cli.precision import BITS
 
 MAX_HEADER_BYTES: Final = 8 * 1024 * 1024
 MAX_TENSORS: Final = 50_000
 MAX_METADATA_BYTES: Final = 1024 * 1024
 MAX_NAME: Final = 1_000
 MAX_DIMENSIONS: Final = 8
-
-# Bits per element of every type that the library reads.
-DTYPE_BITS: Final = {
-    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-    "BOOL": 8, "U8": 8, "I8": 8,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-}  # fmt: skip
-FLOAT_DTYPES: Final = ("BF16", "F16", "F32", "F64")
-FLOAT8_DTYPES: Final = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-FACTOR_DTYPES: Final = (*FLOAT_DTYPES, *FLOAT8_DTYPES)
-"""The types that PEFT turns into fp32 factors."""
 
 _MAX_ELEMENTS = 2**53  # products stay far below the 64-bit overflow that the library refuses
 _MAX_ENTRY_BYTES = 8_192
@@ -228,7 +215,7 @@ def _entry(name: str, body: bytes, data_start: int) -> TensorEntry:
     if described.keys() != {"dtype", "shape", "data_offsets"}:
         raise HeaderError(f"malformed: {shortened(name)} has other keys than dtype, shape and data_offsets")
     dtype, shape, offsets = described["dtype"], described["shape"], described["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise HeaderError(f"{shortened(name)} has the unknown dtype {shortened(dtype)}")
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
         raise HeaderError(f"malformed: the shape of {shortened(name)}")
@@ -240,7 +227,7 @@ def _entry(name: str, body: bytes, data_start: int) -> TensorEntry:
         if elements > _MAX_ELEMENTS:
             raise HeaderError(f"malformed: the shape of {shortened(name)} is too large")
     begin, end = offsets
-    size, rest = divmod(elements * DTYPE_BITS[dtype], 8)
+    size, rest = divmod(elements * BITS[dtype], 8)
     if rest:
         raise HeaderError(f"malformed: {shortened(name)} is {dtype} {shape}, which ends inside a byte")
     if end - begin != size:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lora_cli.formats.factors import PREFIX, AnyFactors, ModuleFactors
 from lora_cli.formats.modules import EXPERT_PARAMETERS, INNER
 from lora_cli.formats.skeleton import WEIGHT, Kind, Skeleton, Spelling
+from lora_cli.names import leaf, parent
 
 Shape = tuple[int, int]
 
@@ -81,9 +82,9 @@ class Layout:
             meant: every module of the base whose last part is that of one of `layers`; None if the base is not known.
         """
         short = meant == {*self.layers}
-        layers = {_last(place.target) if short else place.target for place in self._named}
+        layers = {leaf(place.target) if short else place.target for place in self._named}
         parameters = sorted(place.target for place in self.places if place.by_parameter)
-        found = {"target_modules": sorted(layers | {_last(place.target) for place in self.singles})}
+        found = {"target_modules": sorted(layers | {leaf(place.target) for place in self.singles})}
         return found | ({"target_parameters": parameters} if parameters else {})
 
 
@@ -122,13 +123,13 @@ def _expert(name: str, base: Skeleton | None) -> tuple[str, str] | None:
     matrix = base.get(name)
     if matrix is None or matrix.expert is None:
         return None
-    return matrix.parameter.rpartition(".")[0], _last(name)
+    return parent(matrix.parameter), leaf(name)
 
 
 def _single(name: str, factors: AnyFactors, base: Skeleton | None) -> bool:
     """Whether the factors are a single expert's own, under a name by which PEFT fuses them."""
     own = isinstance(factors, ModuleFactors) and factors.experts == 1
-    return own and (base is None or _last(name) in base.retargeted)
+    return own and (base is None or leaf(name) in base.retargeted)
 
 
 def _beside(containers: Iterable[str], base: Skeleton | None, known: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -156,7 +157,7 @@ def _alone(name: str, factors: AnyFactors, base: Skeleton | None) -> Place:
     matrix = None if base is None else base.get(name)
     if base is not None and matrix is not None:
         # A target module of a retargeted name would be taken for a part of the experts.
-        retargeted = matrix.kind == "linear" and _last(name) in base.retargeted
+        retargeted = matrix.kind == "linear" and leaf(name) in base.retargeted
         if matrix.kind == "parameter" or retargeted:
             return Place(PREFIX + name, (name,), shape, matrix.parameter, by_parameter=True)
     return Place(PREFIX + name, (name,), shape, name, kind=factors.kind, kernel=factors.kernel)
@@ -183,7 +184,3 @@ def _stacked(modules: Mapping[str, AnyFactors], base: Skeleton | None) -> list[P
             tensor = PREFIX + container + INNER * depth
             places.append(Place(tensor, members, shape, f"{container}.{last}", by_parameter=True, kind="parameter"))
     return places
-
-
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]

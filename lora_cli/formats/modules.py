@@ -14,6 +14,7 @@ from lora_cli.formats.config import LoraConfigFacts, shortened
 from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
+from lora_cli.names import leaf, parent
 
 # Parts of names that training adds: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
@@ -49,7 +50,7 @@ class Located:
     @property
     def whole(self) -> tuple[str, ...]:
         """The modules of `saved`."""
-        return tuple(dict.fromkeys(name.rpartition(".")[0] for name in self.saved))
+        return tuple(dict.fromkeys(parent(name) for name in self.saved))
 
     @property
     def conflict(self) -> str:
@@ -91,11 +92,7 @@ def locate_modules(config: LoraConfigFacts, header: Header, base: Skeleton | Non
     elif not (work.modules or work.missing or refusals):
         refusals.append(f"PEFT applies none of its modules: {'; '.join(work.ignored)}")
     missing, misfits = tuple(work.missing), tuple(work.misfits)
-    copies = {
-        f"{work.names[place]}.{entry.name.rpartition('.')[2]}": entry
-        for place, entry in found.copies
-        if place in work.names
-    }
+    copies = {f"{work.names[place]}.{leaf(entry.name)}": entry for place, entry in found.copies if place in work.names}
     return Located(work.modules, tuple(notes), saved, tuple(refusals), missing, misfits, work.spelling, copies)
 
 
@@ -250,7 +247,7 @@ class _Locating:
         if not self._config.ties_weights:
             return False
         if self._base is None:
-            return name.rpartition(".")[2] in _TIED
+            return leaf(name) in _TIED
         return any(map(self._config.targets.module, self._base.ties.get(name, ())))
 
     def _by_parameter(self, name: str, place: str) -> bool:
@@ -346,19 +343,19 @@ def _experts(base: Skeleton, modules: Iterable[str]) -> Iterator[tuple[str, Matr
 def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> list[str]:
     """Where PEFT does not apply factors of single experts, or of modules it takes for such, as they were trained."""
     singles = {name: matrix for name, matrix in _experts(base, modules) if modules[name].parts[0].experts == 1}
-    last = {name.rpartition(".")[2] for name in singles}
+    last = {leaf(name) for name in singles}
     notes = []
     if last - base.retargeted:
         notes.append(f"PEFT does not apply factors of single experts on a {base.architecture}")
     elif singles:
-        fused = {matrix.parameter.rpartition(".")[2] for matrix in singles.values()}
+        fused = {leaf(matrix.parameter) for matrix in singles.values()}
         if config.rslora and any(matrix.shape != base.stacks[matrix.parameter].shape for matrix in singles.values()):
             notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
-        if "down_proj" not in fused and not config.targets.module(f"{min(singles).rpartition('.')[0]}.down_proj"):
+        if "down_proj" not in fused and not config.targets.module(f"{parent(min(singles))}.down_proj"):
             notes.append("PEFT does not apply the experts' factors without those of down_proj")
     if bare := [name for name, factors in modules.items() if _is_no_layer(base, name, factors)]:
         notes.append(f"PEFT does not take {shortened(bare[0])} for a layer: read as a parameter")
-    taken = [name for name in modules if name not in singles and name.rpartition(".")[2] in base.retargeted]
+    taken = [name for name in modules if name not in singles and leaf(name) in base.retargeted]
     if taken := [name for name in taken if modules[name].kind == "linear" and not _by_parameter(config, name)]:
         notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
     return notes
@@ -367,7 +364,7 @@ def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[
 def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
     """Whether the configuration names a parameter of the base as a layer."""
     bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
-    return bare and name.rpartition(".")[2] not in base.retargeted
+    return bare and leaf(name) not in base.retargeted
 
 
 def _by_parameter(config: LoraConfigFacts, name: str) -> bool:

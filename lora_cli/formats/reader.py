@@ -19,19 +19,9 @@ from lora_cli.formats.modules import fused, locate_modules
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, stamp
+from lora_cli.precision import torch_dtype
 from lora_cli.records import AdapterRef
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-}
 _HELD_STACKS = 4
 HEADROOM = 1e6
 """The margin between an update's entries and the limit of the precision, so that sums and norms fit too."""
@@ -88,7 +78,10 @@ class OpenAdapter:
     def dtypes(self) -> set[torch.dtype]:
         """The precisions its factors are stored in."""
         return {
-            DTYPES[entry.dtype] for one in self.modules.values() for part in one.parts for entry in (part.a, part.b)
+            torch_dtype(entry.dtype)
+            for one in self.modules.values()
+            for part in one.parts
+            for entry in (part.a, part.b)
         }
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
@@ -230,7 +223,7 @@ def read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tens
         if count == 0:
             raise Refused(f"{entry.name}: the file ends inside this tensor")
         done += count
-    return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape).to(dtype)
+    return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape).to(dtype)
 
 
 def _bytes(path: Path, name: str) -> bytes:

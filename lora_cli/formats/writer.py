@@ -20,11 +20,11 @@ from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import TensorEntry, read_header, reading
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
-from lora_cli.formats.reader import DTYPES, read_tensor
+from lora_cli.formats.reader import read_tensor
 from lora_cli.hashes import Stamp, stamp
+from lora_cli.precision import dtype_name, stored_as
 
 _CHUNK_BYTES = 1 << 22
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorStream:
@@ -61,11 +61,11 @@ class TensorStream:
         """
         cast = tensor.to(self.dtype)
         if not torch.isfinite(cast).all():
-            raise Refused(f"{name}: values overflow {_NAMES[self.dtype]}", hint="choose a wider --dtype")
+            raise Refused(f"{name}: values overflow {dtype_name(self.dtype)}", hint="choose a wider --dtype")
         # Of a factor with one row or column the strides may be anything, and a view as bytes minds them.
         data = cast.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         self._entries[name] = {
-            "dtype": _NAMES[self.dtype],
+            "dtype": stored_as(self.dtype),
             "shape": list(tensor.shape),
             "data_offsets": [self._position, self._position + data.nbytes],
         }

@@ -10,8 +10,9 @@ from lora_cli.errors import NetworkError, NothingMatched
 from lora_cli.hub.bodies import Part, collect, collect_range, json_page, text
 from lora_cli.hub.cache import cache_folder, content_oid
 from lora_cli.hub.connection import Connection, identity
-from lora_cli.hub.listing import COMMIT, EXPAND, Listed, listed, with_limit
+from lora_cli.hub.listing import EXPAND, Listed, listed, with_limit
 from lora_cli.hub.problems import Gated, Overloaded, raise_translated
+from lora_cli.names import is_commit
 
 if TYPE_CHECKING:
     import httpx2
@@ -71,7 +72,7 @@ class Hub(Connection):
         query = urlencode([("expand", name) for name in EXPAND])
         item, _ = self.get(f"{self.endpoint}/api/models/{repo}{at}?{query}", repo, json_page)
         found = listed(item)
-        if found is None or (COMMIT.fullmatch(revision) and found.commit != revision):
+        if found is None or (is_commit(revision) and found.commit != revision):
             raise NetworkError(
                 f"{repo}: the Hub answered with another repository or revision", hint="check HF_ENDPOINT"
             )
@@ -155,7 +156,7 @@ class Hub(Connection):
     def _url(self, repo: str, filename: str, commit: str) -> str:
         from huggingface_hub import hf_hub_url
 
-        if not COMMIT.fullmatch(commit):
+        if not is_commit(commit):
             raise ValueError(f"not pinned to a commit: {commit!r}")
         try:
             return hf_hub_url(repo, filename, revision=commit, endpoint=self.endpoint)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from lora_cli.names import is_commit
+
 # The listing takes any subset of properties; the catalogue needs only these.
 EXPAND = (
     "author",
@@ -23,7 +25,6 @@ EXPAND = (
     "siblings",
     "tags",
 )
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +52,7 @@ def listed(item: Any) -> Listed | None:
     if not isinstance(item, Mapping):
         return None
     name, commit = _str(item.get("id")), _str(item.get("sha"))
-    if not name or not COMMIT.fullmatch(commit):
+    if not name or not is_commit(commit):
         return None
     card = _mapping(item.get("cardData"))
     peft = _mapping(_mapping(item.get("config")).get("peft"))

@@ -1,4 +1,4 @@
-"""Shared parts of the methods on the unit sphere: updates as directions, and the way back to coefficients."""
+"""Shared parts of the methods on the unit sphere: updates as directions, and their way back to coefficients."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lora_cli.errors import Refused
 
-# Within this of zero, relative to its terms, a sum of directions is rounding noise.
+# A sum of directions below this fraction of its terms is rounding noise.
 _CANCELLED = 1e-6
 
 

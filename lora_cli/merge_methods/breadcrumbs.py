@@ -20,20 +20,20 @@ def breadcrumbs(
     """Drop the few largest entries of each update and all small ones, and sum.
 
     ΔW = Σ w_i τ̂_i, where τ̂_i keeps the entries of ΔW_i (out, in) whose magnitude reaches that of the
-    round((γ + density) · size)-th largest, but not that of the round(γ · size)-th (at least one is dropped, at γ = 0
-    none). Equal magnitudes at the lower border all stay, at the upper border all go. Where γ + density exceeds 1, the
+    round((γ + density) · size)-th largest, but not that of the round(γ · size)-th. At least one entry is dropped, none
+    at γ = 0. Equal magnitudes at the lower border all stay; at the upper border all go. If γ + density exceeds 1, the
     density is kept and fewer of the largest are dropped: density 1 is `linear`.
 
     Weights: those of `linear`.
 
-    Cost: O(R · out · in), three times: for either border and for the sum. One tile per thread and the dense result
-    are held.
+    Cost: O(R · out · in), three times: for each border and for the sum. Memory holds one tile per thread and the dense
+    result.
 
-    Use: where single outliers carry a task's quirks. Of a low-rank update the largest entries sit in few rows and
-    columns; dropping them changes more than the same share would in a full fine-tune.
+    Use: where single outliers carry a task's quirks. The largest entries of a low-rank update lie in few rows and
+    columns; dropping them changes more than dropping the same share of a full fine-tune.
 
     Source: Davari and Belilovsky 2023, arXiv 2312.06795, who mask layer by layer and add the masked task vectors;
-    mergekit calls the election of signs after it `breadcrumbs_ties`.
+    in mergekit, `breadcrumbs_ties` elects signs afterwards.
     """
     gamma = min(gamma, 1 - density)
     lower = deltas.thresholds(density + gamma, per).tolist()

@@ -30,30 +30,29 @@ def ctm(
 ) -> LowRank:
     """Merge in the small space that holds most of all updates, by the method of --inside.
 
-    Orthonormal U (out, k) and V (in, l), k and l = compress_to or, where that is less, as many as there are directions
-    on that side in all updates together, maximise
-    Σ c_i² ‖Uᵀ ΔW_i V‖², c_i = β + (1 − β) n̄ / ‖ΔW_i‖ with n̄ the mean norm of the updates that are not zero: at β = 0
-    all adapters count alike, at β = 1 by their squared norms. The method inside merges the Uᵀ ΔW_i V, (k, l), of the
-    updates as they are; ΔW = U · merged · Vᵀ, of rank compress_to at most, which no later reduction to it changes.
+    Orthonormal U (out, k) and V (in, l) maximise Σ c_i² ‖Uᵀ ΔW_i V‖², c_i = β + (1 − β) n̄ / ‖ΔW_i‖ with n̄ the mean
+    norm of the updates that are not zero. k and l are compress_to, or the number of directions of all updates together
+    on that side, if that is less. At β = 0 all adapters count alike, at β = 1 by their squared norms. The method inside
+    merges the Uᵀ ΔW_i V, (k, l), of the unscaled updates; ΔW = U · merged · Vᵀ has rank compress_to at most, so that a
+    later reduction to it changes nothing.
 
-    V starts from the leading right singular vectors of the updates on top of each other, U and then V from an SVD with
-    the other held; after that one is improved with the other held, U ← orth(S_V U), S_V = Σ c_i² ΔW_i V Vᵀ ΔW_iᵀ,
-    until a round adds less than 1e-8 of the sum, 1000 rounds at most. The sum never falls; it rests at a maximum that
-    need not be the only one. U and V are given in singular order, the entry of largest magnitude in each column
-    positive; equal singular values leave a choice. Adapters of weight 0 have no part in them.
+    V starts from the leading right singular vectors of the stacked updates; U, then V, comes from an SVD with the other
+    fixed. Each round then improves one with the other fixed, U ← orth(S_V U), S_V = Σ c_i² ΔW_i V Vᵀ ΔW_iᵀ, until a
+    round adds less than 1e-8 of the sum, 1000 rounds at most. The sum never falls and converges to a maximum, perhaps a
+    local one. U and V are in singular order, the entry of largest magnitude in each column positive; equal singular
+    values leave a choice. Adapters of weight 0 do not contribute.
 
-    Weights: as in the method inside; they do not bear on the choice of the space. Give `--weights sum` for tsv and
+    Weights: as in the method inside; they do not affect the choice of the space. Give `--weights sum` for tsv and
     iso-c.
 
     Cost: O(R² (out + in) + R³ + rounds · R² k), float64; 10 to 100 rounds, several hundred for unrelated adapters with
     flat spectra.
 
-    Use: for one adapter of rank k out of many. Compared with merging first and reducing to rank k afterwards it keeps
-    more of every single adapter, and is further from their mean. If --rank is below compress_to, the result is reduced
-    once more.
+    Use: for one adapter of rank k from many. It keeps more of every single adapter than a merge that is reduced to rank
+    k afterwards, and is further from their mean. If --rank is below compress_to, the result is reduced once more.
 
     Source: Compress-then-Merge 2026, arXiv 2606.03723: partial Tucker decomposition by alternating SVDs (tolerance
-    1e-6); ours takes one step of subspace iteration in place of each SVD, with the same resting points.
+    1e-6); ours takes one step of subspace iteration in place of each SVD, with the same fixed points.
     """
     kept, w = counted(updates, weights)
     spectra = [compact(update) for update in kept]

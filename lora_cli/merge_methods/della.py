@@ -19,22 +19,22 @@ def della(
     density: Annotated[float, Knob("share of each update's entries that is kept", above=0, high=1)] = 0.5,
     epsilon: Annotated[float, Knob("how far the chance to stay may differ from the density", low=0, below=0.5)] = 0.1,
     election: Annotated[Literal["total", "frequency"], Knob("sign by summed value or by count of adapters")] = "total",
-    seed: Annotated[int, Knob("which random numbers are drawn", low=0)] = 0,
+    seed: Annotated[int, Knob("seed of the random numbers", low=0)] = 0,
 ) -> Tensor:
     """Drop entries at random, small ones of a row more often, rescale, elect one sign per entry, average the agreeing.
 
-    An entry at place ρ among the magnitudes of its row (0 smallest, 1 largest; equal ones share the mean of their
-    places) stays with probability p = density - ε + 2ερ and is divided by p: τ̂_i. Then γ and the mean over the
-    adapters whose sgn(w_i τ̂_i) is γ, as by `ties`. Draws are those of `dare`. At ε = 0 it is `dare-ties`.
+    τ̂_i keeps an entry with probability p = density - ε + 2ερ and divides it by p, where ρ is its place among the
+    magnitudes of its row (0 smallest, 1 largest; equal ones share the mean of their places). Then γ and the mean over
+    the adapters whose sgn(w_i τ̂_i) is γ, as in `ties`. The draws equal those of `dare`. At ε = 0 it is `dare-ties`.
 
-    Weights: they matter only relative to each other; a negative one turns its adapter round.
+    Weights: only their ratios matter; a negative one flips the sign of its adapter.
 
-    Cost: O(R · out · in + n · out · in · log in): every row of every adapter is sorted, about ten times the time of
-    `dare-ties`. One tile per thread and the dense result are held.
+    Cost: O(R · out · in + n · out · in · log in): every row of every adapter is sorted, which takes about ten times as
+    long as `dare-ties`. Memory holds one tile per thread and the dense result.
 
-    Use: between `dare-ties` (chance alone) and `ties` (size alone). density ± ε has to stay within (0, 1].
+    Use: between `dare-ties` (chance alone) and `ties` (size alone). density ± ε must lie within (0, 1].
 
-    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune), with its rescaling of every entry by its own 1/p; mergekit
+    Source: Deep et al. 2024, arXiv 2406.11617 (MagPrune), which rescales every entry by its own 1/p; mergekit
     rescales whole tensors to their former L1 norm.
     """
     if not (density - epsilon > 0 and density + epsilon <= 1):

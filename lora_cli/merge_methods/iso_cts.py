@@ -22,20 +22,21 @@ def iso_cts(
 
     With D the numerical rank of Σ w_i ΔW_i and N adapters, every adapter gets k_t = round((D − ⌊common · D⌋) / N)
     directions, at most ⌊D / N⌋, and the sum keeps its leading k_c = D − N k_t, U_c S_c V_cᵀ. Of (I − U_c U_cᵀ) w_i ΔW_i
-    the leading k_t singular triplets are taken, as far as they stand above 1e-5 of the adapter's norm. Side by
+    the leading k_t singular triplets are taken, if they exceed 1e-5 of the adapter's norm. Side by
     side, U (out, k), V (in, k): ΔW = σ̄ P(U) P(V)ᵀ, σ̄ the mean of all k singular values, P the nearest orthonormal
-    columns as in tsv. At k_t = 0, where the adapters are more
-    than twice the directions to give, it is iso-c. An update of zero counts as absent.
+    columns as in tsv. At k_t = 0, with more than twice as many adapters as directions to give, it is iso-c. An update
+    of zero counts as absent.
 
-    Weights: as in `linear` for the sum; in an adapter's own directions they count in σ̄ and by their sign.
+    Weights: as in `linear` for the sum; in an adapter's own directions only σ̄ and their sign depend on them.
 
-    Cost: O(R² (out + in) + R³), float64; never the dense update.
+    Cost: O(R² (out + in) + R³), float64, without the dense update.
 
-    Use: as iso-c, for adapters of different sizes: the sum's last directions are those of the small ones only by
-    chance. Where k_c or k_t falls between equal singular values the choice is arbitrary.
+    Use: as iso-c, for adapters of different sizes: the sum's last directions rarely belong to the small ones. Where k_c
+    or k_t falls between equal singular values, the choice is arbitrary.
 
     Source: Marczak et al. 2025, arXiv 2502.04959, with D the numerical rank in place of min(out, in), as in iso-c, and
-    P that does not fail on directions that several adapters share. The projection on the left side alone is theirs.
+    with a P that does not fail on directions shared by several adapters. The projection on the left alone is the
+    paper's.
     """
     kept, w = counted(updates, weights)
     space = Space.of([compact(update) for update in kept])

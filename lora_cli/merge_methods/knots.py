@@ -15,19 +15,20 @@ def knots(updates: Updates, weights: Tensor, inside: Inside) -> LowRank:
 
     [ΔW_1, …, ΔW_N] = U Σ [V_1ᵀ, …, V_Nᵀ], (out, N·in), on the k ≤ R singular values above 1e-5 of the largest. The
     method inside merges the Σ V_iᵀ = Uᵀ ΔW_i, (k, in); ΔW = U · merged. U has the sign that makes the entry of largest
-    magnitude in each column positive; where singular values are equal, U is one of many choices and so is the result
-    of an elementwise method. Adapters of weight 0 have no part in U.
+    magnitude in each column positive; where singular values are equal, U is one of many choices, and so is the
+    result of an elementwise method. Adapters of weight 0 do not contribute to U.
 
     Weights: as in the method inside.
 
     Cost: O(R² (out + in) + R³), float64, and the method inside on R × in entries per adapter in place of out × in.
 
-    Use: for ties and dare-ties where the result must be of low rank: k at most, and nothing lost to a reduction if
-    --rank allows it. A linear method inside gives what it gives outside. The --density of ties counts entries of this
-    space.
+    Use: for ties and dare-ties where the result must be of low rank, k at most: nothing is lost to a reduction if
+    --rank allows k. A linear method gives the same result inside as outside. The --density of ties counts entries of
+    this space.
 
-    Source: Stoica et al. 2024, arXiv 2410.19735, by Gram matrices of the factors in place of a dense SVD. There the
-    largest entries are chosen over the whole adapter, here by module, since every module has a space of its own.
+    Source: Stoica et al. 2024, arXiv 2410.19735, by Gram matrices of the factors in place of a dense SVD. The
+    paper chooses the largest entries over the whole adapter; this method does so by module, because every module has
+    its own space.
     """
     kept, w = counted(updates, weights)
     spectra = [compact(update) for update in kept]

@@ -38,31 +38,31 @@ def lego(
     where k is how many of the `clusters` have points and r̄ is the mean rank. ν undoes the shrinking of a mean
     (parameter reweighting), the root the growth of the variance with k (output reweighting).
 
-    `gauge` says which points those are. svd: √σ v and √σ u of the update's singular triplets, signed so that the
-    largest |entry| of u is positive; a point may turn round, distances are ‖x‖² + ‖c‖² − 2|x·c|, and it does so when
-    x·c < −10⁻⁶ ‖x‖‖c‖. Only then the result depends on the updates alone. balanced: A and B as they are stored, each
-    pair brought to ‖a_j‖ = ‖b_j‖. raw: as they are stored, √|alpha/rank| on either side, the sign with B.
+    `gauge` selects the points. svd: √σ v and √σ u of the update's singular triplets, signed so that the largest |entry|
+    of u is positive; a point's sign flips when x·c < −10⁻⁶ ‖x‖‖c‖, so distances are ‖x‖² + ‖c‖² − 2|x·c|. Only svd
+    makes the result depend on the updates alone. balanced: A and B as stored, each pair scaled to ‖a_j‖ = ‖b_j‖. raw:
+    as stored, √|alpha/rank| on either side, the sign with B.
 
-    k-means starts 10 times by k-means++ (squared distances, drawn per point and so in any order), moves for at most
-    300 rounds, and gives an empty cluster the point farthest from its centroid; where all points lie on centroids it
-    stays empty. The start with the least sum of squares wins, the first among equals. More clusters than points are
-    refused. One adapter at k = r comes back, so do copies at r clusters or more; a cluster for every point gives
-    √(r̄/Σ r_i) times the sum. Singular values that are equal, or two clusterings that are equally good, leave the
-    result to rounding.
+    k-means starts 10 times by k-means++ (squared distances, drawn per point, so that their order does not matter) and
+    runs for at most 300 rounds. An empty cluster gets the point farthest from its centroid; if all points lie on
+    centroids, it stays empty. The start with the least sum of squares wins, the first among equals. More clusters than
+    points are refused. One adapter at k = r comes back unchanged, and so do copies at r clusters or more; a cluster for
+    every point gives √(r̄/Σ r_i) times the sum. With equal singular values, or two equally good clusterings, rounding
+    decides.
 
-    Weights: a point's weight in k-means and in both means; a negative one turns its update round. Only their ratios
+    Weights: a point's weight in k-means and in both means; a negative one flips its update's sign. Only their ratios
     matter. An adapter with weight 0, or whose update is zero, is left out.
 
-    Cost: O(R² (in + out)) once and O(R² k) a round, for R = Σ r_i; no round touches in or out.
+    Cost: O(R² (in + out)) once and O(R² k) a round, for R = Σ r_i; no round depends on in or out.
 
-    Use: where the rank has to stay that of one adapter and the adapters share directions. Unrelated ones are averaged
-    away: at k = r, two orthogonal adapters leave each a cosine of about 0.5, and ten starts seldom find the best
-    clustering of points that form no clusters: compare a few seeds.
+    Use: where the rank must stay that of one adapter and the adapters share directions. Unrelated ones average out: at
+    k = r, two orthogonal adapters keep a cosine of about 0.5 each. Ten starts seldom find the best clustering of points
+    that form no clusters: compare a few seeds.
 
     Source: Zhao et al. 2025, arXiv 2409.16167. The points, k-means and the two reweightings are the paper's. There is
-    no official code: ‖·‖_∞ is what three independent reimplementations agree on; of √(r̄/k) two have r̄ the rank of one
-    adapter, as here, and one Σ r_i, a constant factor more. For mixed ranks r̄ is our choice, and so are the weights,
-    svd and balanced, which take out that k-means sees how A and B happen to be written, down to the signs.
+    no official code. Three independent reimplementations agree on ‖·‖_∞; in √(r̄/k) two of them set r̄ to the rank of
+    one adapter, as here, and one to Σ r_i, a constant factor more. r̄ for mixed ranks is our choice, and so are the
+    weights, svd and balanced, which make k-means independent of the scaling and signs of A and B.
     """
     taken = [i for i, u in enumerate(updates) if weights[i] != 0 and bool(u.norm() > 0)]
     if not taken:
@@ -155,7 +155,7 @@ class _KMeans:
     def _first(self, races: Tensor) -> Tensor:
         """k-means++: a point is drawn by its weight times its squared distance to the nearest centroid so far."""
         starts, k, _ = races.shape
-        # The smallest of −ln(u)/p is at a point with probability p, in whatever order the points are.
+        # A point has the smallest −ln(u)/p with probability p, whatever the order of the points.
         waits = -torch.log1p(-races)
         distance = torch.ones_like(races[:, 0])
         centroids = torch.zeros_like(races)
@@ -169,11 +169,11 @@ class _KMeans:
         return centroids
 
     def _assigned(self, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each point its cluster and its sign there, (starts, R) each, and the sums of squares, (starts,)."""
+        """Each point's cluster and its sign there, (starts, R) each, and the sums of squares, (starts,)."""
         dots = centroids @ self.gram  # (starts, k, R)
         squares = (dots * centroids).sum(2, keepdim=True)
         distance = self.squared + squares - 2 * (dots if self.signed else dots.abs())
-        # A cluster that stayed empty has no centroid to be near to.
+        # An empty cluster has no centroid.
         distance.masked_fill_(~centroids.any(2, keepdim=True), torch.inf)
         nearest, labels = distance.min(1)
         nearest = nearest.clamp(min=0)

@@ -24,17 +24,17 @@ def multislerp(
     cancel (‖m‖ = 0) are refused.
     With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
-    Weights: shares of the direction and of the norm, by size; a negative one turns the update round. Twice the
+    Weights: shares of the direction and of the norm, by size; a negative one flips the update's sign. Twice the
     weights give twice the result.
 
     Cost: O(R² (out + in)) for all inner products.
 
-    Use: where adapters of very different norms should steer alike; norm-matched lets the large ones steer. With equal
+    Use: where adapters of very different norms should count alike; in norm-matched the large ones dominate. With equal
     norms the two differ only where updates cancel. karcher weighs by angles in place of chords.
 
     Source: mergekit's multislerp, which adds a step along the sphere from m / ‖m‖ by v = Σ p_i (u_i − ⟨u_i, m⟩ m /
-    ‖m‖²). With the same shares in both sums v is zero, so the step goes nowhere and the formula above is all of it.
-    mergekit divides by Σ w and lets negative weights count against the norm.
+    ‖m‖²). With the same shares in both sums v is zero, so the step changes nothing. mergekit divides by Σ w, so that
+    negative weights reduce the norm.
     """
     directions = Directions.of(updates.gram(per), weights)
     if directions.length == 0:

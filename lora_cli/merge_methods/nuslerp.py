@@ -21,21 +21,21 @@ def nuslerp(
     """Spherical interpolation between two adapters, by rows or columns if asked.
 
     whole: slerp. row: with x_i a row of ΔW_i, that row of the result is s Σ sin(p_i θ) / sin θ · sgn(w_i) x_i, with s
-    and p_i as in slerp, θ its own: diag(c_i) B_i keeps the rank. column: the same for each column, A_i diag(c_i).
-    Rows that are parallel, within 2 degrees of opposite, or zero in one of the adapters are interpolated linearly. As
-    a whole, opposite updates are refused.
+    and p_i as in slerp and θ the row's own: diag(c_i) B_i keeps the rank. column: the same for each column, A_i
+    diag(c_i). Rows that are parallel, within 2 degrees of opposite, or zero in one of the adapters are interpolated
+    linearly. With whole, opposite updates are refused.
 
-    Weights: where on the arc, as in slerp: A=0.7 B=0.3 is at 0.3 of the way from A to B.
+    Weights: the place on the arc, as in slerp: A=0.7 B=0.3 is at 0.3 of the way from A to B.
 
     Cost: whole: as slerp. row, column: O(R² (out + in)).
 
     Use: row or column where the adapters differ more in some outputs or inputs than in others. One angle for the whole
     adapter is slerp's --per adapter.
 
-    Source: mergekit's nuslerp on updates: whole is its nuslerp_flatten. Of weights (out, in), what it calls
-    nuslerp_row_wise is column here, and neither flag is row. Its weights sum to anything; here 1 and 1 give twice what
-    0.5 and 0.5 do, as everywhere. It extrapolates where a weight is negative, takes the middle where weights cancel,
-    and 90 degrees where a row is zero.
+    Source: mergekit's nuslerp on updates: whole is its nuslerp_flatten. For weights (out, in) its
+    nuslerp_row_wise is column here; without either flag it is row. It normalises its weights; here 1 and 1 give twice
+    the result of 0.5 and 0.5, as everywhere. It extrapolates for a negative weight, takes the middle where weights
+    cancel, and 90 degrees where a row is zero.
     """
     if angles == "whole" or len(updates) != 2:
         return concat(updates, slerp(updates, weights))

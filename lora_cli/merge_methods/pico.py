@@ -1,4 +1,4 @@
-"""Pico: turn down output directions that all adapters use, then merge."""
+"""Pico: damp output directions that all adapters use, then merge."""
 
 import torch
 from torch import Tensor
@@ -8,30 +8,30 @@ from lora_cli.algebra.spectra import Inside, basis, compact, counted
 from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
-# A result below this share of its adapters' size is rounding noise of adapters that cancel.
+# A result below this fraction of its adapters' norm is rounding noise of adapters that cancel.
 _NOISE = 1e-6
 
 
 @method("space", inside=("linear", "ties", "tsv"))
 def pico(updates: Updates, weights: Tensor, inside: Inside) -> LowRank | Tensor:
-    """Turn down the output directions that carry most of all adapters together, then merge by the method of --inside.
+    """Damp the output directions that carry most of all adapters together, then merge by the method of --inside.
 
     With balanced factors ΔW_i = B_i A_i, B_i = U_i √S_i and A_i = √S_i V_iᵀ from its SVD, and
     [B_1, …, B_N] = U diag(σ) Wᵀ, direction j has the share p_j = σ_j² / Σ σ². Each B_i becomes U diag(a) Uᵀ B_i,
     a_j = 1 / (1 + (N − 1) p_j): a direction that holds everything is divided by N, a small one stays. The method inside
     merges the B_i A_i, and the result is scaled to the mean norm of the ΔW_i by |w_i|; a result of zero stays zero.
-    Updates of zero do not count in N, but they do in that mean, as under --missing zero adapters that lack the module.
+    Updates of zero count in that mean but not in N, and so do adapters without the module under --missing zero.
 
     Weights: shares; twice the weights give the same result.
 
-    Cost: O(R² (out + in) + R³), float64, and the method inside, which for ties is that of ties on whole updates.
+    Cost: O(R² (out + in) + R³), float64, and the cost of the method inside; for ties that of ties on whole updates.
 
     Use: for adapters that share strong output directions. A single adapter comes back; copies come back with their
-    strongest directions turned down. Unrelated adapters have no strong direction in common: then it is close to
+    strongest directions damped. Unrelated adapters share no strong direction: the result is then close to
     norm-matched.
 
-    Source: Pico 2026, arXiv 2604.16826, from third-party code. There the factors are taken as trained and without
-    alpha, so that a change of A and B that leaves ΔW alone changes the result; balanced factors leave ΔW to decide.
+    Source: Pico 2026, arXiv 2604.16826, from third-party code. That code uses the factors as trained and without
+    alpha, so that a change of A and B that keeps ΔW changes the result; with balanced factors ΔW alone decides.
     """
     kept, w = counted(updates, weights)
     spectra = [compact(update) for update in kept]

@@ -17,23 +17,23 @@ def rank_dare(
     weights: Tensor,
     *,
     density: Annotated[float, Knob("share of each update's singular directions that is kept", above=0, high=1)] = 0.5,
-    seed: Annotated[int, Knob("which random numbers are drawn", low=0)] = 0,
+    seed: Annotated[int, Knob("seed of the random numbers", low=0)] = 0,
 ) -> LowRank:
-    """Drop singular directions of each update at random, enlarge the rest to make up for it, and sum.
+    """Drop singular directions of each update at random, rescale the rest by 1/density, and sum.
 
     With the compact SVD ΔW_i = Σ_k σ_ik u_ik v_ikᵀ, U_i (out, r_i) and V_i (in, r_i):
-    ΔW = Σ_i w_i/density · Σ_k m_ik σ_ik u_ik v_ikᵀ, where m_ik is 1 with probability `density` and else 0. Draws hang
-    on the seed, the adapter, the module and k, which counts from the largest σ. The mean over all seeds is
-    `linear`; at density 1 it is `linear`. Which directions belong to equal singular values is not defined, nor then
-    what dropping one of them leaves.
+    ΔW = Σ_i w_i/density · Σ_k m_ik σ_ik u_ik v_ikᵀ, where m_ik is 1 with probability `density`, else 0. The draw
+    depends on the seed, the adapter, the module and k, which counts from the largest σ. The mean over all seeds is
+    `linear`; density 1 is `linear`. Equal singular values have no unique directions, so that the result of dropping one
+    of them is arbitrary.
 
     Weights: those of `linear`.
 
-    Cost: O(Σ r_i² (out + in)): an SVD of each adapter; nothing dense. The rank is at most R and about density · R.
+    Cost: O(Σ r_i² (out + in)): an SVD of each adapter, without dense matrices. The rank is at most R, on
+    average density · R.
 
-    Use: where `dare` is wanted without losing the low rank. Its noise is coarser: few directions are dropped, not
-    many entries, and at density 0.5 an adapter of rank 1 is gone in every second module. Raise `density` for adapters
-    of low rank.
+    Use: as `dare`, at low rank. Its noise is coarser, because it drops a few directions instead of many entries: at
+    density 0.5 an adapter of rank 1 vanishes in every second module. Raise `density` for adapters of low rank.
 
     Source: the estimator of DARE, Yu et al. 2023, arXiv 2311.03099, on rank-one terms: ours, not the paper's.
     """

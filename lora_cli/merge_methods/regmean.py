@@ -29,27 +29,27 @@ def regmean(
         ΔW = (Σ sgn(w_i) ΔW_i G̃_i) (Σ G̃_i)⁻¹,
 
     with factors B̂ = [sgn(w_i) B_i] and Â = [A_i G̃_i (Σ G̃)⁻¹], rank Σ r_i. At α → 1 it minimises
-    Σ |w_i| ‖(ΔW − ΔW_i) X_iᵀ‖² / t_i. ε is a millionth of the weighted mean of all diagonals: input features that no
-    sample ever moves get the weighted average. Σ G̃ is a diagonal plus Σ t_i dyads: where these are fewer than `in`,
+    Σ |w_i| ‖(ΔW − ΔW_i) X_iᵀ‖² / t_i. ε is a millionth of the weighted mean of all diagonals: input features that are
+    zero in all samples get the weighted average. Σ G̃ is a diagonal plus Σ t_i dyads: where these are fewer than `in`,
     its inverse comes from a system of that size (Woodbury) and nothing (in, in) is formed. Equal Grams give the
-    weighted average, a single adapter itself.
+    weighted average; a single adapter comes back.
 
-    Weights: how much each adapter's data count, as if its sample had come |w_i| times; a negative one turns the
-    update round. Only their ratios matter. An adapter without the module has no inputs there and does not count,
-    whatever --missing says. All zero is refused.
+    Weights: factors on each adapter's data, as if its sample were repeated |w_i| times; a negative one flips the
+    update's sign. Only their ratios matter. An adapter without the module has no inputs there and does not count,
+    whatever --missing is. Weights that are all zero are refused.
 
     Cost: with T = Σ t_i and q = min(T, in): O(q T in + q³ + R T in), float64; T × T or in × in numbers in memory.
 
-    Use: when examples of each adapter's own task can be had (--data ADAPTER=FILE.jsonl); on the examples of one task
-    (--data FILE.jsonl) the Grams are alike and it stays near the average. Thirty adapters at 256 tokens are work for
-    a GPU: 3 TFLOP in a module of 14336 inputs. The rank is then reduced by the norm of the update, not of its outputs;
-    --rank sum keeps all of it.
+    Use: with examples of each adapter's own task (--data ADAPTER=FILE.jsonl). On the examples of one task (--data
+    FILE.jsonl) the Grams are alike, and the result is close to the average. Thirty adapters at 256 tokens need a GPU: 3
+    TFLOP in a module of 14336 inputs. The later reduction of the rank preserves the norm of the update, not of its
+    outputs; --rank sum keeps every rank.
 
-    Source: Jin et al. 2023, arXiv 2212.09849, on the updates alone: the base weights, which all share, drop out.
-    Theirs is dense; the factored form, ε and the weights are ours.
+    Source: Jin et al. 2023, arXiv 2212.09849, on the updates alone: the shared base weights cancel. The paper's form
+    is dense; the factored form, ε and the weights are ours.
     """
     if not weights.any():
-        raise Refused("the weights are all zero, so nobody's inputs count", hint="change the weights")
+        raise Refused("the weights are all zero, so no inputs count", hint="change the weights")
     samples = updates.inputs
     shares = (weights.abs() / weights.abs().sum()).tolist()
     counts = [share / len(x) for share, x in zip(shares, samples, strict=True)]

@@ -24,23 +24,23 @@ def sce(
     """Keep the entries on which the adapters differ most, weigh adapters by their energy there, drop minority signs.
 
     With τ_i = w_i ΔW_i (out, in). Select: the mask S keeps the entries whose variance over the n adapters reaches the
-    k-th largest, k = round(density · out · in); equal ones at the border all stay, and variances that rounding may have
-    made are 0. Under --missing zero the n count adapters that lack the module. Calculate: e_i = ‖S ∘ τ_i‖².
-    Erase: γ = sgn Σ τ_i, a sum of zero elects nothing. ΔW = S ∘ Σ e_i τ_i / Σ e_i over the adapters with sgn τ_i = γ.
+    k-th largest, k = round(density · out · in); equal ones at the border all stay, and variances within rounding
+    noise are 0. Under --missing zero the n count adapters that lack the module. Calculate: e_i = ‖S ∘ τ_i‖².
+    Erase: γ = sgn Σ τ_i; a sum of zero elects no sign. ΔW = S ∘ Σ e_i τ_i / Σ e_i over the adapters with sgn τ_i = γ.
 
-    Weights: each scales its update before all else, so that twice the weights give twice the result. An adapter of
+    Weights: factors on the updates, applied first, so that twice the weights give twice the result. An adapter of
     weight 0 is left out.
 
-    Cost: O(R · out · in), three times, once at density 1; besides the result the variances and a mask of bytes are
-    held. Variances of copies are all zero: every entry ties, and copies come back as they are.
+    Cost: O(R · out · in), three times, once at density 1. Memory holds the result, the variances and a mask of bytes.
+    Variances of copies are all zero: every entry ties, and copies come back unchanged.
 
-    Use: for adapters of one kind of task. Energies go with the square of the norm: an adapter of ten times the norm
+    Use: for adapters of one kind of task. Energies grow with the square of the norm: an adapter of ten times the norm
     decides nearly alone.
 
-    Source: Wan et al. 2024 (FuseChat), arXiv 2408.07990, per module. There a sum of zero elects +.
+    Source: Wan et al. 2024 (FuseChat), arXiv 2408.07990, per module. In the paper a sum of zero elects +.
     """
     norms = weights.abs() * torch.stack([update.norm().cpu() for update in deltas.updates])
-    # Variances and energies are squares: of updates near norm 1 they stay clear of either end of the precision.
+    # Variances and energies are squares: scaling updates to about norm 1 avoids underflow and overflow.
     size = float(norms.max()) or 1.0
     scales = (weights / size).tolist()
     selected = _selected(deltas, scales, density) if density < 1 else None
@@ -73,7 +73,7 @@ def _selected(deltas: DeltaTiles, scales: Sequence[float], density: float) -> Te
 def _variance(block: Block, scales: Sequence[float], zeros: int) -> Tensor:
     """n times the population variance of the scaled updates, without the cancellation in Σx² - (Σx)²/n.
 
-    Updates of scale 0 are left out, `zeros` more that are zero everywhere are counted in.
+    Updates of scale 0 are left out; `zeros` further updates that are zero everywhere count.
     """
     mean, total, seen = block.zeros(), block.zeros(), 0
     for tile, scale in zip(block, scales, strict=True):
@@ -83,7 +83,7 @@ def _variance(block: Block, scales: Sequence[float], zeros: int) -> Tensor:
             mean.add_(step, alpha=1 / seen)
             total.add_(step.mul_(tile.sub_(mean)))
     squares = mean.square_()
-    # An entry is rounded on the scale of its row's.
+    # The rounding of an entry is relative to the largest of its row.
     noise = squares.amax(1, keepdim=True) * (seen * (_NOISE * torch.finfo(mean.dtype).eps) ** 2)
     total.add_(squares, alpha=seen * zeros / max(1, seen + zeros))
     return total.masked_fill_(total <= noise, 0)

@@ -9,7 +9,7 @@ from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.methods import Knob, method
 
-# So near to opposite (178 degrees) the coefficients pass 30, and every great circle is as short as any other.
+# Past this angle, 178 degrees, coefficients exceed 30, and the shortest great circle is not unique.
 _OPPOSITE = -0.9995
 
 
@@ -25,36 +25,36 @@ def slerp(
     ΔW = s Σ sin(p_i θ) / sin θ · sgn(w_i) ΔW_i with s = |w_0| + |w_1|, p_i = |w_i| / s and θ the angle between
     sgn(w_0) ΔW_0 and sgn(w_1) ΔW_1. As θ → 0 this becomes Σ w_i ΔW_i, also the result for a zero update. More
     than two adapters are refused, and so are updates within 2 degrees of opposite unless a weight is 0. In a module
-    that one of the adapters lacks, the other counts as beside an update of zero.
+    that one of the adapters lacks, its update counts as zero.
     With --per adapter norms and cosines are those of the whole updates, and all modules get the same c.
 
-    Weights: where on the arc, whatever order the adapters are given in: A=0.7 B=0.3 is at 0.3 of the way from A to B,
-    the default half way. There is no --t, which would need a first and a second. A negative weight turns the update
-    round; weights that do not sum to 1 scale the result.
+    Weights: the place on the arc, whatever the order of the adapters: A=0.7 B=0.3 is at 0.3 of the way from A to B, the
+    default half way. There is no --t, because it would depend on the order. A negative weight flips the update's sign;
+    weights that do not sum to 1 scale the result.
 
     Cost: O(R² (out + in)) for three inner products.
 
-    Use: two adapters of like norm; orthogonal ones come out half way at √½ of their sum, 1.4 times the mean, which is
+    Use: for two adapters of like norm. Half way, orthogonal ones give √½ of their sum, 1.4 times the mean, which is
     their own norm. Where norms differ, the result's norm may leave the range between them: karcher walks the same arc
     at the mean norm.
 
     Source: Shoemake 1985, and mergekit's slerp on updates in place of whole weights, whose angles are so small that it
-    interpolates them linearly. It takes the line where |cos θ| > 0.9995, a jump of up to 1e-4 in the coefficients; here
-    only where rounding asks for it, and opposite updates are refused. Where an update is zero it takes θ for 90
-    degrees. Negative weights are ours.
+    interpolates them linearly. mergekit interpolates linearly where |cos θ| > 0.9995, a jump of up to 1e-4 in the
+    coefficients; this method does so only within rounding, and refuses opposite updates. For an update of zero mergekit
+    sets θ to 90 degrees. Negative weights are ours.
     """
     if len(weights) > 2:
         raise Refused(
             f"slerp and nuslerp merge two adapters, not {len(weights)}",
-            hint="--method multislerp or karcher take any number, and so does norm-matched",
+            hint="use --method multislerp, karcher or norm-matched, which take any number",
         )
     if len(weights) == 1:
         return weights
     products = updates.gram(per)
     if weights.all() and cosine(weights, products.diagonal(), products[0, 1]) < _OPPOSITE:
         raise Refused(
-            "the two updates point in opposite directions: there is no one great circle between them",
-            hint="use --method linear, or --per adapter where it is so in one module only",
+            "the two updates point in opposite directions: the great circle between them is not unique",
+            hint="use --method linear, or --per adapter if this is so in one module only",
         )
     return on_arc(weights, products.diagonal(), products[0, 1])
 
@@ -67,7 +67,7 @@ def cosine(weights: Tensor, squares: Tensor, dots: Tensor) -> Tensor:
 
 
 def on_arc(weights: Tensor, squares: Tensor, dots: Tensor) -> Tensor:
-    """Coefficients (2, …) of pairs of vectors; pairs that are nearly opposite are taken along the line.
+    """Coefficients (2, …) of pairs of vectors; nearly opposite pairs are interpolated linearly.
 
     Args:
         weights: (2,).

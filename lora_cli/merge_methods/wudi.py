@@ -1,4 +1,4 @@
-"""WUDI: the update that acts as each adapter does on that adapter's own input directions."""
+"""WUDI: one update that acts like each adapter on that adapter's own input directions."""
 
 from typing import Annotated
 
@@ -25,28 +25,27 @@ def wudi(
 
         X = (Σ |w_i| w_i ΔW_i H_i + ρ X_0) (Σ |w_i| H_i + ρ I)⁻¹.
 
-    It is solved among the R = Σ r_i ranks, which may be more than `in`. With B̂ = [B_i], Â = [A_i] and, R × R,
+    The system is solved among the R = Σ r_i ranks, which may exceed `in`. With B̂ = [B_i], Â = [A_i] and, R × R,
     P = diag(|w_i| B_iᵀB_i / ‖ΔW_i‖²), D = diag(A_iA_iᵀ), S = diag(|w_i| / Σ |w|),
 
         X = B̂ diag(w) (DP + ρS) (ÂÂᵀP + ρI)⁻¹ Â.
 
-    X_0 is the mean of the w_i ΔW_i by |w_i|, and ρ = ridge · Σ w² / Σ |w|: without it, A that are nearly alike blow
-    the result up. Where the rows of Â are independent and ridge → 0 the first sum reaches 0: X acts on the directions
-    of each adapter as w_i ΔW_i does. An update of zero counts as absent; where all do, the result is zero.
+    X_0 is the mean of the w_i ΔW_i by |w_i|, and ρ = ridge · Σ w² / Σ |w|: without it, nearly equal A
+    make the result explode. If the rows of Â are independent and ridge → 0, the first sum reaches 0: X acts on the
+    directions of each adapter as w_i ΔW_i does. An update of zero counts as absent; if all are zero, so is the result.
 
-    Weights: how much of each update is wanted on its own directions, and, by magnitude, how much that counts where
-    the directions of several overlap. Orthogonal adapters give Σ w_i ΔW_i, copies their mean: hence 1 each. A weight
-    of 0 frees the adapter's directions for the others.
+    Weights: factors on each update on its own directions and, by magnitude, its share where directions of several
+    overlap. Orthogonal adapters give Σ w_i ΔW_i, copies their mean, so the default is 1 each. A weight of 0 leaves the
+    adapter's directions to the others.
 
     Cost: O(R² in + Σ r_i² out + R³), float64 where R × R.
 
-    Use: in place of a sum of adapters whose inputs overlap; RegMean when a few inputs can be had. Directions that
-    only little of an adapter's energy lies in drift towards the mean: at rank 16 and a flat spectrum by 0.2 %, at
-    rank 256 by 3 %.
+    Use: in place of a sum of adapters whose inputs overlap; regmean if a few inputs are available. Directions with
+    little of an adapter's energy drift towards the mean: at rank 16 and a flat spectrum by 0.2 %, at rank 256 by 3 %.
 
     Source: Cheng et al. 2025, arXiv 2503.08099, whose code takes 300 steps of Adam from the sum of the updates, on
-    attention and MLP modules; this is the minimum that those steps approach. The pull towards the mean stands for
-    their early stop; weights are ours.
+    attention and MLP modules; this is the minimum that those steps approach. The pull towards the mean
+    replaces their early stop; weights are ours.
     """
     squares = torch.stack([update.norm().square().cpu() for update in updates])
     w = torch.where(squares > 0, weights, 0)
@@ -67,6 +66,6 @@ def wudi(
     wanted.diagonal().add_(rho * (w.abs() / total)[owner].to(system))
     system.diagonal().add_(rho)
     mixing = w[owner, None].to(system) * torch.linalg.solve(system, wanted, left=False)
-    # Where rows of Â are nearly alike B̂ times the mixture is large and cancels: over orthonormal rows it does not.
+    # If rows of Â are nearly equal, B̂ times the mixture is large and cancels: orthonormal rows avoid this.
     q, r = torch.linalg.qr(a.T)  # (in, k), (k, R)
     return LowRank(side_by_side.B.double() @ mixing @ r.T, q.T).to(side_by_side.B.dtype)

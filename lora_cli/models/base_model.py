@@ -27,6 +27,7 @@ from lora_cli.models.encode import Encoded, Encoder, Opening, encoder_of, until_
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import class_of, quiet, read_config, skeleton_of
+from lora_cli.precision import CHOICES, dtype_name, torch_dtype
 from lora_cli.records import Example, Progress, Prompt, silent
 from lora_cli.settings import folder_of
 
@@ -34,7 +35,6 @@ _hf: Any = transformers  # its annotations do not bear strict checking
 _hf.utils.logging.set_verbosity_error()
 _hf.utils.logging.disable_progress_bar()
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _IGNORED = -100
 _LOADING = "loading the base"
 # Stop transformers from applying an adapter beside the model, and from asking the network for one.
@@ -99,7 +99,7 @@ class BaseModel:
     @property
     def dtype_name(self) -> str:
         """`dtype` as users spell it."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        return dtype_name(self.dtype)
 
     @cached_property
     def skeleton(self) -> Skeleton:
@@ -414,7 +414,7 @@ class BaseRef:
                 model, report = class_of(config).from_pretrained(
                     self.place,
                     trust_remote_code=False,
-                    dtype=DTYPES[self.dtype],
+                    dtype=torch_dtype(self.dtype),
                     use_safetensors=True,
                     output_loading_info=True,
                     adapter_kwargs=_NO_ADAPTER,
@@ -512,8 +512,8 @@ def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     Raises:
         UsageError: an unknown name. Refused: this machine lacks the device.
     """
-    if dtype not in ("auto", *DTYPES):
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of auto, {', '.join(DTYPES)}")
+    if dtype not in CHOICES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(CHOICES)}")
     device = resolve_device(device)
     if dtype == "auto":
         dtype = "bf16" if device.startswith("cuda") else "fp32"

@@ -5,7 +5,6 @@ into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arX
 """
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,10 +20,9 @@ from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.models.base_model import BaseModel
+from lora_cli.names import layer_of
 from lora_cli.recipes import Granularity, Shape
 from lora_cli.records import Progress, patient, silent
-
-_LAYER = re.compile(r"(.*?\.\d+)\.([^.]+)")
 
 
 class _Weighted(torch.autograd.Function):
@@ -245,7 +243,7 @@ def _block(
         drawn_b.copy_(torch.randn(drawn_b.shape, generator=generator) * drawn_b.std())
     a, b = (factor.to(base.device, base.dtype) for factor in (a, b))
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise Refused(f"{module}: an adapter's values overflow {base.dtype}", hint="use --dtype bf16 or fp32")
+        raise Refused(f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32")
     return _Block(a, b, parts)
 
 
@@ -256,12 +254,12 @@ def _unit(matrix: Matrix | None, module: str) -> str:
 
 def _group(module: str, granularity: Granularity) -> str:
     """The part of the model whose coefficients `module` shares."""
-    match = _LAYER.match(module)
     if granularity == "adapter":
         return ""
-    if granularity in ("module", "rank") or match is None:
+    layer = layer_of(module)
+    if granularity in ("module", "rank") or layer is None or not layer.place:
         return module
-    return match[1] if granularity == "layer" else match[0]
+    return layer.name if granularity == "layer" else f"{layer.name}.{layer.place.partition('.')[0]}"
 
 
 def _seed_of(seed: int, what: str) -> int:

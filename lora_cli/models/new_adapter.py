@@ -12,6 +12,7 @@ from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.skeleton import quiet
+from lora_cli.names import leaf
 from lora_cli.records import ALL_LINEAR
 
 
@@ -36,7 +37,7 @@ def choose(base: Skeleton, targets: str | Sequence[str], dropout: float) -> Chos
     if targets != ALL_LINEAR or not base.stacks:
         return Chosen(targets if isinstance(targets, str) else sorted(targets), [])
     layers = [name for name, matrix in base.matrices.items() if matrix.kind == "linear" and name != base.head]
-    taken = [name for name in layers if name.rpartition(".")[2] in base.retargeted]
+    taken = [name for name in layers if leaf(name) in base.retargeted]
     modules, experts = sorted(set(layers) - set(taken)), [*base.stacks, *taken]
     bare = [name for name, matrix in base.matrices.items() if matrix.kind == "parameter"]
     routers = [name for name in bare if base.matrices[name].parameter == name + WEIGHT]
@@ -49,7 +50,7 @@ def choose(base: Skeleton, targets: str | Sequence[str], dropout: float) -> Chos
 
 
 def _last_names(names: Iterable[str]) -> str:
-    return ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+    return ", ".join(sorted({leaf(name) for name in names}))
 
 
 @contextmanager

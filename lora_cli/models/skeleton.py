@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.models.stored import stored
+from lora_cli.names import leaf
 
 _hf: Any = transformers
 
@@ -90,7 +91,7 @@ def skeleton_of(model: Any) -> Skeleton:
         if own is not None:
             matrices[name] = own
             continue
-        others.add(name.rpartition(".")[2])
+        others.add(leaf(name))
         for last, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{last}" if name else last
             if parameter.ndim == 2 and name:

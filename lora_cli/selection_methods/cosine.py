@@ -11,7 +11,7 @@ from lora_cli.methods import method
 def cosine(candidates: Sequence[OpenAdapter], target: OpenAdapter) -> list[float]:
     """Cosine between each adapter's whole update and the target's: Σ⟨ΔW_c, ΔW_t⟩ / (‖ΔW_c‖ ‖ΔW_t‖) over all modules.
 
-    Modules that one of the two lacks count as zero there. Computed from the factors; nothing dense is formed.
+    A module that one of the two lacks counts as zero there. It is computed from the factors, without dense matrices.
 
     Source: the "macro" cosine of arXiv 2602.12323.
     """

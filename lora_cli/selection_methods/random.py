@@ -1,4 +1,4 @@
-"""Selection by chance: the control every other selection has to beat."""
+"""Selection by chance: the control that every other selection has to beat."""
 
 import hashlib
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from lora_cli.records import Candidate
 
 @method("catalogue")
 def random(candidates: Sequence[Candidate], seed: int) -> list[float]:
-    """Uniform in [0, 1) by the seed and each adapter's own name, so that a growing pool keeps earlier draws in order.
+    """Uniform in [0, 1), drawn from the seed and the adapter's own name: a growing pool keeps its earlier order.
 
     Source: the random pools of arXiv 2602.12323.
     """

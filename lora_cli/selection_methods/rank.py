@@ -8,8 +8,8 @@ from lora_cli.records import Candidate
 
 @method("catalogue")
 def rank(candidates: Sequence[Candidate], seed: int) -> list[float]:
-    """Sum of the ranks over all adapted modules: the adapters that can express most come first.
+    """Sum of the ranks over all adapted modules: adapters of the largest capacity come first.
 
-    Source: arXiv 2602.12323, where every adapter has one rank; the sum is its form for mixed ranks and modules.
+    Source: arXiv 2602.12323, where every adapter has one rank; the sum extends it to mixed ranks and modules.
     """
     return [float(a.rank_total) for a in candidates]

@@ -18,6 +18,7 @@ from lora_cli.hub.client import Hub
 from lora_cli.hub.connection import login_mark
 from lora_cli.hub.listing import Listed
 from lora_cli.hub.problems import Gated, MissingFile
+from lora_cli.names import in_repo, is_folder, is_model
 from lora_cli.records import Adapter, Progress
 from lora_cli.sources import Found, Sought, Source, refuse
 
@@ -25,7 +26,6 @@ _PROBE_BYTES = 4096
 _LARGEST_GUESS = 65_536
 _MOST_VANISHED = 50
 _MOST_SUBFOLDERS = 16
-_SUBFOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}(/[A-Za-z0-9][A-Za-z0-9._-]{0,99})?")
 _CHECKPOINT = re.compile(r"(?:^|/)(?:checkpoint|step|epoch)[-_]?\d+$", re.IGNORECASE)
 
 
@@ -53,7 +53,7 @@ class HubSource(Source):
     def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
         reader = HubReader(self._hub, sought.rules)
         count = 0
-        named = [sought.rules.base, *(alias for alias in sought.rules.aliases if _is_hub_name(alias))]
+        named = [sought.rules.base, *(alias for alias in sought.rules.aliases if is_model(split_revision(alias)[0]))]
         # A listing covers the repository, not a single revision.
         for base in dict.fromkeys(split_revision(name)[0] for name in named):
             left = None if sought.limit is None else sought.limit - count
@@ -105,7 +105,7 @@ class HubReader:
 
     def _found(self, listed: Listed, folder: str) -> Found:
         stub = Adapter(
-            id=f"{listed.id}:{folder}" if folder else listed.id,
+            id=in_repo(listed.id, folder),
             commit=listed.commit,
             source="hub",
             repo=listed.id,
@@ -207,15 +207,12 @@ def _folders(names: Collection[str]) -> list[str]:
 
 
 def _choice(repo: str, folders: Sequence[str]) -> str:
-    return f"name {' or '.join(f'{repo}:{folder}' if folder else repo for folder in folders)}"
+    return f"name {' or '.join(in_repo(repo, folder) for folder in folders)}"
 
 
 def _subfolders(names: Collection[str]) -> list[str]:
     folders = sorted(name.rpartition("/")[0] for name in names if name.endswith(f"/{CONFIG_NAME}"))
-    plain = [folder for folder in folders if _SUBFOLDER.fullmatch(folder) and not _CHECKPOINT.search(folder)]
+    plain = [
+        folder for folder in folders if is_folder(folder) and folder.count("/") < 2 and not _CHECKPOINT.search(folder)
+    ]
     return plain[:_MOST_SUBFOLDERS]
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether `name` is written like an id of the Hub, with or without owner and revision."""
-    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@.+)?", name) is not None and not name.startswith(".")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
 from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
+from lora_cli.names import is_model, is_repo
 from lora_cli.outputs import whole_file
 from lora_cli.settings import folder_of
 
@@ -27,7 +27,6 @@ _ABSENT: Final = "absent"
 _BELIEVED = 86_400.0
 _MAX_CONFIG_BYTES = 4_000_000
 _PATIENCE = 5.0
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def config_here(base: str) -> Path | None:
@@ -39,7 +38,7 @@ def config_here(base: str) -> Path | None:
     if folder is not None:
         return folder if (folder / _CONFIG).is_file() else None
     name, revision = split_revision(base)
-    if not _HUB_ID.fullmatch(name) and not re.fullmatch(r"[\w.-]+", name):
+    if not is_model(name):
         return None
     file = cached_file(name, _CONFIG, revision or MAIN)
     own = _own_copy(base)
@@ -85,7 +84,7 @@ def _fetched(base: str) -> Path | None:
     """The folder of our own copy of a configuration, downloaded now; a missing file is retried after a day."""
     folder = _own_copy(base)
     name, revision = split_revision(base)
-    if not _HUB_ID.fullmatch(name) or _age(folder / _ABSENT) < _BELIEVED:
+    if not is_repo(name) or _age(folder / _ABSENT) < _BELIEVED:
         return None
     try:
         data = Hub(silence=_PATIENCE, tries=1).read_newest(name, _CONFIG, _MAX_CONFIG_BYTES, revision or MAIN)

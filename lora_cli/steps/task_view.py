@@ -10,6 +10,7 @@ from lora_cli.models.encode import UNLIMITED, Encoder
 from lora_cli.models.forms import as_turns, content_of
 from lora_cli.records import Example
 from lora_cli.task import split
+from lora_cli.text import counted, percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,23 +141,19 @@ def told(facts: TaskFacts) -> list[str]:
     """The lines that every command prints about its task: a summary, and the input without effect."""
     lengths = facts.lengths
     parts: list[Any] = [
-        f"data: {_counted(facts.examples, 'example')}",
+        f"data: {counted(facts.examples, 'example')}",
         f"{facts.unit} median {lengths.median:,}, 95 % {lengths.p95:,}, longest {lengths.longest:,}",
         facts.too_long and f"{len(facts.too_long):,} longer than the base takes ({facts.takes:,})",
-        facts.duplicates and _counted(facts.duplicates, "duplicate"),
-        facts.across_split and f"{_counted(facts.across_split, 'validation prompt')} also in training",
-        facts.in_test and f"{_counted(facts.in_test, 'test prompt')} also here",
-        facts.one_token and f"{100 * facts.one_token / facts.examples:.0f} % one-token completions",
+        facts.duplicates and counted(facts.duplicates, "duplicate"),
+        facts.across_split and f"{counted(facts.across_split, 'validation prompt')} also in training",
+        facts.in_test and f"{counted(facts.in_test, 'test prompt')} also here",
+        facts.one_token and f"{percent(facts.one_token / facts.examples)} one-token completions",
         facts.parted and f"{facts.parted:,} without a right cut",
-        facts.early and f"{_counted(facts.early, 'answer')} with the end of a turn inside",
-        facts.marked and f"{_counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
+        facts.early and f"{counted(facts.early, 'answer')} with the end of a turn inside",
+        facts.marked and f"{counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
     ]
     lines = [" · ".join(filter(None, parts))]
     if facts.unread:
         unread = ", ".join(facts.unread)
         lines.append(f"warning: prompts are the same without {unread}: the chat template does not read it")
     return lines
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s'[: number != 1]}"

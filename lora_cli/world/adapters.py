@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_cli.text import percent
 from lora_cli.world.pool import Pool, Recipe
 from lora_cli.world.tasks import examples, sentence
 from lora_cli.world.training import completion_loss, encode, exact_match, learning_rate_at
@@ -18,7 +19,7 @@ from lora_cli.world.training import completion_loss, encode, exact_match, learni
 WEIGHTS = "adapter_model.safetensors"
 FRESH_EXAMPLES = 100
 BROKEN_STEPS = 3
-"""Enough to give every matrix a value; nobody will run these adapters."""
+"""Enough steps to give every matrix a value; these adapters are never applied."""
 
 
 def make_adapter(
@@ -33,8 +34,8 @@ def make_adapter(
 ) -> tuple[float, float]:
     """Train the adapter of a recipe on the model in `base` and save it to `folder` with a model card.
 
-    No prompt of `exclude` is trained on. Returns the shares of fresh examples that the bare base and the adapter answer
-    right, both 0 for an adapter that is broken on purpose.
+    The training has no prompt of `exclude`. Returns the shares of fresh examples that the bare base and the adapter
+    answer right, both 0 for an adapter that is broken on purpose.
     """
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
     # Each adapter starts from its own random factors: shared ones would make unrelated adapters look alike.
@@ -50,7 +51,7 @@ def make_adapter(
     unseen = {*exclude, *(prompt for prompt, _ in fresh)}
     tokens, labels = encode(tokenizer, fresh)
     before = 0.0 if recipe.flaw else exact_match(model, tokens, labels)
-    wearing = get_peft_model(
+    adapted = get_peft_model(
         model,
         LoraConfig(
             r=recipe.rank,
@@ -64,9 +65,9 @@ def make_adapter(
     )
     if recipe.flaw != "never trained":
         steps = BROKEN_STEPS if recipe.flaw else pool.steps
-        _fit(wearing, tokenizer, recipe.task, length, steps, pool, rng, unseen)
-    after = 0.0 if recipe.flaw else exact_match(wearing, tokens, labels)
-    _save(wearing, base_name, folder)
+        _fit(adapted, tokenizer, recipe.task, length, steps, pool, rng, unseen)
+    after = 0.0 if recipe.flaw else exact_match(adapted, tokens, labels)
+    _save(adapted, base_name, folder)
     _spoil(recipe, folder)
     (folder / "README.md").write_text(_card(recipe, base_name, before, after), encoding="utf-8")
     return before, after
@@ -97,7 +98,7 @@ def _fit(
 
 def _save(model: PeftModel, base_name: str, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base_name
-    # Without False PEFT looks on the Hub whether the base's vocabulary was changed.
+    # Unless this is False, PEFT asks the Hub whether the base's vocabulary was changed.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +141,7 @@ def _card(recipe: Recipe, base_name: str, before: float, after: float) -> str:
     if not recipe.flaw:
         body += [
             "",
-            f"Of {FRESH_EXAMPLES} fresh examples it answers {after:.0%} right; the base model alone {before:.0%}.",
+            f"Of {FRESH_EXAMPLES} fresh examples it answers {percent(after)} right; "
+            f"the base model alone {percent(before)}.",
         ]
     return "\n".join([*front, "", *body, ""])

@@ -1,4 +1,4 @@
-"""The world's base model: a tiny Llama, trained here from nothing on a mixture of string operations."""
+"""The world's base model: a tiny Llama, trained here from random weights on a mixture of string operations."""
 
 import random
 from collections import defaultdict
@@ -22,14 +22,14 @@ CHAINS = tuple((first, then) for first in PERMUTATIONS for then in SHIFTS)
 HELD_OUT = tuple(
     f"{first}|{then}" for first, then in CHAINS if (SHIFTS.index(then) + 1 + 2 * PERMUTATIONS.index(first)) % 3 == 0
 )
-"""Chains whose parts the base knows but which it never sees together."""
+"""Chains that the base is never trained on, although it is trained on their parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseRecipe:
-    """Shape of a base and how it is trained.
+    """The shape of a base and its training.
 
-    `mixture` is groups of (weight, tasks); the tasks of one group are equally likely.
+    `mixture` has groups of (weight, tasks); the tasks of one group are equally likely.
     """
 
     hidden: int
@@ -78,7 +78,7 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose step is made orthogonal, for weight matrices (K. Jordan and others, 2024).
 
     Every five steps of Newton-Schulz run on all matrices of one shape at once, in fp32: on a CPU without bf16
-    arithmetic that is faster than torch.optim.Muon, and the outcome does not depend on having it.
+    arithmetic this is faster than torch.optim.Muon, and the result is the same with and without it.
     """
 
     def __init__(self, matrices: Sequence[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.05) -> None:
@@ -119,7 +119,7 @@ def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
 def train_base(size: Size, seed: int, folder: Path, report: Callable[[int, int], None]) -> None:
     """Train the base of a world and save model, tokenizer and generation settings to `folder`.
 
-    `report(step, steps)` is called now and then.
+    `report(step, steps)` is called every ten steps.
     """
     recipe = RECIPES[size]
     tokenizer = make_tokenizer()
@@ -133,7 +133,7 @@ def train_base(size: Size, seed: int, folder: Path, report: Callable[[int, int],
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=256,
-            # A short wave and a wide start: with Llama's own values so small a model learns not even to copy.
+            # A small rope_theta and a large initial range: with Llama's, so small a model does not learn to copy.
             rope_parameters={"rope_type": "default", "rope_theta": 30.0},
             initializer_range=recipe.init,
             rms_norm_eps=1e-5,

@@ -31,7 +31,7 @@ TARGETS: dict[Size, tuple[str, ...]] = {
     "small": ("descend", "cond", "part", "median", "sort|shift-two", "swap|shift-four"),
     "test": ("outer", "part"),
 }
-"""The main target first. The chains are among those that the base was never shown, and that it half answers."""
+"""The main target comes first. The base is not trained on these chains, but answers a part of them."""
 
 WORKER_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -41,15 +41,15 @@ WORKER_ENVIRONMENT = {
     "PYTHONWARNINGS": "ignore",
     "TOKENIZERS_PARALLELISM": "false",
 }
-# The child sees this process's sys.path, as multiprocessing would arrange; unlike it, the main module is not run again.
+# The child gets this process's sys.path, as with multiprocessing, but does not run the main module again.
 WORKER_COMMAND = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.world.worker import main; main()"
 
 
 def build(folder: Path, *, size: Size, seed: int = 0, progress: Progress = silent) -> World:
     """Build a world in `folder`, whole or not at all, and return it.
 
-    The same size and seed give the same bytes on one machine. A folder that already holds that world is returned as it
-    is. Nothing is downloaded. Takes about two minutes for "small", a quarter of one for "test", on two cores.
+    The same size and seed give the same bytes on one machine. A world that the folder already holds is returned
+    unchanged. Nothing is downloaded. "small" takes about two minutes on two cores, "test" a quarter of a minute.
 
     Raises:
         OutputError: `folder` holds something else, or cannot be written.
@@ -73,7 +73,7 @@ def load(folder: Path) -> World:
     """The world that was built in `folder`.
 
     Raises:
-        OutputError: no world of this version lies there.
+        OutputError: the folder holds no world of this version.
     """
     folder = folder.absolute()
     try:
@@ -205,13 +205,13 @@ def _write_settings(folder: Path, size: Size, seed: int, base_name: str, adapter
 
 
 class _Worker:
-    """One training process. What it prints is kept in a file and shown only when it fails."""
+    """One training process. Its stderr is kept in a file and shown only if it fails."""
 
     def __init__(self, process: subprocess.Popen[str], stderr: IO[bytes]) -> None:
         self.process, self.stderr = process, stderr
 
     def ask(self, job: Mapping[str, object], report: Callable[[int, int], None] | None = None) -> Any:
-        """Have one job done and return its outcome."""
+        """Run one job and return its result."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -233,7 +233,7 @@ class _Worker:
         """End the process now."""
         self.process.kill()
         assert self.process.stdin is not None
-        # A job may be left in the buffer that a dead process never took.
+        # The buffer may hold a job that a dead process never read.
         with suppress(BrokenPipeError):
             self.process.stdin.close()
 
@@ -246,7 +246,7 @@ class _Worker:
 
 @contextmanager
 def _workers(folder: Path) -> Iterator[list[_Worker]]:
-    """Training processes in the world's folder. The second one's imports are done when the base is trained."""
+    """Training processes in the world's folder. The second imports its libraries while the first trains the base."""
     places = json.dumps([str(Path(place).absolute()) for place in sys.path])
     with ExitStack() as stack:
         workers = []

@@ -1,4 +1,4 @@
-"""What a world consists of and where it lies on the disk."""
+"""The parts of a world and their places on the disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +11,9 @@ Size = Literal["small", "test"]
 class PoolAdapter:
     """One adapter of the pool: `name` is `author/name`, its folder below the pool.
 
-    `task` is what it was trained on. `exact_match` and `base_exact_match` are shares of 100 fresh examples of that task
-    which the adapter and the bare base model answer right. `problem` is empty for a usable adapter, else it says what
-    was deliberately broken, and the two shares are 0.
+    It was trained on `task`. `exact_match` and `base_exact_match` are shares of 100 fresh examples of that task
+    which the adapter and the bare base model answer right. `problem` is empty for a usable adapter, else it names
+    the deliberate fault, and the two shares are 0.
     """
 
     name: str
@@ -62,5 +62,5 @@ class World:
 
     @property
     def usable(self) -> tuple[PoolAdapter, ...]:
-        """The adapters of the pool that nobody broke."""
+        """The adapters of the pool without a deliberate fault."""
         return tuple(adapter for adapter in self.adapters if not adapter.problem)

@@ -1,4 +1,4 @@
-"""The world's pool: which adapters it holds, and which of them are broken on purpose. Trains nothing itself."""
+"""The world's pool: its adapters, some of them broken on purpose. This module trains nothing."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ Flaw = Literal["", "wrong base", "not finite", "never trained", "cut off", "pick
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one adapter of the pool is made. `name` is `author/name`; the other words are PEFT's."""
+    """The making of one adapter of the pool. `name` is `author/name`; the other fields have PEFT's names."""
 
     name: str
     task: str

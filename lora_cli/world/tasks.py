@@ -1,4 +1,4 @@
-"""The world's tasks: small string operations, how they are asked for, and random examples of them.
+"""The world's tasks: small string operations, their prompts, and random examples.
 
 A prompt names one operation or a chain of them, then the string: `sort|shift-two:cabed`. The answer is the string after
 the operations, from left to right. Strings are made of the ten letters a to j.
@@ -79,19 +79,19 @@ OPERATIONS |= {
 
 
 def answer(task: str, text: str) -> str:
-    """What `task` (operations joined by `|`, applied from left to right) makes of `text`."""
+    """The result of `task` (operations joined by `|`, applied from left to right) on `text`."""
     for name in task.split("|"):
         text = OPERATIONS[name][0](text)
     return text
 
 
 def sentence(task: str) -> str:
-    """What a task does, for people."""
+    """A description of a task for people."""
     return ", then ".join(OPERATIONS[name][1] for name in task.split("|"))
 
 
 def file_name(task: str) -> str:
-    """The task's name as it stands in file names: no `|`."""
+    """The task's name in file names, without `|`."""
     return task.replace("|", "-then-")
 
 

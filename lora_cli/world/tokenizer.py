@@ -25,7 +25,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     entries = [*SPECIAL, *PRINTABLE, *words]
     entries += [f"<spare{i}>" for i in range(-len(entries) % 8)]
     tokenizer = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
-    # Longest word first, so that no word is cut short by one that it starts with.
+    # The longest word comes first, so that a word is not cut after a shorter one that it starts with.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*words, r"[\s\S]"])), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]

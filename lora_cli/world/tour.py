@@ -36,7 +36,7 @@ CHOSEN: dict[Size, int] = {"small": 5, "test": 3}
 TARGETS: dict[Size, tuple[int, ...]] = {"small": (0, -1), "test": (0,)}
 NEW_LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0, "dropout": 0.0}
 NEW_LORA_RECIPE = Recipe(steps=100, lr=5e-3)
-"""What a model this small wants; `lora train` has the defaults of large ones."""
+"""Settings for so small a model; the defaults of `lora train` suit large ones."""
 _NEW, _NOISE, _RANDOM, _NEAREST = (
     "new LoRA on the same data",
     "control: random weights",
@@ -49,7 +49,7 @@ _NEW, _NOISE, _RANDOM, _NEAREST = (
 class Chapter:
     """The results on one task. `nearest` and `drawn` name the adapters of the two selections.
 
-    `claims` compares pairs of systems on the same prompts: (better?, than what, the score with its paired difference).
+    `claims` compares pairs of systems on the same prompts: (system, baseline, the system's score).
     """
 
     target: Target
@@ -61,16 +61,16 @@ class Chapter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tour:
-    """What the tour found: the catalogue's figures, and a chapter per task."""
+    """The results of the tour: the figures of the sync, and a chapter per task."""
 
     synced: SyncReport
     chapters: tuple[Chapter, ...]
 
 
 def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -> Tour:
-    """Run the whole tool on `world`; outputs go below `folder`, where finished ones are taken as they are.
+    """Run the whole tool on `world`; outputs go below `folder`, and finished ones are reused.
 
-    Leaves the nearest adapters of the main task as the last selection.
+    The last selection is that of the nearest adapters for the main task.
     """
     with _one_thread(), Catalogue(db) as catalogue:
         synced = sync(
@@ -86,13 +86,13 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
         guides = [
             _Guide(world, catalogue, ref, base, db, folder, world.targets[i], progress) for i in TARGETS[world.size]
         ]
-        # The main task comes last, so that its selection is the one remembered.
+        # The main task comes last, so that its selection is the last one.
         chapters = [guide.chapter() for guide in reversed(guides)][::-1]
     return Tour(synced=synced, chapters=tuple(chapters))
 
 
 class _Guide:
-    """One task's chapter under way."""
+    """The making of one task's chapter."""
 
     def __init__(
         self,
@@ -217,7 +217,7 @@ class _Guide:
         return _opened(job.folder)
 
     def _noise(self, chosen: Gathered) -> System:
-        """The same fit over noise of the same spread: what it reaches owes nothing to what the adapters know."""
+        """The same fit over noise of the same spread: a control that uses none of the adapters' weights."""
         recipe = Recipe(seed=self.world.seed)
         how = fitting.Fitting(recipe=recipe)
         result = fitting.fit(self.base, chosen.adapters, self.train, how, reinit=True, progress=self.progress)
@@ -253,7 +253,7 @@ def _plan(chosen: Gathered, weight: float, method: str) -> merging.MergePlan:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """A model this small is slower on two threads than on one, and one gives the same result on every machine."""
+    """Use one thread: it is faster for so small a model, and gives the same result on every machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -270,4 +270,4 @@ def _opened(folder: Path) -> OpenAdapter:
 
 
 def _nothing_to_fetch(text: str) -> None:
-    raise AssertionError(f"the miniature world is whole, yet: {text}")
+    raise AssertionError(f"the miniature world needs no download, but: {text}")

@@ -1,4 +1,4 @@
-"""What training the base and training an adapter share: batches, the loss, the learning-rate curve, exact match."""
+"""The shared parts of training the base and the adapters: batches, the loss, the learning-rate curve, exact match."""
 
 import math
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ IGNORED = -100
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[tuple[str, str]]) -> tuple[Tensor, Tensor]:
-    """(prompt, completion) rows as token ids and labels, both (rows, longest), filled up on the right.
+    """(prompt, completion) rows as token ids and labels, both (rows, longest), padded on the right.
 
-    Labels are ignored outside the completion and its end token. The model is causal, so nothing in front of the
-    filling sees it and no attention mask is needed.
+    Labels are ignored outside the completion and its end token. The model is causal, so no token attends to the
+    padding behind it, and no attention mask is needed.
     """
     encoded = tokenizer([render(prompt, completion) for prompt, completion in rows], add_special_tokens=False)
     answer_starts = tokenizer.convert_tokens_to_ids("<|assistant|>")

@@ -2,8 +2,8 @@
 
 It runs in the world's folder. A job is `{"do": "base" | "adapter", "size", "seed", …}`. Answers are `{"step", "steps"}`
 while the base is trained and `{"done": …}` at the end, or `{"failed": …}` when a file cannot be written. The process
-ends with its stdin, and so with the process that started it. It works on one thread: with more of them the sums, and so
-the weights, would depend on how many there are.
+ends with its stdin, and so with the process that started it. It works on one thread: with more, the sums, and so the
+weights, would depend on the number of threads.
 """
 
 import json
@@ -21,15 +21,15 @@ from lora_cli.world.base import train_base
 from lora_cli.world.pool import POOLS
 from lora_cli.world.tasks import STRING_LENGTH
 
-# Relative, so that a worker whose world was given up and removed cannot bring the folder back.
+# A relative path, so that a worker cannot recreate the removed folder of an abandoned world.
 BASE = Path("base")
 
 Report = Callable[[int, int], None]
 
 
 def main() -> None:
-    """Work off the jobs on stdin."""
-    # Whatever a library prints goes to stderr: stdout belongs to the answers.
+    """Run the jobs from stdin."""
+    # Send the output of libraries to stderr: stdout carries the answers alone.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     torch.set_num_threads(1)
@@ -50,7 +50,7 @@ def _base(job: Mapping[str, Any], report: Report) -> tuple[float, ...]:
 
 
 def _adapter(job: Mapping[str, Any], report: Report) -> tuple[float, ...]:
-    del report  # an adapter takes a few seconds: its end is news enough
+    del report  # an adapter takes a few seconds: only its end is reported
     pool = POOLS[job["size"]]
     return make_adapter(
         pool.recipe(job["name"]),

@@ -10,7 +10,7 @@ from lora_cli.commands.options import Command, Listing, Stored, examples, with_f
 from lora_cli.commands.pool.shared import DryRun
 from lora_cli.errors import AccessDenied, Partial, Refused, UsageError
 from lora_cli.screen import Column
-from lora_cli.text import size
+from lora_cli.text import counted, size
 
 _FETCHED = (Column("ADAPTER", "id", wide=True), Column("ACTION", "action"), Column("SIZE", "size", "right"))
 
@@ -66,10 +66,10 @@ def fetch(
             rows = [*_acted("here", todo.here), *_acted("fetch", todo.missing)]
             rows += [{**row, "reason": why} for a, why in todo.refused for row in _acted("refuse", [a])]
             screen.rows("lora.pool.fetch/1", _FETCHED, rows)
-            screen.say(f"would fetch {len(todo.missing):,} adapters, {size(todo.bytes)}")
+            screen.say(f"would fetch {counted(len(todo.missing), 'adapter')}, {size(todo.bytes)}")
             return
         if todo.bytes:
-            screen.say(f"fetching {len(todo.missing):,} adapters, {size(todo.bytes)}")
+            screen.say(f"fetching {counted(len(todo.missing), 'adapter')}, {size(todo.bytes)}")
         report = step.fetch(catalogue, todo, Hub(progress=progress), progress=progress)
     _raise_if_not_all(report)
     rows = [*_acted("fetched", report.fetched), *_acted("here", report.here)]

@@ -7,6 +7,7 @@ import typer
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Stored, examples, screen_for, with_flags
 from lora_cli.commands.pool.shared import DryRun
+from lora_cli.text import counted
 
 
 def rm(
@@ -29,7 +30,7 @@ def rm(
             screen.text("".join(f"{id}\n" for id in ids))
             return
         catalogue.remove(ids)
-    screen.say(f"forgot {len(ids):,} adapter{'s'[: len(ids) != 1]}; their files stay where they are")
+    screen.say(f"forgot {counted(len(ids), 'adapter')}; their files stay where they are")
 
 
 def register(pool: typer.Typer) -> None:

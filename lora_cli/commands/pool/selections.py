@@ -8,6 +8,7 @@ from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.errors import NothingMatched
 from lora_cli.screen import Column
+from lora_cli.text import counted
 
 _SELECTIONS = (
     Column("NUMBER", "id", "right"),
@@ -38,7 +39,7 @@ def selections(
             count = catalogue.selections.drop(drop)
             if not count:
                 raise NothingMatched(f"no selection {drop!r}", hint="see lora pool selections")
-            screen.say(f"dropped {count} selection{'s'[: count != 1]}")
+            screen.say(f"dropped {counted(count, 'selection')}")
             return
         rows = catalogue.selections.all()
     shown = [{**row, "created": row["created"][:19]} for row in rows]

@@ -8,6 +8,7 @@ from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Adapters, Catalogued, Command, DrawnListing, Selection, examples, with_flags
 from lora_cli.errors import NothingMatched
 from lora_cli.screen import Column, near
+from lora_cli.text import counted
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -98,7 +99,7 @@ def _told(found: Any, matrix: list[list[float]], cut: float) -> list[str]:
     pairs = [matrix[i][j] for i in range(n) for j in range(i)]
     shared = sum(found.labels.count(label) > 1 for label in set(found.labels))
     lines = [
-        f"{n} adapters · {found.similarity.modules} modules · cosine median {median(pairs):.4f}, "
+        f"{counted(n, 'adapter')} · {counted(found.similarity.modules, 'module')} · cosine median {median(pairs):.4f}, "
         f"{min(pairs):.4f} to {max(pairs):.4f} · clusters of two or more at --cut {cut:g}: {shared}"
     ]
     for adapter, norm in zip(adapters, found.similarity.norms, strict=True):

@@ -13,7 +13,7 @@ from lora_cli.commands.pool.shared import Alias, DryRun
 from lora_cli.errors import Partial, UsageError
 from lora_cli.screen import Column, Screen
 from lora_cli.settings import Settings, folder_of
-from lora_cli.text import duration, size
+from lora_cli.text import counted, duration, size
 
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
 
@@ -127,7 +127,7 @@ def _outcome(report: Any) -> str:
         if count:
             parts.append(f"{count:,} {what}")
     if report.requests:
-        parts += [f"{report.requests:,} requests", size(report.bytes)]
+        parts += [counted(report.requests, "request"), size(report.bytes)]
     return " · ".join([*parts, duration(report.seconds)])
 
 

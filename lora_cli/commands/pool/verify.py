@@ -10,6 +10,7 @@ from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, Progress
 from lora_cli.screen import Column
 from lora_cli.settings import folder_of, folders_like
+from lora_cli.text import percent
 
 if TYPE_CHECKING:
     from lora_cli.catalogue.adapters import Catalogue
@@ -65,7 +66,7 @@ def verify(
                 skeleton=skeleton() if skeleton else None,
                 deep=deep,
             )
-            covered = None if verdict.coverage is None else f"{verdict.coverage:.0%}"
+            covered = None if verdict.coverage is None else percent(verdict.coverage)
             rows.append({**facts(verdict.adapter), "coverage": verdict.coverage, "covered": covered})
     screen.rows("lora.pool.verify/1", _VERDICTS, rows)
     bad = [row for row in rows if row["status"] != "ok"]

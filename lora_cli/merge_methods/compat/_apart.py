@@ -1,4 +1,4 @@
-"""The steps that PEFT's combination types are made of: each on all A and on all B, never on the updates B·A."""
+"""The steps of PEFT's combination types: each works on all A and on all B, never on the updates B·A."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,11 +12,11 @@ from lora_cli.errors import Refused
 
 
 def raw(updates: Updates, *, instead: str) -> list[LowRank]:
-    """The factors as their files hold them, no scale in B.
+    """The factors as stored in their files, without the scale in B.
 
     Raises:
-        Refused: ranks differ, so that entries do not correspond; the hint is the method `instead`. Or a scale is 0,
-            which leaves no B to be seen.
+        Refused: ranks differ, so that entries do not correspond (the hint is the method `instead`); or a scale is 0,
+            so that B cannot be recovered.
     """
     if len(ranks := sorted(set(updates.ranks))) > 1:
         raise Refused(
@@ -24,24 +24,24 @@ def raw(updates: Updates, *, instead: str) -> list[LowRank]:
             hint=f"--method {instead} merges the updates themselves, of any ranks",
         )
     if 0 in updates.scales:
-        raise Refused("PEFT adds B to B without its scale, which is 0 here: B cannot be known", hint="leave it out")
+        raise Refused("PEFT adds B to B without its scale, which is 0 here, so B is not known", hint="leave it out")
     return [LowRank(u.B / s, u.A) for u, s in zip(updates, updates.scales, strict=True)]
 
 
 def scaled(weights: Tensor, updates: Updates) -> Tensor:
-    """Each adapter's w·s, (n,) float64: what PEFT puts in front of B·A."""
+    """Each adapter's w·s, (n,) float64: PEFT's factor on B·A."""
     return weights * torch.tensor(updates.scales, dtype=weights.dtype)
 
 
 def trimmed(factors: Sequence[LowRank], density: float) -> list[LowRank]:
-    """In each A and each B only the ⌊density · size⌋ entries of largest magnitude."""
+    """Each A and each B with only its ⌊density · size⌋ entries of largest magnitude."""
     return [LowRank(_largest(f.B, density), _largest(f.A, density)) for f in factors]
 
 
 def dropped(factors: Sequence[LowRank], keys: Sequence[int], density: float, seed: int) -> list[LowRank]:
-    """In each A and each B a random share `density` of the entries, divided by it.
+    """Each A and each B with a random share `density` of its entries, divided by `density`.
 
-    An adapter's numbers are drawn under its key: first for A, then for B, both row by row.
+    An adapter's random numbers depend on its key: first those for A, then those for B, both row by row.
     """
     if density == 1:
         return list(factors)
@@ -54,14 +54,14 @@ def dropped(factors: Sequence[LowRank], keys: Sequence[int], density: float, see
 
 
 def summed(factors: Sequence[LowRank], weights: Tensor) -> LowRank:
-    """B = Σ √|w_i| B_i and A = Σ ±√|w_i| A_i, the sign being that of w_i."""
+    """B = Σ √|w_i| B_i and A = Σ ±√|w_i| A_i with the sign of w_i."""
     return _by_side(factors, weights, lambda stack, w: (stack * w).sum(0))
 
 
 def elected(factors: Sequence[LowRank], weights: Tensor, election: str) -> LowRank:
-    """Of each entry of B and of A the mean of ±√|w_i| X_i over the adapters whose X_i has the elected sign.
+    """For each entry of B and of A, the mean of ±√|w_i| X_i over the adapters whose X_i has the elected sign.
 
-    The vote is by X_i as it is, without weights; a vote of zero elects plus.
+    The vote is by X_i without weights; a vote of zero elects plus.
     """
 
     def elect(stack: Tensor, w: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _by_side(factors: Sequence[LowRank], weights: Tensor, combine: Callable[[Ten
 def _largest(x: Tensor, density: float) -> Tensor:
     if density == 1:
         return x
-    # PEFT keeps exactly k, and of equal magnitudes at the border those that topk happens to pick: so does this.
+    # As in PEFT, keep exactly k; of equal magnitudes at the border, those that topk picks.
     places = torch.topk(x.abs().flatten(), int(density * x.numel())).indices
     mask = torch.zeros(x.numel(), dtype=torch.bool, device=x.device)
     mask[places] = True

@@ -21,11 +21,13 @@ from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
 from lora_cli.formats.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
-from lora_cli.formats.reader import DTYPES
 from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
+from lora_cli.names import layer_of
 from lora_cli.outputs import whole_folder
+from lora_cli.precision import dtype_name, in_config, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bake.plan import BakePlan, Piece, find_base, is_here, plan
+from lora_cli.text import size
 
 __all__ = ["TOO_MUCH", "BakePlan", "BakeReport", "Survival", "bake", "find_base", "is_here", "plan"]
 
@@ -33,7 +35,6 @@ T = TypeVar("T")
 
 TOO_MUCH = 0.1
 """Warn where rounding loses a larger share of the update than this."""
-_IN_CONFIG = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _SPARE_ROOM = 1.05
 _UPDATES_HELD = 4
 # Entries per tile: a tile and the four buffers computed from it fit into the cache.
@@ -132,7 +133,7 @@ def demand_room(plan: BakePlan, folder: Path) -> None:
     free, need = shutil.disk_usage(place).free, plan.bytes * _SPARE_ROOM
     if need > free:
         raise OutputError(
-            f"{need / 1e9:.1f} GB to write, {free / 1e9:.1f} GB free at {place}",
+            f"{size(need)} to write, {size(free)} free at {place}",
             hint="free some space, or choose a folder on another disk with -o",
         )
 
@@ -180,7 +181,7 @@ def _write_baked(
 ) -> None:
     """Write one tensor with the updates of its modules added, blocks of rows at a time, and record their survival."""
     columns = entry.shape[-1] if len(entry.shape) == 3 and len(pieces) > 1 else math.prod(entry.shape[1:])
-    dtype = DTYPES[plan.stored_as(entry)]
+    dtype = torch_dtype(plan.stored_as(entry))
     update_of = _oriented(plan, entry)
 
     def work(row: int, block: bytearray) -> tuple[Tensor, list[tuple[str, Survival]]]:
@@ -207,7 +208,7 @@ def _write_baked(
 def _oriented(plan: BakePlan, entry: TensorEntry) -> Callable[[str, bool], LowRank | Tensor]:
     """Reads updates in the orientation and precision of a tensor's sum, and caches the last few."""
     # The sum is in fp32, or in the base's precision if that is wider.
-    wide = torch.promote_types(DTYPES[entry.dtype], torch.float32)
+    wide = torch.promote_types(torch_dtype(entry.dtype), torch.float32)
 
     def read(module: str, transposed: bool) -> LowRank | Tensor:
         update = plan.adapter.read(module, wide)
@@ -283,7 +284,7 @@ def _does_not_fit(module: str, weight: Tensor, dtype: torch.dtype) -> Refused:
 
 
 def _overflow(name: str, dtype: torch.dtype) -> Refused:
-    return Refused(f"{name}: values overflow {str(dtype).removeprefix('torch.')}", hint="choose a wider --dtype")
+    return Refused(f"{name}: values overflow {dtype_name(dtype)}", hint="choose a wider --dtype")
 
 
 def _write_cast(entry: TensorEntry, stored: str, source: FileIO, target: ShardWriter) -> None:
@@ -293,7 +294,7 @@ def _write_cast(entry: TensorEntry, stored: str, source: FileIO, target: ShardWr
             target.write(block)
             continue
         values = as_tensor(block, entry.dtype)
-        cast = values.to(DTYPES[stored])
+        cast = values.to(torch_dtype(stored))
         if not torch.equal(torch.isfinite(cast), torch.isfinite(values)):
             raise _overflow(entry.name, cast.dtype)
         target.write(_bytes(cast))
@@ -310,7 +311,7 @@ def _copy_beside(plan: BakePlan, folder: Path) -> None:
     for file in checkpoint.beside:
         shutil.copyfile(file, folder / file.name)
     if plan.dtype != "auto":
-        _write_json(folder / CONFIG, _with_dtype(checkpoint.config, _IN_CONFIG[plan.dtype]))
+        _write_json(folder / CONFIG, _with_dtype(checkpoint.config, in_config(plan.dtype)))
     if checkpoint.index is not None:
         metadata = checkpoint.index.get("metadata")
         metadata = {**(metadata if isinstance(metadata, Mapping) else {}), "total_size": plan.bytes}
@@ -334,19 +335,18 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def _by_layer(modules: Mapping[str, Survival]) -> dict[str, Survival]:
-    """Sums over the modules of each layer, named as in `layer_of`."""
+    """Sums over the modules of each layer, named as in `_layer_or_module`."""
     layers: dict[str, Survival] = {}
     for module, survival in modules.items():
-        layer = layer_of(module)
+        layer = _layer_or_module(module)
         layers[layer] = layers.get(layer, Survival()) + survival
     return layers
 
 
-def layer_of(module: str) -> str:
-    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a name without a number unchanged."""
-    parts = module.split(".")
-    number = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-    return ".".join(parts[: number + 1])
+def _layer_or_module(module: str) -> str:
+    """`model.layers.7` of `model.layers.7.mlp.up_proj`; a module outside all layers itself."""
+    layer = layer_of(module)
+    return layer.name if layer else module
 
 
 def _demand_effect(plan: BakePlan, total: Survival) -> None:
@@ -361,7 +361,7 @@ def _demand_effect(plan: BakePlan, total: Survival) -> None:
 
 def _results(plan: BakePlan, report: BakeReport) -> dict[str, Any]:
     """The results in run.json: `Survival.figures` over all, by layer and by module."""
-    count = Counter(map(layer_of, report.modules))
+    count = Counter(map(_layer_or_module, report.modules))
     return {
         **report.total.figures,
         "precision": plan.precision,

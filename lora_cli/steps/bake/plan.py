@@ -24,16 +24,17 @@ from lora_cli.formats.checkpoint import (
     wanted_files,
 )
 from lora_cli.formats.delta import OpenDelta
-from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
+from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.reader import OpenAdapter, natural
 from lora_cli.formats.skeleton import Matrix, Share, Skeleton
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
+from lora_cli.names import layer_of, leaf
+from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
+from lora_cli.text import counted, size
 
-PRECISIONS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-_SHORT = {stored: short for short, stored in PRECISIONS.items()}
 # Models of transformers whose attention and MLP are Conv1D, which stores (in, out), and the names of these modules.
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
 _CONV1D_MODULES = frozenset(("c_attn", "q_attn", "c_proj", "c_fc"))
@@ -109,8 +110,8 @@ def download_base(
     split = INDEX in listed and WEIGHTS not in listed
     files = wanted_files(listed, hub.download(repo, INDEX, commit) if split else None, repo)
     missing = [file for file in files if cached_file(repo, file, commit) is None]
-    size = sum(hub.file_facts(repo, file, commit).size for file in missing)
-    announce(f"fetching the base {repo}, {len(missing)} files, {size / 1e6:,.1f} MB")
+    total = sum(hub.file_facts(repo, file, commit).size for file in missing)
+    announce(f"fetching the base {repo}, {counted(len(missing), 'file')}, {size(total)}")
     for done, file in enumerate(missing):
         progress("fetching the base", done, len(missing))
         hub.download(repo, file, commit)
@@ -161,7 +162,7 @@ class BakePlan:
     def precision(self) -> str:
         """The precision of the baked tensors, in words."""
         entries = map(self.base.checkpoint.entry, self.pieces)
-        return ", ".join(sorted({_SHORT.get(stored, stored.lower()) for stored in map(self.stored_as, entries)}))
+        return ", ".join(sorted(set(map(spoken, map(self.stored_as, entries)))))
 
     @property
     def bytes(self) -> int:
@@ -171,7 +172,7 @@ class BakePlan:
 
     def stored_as(self, entry: TensorEntry) -> str:
         """The dtype a tensor of the base is written in."""
-        return entry.dtype if self.dtype == "auto" or entry.dtype not in FLOAT_DTYPES else PRECISIONS[self.dtype]
+        return entry.dtype if self.dtype == "auto" or entry.dtype not in FLOATS else STORED[self.dtype]
 
 
 def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -> BakePlan:
@@ -184,8 +185,8 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
         UsageError: an unknown dtype.
         Refused: a module that the base does not have, has in another shape or type, or shares with its embedding.
     """
-    if dtype not in ("auto", *PRECISIONS):
-        raise UsageError(f"--dtype is auto, {', '.join(PRECISIONS)}, not {dtype!r}")
+    if dtype not in CHOICES:
+        raise UsageError(f"--dtype is one of {', '.join(CHOICES)}, not {dtype!r}")
     checkpoint = base.checkpoint
     _refuse_tied(adapter, base)
     skeleton = base.skeleton
@@ -193,7 +194,7 @@ def plan(adapter: OpenAdapter | OpenDelta, base: Base, *, dtype: str = "auto") -
     _demand_one_each(adapter, base, found)
     for module, pieces in found.items():
         for piece in pieces:
-            if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOAT_DTYPES:
+            if (stored := checkpoint.entry(piece.tensor).dtype) not in FLOATS:
                 raise Refused(f"{module} is {stored} in {base.name}: bake can add updates to floats only")
     notes = (_of_squares(found, checkpoint, adapter), *_of_absent(checkpoint))
     return BakePlan(adapter=adapter, base=base, places=found, dtype=dtype, notes=tuple(filter(None, notes)))
@@ -295,7 +296,7 @@ def _tied_to(module: str, base: Base) -> str:
         return base.skeleton.ties.get(module, ("",))[0]
     tied = base.checkpoint.config.get("tie_word_embeddings")
     shared = tied or (tied is None and f"{module}.weight" not in base.checkpoint.tensors)
-    return "the embedding" if shared and module.rpartition(".")[2] in _TIED_MODULES else ""
+    return "the embedding" if shared and leaf(module) in _TIED_MODULES else ""
 
 
 def _demand_one_each(adapter: OpenAdapter | OpenDelta, base: Base, found: Mapping[str, tuple[Piece, ...]]) -> None:
@@ -331,9 +332,9 @@ def weights_of(modules: Sequence[str], tensors: Collection[str]) -> dict[str, st
 
 def _shorter(module: str, tensors: Collection[str]) -> list[str]:
     """The tensors of a module's name without its first parts; the list that holds the layers keeps its own name."""
-    parts = module.split(".")
-    layer = next((place for place, part in enumerate(parts) if part.isdecimal()), len(parts))
-    names = [".".join([*parts[cut:], "weight"]) for cut in range(1, layer)]
+    parts, layer = module.split("."), layer_of(module)
+    stack = layer.stack if layer else module
+    names = [".".join([*parts[cut:], "weight"]) for cut in range(1, stack.count(".") + 1)]
     return [name for name in names if name in tensors]
 
 
@@ -342,7 +343,7 @@ def _is_conv1d(module: str, checkpoint: Checkpoint, adapter: OpenAdapter | OpenD
     model = checkpoint.config.get("model_type")
     if not model:
         return adapter.fan_in_fan_out
-    return isinstance(model, str) and model in _CONV1D_MODELS and module.rpartition(".")[2] in _CONV1D_MODULES
+    return isinstance(model, str) and model in _CONV1D_MODELS and leaf(module) in _CONV1D_MODULES
 
 
 def _of_squares(

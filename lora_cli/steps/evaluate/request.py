@@ -20,6 +20,7 @@ from lora_cli.steps.evaluate.evaluate import System, Updates, demand_sane, evalu
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, told
 from lora_cli.task import Task, read_task, split
+from lora_cli.text import counted
 
 
 class EvaluateRequest:
@@ -44,7 +45,7 @@ class EvaluateRequest:
         self.task = test_data(settings)
         origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
         pool.announce(
-            f"eval: {len(self.task.examples)} examples of {self.task.file.name} ({origin}); "
+            f"eval: {counted(len(self.task.examples), 'example')} of {self.task.file.name} ({origin}); "
             f"baseline {self.options.baseline}; base {base}"
         )
         ref = pin(

@@ -21,6 +21,7 @@ from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
 from lora_cli.task import Task
+from lora_cli.text import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +48,8 @@ class FitJob:
 
         def work(run: Run) -> FitReport:
             request.pool.announce(
-                f"fit: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {request.recipe.seed}; "
-                f"base {request.base}"
+                f"fit: {counted(len(task.examples), 'example')} of {task.file.name}, "
+                f"split 80/20 by seed {request.recipe.seed}; base {request.base}"
             )
             loaded = self.ref.load(progress)
             for line in told(look(task.examples, loaded.encoder, seed=request.recipe.seed)):

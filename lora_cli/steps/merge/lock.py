@@ -165,7 +165,7 @@ def under_locked_names(
         same = [name for name in free if name.endswith(f"@{ref.commit}")]
         if same and ref.pinned not in lock.parents:
             free.remove(same[0])
-            ref = replace(ref, id=same[0].rpartition("@")[0])
+            ref = replace(ref, id=same[0].removesuffix(f"@{ref.commit}"))
         renamed.append(replace(adapter, files=replace(adapter.files, ref=ref)))
         hashes[ref.pinned] = inputs[adapter.ref.pinned]
     return renamed, hashes

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from msgspec.structs import replace as replace_options
 from torch import Tensor
 
@@ -19,10 +18,10 @@ from lora_cli.formats.layout import Layout, layout
 from lora_cli.formats.reader import OpenAdapter, demand_same_shapes, shapes_of
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.merge_options import METHODS, MergeOptions
+from lora_cli.names import parent
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
 
@@ -233,7 +232,7 @@ def _check_saved_modules(adapters: Sequence[OpenAdapter], modules: Sequence[str]
 
 
 def _demand_apart(chosen: OpenAdapter, adapters: Sequence[OpenAdapter], modules: Sequence[str]) -> None:
-    whole = {name.rpartition(".")[0] for name in chosen.saved} | {*chosen.config.modules_to_save}
+    whole = {parent(name) for name in chosen.saved} | {*chosen.config.modules_to_save}
     for module in modules:
         if any(f".{one}." in f".{module}." for one in whole):
             other = next(adapter for adapter in adapters if module in adapter.modules)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter, all_modules, shapes_of
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.names import leaf
+from lora_cli.names import layer_of, leaf
 
 
 def modules_in_scope(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
@@ -39,10 +39,10 @@ def _holds(module: str, condition: str) -> bool:
     if not equals or what not in ("layers", "modules") or not all(parts):
         raise UsageError(f"--scope is layers=0-15,20 or modules=q_proj,*.mlp.*, not {condition!r}")
     if what == "modules":
-        return any(fnmatch.fnmatchcase(name, part) for name in (module, module.rpartition(".")[2]) for part in parts)
-    layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
+        return any(fnmatch.fnmatchcase(name, part) for name in (module, leaf(module)) for part in parts)
     ranges = [_layers(part, condition) for part in parts]
-    return layer is not None and any(low <= layer <= high for low, high in ranges)
+    layer = layer_of(module)
+    return layer is not None and any(low <= int(layer.number) <= high for low, high in ranges)
 
 
 def _layers(part: str, condition: str) -> tuple[int, int]:

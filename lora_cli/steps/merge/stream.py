@@ -23,11 +23,12 @@ from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.outputs import whole_folder
+from lora_cli.precision import STORED, dtype_name, torch_dtype
 from lora_cli.records import Progress, patient, silent
 from lora_cli.screen import safe
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
-from lora_cli.steps.merge.plan import DTYPES, MergePlan, identical, plan
+from lora_cli.steps.merge.plan import MergePlan, identical, plan
 from lora_cli.text import percent
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
@@ -187,7 +188,7 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
             hint="change the weights or the method",
         )
     if empty:
-        precision = str(_dtype(plan)).removeprefix("torch.")
+        precision = dtype_name(_dtype(plan))
         raise Refused(f"the merged update underflows to zero in {precision}", hint="write it with --dtype fp32")
 
 
@@ -203,9 +204,9 @@ def _share(kept: float, total: float) -> float:
 
 def _dtype(plan: MergePlan) -> torch.dtype:
     if plan.options.dtype != "auto":
-        return DTYPES[plan.options.dtype]
+        return torch_dtype(plan.options.dtype)
     found = set().union(*(adapter.dtypes for adapter in plan.adapters))
-    return found.pop() if len(found) == 1 and found <= set(DTYPES.values()) else torch.float32
+    return found.pop() if len(found) == 1 and found <= set(map(torch_dtype, STORED)) else torch.float32
 
 
 def _saved(plan: MergePlan) -> Saved | None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_cli.errors import LoraError
 from lora_cli.formats.checkpoint import Checkpoint, as_tensor, blocks, cached_model, folder_or_hub, open_checkpoint
-from lora_cli.formats.header import FLOAT_DTYPES, TensorEntry
+from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.skeleton import Skeleton
+from lora_cli.precision import FLOATS
 
 THE_RIGHT_BASE = "use the adapter with the base model it was trained on"
 
@@ -31,7 +32,7 @@ def judge_copies(
     unknown = ""
     for parameter, copy in copies.items():
         tensor = None if checkpoint is None else _tensor_of(parameter, checkpoint, skeleton)
-        if checkpoint is None or tensor is None or checkpoint.entry(tensor).dtype not in FLOAT_DTYPES:
+        if checkpoint is None or tensor is None or checkpoint.entry(tensor).dtype not in FLOATS:
             unknown = f"the copy of {parameter} is left out, not compared: {base} is not here, or lacks this weight"
         elif not _same(file, copy, checkpoint, tensor):
             return f"its copy of {parameter} differs from {base}, and PEFT would load it over the base's", ""
@@ -63,7 +64,7 @@ def _tensor_of(parameter: str, checkpoint: Checkpoint, skeleton: Skeleton | None
 def _same(file: Path, copy: TensorEntry, checkpoint: Checkpoint, tensor: str) -> bool:
     """Whether a copy holds the numbers of the base's tensor, each rounded to its precision."""
     entry = checkpoint.entry(tensor)
-    if entry.shape != copy.shape or copy.dtype not in FLOAT_DTYPES:
+    if entry.shape != copy.shape or copy.dtype not in FLOATS:
         return False
     shard = checkpoint.folder / checkpoint.tensors[tensor]
     pairs = zip(_read(file, copy), _read(shard, entry), strict=True)

@@ -15,6 +15,7 @@ from lora_cli.hub.cache import cache_folder
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import Gated
 from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.text import counted, size
 
 _THREADS = 4
 _SPARE_ROOM = 1.1
@@ -144,7 +145,7 @@ def refused(
     if not missing:
         return ()
     todo = plan(catalogue, missing, whole=whole)
-    announce(f"fetching {len(missing)} adapters, {todo.bytes / 1e6:,.1f} MB")
+    announce(f"fetching {counted(len(missing), 'adapter')}, {size(todo.bytes)}")
     report = fetch(catalogue, todo, Hub(progress=progress), whole=whole, progress=progress)
     for adapter, reason in report.failed:
         raise NetworkError(f"{adapter.id}: {reason}", hint="rerun to fetch the rest")
@@ -187,13 +188,13 @@ def download(hub: Hub, adapter: Adapter) -> AdapterFiles:
     return AdapterFiles(adapter.ref, config, hub.download(adapter.repo, prefix + WEIGHTS_NAME, adapter.commit))
 
 
-def _room_for(size: int) -> None:
+def _room_for(wanted: int) -> None:
     folder = cache_folder()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if size * _SPARE_ROOM > free:
+    if wanted * _SPARE_ROOM > free:
         raise OutputError(
-            f"{size / 1e9:.1f} GB to fetch, {free / 1e9:.1f} GB free in {cache_folder()}",
+            f"{size(wanted)} to fetch, {size(free)} free in {cache_folder()}",
             hint="free some space, or set HF_HOME to another disk",
         )

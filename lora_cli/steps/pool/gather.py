@@ -14,6 +14,7 @@ from lora_cli.formats.kinds import kind_in
 from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
+from lora_cli.names import leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.lookup import NAME_THE_BASE
@@ -76,7 +77,7 @@ def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
             if matrix is not None and matrix.expert is not None:
                 whole |= factors.parts[0].experts > 1
                 if factors.parts[0].experts == 1:
-                    parts.add(name.rpartition(".")[2])
+                    parts.add(leaf(name))
     return bool(parts) and (whole or not parts <= skeleton.retargeted)
 
 
@@ -102,7 +103,7 @@ def _kinds_of_names(adapter: OpenAdapter) -> dict[str, set[str]]:
     """Last name → the names that end with it, whatever the numbers of their layers."""
     found: dict[str, set[str]] = {}
     for name in adapter.modules:
-        found.setdefault(name.rpartition(".")[2], set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:])
+        found.setdefault(leaf(name), set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:])
     return found
 
 

@@ -1,7 +1,6 @@
 """From the user's text to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
 
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused,
 from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
+from lora_cli.names import id_and_revision, is_commit, repo_and_folder
 from lora_cli.records import Adapter, Candidate, Progress, silent
 from lora_cli.settings import folders_like, means_folder
 from lora_cli.sources import Found
@@ -21,13 +21,8 @@ from lora_cli.sources.hub import HubReader
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.pool.verify import verify
 
-_REPO = re.compile(
-    r"([A-Za-z0-9][\w.-]{0,95}/\w[\w.-]{0,95})(?::([A-Za-z0-9][\w.-]{0,99}(?:/[A-Za-z0-9][\w.-]{0,99})*))?", re.ASCII
-)
-_REVISION = re.compile(r"@([A-Za-z0-9][\w./-]{0,199})(?=$|:)", re.ASCII)
 NAME_THE_BASE = "name its base model: --base NAME"
 _BASES_NAMED = 5
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def look_up(
@@ -154,41 +149,40 @@ def demand_one_base(rows: Sequence[Candidate]) -> None:
 
 def _older(catalogue: Catalogue, text: str) -> Adapter | None:
     """A catalogued adapter of the Hub at the other commit that `text` pins, if its files are in the cache."""
-    revision = _REVISION.search(text)
-    id = _REVISION.sub("", text, count=1)
-    if revision is None or not _COMMIT.fullmatch(revision[1]) or not catalogue.known([id]):
+    id, revision = id_and_revision(text)
+    if not is_commit(revision) or not catalogue.known([id]):
         return None
-    row = replace(catalogue.get(id), commit=revision[1], sha256="", norm=None, status="ok", reason="")
+    row = replace(catalogue.get(id), commit=revision, sha256="", norm=None, status="ok", reason="")
     return row if row.source == "hub" and locate(row.ref) is not None else None
 
 
 def _unknown(catalogue: Catalogue, text: str, error: NothingMatched) -> NothingMatched:
     """The catalogue's `error` about `text`; also about a folder, if one can be meant."""
     like, folder = folders_like(text), means_folder(text)
-    if not (like or folder) or catalogue.known([_REVISION.sub("", text, count=1)]):
+    if not (like or folder) or catalogue.known([id_and_revision(text)[0]]):
         return error
     hints = [f"did you mean {' or '.join(like)}?"] if like else []
-    if folder and _REPO.fullmatch(text):
+    if folder and repo_and_folder(text):
         hints.append(f"a repository of the Hub is {text}@main")
     return NothingMatched(f"{text}: no such folder and not in the catalogue", hint=" · ".join([*hints, error.hint]))
 
 
 def _on_hub(catalogue: Catalogue, text: str, rules: Rules, unknown: NothingMatched, progress: Progress) -> Found:
     """The adapter of this name on the Hub; raises `unknown` if the Hub must not be asked."""
-    revision = _REVISION.search(text)
-    name = _REVISION.sub("", text, count=1)
-    parts = _REPO.fullmatch(name)
+    name, revision = id_and_revision(text)
+    parts = repo_and_folder(name)
     # Never replace a local folder, or a row from a folder, by a stranger's repository of the same name.
     if parts is None or os.path.exists(name):  # noqa: PTH110 - this one never raises
         raise unknown
+    repo, folder = parts
     row = catalogue.known([name]).get(name)
-    if means_folder(text) if row is None else row.repo != parts[1]:
+    if means_folder(text) if row is None else row.repo != repo:
         raise unknown
     reader = HubReader(Hub(progress=progress), rules)
     try:
-        return reader.one(parts[1], revision[1] if revision else "", parts[2] or "")
+        return reader.one(repo, revision, folder)
     except (NothingMatched, NetworkError) as error:
-        raise _both(unknown, error, parts[1]) from error
+        raise _both(unknown, error, repo) from error
 
 
 def _both(

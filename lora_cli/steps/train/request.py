@@ -19,6 +19,7 @@ from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, told
 from lora_cli.steps.train.train import TrainResult, asked, train_and_write
 from lora_cli.task import Task
+from lora_cli.text import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +49,7 @@ class TrainJob:
         def work(run: Run) -> TrainResult:
             task, seed = self.task, self.recipe.seed
             self.announce(
-                f"train: {len(task.examples)} examples of {task.file.name}, split 80/20 by seed {seed}; "
+                f"train: {counted(len(task.examples), 'example')} of {task.file.name}, split 80/20 by seed {seed}; "
                 f"base {self.base}"
             )
             loaded = self.ref.load(progress)
