@@ -106,5 +106,5 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_errors_say_what_the_commands_say(here: Path) -> None:
     with lora_cli.open_pool() as pool, pytest.raises(LoraError) as caught:
         pool.merge(["pool/nobody/none"])
-    assert caught.value.message == "pool/nobody/none: not in the catalogue"
+    assert caught.value.message == "pool/nobody/none: no such folder and not in the catalogue"
     assert caught.value.exit_code == 3

@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -211,8 +212,10 @@ def test_a_folder_is_loaded_and_its_shapes_are_known_without_weights(tmp_path: P
     assert load(str(folder), dtype="bf16").dtype == torch.bfloat16
     (folder / "model.safetensors").unlink()
     known = skeleton(folder)
-    assert known == loaded.skeleton
     assert known is not None
+    assert [getattr(known, f.name) for f in fields(known) if f.compare] == [
+        getattr(loaded.skeleton, f.name) for f in fields(known) if f.compare
+    ]
     assert known.matrices["model.layers.1.self_attn.k_proj"].shape == loaded.shapes["model.layers.1.self_attn.k_proj"]
     assert loaded.shapes["model.layers.1.self_attn.k_proj"] == (16, 32)
     assert loaded.shapes["lm_head"] == (104, 32)

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session
 
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import _header_of
+from lora_cli.formats.modules import locate_modules
 from tests.cli import ok
 from tests.trips import evaluation_of_a_folder, merge_from_the_hub
 
@@ -13,6 +16,8 @@ from tests.trips import evaluation_of_a_folder, merge_from_the_hub
 def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setenv("HF_ENDPOINT", os.environ["HF_ENDPOINT"])
+    for cached in (parse_config, _header_of, locate_modules):
+        cached.cache_clear()
     trip = merge_from_the_hub(ok, tmp_path)
     close_session()
     assert trip.count("formats/config.py:parse_config") == 1

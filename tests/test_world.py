@@ -15,6 +15,7 @@ from lora_cli.errors import OutputError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.models.base_model import BaseModel, load
+from lora_cli.text import percent
 from lora_cli.world import Target, World, build
 from lora_cli.world.tasks import answer
 
@@ -69,7 +70,7 @@ def test_recorded_exact_match_is_on_the_card(world: World, base: BaseModel) -> N
     assert recorded[name].base_exact_match < 0.2
     assert recorded[name].exact_match > 0.8
     card = (world.pool / name / "README.md").read_text()
-    assert f"answers {recorded[name].exact_match:.0%} right" in card
+    assert f"answers {percent(recorded[name].exact_match)} right" in card
 
 
 def test_training_text_is_the_chat_templates_rendering(world: World, base: BaseModel) -> None:
