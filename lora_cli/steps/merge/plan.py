@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import RankChoice
 from lora_cli.errors import Refused, UsageError
 from lora_cli.exports import Export, Shape, export
-from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.factors import TAKE_THE_UPDATE
+from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.layout import Layout, layout
 from lora_cli.formats.reader import OpenAdapter, demand_same_shapes, shapes_of
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
