@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.hub.client import Hub
-from lora_cli.models.base_model import pin
+from lora_cli.models.ref import pin
 from lora_cli.steps.bake import bake as baking
 from lora_cli.steps.bake.bake import add
 from lora_cli.steps.bake.plan import download_base, weights_of

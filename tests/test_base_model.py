@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
-from lora_cli.models import base_model
-from lora_cli.models.base_model import BaseModel, load, resolve
+from lora_cli.errors import DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.models import loading, ref
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import load, resolve
 from lora_cli.models.skeleton import skeleton
 from lora_cli.records import Example
 from tests.tiny_bases import characters, examples, gpt2, llama, opened, saved, tiny_gpt2, tiny_llama
@@ -277,9 +278,10 @@ def test_what_the_hub_says_becomes_this_tools_errors(monkeypatch: pytest.MonkeyP
     def fail(*arguments: object, **options: object) -> None:
         raise OSError("not to be had") from type(kind, (Exception,), {})()
 
-    monkeypatch.setattr(base_model, "cached_model", lambda name, version="": Path("0" * 40))
-    monkeypatch.setattr(base_model._hf.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(base_model.LoraError) as caught:
+    for room in (loading, ref):
+        monkeypatch.setattr(room, "cached_model", lambda name, version="": Path("0" * 40))
+    monkeypatch.setattr(loading.hf.AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(LoraError) as caught:
         load("acme/tiny")
     assert type(caught.value).__name__ == expected
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_cli.errors import DataError, Refused, UsageError
-from lora_cli.models.base_model import BaseModel, load
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder
 from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import load
 from lora_cli.records import Example
 from lora_cli.scores import exact_match
 from tests.cli import ok

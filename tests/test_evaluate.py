@@ -255,7 +255,7 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
 
     real = load(str(STORIES))
     animals = ["cat", "dog", "bird", "fish", "cow", "pig", "bear", "duck", "frog", "fox", "hen", "bee"]

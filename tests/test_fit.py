@@ -272,7 +272,7 @@ def test_settings_that_make_no_lora(base: BaseModel, tmp_path: Path, setting: di
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) -> None:
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
 
     real = load(str(STORIES))
     names = ["Lily", "Tom", "Anna", "Ben", "Mia", "Max", "Sue", "Tim"]

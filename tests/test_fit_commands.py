@@ -82,7 +82,7 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
     from lora_cli.steps.evaluate.evaluate import Updates
     from tests.tiny_bases import opened
 
@@ -293,7 +293,7 @@ def test_bad_input_is_answered_in_a_line(here: World) -> None:
 def test_what_is_wrong_from_the_start_is_said_before_anything_is_recorded_or_loaded(
     here: World, monkeypatch: pytest.MonkeyPatch, code: int, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("lora_cli.models.base_model.BaseRef.load", None)
+    monkeypatch.setattr("lora_cli.models.ref.BaseRef.load", None)
     refused(code, *words)
     assert json.loads(ok("runs", "list", "--json").out)["rows"] == []
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from lora_cli.catalogue.runs import recorded
 from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.models.base_model import BaseModel, BaseRef, load, pin
+from lora_cli.models.activations import activations
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import BaseRef, load, pin
 from lora_cli.steps.merge.inputs import ModuleInputs, data_of
 from lora_cli.steps.merge.stream import merge
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -174,7 +176,7 @@ def test_conv1d_modules_and_the_head_are_heard_too() -> None:
     places = [range(len(item.ids)) for item in encoded]
     wanted = [base.model(input_ids=torch.tensor([item.ids]), output_hidden_states=True) for item in encoded]
     last = torch.cat([one.hidden_states[-1][0] for one in wanted])
-    found = base.module_inputs(list(base.shapes), encoded, places, batch_size=2)
+    found = activations(base, list(base.shapes), encoded, places, batch_size=2)
     torch.testing.assert_close(found["lm_head"], last, rtol=1e-4, atol=1e-5)
     assert {name: x.shape[1] for name, x in found.items()} == {name: shape[1] for name, shape in base.shapes.items()}
 
@@ -185,7 +187,7 @@ def test_a_module_that_is_not_fed_every_token_is_refused() -> None:
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :1])).expand_as(x)
     encoded = [base.encode(example) for example in examples(2)]
     with pytest.raises(Refused, match=re.escape(f"{DOWN} does not see every token")):
-        base.module_inputs([Q, DOWN], encoded, [[0, 1], [2]])
+        activations(base, [Q, DOWN], encoded, [[0, 1], [2]])
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_cli.formats.reader import open_adapter
-from lora_cli.models.base_model import pin
+from lora_cli.models.ref import pin
 from tests.architectures import SPECS, files, model
 from tests.cli import Told, lora
 from tests.matrix import KINDS, TEXT_BASES, Kind, mate

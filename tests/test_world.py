@@ -14,7 +14,8 @@ from safetensors.numpy import load_file
 from lora_cli.errors import OutputError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
-from lora_cli.models.base_model import BaseModel, load
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import load
 from lora_cli.world import Target, World, build
 from lora_cli.world.tasks import answer
 

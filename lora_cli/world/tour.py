@@ -16,7 +16,8 @@ from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
-from lora_cli.models.base_model import BaseModel, BaseRef, pin
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.models.skeleton import skeleton
 from lora_cli.recipes import EvalOptions, Recipe, Shape
 from lora_cli.records import Progress, Score, silent

@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import Run
-from lora_cli.models.base_model import BaseRef, pin
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Progress, silent
 from lora_cli.settings import Settings, base_of
