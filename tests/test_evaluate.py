@@ -10,7 +10,7 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
-from lora_cli.recipes import EvalOptions, Recipe
+from lora_cli.recipes import EvalOptions, Recipe, TrainOptions
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -34,7 +34,13 @@ def base() -> Iterator[BaseModel]:
 def skilled(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> System:
     """A LoRA that mostly knows the task."""
     folder = tmp_path_factory.mktemp("skilled")
-    train(base, examples(64), folder, rank=8, alpha=16, dropout=0.0, recipe=Recipe(steps=120, lr=1e-2))
+    train(
+        base,
+        examples(64),
+        folder,
+        options=TrainOptions(rank=8, alpha=16, dropout=0.0),
+        recipe=Recipe(steps=120, lr=1e-2),
+    )
     adapter = opened(folder)
     return System(name="skilled", updates={m: adapter.read(m) for m in adapter.modules}, version=adapter.ref.pinned)
 
@@ -264,7 +270,9 @@ def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -
     for steps in (2, 60):
         folder = tmp_path / str(steps)
         folder.mkdir()
-        train(real, data, folder, rank=4, alpha=8, dropout=0.0, recipe=Recipe(steps=steps, lr=1e-2))
+        train(
+            real, data, folder, options=TrainOptions(rank=4, alpha=8, dropout=0.0), recipe=Recipe(steps=steps, lr=1e-2)
+        )
         adapter = opened(folder)
         updates = {module: adapter.read(module) for module in adapter.modules}
         systems.append(System(name=f"{steps} steps", updates=updates, version=adapter.ref.pinned))

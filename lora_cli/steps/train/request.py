@@ -60,10 +60,10 @@ class TrainJob:
                 task.examples,
                 self.job.folder,
                 run,
+                options=self.options,
+                recipe=self.recipe,
                 replace=force,
                 progress=progress,
-                recipe=self.recipe,
-                **self.options.shape,
             )
 
         return run_once(db, self.job, work, force=force, progress=progress)
@@ -83,11 +83,11 @@ def train_job(
     """The training of a new LoRA on `task`, checked as far as that needs no weights.
 
     Raises:
-        UsageError: settings that make no LoRA, or no base model.
+        UsageError: no base model.
         DataError: a malformed task.
     """
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
-    described = asked(recipe=recipe, data=task.file.name, **options.shape)
+    described = asked(options=options, recipe=recipe, data=task.file.name)
     base = base_of(settings)
     ref = pin(
         base,
