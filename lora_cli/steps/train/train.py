@@ -1,5 +1,6 @@
 """Train a new LoRA on a task: the baseline that every fit has to beat."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +15,7 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
-from lora_cli.steps.train.descent import Learnt, learn
-from lora_cli.task import split
+from lora_cli.steps.train.descent import Learnt, Parts, learn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,26 +55,24 @@ def train(
         DataError: the examples cannot be split, or one is too long.
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
-    training, validation = split(examples, fraction=fraction, seed=recipe.seed)
+    parts = Parts.of(base, examples, fraction=fraction, seed=recipe.seed)
     with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
         parameters = adapter.parameters
         learnt = learn(
             base,
             parameters,
-            [base.encode(example) for example in training],
-            [base.encode(example) for example in validation],
+            parts,
             recipe,
             while_training=adapter.dropout,
-            what="train: new LoRA",
-            progress=progress,
+            progress=functools.partial(progress, "train: new LoRA"),
         )
         adapter.save(folder)
     return TrainResult(
         learnt=learnt,
         adapted=adapter.chosen.said,
         parameters=sum(parameter.numel() for parameter in parameters),
-        n_train=len(training),
-        n_validation=len(validation),
+        n_train=len(parts.training),
+        n_validation=len(parts.validation),
     )
 
 
