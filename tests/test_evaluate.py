@@ -9,7 +9,9 @@ import torch
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models import generate as generating
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.generate import generate
 from lora_cli.recipes import EvalOptions, Recipe, TrainOptions
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
@@ -65,9 +67,9 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     scores = run(base, BASE, skilled, rows_path=rows)
     wanted = examples(N)
     prompts = [example.prompt for example in wanted]
-    plain = base.generate(prompts, max_new_tokens=4)
+    plain = generate(base, prompts, max_new_tokens=4)
     with base.wear(skilled.updates):
-        worn = base.generate(prompts, max_new_tokens=4)
+        worn = generate(base, prompts, max_new_tokens=4)
         likelihoods = base.log_likelihoods(wanted)
     right = [exact_match(text, example.completion) for text, example in zip(worn, wanted, strict=True)]
     wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
@@ -107,7 +109,7 @@ def test_an_adapter_too_weak_to_change_an_output_moves_the_likelihood(base: Base
 def test_nll_generates_nothing_and_lower_is_better(
     base: BaseModel, skilled: System, idle: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BaseModel, "stream", None)
+    monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", None)
     scores = run(base, BASE, skilled, idle, metric="nll")
     with base.wear(skilled.updates):
         expected = -sum(base.log_likelihoods(examples(N))) / N
@@ -143,13 +145,13 @@ def without_speed(scores: dict[str, Score]) -> list[tuple[Any, ...]]:
 def count(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each pass through the model generates for."""
     made: list[int] = []
-    greedy = BaseModel._greedy
+    greedy = generating._greedy
 
-    def counted(self: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+    def counted(base: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
         made.append(len(prompts))
-        return greedy(self, prompts, max_new_tokens)
+        return greedy(base, prompts, max_new_tokens)
 
-    monkeypatch.setattr(BaseModel, "_greedy", counted)
+    monkeypatch.setattr(generating, "_greedy", counted)
     return made
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.errors import Refused
-from lora_cli.models.base_model import BaseModel
-from lora_cli.models.batches import by_length, filled
+from lora_cli.models.base_model import BaseModel, by_length
 from lora_cli.models.encode import Encoded
 
 
@@ -42,7 +41,7 @@ def activations(
 def _of_batch(
     base: BaseModel, modules: Sequence[str], batch: Sequence[Encoded], places: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    tokens = filled(batch, base.pad).to(base.device)
+    tokens = base.filled(batch).to(base.device)
     flat = torch.tensor([row * tokens.shape[1] + place for row, some in enumerate(places) for place in some])
     sampled: dict[str, Tensor] = {}
 

@@ -2,10 +2,8 @@
 
 import inspect
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,32 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import DataError, Refused
+from lora_cli.errors import Refused
 from lora_cli.formats.skeleton import Matrix, Skeleton
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
-from lora_cli.models.batches import by_length, filled
-from lora_cli.models.encode import Encoded, Opening, encoder_of, until_end
+from lora_cli.models.encode import Encoded, encoder_of
 from lora_cli.models.forms import Prompting
-from lora_cli.models.hf import hf, quiet
+from lora_cli.models.hf import hf
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import skeleton_of
 from lora_cli.precision import dtype_name
 from lora_cli.records import Example, Prompt
 
 _IGNORED = -100
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """The model's text after a prompt: the text, its number of tokens, and its share of the batch's seconds.
-
-    `continues` is False if the text does not begin with the cut end of the prompt; see `Opening`.
-    """
-
-    text: str
-    tokens: int
-    seconds: float
-    continues: bool = True
 
 
 class BaseModel:
@@ -110,7 +94,7 @@ class BaseModel:
 
         Differentiable in the applied updates. Divide by `Encoded.tokens` for a mean per token.
         """
-        tokens = filled(batch, self.pad)
+        tokens = self.filled(batch)
         labels = torch.full_like(tokens, _IGNORED)
         for row, item in enumerate(batch):
             labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
@@ -145,6 +129,13 @@ class BaseModel:
                 found[row] = -loss / encoded[row].tokens
         return found
 
+    def filled(self, batch: Sequence[Encoded]) -> Tensor:
+        """(len(batch), longest) token ids. A causal model never looks right, so this needs no attention mask."""
+        tokens = torch.full((len(batch), max(len(item.ids) for item in batch)), self.pad)
+        for row, item in enumerate(batch):
+            tokens[row, : len(item.ids)] = torch.tensor(item.ids)
+        return tokens
+
     def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
         if self._keeps_logits:
             return self.model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits  # type: ignore[no-any-return]
@@ -153,58 +144,6 @@ class BaseModel:
     @cached_property
     def _keeps_logits(self) -> bool:
         return "logits_to_keep" in inspect.signature(self.model.forward).parameters
-
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16) -> list[str]:
-        """The greedy continuation of each prompt, in the order of the prompts."""
-        texts = [""] * len(prompts)
-        openings = [self.encoder.opening(prompt) for prompt in prompts]
-        for row, generation in self.stream(openings, max_new_tokens=max_new_tokens, batch_size=batch_size):
-            texts[row] = generation.text
-        return texts
-
-    def stream(
-        self, openings: Sequence[Opening], *, max_new_tokens: int = 30, batch_size: int = 16
-    ) -> Iterator[tuple[int, Generation]]:
-        """Greedy continuations as (index of the opening, Generation), batch by batch.
-
-        Openings that end alike share batches, the longest first.
-
-        Raises:
-            DataError: an opening with `max_new_tokens` more is longer than the model takes.
-        """
-        lengths = [len(opening.ids) for opening in openings]
-        for row, length in enumerate(lengths):
-            if length + max_new_tokens > self.encoder.longest:
-                raise DataError(
-                    f"prompt {row + 1} has {length} tokens and wants {max_new_tokens} new ones, "
-                    f"{self.name} takes {self.encoder.longest} in all",
-                    hint="lower --max-new-tokens or shorten the prompt",
-                )
-        for rows in by_length(lengths, batch_size, [opening.ends for opening in openings]):
-            began = time.perf_counter()
-            outputs = self._greedy([openings[row] for row in rows], max_new_tokens)
-            seconds = (time.perf_counter() - began) / len(rows)
-            for row, output in zip(rows, outputs, strict=True):
-                text, continues = self.encoder.written(openings[row], output)
-                yield row, Generation(text, len(output), seconds, continues)
-
-    @torch.no_grad()
-    def _greedy(self, openings: Sequence[Opening], max_new_tokens: int) -> list[list[int]]:
-        """The continuation of each opening; all openings have the same ends."""
-        prompts, ends = [opening.ids for opening in openings], openings[0].ends
-        width = max(len(ids) for ids in prompts)
-        # New tokens are appended on the right, so prompts are filled up on the left, masked.
-        tokens = torch.tensor([[self.pad] * (width - len(ids)) + [*ids] for ids in prompts], device=self.device)
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
-        with quiet():
-            written = self.model.generate(
-                input_ids=tokens,
-                attention_mask=mask,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(ends),
-            )
-        return [list(until_end(row, ends)) for row in written[:, width:].tolist()]
 
     def check(self, shapes: Mapping[str, tuple[int, int]], who: str) -> None:
         """Refuse an update that does not fit: a matrix that is missing here or has another shape.
@@ -289,6 +228,16 @@ class BaseModel:
                 new = adapted(self.model, chosen, self.name, rank=rank, alpha=alpha, dropout=dropout)
                 adapter = stack.enter_context(new)
             yield adapter
+
+
+def by_length(lengths: Sequence[int], batch_size: int, kinds: Sequence[Hashable] = ()) -> Iterator[list[int]]:
+    """Rows in batches, the longest first; only rows of one kind share a batch."""
+    groups: dict[Hashable, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
+        groups.setdefault(kinds[row] if kinds else None, []).append(row)
+    for order in groups.values():
+        for start in range(0, len(order), batch_size):
+            yield order[start : start + batch_size]
 
 
 def _times(shape: tuple[int, int]) -> str:

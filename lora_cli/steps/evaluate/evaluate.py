@@ -13,6 +13,7 @@ from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
+from lora_cli.models.generate import stream
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Metric, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
@@ -169,7 +170,7 @@ def _answers(
             yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
         return
     openings = [example.opening for example in examples]
-    for place, written in base.stream(openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
+    for place, written in stream(base, openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
         example = examples[place]
         yield Row(
             system=name,
