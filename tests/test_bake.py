@@ -74,7 +74,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def logits(folder: Path, adapter: Path | None = None, *, merged: bool = False) -> Tensor:
-    """What transformers makes of a model's folder, with an adapter worn or merged by PEFT."""
+    """What transformers makes of a model's folder, with an adapter applied or merged by PEFT."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model: Any = AutoModelForCausalLM.from_pretrained(folder)

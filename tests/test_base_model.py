@@ -126,7 +126,7 @@ def peft_adapter(model: torch.nn.Module, folder: Path, *targets: str) -> Path:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*model config:UserWarning")
-def test_worn_updates_act_as_peft_applies_them(tmp_path: Path, kind: str) -> None:
+def test_applied_updates_act_as_those_of_peft(tmp_path: Path, kind: str) -> None:
     make, targets = (tiny_llama, ("q_proj", "down_proj")) if kind == "llama" else (tiny_gpt2, ("c_attn", "c_proj"))
     folder = peft_adapter(make(), tmp_path / "adapter", *targets)
     tokens = torch.tensor([[1, 20, 30, 40, 50]])
@@ -137,7 +137,7 @@ def test_worn_updates_act_as_peft_applies_them(tmp_path: Path, kind: str) -> Non
     updates = {module: adapter.read(module) for module in adapter.modules}
     with torch.no_grad():
         bare = base.model(input_ids=tokens).logits
-        with base.wear(updates):
+        with base.applied(updates):
             ours = base.model(input_ids=tokens).logits
         after = base.model(input_ids=tokens).logits
     assert torch.allclose(ours, theirs, atol=1e-4)
@@ -149,7 +149,7 @@ def test_an_update_is_taken_off_even_when_the_work_fails(base: BaseModel) -> Non
     module = "model.layers.0.mlp.up_proj"
     update = LowRank(torch.ones(48, 1), torch.ones(1, 32))
     before = generate(base, ["a"])
-    with pytest.raises(KeyError), base.wear({module: update}):
+    with pytest.raises(KeyError), base.applied({module: update}):
         raise KeyError
     assert generate(base, ["a"]) == before
 
@@ -171,7 +171,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(
     wrong = {module: LowRank(torch.ones(outputs, 1), torch.ones(1, inputs))}
     with (
         pytest.raises(Refused, match=r"owner/name does not fit acme/tiny: ") as caught,
-        base.wear(fitting | wrong, who="owner/name"),
+        base.applied(fitting | wrong, who="owner/name"),
     ):
         pass
     assert problem in caught.value.message

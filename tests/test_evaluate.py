@@ -68,10 +68,10 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     wanted = examples(N)
     prompts = [example.prompt for example in wanted]
     plain = generate(base, prompts, max_new_tokens=4)
-    with base.wear(skilled.updates):
-        worn = generate(base, prompts, max_new_tokens=4)
+    with base.applied(skilled.updates):
+        adapted = generate(base, prompts, max_new_tokens=4)
         likelihoods = base.log_likelihoods(wanted)
-    right = [exact_match(text, example.completion) for text, example in zip(worn, wanted, strict=True)]
+    right = [exact_match(text, example.completion) for text, example in zip(adapted, wanted, strict=True)]
     wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
     assert sum(right) / N > 0.4
     assert sum(wrong) == 0
@@ -80,7 +80,7 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     difference = paired_difference([float(r) for r in right], [float(w) for w in wrong])
     assert (score.baseline, score.delta, score.p) == ("base", difference.delta, difference.p)
     assert (score.delta_low, score.delta_high) == (difference.low, difference.high)
-    assert score.changed == sum(one != other for one, other in zip(plain, worn, strict=True))
+    assert score.changed == sum(one != other for one, other in zip(plain, adapted, strict=True))
     assert score.log_likelihood == pytest.approx(sum(likelihoods) / N, rel=1e-4)
     assert score.tokens_per_second is not None
     assert score.tokens_per_second > 0
@@ -88,7 +88,7 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     stored = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {(row["system"], row["id"]) for row in stored} == {(s, e.id) for s in ("base", "skilled") for e in wanted}
     by_id = {row["id"]: row for row in stored if row["system"] == "skilled"}
-    assert [by_id[example.id]["text"] for example in wanted] == worn
+    assert [by_id[example.id]["text"] for example in wanted] == adapted
 
 
 def test_an_adapter_without_effect_shows_as_such(base: BaseModel, idle: System) -> None:
@@ -111,7 +111,7 @@ def test_nll_generates_nothing_and_lower_is_better(
 ) -> None:
     monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", None)
     scores = run(base, BASE, skilled, idle, metric="nll")
-    with base.wear(skilled.updates):
+    with base.applied(skilled.updates):
         expected = -sum(base.log_likelihoods(examples(N))) / N
     score = scores["skilled"]
     assert score.value == pytest.approx(expected, rel=1e-4)

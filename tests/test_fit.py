@@ -103,7 +103,7 @@ def test_the_coefficients_are_those_of_the_best_step(base: BaseModel, pool: list
     from lora_cli.task import split
 
     _, validation = split(examples(20), seed=0)
-    with base.wear(updates):
+    with base.applied(updates):
         each = [-value for value in base.log_likelihoods(validation)]
     assert each == pytest.approx(result.learnt.each_after, rel=1e-4)
 
@@ -259,10 +259,10 @@ def test_training_repeats_to_the_bit_with_dropout(base: BaseModel, tmp_path: Pat
 
 def test_a_trained_adapter_holds_its_best_step(base: BaseModel, relevant: OpenAdapter) -> None:
     wanted = examples(64)
-    with base.wear({module: relevant.read(module) for module in relevant.modules}):
-        worn = base.log_likelihoods(wanted)
+    with base.applied({module: relevant.read(module) for module in relevant.modules}):
+        adapted = base.log_likelihoods(wanted)
     bare = base.log_likelihoods(wanted)
-    assert sum(worn) / 64 > 0.5 * sum(bare) / 64
+    assert sum(adapted) / 64 > 0.5 * sum(bare) / 64
 
 
 @pytest.mark.parametrize("setting", [{"rank": 0}, {"dropout": 1.0}, {"alpha": 0.0}])

@@ -88,7 +88,7 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
 
     base = load(str(here.base))
     tokens = torch.tensor([[1, 20, 30, 40, 50]])
-    with torch.no_grad(), base.wear(Updates(opened(Path(folder)))):
+    with torch.no_grad(), base.applied(Updates(opened(Path(folder)))):
         ours = base.model(input_ids=tokens).logits
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here.base), folder)
     with torch.no_grad():

@@ -57,7 +57,7 @@ def test_base_cannot_do_the_main_target_and_the_relevant_adapter_can(world: Worl
     files = locate(folder_ref(world.pool / name))
     assert files is not None
     adapter = open_adapter(files)
-    with base.wear({module: adapter.read(module) for module in adapter.modules}):
+    with base.applied({module: adapter.read(module) for module in adapter.modules}):
         assert right(base, main) > 0.8
 
 

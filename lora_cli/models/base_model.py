@@ -197,7 +197,7 @@ class BaseModel:
             yield
 
     @contextmanager
-    def wear(self, updates: Mapping[str, LowRank] | None, *, who: str = "the adapter") -> Iterator[None]:
+    def applied(self, updates: Mapping[str, LowRank] | None, *, who: str = "the adapter") -> Iterator[None]:
         """While the block runs, the base behaves as if each update were added to its weight; None adds nothing.
 
         Raises:

@@ -133,7 +133,7 @@ def evaluate(
             done = len(examples) - len(left)
             progress(system.name, done, len(examples))
             # All rows are stored already: do not load this system's weights.
-            with base.wear(system.updates if left else None, who=system.name):
+            with base.applied(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * options.batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
                     for row in _answers(base, system.name, part, keys, options):

@@ -107,7 +107,7 @@ def fit(
         + [asdict(example) for example in examples]
     )
     state = None if checkpoint is None else Checkpoint(checkpoint, hashlib.sha256(key.encode()).hexdigest())
-    with mixture.worn(base):
+    with mixture.applied(base):
         learnt = learn(
             base,
             [mixture.theta],
@@ -234,7 +234,7 @@ def fit_and_write(
         report = _merged(plan, result.coefficients, partial, run, progress)
         written = AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME)
         merged = open_adapter(written, base.skeleton)
-        with base.wear({module: merged.read(module) for module in merged.modules}):
+        with base.applied({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
         run.results.update(_results(result, loss_merged, comparisons))
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")

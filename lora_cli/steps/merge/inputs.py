@@ -119,7 +119,7 @@ class ModuleInputs:
         for done, adapter in enumerate(adapters):
             progress("inputs", done, len(adapters))
             examples, places = read[self.files[adapter.ref.pinned]]
-            with base.wear(Updates(adapter), who=adapter.ref.id):
+            with base.applied(Updates(adapter), who=adapter.ref.id):
                 wanted = [module for module in adapter.modules if module in modules]
                 sampled = activations(base, wanted, examples, places)
             try:
