@@ -113,9 +113,13 @@ class TrainOptions(Options, frozen=True, kw_only=True):
     dropout: Annotated[float, Flag(help="Dropout on the LoRA's input.", panel=LORA)] = 0.1
     target_modules: Annotated[str, Flag(help="Names of modules with commas, or all-linear.", panel=LORA)] = ALL_LINEAR
 
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not 0 < self.alpha < math.inf:
+            raise UsageError("a LoRA needs --rank of at least 1, --alpha above 0 and --dropout in [0, 1)")
+
     @property
     def shape(self) -> dict[str, Any]:
-        """The options as arguments of `steps.train`."""
+        """The arguments of `BaseModel.new_adapter` but the seed, as run.json holds them."""
         names = [part.strip() for part in self.target_modules.split(",") if part.strip()]
         modules = ALL_LINEAR if self.target_modules == ALL_LINEAR else names
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "target_modules": modules}

@@ -44,3 +44,9 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shortened(value: object) -> str:
+    """`value` as text of at most 120 characters, for a sentence. Escaping is the screen's work."""
+    shown = str(value)
+    return shown if len(shown) <= 120 else shown[:120] + "…"

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.hub.client import Hub
-from lora_cli.models.base_model import pin
+from lora_cli.models.ref import pin
 from lora_cli.steps.bake import bake as baking
 from lora_cli.steps.bake.bake import add
 from lora_cli.steps.bake.plan import download_base, weights_of
@@ -74,7 +74,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def logits(folder: Path, adapter: Path | None = None, *, merged: bool = False) -> Tensor:
-    """What transformers makes of a model's folder, with an adapter worn or merged by PEFT."""
+    """What transformers makes of a model's folder, with an adapter applied or merged by PEFT."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         model: Any = AutoModelForCausalLM.from_pretrained(folder)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from lora_cli.formats.base_names import public_base
-from lora_cli.models.base_model import BaseModel, load, pin
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import load, pin
 from lora_cli.recipes import EvalOptions, Recipe
 from lora_cli.records import Example
 from lora_cli.steps.evaluate.evaluate import System, evaluate
@@ -100,7 +101,7 @@ def printed(code: str, endpoint: str, cache: Path) -> list[str]:
 def test_an_encoder_of_the_hub_needs_no_weights_and_no_network_the_second_time(tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
     code = (
-        "from lora_cli.models.base_model import load_encoder\n"
+        "from lora_cli.models.ref import load_encoder\n"
         "encoder = load_encoder('acme/remote')\n"
         "print(encoder.name, encoder.longest, *encoder.ends)"
     )
@@ -115,9 +116,7 @@ def test_an_encoder_of_the_hub_needs_no_weights_and_no_network_the_second_time(t
 @pytest.mark.slow
 def test_a_downloaded_base_is_the_same_tomorrow_and_without_a_network(tmp_path: Path) -> None:
     files = {file.name: file.read_bytes() for file in saved(tmp_path / "base").iterdir()}
-    code = (
-        "from lora_cli.models.base_model import pin\nref = pin('acme/remote')\nprint(ref.version, ref.load().version)"
-    )
+    code = "from lora_cli.models.ref import pin\nref = pin('acme/remote')\nprint(ref.version, ref.load().version)"
 
     def told(endpoint: str) -> list[str]:
         return printed(code, endpoint, tmp_path / "home")

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from lora_cli.errors import ConfigError
-from lora_cli.formats.config import LoraConfigFacts, parse_config
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.facts import LoraConfigFacts
 from tests.hostile.corpus import GOOD_CONFIG, code_naming_configs, malformed_configs
 
 MALFORMED = malformed_configs()

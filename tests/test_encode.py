@@ -15,9 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_cli.errors import DataError, Refused, UsageError
-from lora_cli.models.base_model import BaseModel, load
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder
 from lora_cli.models.forms import Prompting
+from lora_cli.models.generate import stream
+from lora_cli.models.ref import load
 from lora_cli.records import Example
 from lora_cli.scores import exact_match
 from tests.cli import ok
@@ -286,7 +288,7 @@ def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pyt
 
     def value(text: str) -> float:
         written = made(text, add_special_tokens=False)["input_ids"]
-        monkeypatch.setattr(BaseModel, "_greedy", lambda self, openings, max_new_tokens: [written])
+        monkeypatch.setattr("lora_cli.models.generate._greedy", lambda base, openings, max_new_tokens: [written])
         return evaluate(base, [System(name="base")], [one])[0].value
 
     assert value("Lily") == 1
@@ -315,7 +317,7 @@ def test_the_likelihood_of_a_real_base_is_that_of_the_whole_text() -> None:
     assert losses[2] == losses[3]
     assert max(losses) < 1.2
     prompts = [base.encode(example(prompt, completion)).opening for prompt, completion in pairs[1:3]]
-    texts = {row: text.text for row, text in base.stream(prompts, max_new_tokens=4)}
+    texts = {row: text.text for row, text in stream(base, prompts, max_new_tokens=4)}
     assert texts == {0: "ly. She lo", 1: "little girl"}
 
 

@@ -9,8 +9,10 @@ import torch
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.models import generate as generating
 from lora_cli.models.base_model import BaseModel
-from lora_cli.recipes import EvalOptions, Recipe
+from lora_cli.models.generate import generate
+from lora_cli.recipes import EvalOptions, Recipe, TrainOptions
 from lora_cli.records import Example, Score
 from lora_cli.scores import exact_match, paired_difference, wilson
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -34,7 +36,13 @@ def base() -> Iterator[BaseModel]:
 def skilled(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> System:
     """A LoRA that mostly knows the task."""
     folder = tmp_path_factory.mktemp("skilled")
-    train(base, examples(64), folder, rank=8, alpha=16, dropout=0.0, recipe=Recipe(steps=120, lr=1e-2))
+    train(
+        base,
+        examples(64),
+        folder,
+        options=TrainOptions(rank=8, alpha=16, dropout=0.0),
+        recipe=Recipe(steps=120, lr=1e-2),
+    )
     adapter = opened(folder)
     return System(name="skilled", updates={m: adapter.read(m) for m in adapter.modules}, version=adapter.ref.pinned)
 
@@ -59,11 +67,11 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     scores = run(base, BASE, skilled, rows_path=rows)
     wanted = examples(N)
     prompts = [example.prompt for example in wanted]
-    plain = base.generate(prompts, max_new_tokens=4)
-    with base.wear(skilled.updates):
-        worn = base.generate(prompts, max_new_tokens=4)
+    plain = generate(base, prompts, max_new_tokens=4)
+    with base.applied(skilled.updates):
+        adapted = generate(base, prompts, max_new_tokens=4)
         likelihoods = base.log_likelihoods(wanted)
-    right = [exact_match(text, example.completion) for text, example in zip(worn, wanted, strict=True)]
+    right = [exact_match(text, example.completion) for text, example in zip(adapted, wanted, strict=True)]
     wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
     assert sum(right) / N > 0.4
     assert sum(wrong) == 0
@@ -72,7 +80,7 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     difference = paired_difference([float(r) for r in right], [float(w) for w in wrong])
     assert (score.baseline, score.delta, score.p) == ("base", difference.delta, difference.p)
     assert (score.delta_low, score.delta_high) == (difference.low, difference.high)
-    assert score.changed == sum(one != other for one, other in zip(plain, worn, strict=True))
+    assert score.changed == sum(one != other for one, other in zip(plain, adapted, strict=True))
     assert score.log_likelihood == pytest.approx(sum(likelihoods) / N, rel=1e-4)
     assert score.tokens_per_second is not None
     assert score.tokens_per_second > 0
@@ -80,7 +88,7 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     stored = [json.loads(line) for line in rows.read_text().splitlines()]
     assert {(row["system"], row["id"]) for row in stored} == {(s, e.id) for s in ("base", "skilled") for e in wanted}
     by_id = {row["id"]: row for row in stored if row["system"] == "skilled"}
-    assert [by_id[example.id]["text"] for example in wanted] == worn
+    assert [by_id[example.id]["text"] for example in wanted] == adapted
 
 
 def test_an_adapter_without_effect_shows_as_such(base: BaseModel, idle: System) -> None:
@@ -101,9 +109,9 @@ def test_an_adapter_too_weak_to_change_an_output_moves_the_likelihood(base: Base
 def test_nll_generates_nothing_and_lower_is_better(
     base: BaseModel, skilled: System, idle: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BaseModel, "stream", None)
+    monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", None)
     scores = run(base, BASE, skilled, idle, metric="nll")
-    with base.wear(skilled.updates):
+    with base.applied(skilled.updates):
         expected = -sum(base.log_likelihoods(examples(N))) / N
     score = scores["skilled"]
     assert score.value == pytest.approx(expected, rel=1e-4)
@@ -137,13 +145,13 @@ def without_speed(scores: dict[str, Score]) -> list[tuple[Any, ...]]:
 def count(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many prompts each pass through the model generates for."""
     made: list[int] = []
-    greedy = BaseModel._greedy
+    greedy = generating._greedy
 
-    def counted(self: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
+    def counted(base: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
         made.append(len(prompts))
-        return greedy(self, prompts, max_new_tokens)
+        return greedy(base, prompts, max_new_tokens)
 
-    monkeypatch.setattr(BaseModel, "_greedy", counted)
+    monkeypatch.setattr(generating, "_greedy", counted)
     return made
 
 
@@ -255,7 +263,7 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -> None:
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
 
     real = load(str(STORIES))
     animals = ["cat", "dog", "bird", "fish", "cow", "pig", "bear", "duck", "frog", "fox", "hen", "bee"]
@@ -264,7 +272,9 @@ def test_on_a_real_base_two_adapters_are_evaluated_on_one_load(tmp_path: Path) -
     for steps in (2, 60):
         folder = tmp_path / str(steps)
         folder.mkdir()
-        train(real, data, folder, rank=4, alpha=8, dropout=0.0, recipe=Recipe(steps=steps, lr=1e-2))
+        train(
+            real, data, folder, options=TrainOptions(rank=4, alpha=8, dropout=0.0), recipe=Recipe(steps=steps, lr=1e-2)
+        )
         adapter = opened(folder)
         updates = {module: adapter.read(module) for module in adapter.modules}
         systems.append(System(name=f"{steps} steps", updates=updates, version=adapter.ref.pinned))

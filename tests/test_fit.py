@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
-from lora_cli.recipes import Recipe, Shape
+from lora_cli.recipes import Recipe, Shape, TrainOptions
 from lora_cli.records import Example
 from lora_cli.steps.fit.fit import FitResult, Fitting, fit
 from lora_cli.steps.train.train import train
@@ -31,7 +31,9 @@ def base() -> BaseModel:
 def relevant(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> OpenAdapter:
     """A LoRA that was trained on the very task."""
     folder = tmp_path_factory.mktemp("relevant")
-    result = train(base, examples(64), folder, rank=4, alpha=8, dropout=0.0, recipe=Recipe(steps=80, lr=1e-2))
+    result = train(
+        base, examples(64), folder, options=TrainOptions(rank=4, alpha=8, dropout=0.0), recipe=Recipe(steps=80, lr=1e-2)
+    )
     assert result.learnt.loss_after < 0.5 * result.learnt.loss_before
     return opened(folder, "acme/relevant")
 
@@ -101,7 +103,7 @@ def test_the_coefficients_are_those_of_the_best_step(base: BaseModel, pool: list
     from lora_cli.task import split
 
     _, validation = split(examples(20), seed=0)
-    with base.wear(updates):
+    with base.applied(updates):
         each = [-value for value in base.log_likelihoods(validation)]
     assert each == pytest.approx(result.learnt.each_after, rel=1e-4)
 
@@ -244,7 +246,7 @@ def test_training_repeats_to_the_bit_with_dropout(base: BaseModel, tmp_path: Pat
     results = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        results.append(train(base, examples(20), tmp_path / name, rank=2, recipe=SHORT))
+        results.append(train(base, examples(20), tmp_path / name, options=TrainOptions(rank=2), recipe=SHORT))
     assert results[0] == results[1]
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
@@ -257,22 +259,22 @@ def test_training_repeats_to_the_bit_with_dropout(base: BaseModel, tmp_path: Pat
 
 def test_a_trained_adapter_holds_its_best_step(base: BaseModel, relevant: OpenAdapter) -> None:
     wanted = examples(64)
-    with base.wear({module: relevant.read(module) for module in relevant.modules}):
-        worn = base.log_likelihoods(wanted)
+    with base.applied({module: relevant.read(module) for module in relevant.modules}):
+        adapted = base.log_likelihoods(wanted)
     bare = base.log_likelihoods(wanted)
-    assert sum(worn) / 64 > 0.5 * sum(bare) / 64
+    assert sum(adapted) / 64 > 0.5 * sum(bare) / 64
 
 
 @pytest.mark.parametrize("setting", [{"rank": 0}, {"dropout": 1.0}, {"alpha": 0.0}])
-def test_settings_that_make_no_lora(base: BaseModel, tmp_path: Path, setting: dict[str, float]) -> None:
-    with pytest.raises(UsageError):
-        train(base, examples(20), tmp_path, recipe=SHORT, **setting)  # type: ignore[arg-type]
+def test_settings_that_make_no_lora_are_refused_before_a_base_is_there(setting: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="a LoRA needs --rank of at least 1"):
+        TrainOptions(**setting)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
 @needs_stories
 def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) -> None:
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
 
     real = load(str(STORIES))
     names = ["Lily", "Tom", "Anna", "Ben", "Mia", "Max", "Sue", "Tim"]
@@ -292,7 +294,9 @@ def test_on_a_real_base_a_fit_finds_the_style_it_was_trained_on(tmp_path: Path) 
     for name, ending in (("red", "red and big"), ("sad", "lost and gone")):
         (tmp_path / name).mkdir()
         recipe = Recipe(steps=40, lr=1e-2, every=10)
-        result = train(real, task(ending, 40), tmp_path / name, rank=4, alpha=8, dropout=0.0, recipe=recipe)
+        result = train(
+            real, task(ending, 40), tmp_path / name, options=TrainOptions(rank=4, alpha=8, dropout=0.0), recipe=recipe
+        )
         assert result.learnt.loss_after < 0.5 * result.learnt.loss_before
         trained.append(opened(tmp_path / name))
     result = fit(real, trained, task("lost and gone", 30, offset=3), Fitting(recipe=Recipe(steps=30)))

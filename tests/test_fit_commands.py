@@ -82,13 +82,13 @@ def test_the_merged_adapter_is_what_the_fit_measured_and_peft_loads_it(here: Wor
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from lora_cli.models.base_model import load
+    from lora_cli.models.ref import load
     from lora_cli.steps.evaluate.evaluate import Updates
     from tests.tiny_bases import opened
 
     base = load(str(here.base))
     tokens = torch.tensor([[1, 20, 30, 40, 50]])
-    with torch.no_grad(), base.wear(Updates(opened(Path(folder)))):
+    with torch.no_grad(), base.applied(Updates(opened(Path(folder)))):
         ours = base.model(input_ids=tokens).logits
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(here.base), folder)
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_bad_input_is_answered_in_a_line(here: World) -> None:
 def test_what_is_wrong_from_the_start_is_said_before_anything_is_recorded_or_loaded(
     here: World, monkeypatch: pytest.MonkeyPatch, code: int, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("lora_cli.models.base_model.BaseRef.load", None)
+    monkeypatch.setattr("lora_cli.models.ref.BaseRef.load", None)
     refused(code, *words)
     assert json.loads(ok("runs", "list", "--json").out)["rows"] == []
 

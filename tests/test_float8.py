@@ -43,10 +43,10 @@ def test_every_byte_is_the_number_that_torch_reads(dtype: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_an_update_is_the_one_that_peft_applies(dtype: str, tmp_path: Path) -> None:
     folder = adapter(tmp_path / "x", dtype)
-    worn = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1), folder)
+    adapted = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1), folder)
     read = opened(folder)
     for module in SHAPES:
-        layer = worn.get_submodule(f"base_model.model.{module}")
+        layer = adapted.get_submodule(f"base_model.model.{module}")
         assert layer.lora_A["default"].weight.dtype == torch.float32
         torch.testing.assert_close(read.read(module).dense(), layer.get_delta_weight("default"), rtol=1e-6, atol=1e-6)
 

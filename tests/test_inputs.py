@@ -1,4 +1,4 @@
-"""What modules are fed while adapters are worn, against PEFT and torch's own hooks, and RegMean on it end to end."""
+"""Activations of modules with adapters applied, against PEFT and torch's own hooks, and RegMean on it end to end."""
 
 import json
 import re
@@ -15,7 +15,9 @@ from torch import Tensor
 from lora_cli.catalogue.runs import recorded
 from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.models.base_model import BaseModel, BaseRef, load, pin
+from lora_cli.models.activations import activations
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import BaseRef, load, pin
 from lora_cli.steps.merge.inputs import ModuleInputs, data_of
 from lora_cli.steps.merge.stream import merge
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -72,16 +74,16 @@ def captured(home: Path, adapter: OpenAdapter, task: str) -> dict[str, Tensor]:
     base = load(str(home / "base"), device="cpu", dtype="fp32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        worn = PeftModel.from_pretrained(base.model, adapter.files.weights.parent)
-    heard: dict[str, list[Tensor]] = {module: [] for module in adapter.modules}
-    for module, found in heard.items():
-        layer = worn.base_model.model.get_submodule(module)
+        adapted = PeftModel.from_pretrained(base.model, adapter.files.weights.parent)
+    recorded: dict[str, list[Tensor]] = {module: [] for module in adapter.modules}
+    for module, found in recorded.items():
+        layer = adapted.base_model.model.get_submodule(module)
         layer.register_forward_hook(lambda _, arguments, output, found=found: found.append(arguments[0][0]))
     for example in examples(9, task=task):
         ids = base.encode(example).ids[:-1]
         with torch.no_grad():
-            worn(input_ids=torch.tensor([ids]))
-    return {module: torch.cat(found) for module, found in heard.items()}
+            adapted(input_ids=torch.tensor([ids]))
+    return {module: torch.cat(found) for module, found in recorded.items()}
 
 
 def rows_of(sample: Tensor, everything: Tensor) -> list[int]:
@@ -160,7 +162,7 @@ def test_each_adapter_may_bring_its_own_task(
     assert len(samples.inputs) == 3
 
 
-def test_modules_that_are_fed_the_same_share_their_bytes(
+def test_modules_with_the_same_activations_share_their_bytes(
     home: Path, ref: BaseRef, adapters: list[OpenAdapter], tmp_path: Path
 ) -> None:
     collected(ref, adapters[:1], [str(home / "shift.jsonl")], tmp_path, tokens=10)
@@ -168,24 +170,24 @@ def test_modules_that_are_fed_the_same_share_their_bytes(
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) == 2 * per_layer * 10 * 4
 
 
-def test_conv1d_modules_and_the_head_are_heard_too() -> None:
+def test_conv1d_modules_and_the_head_are_sampled_too() -> None:
     base = gpt2()
     encoded = [base.encode(example) for example in examples(5)]
     places = [range(len(item.ids)) for item in encoded]
     wanted = [base.model(input_ids=torch.tensor([item.ids]), output_hidden_states=True) for item in encoded]
     last = torch.cat([one.hidden_states[-1][0] for one in wanted])
-    found = base.module_inputs(list(base.shapes), encoded, places, batch_size=2)
+    found = activations(base, list(base.shapes), encoded, places, batch_size=2)
     torch.testing.assert_close(found["lm_head"], last, rtol=1e-4, atol=1e-5)
     assert {name: x.shape[1] for name, x in found.items()} == {name: shape[1] for name, shape in base.shapes.items()}
 
 
-def test_a_module_that_is_not_fed_every_token_is_refused() -> None:
+def test_a_module_that_does_not_see_every_token_is_refused() -> None:
     base = llama()
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :1])).expand_as(x)
     encoded = [base.encode(example) for example in examples(2)]
     with pytest.raises(Refused, match=re.escape(f"{DOWN} does not see every token")):
-        base.module_inputs([Q, DOWN], encoded, [[0, 1], [2]])
+        activations(base, [Q, DOWN], encoded, [[0, 1], [2]])
 
 
 @pytest.mark.parametrize(
@@ -236,21 +238,21 @@ def test_regmean_merges_by_them(home: Path, ref: BaseRef, adapters: list[OpenAda
             merge(planned, tmp_path / method, run)
         made[method] = deltas(tmp_path / method)
     own = [deltas(home / name) for name in ("one", "two")]
-    fed = [captured(home, one, "shift"), captured(home, two, "another")]
+    sampled = [captured(home, one, "shift"), captured(home, two, "another")]
     wanted = {}
     for module in own[0]:
         there = [i for i in (0, 1) if module in own[i]]
         case = Case(
             [(own[i][module].numpy(), torch.eye(own[i][module].shape[1], dtype=torch.float64).numpy()) for i in there],
             [0.5 for _ in there],
-            inputs=[fed[i][module].double().numpy() for i in there],
+            inputs=[sampled[i][module].double().numpy() for i in there],
         )
         wanted[module] = torch.from_numpy(regmean(case))
     close(made["regmean"], wanted, 1e-4)
     shared = own[0].keys() & own[1].keys()
 
     def error(result: Mapping[str, Tensor]) -> float:
-        pairs = [(own[i][m], fed[i][m].double(), result[m]) for i in (0, 1) for m in shared]
+        pairs = [(own[i][m], sampled[i][m].double(), result[m]) for i in (0, 1) for m in shared]
         return sum(float((x @ (result - delta).T).square().sum()) for delta, x, result in pairs)
 
     assert error(made["regmean"]) < 0.7 * error(made["linear"])

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_cli.formats.reader import open_adapter
-from lora_cli.models.base_model import pin
+from lora_cli.models.ref import pin
 from tests.architectures import SPECS, files, model
 from tests.cli import Told, lora
 from tests.matrix import KINDS, TEXT_BASES, Kind, mate
@@ -97,10 +97,10 @@ def test_every_command_gives_one_verdict(kind: Kind, bases: Path) -> None:
     if "bake" not in kind.but:
         ours["bake"] = logits(loaded("baked", kind), kind)
     if kind.base in TEXT_BASES:
-        worn = pin(base, device="cpu").load()
-        adapter = open_adapter(files(Path("pool/one")), worn.skeleton)
-        with worn.wear({name: adapter.read(name) for name in adapter.modules}):
-            ours["eval"] = logits(worn.model, kind)
+        pinned = pin(base, device="cpu").load()
+        adapter = open_adapter(files(Path("pool/one")), pinned.skeleton)
+        with pinned.applied({name: adapter.read(name) for name in adapter.modules}):
+            ours["eval"] = logits(pinned.model, kind)
     if not kind.repaired:
         ours["PEFT"] = by_peft(base, "pool/one", kind)
     expected = ours["merge"]

@@ -58,8 +58,8 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def fed(adapter: OpenAdapter, module: str) -> Tensor:
-    """What a module is fed: random, and the same for whoever asks, in whatever order the modules are worked on."""
+def activations(adapter: OpenAdapter, module: str) -> Tensor:
+    """Random activations of a module, the same in whatever order the modules are worked on."""
     seed = zlib.crc32(f"{adapter.ref.pinned} {module}".encode())
     return torch.randn(9, adapter.modules[module].in_features, generator=torch.Generator().manual_seed(seed))
 
@@ -77,7 +77,7 @@ def test_the_merged_adapter_says_what_the_dense_update_says(
         chosen,
         [0.7, 0.5, 0.9][: len(chosen)],
         method=name,
-        inputs=fed,
+        inputs=activations,
         **kept,
     )
     with recorded(tmp_path / "runs.db", "merge", planned.settings, {}, tmp_path / "out") as run:

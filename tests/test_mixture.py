@@ -107,7 +107,7 @@ def test_forward_and_gradient_equal_an_explicit_loop_over_adapters(
     mixture.theta = mixture.theta.detach().double().requires_grad_()
     thetas = loop_thetas(mixture, adapters)
     expected = by_loop(base, adapters, shape, thetas)
-    with mixture.worn(base):
+    with mixture.applied(base):
         found = base.model(input_ids=TOKENS).logits
     assert torch.allclose(found, expected, atol=1e-11)
     probe = torch.randn(found.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -124,7 +124,7 @@ def test_the_gradient_of_the_input_is_right_too(base: BaseModel, adapters: list[
     mixture = Mixture(base, adapters, shape, seed=1)
     embedded = base.model.get_input_embeddings()(TOKENS).detach()
     mine, dense = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
-    with mixture.worn(base):
+    with mixture.applied(base):
         base.model(inputs_embeds=mine).logits.sum().backward()
     weights = dict(base.model.state_dict())
     for module, values in mixture.values().items():
@@ -143,7 +143,7 @@ def test_zero_init_starts_at_the_base_and_the_mixture_is_taken_off(
 ) -> None:
     bare = base.model(input_ids=TOKENS).logits
     mixture = Mixture(base, adapters, Shape())
-    with mixture.worn(base):
+    with mixture.applied(base):
         assert torch.equal(base.model(input_ids=TOKENS).logits, bare)
     mixture.theta.data.fill_(1.0)
     assert torch.equal(base.model(input_ids=TOKENS).logits, bare)
@@ -219,7 +219,7 @@ def test_factors_are_held_in_the_bases_precision_and_coefficients_in_fp32(adapte
     base = BaseModel("acme/tiny", tiny_llama().bfloat16(), characters())
     mixture = Mixture(base, adapters, Shape(init="average"))
     assert {block.a.dtype for block in mixture._blocks.values()} == {torch.bfloat16}
-    with mixture.worn(base):
+    with mixture.applied(base):
         base.model(input_ids=TOKENS).logits.sum().backward()
     assert mixture.theta.dtype == torch.float32
     assert mixture.theta.grad is not None

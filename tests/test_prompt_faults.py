@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from lora_cli.errors import DataError
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder, until_end
+from lora_cli.models.generate import generate, stream
 from lora_cli.scores import exact_match
 from lora_cli.task import load_task
 from tests.cli import ok, refused
@@ -85,8 +86,8 @@ def test_answers_with_ends_of_their_own_are_generated_in_one_call(monkeypatch: p
     ]
     openings = [base.encode(example(prompt, "xy")).opening for prompt in prompts]
     assert len({opening.ends for opening in openings}) == 2
-    alone = [next(base.stream([opening], max_new_tokens=6))[1].text for opening in openings]
-    assert {row: one.text for row, one in base.stream(openings, max_new_tokens=6)} == dict(enumerate(alone))
+    alone = [next(stream(base, [opening], max_new_tokens=6))[1].text for opening in openings]
+    assert {row: one.text for row, one in stream(base, openings, max_new_tokens=6)} == dict(enumerate(alone))
 
 
 def test_a_token_that_the_base_does_not_know_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +116,8 @@ def test_a_padding_token_that_the_base_does_not_know_is_not_used() -> None:
     made.add_special_tokens({"pad_token": "[PAD]"})
     base = BaseModel("acme/tiny", tiny_llama(vocab_size=size, eos_token_id=made.eos_token_id), made)
     assert made.pad_token_id == size
-    alone = [base.generate([prompt], max_new_tokens=4)[0] for prompt in ("a", "abcdef")]
-    assert base.generate(["a", "abcdef"], max_new_tokens=4) == alone
+    alone = [generate(base, [prompt], max_new_tokens=4)[0] for prompt in ("a", "abcdef")]
+    assert generate(base, ["a", "abcdef"], max_new_tokens=4) == alone
     assert len(base.log_likelihoods([example("a", "b"), example("a", "bcdef")])) == 2
 
 

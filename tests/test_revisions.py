@@ -17,7 +17,7 @@ from lora_cli.errors import NothingMatched
 from lora_cli.exports.vllm import vllm
 from lora_cli.formats.base_names import at_revision, canonical_base, same_base, split_revision
 from lora_cli.formats.config import parse_config
-from lora_cli.models.base_model import pin
+from lora_cli.models.ref import pin
 from lora_cli.steps.bake.bake import find_base
 from lora_cli.steps.bases import skeleton_here
 from tests.adapters_on_disk import random_factors, write_adapter

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from lora_cli.formats.config import LoraConfigFacts, parse_config
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.facts import LoraConfigFacts
 
 NAMES = [
     "model.layers.0.self_attn.q_proj",

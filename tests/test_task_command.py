@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from lora_cli.errors import NetworkError, NothingMatched, Refused
-from lora_cli.models.base_model import BaseModel, load_encoder
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoder
 from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import load_encoder
 from lora_cli.records import Example
 from lora_cli.steps.task_view import look, read
 from tests.cli import ok, refused

@@ -14,7 +14,9 @@ from safetensors.numpy import load_file
 from lora_cli.errors import OutputError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
-from lora_cli.models.base_model import BaseModel, load
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.generate import generate
+from lora_cli.models.ref import load
 from lora_cli.text import percent
 from lora_cli.world import Target, World, build
 from lora_cli.world.tasks import answer
@@ -39,7 +41,7 @@ def config_of(world: World, name: str) -> dict[str, object]:
 def right(base: BaseModel, target: Target) -> float:
     """Share of the target's test examples that greedy generation answers to the letter."""
     rows = lines(target.test)
-    written = base.generate([row["prompt"] for row in rows], max_new_tokens=8, batch_size=64)
+    written = generate(base, [row["prompt"] for row in rows], max_new_tokens=8, batch_size=64)
     return sum(text == row["completion"] for text, row in zip(written, rows, strict=True)) / len(rows)
 
 
@@ -56,12 +58,12 @@ def test_base_cannot_do_the_main_target_and_the_relevant_adapter_can(world: Worl
     files = locate(folder_ref(world.pool / name))
     assert files is not None
     adapter = open_adapter(files)
-    with base.wear({module: adapter.read(module) for module in adapter.modules}):
+    with base.applied({module: adapter.read(module) for module in adapter.modules}):
         assert right(base, main) > 0.8
 
 
 def test_base_has_learnt_to_copy(base: BaseModel) -> None:
-    assert base.generate(["copy:abcd", "copy:jjea"]) == ["abcd", "jjea"]
+    assert generate(base, ["copy:abcd", "copy:jjea"]) == ["abcd", "jjea"]
 
 
 def test_recorded_exact_match_is_on_the_card(world: World, base: BaseModel) -> None:

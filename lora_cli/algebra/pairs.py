@@ -127,6 +127,7 @@ def _refine(
 
 
 def _gram(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    # torch has no public product of int8 matrices with int32 sums: `@` of two int8 matrices overflows in int8.
     return (torch._int_mm(x, y.T) if x.dtype == torch.int8 else x @ y.T).to(dtype)
 
 
@@ -147,8 +148,9 @@ def _precisions(update: LowRank) -> list[torch.dtype]:
     out, inn = update.shape
     if update.B.device.type != "cpu":
         return [torch.float32, torch.float64]
-    if out * inn >= _MANY_ENTRIES and torch.cpu._is_vnni_supported():
+    processor = torch.cpu.get_capabilities()
+    if out * inn >= _MANY_ENTRIES and processor.get("avx512_vnni"):
         return [torch.int8, torch.float32, torch.float64]
-    if torch.cpu._is_avx512_bf16_supported():
+    if processor.get("avx512_bf16"):
         return [torch.bfloat16, torch.float32, torch.float64]
     return [torch.float32, torch.float64]

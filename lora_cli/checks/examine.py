@@ -6,14 +6,16 @@ from typing import Final, TypedDict
 
 from lora_cli.errors import ConfigError, HeaderError
 from lora_cli.formats.base_names import canonical_base, is_hub_id, same_base, split_revision
-from lora_cli.formats.config import LoraConfigFacts, parse_config, shortened
+from lora_cli.formats.config import parse_config
 from lora_cli.formats.factors import whole_reason
+from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.modules import Located, locate_modules
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.names import layer_of, leaf
 from lora_cli.records import BaseMatch, Status
+from lora_cli.text import shortened
 
 UNDECLARED: Final = "declares no base model"
 

@@ -12,14 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.errors import ConfigError, HeaderError, Refused
-from lora_cli.formats.config import LoraConfigFacts, parse_config, shortened
+from lora_cli.formats.config import parse_config
 from lora_cli.formats.factors import ModuleFactors
+from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import sha256_of
 from lora_cli.precision import BITS, FACTORS, FLOATS8
 from lora_cli.records import Adapter, Status
+from lora_cli.text import shortened
 
 MAX_NORM: Final = 1000.0
 

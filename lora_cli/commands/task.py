@@ -51,7 +51,7 @@ def show(
     if settings.base is None:
         screen.say("no base model: lengths are in characters; give --base to see tokens")
     else:
-        from lora_cli.models.base_model import load_encoder
+        from lora_cli.models.ref import load_encoder
 
         encoder = load_encoder(settings.base, prompting=prompting)
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)

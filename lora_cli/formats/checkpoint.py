@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lora_cli.errors import NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
-from lora_cli.formats.config import shortened
 from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
 from lora_cli.hub.cache import cached_file
@@ -26,6 +25,7 @@ from lora_cli.names import is_model, is_revision
 from lora_cli.precision import BITS, torch_dtype
 from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import folder_of, folders_like, means_folder
+from lora_cli.text import shortened
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"

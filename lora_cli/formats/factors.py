@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_cli.errors import HeaderError
-from lora_cli.formats.config import shortened
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.skeleton import WEIGHT, Kind
 from lora_cli.precision import FACTORS
+from lora_cli.text import shortened
 
 PREFIX = "base_model.model."
 """What PEFT puts in front of every name of the base model."""

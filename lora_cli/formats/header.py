@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.errors import DataError, HeaderError
-from lora_cli.formats.config import shortened
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.precision import BITS
+from lora_cli.text import shortened
 
 MAX_HEADER_BYTES: Final = 8 * 1024 * 1024
 MAX_TENSORS: Final = 50_000

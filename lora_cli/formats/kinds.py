@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Final
 
 from lora_cli.errors import DataError, HeaderError
-from lora_cli.formats.config import shortened
 from lora_cli.formats.header import Header, read_header
+from lora_cli.text import shortened
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"

@@ -7,7 +7,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lora_cli.formats.factors import PREFIX, AnyFactors, ModuleFactors
-from lora_cli.formats.modules import EXPERT_PARAMETERS, INNER
+from lora_cli.formats.modules import EXPERT_PARAMETERS
+from lora_cli.formats.readings import INNER
 from lora_cli.formats.skeleton import WEIGHT, Kind, Skeleton, Spelling
 from lora_cli.names import leaf, parent
 

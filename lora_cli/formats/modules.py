@@ -5,22 +5,21 @@ only one meaning is possible, with a note; all others are refused by name. Rules
 (`peft/utils/save_and_load.py`, `utils/transformers_weight_conversion.py`, `tuners/lora/layer.py:ParamWrapper`).
 """
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
-from lora_cli.formats.config import LoraConfigFacts, shortened
 from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
+from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
+from lora_cli.formats.peft_omissions import experts_of, left_out_by_peft
+from lora_cli.formats.readings import INNER, rules
 from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 from lora_cli.names import leaf, parent
+from lora_cli.text import shortened
 
 # Parts of names that training adds: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
-INNER = ".base_layer"
-"""The name of the wrapped module in PEFT's layers."""
-_TEXT_OF_MULTIMODAL = re.compile(r"^(?:model\.language_model\.|language_model\.model\.|language_model\.)")
 # Names, as in PEFT, of modules that share a weight in bases that tie them.
 _TIED = ("embed_tokens", "lm_head")
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -160,7 +159,7 @@ class _Locating:
         self.names = names
         if self._base is not None:
             self._demand_whole_experts(self._base)
-            self.notes += _left_out_by_peft(self._base, self._config, self.modules)
+            self.notes += left_out_by_peft(self._base, self._config, self.modules)
 
     def _direct(self, plain: Mapping[str, str]) -> dict[str, str]:
         """The places whose names are the base's, or become so as PEFT renames them."""
@@ -190,16 +189,16 @@ class _Locating:
             names = {place: _cleaned(place) for place in places}
             self._note_repaired(names)
             return names
-        cleaned = {place: _unwrapped(place)[0] for place in places}
-        for rule, spelling in _rules(self._base):
-            names = dict(zip(cleaned, rule([*cleaned.values()]), strict=True))
+        bare = {place: _unwrapped(place)[0] for place in places}
+        for rule, spelling in rules(self._base):
+            names = dict(zip(bare, rule([*bare.values()]), strict=True))
             if all(map(self._known, names.values())):
                 self.spelling = spelling if alone and self._trained_so(spelling) else OWN
                 self._note_repaired(names)
                 return names
-        if inside := [name for name in cleaned.values() if self._base.in_attention(name)]:
+        if inside := [name for name in bare.values() if self._base.in_attention(name)]:
             self._refuse("attention", f"{shortened(inside[0])} is in an nn.MultiheadAttention, which is not taken here")
-        self.missing += cleaned.values()
+        self.missing += bare.values()
         return {}
 
     def _trained_so(self, spelling: Spelling) -> bool:
@@ -252,7 +251,7 @@ class _Locating:
 
     def _by_parameter(self, name: str, place: str) -> bool:
         """Whether it means the weight of this module, as a parameter."""
-        return any(_by_parameter(self._config, one) for one in _both(name, place))
+        return any(map(self._config.targets.weight_of, _both(name, place)))
 
     def _is_stack(self, container: str, name: str, pair: Pair) -> bool:
         if self._base is not None:
@@ -323,7 +322,7 @@ class _Locating:
     def _demand_whole_experts(self, base: Skeleton) -> None:
         """Of a stack either all experts are adapted or none: PEFT fuses them into one."""
         seen: dict[tuple[str, int], set[int]] = {}
-        for _, matrix in _experts(base, self.modules):
+        for _, matrix in experts_of(base, self.modules):
             assert matrix.expert is not None
             seen.setdefault((matrix.parameter, matrix.row), set()).add(matrix.expert)
         for (parameter, _), experts in seen.items():
@@ -331,44 +330,6 @@ class _Locating:
                 self._refuse(
                     "expert", f"expert {left[0]} of {shortened(parameter)} has no factors: PEFT cannot load it"
                 )
-
-
-def _experts(base: Skeleton, modules: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
-    """The modules that are matrices of experts, or parts of them."""
-    for name in modules:
-        if (matrix := base.get(name)) is not None and matrix.expert is not None:
-            yield name, matrix
-
-
-def _left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> list[str]:
-    """Where PEFT does not apply factors of single experts, or of modules it takes for such, as they were trained."""
-    singles = {name: matrix for name, matrix in _experts(base, modules) if modules[name].parts[0].experts == 1}
-    last = {leaf(name) for name in singles}
-    notes = []
-    if last - base.retargeted:
-        notes.append(f"PEFT does not apply factors of single experts on a {base.architecture}")
-    elif singles:
-        fused = {leaf(matrix.parameter) for matrix in singles.values()}
-        if config.rslora and any(matrix.shape != base.stacks[matrix.parameter].shape for matrix in singles.values()):
-            notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
-        if "down_proj" not in fused and not config.targets.module(f"{parent(min(singles))}.down_proj"):
-            notes.append("PEFT does not apply the experts' factors without those of down_proj")
-    if bare := [name for name, factors in modules.items() if _is_no_layer(base, name, factors)]:
-        notes.append(f"PEFT does not take {shortened(bare[0])} for a layer: read as a parameter")
-    taken = [name for name in modules if name not in singles and leaf(name) in base.retargeted]
-    if taken := [name for name in taken if modules[name].kind == "linear" and not _by_parameter(config, name)]:
-        notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
-    return notes
-
-
-def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
-    """Whether the configuration names a parameter of the base as a layer."""
-    bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
-    return bare and leaf(name) not in base.retargeted
-
-
-def _by_parameter(config: LoraConfigFacts, name: str) -> bool:
-    return config.targets.parameter(name + WEIGHT)
 
 
 def _both(name: str, place: str) -> Iterable[str]:
@@ -393,37 +354,6 @@ def _cleaned(place: str) -> str:
     """A name without wrappers, nor a layer of another adapter below it, where the base is not known."""
     name, _ = _unwrapped(place)
     return name if f".experts{INNER}" in name else name.replace(INNER, "")
-
-
-Rule = Callable[[Sequence[str]], list[str]]
-
-
-def _rules(base: Skeleton) -> Iterator[tuple[Rule, Spelling]]:
-    """Ways to read names that PEFT does not apply as names of the base, the surest first, and whose names they are."""
-
-    def renamed(names: Sequence[str]) -> list[str]:
-        found = base.renamed(names, WEIGHT)
-        return [found.get(name, name) for name in names]
-
-    prefix = f"{base.prefix}."
-    places: list[tuple[Callable[[str], str], Spelling]] = [
-        (lambda name: name, OWN),
-        (lambda name: prefix + name, Spelling(cut=prefix)),
-        (lambda name: name.removeprefix(prefix), Spelling(added=prefix)),
-        (lambda name: f"{base.decoder}.{name.removeprefix('model.')}", OWN),
-        (lambda name: f"{base.decoder}.{name}", OWN),
-        (lambda name: _TEXT_OF_MULTIMODAL.sub(f"{base.decoder}.", name), OWN),
-    ]
-    for cut in ("", INNER):
-        for reading in (list[str], renamed):
-            for place, spelling in places:
-                yield partial(_read_by, cut, reading, place), spelling
-
-
-def _read_by(
-    cut: str, reading: Callable[[Sequence[str]], list[str]], place: Callable[[str], str], names: Sequence[str]
-) -> list[str]:
-    return [place(name) for name in reading([name.removesuffix(cut) for name in names])]
 
 
 def _whole_name(matrix: Matrix) -> str:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, bound
 from lora_cli.errors import Refused
-from lora_cli.formats.config import TASKS_WITH_A_HEAD, LoraConfigFacts, parse_config
+from lora_cli.formats.config import parse_config
 from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
+from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
 from lora_cli.formats.header import TensorEntry, read_header, reading
 from lora_cli.formats.modules import fused, locate_modules
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from lora_cli.formats.skeleton import WEIGHT
 from lora_cli.records import ALL_LINEAR
 
 if TYPE_CHECKING:
-    from lora_cli.formats.config import LoraConfigFacts
+    from lora_cli.formats.facts import LoraConfigFacts
 
 MAX_REGEX: Final = 2_000
 SECONDS: Final = 2.0
@@ -78,6 +79,10 @@ class Targets:
     def parameter(self, name: str) -> bool:
         """Whether PEFT puts an adapter on the parameter `name`."""
         return any(ending in self._parameters for ending in endings(name))
+
+    def weight_of(self, name: str) -> bool:
+        """Whether PEFT adapts the module `name` through its weight, as a parameter."""
+        return self.parameter(name + WEIGHT)
 
     def _targets(self, config: "LoraConfigFacts") -> Test:
         targets = config.target_modules

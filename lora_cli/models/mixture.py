@@ -179,7 +179,7 @@ class Mixture:
         return add
 
     @contextmanager
-    def worn(self, base: BaseModel) -> Iterator[None]:
+    def applied(self, base: BaseModel) -> Iterator[None]:
         """While the block runs, every pass of `base` includes the mixture with the current coefficients."""
         linear = [module for module in self._blocks if module in base.shapes]
         others = [module for module in self._blocks if module not in base.shapes]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
-from lora_cli.models.skeleton import quiet
+from lora_cli.models.hf import quiet
 from lora_cli.names import leaf
 from lora_cli.records import ALL_LINEAR
 

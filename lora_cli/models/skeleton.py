@@ -5,22 +5,18 @@ to checkpoints) and from PEFT (`utils/transformers_weight_conversion.py`: which 
 """
 
 import functools
-import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+from lora_cli.models.hf import hf, quiet
 from lora_cli.models.stored import stored
 from lora_cli.names import leaf
-
-_hf: Any = transformers
 
 _MOST_LAYERS = 2_000
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -49,7 +45,7 @@ def read_config(folder: Path) -> Any:
     """A model's configuration; None for one that this version of transformers cannot read. No code of it is run."""
     try:
         with quiet():
-            return _hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+            return hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception:  # see `_built`
         return None
 
@@ -57,10 +53,10 @@ def read_config(folder: Path) -> Any:
 def class_of(config: Any) -> Any:
     """The class in `architectures`; if it is not a class of transformers, the causal language model's."""
     for name in config.architectures or ():
-        cls = getattr(_hf, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, _hf.PreTrainedModel):
+        cls = getattr(hf, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, hf.PreTrainedModel):
             return cls
-    for mapping in (_hf.MODEL_FOR_CAUSAL_LM_MAPPING, _hf.MODEL_MAPPING):
+    for mapping in (hf.MODEL_FOR_CAUSAL_LM_MAPPING, hf.MODEL_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
@@ -213,11 +209,3 @@ def _name_of(model: Any, getter: str) -> str:
     except (AttributeError, NotImplementedError):
         return ""
     return next((name for name, module in model.named_modules() if module is wanted), "")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the libraries' remarks about themselves."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -16,9 +16,10 @@ from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.merge_options import MergeOptions
-from lora_cli.models.base_model import BaseModel, BaseRef, pin
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.models.skeleton import skeleton
-from lora_cli.recipes import EvalOptions, Recipe, Shape
+from lora_cli.recipes import EvalOptions, Recipe, Shape, TrainOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -34,7 +35,7 @@ from lora_cli.world.layout import Size, Target, World
 
 CHOSEN: dict[Size, int] = {"small": 5, "test": 3}
 TARGETS: dict[Size, tuple[int, ...]] = {"small": (0, -1), "test": (0,)}
-NEW_LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0, "dropout": 0.0}
+NEW_LORA = TrainOptions(rank=8, alpha=16.0, dropout=0.0)
 NEW_LORA_RECIPE = Recipe(steps=100, lr=5e-3)
 """Settings for so small a model; the defaults of `lora train` suit large ones."""
 _NEW, _NOISE, _RANDOM, _NEAREST = (
@@ -160,7 +161,7 @@ class _Guide:
         return pool.adapters([adapter.ref.pinned for adapter, _ in chosen])
 
     def _new_lora(self) -> OpenAdapter:
-        described = training.asked(recipe=NEW_LORA_RECIPE, data=self.target.train.name, **NEW_LORA)
+        described = training.asked(options=NEW_LORA, recipe=NEW_LORA_RECIPE, data=self.target.train.name)
 
         def work(job: Job, run: Run) -> None:
             training.train_and_write(
@@ -168,10 +169,10 @@ class _Guide:
                 self.train,
                 job.folder,
                 run,
-                replace=True,
+                options=NEW_LORA,
                 recipe=NEW_LORA_RECIPE,
+                replace=True,
                 progress=self.progress,
-                **NEW_LORA,
             )
 
         return self._made("new-lora", "train", self.ref.settings | described, {**self.ref.inputs, **self.task}, work)

@@ -89,7 +89,7 @@ def wide_layer(folder: Path, repeats: int) -> None:
 
         def mixed(bare: Callable[[], None] = bare) -> None:
             mixture.theta.grad = None
-            with mixture.worn(base):
+            with mixture.applied(base):
                 bare()
 
         title = f"4096 × 4096, {ADAPTERS} adapters of rank 16, {tokens} tokens, forward and backward"
@@ -113,7 +113,7 @@ def demo_size(folder: Path, repeats: int) -> None:
 
     def ours() -> None:
         mixture.theta.grad = None
-        with mixture.worn(base):
+        with mixture.applied(base):
             base.completion_losses(batch).sum().backward()
 
     warnings.simplefilter("ignore")

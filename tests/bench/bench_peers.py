@@ -76,7 +76,7 @@ def in_turns(
 
 
 def in_peft(items: tuple[LowRank, ...], shape: tuple[int, int]) -> Any:
-    """A model of one layer that wears all adapters."""
+    """A model of one layer with all adapters applied."""
     base = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"])
     model = get_peft_model(base, config, adapter_name="a0")

@@ -13,6 +13,7 @@ from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
+from lora_cli.models.generate import stream
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Metric, Progress, Score, silent
 from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
@@ -132,7 +133,7 @@ def evaluate(
             done = len(examples) - len(left)
             progress(system.name, done, len(examples))
             # All rows are stored already: do not load this system's weights.
-            with base.wear(system.updates if left else None, who=system.name):
+            with base.applied(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * options.batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
                     for row in _answers(base, system.name, part, keys, options):
@@ -169,7 +170,7 @@ def _answers(
             yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
         return
     openings = [example.opening for example in examples]
-    for place, written in base.stream(openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
+    for place, written in stream(base, openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
         example = examples[place]
         yield Row(
             system=name,

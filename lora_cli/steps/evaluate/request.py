@@ -10,8 +10,8 @@ from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME
 from lora_cli.formats.run_record import RECORD_FILE, key_of, read_record
-from lora_cli.models.base_model import pin
 from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import pin
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of

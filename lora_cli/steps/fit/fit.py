@@ -1,5 +1,6 @@
 """Learn a coefficient per adapter for a task: the adaptive merge of arXiv 2602.12323 and its random-weight control."""
 
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from lora_cli.recipes import Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.scores import Difference, paired_difference
 from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
-from lora_cli.steps.train.descent import Learnt, learn, losses
+from lora_cli.steps.train.descent import Checkpoint, Learnt, Parts, learn, losses
 from lora_cli.steps.train.train import train
 from lora_cli.task import split
 
@@ -97,7 +98,7 @@ def fit(
     if not adapters:
         raise NothingMatched("no adapters to fit", hint="choose some with 'lora select' or name them")
     together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
-    training, validation = split(examples, fraction=how.fraction, seed=recipe.seed)
+    parts = Parts.of(base, examples, fraction=how.fraction, seed=recipe.seed)
     kept = 1 if together[0].ref.pinned == how.target else 0
     mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress)
     key = json.dumps(
@@ -105,18 +106,16 @@ def fit(
         + [recipe.settings, how.fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
-    with mixture.worn(base):
+    state = None if checkpoint is None else Checkpoint(checkpoint, hashlib.sha256(key.encode()).hexdigest())
+    with mixture.applied(base):
         learnt = learn(
             base,
             [mixture.theta],
-            [base.encode(example) for example in training],
-            [base.encode(example) for example in validation],
+            parts,
             recipe,
             penalty=(lambda: l1 * mixture.penalty()) if l1 else None,
-            checkpoint=checkpoint,
-            key=hashlib.sha256(key.encode()).hexdigest(),
-            what="fit: random control" if reinit else "fit: adapters",
-            progress=progress,
+            checkpoint=state,
+            progress=functools.partial(progress, "fit: random control" if reinit else "fit: adapters"),
         )
     coefficients = Coefficients(
         adapters=mixture.adapters,
@@ -130,8 +129,8 @@ def fit(
         coefficients=coefficients,
         updates=mixture.updates(),
         learnt=learnt,
-        n_train=len(training),
-        n_validation=len(validation),
+        n_train=len(parts.training),
+        n_validation=len(parts.validation),
     )
 
 
@@ -235,7 +234,7 @@ def fit_and_write(
         report = _merged(plan, result.coefficients, partial, run, progress)
         written = AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME)
         merged = open_adapter(written, base.skeleton)
-        with base.wear({module: merged.read(module) for module in merged.modules}):
+        with base.applied({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
         run.results.update(_results(result, loss_merged, comparisons))
         (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import MergeOptions
-from lora_cli.models.base_model import BaseRef, pin
 from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of

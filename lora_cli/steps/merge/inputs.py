@@ -13,8 +13,10 @@ from torch import Tensor
 from lora_cli.algebra.draws import uniform
 from lora_cli.errors import OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
-from lora_cli.models.base_model import BaseModel, BaseRef
+from lora_cli.models.activations import activations
+from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, until_end
+from lora_cli.models.ref import BaseRef
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
@@ -117,11 +119,11 @@ class ModuleInputs:
         for done, adapter in enumerate(adapters):
             progress("inputs", done, len(adapters))
             examples, places = read[self.files[adapter.ref.pinned]]
-            with base.wear(Updates(adapter), who=adapter.ref.id):
-                heard = [module for module in adapter.modules if module in modules]
-                fed = base.module_inputs(heard, examples, places)
+            with base.applied(Updates(adapter), who=adapter.ref.id):
+                wanted = [module for module in adapter.modules if module in modules]
+                sampled = activations(base, wanted, examples, places)
             try:
-                self._keep(adapter, fed)
+                self._keep(adapter, sampled)
             except OSError as error:
                 raise OutputError(f"{folder}: cannot be written ({error.strerror})") from error
         progress("inputs", len(adapters), len(adapters))
@@ -147,10 +149,10 @@ class ModuleInputs:
             places.setdefault(owner, []).append(token)
         return [encoded[owner] for owner in places], list(places.values())
 
-    def _keep(self, adapter: OpenAdapter, fed: Mapping[str, Tensor]) -> None:
+    def _keep(self, adapter: OpenAdapter, sampled: Mapping[str, Tensor]) -> None:
         written: dict[bytes, int] = {}
         with self._spool.open("ab") as spool:
-            for module, sample in fed.items():
+            for module, sample in sampled.items():
                 if not torch.isfinite(sample).all():
                     raise Refused(
                         f"{adapter.ref.id}: the inputs of module {module} are NaN or Inf when it is applied",

@@ -12,8 +12,8 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import RankChoice
 from lora_cli.errors import Refused, UsageError
 from lora_cli.exports import Export, Shape, export
-from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.factors import TAKE_THE_UPDATE
+from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.layout import Layout, layout
 from lora_cli.formats.reader import OpenAdapter, demand_same_shapes, shapes_of
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
@@ -146,14 +146,7 @@ def plan(
             f"--method {options.method} needs examples, to record the activations of each module",
             hint="give --data FILE.jsonl",
         )
-    if coefficients is not None and options.missing != "zero":
-        raise UsageError("--missing cannot be combined with --coef")
-    if coefficients is not None and options.knobs.get("per") == "adapter":
-        raise UsageError("--per adapter cannot be combined with --coef, whose coefficients differ between modules")
-    if not all(math.isfinite(weight) for weight in weights):
-        raise UsageError("weights must be finite numbers")
-    if options.missing == "renorm" and coefficients is None and cancel(weights):
-        raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
+    _check_weights(weights, coefficients, options)
     order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
     modules = modules_in_scope(ordered, options.scope)
@@ -175,6 +168,17 @@ def plan(
         zeros={} if target is None else target.zeros(modules, shapes_of(ordered)),
         skeleton=skeleton,
     )
+
+
+def _check_weights(weights: Sequence[float], coefficients: Coefficients | None, options: MergeOptions) -> None:
+    if coefficients is not None and options.missing != "zero":
+        raise UsageError("--missing cannot be combined with --coef")
+    if coefficients is not None and options.knobs.get("per") == "adapter":
+        raise UsageError("--per adapter cannot be combined with --coef, whose coefficients differ between modules")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise UsageError("weights must be finite numbers")
+    if options.missing == "renorm" and coefficients is None and cancel(weights):
+        raise Refused("weights sum to zero, so --missing renorm has nothing to spread them by")
 
 
 def checked_options(options: MergeOptions) -> MergeOptions:

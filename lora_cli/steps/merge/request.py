@@ -13,8 +13,8 @@ from lora_cli.formats.coefficients import demand_fitting, read_coefficients
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.models.base_model import pin
 from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import pin
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.merge.inputs import ModuleInputs, data_of

@@ -15,8 +15,8 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import OutputError, Refused
 from lora_cli.formats.base_names import split_revision
-from lora_cli.formats.config import TASKS_WITH_A_HEAD
 from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
+from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
 from lora_cli.formats.skeleton import OWN

@@ -19,7 +19,8 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import Recipe
-from lora_cli.records import Progress, silent
+from lora_cli.records import Example
+from lora_cli.task import split
 
 _TOKENS_PER_PASS = 8192
 
@@ -52,44 +53,64 @@ class Learnt:
     each_after: tuple[float, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The examples of a training as the base reads them: some to learn from, the others to choose the best step."""
+
+    training: list[Encoded]
+    validation: list[Encoded]
+
+    @classmethod
+    def of(cls, base: BaseModel, examples: Sequence[Example], *, fraction: float, seed: int) -> "Parts":
+        """The examples split and encoded; `fraction` of them is for validation."""
+        training, validation = split(examples, fraction=fraction, seed=seed)
+        return cls([base.encode(example) for example in training], [base.encode(example) for example in validation])
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The file in which the state of a training is kept; `key` identifies the training."""
+
+    file: Path
+    key: str
+
+
 def learn(
     base: BaseModel,
     parameters: Sequence[Tensor],
-    training: Sequence[Encoded],
-    validation: Sequence[Encoded],
+    parts: Parts,
     recipe: Recipe,
     *,
     penalty: Callable[[], Tensor] | None = None,
     while_training: Callable[[], AbstractContextManager[None]] = nullcontext,
-    checkpoint: Path | None = None,
-    key: str = "",
-    what: str = "fit",
-    progress: Progress = silent,
+    checkpoint: Checkpoint | None = None,
+    progress: Callable[[int, int], None],
 ) -> Learnt:
     """Train `parameters`, through which `base` already runs; they end at their best values by validation loss.
 
     Args:
         penalty: added to the loss.
         while_training: entered around every training step (dropout).
-        checkpoint: file in which the state is kept every `recipe.every` steps. A state with the same `key` is
-            resumed, and the outcome is the same to the bit; any other is overwritten.
+        checkpoint: where the state is kept every `recipe.every` steps. A state with the same key is resumed, and the
+            outcome is the same to the bit; any other is overwritten.
+        progress: called as (steps done, steps in all).
 
     Raises:
         Refused: a loss that is not finite.
         OutputError: the checkpoint cannot be written.
     """
-    run = _Run(base, list(parameters), list(training), list(validation), recipe, penalty, key)
+    run = _Run(base, list(parameters), parts, recipe, penalty)
     if checkpoint is None or not run.restore(checkpoint):
         run.evaluate()
     while run.step < recipe.steps:
-        progress(what, run.step, recipe.steps)
+        progress(run.step, recipe.steps)
         with while_training():
             run.advance()
         if run.step % recipe.every == 0 or run.step == recipe.steps:
             run.evaluate()
             if checkpoint is not None:
                 run.keep(checkpoint)
-    progress(what, recipe.steps, recipe.steps)
+    progress(recipe.steps, recipe.steps)
     with torch.no_grad():
         for parameter, best in zip(run.parameters, run.best, strict=True):
             parameter.copy_(best)
@@ -121,14 +142,11 @@ class _Run:
         self,
         base: BaseModel,
         parameters: list[Tensor],
-        training: list[Encoded],
-        validation: list[Encoded],
+        parts: Parts,
         recipe: Recipe,
         penalty: Callable[[], Tensor] | None,
-        key: str,
     ) -> None:
-        self.base, self.parameters, self.recipe, self.penalty, self.key = base, parameters, recipe, penalty, key
-        self.training, self.validation = training, validation
+        self.base, self.parameters, self.parts, self.recipe, self.penalty = base, parameters, parts, recipe, penalty
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0)
         self.step = 0
         self.curve: list[Point] = []
@@ -140,7 +158,7 @@ class _Run:
     def advance(self) -> None:
         """One step of the optimiser."""
         recipe = self.recipe
-        batch = [self.training[row] for row in self._rows()]
+        batch = [self.parts.training[row] for row in self._rows()]
         tokens = sum(item.tokens for item in batch)
         total = 0.0
         cuda = [self.base.device] if self.base.device.type == "cuda" else []
@@ -165,7 +183,7 @@ class _Run:
 
     def evaluate(self) -> None:
         """Take the validation loss and keep the parameters when they are the best so far."""
-        loss, each = losses(self.base, self.validation)
+        loss, each = losses(self.base, self.parts.validation)
         self._demand_finite(loss)
         if not self.curve:
             self.each_before = each
@@ -176,10 +194,10 @@ class _Run:
         self.curve.append(Point(step=self.step, training=seen, validation=loss))
         self._seen = []
 
-    def keep(self, checkpoint: Path) -> None:
+    def keep(self, checkpoint: Checkpoint) -> None:
         """Write the state, whole or not at all."""
         notes = {
-            "key": self.key,
+            "key": checkpoint.key,
             "step": self.step,
             "curve": [[point.step, point.training, point.validation] for point in self.curve],
             "before": self.each_before,
@@ -190,15 +208,15 @@ class _Run:
             own = self.optimizer.state[parameter]
             tensors = {"now": parameter, "best": best, "exp_avg": own["exp_avg"], "exp_avg_sq": own["exp_avg_sq"]}
             state |= {f"{place}.{name}": tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-        with whole_file(checkpoint) as file:
+        with whole_file(checkpoint.file) as file:
             np.savez(file, **state)  # type: ignore[arg-type]
 
-    def restore(self, checkpoint: Path) -> bool:
+    def restore(self, checkpoint: Checkpoint) -> bool:
         """Resume from the state in `checkpoint`; False if there is no state or it belongs to another training."""
         try:
-            with np.load(checkpoint, allow_pickle=False) as file:
+            with np.load(checkpoint.file, allow_pickle=False) as file:
                 notes = json.loads(str(file["notes"]))
-                if notes["key"] != self.key:
+                if notes["key"] != checkpoint.key:
                     return False
                 state = {name: torch.from_numpy(file[name]).to(self.base.device) for name in file.files[1:]}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -219,7 +237,7 @@ class _Run:
 
     def _rows(self) -> list[int]:
         """The examples of this step: one shuffled round after another, each round a function of seed and number."""
-        n = len(self.training)
+        n = len(self.parts.training)
         start = self.step * self.recipe.batch
         rounds = range(start // n, (start + self.recipe.batch - 1) // n + 1)
         stream = [row for number in rounds for row in _shuffled(n, self.recipe.seed, number)]

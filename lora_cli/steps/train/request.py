@@ -8,9 +8,9 @@ from msgspec.structs import replace
 
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import Run
-from lora_cli.models.base_model import BaseRef, pin
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Progress, silent
 from lora_cli.settings import Settings, base_of
@@ -60,10 +60,10 @@ class TrainJob:
                 task.examples,
                 self.job.folder,
                 run,
+                options=self.options,
+                recipe=self.recipe,
                 replace=force,
                 progress=progress,
-                recipe=self.recipe,
-                **self.options.shape,
             )
 
         return run_once(db, self.job, work, force=force, progress=progress)
@@ -83,11 +83,11 @@ def train_job(
     """The training of a new LoRA on `task`, checked as far as that needs no weights.
 
     Raises:
-        UsageError: settings that make no LoRA, or no base model.
+        UsageError: no base model.
         DataError: a malformed task.
     """
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
-    described = asked(recipe=recipe, data=task.file.name, **options.shape)
+    described = asked(options=options, recipe=recipe, data=task.file.name)
     base = base_of(settings)
     ref = pin(
         base,

@@ -1,23 +1,21 @@
 """Train a new LoRA on a task: the baseline that every fit has to beat."""
 
+import functools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import UsageError
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
 from lora_cli.formats.store import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
-from lora_cli.recipes import Recipe, TargetRecipe
-from lora_cli.records import ALL_LINEAR, Example, Progress, silent
-from lora_cli.steps.train.descent import Learnt, learn
-from lora_cli.task import split
+from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
+from lora_cli.records import Example, Progress, silent
+from lora_cli.steps.train.descent import Learnt, Parts, learn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +37,7 @@ def train(
     examples: Sequence[Example],
     folder: Path,
     *,
-    rank: int = 64,
-    alpha: float = 16.0,
-    dropout: float = 0.1,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
+    options: TrainOptions | None = None,
     recipe: Recipe | None = None,
     fraction: float = 0.2,
     progress: Progress = silent,
@@ -52,58 +47,38 @@ def train(
     `folder` must be empty (`outputs.whole_folder` makes one); the two PEFT files go into it.
 
     Args:
-        target_modules: names of modules, or "all-linear"; see `models.new_adapter.choose`.
+        options: the LoRA; `models.new_adapter.choose` finds its target modules.
         recipe: the paper's, unless given.
 
     Raises:
-        UsageError: settings out of range. Refused: modules that this base lacks, or a loss that is not finite.
+        Refused: modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
-    _demand_sane(rank, alpha, dropout)
-    recipe = recipe or TargetRecipe()
-    training, validation = split(examples, fraction=fraction, seed=recipe.seed)
-    with base.new_adapter(
-        rank=rank, alpha=alpha, dropout=dropout, target_modules=target_modules, seed=recipe.seed
-    ) as adapter:
+    options, recipe = options or TrainOptions(), recipe or TargetRecipe()
+    parts = Parts.of(base, examples, fraction=fraction, seed=recipe.seed)
+    with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
         parameters = adapter.parameters
         learnt = learn(
             base,
             parameters,
-            [base.encode(example) for example in training],
-            [base.encode(example) for example in validation],
+            parts,
             recipe,
             while_training=adapter.dropout,
-            what="train: new LoRA",
-            progress=progress,
+            progress=functools.partial(progress, "train: new LoRA"),
         )
         adapter.save(folder)
     return TrainResult(
         learnt=learnt,
         adapted=adapter.chosen.said,
         parameters=sum(parameter.numel() for parameter in parameters),
-        n_train=len(training),
-        n_validation=len(validation),
+        n_train=len(parts.training),
+        n_validation=len(parts.validation),
     )
 
 
-def asked(
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
-    recipe: Recipe,
-    data: str,
-) -> dict[str, Any]:
-    """The settings of a run that trains, beside those of the base. UsageError for settings that make no LoRA."""
-    _demand_sane(rank, alpha, dropout)
-    shape = {"rank": rank, "alpha": alpha, "dropout": dropout, "target_modules": target_modules}
-    return {**shape, **recipe.settings, "data": data}
-
-
-def _demand_sane(rank: int, alpha: float, dropout: float) -> None:
-    if rank < 1 or not 0 <= dropout < 1 or not 0 < alpha < math.inf:
-        raise UsageError("a LoRA needs --rank of at least 1, --alpha above 0 and --dropout in [0, 1)")
+def asked(*, options: TrainOptions, recipe: Recipe, data: str) -> dict[str, Any]:
+    """The settings of a run that trains, beside those of the base."""
+    return {**options.shape, **recipe.settings, "data": data}
 
 
 def train_and_write(
@@ -112,17 +87,18 @@ def train_and_write(
     folder: Path,
     run: Run,
     *,
+    options: TrainOptions,
+    recipe: Recipe,
     replace: bool = False,
     progress: Progress = silent,
-    **options: Any,
 ) -> TrainResult:
-    """Train, and write adapter, model card and run.json as one folder, whole or absent. `options` are `train`'s.
+    """Train, and write adapter, model card and run.json as one folder, whole or absent.
 
     Raises:
         OutputError: `folder` exists (and `replace` is false) or cannot be written. Also the errors of `train`.
     """
     with whole_folder(folder, replace=replace) as partial:
-        result = train(base, examples, partial, progress=progress, **options)
+        result = train(base, examples, partial, options=options, recipe=recipe, progress=progress)
         run.outputs[WEIGHTS_NAME] = sha256_of(partial / WEIGHTS_NAME)
         run.results.update(
             loss_before=result.learnt.loss_before,

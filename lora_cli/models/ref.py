@@ -1,0 +1,139 @@
+"""A base model at one version: pinned before it is loaded, and loaded as it was pinned."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lora_cli.algebra.devices import resolve_device
+from lora_cli.errors import UsageError
+from lora_cli.formats.base_names import public_base
+from lora_cli.formats.checkpoint import cached_model, folder_or_hub, version_of_folder
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.encode import Encoder, encoder_of
+from lora_cli.models.forms import Prompting
+from lora_cli.models.loading import copy_of, demand_causal, load_model, load_tokenizer
+from lora_cli.precision import CHOICES, torch_dtype
+from lora_cli.records import Progress, silent
+from lora_cli.settings import folder_of
+
+_LOADING = "loading the base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseRef:
+    """A base model at one version, with device, precision and prompting fixed; its weights are not loaded.
+
+    `place` is a folder or a Hub id; `name` is the base's name in records and messages. `version` has 40 hex digits: the
+    commit on the Hub; for a folder the head of a SHA-256 over the files that loading reads. `device` and `dtype` are
+    resolved for this machine, never "auto". `prompting` is the form of prompts.
+    """
+
+    place: str
+    name: str
+    version: str
+    device: str
+    dtype: str
+    prompting: Prompting = field(default_factory=Prompting)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The base's part of a run's settings."""
+        return {"base": self.name, "device": self.device, "dtype": self.dtype, **self.prompting.settings}
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The base's part of a run's inputs."""
+        return {f"base:{self.name}@{self.version}": self.version}
+
+    def load(self, progress: Progress = silent) -> BaseModel:
+        """Load the model. Code that comes with a model is never run, pickles are never opened.
+
+        Raises:
+            AccessDenied, NetworkError: the model cannot be downloaded.
+            Refused: the model cannot be loaded, or its weights are incomplete.
+        """
+        options: dict[str, Any] = {"local_files_only": True}
+        if folder_of(self.place) is None:
+            # Use a copy on this machine as it is: no request, and the same base in later runs.
+            options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
+        progress(_LOADING, 0, 0)
+        model, tokenizer = load_model(self.place, torch_dtype(self.dtype), options)
+        base = BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
+        progress(_LOADING, 1, 1)
+        return base
+
+
+def pin(
+    name_or_path: str,
+    *,
+    name: str = "",
+    device: str = "auto",
+    dtype: str = "auto",
+    prompting: Prompting | None = None,
+    progress: Progress = silent,
+) -> BaseRef:
+    """Pin a base model without loading it. Hashing the weights of a folder takes about a second per gigabyte.
+
+    Args:
+        name: the base's name in records and messages; by default `public_base(name_or_path)`.
+        device, dtype: see `resolve`.
+        prompting: the form of prompts; by default the base's own.
+
+    Raises:
+        NothingMatched, AccessDenied, NetworkError: no such base, or the Hub cannot be asked for its commit.
+        Refused: not a causal language model. UsageError, Refused: see `resolve`.
+    """
+    device, dtype = resolve(device, dtype)
+    found = folder_or_hub(name_or_path)
+    folder = found if isinstance(found, Path) else copy_of(found)
+    # Refuse before the weights are hashed, which can take a minute.
+    demand_causal(folder, name_or_path)
+    return BaseRef(
+        place=str(found) if isinstance(found, Path) else found.repo,
+        name=name or public_base(name_or_path),
+        version=version_of_folder(folder, progress) if folder is found else folder.name,
+        device=device,
+        dtype=dtype,
+        prompting=prompting or Prompting(),
+    )
+
+
+def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
+    """`pin` and load at once."""
+    return pin(name_or_path, name=name, device=device, dtype=dtype).load()
+
+
+def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> Encoder:
+    """A base model's encoder, from its tokenizer and configuration, without its weights.
+
+    Raises:
+        NothingMatched, AccessDenied, NetworkError: no such base, or it cannot be downloaded.
+        Refused: its tokenizer or configuration cannot be loaded. UsageError: see `Encoder`.
+    """
+    options: dict[str, Any] = {"local_files_only": True}
+    found = folder_or_hub(name_or_path)
+    if not isinstance(found, Path):
+        here = cached_model(*found, weights=False)
+        version = (here or copy_of(found)).name
+        options = {"local_files_only": here is not None, "revision": version}
+    place = str(found) if isinstance(found, Path) else found.repo
+    tokenizer, config, generation = load_tokenizer(place, options, named=name_or_path)
+    return encoder_of(public_base(name_or_path), tokenizer, config, generation, prompting)
+
+
+def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+    """The device and the precision on this machine.
+
+    Args:
+        device: cpu, cuda, cuda:N or mps; "auto" is cuda if there is one, else cpu.
+        dtype: fp32, bf16 or fp16; "auto" is bf16 on cuda and fp32 elsewhere.
+
+    Raises:
+        UsageError: an unknown name. Refused: this machine lacks the device.
+    """
+    if dtype not in CHOICES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(CHOICES)}")
+    device = resolve_device(device)
+    if dtype == "auto":
+        dtype = "bf16" if device.startswith("cuda") else "fp32"
+    return device, dtype
