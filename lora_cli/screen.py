@@ -3,17 +3,18 @@
 import csv
 import io
 import json
+import math
 import os
 import re
 import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
+from lora_cli.columns import Column, chosen, on_request, usual
 from lora_cli.records import Progress
 
 # Between two columns.
@@ -22,7 +23,10 @@ _GAP = 2
 _MOST_SHOWN = 15
 # If a cell needs more lines than this, a minor column is left out.
 _MOST_LINES = 3
-Format = Literal["auto", "json", "jsonl", "csv", "quiet"]
+# A spreadsheet runs a text that begins with one of these as a formula.
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+Form = Literal["table", "tsv", "csv", "json", "jsonl", "md"]
+Format = Literal["auto", "quiet"] | Form
 
 # Bidirectional controls and zero-width characters are invisible and can change the look of the text around them.
 _INVISIBLE = frozenset(
@@ -53,31 +57,22 @@ def near(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
-    """A column of a table: its heading, the row's key, and its layout.
-
-    On a narrow terminal `minor` columns are left out, the rightmost first, with a note; `wide` columns wrap over
-    several lines of at `least` that many characters; other columns keep their width. No text is ever cut off.
-    """
-
-    heading: str
-    key: str
-    align: Literal["left", "right"] = "left"
-    wide: bool = False
-    minor: bool = False
-    least: int = 24
-
-
 class Screen:
     """The output of a command. One object per command.
 
     Args:
         format: "auto" is a table on a terminal and tab-separated lines elsewhere.
+        columns: the columns to show, in this order, in place of the usual ones.
     """
 
-    def __init__(self, format: Format = "auto") -> None:
+    def __init__(self, format: Format = "auto", columns: Sequence[str] = ()) -> None:
         self.format = format
+        self.columns = columns
+
+    @property
+    def _form(self) -> Format:
+        """The format, "table" or "tsv" in place of "auto"."""
+        return self.format if self.format != "auto" else "table" if sys.stdout.isatty() else "tsv"
 
     def rows(
         self,
@@ -88,49 +83,66 @@ class Screen:
         identity: str = "id",
         caption: str = "",
         extra: Mapping[str, Any] | None = None,
+        sorted_by: str = "",
     ) -> None:
-        """Show rows. JSON forms carry every key of every row; tables only `columns`; quiet only `identity`."""
-        if self.format == "json":
-            _out(json.dumps({"schema": schema, **(extra or {}), "rows": [dict(row) for row in rows]}, indent=2))
-        elif self.format == "jsonl":
-            for row in rows:
-                _out(json.dumps(dict(row)))
-        elif self.format == "csv":
-            _out(_csv(rows or [{column.key: None for column in columns}], header_only=not rows), end="")
-        elif self.format == "quiet":
-            for row in rows:
-                _out(safe(row[identity]))
-        elif _on_terminal():
-            self._table(columns, rows, caption)
+        """Show rows. JSON forms and CSV carry every key of every row; tables and lines the usual columns and the one
+        that the rows are sorted by; quiet only `identity`. If the user chose columns, all forms but quiet carry these.
+        """
+        shown = chosen(columns, self.columns) if self.columns else usual(columns, sorted_by)
+        if self.columns and self._form != "quiet":
+            found = [{column.key: column.value(row) for column in shown} for row in rows]
         else:
-            for row in rows:
-                _out("\t".join(_cell(row.get(column.key)) for column in columns))
+            found = [dict(row) for row in rows]
+        match self._form:
+            case "json":
+                _out(json.dumps({"schema": schema, **(extra or {}), "rows": found}, indent=2))
+            case "jsonl":
+                for fact in found:
+                    _out(json.dumps(fact))
+            case "csv":
+                _out(_csv(found or [{column.key: None for column in shown}], header_only=not rows), end="")
+            case "quiet":
+                for row in rows:
+                    _out(safe(row[identity]))
+            case "md":
+                _out(_markdown(shown, rows), end="")
+            case "table":
+                self._table(shown, rows, caption)
+            case _:
+                for row in rows:
+                    _out("\t".join(_plain(column.value(row)) for column in shown))
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
 
         On a terminal nested values are indented below their key, and long texts and lists are shown in part.
         """
-        if self.format == "json":
-            # `value` may be a record with its own schema.
-            _out(json.dumps({"schema": schema} | {**values, "schema": schema}, indent=2))
-        elif self.format == "jsonl":
-            _out(json.dumps(dict(values)))
-        elif self.format == "csv":
-            _out(_csv([values], header_only=False), end="")
-        elif self.format == "quiet":
-            _out(safe(values[identity]))
-        elif _on_terminal():
-            for line in _outline(values):
-                _out(line)
-        else:
-            for key, value in values.items():
-                _out(f"{key}\t{_cell(value)}")
+        if self.columns:
+            values = {column.key: values[column.key] for column in chosen(on_request(*values), self.columns)}
+        match self._form:
+            case "json":
+                # `value` may be a record with its own schema.
+                _out(json.dumps({"schema": schema} | {**values, "schema": schema}, indent=2))
+            case "jsonl":
+                _out(json.dumps(dict(values)))
+            case "csv":
+                _out(_csv([values], header_only=False), end="")
+            case "quiet":
+                _out(safe(values[identity]))
+            case "md":
+                rows = [{"key": key, "value": value} for key, value in values.items()]
+                _out(_markdown((Column("KEY", "key"), Column("VALUE", "value")), rows), end="")
+            case "table":
+                for line in _outline(values):
+                    _out(line)
+            case _:
+                for key, value in values.items():
+                    _out(f"{safe(key)}\t{_plain(value)}")
 
     def pieces(self, heading: str, pieces: Sequence[tuple[str, bool]]) -> None:
         """A text in pieces, with `|` between them. Pieces with True are in colour, or in brackets without colour."""
         _out(safe(heading))
-        if _on_terminal() and self._coloured(pieces):
+        if sys.stdout.isatty() and self._coloured(pieces):
             return
         runs = [("|".join(safe(text) for text, _ in run), out) for out, run in groupby(pieces, lambda one: one[1])]
         _out("|".join(f"[{text}]" if out else text for text, out in runs))
@@ -204,7 +216,7 @@ class Screen:
         from rich.text import Text
 
         console = Console(markup=False, emoji=False, highlight=False)
-        cells = [[_cell(row.get(column.key)) for column in columns] for row in rows]
+        cells = [[_cell(column.shown(row)) for column in columns] for row in rows]
         widths = _widths(columns, cells, console.width)
         if not widths:
             self._records(columns, cells, console.width)
@@ -212,7 +224,9 @@ class Screen:
             table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
             for column, width in zip(columns, widths, strict=True):
                 if width:
-                    table.add_column(Text(column.heading), justify=column.align, width=width, no_wrap=True)
+                    numbers = column.asked and all(isinstance(column.shown(row), int | float) for row in rows)
+                    align = "right" if numbers else column.align
+                    table.add_column(Text(column.heading), justify=align, width=width, no_wrap=True)
             for line in cells:
                 table.add_row(*(Text("\n".join(_broken(t, w))) for t, w in zip(line, widths, strict=True) if w))
             console.print(table)
@@ -229,10 +243,6 @@ class Screen:
                 first, *rest = _broken(text, max(10, room - indent))
                 _out("\n".join([column.heading.ljust(indent) + first, *(" " * indent + more for more in rest)]))
             _out("")
-
-
-def _on_terminal() -> bool:
-    return sys.stdout.isatty()
 
 
 def _out(text: str, end: str = "\n") -> None:
@@ -334,18 +344,39 @@ def _cell(value: Any) -> str:
     return safe(value)
 
 
+def _plain(value: Any) -> str:
+    """A cell of tab-separated lines: as in a table, but with every digit of a number."""
+    return repr(value).removesuffix(".0") if isinstance(value, float) else _cell(value)
+
+
+def _markdown(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown, in which a stranger's text stays text."""
+    lines = [[column.heading for column in columns], ["--:" if one.align == "right" else "---" for one in columns]]
+    lines += [[re.sub(r"([\\|<`*\[\]])", r"\\\1", _cell(column.shown(row))) for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def _csv(rows: Sequence[Mapping[str, Any]], *, header_only: bool) -> str:
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(map(_csv_cell, keys))
     if not header_only:
-        for row in rows:
-            writer.writerow({key: _csv_cell(value) for key, value in row.items()})
+        writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in rows)
     return text.getvalue()
 
 
 def _csv_cell(value: Any) -> Any:
+    """A cell of CSV. A text that a spreadsheet would run as a formula begins with an apostrophe."""
     if isinstance(value, Mapping | list | tuple):
         return json.dumps(value)
-    return safe(value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return f"'{safe(value)}" if value.startswith(_FORMULAS) and not _is_number(value) else safe(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
 
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
-    ("errors", "precision", "records", "options", "text", "names", "hashes"),
+    ("errors", "precision", "records", "options", "text", "names", "hashes", "columns"),
     (
         "settings",
         "methods",

@@ -110,7 +110,7 @@ def test_listing_has_a_line_per_adapter_with_the_reason(pool: Path) -> None:
     _, rev, rank, scale, modules, size, licence, base, status = lines[2]
     assert (rank, scale, modules, licence, base, status) == ("16", "1", "q,v", "-", BASE.rpartition("/")[2], "ok")
     assert len(rev) == 7
-    assert size.endswith("kB")
+    assert int(size) > 1000
     assert lines[3][-1].startswith("unusable: NaN or Inf in model.layers.0")
 
 

@@ -280,7 +280,7 @@ def test_every_command_takes_a_base_at_its_revision(cached: dict[str, str], own_
     Path("task.jsonl").write_text("".join(json.dumps(line) + "\n" for line in task))
     ok("pool", "sync", "--from", "pool")
     assert usable() == {"one", "two"}
-    assert "100 %" in ok("pool", "verify", "pool/one").out
+    assert "\t1\t" in ok("pool", "verify", "pool/one").out
     ok("eval", "pool/one", "--data", "task.jsonl", "--metric", "nll")
     ok("fit", "pool/one", "pool/two", "--data", "task.jsonl", "--steps", "20", "--granularity", "rank", "-o", "fitted")
     ok("train", "--data", "task.jsonl", "--rank", "2", "--steps", "2", "-o", "trained")

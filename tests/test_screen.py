@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora_cli.columns import Column
 from lora_cli.commands.options import screen_for
 from lora_cli.errors import UsageError
-from lora_cli.screen import Column, Screen, safe
+from lora_cli.screen import Screen, safe
 
 COLUMNS = (Column("ADAPTER", "id"), Column("RANK", "rank", "right"))
 ROWS = [{"id": "ann/a", "rank": 8, "card": "x\ny"}, {"id": "bob/\x1b[31mb", "rank": None, "card": ""}]

@@ -81,8 +81,13 @@ def ordering(text: str) -> str:
 
     Unknown values come last in both directions, and equal rows are ordered by id.
     """
-    name = _quoted(_column(text.removeprefix("-"), text))
+    name = _quoted(sort_column(text))
     return f"nullif({name}, '') IS NULL, {name} {'DESC' if text.startswith('-') else 'ASC'}, id"
+
+
+def sort_column(text: str) -> str:
+    """The column that a `--sort` names. UsageError for an unknown one."""
+    return _column(text.removeprefix("-"), text)
 
 
 def _condition(text: str) -> tuple[str, list[Value]]:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import (
@@ -20,7 +21,7 @@ from lora_cli.commands.options import (
 from lora_cli.errors import UsageError
 from lora_cli.options import Flag, Options
 from lora_cli.precision import Precision
-from lora_cli.screen import Column, Screen, near
+from lora_cli.screen import Screen, near
 from lora_cli.text import counted, duration, percent, size
 
 _LAYERS = (

@@ -1,6 +1,6 @@
 """Shell completions for an argument: ids, selections, runs and columns, from the catalogue and without torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 
 from lora_cli.catalogue.where import COLUMNS
@@ -50,6 +50,16 @@ def runs(incomplete: str) -> list[str]:
     from lora_cli.catalogue.runs import all_runs
 
     return [str(run["id"]) for run in all_runs(load().db, limit=_MOST) if str(run["id"]).startswith(incomplete)]
+
+
+def columns(names: Sequence[str]) -> Complete:
+    """The completion of a list of columns with commas between, among `names`."""
+
+    def offered(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [f"{before}{comma}{name}" for name in names if name.startswith(last)]
+
+    return offered
 
 
 def sorting(incomplete: str) -> list[str]:

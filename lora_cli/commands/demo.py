@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Document, examples, with_flags
-from lora_cli.screen import Column, Screen, near
+from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.text import interval
 

@@ -7,9 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.options import Catalogued, Command, DrawnListing, examples, with_flags
-from lora_cli.screen import Column, near
+from lora_cli.screen import near
 from lora_cli.text import counted
 
 _COLUMNS = (
@@ -23,6 +24,8 @@ _COLUMNS = (
     Column("MEAN IN", "mean_in", "right", minor=True),
     Column("RANK A", "rank_a", "right", minor=True),
     Column("RANK B", "rank_b", "right", minor=True),
+    *on_request("shape", "effective_rank_a", "effective_rank_b", "stable_rank_a", "stable_rank_b"),
+    *on_request("angles_out", "angles_in", "spectrum_a", "spectrum_b"),
 )
 _COPIES, _PARTLY, _ORTHOGONAL = 0.95, 0.3, 0.05
 
@@ -37,7 +40,7 @@ def diff(
     b: Annotated[str, typer.Argument(metavar="B", help="The other adapter.", autocompletion=completing.adapters)],
     *,
     setup: Catalogued,
-    listing: DrawnListing,
+    listing: Annotated[DrawnListing, _COLUMNS],
 ) -> None:
     """Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the spectra.
 

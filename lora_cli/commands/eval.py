@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
@@ -13,19 +14,21 @@ from lora_cli.errors import Refused
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
-from lora_cli.screen import Column, Screen, near
+from lora_cli.screen import Screen, near
 from lora_cli.settings import base_of
 from lora_cli.text import interval
 
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
-    Column("SCORE", "score", "right"),
-    Column("95 % CI", "interval", "right"),
-    Column("DELTA", "difference", "right"),
+    Column("SCORE", "value", "right", show=lambda row: f"{row['value']:.3f}"),
+    Column("95 % CI", "interval", "right", show=lambda row: interval(row["low"], row["high"])),
+    Column("DELTA", "difference", "right", of="delta", show=lambda row: _difference(row)),
     Column("P", "p", "right", minor=True),
-    Column("CHANGED", "changed_of", "right"),
+    Column("CHANGED", "changed_of", "right", of="changed", show=lambda row: _changed(row)),
     Column("LOG-LIK", "log_likelihood", "right", minor=True),
-    Column("TOK/S", "speed", "right", minor=True),
+    Column("TOK/S", "tokens_per_second", "right", minor=True, show=lambda row: _whole(row["tokens_per_second"])),
+    *on_request("low", "high", "delta", "delta_low", "delta_high", "changed"),
+    *on_request("n", "metric", "baseline", "cut", "details"),
 )
 
 
@@ -54,7 +57,7 @@ def evaluate(
     *,
     setup: Tested,
     options: EvalOptions,
-    listing: DrawnListing,
+    listing: Annotated[DrawnListing, _COLUMNS],
     prompts: Prompts,
 ) -> None:
     """Evaluate adapters and the bare base on a task, with intervals, on one load of the base.
@@ -63,6 +66,8 @@ def evaluate(
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
     `lora runs answers` shows the wrong answers.
     """
+    from dataclasses import asdict
+
     from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
     from lora_cli.steps.opened_pool import open_pool
 
@@ -84,7 +89,7 @@ def evaluate(
     screen.rows(
         "lora.eval/1",
         _COLUMNS,
-        [_row(score) for score in scores],
+        [asdict(score) for score in scores],
         identity="system",
         caption=f"{metric}, n = {scores[0].n}, paired differences to {baseline}, bootstrap seed {settings.seed}",
         extra={**request.asked, "rows_file": str(request.rows(out)), "plot": None if plot is None else str(plot)},
@@ -118,17 +123,18 @@ def _demand_effect(scores: list[Score]) -> None:
         )
 
 
-def _row(score: Score) -> Mapping[str, Any]:
-    from dataclasses import asdict
+def _difference(row: Mapping[str, Any]) -> str | None:
+    if row["delta"] is None:
+        return None
+    return f"{row['delta']:+.3f} {interval(row['delta_low'], row['delta_high'], signed=True)}"
 
-    shown = {"score": f"{score.value:.3f}", "interval": interval(score.low, score.high)}
-    if score.delta_low is not None and score.delta_high is not None:
-        shown["difference"] = f"{score.delta:+.3f} {interval(score.delta_low, score.delta_high, signed=True)}"
-    if score.changed is not None:
-        shown["changed_of"] = f"{score.changed}/{score.n}"
-    if score.tokens_per_second is not None:
-        shown["speed"] = f"{score.tokens_per_second:.0f}"
-    return {**asdict(score), **shown}
+
+def _changed(row: Mapping[str, Any]) -> str | None:
+    return None if row["changed"] is None else f"{row['changed']}/{row['n']}"
+
+
+def _whole(number: float | None) -> str | None:
+    return None if number is None else f"{number:.0f}"
 
 
 def register(root: typer.Typer) -> None:

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Command, Listing, examples, with_flags
 from lora_cli.merge_options import METHODS
 from lora_cli.methods import Knob, Method, MethodFolder
-from lora_cli.screen import Column
 
 CLASSES = ("exact low rank", "spectral", "elementwise", "A and B apart")
 """The classes of methods by the object they compute on; the last one is for reproducing others' results."""
@@ -25,6 +25,7 @@ _COLUMNS = (
     Column("SUMMARY", "summary", wide=True, least=38),
     Column("WEIGHTS", "weights", minor=True),
     Column("ARXIV", "arxiv", minor=True),
+    *on_request("needs"),
 )
 
 

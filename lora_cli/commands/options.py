@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from lora_cli.columns import Column, chosen
 from lora_cli.commands import completing
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
@@ -18,7 +19,7 @@ from lora_cli.options import Flag, Options, setting
 from lora_cli.plots.figure import demand_plottable
 from lora_cli.precision import Precision
 from lora_cli.records import Adapter
-from lora_cli.screen import Format, Screen, near
+from lora_cli.screen import Form, Format, Screen, near
 from lora_cli.settings import Settings, load
 from lora_cli.task import Task, read_task
 
@@ -101,16 +102,32 @@ class OnTask(Loaded, frozen=True, kw_only=True):
 
 
 class Listing(Options, frozen=True, kw_only=True):
-    """The output format of rows."""
+    """The output format of rows. `table` holds the columns that the command has, () where its input decides."""
 
+    columns: Annotated[
+        str, Flag(help="The columns to show, in this order.", metavar="A,B,…", default="the usual ones")
+    ] = ""
+    fmt: Annotated[
+        Form | None, Flag(help="table, tsv, csv, json, jsonl or md.", metavar="FORMAT", default="table, in a pipe tsv")
+    ] = None
     json: Annotated[bool, Flag(help="One JSON document.")] = False
     jsonl: Annotated[bool, Flag(help="One JSON object per line.")] = False
     csv: Annotated[bool, Flag(help="Comma-separated values with a header.")] = False
     quiet: Annotated[bool, Flag(help="Only ids, one per line.", short="-q")] = False
+    table: tuple[Column, ...] = ()
 
     def screen(self) -> Screen:
-        """The Screen for these flags. UsageError if more than one is given."""
-        return screen_for(self.json, self.jsonl, self.csv, self.quiet)
+        """The Screen for these flags.
+
+        Raises:
+            UsageError: more than one format, an unknown column, or columns with --quiet.
+        """
+        names = [name.strip() for name in self.columns.split(",") if name.strip()]
+        if names and self.quiet:
+            raise UsageError("-q prints ids alone: leave out --columns")
+        if self.table:
+            chosen(self.table, names)
+        return screen_for(self.json, self.jsonl, self.csv, self.quiet, fmt=self.fmt, columns=names)
 
 
 class DrawnListing(Listing, frozen=True, kw_only=True):
@@ -232,33 +249,47 @@ class Group(TyperGroup):
             formatter.write_dl(rows)
 
 
-def screen_for(json: bool = False, jsonl: bool = False, csv: bool = False, quiet: bool = False) -> Screen:
-    """The Screen for the output flags of a command; UsageError if more than one is given."""
+def screen_for(
+    json: bool = False,
+    jsonl: bool = False,
+    csv: bool = False,
+    quiet: bool = False,
+    *,
+    fmt: Form | None = None,
+    columns: Sequence[str] = (),
+) -> Screen:
+    """The Screen for the output flags of a command; UsageError if more than one format is given."""
     flags: dict[Format, bool] = {"json": json, "jsonl": jsonl, "csv": csv, "quiet": quiet}
-    chosen = [name for name, on in flags.items() if on]
-    if len(chosen) > 1:
-        raise UsageError(f"--{chosen[0]} and --{chosen[1]} exclude each other")
-    return Screen(chosen[0] if chosen else "auto")
+    given = [name for name, on in flags.items() if on]
+    if len([*given, *filter(None, [fmt])]) > 1:
+        other = given[1] if len(given) > 1 else f"fmt {fmt}"
+        raise UsageError(f"--{given[0]} and --{other} exclude each other")
+    return Screen(given[0] if given else fmt or "auto", columns)
 
 
 def with_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """`function` with one option per flag of each parameter that is an `Options` record."""
+    """`function` with one option per flag of each parameter that is an `Options` record.
+
+    A parameter `Annotated[Listing, COLUMNS]` gets these columns as its table.
+    """
     signature = inspect.signature(function)
-    records = {
-        name: one.annotation
-        for name, one in signature.parameters.items()
-        if isinstance(one.annotation, type) and issubclass(one.annotation, Options)
-    }
+    records, tables = dict[str, type[Options]](), dict[str, tuple[Column, ...]]()
+    for name, one in signature.parameters.items():
+        kind = getattr(one.annotation, "__origin__", one.annotation)
+        if isinstance(kind, type) and issubclass(kind, Options):
+            records[name] = kind
+            tables[name] = next(iter(getattr(one.annotation, "__metadata__", ())), ())
     parameters = [one for name, one in signature.parameters.items() if name not in records]
-    for record in records.values():
-        parameters += [_parameter(name, *flag, record) for name, flag in record.flags().items()]
+    for place, record in records.items():
+        completed = {**_COMPLETED, "columns": completing.columns([one.key for one in tables[place]])}
+        parameters += [_parameter(name, *flag, record, completed.get(name)) for name, flag in record.flags().items()]
 
     @functools.wraps(function)
     def command(**values: Any) -> None:
         for name, record in records.items():
             taken = {field: values.pop(field) for field in record.flags()}
             given = {field: tuple(v) if isinstance(v, list) else v for field, v in taken.items() if v is not None}
-            values[name] = record(**given)
+            values[name] = record(**given, **({"table": tables[name]} if tables[name] else {}))
         function(**values)
 
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -274,7 +305,9 @@ _COMPLETED: Mapping[str, completing.Complete] = {
 """The completion functions for the flags of records, by field."""
 
 
-def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspect.Parameter:
+def _parameter(
+    name: str, kind: Any, flag: Flag, record: type[Options], completed: completing.Complete | None
+) -> inspect.Parameter:
     """The parameter that makes Typer add the option of a record's field."""
     default = inspect.signature(record).parameters[name].default
     option = typer.Option(
@@ -285,7 +318,7 @@ def _parameter(name: str, kind: Any, flag: Flag, record: type[Options]) -> inspe
         min=flag.minimum,
         show_default=flag.default or default not in (None, False, "", ()),
         rich_help_panel=flag.panel or None,
-        autocompletion=_COMPLETED.get(name),
+        autocompletion=completed,
     )
     plain = list[str] if kind == tuple[str, ...] else kind
     shown = None if flag.default or default == () else default

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Document, Group, Listing, Stored, examples, screen_for, with_flags
 from lora_cli.errors import NothingMatched
 from lora_cli.options import Flag
 from lora_cli.records import Prompt
-from lora_cli.screen import Column, near
+from lora_cli.screen import near
 from lora_cli.text import counted
 
 app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
@@ -22,13 +23,15 @@ _COLUMNS = (
     Column("STATUS", "status"),
     Column("STARTED", "started", minor=True),
     Column("OUTPUT", "out", wide=True),
+    *on_request("ended", "error"),
 )
 _ANSWERS = (
     Column("EXAMPLE", "id"),
     Column("SYSTEM", "system", wide=True, least=12),
-    Column("PROMPT", "prompt", wide=True, least=16),
+    Column("PROMPT", "prompt", wide=True, least=16, show=lambda row: _end(row["prompt"])),
     Column("EXPECTED", "expected", wide=True, least=10),
     Column("GIVEN", "given", wide=True, least=10),
+    *on_request("correct", "log_likelihood", "tokens"),
 )
 _LONGEST_PROMPT = 200
 
@@ -48,7 +51,7 @@ def list_(
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, _COLUMNS],
 ) -> None:
     """List the latest runs, newest first."""
     from lora_cli.catalogue import runs
@@ -102,12 +105,12 @@ def answers(
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 20,
     *,
     setup: OnData,
-    listing: Listing,
+    listing: Annotated[Listing, _ANSWERS],
 ) -> None:
     """Show the wrong answers of an evaluation by exact match: prompts, expected and given answers.
 
-    The prompts come from the test data, which must be what it was. A table holds the end of a long prompt, --json the
-    whole.
+    The prompts come from the test data, which must be what it was. A table holds the end of a long prompt, other
+    forms the whole.
     """
     from lora_cli.catalogue import runs
     from lora_cli.steps.evaluate.answers import answers_of, last_run
@@ -119,8 +122,7 @@ def answers(
     asked = [one for one in found if system in (None, one.system)]
     wrong = [one for one in asked if not one.correct]
     shown = (asked if everything else wrong)[:n]
-    rows = [asdict(one) | ({"prompt": _end(one.prompt)} if screen.format == "auto" else {}) for one in shown]
-    screen.rows("lora.runs.answers/1", _ANSWERS, rows)
+    screen.rows("lora.runs.answers/1", _ANSWERS, [asdict(one) for one in shown])
     screen.say(f"{len(wrong):,} of {len(asked):,} answers are wrong · {len(shown):,} shown")
 
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Command, Listing, Seeded, Where, examples, with_flags
-from lora_cli.screen import Column
 from lora_cli.selection_methods import METHODS
 from lora_cli.text import counted
 
@@ -16,6 +16,7 @@ _COLUMNS = (
     Column("RANK", "rank", "right"),
     Column("DOWNLOADS", "downloads", "right", minor=True),
     Column("SCORE", "score", "right"),
+    *on_request("commit"),
 )
 
 
@@ -32,7 +33,7 @@ def select(
     name: Annotated[str, typer.Option("--name", help="A name to find this selection by later.")] = "",
     *,
     setup: Seeded,
-    listing: Listing,
+    listing: Annotated[Listing, _COLUMNS],
 ) -> None:
     """Choose usable adapters of one base model and remember the choice.
 

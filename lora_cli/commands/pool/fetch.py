@@ -5,14 +5,19 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
-from lora_cli.commands.pool.shared import DryRun
+from lora_cli.commands.pool.shared import DryRun, size_of
 from lora_cli.errors import AccessDenied, Partial, Refused, UsageError
-from lora_cli.screen import Column
 from lora_cli.text import counted, size
 
-_FETCHED = (Column("ADAPTER", "id", wide=True), Column("ACTION", "action"), Column("SIZE", "size", "right"))
+_FETCHED = (
+    Column("ADAPTER", "id", wide=True),
+    Column("ACTION", "action"),
+    Column("SIZE", "bytes", "right", show=size_of),
+    *on_request("commit", "sha256", "reason"),
+)
 
 
 def fetch(
@@ -28,7 +33,7 @@ def fetch(
     dry_run: DryRun = False,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, _FETCHED],
 ) -> None:
     """Download the weights of adapters into the Hub client's cache and check them.
 
@@ -93,10 +98,7 @@ def _raise_if_not_all(report: Any) -> None:
 
 
 def _acted(action: str, adapters: Any) -> list[dict[str, Any]]:
-    return [
-        {"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "size": size(a.bytes), "sha256": a.sha256}
-        for a in adapters
-    ]
+    return [{"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "sha256": a.sha256} for a in adapters]
 
 
 def register(pool: typer.Typer) -> None:

@@ -4,9 +4,10 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.catalogue.where import sort_column
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Listing, Stored, Where, examples, with_flags
-from lora_cli.commands.pool.shared import Rows, show_adapters
+from lora_cli.commands.pool.shared import ADAPTERS, Rows, show_adapters
 
 
 def list_(
@@ -22,7 +23,7 @@ def list_(
     n: Rows = None,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, ADAPTERS],
 ) -> None:
     """List adapters, one row each, unusable ones with the reason.
 
@@ -33,9 +34,8 @@ def list_(
     screen = listing.screen()
     with Catalogue(setup.load().db) as catalogue:
         found = catalogue.find(where or (), sort=sort, limit=n)
-    show_adapters(
-        screen, "lora.pool.list/1", found, "no adapter" + (" fits these conditions" if where else " is known")
-    )
+    nothing = "no adapter" + (" fits these conditions" if where else " is known")
+    show_adapters(screen, "lora.pool.list/1", found, nothing, sorted_by=sort_column(sort))
 
 
 def register(pool: typer.Typer) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
-from lora_cli.commands.pool.shared import show_adapters
+from lora_cli.commands.pool.shared import ADAPTERS, show_adapters
 
 
 def search(
@@ -13,7 +13,7 @@ def search(
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, ADAPTERS],
 ) -> None:
     """Find adapters by words in their id, author, target modules or card, the best match first."""
     from lora_cli.catalogue.adapters import Catalogue

@@ -4,10 +4,10 @@ from typing import Annotated
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.errors import NothingMatched
-from lora_cli.screen import Column
 from lora_cli.text import counted
 
 _SELECTIONS = (
@@ -28,7 +28,7 @@ def selections(
     ] = None,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, _SELECTIONS],
 ) -> None:
     """List the selections, the newest first, or drop some."""
     from lora_cli.catalogue.adapters import Catalogue

@@ -1,26 +1,29 @@
 """The options and rows that several commands of the pool share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
+from lora_cli.catalogue.where import COLUMNS
+from lora_cli.columns import Column, on_request
 from lora_cli.errors import NothingMatched
 from lora_cli.records import AdapterRow
-from lora_cli.screen import Column, Screen
+from lora_cli.screen import Screen
 from lora_cli.text import size
 
-_ADAPTERS = (
+ADAPTERS = (
     Column("ADAPTER", "id", wide=True),
-    Column("REV", "rev"),
+    Column("REV", "rev", of="commit", show=lambda row: row["commit"][:7]),
     Column("RANK", "rank", "right"),
     Column("SCALE", "scale", "right", minor=True),
-    Column("MODULES", "targets", minor=True),
-    Column("SIZE", "size", "right", minor=True),
+    Column("MODULES", "targets", minor=True, of="target_modules", show=lambda row: _targets(row["target_modules"])),
+    Column("SIZE", "bytes", "right", minor=True, show=lambda row: size_of(row)),
     Column("LICENCE", "licence", minor=True),
-    Column("BASE", "model", minor=True),
-    Column("STATUS", "state", wide=True),
+    Column("BASE", "model", minor=True, of="base", show=lambda row: _model_name(row["base"])),
+    Column("STATUS", "state", wide=True, of="status", show=lambda row: _state(row)),
+    *on_request(*(key for key in COLUMNS if key not in ("id", "rank", "scale", "bytes", "licence"))),
 )
 
 Rows = Annotated[int | None, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000, show_default="all")]
@@ -30,12 +33,11 @@ Alias = Annotated[
 ]
 
 
-def show_adapters(screen: Screen, schema: str, found: Sequence[AdapterRow], nothing: str) -> None:
+def show_adapters(screen: Screen, schema: str, found: Sequence[AdapterRow], nothing: str, sorted_by: str = "") -> None:
     """Print adapters, one row each. NothingMatched, with the message `nothing`, if there are none."""
     if not found:
         raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
-    rows = [_as_row(adapter) if screen.format == "auto" else facts(adapter) for adapter in found]
-    screen.rows(schema, _ADAPTERS, rows)
+    screen.rows(schema, ADAPTERS, [facts(adapter) for adapter in found], sorted_by=sorted_by)
 
 
 def facts(adapter: AdapterRow) -> dict[str, Any]:
@@ -45,16 +47,14 @@ def facts(adapter: AdapterRow) -> dict[str, Any]:
     return found
 
 
-def _as_row(adapter: AdapterRow) -> dict[str, Any]:
-    """An adapter for people."""
-    return {
-        **facts(adapter),
-        "rev": adapter.commit[:7],
-        "targets": _targets(adapter.target_modules),
-        "model": _model_name(adapter.base),
-        "size": size(adapter.bytes) if adapter.bytes else None,
-        "state": ": ".join(filter(None, (adapter.status, adapter.reason or adapter.notes))),
-    }
+def size_of(row: Mapping[str, Any]) -> str | None:
+    """The size of an adapter in words."""
+    return size(row["bytes"]) if row["bytes"] else None
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """The status, with the reason or the notes."""
+    return ": ".join(filter(None, (row["status"], row["reason"] or row["notes"])))
 
 
 def _model_name(base: str) -> str:
@@ -65,7 +65,7 @@ def _model_name(base: str) -> str:
     return at_revision(name.replace("\\", "/").rstrip("/").rpartition("/")[2], revision)
 
 
-def _targets(names: tuple[str, ...]) -> str:
+def _targets(names: Sequence[str]) -> str:
     """A short form of target modules: the seven of a Llama are "all linear"."""
     short = [name.removesuffix("_proj") for name in names]
     return "all linear" if sorted(short) == ["down", "gate", "k", "o", "q", "up", "v"] else ",".join(short)

@@ -4,10 +4,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column, on_request
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Adapters, Catalogued, Command, DrawnListing, Selection, examples, with_flags
 from lora_cli.errors import NothingMatched
-from lora_cli.screen import Column, near
+from lora_cli.screen import near
 from lora_cli.text import counted
 
 _COLUMNS = (
@@ -16,6 +17,7 @@ _COLUMNS = (
     Column("NEAREST", "nearest", wide=True),
     Column("COSINE", "cosine", "right"),
     Column("NORM", "norm", "right", minor=True),
+    *on_request("commit"),
 )
 
 
@@ -30,7 +32,7 @@ def similarity(
     ] = 0.5,
     *,
     setup: Catalogued,
-    listing: DrawnListing,
+    listing: Annotated[DrawnListing, _COLUMNS],
 ) -> None:
     """Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one of each.
 

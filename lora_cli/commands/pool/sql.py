@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
-from lora_cli.screen import Column
 
 
 def sql(

@@ -1,17 +1,18 @@
 """`lora pool stats`: counts over the whole catalogue."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
-from lora_cli.screen import Column
 from lora_cli.text import size
 
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
 
-def stats(*, setup: Stored, listing: Listing) -> None:
+def stats(*, setup: Stored, listing: Annotated[Listing, _COUNTS]) -> None:
     """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
     from lora_cli.catalogue.adapters import Catalogue
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, DryRun
 from lora_cli.errors import Partial, UsageError
-from lora_cli.screen import Column, Screen
+from lora_cli.screen import Screen
 from lora_cli.settings import Settings, folder_of
 from lora_cli.text import counted, duration, size
 
@@ -42,7 +43,7 @@ def sync(
     dry_run: DryRun = False,
     *,
     setup: Stored,
-    listing: Listing,
+    listing: Annotated[Listing, _PLANNED],
 ) -> None:
     """Bring the catalogue up to date with the Hub, or with a folder tree of adapters.
 

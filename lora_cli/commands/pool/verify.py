@@ -4,11 +4,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lora_cli.catalogue.where import COLUMNS
+from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, facts
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, Progress
-from lora_cli.screen import Column
 from lora_cli.settings import folder_of, folders_like
 from lora_cli.text import percent
 
@@ -20,9 +21,11 @@ _VERDICTS = (
     Column("STATUS", "status"),
     Column("BASE", "base", minor=True),
     Column("MATCH", "base_match", minor=True),
-    Column("COVERAGE", "covered", "right"),
+    Column("COVERAGE", "coverage", "right", show=lambda row: _share(row["coverage"])),
     Column("NORM", "norm", "right"),
     Column("REASON", "reason", wide=True),
+    *on_request(*(key for key in COLUMNS if key not in ("id", "status", "base", "base_match", "norm", "reason"))),
+    *on_request("ranks", "card"),
 )
 
 
@@ -32,7 +35,7 @@ def verify(
     alias: Alias = None,
     *,
     setup: Catalogued,
-    listing: Listing,
+    listing: Annotated[Listing, _VERDICTS],
 ) -> None:
     """Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.
 
@@ -66,13 +69,16 @@ def verify(
                 skeleton=skeleton() if skeleton else None,
                 deep=deep,
             )
-            covered = None if verdict.coverage is None else percent(verdict.coverage)
-            rows.append({**facts(verdict.adapter), "coverage": verdict.coverage, "covered": covered})
+            rows.append({**facts(verdict.adapter), "coverage": verdict.coverage})
     screen.rows("lora.pool.verify/1", _VERDICTS, rows)
     bad = [row for row in rows if row["status"] != "ok"]
     if bad:
         raise Refused(f"{len(bad):,} of {len(rows):,} refused: {bad[0]['id']}: {bad[0]['reason']}")
     screen.say(f"{len(rows):,} ok" + ("" if deep else " (weights not read: --deep)"))
+
+
+def _share(share: float | None) -> str | None:
+    return None if share is None else percent(share)
 
 
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
