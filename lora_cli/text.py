@@ -38,6 +38,14 @@ def size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
+def about(seconds: float) -> str:
+    """An estimated time, rounded to one or two digits."""
+    if seconds < 1.5:
+        return "about a second"
+    count, unit = (seconds, "s") if seconds < 90 else (seconds / 60, "min") if seconds < 5400 else (seconds / 3600, "h")
+    return f"about {count:.1g} {unit}" if count < 10 else f"about {round(count / 5) * 5} {unit}"
+
+
 def duration(seconds: float) -> str:
     """A time, to a tenth of a second below a minute."""
     if seconds < 59.95:

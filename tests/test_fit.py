@@ -138,7 +138,7 @@ def test_small_passes_give_the_same_gradient_as_one(
     base: BaseModel, pool: list[OpenAdapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = fit(base, pool, examples(20), Fitting(recipe=SHORT))
-    monkeypatch.setattr("lora_cli.steps.train.descent._TOKENS_PER_PASS", 40)
+    monkeypatch.setattr("lora_cli.steps.train.descent.TOKENS_PER_PASS", 40)
     parts = fit(base, pool, examples(20), Fitting(recipe=SHORT))
     assert parts.learnt.loss_after == pytest.approx(whole.learnt.loss_after, rel=1e-3)
 

@@ -39,6 +39,7 @@ FLOORS = (
     ("steps.evaluate", "steps.train", "steps.bake"),
     ("steps.merge",),
     ("steps.fit",),
+    ("steps.estimate",),
     ("world", "api"),
     ("commands",),
     ("app",),

@@ -16,6 +16,7 @@ from lora_cli.commands.options import (
     downloads,
     examples,
     show_output,
+    show_plan,
     with_flags,
 )
 from lora_cli.errors import UsageError
@@ -65,6 +66,7 @@ def bake(
     """
     from lora_cli.steps.bake.bake import TOO_MUCH
     from lora_cli.steps.bake.request import BakeRequest
+    from lora_cli.steps.estimate import Outline, of_bake, outlines
     from lora_cli.steps.opened_pool import open_pool
 
     screen, settings = job.screen(), setup.load()
@@ -76,13 +78,15 @@ def bake(
         absent, base = request.absent() if job.dry_run else ([], "")
         if absent or base:
             waiting = {"fetch_base": base} if base else {}
-            screen.document("lora.bake.plan/1", {"out": None, **downloads(absent), **waiting})
+            needs = None if base else of_bake(request.base().checkpoint, outlines(pool, names)[0], options.dtype)
+            show_plan(screen, "lora.bake.plan/1", {"out": None, **downloads(absent), **waiting}, needs)
             return
         baking = request.prepare(dtype=options.dtype, out=job.out)
         plan, folder = baking.plan, baking.job.folder
         if job.dry_run:
             planned = {"out": str(folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
-            screen.document("lora.bake.plan/1", planned)
+            needs = of_bake(plan.base.checkpoint, Outline.of_open(plan.adapter), options.dtype)
+            show_plan(screen, "lora.bake.plan/1", planned, needs)
             return
         for note in plan.notes:
             screen.say(note)

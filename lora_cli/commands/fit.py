@@ -17,6 +17,7 @@ from lora_cli.commands.options import (
     downloads,
     examples,
     show_output,
+    show_plan,
     with_flags,
 )
 from lora_cli.recipes import FitOptions, Recipe, Shape
@@ -50,6 +51,8 @@ def fit(
     base_of(settings)
     task = setup.task(settings)
 
+    from lora_cli.steps.bake.plan import is_here
+    from lora_cli.steps.estimate import of_fit
     from lora_cli.steps.fit.request import FitRequest
     from lora_cli.steps.opened_pool import open_pool
 
@@ -57,13 +60,14 @@ def fit(
         names = pool.unweighted(expand(adapters or []), selection, verb="fit")
         request = FitRequest(pool, names, task, settings, shape, recipe, options)
         if job.dry_run and (absent := request.absent()):
-            screen.document("lora.fit.plan/1", {"out": None, **downloads(absent)})
+            needs = of_fit(request, request.ref(prompting)) if is_here(request.base) else None
+            show_plan(screen, "lora.fit.plan/1", {"out": None, **downloads(absent)}, needs)
             return
         fitting = request.prepare(prompting, out=job.out)
         folder = fitting.job.folder
         if job.dry_run:
             found = {"out": str(folder), "adapters": len(fitting.plan.adapters), **fitting.job.settings}
-            screen.document("lora.fit.plan/1", found)
+            show_plan(screen, "lora.fit.plan/1", found, of_fit(request, fitting.ref))
             return
         done = fitting.run(settings.db, force=job.force, progress=progress)
     if job.plot is not None:

@@ -19,6 +19,7 @@ from lora_cli.commands.options import (
     downloads,
     examples,
     show_output,
+    show_plan,
     with_flags,
 )
 from lora_cli.errors import UsageError
@@ -65,6 +66,7 @@ def merge(
     if sources.locked is not None:
         _demand_no_others(context, sources.locked)
 
+    from lora_cli.steps.estimate import of_merge, of_plan, outlines
     from lora_cli.steps.merge.request import MergeRequest
     from lora_cli.steps.opened_pool import open_pool
 
@@ -72,13 +74,13 @@ def merge(
         request = MergeRequest(pool, expand(adapters or []), options, sources, settings)
         if job.dry_run and (absent := request.absent()):
             found = {"out": None, "method": request.options.method, **downloads(absent)}
-            screen.document("lora.merge.plan/1", found)
+            show_plan(screen, "lora.merge.plan/1", found, of_merge(outlines(pool, request.names), request.options))
             return
         merging = request.prepare(prompting, out=job.out)
         plan, folder = merging.plan, merging.job.folder
         if job.dry_run:
             found = {"out": str(folder), "modules": len(plan.written), **merging.job.settings}
-            screen.document("lora.merge.plan/1", found)
+            show_plan(screen, "lora.merge.plan/1", found, of_plan(plan))
             return
         done = merging.run(settings.db, force=job.force, progress=progress)
     show_output(screen, "lora.merge/1", folder, done.run.record())

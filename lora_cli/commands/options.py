@@ -4,8 +4,9 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -22,6 +23,10 @@ from lora_cli.records import Adapter
 from lora_cli.screen import Form, Format, Screen, near
 from lora_cli.settings import Settings, load
 from lora_cli.task import Task, read_task
+from lora_cli.text import about, size
+
+if TYPE_CHECKING:
+    from lora_cli.steps.estimate import Estimate
 
 Adapters = Annotated[
     list[str] | None,
@@ -351,6 +356,30 @@ def _readable(option: str, text: str) -> str:
 def downloads(absent: Sequence[Adapter]) -> dict[str, Any]:
     """The downloads that a command needs before it can plan further, as data."""
     return {"fetch": [row.ref.pinned for row in absent], "fetch_bytes": sum(row.bytes for row in absent)}
+
+
+_NEEDS = (
+    Column("NEEDED", "needed"),
+    Column("AMOUNT", "amount", "right", show=lambda row: row["words"]),
+)
+
+
+def show_plan(screen: Screen, schema: str, plan: Mapping[str, Any], needs: "Estimate | None") -> None:
+    """Print the plan of a job and its needs; without an estimate, say that the base model is not here."""
+    if needs is None:
+        screen.document(schema, plan)
+        screen.say("no estimate of memory and time: the base model is not on this machine")
+        return
+    if screen.format == "json":
+        screen.document(schema, {**plan, "estimate": asdict(needs)})
+        return
+    screen.document(schema, plan)
+    amounts = {"read": needs.read_bytes, "written": needs.written_bytes, "memory": needs.memory_bytes}
+    rows = [
+        *({"needed": name, "amount": count, "words": size(count)} for name, count in amounts.items()),
+        {"needed": "time", "amount": float(f"{needs.seconds:.3g}"), "words": about(needs.seconds)},
+    ]
+    screen.rows(schema, _NEEDS, rows)
 
 
 def show_output(screen: Screen, schema: str, folder: Path, record: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from lora_cli.commands.options import (
     Prompts,
     examples,
     show_output,
+    show_plan,
     with_flags,
 )
 from lora_cli.recipes import TargetRecipe, TrainOptions
@@ -39,6 +40,7 @@ def train(
     base_of(settings)
     task = setup.task(settings)
 
+    from lora_cli.steps.estimate import of_train
     from lora_cli.steps.train.request import train_job
 
     with screen.progress() as progress:
@@ -55,7 +57,7 @@ def train(
         folder = training.job.folder
         if job.dry_run:
             found = {"out": str(folder), **training.job.settings, "matrices": training.matrices}
-            screen.document("lora.train.plan/1", found)
+            show_plan(screen, "lora.train.plan/1", found, of_train(training))
             return
         done = training.run(settings.db, force=job.force, progress=progress)
     show_output(screen, "lora.train/1", folder, done.run.record())

@@ -205,8 +205,11 @@ class Pool:
 
     def absent(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` whose weights `adapters` would download. Stores nothing; raises like `adapters`."""
-        found = [self._find(name, store=False) for name in names]
-        return [row for ref, row in found if row is not None and locate(ref) is None]
+        return [row for ref, row in self.found(names) if row is not None and locate(ref) is None]
+
+    def found(self, names: Sequence[str]) -> list[tuple[AdapterRef, Adapter | None]]:
+        """Each adapter with its row, None for a folder that is not catalogued. Stores and downloads nothing."""
+        return [self._find(name, store=False) for name in names]
 
     def _find(self, name: str, *, whole: bool = False, store: bool = True) -> tuple[AdapterRef, Adapter | None]:
         """An adapter and its row; no row for a folder that the catalogue lacks at this commit or lists as unusable."""

@@ -6,8 +6,9 @@ from pathlib import Path
 from lora_cli.errors import UsageError
 from lora_cli.formats.run_record import Run
 from lora_cli.records import Adapter, Progress, silent
-from lora_cli.settings import Settings
+from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bake.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
+from lora_cli.steps.bake.plan import Base
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 
@@ -43,6 +44,11 @@ class BakeRequest:
             return [], ""
         return self.pool.absent([self.name]), "" if is_here(base) else str(base)
 
+    def base(self, name: str = "") -> Base:
+        """The base model, downloaded if it is not here. `name` is its name in records and messages."""
+        model = base_of(self.settings)
+        return find_base(model, name=name, announce=self.pool.announce, progress=self.pool.progress)
+
     def prepare(self, *, dtype: str = "auto", out: Path | None = None) -> BakeJob:
         """Open the adapter and the base, downloading missing files, and check everything that needs no weights.
 
@@ -52,7 +58,7 @@ class BakeRequest:
         update, name, parents = self.pool.update(self.name)
         if self.settings.base is None:
             raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
-        base = find_base(self.settings.base, name=name, announce=self.pool.announce, progress=self.pool.progress)
+        base = self.base(name)
         planned = plan(update, base, dtype=dtype)
         job = Job(
             verb="bake",

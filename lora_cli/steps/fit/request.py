@@ -99,16 +99,20 @@ class FitRequest:
         """The adapters whose weights would have to be downloaded."""
         return self.pool.absent(self.names)
 
-    def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
-        """Open the adapters, downloading missing files, and check everything that needs no weights."""
+    def ref(self, prompting: Prompting | None = None) -> BaseRef:
+        """The base model, pinned."""
         settings = self.settings
-        ref = pin(
+        return pin(
             self.base,
             device=settings.device,
             dtype=settings.dtype,
             prompting=prompting or Prompting(),
             progress=self.pool.progress,
         )
+
+    def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
+        """Open the adapters, downloading missing files, and check everything that needs no weights."""
+        settings, ref = self.settings, self.ref(prompting)
         gathered = self.pool.adapters(self.names)
         target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
         # A merge computes in float64, which Apple's GPUs do not have.

@@ -19,7 +19,7 @@ from lora_cli.algebra.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import HEADROOM, OpenAdapter
-from lora_cli.merge_options import METHODS
+from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge.plan import MergePlan, cancel
 
@@ -79,10 +79,7 @@ class ModuleMerger:
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
         threads = torch.get_num_threads() if plan.options.device == "cpu" else 1
-        inside = plan.options.knobs.get("inside", plan.options.method)
-        held_dense = plan.options.dense or METHODS.get(inside).kind == "elementwise"
-        most = _DENSE_AT_ONCE if held_dense else max(1, _FACTORS_BYTES // _largest_module(plan))
-        self._workers = min(threads, most)
+        self._workers = modules_at_once(plan.options, _largest_module(plan))
         self._tile_workers = threads // self._workers
         self._whole = _WholeAdapters(plan, threads)
         by_adapter = plan.options.knobs.get("per") == "adapter"
@@ -205,13 +202,27 @@ class ModuleMerger:
 
 
 def _largest_module(plan: MergePlan) -> int:
-    """The approximate number of bytes for the module with the most factors."""
+    """The numbers in all factors of the module with the most of them."""
     sizes = [
         sum(sum(adapter.shape(module)) * adapter.modules[module].rank for adapter in having)
         for module in plan.modules
         if (having := [adapter for adapter in plan.adapters if module in adapter.modules])
     ]
-    return max(sizes) * 4 * _FACTORS_HELD
+    return max(sizes)
+
+
+def held_dense(options: MergeOptions) -> bool:
+    """Whether a merge forms each module's whole update."""
+    inside = options.knobs.get("inside", options.method)
+    return options.dense or METHODS.get(inside).kind == "elementwise"
+
+
+def modules_at_once(options: MergeOptions, numbers: int) -> int:
+    """How many modules are in work at once, of which the largest has so many numbers in its factors."""
+    if options.device != "cpu":
+        return 1
+    room = _DENSE_AT_ONCE if held_dense(options) else max(1, _FACTORS_BYTES // (numbers * 4 * _FACTORS_HELD))
+    return min(torch.get_num_threads(), room)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

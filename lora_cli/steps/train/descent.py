@@ -22,7 +22,7 @@ from lora_cli.recipes import Recipe
 from lora_cli.records import Example
 from lora_cli.task import split
 
-_TOKENS_PER_PASS = 8192
+TOKENS_PER_PASS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,7 +256,7 @@ def _passes(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
     """The batch in parts that fit into memory, in order."""
     part: list[Encoded] = []
     for item in batch:
-        if part and (len(part) + 1) * max(len(item.ids), *(len(other.ids) for other in part)) > _TOKENS_PER_PASS:
+        if part and (len(part) + 1) * max(len(item.ids), *(len(other.ids) for other in part)) > TOKENS_PER_PASS:
             yield part
             part = []
         part.append(item)
