@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import Energy, Rank
+from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
-from lora_cli.records import ALL_LINEAR, Metric
+from lora_cli.records import ALL_LINEAR
 
 Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
 Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
@@ -125,8 +126,19 @@ class EvalOptions(Options, frozen=True, kw_only=True):
     """How a task is scored."""
 
     metric: Annotated[
-        Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
+        str,
+        Flag(
+            help="; ".join(
+                f"{name}: {one.summary[:-1]}, {one.better} is better" for name, one in METRICS.methods.items()
+            )
+            + ".",
+            metavar="|".join(METRICS.methods),
+            panel=SCORES,
+        ),
     ] = "exact"
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
     batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
+
+    def __post_init__(self) -> None:
+        METRICS.get(self.metric)

@@ -9,10 +9,11 @@ import torch
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.metrics.exact import exact
 from lora_cli.models.base_model import BaseModel
 from lora_cli.recipes import EvalOptions, Recipe
 from lora_cli.records import Example, Score
-from lora_cli.scores import exact_match, paired_difference, wilson
+from lora_cli.scores import paired_difference, wilson
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -63,8 +64,8 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     with base.wear(skilled.updates):
         worn = base.generate(prompts, max_new_tokens=4)
         likelihoods = base.log_likelihoods(wanted)
-    right = [exact_match(text, example.completion) for text, example in zip(worn, wanted, strict=True)]
-    wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
+    right = exact(worn, [example.completion for example in wanted])
+    wrong = exact(plain, [example.completion for example in wanted])
     assert sum(right) / N > 0.4
     assert sum(wrong) == 0
     score = scores["skilled"]
@@ -183,6 +184,22 @@ def test_rows_of_another_version_or_setting_are_not_taken_up(
     run(base, BASE, newer, rows_path=rows, max_new_tokens=3)
     assert sum(made) == 2 * N
     assert len(rows.read_text().splitlines()) == 2 * N
+
+
+@pytest.mark.parametrize(("metric", "verdicts"), [("exact", (True, False)), ("nll", (None, None))])
+def test_rows_of_a_file_from_before_they_held_a_value_are_taken_up(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, verdicts: tuple[bool | None, ...]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    run(base, BASE, metric=metric, rows_path=rows)
+    older = [json.loads(line) for line in rows.read_text().splitlines()]
+    for place, row in enumerate(older):
+        del row["value"]
+        row["correct"] = verdicts[place % 2]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in older))
+    monkeypatch.setattr(BaseModel, "mean_log_likelihoods", None)
+    value = run(base, BASE, metric=metric, rows_path=rows)["base"].value
+    assert value == (0.5 if metric == "exact" else pytest.approx(-sum(row["log_likelihood"] for row in older) / N))
 
 
 def test_rows_of_systems_that_are_not_asked_for_stay(

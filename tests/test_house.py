@@ -10,6 +10,7 @@ import pytest
 
 from lora_cli.merge_options import METHODS
 from lora_cli.methods import MethodFolder
+from lora_cli.metrics import METRICS
 from lora_cli.steps.pool import select
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
@@ -20,6 +21,7 @@ FLOORS = (
     (
         "settings",
         "methods",
+        "metrics",
         "recipes",
         "merge_options",
         "outputs",
@@ -44,7 +46,7 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )  # fmt: skip
-OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "exports/", "world/")
+OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "exports/", "metrics/", "world/")
 KEEPERS = {
     "torch": (
         "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
@@ -135,10 +137,11 @@ def breaches(name: str, tree: ast.Module) -> list[str]:
     return found
 
 
-def test_merge_methods_stand_on_the_algebra_alone() -> None:
-    allowed = ("algebra", "methods", "errors", "merge_methods")
+@pytest.mark.parametrize(("folder", "ground"), [("merge_methods", ("algebra",)), ("metrics", ())])
+def test_the_files_of_a_folder_of_methods_stand_on_little(folder: str, ground: tuple[str, ...]) -> None:
+    allowed = ("methods", "errors", folder, *ground)
     for name, tree in rooms():
-        if under(name, "merge_methods"):
+        if under(name, folder):
             used = {
                 imported.removeprefix("lora_cli.") for imported in imports(tree) if imported.startswith("lora_cli.")
             }
@@ -225,7 +228,7 @@ def test_steps_and_below_never_print() -> None:
     assert set(talkers) == {"screen"}
 
 
-@pytest.mark.parametrize("folder", [METHODS, select.METHODS], ids=["merge", "select"])
+@pytest.mark.parametrize("folder", [METHODS, select.METHODS, METRICS], ids=["merge", "select", "eval"])
 def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> None:
     for name, one in folder.methods.items():
         assert callable(folder.load(name))
