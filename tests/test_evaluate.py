@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.metrics.exact import exact
-from lora_cli.models.base_model import BaseModel
+from lora_cli.models.base_model import BaseModel, Generation
+from lora_cli.models.encode import Opening
 from lora_cli.recipes import EvalOptions, Recipe
 from lora_cli.records import Example, Score
 from lora_cli.scores import paired_difference, wilson
@@ -267,6 +268,20 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
     whole = run(base, BASE, skilled)["skilled"]
     assert (whole.value, whole.cut) == (1.0, 0)
     assert [score.cut for score in run(base, BASE, skilled, metric="nll").values()] == [None, None]
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_an_output_that_does_not_continue_the_prompt_is_judged_as_an_empty_one(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, continues: bool
+) -> None:
+    right = {base.encode(example).opening: example.completion for example in examples(N)}
+
+    def written(self: BaseModel, openings: Sequence[Opening], **options: Any) -> Iterator[tuple[int, Generation]]:
+        for place, opening in enumerate(openings):
+            yield place, Generation(right[opening], 2, 0.1, continues)
+
+    monkeypatch.setattr(BaseModel, "stream", written)
+    assert run(base, BASE)["base"].value == float(continues)
 
 
 @pytest.mark.slow
