@@ -1,7 +1,7 @@
 """How coefficients and adapters are learnt: the options that `fit` and `train` share."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -12,6 +12,10 @@ from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
 from lora_cli.records import ALL_LINEAR
 
+if TYPE_CHECKING:
+    Metric = str
+else:  # one choice per file of metrics/
+    Metric = Literal[tuple(METRICS.methods)]
 FIT_METHODS = MethodFolder("lora_cli.fit_methods", "fit method")
 COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES = "The LoRA", "Scores"
@@ -125,19 +129,15 @@ class EvalOptions(Options, frozen=True, kw_only=True):
     """How a task is scored."""
 
     metric: Annotated[
-        str,
+        Metric,
         Flag(
             help="; ".join(
                 f"{name}: {one.summary[:-1]}, {one.better} is better" for name, one in METRICS.methods.items()
             )
             + ".",
-            metavar="|".join(METRICS.methods),
             panel=SCORES,
         ),
     ] = "exact"
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
     batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
-
-    def __post_init__(self) -> None:
-        METRICS.get(self.metric)

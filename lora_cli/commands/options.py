@@ -13,7 +13,6 @@ from typer.core import TyperCommand, TyperGroup
 from lora_cli.commands import completing
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
-from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.plots.figure import demand_plottable
@@ -271,7 +270,6 @@ _COMPLETED: Mapping[str, completing.Complete] = {
     "selection": completing.selections,
     "target": completing.adapters,
     "method": lambda incomplete: [name for name in METHODS.methods if name.startswith(incomplete)],
-    "metric": lambda incomplete: [name for name in METRICS.methods if name.startswith(incomplete)],
 }
 """The completion functions for the flags of records, by field."""
 
