@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lora_cli import metrics
 from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
+from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example
 from lora_cli.scores import interval
 from lora_cli.steps.evaluate.evaluate import System, evaluate
@@ -165,7 +166,7 @@ def test_an_evaluation_scores_the_mean_of_the_values_with_its_interval(name: str
         for place, (example, answer) in enumerate(zip(examples(12), answered, strict=True))
     ]
     rows = tmp_path / "rows.jsonl"
-    [score] = evaluate(base, [System(name="base")], task, metric=name, max_new_tokens=4, rows_path=rows)
+    [score] = evaluate(base, [System(name="base")], task, EvalOptions(metric=name, max_new_tokens=4), rows_path=rows)
     expected = [law.value(*measured_by_hand(base, example, one.kind)) for example in task]
     assert len({*expected}) > 1
     stored = {row["id"]: row for row in map(json.loads, rows.read_text().splitlines())}
