@@ -24,7 +24,15 @@ SECTIONS = ("Weights", "Cost", "Use", "Source")
 _SECTION = re.compile(rf"^({'|'.join(SECTIONS)}):\s", re.MULTILINE)
 
 
-def method(kind: str, *, weights: str = "average", inside: tuple[str, ...] = (), needs: str = "") -> Callable[[F], F]:
+def method(
+    kind: str,
+    *,
+    weights: str = "average",
+    inside: tuple[str, ...] = (),
+    needs: str = "",
+    score: str = "",
+    better: str = "",
+) -> Callable[[F], F]:
     """Mark the one public function of a method file.
 
     Args:
@@ -33,6 +41,8 @@ def method(kind: str, *, weights: str = "average", inside: tuple[str, ...] = (),
         inside: methods of the same folder that this one can run inside, the default first; the user chooses with
             `--inside`, and the inner method's knobs are then accepted too.
         needs: further input of the method: "inputs".
+        score: the score that a metric makes of its values: "share" of those that are true, or their "mean".
+        better: the direction of a metric: "higher" or "lower".
     """
 
     def mark(function: F) -> F:
@@ -95,6 +105,8 @@ class Method:
     knobs: Mapping[str, Knob]
     weights: str = "average"
     needs: str = ""
+    score: str = ""
+    better: str = ""
     module: str = ""
 
     @property

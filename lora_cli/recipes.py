@@ -1,17 +1,22 @@
 """How coefficients and adapters are learnt: the options that `fit` and `train` share."""
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import Energy, Rank
+from lora_cli.methods import MethodFolder
+from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
-from lora_cli.records import ALL_LINEAR, Metric
+from lora_cli.records import ALL_LINEAR
 
-Granularity = Literal["adapter", "layer", "sublayer", "module", "rank"]
-Activation = Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"]
-Init = Literal["zero", "average", "sqrt", "uniform", "normal"]
-
+if TYPE_CHECKING:
+    Metric = str
+else:  # one choice per file of metrics/
+    Metric = Literal[tuple(METRICS.methods)]
+FIT_METHODS = MethodFolder("lora_cli.fit_methods", "fit method")
 COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES = "The LoRA", "Scores"
 
@@ -19,23 +24,22 @@ Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
 
 
-class Shape(Options, frozen=True, kw_only=True):
-    """The coefficients, and their computation from θ.
+def _knobs(method: str, panel: str) -> Any:
+    """The options that are the knobs of a fit method, each a choice."""
+    return msgspec.defstruct(
+        method,
+        [
+            (knob.name, Annotated[Literal[knob.choices], Flag(help=knob.help, panel=panel)], knob.default)
+            for knob in FIT_METHODS.get(method).knobs.values()
+        ],
+        bases=(Options,),
+        frozen=True,
+        kw_only=True,
+    )
 
-    granularity: one per adapter and `adapter` (whole model), `layer`, `sublayer` (attention or MLP of a layer),
-        `module`; or one per `rank` of each adapter in each module.
-    activation: c = φ(θ): `leaky_relu` (slope 0.01), `linear`, `softmax` over the adapters that touch the group,
-        `sigmoid`, `square`.
-    init: θ starts at `zero`, `average` (1/N), `sqrt` (1/√N), `uniform` in (0, 1), or `normal` with deviation 0.5.
-    """
 
-    granularity: Annotated[
-        Granularity, Flag(help="The parts of the model with a coefficient of their own.", panel=COEFFICIENTS)
-    ] = "module"
-    activation: Annotated[
-        Activation, Flag(help="The function from learnt parameters to coefficients.", panel=COEFFICIENTS)
-    ] = "leaky_relu"
-    init: Annotated[Init, Flag(help="Start: 0, 1/N, 1/sqrt N, or random.", panel=COEFFICIENTS)] = "zero"
+class Shape(_knobs("adaptive", COEFFICIENTS)):  # type: ignore[misc]
+    """The coefficients, and their computation from θ; `fit_methods/adaptive.py` explains each option."""
 
     def __post_init__(self) -> None:
         if self.granularity == "rank" and self.activation == "softmax":
@@ -129,7 +133,14 @@ class EvalOptions(Options, frozen=True, kw_only=True):
     """How a task is scored."""
 
     metric: Annotated[
-        Metric, Flag(help="exact (share of exact matches) or nll (mean negative log-likelihood).", panel=SCORES)
+        Metric,
+        Flag(
+            help="; ".join(
+                f"{name}: {one.summary[:-1]}, {one.better} is better" for name, one in METRICS.methods.items()
+            )
+            + ".",
+            panel=SCORES,
+        ),
     ] = "exact"
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30

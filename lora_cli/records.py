@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 Source = Literal["hub", "folder"]
 Status = Literal["ok", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
-Metric = Literal["exact", "nll"]
 
 ALL_LINEAR = "all-linear"
 """PEFT's target for every linear layer."""
@@ -181,7 +180,7 @@ class Score:
     """One system's result on one task. `low`..`high` is the 95 % interval of `value`.
 
     `delta` with its interval is the paired difference to `baseline`; `changed` counts the prompts whose output differs
-    from the base model's, `cut` the wrong outputs that reached the limit of new tokens without an end.
+    from the base model's, `cut` the outputs that reached the limit of new tokens without an end and are not right.
     """
 
     system: str

@@ -1,4 +1,4 @@
-"""Metrics and their intervals: exact match as the paper counts it, Wilson, paired bootstrap, exact sign test."""
+"""Intervals of scores and of their differences: Wilson, paired bootstrap, exact sign test."""
 
 import math
 from collections.abc import Sequence
@@ -35,17 +35,9 @@ class Difference:
         return self.low > 0 or self.high < 0
 
 
-def normalise(text: str) -> str:
-    """The text compared by exact match: after the last "####", without spaces and outer full stops, in lower case.
-
-    Source: the evaluation of arXiv 2602.12323.
-    """
-    return text.split("####")[-1].replace(" ", "").strip().strip(".").lower()
-
-
-def exact_match(output: str, expected: str) -> bool:
-    """Whether both texts are the same once normalised."""
-    return normalise(output) == normalise(expected)
+def interval(score: str, values: Sequence[float], *, seed: int = 0) -> Interval:
+    """The 95 % interval of the mean of `values`: Wilson's for the "share" of those that are 1, else the bootstrap's."""
+    return wilson(round(math.fsum(values)), len(values)) if score == "share" else mean_interval(values, seed=seed)
 
 
 def wilson(successes: int, n: int) -> Interval:

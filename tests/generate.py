@@ -1,4 +1,4 @@
-"""Writes docs/commands.md, docs/methods.md, docs/adapters.md and completions/: python -m tests.generate [--check]."""
+"""Writes the generated pages of docs/ (see `generated`) and completions/: python -m tests.generate [--check]."""
 
 import io
 import re
@@ -14,6 +14,7 @@ from lora_cli.app import app
 from lora_cli.commands.completion import SHELLS, completion_script
 from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
 from lora_cli.methods import Knob, Method
+from lora_cli.metrics import METRICS
 from tests.architectures import SPECS
 from tests.matrix import KINDS, TEXT_BASES, Kind
 
@@ -29,6 +30,15 @@ All methods work module by module. They get the module's updates, ΔW_i = B_i A_
 the scale alpha/rank folded into B_i, and one weight w_i per adapter. A result above the requested rank is then reduced
 to its best approximation in the Frobenius norm, and the share of the energy kept is reported.
 """
+METRICS_INTRO = """# Metrics
+
+Made from `lora_cli/metrics/` by `python -m tests.generate`. A metric gives every example a value; the score is the mean
+over the examples, so that systems can be compared example by example.
+"""
+SCORES = {
+    "share": "a share, with Wilson's interval",
+    "mean": "a mean, with the interval of 10,000 bootstrap resamples",
+}
 ADAPTERS_INTRO = """# Accepted and refused adapters
 
 Made from `tests/matrix.py` by `python -m tests.generate`. `tests/test_matrix.py` runs every row through the commands of
@@ -80,6 +90,14 @@ def methods() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def metrics() -> str:
+    """docs/metrics.md."""
+    found = METRICS.methods.values()
+    rows = [[f"[{one.name}](#{one.name})", one.kind, SCORES[one.score], one.better] for one in found]
+    parts = [METRICS_INTRO.rstrip(), _table(["metric", "judges each", "score", "better"], rows)]
+    return "\n\n".join([*parts, *(_section(one, "##") for one in found)]) + "\n"
+
+
 def adapters() -> str:
     """docs/adapters.md."""
     parts = [ADAPTERS_INTRO.rstrip()]
@@ -106,9 +124,9 @@ def _reason(kind: Kind) -> str:
     return "; ".join(filter(None, [*said, kind.says]))
 
 
-def _section(one: Method) -> str:
+def _section(one: Method, mark: str = "###") -> str:
     """A method's page: its docstring and its options."""
-    parts = [f"### {one.name}", _prose(one.summary)]
+    parts = [f"{mark} {one.name}", _prose(one.summary)]
     for formula, block in blocks(one.formula):
         parts.append(f"```text\n{block}\n```" if formula else _prose(block))
     if one.knobs:
@@ -156,7 +174,7 @@ def _escaped(text: str) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with what it has to hold."""
     files = {ROOT / "docs" / "commands.md": reference(), ROOT / "docs" / "methods.md": methods()}
-    files[ROOT / "docs" / "adapters.md"] = adapters()
+    files |= {ROOT / "docs" / "metrics.md": metrics(), ROOT / "docs" / "adapters.md": adapters()}
     for shell in SHELLS:
         files[ROOT / "completions" / FILES[shell]] = completion_script(shell)
     return files

@@ -24,7 +24,7 @@ def here(own_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
 def test_wrong_answers_stand_beside_the_expected_ones(here: World) -> None:
     tasks = [json.loads(line) for line in Path("few.jsonl").read_text().splitlines()]
     rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
-    wrong = [row for row in rows if not row["correct"]]
+    wrong = [row for row in rows if not row["value"]]
     document = json.loads(ok("runs", "answers", "--json").out)
     assert document["schema"] == "lora.runs.answers/1"
     assert 0 < len(document["rows"]) == min(20, len(wrong))

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_cli.errors import DataError, Refused, UsageError
+from lora_cli.metrics.exact import exact
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder
 from lora_cli.models.forms import Prompting
 from lora_cli.models.generate import stream
 from lora_cli.models.ref import load
 from lora_cli.records import Example
-from lora_cli.scores import exact_match
 from tests.cli import ok
 from tests.templates import KINDS, PARTED, STYLES, Kind, Style, tokenizer, tokenizer_of
 from tests.tiny_bases import STORIES, needs_stories
@@ -86,7 +86,7 @@ def test_ids_and_mask_are_those_of_the_finished_conversation(name: str, kind: Ki
         ids, opened = rendered(made, style, prompt, "Paris is big.")
         assert list(encoded.ids) == ids
         assert encoded.start == same(ids, opened)
-        assert exact_match(encoded.answer, "Paris is big.")
+        assert exact([encoded.answer], ["Paris is big."]) == [True]
         # What is left of the prompt behind the cut is the white space that a token of the completion swallowed.
         assert made.decode(opened[encoded.start :]).strip() == ""
 
@@ -507,4 +507,4 @@ def check_the_cut(read: Encoder, encoded: Encoded, opened: Sequence[int]) -> Non
     end = next((at for at, token in enumerate(behind) if token in opening.ends), len(behind))
     text, continues = read.written(opening, behind[:end])
     assert continues
-    assert exact_match(text, encoded.answer)
+    assert exact([text], [encoded.answer]) == [True]

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,14 @@ import torch
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.metrics.exact import exact
 from lora_cli.models import generate as generating
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.generate import generate
+from lora_cli.models.encode import Opening
+from lora_cli.models.generate import Generation, generate
 from lora_cli.recipes import EvalOptions, Recipe, TrainOptions
 from lora_cli.records import Example, Score
-from lora_cli.scores import exact_match, paired_difference, wilson
+from lora_cli.scores import paired_difference, wilson
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -71,8 +73,8 @@ def test_scores_equal_what_the_outputs_say(base: BaseModel, skilled: System, tmp
     with base.applied(skilled.updates):
         adapted = generate(base, prompts, max_new_tokens=4)
         likelihoods = base.log_likelihoods(wanted)
-    right = [exact_match(text, example.completion) for text, example in zip(adapted, wanted, strict=True)]
-    wrong = [exact_match(text, example.completion) for text, example in zip(plain, wanted, strict=True)]
+    right = exact(adapted, [example.completion for example in wanted])
+    wrong = exact(plain, [example.completion for example in wanted])
     assert sum(right) / N > 0.4
     assert sum(wrong) == 0
     score = scores["skilled"]
@@ -193,6 +195,22 @@ def test_rows_of_another_version_or_setting_are_not_taken_up(
     assert len(rows.read_text().splitlines()) == 2 * N
 
 
+@pytest.mark.parametrize(("metric", "verdicts"), [("exact", (True, False)), ("nll", (None, None))])
+def test_rows_of_a_file_from_before_they_held_a_value_are_taken_up(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: str, verdicts: tuple[bool | None, ...]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    run(base, BASE, metric=metric, rows_path=rows)
+    older = [json.loads(line) for line in rows.read_text().splitlines()]
+    for place, row in enumerate(older):
+        del row["value"]
+        row["correct"] = verdicts[place % 2]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in older))
+    monkeypatch.setattr(BaseModel, "mean_log_likelihoods", None)
+    value = run(base, BASE, metric=metric, rows_path=rows)["base"].value
+    assert value == (0.5 if metric == "exact" else pytest.approx(-sum(row["log_likelihood"] for row in older) / N))
+
+
 def test_rows_of_systems_that_are_not_asked_for_stay(
     base: BaseModel, skilled: System, idle: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +276,20 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
     whole = run(base, BASE, skilled)["skilled"]
     assert (whole.value, whole.cut) == (1.0, 0)
     assert [score.cut for score in run(base, BASE, skilled, metric="nll").values()] == [None, None]
+
+
+@pytest.mark.parametrize("continues", [True, False])
+def test_an_output_that_does_not_continue_the_prompt_is_judged_as_an_empty_one(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, continues: bool
+) -> None:
+    right = {base.encode(example).opening: example.completion for example in examples(N)}
+
+    def written(base: BaseModel, openings: Sequence[Opening], **options: Any) -> Iterator[tuple[int, Generation]]:
+        for place, opening in enumerate(openings):
+            yield place, Generation(right[opening], 2, 0.1, continues)
+
+    monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", written)
+    assert run(base, BASE)["base"].value == float(continues)
 
 
 @pytest.mark.slow

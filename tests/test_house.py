@@ -10,6 +10,8 @@ import pytest
 
 from lora_cli.merge_options import METHODS
 from lora_cli.methods import MethodFolder
+from lora_cli.metrics import METRICS
+from lora_cli.recipes import FIT_METHODS
 from lora_cli.steps.pool import select
 
 PACKAGE = Path(__file__).resolve().parents[1] / "lora_cli"
@@ -20,6 +22,7 @@ FLOORS = (
     (
         "settings",
         "methods",
+        "metrics",
         "recipes",
         "merge_options",
         "outputs",
@@ -32,7 +35,7 @@ FLOORS = (
     ("algebra",),
     ("formats", "checks"),
     ("catalogue",),
-    ("models", "merge_methods", "selection_methods", "sources", "exports"),
+    ("models", "merge_methods", "selection_methods", "fit_methods", "sources", "exports"),
     ("steps.recorded", "steps.bases", "steps.task_view"),
     ("steps.pool",),
     ("steps.opened_pool",),
@@ -45,11 +48,13 @@ FLOORS = (
     ("app",),
     ("__main__",),
 )  # fmt: skip
-OPEN_FOLDERS = ("merge_methods/", "selection_methods/", "sources/", "exports/", "world/")
+OPEN_FOLDERS = (
+    "merge_methods/", "selection_methods/", "fit_methods/", "sources/", "exports/", "metrics/", "world/",
+)  # fmt: skip
 KEEPERS = {
     "torch": (
         "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
-        "models", "merge_methods", "selection_methods", "steps", "world",
+        "models", "merge_methods", "selection_methods", "fit_methods", "steps", "world",
     ),
     "transformers": ("models", "world"),
     "peft": ("models", "world"),
@@ -133,10 +138,14 @@ def breaches(name: str, tree: ast.Module) -> list[str]:
     return found
 
 
-def test_merge_methods_stand_on_the_algebra_alone() -> None:
-    allowed = ("algebra", "methods", "errors", "merge_methods")
+@pytest.mark.parametrize(
+    ("folder", "ground"),
+    [("merge_methods", ("algebra",)), ("fit_methods", ("models.mixture", "names")), ("metrics", ())],
+)
+def test_the_files_of_a_folder_of_methods_stand_on_little(folder: str, ground: tuple[str, ...]) -> None:
+    allowed = ("methods", "errors", folder, *ground)
     for name, tree in rooms():
-        if under(name, "merge_methods"):
+        if under(name, folder):
             used = {
                 imported.removeprefix("lora_cli.") for imported in imports(tree) if imported.startswith("lora_cli.")
             }
@@ -223,7 +232,9 @@ def test_steps_and_below_never_print() -> None:
     assert set(talkers) == {"screen"}
 
 
-@pytest.mark.parametrize("folder", [METHODS, select.METHODS], ids=["merge", "select"])
+@pytest.mark.parametrize(
+    "folder", [METHODS, select.METHODS, FIT_METHODS, METRICS], ids=["merge", "select", "fit", "eval"]
+)
 def test_one_file_is_one_method_that_names_its_source(folder: MethodFolder) -> None:
     for name, one in folder.methods.items():
         assert callable(folder.load(name))

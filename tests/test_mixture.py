@@ -1,22 +1,24 @@
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lora_cli.errors import Refused, UsageError
+from lora_cli.fit_methods.adaptive import adaptive
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
-from lora_cli.recipes import Activation, Granularity, Init, Shape
+from lora_cli.recipes import FIT_METHODS, Shape
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, llama, opened, tiny_llama
 
 Q0, K0, UP0 = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
 Q1, DOWN1 = "model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 SHAPES = {Q0: (32, 32), K0: (16, 32), UP0: (48, 32), Q1: (32, 32), DOWN1: (32, 48)}
+KNOBS = FIT_METHODS.get("adaptive").knobs
 TOKENS = torch.tensor([[1, 20, 30, 40, 50, 60], [1, 9, 8, 7, 6, 5]])
 
 PHI: dict[str, Callable[[Tensor], Tensor]] = {
@@ -47,6 +49,13 @@ def adapters(tmp_path: Path) -> list[OpenAdapter]:
     return made
 
 
+def mixed(
+    base: BaseModel, adapters: list[OpenAdapter], *, seed: int = 0, reinit: bool = False, kept: int = 0, **knobs: Any
+) -> Mixture:
+    """The mixture whose parameters the adaptive method chooses."""
+    return Mixture(base, adapters, adaptive(len(adapters), **knobs), seed=seed, reinit=reinit, kept=kept)
+
+
 def group(module: str, granularity: str) -> Any:
     layer, block = module.split(".")[2], module.split(".")[3]
     return {"adapter": 0, "layer": layer, "sublayer": (layer, block), "module": module, "rank": module}[granularity]
@@ -72,9 +81,8 @@ def by_loop(base: BaseModel, adapters: list[OpenAdapter], shape: Shape, thetas: 
     return output
 
 
-def loop_thetas(mixture: Mixture, adapters: list[OpenAdapter]) -> dict[Any, Tensor]:
+def loop_thetas(mixture: Mixture, adapters: list[OpenAdapter], granularity: str) -> dict[Any, Tensor]:
     """θ as the loop names it: by (group, adapter), in the mixture's own order."""
-    granularity = mixture.shape.granularity
     values = iter(mixture.theta.detach().double())
     named: dict[Any, Tensor] = {}
     modules = [module for module in SHAPES if any(module in adapter.modules for adapter in adapters)]
@@ -92,8 +100,8 @@ def loop_thetas(mixture: Mixture, adapters: list[OpenAdapter]) -> dict[Any, Tens
 
 COMBINATIONS = [
     (granularity, activation)
-    for granularity in get_args(Granularity)
-    for activation in get_args(Activation)
+    for granularity in KNOBS["granularity"].choices
+    for activation in KNOBS["activation"].choices
     if (granularity, activation) != ("rank", "softmax")
 ]
 
@@ -103,9 +111,9 @@ def test_forward_and_gradient_equal_an_explicit_loop_over_adapters(
     base: BaseModel, adapters: list[OpenAdapter], granularity: Any, activation: Any
 ) -> None:
     shape = Shape(granularity=granularity, activation=activation, init="normal")
-    mixture = Mixture(base, adapters, shape, seed=4)
+    mixture = mixed(base, adapters, seed=4, **shape.settings)
     mixture.theta = mixture.theta.detach().double().requires_grad_()
-    thetas = loop_thetas(mixture, adapters)
+    thetas = loop_thetas(mixture, adapters, granularity)
     expected = by_loop(base, adapters, shape, thetas)
     with mixture.applied(base):
         found = base.model(input_ids=TOKENS).logits
@@ -120,8 +128,7 @@ def test_forward_and_gradient_equal_an_explicit_loop_over_adapters(
 
 
 def test_the_gradient_of_the_input_is_right_too(base: BaseModel, adapters: list[OpenAdapter]) -> None:
-    shape = Shape(init="normal")
-    mixture = Mixture(base, adapters, shape, seed=1)
+    mixture = mixed(base, adapters, seed=1, init="normal")
     embedded = base.model.get_input_embeddings()(TOKENS).detach()
     mine, dense = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
     with mixture.applied(base):
@@ -142,7 +149,7 @@ def test_zero_init_starts_at_the_base_and_the_mixture_is_taken_off(
     base: BaseModel, adapters: list[OpenAdapter]
 ) -> None:
     bare = base.model(input_ids=TOKENS).logits
-    mixture = Mixture(base, adapters, Shape())
+    mixture = mixed(base, adapters)
     with mixture.applied(base):
         assert torch.equal(base.model(input_ids=TOKENS).logits, bare)
     mixture.theta.data.fill_(1.0)
@@ -162,37 +169,37 @@ def test_zero_init_starts_at_the_base_and_the_mixture_is_taken_off(
 def test_each_start_gives_its_coefficients(
     base: BaseModel, adapters: list[OpenAdapter], init: Any, activation: Any, value: float
 ) -> None:
-    values = Mixture(base, adapters, Shape(init=init, activation=activation)).values()
+    values = mixed(base, adapters, init=init, activation=activation).values()
     assert [len(own) for own in values[Q0]] == [1, 1, 1]
     assert [own[0] for own in values[Q0]] == pytest.approx([value] * 3)
 
 
 @pytest.mark.parametrize("init", ["uniform", "normal"])
-def test_random_starts_follow_the_seed(base: BaseModel, adapters: list[OpenAdapter], init: Init) -> None:
-    shape = Shape(init=init, activation="linear", granularity="rank")
-    one, again, other = (Mixture(base, adapters, shape, seed=seed).theta.detach() for seed in (1, 1, 2))
+def test_random_starts_follow_the_seed(base: BaseModel, adapters: list[OpenAdapter], init: str) -> None:
+    shape = {"init": init, "activation": "linear", "granularity": "rank"}
+    one, again, other = (mixed(base, adapters, seed=seed, **shape).theta.detach() for seed in (1, 1, 2))
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
     assert bool(one.min() >= 0 and one.max() <= 1) == (init == "uniform")
 
 
 def test_values_name_every_adapter_and_show_an_absent_one(base: BaseModel, adapters: list[OpenAdapter]) -> None:
-    values = Mixture(base, adapters, Shape(init="average", activation="linear")).values()
+    values = mixed(base, adapters, init="average", activation="linear").values()
     assert set(values) == set(SHAPES)
     assert values[K0] == ((pytest.approx(1 / 3),), (0.0,), (0.0,))
-    per_rank = Mixture(base, adapters, Shape(init="average", activation="linear", granularity="rank")).values()
+    per_rank = mixed(base, adapters, init="average", activation="linear", granularity="rank").values()
     assert [len(factors) for factors in per_rank[K0]] == [3, 0, 0]
     assert [len(factors) for factors in per_rank[Q0]] == [3, 1, 2]
 
 
 def test_softmax_shares_a_module_among_the_adapters_that_have_it(base: BaseModel, adapters: list[OpenAdapter]) -> None:
-    values = Mixture(base, adapters, Shape(activation="softmax")).values()
+    values = mixed(base, adapters, activation="softmax").values()
     assert values[K0] == ((1.0,), (0.0,), (0.0,))
     assert [own[0] for own in values[Q1]] == pytest.approx([0.5, 0.5, 0.0])
 
 
 def test_the_penalty_is_the_mean_over_groups_of_what_is_there(base: BaseModel, adapters: list[OpenAdapter]) -> None:
-    mixture = Mixture(base, adapters, Shape(init="average"))
+    mixture = mixed(base, adapters, init="average")
     present = sum(len(adapter.modules) for adapter in adapters)
     assert float(mixture.penalty().detach()) == pytest.approx(present / 3 / len(SHAPES))
 
@@ -201,23 +208,23 @@ def test_the_control_keeps_ranks_and_spread_but_not_the_content(tmp_path: Path) 
     base = llama()
     big = opened(write_adapter(tmp_path / "big", random_factors({UP0: (48, 32)}, 24, seed=1), lora_alpha=72))
     small = opened(write_adapter(tmp_path / "small", random_factors({UP0: (48, 32)}, 8, seed=2)))
-    real = Mixture(base, [big, small], Shape())._blocks[UP0]
-    drawn = Mixture(base, [big, small], Shape(), seed=3, reinit=True)._blocks[UP0]
-    again = Mixture(base, [big, small], Shape(), seed=3, reinit=True)._blocks[UP0]
+    real = mixed(base, [big, small])._blocks[UP0]
+    drawn = mixed(base, [big, small], seed=3, reinit=True)._blocks[UP0]
+    again = mixed(base, [big, small], seed=3, reinit=True)._blocks[UP0]
     assert drawn.parts == real.parts
     assert torch.equal(drawn.a, again.a)
     assert torch.equal(drawn.b, again.b)
     for one, other in ((drawn.a, real.a), (drawn.b, real.b)):
         assert float(one.std()) == pytest.approx(float(other.std()), rel=0.1)
         assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.1
-    kept = Mixture(base, [big, small], Shape(), seed=3, reinit=True, kept=1)._blocks[UP0]
+    kept = mixed(base, [big, small], seed=3, reinit=True, kept=1)._blocks[UP0]
     assert torch.equal(kept.a[:24], real.a[:24])
     assert float(kept.b[:, 24:].std()) == pytest.approx(float(real.b[:, 24:].std()), rel=0.1)
 
 
 def test_factors_are_held_in_the_bases_precision_and_coefficients_in_fp32(adapters: list[OpenAdapter]) -> None:
     base = BaseModel("acme/tiny", tiny_llama().bfloat16(), characters())
-    mixture = Mixture(base, adapters, Shape(init="average"))
+    mixture = mixed(base, adapters, init="average")
     assert {block.a.dtype for block in mixture._blocks.values()} == {torch.bfloat16}
     with mixture.applied(base):
         base.model(input_ids=TOKENS).logits.sum().backward()
@@ -229,11 +236,11 @@ def test_factors_are_held_in_the_bases_precision_and_coefficients_in_fp32(adapte
 def test_an_adapter_that_does_not_fit_or_overflows_is_refused(tmp_path: Path) -> None:
     other = opened(write_adapter(tmp_path / "other", random_factors({Q0: (32, 48)}, 2, seed=0)), "owner/other")
     with pytest.raises(Refused, match="owner/other does not fit acme/tiny"):
-        Mixture(llama(), [other], Shape())
+        mixed(llama(), [other])
     b, a = random_factors({Q0: (32, 32)}, 2, seed=0)[Q0]
     huge = opened(write_adapter(tmp_path / "huge", {Q0: (b * 1e6, a)}))
     with pytest.raises(Refused, match="overflow"):
-        Mixture(BaseModel("acme/tiny", tiny_llama().half(), characters()), [huge], Shape())
+        mixed(BaseModel("acme/tiny", tiny_llama().half(), characters()), [huge])
 
 
 @pytest.mark.parametrize("name", ["granularity", "activation", "init"])

@@ -14,7 +14,7 @@ from lora_cli.errors import LoraError, OutputError, Refused, UsageError
 from lora_cli.plots.compare import ModulePair, draw_diff, draw_similarity
 from lora_cli.plots.figure import Colours, colours_for
 from lora_cli.plots.results import Losses, draw_fit, draw_scores
-from lora_cli.records import Coefficients, Metric, Score
+from lora_cli.records import Coefficients, Score
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.test_merge import SHAPES
@@ -85,7 +85,7 @@ def fitted(file: Path) -> None:
     draw_fit(file, LOSSES, coefficients())
 
 
-def score(system: str, value: float, *, delta: float | None = None, metric: Metric = "exact") -> Score:
+def score(system: str, value: float, *, delta: float | None = None, metric: str = "exact") -> Score:
     """A score; its difference to the baseline is `delta` ± 0.1, or it is the baseline's own."""
     differs = {} if delta is None else {"delta": delta, "delta_low": delta - 0.1, "delta_high": delta + 0.1}
     return Score(
@@ -336,7 +336,7 @@ def test_every_adapter_of_a_fit_and_of_an_evaluation_has_a_label_up_to_some_hund
 
 @pytest.mark.parametrize(("metric", "best"), [("exact", "high"), ("nll", "low")])
 def test_scores_are_sorted_with_the_best_at_the_top_and_the_baseline_marked(
-    metric: Metric, best: str, tmp_path: Path
+    metric: str, best: str, tmp_path: Path
 ) -> None:
     scores = [
         score("low", 0.1, delta=-0.2, metric=metric),

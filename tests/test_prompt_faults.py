@@ -10,10 +10,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from lora_cli.errors import DataError
+from lora_cli.metrics.exact import exact
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, Encoder, until_end
 from lora_cli.models.generate import generate, stream
-from lora_cli.scores import exact_match
 from lora_cli.task import load_task
 from tests.cli import ok, refused
 from tests.templates import STYLES, tokenizer, tokenizer_of
@@ -46,7 +46,7 @@ def given_back(read: Encoder, encoded: Encoded) -> bool:
     opening = encoded.opening
     assert opening.ids == encoded.ids[: len(opening.ids)]
     text, continues = read.written(opening, until_end(encoded.ids[len(opening.ids) :], opening.ends))
-    return continues and exact_match(text, encoded.answer)
+    return continues and exact([text], [encoded.answer]) == [True]
 
 
 def put(folder: Path, made: PreTrainedTokenizerFast, size: int | None = None) -> None:

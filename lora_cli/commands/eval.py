@@ -11,6 +11,7 @@ from lora_cli.commands import completing
 from lora_cli.commands.chosen import expand
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
+from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
@@ -85,13 +86,14 @@ def evaluate(
         from lora_cli.plots.results import draw_scores
 
         draw_scores(plot, scores, request.task.file.name)
-    metric, baseline = options.metric, options.baseline
+    metric, baseline = METRICS.get(options.metric), options.baseline
     screen.rows(
         "lora.eval/1",
         _COLUMNS,
         [asdict(score) for score in scores],
         identity="system",
-        caption=f"{metric}, n = {scores[0].n}, paired differences to {baseline}, bootstrap seed {settings.seed}",
+        caption=f"{metric.name}, {metric.better} is better, n = {scores[0].n}, paired differences to {baseline}, "
+        f"bootstrap seed {settings.seed}",
         extra={**request.asked, "rows_file": str(request.rows(out)), "plot": None if plot is None else str(plot)},
     )
     _tell(screen, scores, options)
@@ -102,14 +104,15 @@ def evaluate(
 
 def _tell(screen: Screen, scores: list[Score], options: EvalOptions) -> None:
     """The effect of each adapter, and the answers that were cut."""
-    what = "output" if options.metric == "exact" else "likelihood"
+    metric = METRICS.get(options.metric)
     for score in scores[1:]:
-        screen.say(f"eval: {score.system} changed the {what} on {score.changed} of {score.n} prompts")
+        screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} changes likelihoods slightly but not a single output")
     if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:
+        answers = "wrong answers" if metric.score == "share" else "answers"
         screen.warn(
-            f"wrong answers cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
+            f"{answers} cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
             "a higher limit may change the scores"
         )
 

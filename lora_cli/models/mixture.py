@@ -5,7 +5,7 @@ into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arX
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,24 @@ from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.models.base_model import BaseModel
-from lora_cli.names import layer_of
-from lora_cli.recipes import Granularity, Shape
 from lora_cli.records import Progress, patient, silent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parameters:
+    """The parameters θ of a mixture, and the way from them to coefficients.
+
+    part: a module's name → the part of the model with which it shares its coefficients.
+    per_rank: every rank of each adapter in each module has a coefficient of its own.
+    start: θ at the start, (size,), from its size and a generator.
+    coefficients: called as coefficients(θ, present), both (parts, adapters), or (size,) with `per_rank`; `present` is
+        False where an adapter has no module in a part. Returns the coefficients in the same shape.
+    """
+
+    part: Callable[[str], str]
+    start: Callable[[int, torch.Generator], Tensor]
+    coefficients: Callable[[Tensor, Tensor], Tensor]
+    per_rank: bool = False
 
 
 class _Weighted(torch.autograd.Function):
@@ -61,7 +76,7 @@ class Mixture:
     Args:
         base: the model to which they are applied; factors are in its precision, on its device.
         adapters: of any ranks and target modules; an adapter that lacks a module counts as zero there.
-        shape: granularity, activation and start of the coefficients.
+        parameters: those that a fit method chose.
         seed: the seed of a random start.
         reinit: replace the factors of all adapters from place `kept` on by noise of the same spread, as a control for
             their content. Normal, mean 0, with the deviation of the module's stacked A and B.
@@ -75,7 +90,7 @@ class Mixture:
         self,
         base: BaseModel,
         adapters: Sequence[OpenAdapter],
-        shape: Shape,
+        parameters: Parameters,
         *,
         seed: int = 0,
         reinit: bool = False,
@@ -83,7 +98,7 @@ class Mixture:
         progress: Progress = silent,
     ) -> None:
         self.adapters = tuple(adapter.ref.pinned for adapter in adapters)
-        self.shape = shape
+        self._parameters = parameters
         for adapter in adapters:
             base.check(
                 {name: (module.out_features, module.in_features) for name, module in adapter.modules.items()},
@@ -96,20 +111,21 @@ class Mixture:
             self._blocks[module] = _block(base, adapters, module, generator, kept)
             report("loading adapters", done, len(modules))
         self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
-        self.theta = self._start(seed).to(base.device).requires_grad_()
+        generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
+        self.theta = parameters.start(self._present.numel(), generator).to(base.device).requires_grad_()
         self._current: dict[str, Tensor] = {}
 
     def _lay_out(self, device: torch.device, units: Mapping[str, str]) -> None:
         """The place in θ of the coefficient of each rank of each module; `units` maps matrices to their module."""
-        n, granularity = len(self.adapters), self.shape.granularity
-        keys = {module: _group(unit, granularity) for module, unit in units.items()}
+        n, per_rank = len(self.adapters), self._parameters.per_rank
+        keys = {module: self._parameters.part(unit) for module, unit in units.items()}
         groups = {key: place for place, key in enumerate(dict.fromkeys(keys.values()))}
         present = torch.zeros(len(groups), n, dtype=torch.bool)
         index: list[Tensor] = []
         used = 0
         for module, block in self._blocks.items():
             width = block.a.shape[0]
-            if granularity == "rank":
+            if per_rank:
                 index.append(torch.arange(used, used + width))
                 used += width
                 continue
@@ -119,45 +135,16 @@ class Mixture:
             index.append((row * n + owners).repeat_interleave(torch.tensor([rank for _, rank in block.parts])))
         self._widths = [block.a.shape[0] for block in self._blocks.values()]
         self._index = torch.cat(index).to(device)
-        self._present = torch.ones(used, dtype=torch.bool) if granularity == "rank" else present.flatten()
-        self._present = self._present.to(device)
+        self._present = (torch.ones(used, dtype=torch.bool) if per_rank else present).to(device)
         self._groups = len(groups)
-
-    def _start(self, seed: int) -> Tensor:
-        n, size = len(self.adapters), self._present.numel()
-        generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
-        match self.shape.init:
-            case "zero":
-                return torch.zeros(size)
-            case "average":
-                return torch.full((size,), 1 / n)
-            case "sqrt":
-                return torch.full((size,), n**-0.5)
-            case "uniform":
-                return torch.rand(size, generator=generator)
-            case "normal":
-                return 0.5 * torch.randn(size, generator=generator)
 
     def penalty(self) -> Tensor:
         """Mean over the groups of Σ|θ|, the term for an L1 factor."""
-        return self.theta.abs()[self._present].sum() / self._groups
+        return self.theta.abs()[self._present.flatten()].sum() / self._groups
 
     def _factors(self) -> Tensor:
-        """φ(θ), one for every entry of θ, float32."""
-        theta = self.theta
-        match self.shape.activation:
-            case "linear":
-                return theta
-            case "leaky_relu":
-                return torch.nn.functional.leaky_relu(theta, 0.01)
-            case "sigmoid":
-                return theta.sigmoid()
-            case "square":
-                return theta.square()
-            case "softmax":
-                # An adapter that is absent from a group must have no share of the softmax.
-                rows = theta.masked_fill(~self._present, -torch.inf).view(self._groups, -1)
-                return rows.softmax(dim=1).flatten()
+        """One for every entry of θ, float32."""
+        return self._parameters.coefficients(self.theta.view(self._present.shape), self._present).flatten()
 
     def _refresh(self) -> None:
         # Gather once for the whole model: a gather per module would cost more than a tiny module's product.
@@ -203,17 +190,17 @@ class Mixture:
     def values(self) -> dict[str, tuple[tuple[float, ...], ...]]:
         """The final coefficients as in `Coefficients.values`: module → one tuple per adapter.
 
-        A tuple holds one factor, or with granularity "rank" one per rank; an adapter absent from a module has (0.0,),
-        or () there.
+        A tuple holds one factor, or one per rank where each rank has its own; an adapter absent from a module has
+        (0.0,), or () there.
         """
         spread = self._factors()[self._index].cpu().split_with_sizes(self._widths)
         found = {}
         for (module, block), factors in zip(self._blocks.items(), spread, strict=True):
-            own: list[tuple[float, ...]] = [() if self.shape.granularity == "rank" else (0.0,)] * len(self.adapters)
+            own: list[tuple[float, ...]] = [() if self._parameters.per_rank else (0.0,)] * len(self.adapters)
             for (place, _), part in zip(
                 block.parts, factors.split_with_sizes([rank for _, rank in block.parts]), strict=True
             ):
-                own[place] = tuple(part.tolist()) if self.shape.granularity == "rank" else (float(part[0]),)
+                own[place] = tuple(part.tolist()) if self._parameters.per_rank else (float(part[0]),)
             found[module] = tuple(own)
         return found
 
@@ -250,16 +237,6 @@ def _block(
 def _unit(matrix: Matrix | None, module: str) -> str:
     """The parameter that holds the matrices of all experts; else the module itself."""
     return module if matrix is None or matrix.expert is None else matrix.parameter
-
-
-def _group(module: str, granularity: Granularity) -> str:
-    """The part of the model whose coefficients `module` shares."""
-    if granularity == "adapter":
-        return ""
-    layer = layer_of(module)
-    if granularity in ("module", "rank") or layer is None or not layer.place:
-        return module
-    return layer.name if granularity == "layer" else f"{layer.name}.{layer.place.partition('.')[0]}"
 
 
 def _seed_of(seed: int, what: str) -> int:

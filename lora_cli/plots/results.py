@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lora_cli.metrics import METRICS
 from lora_cli.plots.figure import LABEL_SIZE, NO_LAYER, cells_of, colours_for, figure_in, label, room_for
 from lora_cli.records import Coefficients, Score
 
@@ -82,7 +83,8 @@ def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
     """
     from matplotlib.lines import Line2D
 
-    best_first = sorted(scores, key=lambda score: score.value, reverse=scores[0].metric == "exact")
+    metric = METRICS.get(scores[0].metric)
+    best_first = sorted(scores, key=lambda score: score.value, reverse=metric.better == "higher")
     baseline = next(score for score in scores if not score.baseline)
     names = [label(score.system) for score in best_first]
     with figure_in(file, (_WIDTH, _rows(len(names)) + 1.3)) as figure:
@@ -102,7 +104,7 @@ def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
         # Also at the top, if the bottom may be out of sight.
         axes.tick_params(axis="x", top=len(names) > _MOST_LABELS, labeltop=len(names) > _MOST_LABELS)
         axes.grid(axis="x", alpha=0.3)
-        axes.set_xlabel(_METRICS[baseline.metric])
+        axes.set_xlabel(f"{metric.summary[:-1]} ({metric.better} is better), with 95 % intervals")
         axes.set_title(f"{label(data)}, n = {baseline.n}")
         kinds = (
             (_THEIRS, _THEIRS, f"baseline: {label(baseline.system)}"),
@@ -116,10 +118,6 @@ def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
         figure.legend(handles=dots, loc="outside upper center", ncols=3, frameon=False, fontsize=LABEL_SIZE)
 
 
-_METRICS = {
-    "exact": "share of exact matches, with 95 % intervals",
-    "nll": "negative log-likelihood per token (lower is better), with 95 % intervals",
-}
 _PARTS = {"adapter": "part", "layer": "layer", "sublayer": "sublayer", "module": "module", "rank": "module"}
 
 

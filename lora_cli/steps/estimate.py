@@ -22,7 +22,8 @@ from lora_cli.formats.run_record import peak_bytes
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import locate
 from lora_cli.merge_options import MergeOptions
-from lora_cli.models.base_model import DTYPES, BaseRef, load_encoder
+from lora_cli.models.ref import BaseRef, load_encoder
+from lora_cli.precision import torch_dtype
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import ALL_LINEAR, Adapter, Example
 from lora_cli.settings import folder_of
@@ -138,7 +139,7 @@ def _rates(device: str, dtype: str, threads: int) -> _Rates:
     torch.set_num_threads(threads)
     try:
         side = 512 if device == "cpu" else 4096
-        one = torch.ones(side, side, dtype=DTYPES[dtype], device=device)
+        one = torch.ones(side, side, dtype=torch_dtype(dtype), device=device)
         tiny, block = torch.ones(8, 8, device=device), bytes(1 << 22)
         return _Rates(
             products=side**3 / _time(lambda: (one @ one)[0, 0].item()),
@@ -220,7 +221,7 @@ def _result_rank(stack: Stack, options: MergeOptions) -> int:
 
 
 def _width(precision: str) -> int:
-    return 0 if precision == "auto" else DTYPES[precision].itemsize
+    return 0 if precision == "auto" else torch_dtype(precision).itemsize
 
 
 def _in_work(stack: Stack, options: MergeOptions) -> float:
@@ -269,7 +270,7 @@ def _model(ref: BaseRef) -> _Model | None:
     layers = _layers(skeleton)
     return _Model(
         numbers=_numbers(checkpoint),
-        width=DTYPES[ref.dtype].itemsize,
+        width=torch_dtype(ref.dtype).itemsize,
         layers=layers,
         vocabulary=layers[skeleton.head][0] if skeleton is not None and skeleton.head in layers else 0,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched
+from lora_cli.metrics import METRICS
 from lora_cli.records import Prompt
 from lora_cli.steps.evaluate.evaluate import read_rows
 from lora_cli.task import Task, read_task, task_sha256
@@ -41,7 +42,7 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         DataError: the data is missing or has changed. OutputError: the rows cannot be read.
     """
     settings = run["record"]["settings"]
-    if run["command"] != "eval" or settings["metric"] != "exact":
+    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind != "output":
         scored = "scored likelihoods alone" if run["command"] == "eval" else "is no evaluation"
         raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact generates some")
     name = settings["data"]
@@ -61,7 +62,7 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
             prompt=examples[row.id].prompt,
             expected=examples[row.id].completion,
             given=row.text or "",
-            correct=bool(row.correct),
+            correct=bool(row.value),
             log_likelihood=row.log_likelihood,
             tokens=row.tokens,
         )
@@ -72,7 +73,7 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
 def last_run(db: Path) -> str:
     """The id of the last evaluation that generated answers. NothingMatched if there is none."""
     for run in runs.all_runs(db, command="eval", limit=_MOST_RUNS):
-        if json.loads(run["record"])["settings"]["metric"] == "exact":
+        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind == "output":
             return str(run["id"])
     raise NothingMatched("no evaluation with answers yet", hint="run lora eval")
 

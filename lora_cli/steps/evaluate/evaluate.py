@@ -6,17 +6,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.methods import Method
+from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.generate import stream
 from lora_cli.recipes import EvalOptions
-from lora_cli.records import Example, Metric, Progress, Score, silent
-from lora_cli.scores import exact_match, mean_interval, paired_difference, wilson
+from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.scores import interval, paired_difference
 
 _SAME_LIKELIHOOD = 1e-6
 
@@ -64,17 +66,18 @@ class Updates(Mapping[str, LowRank]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One system's answer to one example. `key` identifies all that decides the answer; `text` is None for nll.
+    """One system's answer to one example. `key` identifies all that decides the answer.
 
-    `log_likelihood` is the mean per completion token in nats.
+    `log_likelihood` is the mean per completion token in nats, `value` the metric's. `text` is None if the metric judges
+    likelihoods.
     """
 
     system: str
     id: str
     key: str
     log_likelihood: float
+    value: float
     text: str | None = None
-    correct: bool | None = None
     tokens: int = 0
     seconds: float = 0.0
 
@@ -91,14 +94,14 @@ def evaluate(
 ) -> list[Score]:
     """Score every system on every example, in the order of `systems`.
 
-    `exact` generates greedily and counts exact matches (Wilson interval); `nll` is the mean negative log-likelihood per
-    completion token, lower is better (bootstrap interval), and generates nothing. Differences to `baseline` are paired.
-    `changed` counts the examples on which a system's output (for nll: its likelihood) differs from the base's own;
-    `details["moved"]` counts those on which its likelihood differs. 0 of both means that an adapter has no effect.
+    A metric that judges outputs has them generated greedily; one that judges likelihoods generates nothing. Differences
+    to `baseline` are paired. `changed` counts the examples on which a system's output, or else its likelihood, differs
+    from the base's own; `details["moved"]` counts those on which its likelihood differs. 0 of both means that an
+    adapter has no effect.
 
     Args:
         systems: distinct names; one of them is the base itself (`updates` None).
-        options: metric, baseline (the name of a system), the longest output, prompts per batch.
+        options: metric (a file of `metrics`), baseline (the name of a system), the longest output, prompts per batch.
         rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again, and
             those of other systems stay.
 
@@ -109,9 +112,7 @@ def evaluate(
         OutputError: the rows cannot be written, or the file holds something else.
     """
     options = options or EvalOptions()
-    metric, baseline, max_new_tokens = options.metric, options.baseline, options.max_new_tokens
-    if metric not in get_args(Metric):
-        raise UsageError(f"unknown metric {metric!r}", hint=f"one of {', '.join(get_args(Metric))}")
+    metric, baseline, max_new_tokens = METRICS.get(options.metric), options.baseline, options.max_new_tokens
     names = [system.name for system in systems]
     demand_sane(names, baseline=baseline)
     if not examples:
@@ -121,7 +122,7 @@ def evaluate(
         base.check(system.shapes, system.name)
     encoded = {example.id: base.encode(example) for example in examples}
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
-    measured = [metric, max_new_tokens if metric == "exact" else None]
+    measured = [metric.name, max_new_tokens if metric.kind == "output" else None]
     keys = {
         (system.name, example.id): _key([*common, system.version, system.updates is None, *measured, asdict(example)])
         for system in systems
@@ -136,15 +137,18 @@ def evaluate(
             with base.applied(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * options.batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
-                    for row in _answers(base, system.name, part, keys, options):
+                    for row in _answers(base, system.name, part, keys, metric, options):
                         rows.add(row)
                         done += 1
                         progress(system.name, done, len(examples))
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
     scores = [_score(found, name, metric, baseline, itself, seed) for name in names]
-    if metric == "nll":
+    if metric.kind == "likelihood":
         return scores
-    cut = [sum(not row.correct and row.tokens >= max_new_tokens for row in found[name]) for name in names]
+    cut = [
+        sum(row.tokens >= max_new_tokens and not (metric.score == "share" and row.value) for row in found[name])
+        for name in names
+    ]
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
 
 
@@ -161,37 +165,43 @@ def _answers(
     name: str,
     examples: Sequence[Encoded],
     keys: Mapping[tuple[str, str], str],
+    metric: Method,
     options: EvalOptions,
-) -> Any:
+) -> Iterator[Row]:
     batch_size = options.batch_size
+    values_of = METRICS.load(metric.name)
     likelihoods = base.mean_log_likelihoods(examples, batch_size=batch_size)
-    if options.metric == "nll":
-        for example, likelihood in zip(examples, likelihoods, strict=True):
-            yield Row(system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood)
+    if metric.kind == "likelihood":
+        for example, likelihood, value in zip(examples, likelihoods, values_of(likelihoods), strict=True):
+            yield Row(
+                system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood, value=float(value)
+            )
         return
     openings = [example.opening for example in examples]
     for place, written in stream(base, openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
         example = examples[place]
+        [value] = values_of([written.text if written.continues else ""], [example.answer])
         yield Row(
             system=name,
             id=example.id,
             key=keys[name, example.id],
             log_likelihood=likelihoods[place],
+            value=float(value),
             text=written.text,
-            correct=written.continues and exact_match(written.text, example.answer),
             tokens=written.tokens,
             seconds=written.seconds,
         )
 
 
 def _score(
-    found: Mapping[str, Sequence[Row]], name: str, metric: Metric, baseline: str, itself: str, seed: int
+    found: Mapping[str, Sequence[Row]], name: str, metric: Method, baseline: str, itself: str, seed: int
 ) -> Score:
     rows, of_base = found[name], found[itself]
-    values = _values(rows, metric)
+    values = [row.value for row in rows]
     n = len(rows)
-    low, high = wilson(round(sum(values)), n) if metric == "exact" else mean_interval(values, seed=seed)
-    difference = None if name == baseline else paired_difference(values, _values(found[baseline], metric), seed=seed)
+    low, high = interval(metric.score, values, seed=seed)
+    others = [row.value for row in found[baseline]]
+    difference = None if name == baseline else paired_difference(values, others, seed=seed)
     moved = sum(
         abs(row.log_likelihood - other.log_likelihood) > _SAME_LIKELIHOOD * max(1.0, abs(other.log_likelihood))
         for row, other in zip(rows, of_base, strict=True)
@@ -200,7 +210,7 @@ def _score(
     seconds = math.fsum(row.seconds for row in rows)
     return Score(
         system=name,
-        metric=metric,
+        metric=metric.name,
         value=math.fsum(values) / n,
         low=low,
         high=high,
@@ -210,15 +220,11 @@ def _score(
         delta_low=None if difference is None else difference.low,
         delta_high=None if difference is None else difference.high,
         p=None if difference is None else difference.p,
-        changed=None if name == itself else moved if metric == "nll" else rewritten,
+        changed=None if name == itself else moved if metric.kind == "likelihood" else rewritten,
         log_likelihood=math.fsum(row.log_likelihood for row in rows) / n,
         tokens_per_second=sum(row.tokens for row in rows) / seconds if seconds else None,
         details={} if name == itself else {"moved": moved},
     )
-
-
-def _values(rows: Sequence[Row], metric: Metric) -> list[float]:
-    return [float(bool(row.correct)) if metric == "exact" else -row.log_likelihood for row in rows]
 
 
 def _key(deciding: Sequence[Any]) -> str:
@@ -282,10 +288,17 @@ def read_rows(path: Path) -> list[Row]:
     # Text after the last line break is a row whose writing was interrupted.
     for line in lines[:-1]:
         try:
-            rows.append(Row(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError, KeyError) as error:
             raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error
     return rows
+
+
+def _row(fields: Any) -> Row:
+    if isinstance(fields, dict) and "correct" in fields:  # written when there were exact and nll, without a value
+        correct, log_likelihood = fields.pop("correct"), fields["log_likelihood"]
+        return Row(**fields, value=-log_likelihood if correct is None else float(correct))
+    return Row(**fields)
 
 
 def _line(row: Row) -> str:

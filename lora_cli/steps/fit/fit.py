@@ -20,7 +20,7 @@ from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
 from lora_cli.outputs import whole_folder
-from lora_cli.recipes import Recipe, Shape, TargetRecipe, TrainOptions
+from lora_cli.recipes import FIT_METHODS, Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.scores import Difference, paired_difference
 from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
@@ -100,7 +100,8 @@ def fit(
     together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
     parts = Parts.of(base, examples, fraction=how.fraction, seed=recipe.seed)
     kept = 1 if together[0].ref.pinned == how.target else 0
-    mixture = Mixture(base, together, shape, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress)
+    parameters = FIT_METHODS.load("adaptive")(len(together), **shape.settings)
+    mixture = Mixture(base, together, parameters, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress)
     key = json.dumps(
         [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings, l1]
         + [recipe.settings, how.fraction, kept, reinit]
