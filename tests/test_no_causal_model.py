@@ -44,7 +44,7 @@ def test_a_base_that_cannot_continue_a_text_is_named_in_one_sentence(
 
     # The sentence comes before anything is hashed, loaded or recorded.
     with monkeypatch.context() as patched:
-        patched.setattr("lora_cli.models.base_model.version_of_folder", None)
+        patched.setattr("lora_cli.models.ref.version_of_folder", None)
         for words in (
             ("eval", "mine", "--data", "task.jsonl"),
             ("fit", "mine", "--data", "task.jsonl"),
