@@ -17,6 +17,7 @@ from lora_cli.catalogue.database import open_for_reading, open_for_writing, writ
 from lora_cli.catalogue.doctor import check, rescue
 from lora_cli.errors import DataError, NothingMatched, OutputError
 from lora_cli.records import Adapter
+from tests.cli import ok, refused
 
 
 def row(number: int) -> Adapter:
@@ -79,6 +80,16 @@ def test_whole_rows_are_rescued_and_lost_ones_named(full: Path) -> None:
     damage(full, 3)
     with pytest.raises(OutputError, match="damaged exists"):
         rescue(full)
+
+
+def test_the_doctor_of_a_pool_says_what_is_damaged_saved_and_lost(full: Path) -> None:
+    assert "is whole" in ok("pool", "doctor", "--db", str(full)).err
+    damage(full, 1000)
+    assert "is damaged" in refused(1, "pool", "doctor", "--db", str(full))
+    told = ok("pool", "doctor", "--rescue", "--db", str(full)).err
+    assert "rows of adapters" in told
+    assert "owner/1000" in told
+    assert "is whole" in ok("pool", "doctor", "--db", str(full)).err
 
 
 def test_what_cannot_be_rescued_is_left_as_it_is(tmp_path: Path) -> None:

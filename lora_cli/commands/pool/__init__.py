@@ -13,6 +13,7 @@ SUMMARIES = {
     "sql": "Query the catalogue in SQL.",
     "rm": "Forget adapters: delete their rows, keep their files.",
     "selections": "List the selections, the newest first, or drop some.",
+    "doctor": "Check every page of the catalogue's database; with --rescue save the whole rows of a damaged one.",
     "path": "Print the path of the catalogue's database.",
     "fetch": "Download the weights of adapters into the Hub client's cache and check them.",
     "verify": "Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.",
