@@ -13,7 +13,7 @@ from typing import Any
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.recipes import EvalOptions, FitOptions, Recipe, Shape, TargetRecipe, TrainOptions
+from lora_cli.recipes import EvalOptions, FitOptions, Recipe, SelectOptions, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import AdapterRow, Progress, Score, silent
 from lora_cli.settings import KEYS, Settings, load
 from lora_cli.steps.opened_pool import pool_of
@@ -62,10 +62,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         chosen, _ = select_and_remember(
             self._catalogue,
             self.settings,
-            by=by,
-            k=k,
-            where=where,
-            target=_path(target),
+            SelectOptions.of(by=by, k=k, where=where, target=_path(target)),
             announce=self._pool.announce,
             progress=self._pool.progress,
         )

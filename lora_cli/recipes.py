@@ -1,6 +1,7 @@
-"""How coefficients and adapters are learnt: the options that `fit` and `train` share."""
+"""The options of select, fit, train and eval."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -12,10 +13,14 @@ from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
 from lora_cli.records import ALL_LINEAR
 
+SELECTION_METHODS = MethodFolder("lora_cli.selection_methods", "selection method")
+
 if TYPE_CHECKING:
     Metric = str
-else:  # one choice per file of metrics/
+    By = str
+else:  # one choice per file of metrics/ and selection_methods/
     Metric = Literal[tuple(METRICS.methods)]
+    By = Literal[tuple(SELECTION_METHODS.methods)]
 FIT_METHODS = MethodFolder("lora_cli.fit_methods", "fit method")
 COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES = "The LoRA", "Scores"
@@ -83,6 +88,22 @@ class TargetRecipe(Recipe, frozen=True, kw_only=True):
 
     steps: Steps = 400
     lr: LearningRate = 3e-4
+
+
+class SelectOptions(Options, frozen=True, kw_only=True):
+    """The adapters to choose: the `k` best by a method, of those for which every condition of `where` holds.
+
+    `target` is the folder of the reference adapter, for methods that compare weights. The limit per author does not
+    apply to adapters without an author.
+    """
+
+    by: Annotated[By, Flag(help="How.")] = "random"
+    k: Annotated[int, Flag(help="How many.", minimum=1)] = 30
+    where: Annotated[
+        tuple[str, ...], Flag(help="Condition on a column, like 'rank<=16'; repeatable, all must hold.")
+    ] = ()
+    target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for cosine.")] = None
+    max_per_author: Annotated[int | None, Flag(help="The most adapters of one author.", minimum=1)] = None
 
 
 class FitOptions(Options, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.recipes import SelectOptions
 from lora_cli.records import Adapter
 from lora_cli.selection_methods.cosine import cosine
 from lora_cli.steps.pool.select import select
@@ -43,8 +45,9 @@ def catalogue(tmp_path: Path) -> Catalogue:
     return found
 
 
-def chosen(catalogue: Catalogue, **options: object) -> list[str]:
-    return [adapter.id for adapter, _ in select(catalogue, announce=silent, **options)]  # type: ignore[arg-type]
+def chosen(catalogue: Catalogue, *, base: str | None = None, seed: int = 0, **options: Any) -> list[str]:
+    found = select(catalogue, SelectOptions.of(**options), base=base, seed=seed, announce=silent)
+    return [adapter.id for adapter, _ in found]
 
 
 def test_random_depends_on_the_seed_and_on_nothing_else(catalogue: Catalogue) -> None:

@@ -71,26 +71,9 @@ def examine(
     if header is None:
         kind = kind or other_kind(file_names)
     problems = [kind] if kind else []
-    settings = None
-    if config is None:
-        problems.append(f"no {CONFIG_NAME}")
-    else:
-        try:
-            settings = parse_config(config)
-        except ConfigError as error:
-            problems.append(error.message)
+    settings = _read_config(config, problems)
     said = settings or LoraConfigFacts(peft_type="")
-    problems.extend(said.refusals() if settings is not None else ())
-    located = Located({})
-    if not isinstance(header, Header):
-        problems.append(header.message if header is not None else f"no {WEIGHTS_NAME}")
-    else:
-        try:
-            located = locate_modules(said, header, skeleton)
-        except (HeaderError, ConfigError) as error:
-            problems.append(error.message)
-        else:
-            problems.extend(located.refusals if said.peft_type == "LORA" else ())
+    located = _locate(said, header, skeleton, problems)
     known = skeleton is not None and bool(located.modules or located.missing)
     base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known, vouched)
     # Modules saved whole come last: the update can be compared and merged in spite of them.
@@ -119,6 +102,36 @@ def examine(
         reason=problems[0] if problems else "",
         notes="; ".join(located.notes),
     )
+
+
+def _read_config(config: bytes | None, problems: list[str]) -> LoraConfigFacts | None:
+    """The configuration, None if there is none that can be read; its faults are added to `problems`."""
+    if config is None:
+        problems.append(f"no {CONFIG_NAME}")
+        return None
+    try:
+        settings = parse_config(config)
+    except ConfigError as error:
+        problems.append(error.message)
+        return None
+    problems.extend(settings.refusals())
+    return settings
+
+
+def _locate(
+    config: LoraConfigFacts, header: Header | HeaderError | None, skeleton: Skeleton | None, problems: list[str]
+) -> Located:
+    """The modules with factors, none where the weights cannot be read; the faults are added to `problems`."""
+    if not isinstance(header, Header):
+        problems.append(header.message if header is not None else f"no {WEIGHTS_NAME}")
+        return Located({})
+    try:
+        located = locate_modules(config, header, skeleton)
+    except (HeaderError, ConfigError) as error:
+        problems.append(error.message)
+        return Located({})
+    problems.extend(located.refusals if config.peft_type == "LORA" else ())
+    return located
 
 
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:

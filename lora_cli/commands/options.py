@@ -305,6 +305,7 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
 _COMPLETED: Mapping[str, completing.Complete] = {
     "selection": completing.selections,
     "target": completing.adapters,
+    "where": completing.conditions,
     "method": lambda incomplete: [name for name in METHODS.methods if name.startswith(incomplete)],
 }
 """The completion functions for the flags of records, by field."""
@@ -315,8 +316,9 @@ def _parameter(
 ) -> inspect.Parameter:
     """The parameter that makes Typer add the option of a record's field."""
     default = inspect.signature(record).parameters[name].default
+    called = (flag.name or setting(name)).replace("_", "-")
     option = typer.Option(
-        f"--{(flag.name or setting(name)).replace('_', '-')}",
+        f"--{called}" if len(called) > 1 else f"-{called}",
         *([flag.short] if flag.short else []),
         help=flag.help,
         metavar=flag.metavar or None,

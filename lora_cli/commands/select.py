@@ -1,13 +1,12 @@
 """`lora select`: choose adapters from the catalogue."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from lora_cli.columns import Column, on_request
-from lora_cli.commands.options import Command, Listing, Seeded, Where, examples, with_flags
-from lora_cli.selection_methods import METHODS
+from lora_cli.commands.options import Command, Listing, Seeded, examples, with_flags
+from lora_cli.recipes import SelectOptions
 from lora_cli.text import counted
 
 _COLUMNS = (
@@ -21,17 +20,9 @@ _COLUMNS = (
 
 
 def select(
-    by: Annotated[
-        str, typer.Option("--by", help=f"How: {', '.join(METHODS.methods)}.", autocompletion=lambda: [*METHODS.methods])
-    ] = "random",
-    k: Annotated[int, typer.Option("-k", help="How many.", min=1)] = 30,
-    where: Where = None,
-    target: Annotated[Path | None, typer.Option("--target", help="Adapter folder to compare with, for cosine.")] = None,
-    max_per_author: Annotated[
-        int | None, typer.Option("--max-per-author", help="The most adapters of one author.", min=1)
-    ] = None,
     name: Annotated[str, typer.Option("--name", help="A name to find this selection by later.")] = "",
     *,
+    options: SelectOptions,
     setup: Seeded,
     listing: Annotated[Listing, _COLUMNS],
 ) -> None:
@@ -46,16 +37,7 @@ def select(
     screen, settings = listing.screen(), setup.load()
     with screen.progress() as progress, Catalogue(settings.db) as catalogue:
         chosen, asked = select_and_remember(
-            catalogue,
-            settings,
-            by=by,
-            k=k,
-            name=name,
-            where=where or (),
-            max_per_author=max_per_author,
-            target=target,
-            announce=screen.say,
-            progress=progress,
+            catalogue, settings, options, name=name, announce=screen.say, progress=progress
         )
     rows = [
         {
@@ -68,9 +50,10 @@ def select(
         }
         for adapter, score in chosen
     ]
-    screen.rows("lora.select/1", _COLUMNS, rows, extra={"by": by, **asked})
-    few = f", {k - len(chosen)} fewer than asked for" if len(chosen) < k else ""
-    screen.say(f"select {by}: {counted(len(chosen), 'adapter')}{few}" + (f", remembered as {name!r}" if name else ""))
+    screen.rows("lora.select/1", _COLUMNS, rows, extra={"by": options.by, **asked})
+    few = f", {options.k - len(chosen)} fewer than asked for" if len(chosen) < options.k else ""
+    named = f", remembered as {name!r}" if name else ""
+    screen.say(f"select {options.by}: {counted(len(chosen), 'adapter')}{few}{named}")
 
 
 def register(root: typer.Typer) -> None:

@@ -19,7 +19,7 @@ from lora_cli.merge_options import MergeOptions
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.ref import BaseRef, pin
 from lora_cli.models.skeleton import skeleton
-from lora_cli.recipes import EvalOptions, Recipe, Shape, TrainOptions
+from lora_cli.recipes import EvalOptions, Recipe, SelectOptions, Shape, TrainOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -143,12 +143,9 @@ class _Guide:
     def _choose(self, by: str, *, where: Sequence[str] = (), target: Path | None = None) -> Gathered:
         chosen = select(
             self.catalogue,
-            by=by,
-            k=self.k,
+            SelectOptions(by=by, k=self.k, where=tuple(where), target=target),
             base=str(self.world.base),
-            where=where,
             seed=self.world.seed,
-            target=target,
             announce=_nothing_to_fetch,
         )
         self.catalogue.selections.remember(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.recipes import SELECTION_METHODS, SelectOptions
 from lora_cli.records import AdapterRow, Candidate, Progress, silent
-from lora_cli.selection_methods import METHODS
 from lora_cli.settings import Settings
 from lora_cli.steps.pool.fetch import refused
 from lora_cli.steps.pool.lookup import demand_one_base
@@ -23,25 +23,21 @@ if TYPE_CHECKING:
 
 def select(
     catalogue: Catalogue,
+    options: SelectOptions,
     *,
-    by: str = "random",
-    k: int = 30,
-    base: str | None = None,
-    where: Sequence[str] = (),
-    seed: int = 0,
-    max_per_author: int | None = None,
-    target: Path | None = None,
+    base: str | None,
+    seed: int,
     announce: Callable[[str], None],
     progress: Progress = silent,
 ) -> list[tuple[AdapterRow, float]]:
-    """The k best usable adapters by a selection method, best first, each with its score.
+    """The best usable adapters by a selection method, best first, each with its score.
 
     Equal scores are ordered by a hash of the adapter's name, so that neither the alphabet nor the order of a sync
-    matters. The limit per author does not apply to adapters without an author.
+    matters.
 
     Args:
-        where: conditions on catalogue columns, all of which must hold.
-        target: folder of the reference adapter, for methods that compare weights.
+        base: the base model of the adapters; None if the catalogue has only one.
+        seed: the seed of methods that draw.
         announce: called with the number of adapters and bytes before a download, and with each adapter that is left
             out because its weights cannot be read.
 
@@ -50,22 +46,22 @@ def select(
         NothingMatched: no usable adapter fits.
         LoraError: the target cannot be read.
     """
-    method = METHODS.get(by)
+    method, target = SELECTION_METHODS.get(options.by), options.target
     if (target is None) == (method.kind == "weights"):
-        raise UsageError(f"--by {by} needs --target" if target is None else f"--by {by} takes no --target")
-    candidates = catalogue.candidates(where, base=base)
+        raise UsageError(f"--by {options.by} " + ("needs --target" if target is None else "takes no --target"))
+    candidates = catalogue.candidates(options.where, base=base)
     demand_one_base(candidates)
     if not candidates:
         raise NothingMatched(
-            f"no usable adapter of {base}" if base and not where else "no usable adapter fits these conditions",
+            f"no usable adapter of {base}" if base and not options.where else "no usable adapter fits these conditions",
             hint="see lora pool list, or run lora pool sync",
         )
     if method.kind == "weights":
         assert target is not None
-        scored = _by_weights(catalogue, METHODS.load(by), candidates, target, announce, progress)
+        scored = _by_weights(catalogue, SELECTION_METHODS.load(options.by), candidates, target, announce, progress)
     else:
-        scored = list(zip(candidates, METHODS.load(by)(candidates, seed), strict=True))
-    chosen = _best(scored, k, max_per_author)
+        scored = list(zip(candidates, SELECTION_METHODS.load(options.by)(candidates, seed), strict=True))
+    chosen = _best(scored, options.k, options.max_per_author)
     rows = catalogue.rows([candidate.id for candidate, _ in chosen])
     return list(zip(rows, (score for _, score in chosen), strict=True))
 
@@ -73,13 +69,9 @@ def select(
 def select_and_remember(
     catalogue: Catalogue,
     settings: Settings,
+    options: SelectOptions,
     *,
-    by: str,
-    k: int,
     name: str = "",
-    where: Sequence[str] = (),
-    max_per_author: int | None = None,
-    target: Path | None = None,
     announce: Callable[[str], None],
     progress: Progress = silent,
 ) -> tuple[list[tuple[AdapterRow, float]], dict[str, Any]]:
@@ -88,29 +80,18 @@ def select_and_remember(
     Raises:
         NothingMatched: no adapter fits. Else as `select` does.
     """
-    chosen = select(
-        catalogue,
-        by=by,
-        k=k,
-        base=settings.base,
-        where=where,
-        seed=settings.seed,
-        max_per_author=max_per_author,
-        target=target,
-        announce=announce,
-        progress=progress,
-    )
+    chosen = select(catalogue, options, base=settings.base, seed=settings.seed, announce=announce, progress=progress)
     if not chosen:
         raise NothingMatched("no adapter fits")
     asked = {
-        "k": k,
+        "k": options.k,
         "base": settings.base,
-        "where": [*where],
+        "where": [*options.where],
         "seed": settings.seed,
-        "max_per_author": max_per_author,
-        "target": str(target.resolve()) if target else None,
+        "max_per_author": options.max_per_author,
+        "target": str(options.target.resolve()) if options.target else None,
     }
-    catalogue.selections.remember(name, chosen, by, asked)
+    catalogue.selections.remember(name, chosen, options.by, asked)
     return chosen, asked
 
 
