@@ -12,7 +12,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import LoraError
 from lora_cli.methods import file_names
 from lora_cli.sources import Source, open_source
-from lora_cli.steps.pool.sync import SyncReport, sync
+from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from tests.fake_hub import BASE, FakeHub, lora_files
 
 
@@ -113,13 +113,13 @@ def test_an_adapter_that_left_its_source_is_gone_and_may_come_back(
 def test_a_limit_holds_and_calls_nothing_gone(pool: tuple[OfFolders | OfHub, Source], catalogue: Catalogue) -> None:
     _, source = pool
     sync(catalogue, source, base=BASE)
-    assert counts(sync(catalogue, source, base=BASE, limit=1)) == (0, 0, 1, 0)
+    assert counts(sync(catalogue, source, SyncOptions(limit=1), base=BASE)) == (0, 0, 1, 0)
     assert {row.status for row in catalogue.find()} == {"ok"}
 
 
 def test_a_dry_run_stores_nothing(pool: tuple[OfFolders | OfHub, Source], catalogue: Catalogue) -> None:
     _, source = pool
-    report = sync(catalogue, source, base=BASE, dry_run=True)
+    report = sync(catalogue, source, SyncOptions(dry_run=True), base=BASE)
     assert dict(report.plan) == {"pool/one": "new", "pool/two": "new"}
     assert not catalogue.path.exists()
 

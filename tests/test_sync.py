@@ -22,7 +22,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, UsageError
 from lora_cli.hub.client import Hub
 from lora_cli.sources.hub import HubSource
-from lora_cli.steps.pool.sync import SyncReport, sync
+from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from tests.architectures import linear_skeleton
 from tests.fake_hub import BASE, FakeHub, lora_files, safetensors_bytes
 
@@ -45,7 +45,8 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 
 
 def synced(catalogue: Catalogue, budget: int | None = None, **options: Any) -> SyncReport:
-    return sync(catalogue, HubSource(Hub(first_wait=0.01, budget=budget)), **{"base": BASE, **options})
+    chosen = SyncOptions(**{name: options.pop(name) for name in [*options] if name in SyncOptions.__slots__})
+    return sync(catalogue, HubSource(Hub(first_wait=0.01, budget=budget)), chosen, **{"base": BASE, **options})
 
 
 def counts(report: SyncReport) -> tuple[int, int, int, int]:
@@ -336,7 +337,7 @@ from pathlib import Path
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.hub.client import Hub
 from lora_cli.sources.hub import HubSource
-from lora_cli.steps.pool.sync import sync
+from lora_cli.steps.pool.sync import SyncOptions, sync
 with Catalogue(Path(sys.argv[1])) as catalogue:
     sync(catalogue, HubSource(Hub(sys.argv[2])), base=sys.argv[3])
 """

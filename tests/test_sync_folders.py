@@ -14,7 +14,7 @@ from lora_cli.errors import DataError, NothingMatched
 from lora_cli.formats.store import folder_ref, sha256_of
 from lora_cli.sources import folder as sources
 from lora_cli.sources.folder import FolderSource
-from lora_cli.steps.pool.sync import SyncReport, sync
+from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from tests.fake_hub import BASE, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -193,7 +193,7 @@ def test_a_missing_folder_is_said_and_nothing_is_called_gone(pool: Path, catalog
 
 
 def test_a_dry_run_reads_and_stores_nothing(pool: Path, catalogue: Catalogue) -> None:
-    report = sync(catalogue, FolderSource(pool), dry_run=True)
+    report = sync(catalogue, FolderSource(pool), SyncOptions(dry_run=True))
     assert dict(report.plan) == dict.fromkeys((row for row, _ in report.plan), "new")
     assert len(report.plan) == 4
     assert not catalogue.path.exists()

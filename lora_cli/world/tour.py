@@ -27,7 +27,7 @@ from lora_cli.steps.fit import fit as fitting
 from lora_cli.steps.merge import stream as merging
 from lora_cli.steps.opened_pool import Gathered, Pool
 from lora_cli.steps.pool.select import select
-from lora_cli.steps.pool.sync import SyncReport, sync
+from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from lora_cli.steps.recorded import Job, run_once
 from lora_cli.steps.train import train as training
 from lora_cli.task import load_task, task_sha256
@@ -77,8 +77,8 @@ def tour(world: World, db: Path, folder: Path, *, progress: Progress = silent) -
         synced = sync(
             catalogue,
             FolderSource(world.pool),
+            SyncOptions(aliases=[world.base_name]),
             base=str(world.base),
-            aliases=[world.base_name],
             skeleton=lambda: skeleton(world.base),
             progress=progress,
         )

@@ -53,6 +53,7 @@ def sync(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.sources import open_source
     from lora_cli.steps.bases import look_here
+    from lora_cli.steps.pool.sync import SyncOptions
     from lora_cli.steps.pool.sync import sync as step
 
     screen = listing.screen()
@@ -67,14 +68,11 @@ def sync(
         report = step(
             catalogue,
             open_source(name, place, budget=budget, progress=progress),
+            SyncOptions(
+                aliases=aliases, dropped=no_alias or (), limit=limit, since=created, force=force, dry_run=dry_run
+            ),
             base=settings.base or "",
-            aliases=aliases,
-            dropped=no_alias or (),
             skeleton=look_here(settings.base),
-            limit=limit,
-            since=created,
-            force=force,
-            dry_run=dry_run,
             progress=progress,
         )
     _show(screen, report, dry_run=dry_run)

@@ -61,18 +61,32 @@ class SyncReport:
         return not self.failed and not self.left
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncOptions:
+    """The options of a sync.
+
+    `aliases` are other names of the base, beside those that the catalogue remembers; on a Hub, adapters of these names
+    are listed too. All are remembered. `dropped` are names that are no longer an alias; adapters that declare one of
+    them become unusable. `limit` is the most adapters to look at. On a Hub, adapters created before the ISO time
+    `since` are skipped. `force` reads unchanged adapters again. `dry_run` only plans: it reads the listing and stores
+    nothing.
+    """
+
+    aliases: Sequence[str] = ()
+    dropped: Sequence[str] = ()
+    limit: int | None = None
+    since: str = ""
+    force: bool = False
+    dry_run: bool = False
+
+
 def sync(
     catalogue: Catalogue,
     source: Source,
+    options: SyncOptions | None = None,
     *,
     base: str = "",
-    aliases: Sequence[str] = (),
-    dropped: Sequence[str] = (),
     skeleton: Callable[[], Skeleton | None] | None = None,
-    limit: int | None = None,
-    since: str = "",
-    force: bool = False,
-    dry_run: bool = False,
     progress: Progress = silent,
 ) -> SyncReport:
     """Store every adapter of `source` in the catalogue.
@@ -80,27 +94,22 @@ def sync(
     Args:
         base: the base model asked for: required with a source that lists the adapters of one base, such as a Hub;
             else "" accepts every base.
-        aliases: other names of that base, beside those that the catalogue remembers; on a Hub, adapters of these
-            names are listed too. All are remembered.
-        dropped: names that are no longer an alias; adapters that declare one of them become unusable.
         skeleton: returns the base's modules on first need; None if they cannot be known.
-        limit: the most adapters to look at.
-        since: on a Hub, skip adapters created before this ISO time.
-        force: read unchanged adapters again.
-        dry_run: only plan: read the listing, store nothing.
 
     Raises:
         UsageError, NothingMatched: no base for a Hub, or no such folder.
         AccessDenied, NetworkError, OutputError: the sync had to stop; stored adapters stay.
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
-    aliases = tuple(name for name in names_of(catalogue, base, aliases) if name not in dropped)
+    options = options or SyncOptions()
+    dropped = options.dropped
+    aliases = tuple(name for name in names_of(catalogue, base, options.aliases) if name not in dropped)
     if source.needs_base and not base:
         raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
     rules = Rules(base, aliases, _once(skeleton), skeleton is not None)
-    sought = Sought(catalogue=catalogue, rules=rules, limit=limit, since=since)
-    work = _Work(catalogue, source, force=force, dry_run=dry_run, progress=progress)
-    if dropped and not dry_run:
+    sought = Sought(catalogue=catalogue, rules=rules, limit=options.limit, since=options.since)
+    work = _Work(catalogue, source, force=options.force, dry_run=options.dry_run, progress=progress)
+    if dropped and not options.dry_run:
         of_base = [row for row in catalogue.find() if row.base == base]
         rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
         catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
@@ -108,10 +117,10 @@ def sync(
         work.take(batch)
         if work.stopped:
             break
-    if limit is None and not since and not work.stopped:
+    if options.limit is None and not options.since and not work.stopped:
         work.remove(source.vanished(sought, work.actions))
     report = work.report(base, source.traffic, time.monotonic() - begin)
-    if not dry_run:
+    if not options.dry_run:
         if base:
             catalogue.remember_aliases(base, aliases)
         figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
