@@ -1,6 +1,6 @@
 """Kinds of adapters that people have, each as a small one on a small base, and what every command makes of it.
 
-`tests/test_matrix.py` runs the commands over this table; `python -m tests.generate` writes docs/adapters.md from it.
+`tests/whole/test_matrix.py` runs the commands over this table; `python -m tests.generate` writes docs/adapters.md.
 """
 
 import json

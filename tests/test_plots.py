@@ -17,7 +17,7 @@ from lora_cli.plots.results import Losses, draw_fit, draw_scores
 from lora_cli.records import Coefficients, Score
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
-from tests.test_merge import SHAPES
+from tests.steps.test_merge import SHAPES
 
 HOSTILE = (
     "plain/adapter",

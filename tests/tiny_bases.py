@@ -12,8 +12,9 @@ from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.store import AdapterFiles, folder_ref
 from lora_cli.models.base_model import BaseModel
 from lora_cli.records import Example
+from tests.paths import SHARED
 
-STORIES = Path(__file__).parents[2] / "shared" / "wild" / "bases" / "stories260K"
+STORIES = SHARED / "wild" / "bases" / "stories260K"
 CHAT = (
     "<bos>{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"

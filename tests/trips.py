@@ -16,7 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-PACKAGE = str(Path(__file__).resolve().parents[1] / "lora_cli") + os.sep
+from tests.paths import ROOT
+
+PACKAGE = str(ROOT / "lora_cli") + os.sep
 
 
 class Trip:
