@@ -41,10 +41,11 @@ SCORES = {
 }
 ADAPTERS_INTRO = """# Accepted and refused adapters
 
-Made from `tests/matrix.py` by `python -m tests.generate`. `tests/whole/test_matrix.py` runs every row through the
-commands of the columns, on a small base with random weights. If an adapter is accepted (✓), the logits of PEFT, of the base
-in `lora eval`, of the merge and of the bake agree to 1e-5. If it is refused (✗), the error names it, the exit code is 5,
-and nothing is written. `lora fit` and `lora eval` need a base that continues a text (·: not tried); others take any.
+Made from `tests/matrix.py` by `python -m tests.generate`. `tests/whole/test_matrix.py` runs every row
+through the commands of the columns, on a small base with random weights. If an adapter is accepted (✓), the
+logits of PEFT, of the base in `lora eval`, of the merge and of the bake agree to 1e-5. If it is refused (✗),
+the error names it, the exit code is 5, and nothing is written. `lora fit` and `lora eval` need a base that
+continues a text (·: not tried); others take any.
 """
 COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {
