@@ -395,10 +395,11 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "truncate":
             body = body[: len(body) // 2]
             self.close_connection = True
-        self.wfile.write(head.encode("latin-1") + body)
-        self.wfile.flush()
+        # Counted first: whoever has read the answer must find it counted.
         with self.hub._lock:
             self.hub.bytes_sent += len(head) + len(body)
+        self.wfile.write(head.encode("latin-1") + body)
+        self.wfile.flush()
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""
