@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -69,7 +70,8 @@ class Root(LazyGroup):
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "lora"
             # The library behind Typer names its own class before the words.
-            _tell(error.format_message().replace("Value error, ", ""), f"see '{path} --help'")
+            message = error.format_message().replace("Value error, ", "")
+            _tell(message, f"{_nearest(message)}see '{path} --help'")
             code = ExitCode.USAGE
         except typer.Abort:
             words = sys.argv[1:] if args is None else args
@@ -122,6 +124,15 @@ def _tell(message: str, hint: str) -> None:
     screen.say(f"lora: {message}")
     if hint:
         screen.say(f"  {hint}")
+
+
+def _nearest(message: str) -> str:
+    """ "did you mean" with the choice nearest to the one that Typer's message refuses, "" if there is none."""
+    import difflib
+
+    given, _, choices = message.partition("' is not one of ")
+    found = difflib.get_close_matches(given.rpartition("'")[2], re.findall("'([^']*)'", choices), n=1)
+    return f"did you mean {found[0]!r}? · " if found else ""
 
 
 def _version(wanted: bool) -> None:
