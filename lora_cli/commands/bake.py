@@ -66,7 +66,6 @@ def bake(
     """
     from lora_cli.steps.bake.bake import TOO_MUCH
     from lora_cli.steps.bake.request import BakeRequest
-    from lora_cli.steps.estimate import Outline, of_bake, outlines
     from lora_cli.steps.opened_pool import open_pool
 
     screen, settings = job.screen(), setup.load()
@@ -77,6 +76,8 @@ def bake(
         request = BakeRequest(pool, names[0], settings)
         absent, base = request.absent() if job.dry_run else ([], "")
         if absent or base:
+            from lora_cli.steps.estimate import of_bake, outlines
+
             waiting = {"fetch_base": base} if base else {}
             needs = None if base else of_bake(request.base().checkpoint, outlines(pool, names)[0], options.dtype)
             show_plan(screen, "lora.bake.plan/1", {"out": None, **downloads(absent), **waiting}, needs)
@@ -84,6 +85,8 @@ def bake(
         baking = request.prepare(dtype=options.dtype, out=job.out)
         plan, folder = baking.plan, baking.job.folder
         if job.dry_run:
+            from lora_cli.steps.estimate import Outline, of_bake
+
             planned = {"out": str(folder), "modules": len(plan.places), "bytes": plan.bytes, **plan.settings}
             needs = of_bake(plan.base.checkpoint, Outline.of_open(plan.adapter), options.dtype)
             show_plan(screen, "lora.bake.plan/1", planned, needs)
