@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from lora_cli.commands.lazy import LazyGroup
 from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
 from lora_cli.screen import Screen
+from lora_cli.text import nearest
 
 SUMMARIES = {
     "demo": "Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.",
@@ -71,7 +72,7 @@ class Root(LazyGroup):
             path = context.command_path if context else "lora"
             # The library behind Typer names its own class before the words.
             message = error.format_message().replace("Value error, ", "")
-            _tell(message, f"{_nearest(message)}see '{path} --help'")
+            _tell(message, f"{_nearest_choice(message)}see '{path} --help'")
             code = ExitCode.USAGE
         except typer.Abort:
             words = sys.argv[1:] if args is None else args
@@ -126,13 +127,11 @@ def _tell(message: str, hint: str) -> None:
         screen.say(f"  {hint}")
 
 
-def _nearest(message: str) -> str:
-    """ "did you mean" with the choice nearest to the one that Typer's message refuses, "" if there is none."""
-    import difflib
-
+def _nearest_choice(message: str) -> str:
+    """The hint with the choice nearest to the one that Typer's message refuses, "" if there is none."""
     given, _, choices = message.partition("' is not one of ")
-    found = difflib.get_close_matches(given.rpartition("'")[2], re.findall("'([^']*)'", choices), n=1)
-    return f"did you mean {found[0]!r}? · " if found else ""
+    found = nearest(given.rpartition("'")[2], re.findall("'([^']*)'", choices))
+    return f"{found} · " if found else ""
 
 
 def _version(wanted: bool) -> None:

@@ -1,11 +1,11 @@
 """The columns of a table, and the choice among them."""
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lora_cli.errors import UsageError
+from lora_cli.text import nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,8 @@ def chosen(columns: Sequence[Column], names: Sequence[str]) -> tuple[Column, ...
     by_name = {column.heading.lower(): column for column in columns} | {column.key: column for column in columns}
     for name in names:
         if name.lower() not in by_name:
-            near = difflib.get_close_matches(name.lower(), by_name, n=1)
             keys = ", ".join(column.key for column in columns)
-            there = f"did you mean {near[0]!r}?" if near else f"columns are {keys}"
-            raise UsageError(f"no column {name!r}; {there}")
+            raise UsageError(f"no column {name!r}; {nearest(name.lower(), by_name, f'columns are {keys}')}")
     return tuple(replace(by_name[name.lower()], minor=False) for name in names)
 
 

@@ -6,7 +6,6 @@ when the member is used.
 """
 
 import ast
-import difflib
 import importlib
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_cli.errors import UsageError
+from lora_cli.text import nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -164,11 +164,8 @@ class MethodFolder:
     def get(self, name: str) -> Method:
         """The method called `name`; UsageError with the nearest names if there is none."""
         if name not in self.methods:
-            near = difflib.get_close_matches(name, self.methods, n=1)
-            raise UsageError(
-                f"unknown {self.what} {name!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"there are {', '.join(self.methods)}",
-            )
+            hint = nearest(name, self.methods, f"there are {', '.join(self.methods)}")
+            raise UsageError(f"unknown {self.what} {name!r}", hint=hint)
         return self.methods[name]
 
     def knobs_of(self, name: str) -> dict[str, Knob]:

@@ -4,7 +4,6 @@ A field is written once, as `name: Annotated[type, Flag(help)] = default`. Its f
 in run.json is `name`; a trailing underscore keeps a field apart from a word of Python (`lambda_` is `--lambda`).
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
@@ -12,6 +11,7 @@ from typing import Any, Self, get_type_hints
 import msgspec
 
 from lora_cli.errors import UsageError
+from lora_cli.text import nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +62,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             UsageError: an unknown option, or an invalid value.
         """
         for name in values.keys() - {*cls.__struct_fields__}:
-            near = difflib.get_close_matches(name, cls.__struct_fields__, n=1)
-            there = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(cls.__struct_fields__)}"
-            raise UsageError(f"unknown option {name!r}", hint=there)
+            hint = nearest(name, cls.__struct_fields__, f"there are {', '.join(cls.__struct_fields__)}")
+            raise UsageError(f"unknown option {name!r}", hint=hint)
         try:
             return cls.of_settings({setting(name): cls._readable(name, value) for name, value in values.items()})
         except msgspec.ValidationError as error:

@@ -71,7 +71,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             _sweep(target)
             # Mode x neither follows a link nor takes a file of another process.
             with partial.open("xb") as file:
-                _hold(file.fileno())
+                _locked(file.fileno(), without_locks=True)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -85,7 +85,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
-    """OutputError for an OSError; a full disk is told at the top, with its file."""
+    """OutputError for an OSError, except for a full disk, which the command line reports with its file."""
     try:
         yield
     except OSError as error:
@@ -121,8 +121,8 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
     held = None
     if target.exists():
         # Locked, it is no remains of a killed process, for the moment in which nothing stands at the target.
-        held = os.open(target, os.O_RDONLY | os.O_NOFOLLOW)
-        _hold(held)
+        held = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        _locked(held, without_locks=True)
         target.rename(old)
     try:
         partial.rename(target)
@@ -151,7 +151,7 @@ def _sweep(target: Path) -> None:
         except OSError:
             continue
         try:
-            if not _locked(descriptor):
+            if not _locked(descriptor, without_locks=False):
                 continue
             if match[1] == "old" and not target.exists():
                 entry.rename(target)
@@ -169,31 +169,23 @@ def _made_and_locked(folder: Path) -> int:
         folder.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            if _hold(descriptor) and folder.exists():
+            if _locked(descriptor, without_locks=True) and folder.exists():
                 return descriptor
             os.close(descriptor)
         time.sleep(0.01)
 
 
-def _locked(descriptor: int) -> bool:
-    """Lock an open file or folder until it is closed; False if another process holds it, or the disk has no locks."""
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
-
-
-def _hold(descriptor: int) -> bool:
+def _locked(descriptor: int, *, without_locks: bool) -> bool:
     """Lock an open file or folder until it is closed; False if another process holds it.
 
-    On a disk without locks nothing is locked, and nothing is removed by a sweep.
+    without_locks: the answer on a disk that has no locks. There work goes on unlocked, and a sweep removes nothing.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
-        return True
+        return without_locks
     return True
 
 

@@ -14,6 +14,7 @@ import platformdirs
 
 from lora_cli.errors import UsageError
 from lora_cli.precision import CHOICES
+from lora_cli.text import nearest
 
 PROJECT_FILE = "lora.toml"
 BASE_NAMES = "LORA_BASE_NAMES"
@@ -248,11 +249,8 @@ def _read(file: Path) -> Mapping[str, Any]:
         raise UsageError(f"{file.name} cannot be read: {error}") from None
     for name in values:
         if name not in KEYS:
-            near = difflib.get_close_matches(name, KEYS, n=1)
-            raise UsageError(
-                f"{file.name}: unknown setting {name!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(KEYS)}",
-            )
+            hint = nearest(name, KEYS, f"settings are {', '.join(KEYS)}")
+            raise UsageError(f"{file.name}: unknown setting {name!r}", hint=hint)
     return values
 
 

@@ -76,7 +76,13 @@ def task_sha256(path: Path) -> str:
     return hashlib.sha256(_bytes_of(path)).hexdigest()
 
 
-def split(examples: Sequence[Example], *, fraction: float = 0.2, seed: int = 0) -> tuple[list[Example], list[Example]]:
+HELD_OUT = 0.2
+"""The share of a task's examples that choose the best step, and are not learnt."""
+
+
+def split(
+    examples: Sequence[Example], *, fraction: float = HELD_OUT, seed: int = 0
+) -> tuple[list[Example], list[Example]]:
     """(training, validation): `fraction` of the examples, at least one, is held out; both parts keep the file's order.
 
     The draw orders the examples by a hash of seed and id, so it is the same on every machine. Raises DataError when

@@ -1,6 +1,7 @@
-"""Words for people: lists, counts, shares, intervals, sizes, durations."""
+"""Words for people: lists, counts, hints, shares, intervals, sizes, durations."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 def in_words(words: Sequence[str]) -> str:
@@ -11,6 +12,16 @@ def in_words(words: Sequence[str]) -> str:
 def counted(number: int, what: str) -> str:
     """A number with its noun, given in the singular: 1 adapter, 1,200 adapters."""
     return f"{number:,} {what}{'s'[: number != 1]}"
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The hint for an unknown word: the nearest known one, or `otherwise`."""
+    return meant([repr(one) for one in difflib.get_close_matches(word, list(known), n=1)], otherwise)
+
+
+def meant(near: Sequence[str], otherwise: str = "") -> str:
+    """The hint that offers the words of `near`, or `otherwise` if there are none."""
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 def percent(share: float) -> str:

@@ -4,8 +4,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.fake_hub import FakeHub
 
 _HOME = tempfile.mkdtemp(prefix="lora-tests-")
 # huggingface_hub reads these once, when it is imported. Nothing listens on port 9.
@@ -36,6 +40,21 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("LORA_DB", str(home / "catalogue.db"))
     monkeypatch.chdir(work)
     return work
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]:
+    """A stand-in for the Hub with an empty cache, whose client does not wait long before it asks again."""
+    from huggingface_hub import close_session
+
+    from tests.fake_hub import FakeHub
+
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setattr("lora_cli.hub.connection._FIRST_WAIT", 0.01)
+    with FakeHub() as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+        yield server
+        close_session()
 
 
 @pytest.fixture(scope="module")

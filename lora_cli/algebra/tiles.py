@@ -34,14 +34,13 @@ class DeltaTiles:
     Args:
         updates: those of one module.
         workers: the number of blocks in work at once. Results do not depend on it.
-        tile_bytes: the largest size of one adapter's block. Results depend on it only by rounding.
     """
 
-    def __init__(self, updates: Updates, workers: int = 1, tile_bytes: int | None = None) -> None:
+    def __init__(self, updates: Updates, workers: int = 1) -> None:
         self.updates = updates
         self.shape = updates.shape
         self._workers = workers if updates[0].B.device.type == "cpu" else 1
-        self._height = _height(updates[0], tile_bytes)
+        self._height = _height(updates[0])
 
     def __len__(self) -> int:
         return len(self.updates)
@@ -243,8 +242,8 @@ def _count(update: LowRank, low: float, high: float, height: int | None) -> tupl
     return above, torch.cat(inside)
 
 
-def _height(update: LowRank, tile_bytes: int | None = None) -> int:
-    tile_bytes = tile_bytes or _TILE_BYTES.get(update.B.device.type, _TILE_BYTES_ELSEWHERE)
+def _height(update: LowRank) -> int:
+    tile_bytes = _TILE_BYTES.get(update.B.device.type, _TILE_BYTES_ELSEWHERE)
     return max(1, tile_bytes // (update.shape[1] * update.B.element_size()))
 
 

@@ -18,6 +18,7 @@ from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import id_and_commit
 from lora_cli.records import Adapter, AdapterRow, Candidate
 from lora_cli.settings import folder_of
+from lora_cli.text import meant
 
 R = TypeVar("R", Adapter, AdapterRow)
 _BATCH = 400  # ids per statement, below SQLite's limit on parameters
@@ -123,7 +124,7 @@ class Catalogue:
         if rows:
             return rows[0]
         near = self.suggest(id)
-        hint = f"did you mean {' or '.join(near)}?" if near else "see `lora pool list`, or run `lora pool sync`"
+        hint = meant(near, "see `lora pool list`, or run `lora pool sync`")
         raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
 
     def named(self, text: str) -> Adapter:

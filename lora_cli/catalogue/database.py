@@ -18,6 +18,10 @@ from lora_cli.errors import DataError, LoraError, OutputError
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
+_MOUNTS = Path("/proc/self/mounts")
+_NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "glusterfs", "ocfs2")
+"""The names of file systems that several machines share, by their beginnings."""
+_ELSEWHERE = "give another file with --db, LORA_DB or db in lora.toml"
 
 
 class OpenDatabase:
@@ -205,8 +209,8 @@ def _connect_read_only(path: Path) -> Database:
     except OutputError as error:
         db.close()
         # In a read-only folder WAL's side files cannot be made; no other process can write there either.
-        code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
-        if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY) and not os.access(path.parent, os.W_OK):
+        unwritable = _kind(error.__cause__) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        if unwritable and not os.access(path.parent, os.W_OK):
             return _connect(f"{name}?mode=ro&immutable=1", path, uri=True)
         raise
     except BaseException:
@@ -227,17 +231,11 @@ def _choose_journal(db: Database, path: Path) -> None:
         try:
             db.execute(f"PRAGMA journal_mode = {wanted}")
         except OutputError as error:
-            code = getattr(error.__cause__, "sqlite_errorcode", 0) & 0xFF
-            if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > deadline:
+            held = _kind(error.__cause__) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            if not held or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
     db.execute(f"PRAGMA synchronous = {'NORMAL' if wanted == 'wal' else 'FULL'}")
-
-
-_NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "glusterfs", "ocfs2")
-
-
-_MOUNTS = Path("/proc/self/mounts")
 
 
 def _on_network(path: Path) -> bool:
@@ -318,8 +316,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
-    # The low byte is the kind of error; see https://www.sqlite.org/rescode.html.
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+    match _kind(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
         case sqlite3.SQLITE_FULL:
@@ -333,4 +330,6 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
     return None
 
 
-_ELSEWHERE = "give another file with --db, LORA_DB or db in lora.toml"
+def _kind(error: BaseException | None) -> int:
+    """The kind of an error of SQLite, 0 for another error; see https://www.sqlite.org/rescode.html."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF

@@ -25,9 +25,9 @@ _MOST_PROBES = 100_000
 _AGAIN = "move the file away and sync again: lora pool sync"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Rescue:
-    """The end of a rescue: whole rows by table, the names of lost rows by table, and the place of the damaged file.
+    """A rescue: whole rows by table, the names of lost rows by table, and the place of the damaged file.
 
     `lost` holds the names that an index or the numbering still tells.
     """

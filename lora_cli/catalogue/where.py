@@ -8,12 +8,12 @@
 No user text becomes part of the SQL: columns come from the list below, values are passed as parameters.
 """
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Final, Literal
 
 from lora_cli.errors import UsageError
+from lora_cli.text import nearest
 
 Kind = Literal["text", "number", "flag", "list"]
 Value = str | int | float | None
@@ -144,11 +144,8 @@ def _typed(column: str, value: str, text: str) -> Value:
 def _column(name: str, text: str) -> str:
     column = _SPELLINGS.get(name.lower(), name.lower())
     if column not in COLUMNS:
-        near = difflib.get_close_matches(column, COLUMNS, n=1)
-        raise UsageError(
-            f"{text[:80]!r}: no column {name[:40]!r}",
-            hint=f"did you mean {near[0]!r}?" if near else f"columns are {', '.join(COLUMNS)}",
-        )
+        hint = nearest(column, COLUMNS, f"columns are {', '.join(COLUMNS)}")
+        raise UsageError(f"{text[:80]!r}: no column {name[:40]!r}", hint=hint)
     return column
 
 

@@ -73,7 +73,7 @@ def diff(
             "plot": None if plot is None else str(plot),
         },
     )
-    for line in filter(None, [*told(found), gathered.unchecked]):
+    for line in filter(None, [*lines_about(found), gathered.unchecked]):
         screen.say(line)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
@@ -95,7 +95,7 @@ def draw(file: Path, names: tuple[str, str], found: Any) -> None:
     draw_diff(file, names, pairs)
 
 
-def told(found: Any) -> list[str]:
+def lines_about(found: Any) -> list[str]:
     """The summary of a steps.compare.Diff, and the modules that only one of the two adapters changes."""
     norms = found.norms
     if found.cosine is None:

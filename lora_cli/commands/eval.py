@@ -94,7 +94,11 @@ def evaluate(
         identity="system",
         caption=f"{metric.name}, {metric.better} is better, n = {scores[0].n}, paired differences to {baseline}, "
         f"bootstrap seed {settings.seed}",
-        extra={**request.asked, "rows_file": str(request.rows(out)), "plot": None if plot is None else str(plot)},
+        extra={
+            **request.run_settings,
+            "rows_file": str(request.rows(out)),
+            "plot": None if plot is None else str(plot),
+        },
     )
     _tell(screen, scores, options)
     if plot is not None:

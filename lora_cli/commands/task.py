@@ -57,7 +57,7 @@ def show(
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)
     shown = [task_view.read(row, encoder) for row in rows[:n]]
     _show(screen, settings, facts, shown)
-    for line in task_view.told(facts):
+    for line in task_view.summary_of(facts):
         screen.say(line)
 
 

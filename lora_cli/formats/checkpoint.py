@@ -25,7 +25,7 @@ from lora_cli.names import is_model, is_revision
 from lora_cli.precision import BITS, torch_dtype
 from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import folder_of, folders_like, means_folder
-from lora_cli.text import shortened
+from lora_cli.text import meant, shortened
 
 CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
@@ -136,7 +136,7 @@ def _in_cache(repo: str) -> bool:
 
 def _no_folder(name: str) -> NothingMatched:
     like = folders_like(name)
-    hint = f"did you mean {' or '.join(like)}?" if like else "set base to a Hub id or an existing folder"
+    hint = meant(like, "set base to a Hub id or an existing folder")
     if name.count("/") == 1 and name[0] not in "./~" and name[-1] != "/":
         hint += f" · for the Hub's model run hf download {name}"
     return NothingMatched(f"no base model at {name}: no such folder", hint=hint)

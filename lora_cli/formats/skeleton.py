@@ -128,6 +128,11 @@ class Skeleton:
         """The matrix of a module, of an expert (`…experts.3.gate_up_proj`) or of a part of one; None for no such."""
         return self.matrices.get(name) or self._expert(name)
 
+    @cached_property
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every linear layer, by name."""
+        return {name: matrix.shape for name, matrix in self.matrices.items() if matrix.kind == "linear"}
+
     def in_attention(self, name: str) -> bool:
         """Whether a name belongs to one of `attentions` or to a part of one."""
         return any(f"{name}.".startswith(f"{one}.") for one in self.attentions)

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 _TRIES = 5
+# Seconds before the first retry of a failed request; doubled each time.
+_FIRST_WAIT = 1.0
 _LONGEST_WAIT = 330.0  # the Hub's rate windows last 300 s
 _SILENCE_SECONDS = 30.0
 
@@ -44,7 +46,6 @@ class Connection:
         endpoint: default HF_ENDPOINT, else https://huggingface.co.
         progress: called during every wait longer than a second.
         budget: the most requests that this object may send, None for no limit; BudgetSpent is raised beyond.
-        first_wait: seconds before the first retry of a failed request; doubled each time.
         silence: seconds without data before a request times out; None for the usual half a minute.
         tries: the most attempts per request.
     """
@@ -55,7 +56,6 @@ class Connection:
         *,
         progress: Progress = silent,
         budget: int | None = None,
-        first_wait: float = 1.0,
         silence: float | None = None,
         tries: int = _TRIES,
     ) -> None:
@@ -66,7 +66,6 @@ class Connection:
         _trust(self.endpoint)
         self._progress = progress
         self._budget = budget
-        self._first_wait = first_wait
         self._silence = _SILENCE_SECONDS if silence is None else silence
         self._tries = tries
         self._start = _meter.reading()
@@ -131,7 +130,7 @@ class Connection:
         wait = 0.0
         for attempt in range(1, _TRIES + 1):
             self._hold(wait)
-            wait = self._first_wait * 2 ** (attempt - 1)
+            wait = _FIRST_WAIT * 2 ** (attempt - 1)
             try:
                 return ask(get_session())
             except (*transport, LocalEntryNotFoundError, HfHubHTTPError) as error:

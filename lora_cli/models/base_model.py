@@ -79,7 +79,7 @@ class BaseModel:
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear layer, by name."""
-        return {name: matrix.shape for name, matrix in self.skeleton.matrices.items() if matrix.kind == "linear"}
+        return self.skeleton.layers
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of the generation prompt; see `Encoder.prompt_ids`."""

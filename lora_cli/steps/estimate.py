@@ -19,10 +19,10 @@ from lora_cli.formats.checkpoint import BLOCK, Checkpoint, cached_model, open_ch
 from lora_cli.formats.delta import OpenDelta
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import peak_bytes
-from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.ref import BaseRef, load_encoder
+from lora_cli.names import leaf
 from lora_cli.precision import torch_dtype
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import ALL_LINEAR, Adapter, Example
@@ -36,7 +36,7 @@ from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.pool.gather import files_of, opened
 from lora_cli.steps.train.descent import TOKENS_PER_PASS
 from lora_cli.steps.train.request import TrainJob
-from lora_cli.task import load_task
+from lora_cli.task import HELD_OUT, load_task
 
 FP32 = 4
 # The work of a weighted sum by QR and SVD, in multiplications per (out + in) R² and per R³; R is the sum of the ranks.
@@ -267,19 +267,13 @@ def _model(ref: BaseRef) -> _Model | None:
     if place is None:
         return None
     checkpoint, skeleton = open_checkpoint(place, ref.name), skeleton_at(place)
-    layers = _layers(skeleton)
+    layers = {} if skeleton is None else skeleton.layers
     return _Model(
         numbers=_numbers(checkpoint),
         width=torch_dtype(ref.dtype).itemsize,
         layers=layers,
         vocabulary=layers[skeleton.head][0] if skeleton is not None and skeleton.head in layers else 0,
     )
-
-
-def _layers(skeleton: Skeleton | None) -> dict[str, tuple[int, int]]:
-    if skeleton is None:
-        return {}
-    return {name: one.shape for name, one in skeleton.matrices.items() if one.kind == "linear"}
 
 
 def _numbers(checkpoint: Checkpoint) -> int:
@@ -316,7 +310,7 @@ def _of_new(ref: BaseRef, model: _Model, lengths: _Lengths, options: TrainOption
     adapted = [
         shape
         for name, shape in model.layers.items()
-        if (targets == ALL_LINEAR and shape[0] != model.vocabulary) or name.rpartition(".")[2] in targets
+        if (targets == ALL_LINEAR and shape[0] != model.vocabulary) or leaf(name) in targets
     ]
     numbers = options.rank * sum(map(sum, adapted))
     lora = sum(map(sum, adapted)) * FP32
@@ -355,13 +349,13 @@ def _of_learning(
 ) -> Estimate:
     """A training through a frozen base, and `beside` numbers of adapters; `kept` bytes are kept per token for these."""
     rates = _rates(ref.device, ref.dtype, torch.get_num_threads())
-    validation = math.ceil(0.2 * lengths.examples)
+    validation = math.ceil(HELD_OUT * lengths.examples)
     evaluations = math.ceil(recipe.steps / recipe.every) + 2
     learnt = recipe.steps * recipe.batch * lengths.tokens
     judged = evaluations * validation * lengths.tokens
     # Forward, and backward to the input; of the adapters' factors to their own values as well.
     products = learnt * (2 * model.products + 3 * beside) + judged * (model.products + beside)
-    passes = recipe.steps * math.ceil(recipe.batch * lengths.longest / TOKENS_PER_PASS) * 1.0
+    passes: float = recipe.steps * math.ceil(recipe.batch * lengths.longest / TOKENS_PER_PASS)
     passes += evaluations * math.ceil(validation * lengths.longest / TOKENS_PER_PASS) / 3
     rows = min(recipe.batch, max(1, TOKENS_PER_PASS // lengths.longest))
     width = sum(map(sum, model.layers.values()))

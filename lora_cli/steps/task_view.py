@@ -137,7 +137,7 @@ def _lengths(lengths: Sequence[int]) -> Lengths:
     return Lengths(median=ordered[(len(ordered) - 1) // 2], p95=p95, longest=ordered[-1])
 
 
-def told(facts: TaskFacts) -> list[str]:
+def summary_of(facts: TaskFacts) -> list[str]:
     """The lines that every command prints about its task: a summary, and the input without effect."""
     lengths = facts.lengths
     parts: list[Any] = [

@@ -158,7 +158,7 @@ class _Guide:
         return pool.adapters([adapter.ref.pinned for adapter, _ in chosen])
 
     def _new_lora(self) -> OpenAdapter:
-        described = training.asked(options=NEW_LORA, recipe=NEW_LORA_RECIPE, data=self.target.train.name)
+        described = training.run_settings(options=NEW_LORA, recipe=NEW_LORA_RECIPE, data=self.target.train.name)
 
         def work(job: Job, run: Run) -> None:
             training.train_and_write(
@@ -184,7 +184,7 @@ class _Guide:
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
         plan, recipe = _plan(chosen, 1.0, "linear"), Recipe(seed=self.world.seed)
-        described = fitting.asked(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
+        described = fitting.run_settings(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
 
         def work(job: Job, run: Run) -> None:
             fitting.fit_and_write(

@@ -28,6 +28,14 @@ def updates(*items: LowRank) -> Updates:
     return Updates(items, keys=tuple(range(1, len(items) + 1)), scales=(1.0,) * len(items))
 
 
+def tiled(of: Updates, workers: int, size: int | None = None) -> DeltaTiles:
+    """Updates in blocks of at most `size` bytes."""
+    with pytest.MonkeyPatch.context() as patched:
+        if size is not None:
+            patched.setattr("lora_cli.algebra.tiles._TILE_BYTES", {"cpu": size})
+        return DeltaTiles(of, workers)
+
+
 def kth(dense: Tensor, density: float) -> float:
     """By sorting everything; 0 where all entries are kept."""
     k = max(1, round(density * dense.numel()))
@@ -73,7 +81,7 @@ def test_thresholds_are_those_of_a_full_sort(shape: str, density: float, way: st
     u = SHAPED[shape]()
     dense = torch.cat([u.B[i : i + 7] @ u.A for i in range(0, u.shape[0], 7)])
     for workers in (1, 3):
-        tiles = DeltaTiles(updates(u), workers, 7 * u.shape[1] * u.B.element_size())
+        tiles = tiled(updates(u), workers, 7 * u.shape[1] * u.B.element_size())
         assert tiles.thresholds(density).tolist() == pytest.approx([kth(dense, density)], rel=1e-6)
         if way == "numba":
             [cut] = tiles.thresholds(density).tolist()
@@ -126,10 +134,10 @@ def ballot(election: str, cut: float) -> Callable[[Block], Tensor]:
 def test_blocks_workers_and_numba_do_not_change_the_result(election: str, dtype: torch.dtype) -> None:
     four = updates(*(update(50, 40, r, r, dtype) for r in (2, 4, 3, 6)))
     row = 40 * four[0].B.element_size()
-    results = [DeltaTiles(four, w, size).merge(ballot(election, 0.7)) for w in (1, 2, 5) for size in (16 * row, None)]
+    results = [tiled(four, w, size).merge(ballot(election, 0.7)) for w in (1, 2, 5) for size in (16 * row, None)]
     kernels_before, kernels.COMPILED = kernels.COMPILED, False
     try:
-        results.append(DeltaTiles(four, 1, 16 * row).merge(ballot(election, 0.7)))
+        results.append(tiled(four, 1, 16 * row).merge(ballot(election, 0.7)))
     finally:
         kernels.COMPILED = kernels_before
     assert bool(results[0].any())
@@ -149,12 +157,12 @@ def test_a_block_reuses_its_memory_but_not_its_sums() -> None:
 
     expected = sum(u.dense() for u in three)
     for tile_bytes in (1, 1000, 1 << 20):
-        result = DeltaTiles(three, 1, tile_bytes).merge(summed)
+        result = tiled(three, 1, tile_bytes).merge(summed)
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_each_gives_what_is_found_in_the_order_of_the_rows() -> None:
-    tiles = DeltaTiles(updates(update(33, 20, 2, 1)), 3, 160)
+    tiles = tiled(updates(update(33, 20, 2, 1)), 3, 160)
     assert tiles.each(lambda block: block.rows.start) == list(range(33))
 
 

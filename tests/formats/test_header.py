@@ -42,19 +42,6 @@ def of(file: bytes) -> Header:
     return parse_header(file, len(file))
 
 
-def adapter(*tensors: tuple[str, str, list[int]]) -> Header:
-    """The header of a file with these (name, dtype, shape), laid one after the other."""
-    width = {"F32": 4, "BF16": 2, "F16": 2, "I8": 1}
-    header, at = {}, 0
-    for name, dtype, shape in tensors:
-        size = width[dtype]
-        for length in shape:
-            size *= length
-        header[name] = tensor(dtype, shape, [at, at + size])
-        at += size
-    return of(safetensors(header, b"\0" * at))
-
-
 @pytest.mark.parametrize("what", HEADERS)
 def test_a_malformed_header_is_refused(what: str) -> None:
     with pytest.raises(HeaderError):

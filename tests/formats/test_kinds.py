@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import close_session
 from safetensors.torch import save_file
 
 from lora_cli.catalogue.adapters import Catalogue
@@ -142,15 +140,6 @@ def test_several_adapters_in_one_file_are_named(own_home: Path) -> None:
 def test_a_pipe_among_the_files_is_left_alone(pool: Path) -> None:
     os.mkfifo(pool / "base" / "pipe.safetensors")
     ok("pool", "sync", "acme/tiny", "--from", "pool")
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-        close_session()
 
 
 def test_the_hub_lists_them_by_the_names_of_their_files(fake: FakeHub, pool: Path) -> None:

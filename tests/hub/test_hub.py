@@ -2,11 +2,8 @@
 
 import socket
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session
 
 from lora_cli.errors import AccessDenied, LoraError, NetworkError, NothingMatched, Partial
 from lora_cli.hub import connection as door
@@ -19,17 +16,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKEN = "hf_canaryCANARYcanaryCANARY0123456789"
 
 
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-        close_session()
-
-
 def hub(**options: object) -> Hub:
-    return Hub(first_wait=0.01, **options)  # type: ignore[arg-type]
+    return Hub(**options)  # type: ignore[arg-type]
 
 
 def listed(connection: Hub, **options: object) -> list[str]:
@@ -172,7 +160,7 @@ def test_a_network_that_is_down_is_said_in_one_line() -> None:
         unused.bind(("127.0.0.1", 0))
         nobody = f"http://127.0.0.1:{unused.getsockname()[1]}"
     with pytest.raises(NetworkError, match="cannot be reached"):
-        listed(Hub(nobody, first_wait=0.01))
+        listed(Hub(nobody))
 
 
 def test_what_the_hub_refuses_has_a_kind_of_its_own(fake: FakeHub) -> None:

@@ -3,12 +3,10 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session
 
 from lora_cli.catalogue.adapters import Catalogue
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -132,13 +130,9 @@ def test_a_base_that_only_the_other_adapters_name_is_not_the_users_word(pool: Pa
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        server.add("x/none", lora_files(base=None))
-        yield server
-        close_session()
+def fake(fake: FakeHub) -> FakeHub:
+    fake.add("x/none", lora_files(base=None))
+    return fake
 
 
 def test_an_adapter_of_the_hub_that_declares_none_is_taken_at_the_users_word(fake: FakeHub) -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import close_session
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import AccessDenied, NetworkError, UsageError
@@ -31,15 +30,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-        close_session()
-
-
-@pytest.fixture
 def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
     with Catalogue(tmp_path / "catalogue.db") as opened:
         yield opened
@@ -47,7 +37,7 @@ def catalogue(tmp_path: Path) -> Iterator[Catalogue]:
 
 def synced(catalogue: Catalogue, budget: int | None = None, **options: Any) -> SyncReport:
     chosen = SyncOptions(**{name: options.pop(name) for name in [*options] if name in SyncOptions.__slots__})
-    return sync(catalogue, HubSource(Hub(first_wait=0.01, budget=budget)), chosen, **{"base": BASE, **options})
+    return sync(catalogue, HubSource(Hub(budget=budget)), chosen, **{"base": BASE, **options})
 
 
 def counts(report: SyncReport) -> tuple[int, int, int, int]:
@@ -318,7 +308,7 @@ def test_the_shapes_of_the_base_are_compared_with_the_header(fake: FakeHub, cata
 
 def test_a_hub_needs_a_base(catalogue: Catalogue) -> None:
     with pytest.raises(UsageError, match="no base model"):
-        sync(catalogue, HubSource(Hub(first_wait=0.01)))
+        sync(catalogue, HubSource(Hub()))
 
 
 def test_weights_that_were_judged_once_keep_their_verdict(fake: FakeHub, catalogue: Catalogue) -> None:

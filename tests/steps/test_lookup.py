@@ -2,12 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import close_session
 from safetensors.torch import load_file
 
 from lora_cli.catalogue.adapters import Catalogue
@@ -18,15 +16,11 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+def fake(fake: FakeHub) -> FakeHub:
     """A Hub with two adapters whose updates are 8·value² everywhere, and a catalogue that knows nothing."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        server.add("alice/sql", lora_files(value=0.5))
-        server.add("bob/math", lora_files(value=0.25, rank=2))
-        yield server
-        close_session()
+    fake.add("alice/sql", lora_files(value=0.5))
+    fake.add("bob/math", lora_files(value=0.25, rank=2))
+    return fake
 
 
 def known() -> dict[str, str]:

@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import close_session
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.records import Adapter
@@ -16,15 +14,6 @@ from tests.fake_hub import BASE, FakeHub, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TWIN = "copies/tiny-llama-nf9"
-
-
-@pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        yield server
-        close_session()
 
 
 def put(folder: Path, **facts: object) -> Path:

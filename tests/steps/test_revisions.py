@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -174,14 +173,10 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    with FakeHub() as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-        server.add("alice/first", lora_files(revision=FIRST))
-        server.add("bob/plain", lora_files())
-        yield server
-        close_session()
+def fake(fake: FakeHub) -> FakeHub:
+    fake.add("alice/first", lora_files(revision=FIRST))
+    fake.add("bob/plain", lora_files())
+    return fake
 
 
 def test_the_hub_lists_by_name_and_each_adapter_is_judged_by_its_revision(fake: FakeHub) -> None:

@@ -11,7 +11,7 @@ from lora_cli.commands.pool.shared import Alias, facts
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.records import Adapter, Progress
 from lora_cli.settings import folder_of, folders_like
-from lora_cli.text import percent
+from lora_cli.text import meant, percent
 
 if TYPE_CHECKING:
     from lora_cli.catalogue.adapters import Catalogue
@@ -90,7 +90,7 @@ def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) ->
     looks_like_path = text.startswith((".", "/", "~"))
     if looks_like_path and folder is None:
         like = folders_like(text)
-        raise NothingMatched(f"{text}: no such folder", hint=f"did you mean {' or '.join(like)}?" if like else "")
+        raise NothingMatched(f"{text}: no such folder", hint=meant(like))
     if folder is None or (not looks_like_path and catalogue.known([text])):
         return pinned(catalogue, text, progress)
     ref = folder_ref(folder)

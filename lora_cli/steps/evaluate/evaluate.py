@@ -114,7 +114,7 @@ def evaluate(
     options = options or EvalOptions()
     metric, baseline, max_new_tokens = METRICS.get(options.metric), options.baseline, options.max_new_tokens
     names = [system.name for system in systems]
-    demand_sane(names, baseline=baseline)
+    demand_systems(names, baseline=baseline)
     if not examples:
         raise NothingMatched("no examples to evaluate on")
     [itself] = [system.name for system in systems if system.updates is None]
@@ -152,7 +152,7 @@ def evaluate(
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
 
 
-def demand_sane(names: Sequence[str], *, baseline: str) -> None:
+def demand_systems(names: Sequence[str], *, baseline: str) -> None:
     """Raise the errors of `evaluate` about names of systems and the baseline."""
     if len(set(names)) < len(names):
         raise UsageError(f"two systems are called {max(names, key=names.count)!r}")

@@ -16,9 +16,9 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.answers import unchanged
-from lora_cli.steps.evaluate.evaluate import System, Updates, demand_sane, evaluate
+from lora_cli.steps.evaluate.evaluate import System, Updates, demand_systems, evaluate
 from lora_cli.steps.opened_pool import Pool
-from lora_cli.steps.task_view import look, told
+from lora_cli.steps.task_view import look, summary_of
 from lora_cli.task import Task, read_task, split
 from lora_cli.text import counted
 
@@ -41,7 +41,7 @@ class EvaluateRequest:
     ) -> None:
         self.pool, self.settings, self.options = pool, settings, options or EvalOptions()
         base, systems = base_of(settings), _distinct(names)
-        demand_sane(["base", *systems], baseline=self.options.baseline)
+        demand_systems(["base", *systems], baseline=self.options.baseline)
         self.task = test_data(settings)
         origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
         pool.announce(
@@ -64,7 +64,7 @@ class EvaluateRequest:
         ]
 
     @cached_property
-    def asked(self) -> dict[str, Any]:
+    def run_settings(self) -> dict[str, Any]:
         """The settings of the run."""
         return {
             **self.ref.settings,
@@ -78,14 +78,14 @@ class EvaluateRequest:
 
     def rows(self, out: Path | None = None) -> Path:
         """The file that holds an answer of each system to each example."""
-        return out or self.settings.runs / f"eval-{key_of('eval', self.asked, self.inputs)[:8]}.jsonl"
+        return out or self.settings.runs / f"eval-{key_of('eval', self.run_settings, self.inputs)[:8]}.jsonl"
 
     def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
         """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
-        with runs.recorded(db, "eval", self.asked, self.inputs, self.rows(out)) as run:
+        with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows(out)) as run:
             run.device = self.ref.device
             loaded = self.ref.load(progress)
-            for line in told(look(self.task.examples, loaded.encoder)):
+            for line in summary_of(look(self.task.examples, loaded.encoder)):
                 self.pool.announce(line)
             scores = evaluate(
                 loaded,

@@ -26,7 +26,7 @@ from lora_cli.scores import Difference, paired_difference
 from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
 from lora_cli.steps.train.descent import Checkpoint, Learnt, Parts, learn, losses
 from lora_cli.steps.train.train import train
-from lora_cli.task import split
+from lora_cli.task import HELD_OUT, split
 
 CONTROLS = ("random", "target")
 
@@ -64,7 +64,7 @@ class Fitting:
     shape: Shape = field(default_factory=Shape)
     recipe: Recipe = field(default_factory=Recipe)
     l1: float = 0.0
-    fraction: float = 0.2
+    fraction: float = HELD_OUT
     target: str = ""
     controls: Sequence[str] = ()
     task_sha256: str = ""
@@ -165,7 +165,7 @@ class FitReport:
     comparisons: tuple[Comparison, ...]
 
 
-def asked(
+def run_settings(
     plan: MergePlan,
     *,
     shape: Shape,

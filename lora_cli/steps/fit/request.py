@@ -14,12 +14,12 @@ from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.fit.fit import FitReport, Fitting, asked, demand_sane, fit_and_write
+from lora_cli.steps.fit.fit import FitReport, Fitting, demand_sane, fit_and_write, run_settings
 from lora_cli.steps.merge.plan import checked_options
 from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.steps.task_view import look, told
+from lora_cli.steps.task_view import look, summary_of
 from lora_cli.task import Task
 from lora_cli.text import counted
 
@@ -52,7 +52,7 @@ class FitJob:
                 f"split 80/20 by seed {request.recipe.seed}; base {request.base}"
             )
             loaded = self.ref.load(progress)
-            for line in told(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
+            for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
                 request.pool.announce(line)
             return fit_and_write(
                 loaded,
@@ -125,7 +125,7 @@ class FitRequest:
             skeleton=gathered.skeleton,
         )
         ref = dataclasses.replace(ref, name=gathered.base)
-        described = asked(
+        described = run_settings(
             planned,
             shape=self.shape,
             l1=self.options.l1,

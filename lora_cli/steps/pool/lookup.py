@@ -20,6 +20,7 @@ from lora_cli.sources import Found
 from lora_cli.sources.hub import HubReader
 from lora_cli.steps.bases import skeleton_here
 from lora_cli.steps.pool.verify import verify
+from lora_cli.text import meant
 
 NAME_THE_BASE = "name its base model: --base NAME"
 _BASES_NAMED = 5
@@ -161,7 +162,7 @@ def _unknown(catalogue: Catalogue, text: str, error: NothingMatched) -> NothingM
     like, folder = folders_like(text), means_folder(text)
     if not (like or folder) or catalogue.known([id_and_revision(text)[0]]):
         return error
-    hints = [f"did you mean {' or '.join(like)}?"] if like else []
+    hints = [meant(like)] if like else []
     if folder and repo_and_folder(text):
         hints.append(f"a repository of the Hub is {text}@main")
     return NothingMatched(f"{text}: no such folder and not in the catalogue", hint=" · ".join([*hints, error.hint]))

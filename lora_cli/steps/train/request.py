@@ -16,8 +16,8 @@ from lora_cli.records import Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.steps.task_view import look, told
-from lora_cli.steps.train.train import TrainResult, asked, train_and_write
+from lora_cli.steps.task_view import look, summary_of
+from lora_cli.steps.train.train import TrainResult, run_settings, train_and_write
 from lora_cli.task import Task
 from lora_cli.text import counted
 
@@ -53,7 +53,7 @@ class TrainJob:
                 f"base {self.base}"
             )
             loaded = self.ref.load(progress)
-            for line in told(look(task.examples, loaded.encoder, seed=seed)):
+            for line in summary_of(look(task.examples, loaded.encoder, seed=seed)):
                 self.announce(line)
             return train_and_write(
                 loaded,
@@ -87,7 +87,7 @@ def train_job(
         DataError: a malformed task.
     """
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
-    described = asked(options=options, recipe=recipe, data=task.file.name)
+    described = run_settings(options=options, recipe=recipe, data=task.file.name)
     base = base_of(settings)
     ref = pin(
         base,

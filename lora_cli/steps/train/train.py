@@ -16,6 +16,7 @@ from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
 from lora_cli.steps.train.descent import Learnt, Parts, learn
+from lora_cli.task import HELD_OUT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ def train(
     *,
     options: TrainOptions | None = None,
     recipe: Recipe | None = None,
-    fraction: float = 0.2,
+    fraction: float = HELD_OUT,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train a LoRA on 80 % of the examples, keep the best step by loss on the rest, and save it into `folder`.
@@ -76,7 +77,7 @@ def train(
     )
 
 
-def asked(*, options: TrainOptions, recipe: Recipe, data: str) -> dict[str, Any]:
+def run_settings(*, options: TrainOptions, recipe: Recipe, data: str) -> dict[str, Any]:
     """The settings of a run that trains, beside those of the base."""
     return {**options.shape, **recipe.settings, "data": data}
 
