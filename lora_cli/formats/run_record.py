@@ -40,6 +40,11 @@ class Run:
         self.results.update(record["results"])
         self.lock.update(record.get("merge.lock", {}))
 
+    def write(self, folder: Path) -> None:
+        """Write `run.json` into `folder`."""
+        text = json.dumps(self.record(), indent=2, sort_keys=True)
+        (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
+
     def record(self) -> dict[str, Any]:
         """The contents of `run.json`, without times and paths, so that equal work gives equal bytes."""
         return {
@@ -86,11 +91,6 @@ def key_of(command: str, settings: Mapping[str, Any], inputs: Mapping[str, str])
     """SHA-256 over everything that decides the result of a run: equal keys mean equal work."""
     text = json.dumps([command, settings, inputs, versions()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def record_text(record: Mapping[str, Any]) -> str:
-    """The bytes of a `run.json`."""
-    return json.dumps(record, indent=2, sort_keys=True) + "\n"
 
 
 def finished(folder: Path, key: str) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lora_cli.errors import Refused
 from lora_cli.plots.figure import cells_of, colours_for, figure_in, label, room_for
+from lora_cli.text import counted
 
 # With more rows, labels would overlap.
 _MOST_LABELS = 60
@@ -65,7 +66,7 @@ def draw_similarity(
             axes.set(xticks=[], ylabel="cluster")
             axes.set_yticks([(start + end - 1) / 2 for start, end in seen], [str(clusters[at]) for at, _ in seen])
             axes.set_xlabel(f"{n} adapters in the order of their clusters")
-        many = f"{len(frames)} cluster{'s' if len(frames) != 1 else ''} of two or more"
+        many = f"{counted(len(frames), 'cluster')} of two or more"
         axes.set_title(f"{n} adapters · {modules} modules · {many}")
 
 

@@ -133,14 +133,14 @@ def cells_of(modules: Sequence[str]) -> list[tuple[str, str]]:
     and decoder, the row includes the stack; a module outside all layers has the row –.
     """
     layers = [layer_of(module) for module in modules]
-    stacks = _told_apart(list(dict.fromkeys(layer.stack for layer in layers if layer is not None)))
+    stacks = _short_names(list(dict.fromkeys(layer.stack for layer in layers if layer is not None)))
     return [
         (NO_LAYER, module) if layer is None else (f"{stacks[layer.stack]} {layer.number}".strip(), layer.place)
         for module, layer in zip(modules, layers, strict=True)
     ]
 
 
-def _told_apart(stacks: Sequence[str]) -> dict[str, str]:
+def _short_names(stacks: Sequence[str]) -> dict[str, str]:
     """A short name for each stack of layers, "" for the only one: the first part in which they differ, if it is enough.
 
     `encoder.block` and `decoder.block` are `encoder` and `decoder`.

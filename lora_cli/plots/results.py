@@ -10,6 +10,7 @@ from typing import Any
 from lora_cli.metrics import METRICS
 from lora_cli.plots.figure import LABEL_SIZE, NO_LAYER, cells_of, colours_for, figure_in, label, room_for
 from lora_cli.records import Coefficients, Score
+from lora_cli.text import counted
 
 _WIDTH = 9.0
 # Inches of one row with a label, of one column with a label, and of one with a number in each cell.
@@ -69,8 +70,8 @@ def draw_fit(file: Path, losses: Losses, coefficients: Coefficients) -> None:
         else:
             _name_layers(axes, [layer for layer, _ in columns])
         _name_rows(axes, adapters)
-        many = f"{n} adapter{'s'[: n != 1]}, the largest coefficients first"
-        axes.set_title(f"{many} · {len(columns)} {_PARTS[coefficients.granularity]}{'s'[: len(columns) != 1]}")
+        parts = counted(len(columns), _PARTS[coefficients.granularity])
+        axes.set_title(f"{counted(n, 'adapter')}, the largest coefficients first · {parts}")
 
 
 def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:

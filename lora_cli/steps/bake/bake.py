@@ -21,7 +21,7 @@ from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
 from lora_cli.formats.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
-from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
+from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.names import layer_of
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import dtype_name, in_config, torch_dtype
@@ -112,7 +112,7 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
         )
         _demand_effect(plan, report.total)
         run.results.update(_results(plan, report))
-        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+        run.write(partial)
     return report
 
 

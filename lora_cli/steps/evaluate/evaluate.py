@@ -16,6 +16,7 @@ from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.generate import stream
+from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import interval, paired_difference
@@ -266,11 +267,9 @@ class _Rows:
 
     def _rewritten(self, path: Path) -> Any:
         """The file opened for appending, without the outdated rows of these systems."""
-        partial = path.with_name(f".{path.name}.partial")
+        with whole_file(path) as file:
+            file.write("".join(map(_line, [*self._others, *self.found.values()])).encode())
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text("".join(map(_line, [*self._others, *self.found.values()])), encoding="utf-8")
-            partial.replace(path)
             return path.open("a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error

@@ -15,7 +15,7 @@ from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.coefficients import COEFFICIENTS_FILE, coefficients_text
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter, open_adapter
-from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
+from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
@@ -238,7 +238,7 @@ def fit_and_write(
         with base.applied({module: merged.read(module) for module in merged.modules}):
             loss_merged, _ = losses(base, validation)
         run.results.update(_results(result, loss_merged, comparisons))
-        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+        run.write(partial)
     for state in states:
         state.unlink(missing_ok=True)
     return FitReport(

@@ -18,7 +18,7 @@ from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.formats.run_record import RECORD_FILE, Run, peak_bytes, record_text
+from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
@@ -120,7 +120,7 @@ def merge(
             mean_norm=report.mean_norm,
             modules={m.module: {"rank": m.rank, "norm": m.norm, "energy": m.energy} for m in reports},
         )
-        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+        run.write(partial)
         (partial / "README.md").write_text(_card(plan, report), encoding="utf-8")
     return report
 

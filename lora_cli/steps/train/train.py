@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import WEIGHTS_NAME
-from lora_cli.formats.run_record import RECORD_FILE, Run, record_text
+from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
@@ -110,7 +110,7 @@ def train_and_write(
             n_validation=result.n_validation,
             curve=[asdict(point) for point in result.learnt.curve],
         )
-        (partial / RECORD_FILE).write_text(record_text(run.record()), encoding="utf-8")
+        run.write(partial)
         (partial / "README.md").write_text(_card(base.name, result), encoding="utf-8")
     return result
 
