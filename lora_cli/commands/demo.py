@@ -3,7 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -12,6 +12,10 @@ from lora_cli.commands.options import Command, Document, examples, with_flags
 from lora_cli.screen import Screen, near
 from lora_cli.settings import load
 from lora_cli.text import interval
+
+if TYPE_CHECKING:
+    from lora_cli.records import Score
+    from lora_cli.world.tour import Chapter
 
 _COLUMNS = (
     Column("TASK", "task", wide=True, least=12),
@@ -75,8 +79,8 @@ def demo(
         screen.say(f"  {line}")
 
 
-def _row(task: str, score: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {
+def _row(task: str, score: "Score") -> dict[str, Any]:
+    return {
         "task": task,
         "system": score.system,
         "value": score.value,
@@ -86,27 +90,26 @@ def _row(task: str, score: Any) -> dict[str, Any]:
         "interval": interval(score.low, score.high, places=2),
         "n": score.n,
         "delta": score.delta,
-        "difference": None,
-        "changed": None,
+        "difference": _difference(score),
+        "changed": None if score.delta is None else f"{score.changed}/{score.n}",
     }
-    if score.delta is not None:
-        row["difference"] = _difference(score)
-        row["changed"] = f"{score.changed}/{score.n}"
-    return row
 
 
-def _difference(score: Any) -> str:
+def _difference(score: "Score") -> str | None:
+    if score.delta is None or score.delta_low is None or score.delta_high is None:
+        return None
     return f"{score.delta:+.2f} {interval(score.delta_low, score.delta_high, places=2, signed=True)}"
 
 
-def _tell(screen: Screen, chapter: Any) -> None:
+def _tell(screen: Screen, chapter: "Chapter") -> None:
     target = chapter.target
     inside = [name for name in chapter.nearest if name.partition("/")[2] in target.relevant]
     pool = f"the nearest adapters hold {', '.join(inside)}" if inside else "no adapter of the pool was trained on it"
     screen.say("")
     screen.say(f"{target.name}: {pool}")
     for one, other, score in chapter.claims:
-        verdict = "better" if score.delta_low > 0 else "worse" if score.delta_high < 0 else "no measurable difference"
+        low, high = score.delta_low or 0, score.delta_high or 0
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no measurable difference"
         screen.say(f"  {one} − {other}: {_difference(score)}: {verdict}")
 
 

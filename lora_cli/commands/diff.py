@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from lora_cli.commands import completing
 from lora_cli.commands.options import Catalogued, Command, DrawnListing, examples, with_flags
 from lora_cli.screen import near
 from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from lora_cli.steps.pool.compare import Diff, ModuleDiff
 
 _COLUMNS = (
     Column("MODULE", "module", wide=True),
@@ -79,7 +82,7 @@ def diff(
         screen.say(f"  plot: {near(plot)}")
 
 
-def draw(file: Path, names: tuple[str, str], found: Any) -> None:
+def draw(file: Path, names: tuple[str, str], found: "Diff") -> None:
     """The picture of a steps.compare.Diff."""
     from lora_cli.plots.compare import ModulePair, draw_diff
 
@@ -95,7 +98,7 @@ def draw(file: Path, names: tuple[str, str], found: Any) -> None:
     draw_diff(file, names, pairs)
 
 
-def lines_about(found: Any) -> list[str]:
+def lines_about(found: "Diff") -> list[str]:
     """The summary of a steps.compare.Diff, and the modules that only one of the two adapters changes."""
     norms = found.norms
     if found.cosine is None:
@@ -123,7 +126,7 @@ def verdict(cosine: float) -> str:
     return f"{'partly' if abs(cosine) >= _PARTLY else 'weakly'} {'aligned' if cosine > 0 else 'opposed'}"
 
 
-def _row(module: Any) -> dict[str, Any]:
+def _row(module: "ModuleDiff") -> dict[str, Any]:
     one, other = module.one, module.other
     return {
         "module": module.module,

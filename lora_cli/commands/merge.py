@@ -31,6 +31,8 @@ from lora_cli.screen import near
 from lora_cli.text import counted, duration, in_words, percent, size
 
 if TYPE_CHECKING:
+    from typer._click import Context
+
     from lora_cli.formats.reader import OpenAdapter
     from lora_cli.steps.merge.stream import MergePlan, MergeReport
 
@@ -174,19 +176,19 @@ def _demand_no_others(context: typer.Context, file: Path) -> None:
 class MergeCommand(Command):
     """`lora merge`, whose help lists a method's own options if --method names the method."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         for place, word in enumerate(args):
             flag, _, value = word.partition("=")
             if flag in ("-m", "--method"):
                 ctx.meta["method"] = value or next(iter(args[place + 1 :]), "")
         return super().parse_args(ctx, args)
 
-    def left_out(self, ctx: Any) -> Collection[str]:
+    def left_out(self, ctx: "Context") -> Collection[str]:
         method = METHODS.methods.get(ctx.meta.get("method", ""))
         prompts = () if method is not None and method.needs == "inputs" else Prompts.flags()
         return {*METHODS.knobs, *prompts}
 
-    def added(self, ctx: Any) -> Mapping[str, list[tuple[str, str]]]:
+    def added(self, ctx: "Context") -> Mapping[str, list[tuple[str, str]]]:
         method = METHODS.methods.get(ctx.meta.get("method", ""))
         knobs = METHODS.knobs_of(method.name) if method is not None else {}
         rows = [(_spelled(knob), f"{knob.help}  [default: {knob.default}]") for knob in knobs.values()]
@@ -212,7 +214,7 @@ def with_knobs(function: Callable[..., None]) -> Callable[..., None]:
     ]
 
     @functools.wraps(function)
-    def command(*, options: MergeOptions, **values: Any) -> None:
+    def command(*, options: MergeOptions, **values: object) -> None:
         given = {name: values.pop(name) for name in METHODS.knobs}
         taken = {name: value for name, value in given.items() if value is not None}
         function(options=replace(options, knobs=taken), **values)
@@ -222,7 +224,7 @@ def with_knobs(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _option(name: str, owners: dict[str, Knob]) -> Any:
+def _option(name: str, owners: dict[str, Knob]) -> object:
     # `MergeCommand.added` lists each option as its method means it; a shell that completes flags shows this help.
     knob = next(iter(owners.values()))
     return Annotated[knob.type | None, typer.Option(_flag(name), help=f"Of {', '.join(owners)}: {knob.help}.")]

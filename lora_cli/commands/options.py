@@ -26,6 +26,9 @@ from lora_cli.task import Task, read_task
 from lora_cli.text import about, size
 
 if TYPE_CHECKING:
+    # Typer keeps its copy of Click private; its classes are named here for the types alone.
+    from typer._click import Context, HelpFormatter
+
     from lora_cli.steps.estimate import Estimate
 
 Adapters = Annotated[
@@ -62,7 +65,7 @@ class Stored(Options, frozen=True, kw_only=True):
 
     db: Annotated[Path | None, Flag(help="Catalogue file.", default="the setting")] = None
 
-    def load(self, **more: Any) -> Settings:
+    def load(self, **more: object) -> Settings:
         """The settings, with these options, and `more` settings by name, overriding all other sources."""
         return load({name: getattr(self, name) for name in self.__struct_fields__} | more)
 
@@ -219,15 +222,15 @@ class Prompts(Options, frozen=True, kw_only=True):
 class Command(TyperCommand):
     """A command whose help lists its options below the headings of their panels."""
 
-    def left_out(self, ctx: Any) -> Collection[str]:
+    def left_out(self, ctx: "Context") -> Collection[str]:
         """The options hidden from the help, by the names of their parameters."""
         return ()
 
-    def added(self, ctx: Any) -> Mapping[str, list[tuple[str, str]]]:
+    def added(self, ctx: "Context") -> Mapping[str, list[tuple[str, str]]]:
         """Rows (option, help) that the help lists first, by heading."""
         return {}
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         hidden = self.left_out(ctx)
         panels = {heading: [*rows] for heading, rows in self.added(ctx).items()}
         for parameter in self.get_params(ctx):
@@ -245,10 +248,10 @@ class Command(TyperCommand):
 class Group(TyperGroup):
     """A command with subcommands: without one it shows its help, whose lines are not cut off."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ([] if ctx.resilient_parsing else ["--help"]))
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: "Context", formatter: "HelpFormatter") -> None:
         rows = [(name, self.commands[name].get_short_help_str(limit=200)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -290,7 +293,7 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
         parameters += [_parameter(name, *flag, record, completed.get(name)) for name, flag in record.flags().items()]
 
     @functools.wraps(function)
-    def command(**values: Any) -> None:
+    def command(**values: object) -> None:
         for name, record in records.items():
             taken = {field: values.pop(field) for field in record.flags()}
             given = {field: tuple(v) if isinstance(v, list) else v for field, v in taken.items() if v is not None}
@@ -312,7 +315,7 @@ _COMPLETED: Mapping[str, completing.Complete] = {
 
 
 def _parameter(
-    name: str, kind: Any, flag: Flag, record: type[Options], completed: completing.Complete | None
+    name: str, kind: type, flag: Flag, record: type[Options], completed: completing.Complete | None
 ) -> inspect.Parameter:
     """The parameter that makes Typer add the option of a record's field."""
     default = inspect.signature(record).parameters[name].default
@@ -338,7 +341,7 @@ def _parameter(
 _WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
-def _value(value: str) -> Any:
+def _value(value: str) -> object:
     """The value of an argument: a JSON word however it is capitalised, else JSON where it is JSON, else text."""
     if value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]

@@ -1,14 +1,19 @@
 """`lora task`: look at a task as a base reads it."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_cli.commands.options import Command, Document, Group, Prompts, Seeded, examples, with_flags
 from lora_cli.errors import UsageError
 from lora_cli.screen import Screen, near
+from lora_cli.settings import Settings
 from lora_cli.task import load_task
+
+if TYPE_CHECKING:
+    from lora_cli.steps.task_view import ReadExample, TaskFacts
 
 app = typer.Typer(cls=Group, help="The examples of a task, as a base model reads them.")
 
@@ -61,7 +66,7 @@ def show(
         screen.say(line)
 
 
-def _show(screen: Screen, settings: Any, facts: Any, shown: list[Any]) -> None:
+def _show(screen: Screen, settings: Settings, facts: "TaskFacts", shown: "Sequence[ReadExample]") -> None:
     from dataclasses import asdict
 
     values = {"file": near(settings.data), "base": settings.base, **asdict(facts)}

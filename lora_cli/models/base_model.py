@@ -85,9 +85,9 @@ class BaseModel:
         """The tokens of the generation prompt; see `Encoder.prompt_ids`."""
         return self.encoder.prompt_ids(prompt)
 
-    def encode(self, example: Example) -> Encoded:
-        """An example as this model reads it; see `Encoder.encode`."""
-        return self.encoder.encode(example)
+    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples as this model reads them; see `Encoder.encode`."""
+        return self.encoder.encode_all(examples)
 
     def completion_losses(self, batch: Sequence[Encoded]) -> Tensor:
         """Negative log-likelihood in nats of each completion, summed over its tokens: (len(batch),) float32.
@@ -108,7 +108,7 @@ class BaseModel:
 
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
         """`mean_log_likelihoods` of examples that are not encoded yet."""
-        return self.mean_log_likelihoods([self.encode(example) for example in examples], batch_size=batch_size)
+        return self.mean_log_likelihoods(self.encode(examples), batch_size=batch_size)
 
     @torch.no_grad()
     def mean_log_likelihoods(self, encoded: Sequence[Encoded], *, batch_size: int = 16) -> list[float]:

@@ -9,11 +9,8 @@ from lora_cli.models.forms import (
     Chat,
     Control,
     Form,
-    Frame,
     Plain,
     Prompting,
-    as_turns,
-    content_of,
     has_system,
     one_line,
 )
@@ -107,6 +104,7 @@ class Encoder:
         self._form = self._chosen_form()
         self.ends: list[int] = sorted({*ends, tokenizer.eos_token_id})
         self._known: dict[int, tuple[Example, Encoded]] = {}
+        self._ends_by_closing: dict[str, _End] = {}
 
     def _chosen_form(self) -> Form:
         there_is_one = (self.prompting.template, self._tokenizer.chat_template) != (None, None)
@@ -117,7 +115,7 @@ class Encoder:
                 f"{self.name} has no chat template, which {needing[0]} needs",
                 hint="give one with --chat-template FILE, or use the instruction-tuned base",
             )
-        return Plain(self._tokenizer, self.prompting, self.name)
+        return Plain(self.prompting, self.name)
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The tokens of the generation prompt: the chat template around the prompt, else the prompt as plain text.
@@ -134,6 +132,10 @@ class Encoder:
         self._demand_known(ids)
         return Opening(tuple(ids), self._ends_with(end), until=end.until, tail=end.tail)
 
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples as the model reads them; see `encode`."""
+        return [self.encode(example) for example in examples]
+
     def encode(self, example: Example) -> Encoded:
         """An example as the model reads it.
 
@@ -147,6 +149,10 @@ class Encoder:
                 hint="shorten or remove the example",
             )
         return encoded
+
+    def read_all(self, examples: Sequence[Example]) -> list[Encoded]:
+        """Examples as the model reads them, however long; see `read`."""
+        return [self.read(example) for example in examples]
 
     def read(self, example: Example) -> Encoded:
         """An example as the model reads it, however long.
@@ -197,7 +203,7 @@ class Encoder:
             opening=opening,
             answer=answer,
             parted=fault is not None,
-            marked=self._is_marked(example, frame),
+            marked=self._form.is_marked(example, frame, self._control),
             early=start > 0 and generated.strip() != answer.strip(),
         )
 
@@ -214,24 +220,20 @@ class Encoder:
         """The text of each token after the tokens before it."""
         return [self._after(ids[max(0, place - _CONTEXT) : place], [token]) for place, token in enumerate(ids)]
 
-    def has_one_token(self, encoded: Encoded) -> bool:
-        """Whether the answer of an example, without the template's text around it, is a single token."""
+    def one_token(self, encoded: Sequence[Encoded]) -> int:
+        """The number of examples whose answer, without the template's text around it, is a single token."""
+        return sum(map(self._has_one_token, encoded))
+
+    def unread(self, examples: Sequence[Example]) -> set[str]:
+        """The input besides roles and texts that has no effect on the tokens of an example. Raises as `read`."""
+        return self._form.unread(examples)
+
+    def _has_one_token(self, encoded: Encoded) -> bool:
         opening = encoded.opening
         behind = encoded.ids[len(opening.ids) :]
         texts = (self._after(opening.ids, behind[:count]) for count in range(1, len(behind) + 1))
         first = next((text for text in texts if len(text) > len(opening.left)), "")
         return first.removeprefix(opening.left).strip() == encoded.answer.strip()
-
-    def unread(self, example: Example) -> list[str]:
-        """The input besides roles and texts that has no effect on the tokens. Raises as `read`."""
-        return self._form.unread(example)
-
-    def _is_marked(self, example: Example, frame: Frame) -> bool:
-        """Whether a prompt contains control tokens that the chat template itself writes around prompts."""
-        texts = "\n".join(content_of(turn) for turn in as_turns(example))
-        around = frame.lead + frame.closing
-        found = self._control.inside(texts) - {self._tokenizer.bos_token}
-        return any(around.count(mark) > texts.count(mark) for mark in found)
 
     def _opening(self, lead: Sequence[int], ids: Sequence[int], end: _End) -> Opening:
         """`lead` without the ids at its end that differ in the example, because a token spans lead and answer."""
@@ -258,6 +260,12 @@ class Encoder:
 
     def _end(self, closing: str) -> _End:
         """The end of an answer, from the text after it."""
+        # A template writes the same text after nearly every answer.
+        if closing not in self._ends_by_closing:
+            self._ends_by_closing[closing] = self._read_end(closing)
+        return self._ends_by_closing[closing]
+
+    def _read_end(self, closing: str) -> _End:
         text, token = self._control.first(closing)
         text = text and self._as_read(text)
         return _End(text, "", None) if token is None and text.strip() else _End("", text, token)
@@ -268,13 +276,22 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         try:
-            return self._form.ids(text)
+            if self._form.templated:  # as apply_chat_template does
+                return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+            return self._with_prefix(text)
         # Tokenizers raise exceptions of many kinds, for example if they have no token for unknown text.
         except Exception as error:
             raise DataError(
                 f"the tokenizer of {self.name} cannot read the text: {one_line(error)}",
                 hint="change or remove the example, or use a base whose tokenizer knows its characters",
             ) from error
+
+    def _with_prefix(self, text: str) -> list[int]:
+        """The token ids of a text after the tokenizer's own prefix, unless the text begins with it."""
+        bare = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        full = list(self._tokenizer(text)["input_ids"])
+        front = full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
+        return bare if bare[: len(front)] == front else [*front, *bare]
 
     def _demand_known(self, ids: Sequence[int]) -> None:
         unknown = next((token for token in ids if token >= self.vocabulary), None)

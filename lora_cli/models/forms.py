@@ -1,4 +1,4 @@
-"""Prompt and completion as one text, and text as token ids: by a chat template, or as plain text."""
+"""Prompt and completion as one text: by a chat template, or plain."""
 
 import hashlib
 import re
@@ -101,7 +101,12 @@ class Frame(NamedTuple):
 
 
 class Form(Protocol):
-    """Turns an example into one text, and a text into token ids. DataError for input that a chat template refuses."""
+    """Turns an example into one text. DataError for input that a chat template refuses.
+
+    `templated` is False if the text comes after the tokenizer's own prefix, such as BOS; a template writes it itself.
+    """
+
+    templated: bool
 
     def prompt(self, example: Example) -> str:
         """The text before the generated text."""
@@ -112,18 +117,19 @@ class Form(Protocol):
     def finished(self, example: Example) -> str:
         """The whole text."""
 
-    def unread(self, example: Example) -> list[str]:
-        """The input without effect on the text: further keys of messages and lines, `--system`."""
+    def unread(self, examples: Sequence[Example]) -> set[str]:
+        """The input without effect on the text of an example: further keys of messages and lines, `--system`."""
 
-    def ids(self, text: str) -> list[int]:
-        """The token ids of a text that starts at the example's start."""
+    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
+        """Whether a prompt contains control tokens that the chat template itself writes around prompts."""
 
 
 class Plain:
     """No template: prompt and completion are one text, after the tokenizer's own prefix."""
 
-    def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
-        self._tokenizer = tokenizer
+    templated = False
+
+    def __init__(self, prompting: Prompting, name: str) -> None:
         self._lacking = f"{name} has" if prompting.templated else "--no-chat-template leaves"
 
     def prompt(self, example: Example) -> str:
@@ -142,18 +148,17 @@ class Plain:
     def finished(self, example: Example) -> str:
         return self.prompt(example) + example.completion
 
-    def unread(self, example: Example) -> list[str]:
-        return []
+    def unread(self, examples: Sequence[Example]) -> set[str]:
+        return set()
 
-    def ids(self, text: str) -> list[int]:
-        bare = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        full = list(self._tokenizer(text)["input_ids"])
-        front = full[: next((at for at in range(len(full)) if full[at : at + len(bare)] == bare), 0)]
-        return bare if bare[: len(front)] == front else [*front, *bare]
+    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
+        return False
 
 
 class Chat:
     """A chat template around the prompt and around the finished conversation."""
+
+    templated = True
 
     def __init__(self, tokenizer: Any, prompting: Prompting, name: str) -> None:
         self._tokenizer, self._prompting = tokenizer, prompting
@@ -179,17 +184,22 @@ class Chat:
         answer = {"role": "assistant", "content": example.completion, **example.answer}
         return self._rendered(example, [*self._turns(example), answer])
 
-    def unread(self, example: Example) -> list[str]:
+    def unread(self, examples: Sequence[Example]) -> set[str]:
+        return {name for example in examples for name in self._unread(example)}
+
+    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
+        texts = "\n".join(content_of(turn) for turn in as_turns(example))
+        around = frame.lead + frame.closing
+        found = control.inside(texts) - {self._tokenizer.bos_token}
+        return any(around.count(mark) > texts.count(mark) for mark in found)
+
+    def _unread(self, example: Example) -> list[str]:
         left_out = [(name, self, without) for name, without in _each_left_out(example)]
         if self._prompting.system:
             silent = Chat(self._tokenizer, replace(self._prompting, system=""), "")
             left_out.append(("--system", silent, example))
         whole = self.finished(example) if left_out else ""
         return [name for name, form, without in left_out if form._writes(without, whole)]
-
-    def ids(self, text: str) -> list[int]:
-        # As apply_chat_template does.
-        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _writes(self, example: Example, whole: str) -> bool:
         try:

@@ -292,7 +292,7 @@ class _Lengths(NamedTuple):
 def _lengths(ref: BaseRef, examples: Sequence[Example]) -> _Lengths:
     """Lengths by the first examples of a task."""
     encoder = load_encoder(ref.place, prompting=ref.prompting)
-    found = [encoder.encode(example) for example in examples[:_SAMPLE]]
+    found = encoder.encode_all(examples[:_SAMPLE])
     lengths = [len(one.ids) for one in found]
     return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), len(examples))
 

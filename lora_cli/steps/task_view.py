@@ -76,7 +76,7 @@ def look(
     Raises:
         DataError: an example that the base cannot read, its length aside; see `Encoder.read`.
     """
-    encoded = [] if encoder is None else [encoder.read(example) for example in examples]
+    encoded = [] if encoder is None else encoder.read_all(examples)
     lengths = [len(one.ids) for one in encoded] or [len(_text(example)) for example in examples]
     facts = TaskFacts(
         examples=len(examples),
@@ -92,11 +92,11 @@ def look(
         facts,
         takes=None if encoder.longest == UNLIMITED else encoder.longest,
         too_long=tuple(one.id for one in encoded if len(one.ids) > encoder.longest),
-        one_token=sum(encoder.has_one_token(one) for one in encoded),
+        one_token=encoder.one_token(encoded),
         parted=sum(one.parted for one in encoded),
         marked=sum(one.marked for one in encoded),
         early=sum(one.early for one in encoded),
-        unread=tuple(sorted({name for example in examples for name in encoder.unread(example)})),
+        unread=tuple(sorted(encoder.unread(examples))),
     )
 
 

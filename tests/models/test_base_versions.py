@@ -176,8 +176,12 @@ def test_auto_is_the_same_run_as_what_it_means(tmp_path: Path) -> None:
     command = ("train", "--data", "task.jsonl", "--rank", "2", "--dry-run", "--base", str(saved(tmp_path / "base")))
     ref = pin(str(tmp_path / "base"))
     spelled = ("--device", ref.device, "--dtype", ref.dtype)
-    assert ok(*command).out == ok(*command, *spelled).out == ok(*command, "--dtype", "auto").out
-    assert ok(*command, "--dtype", "fp16").out != ok(*command).out
+
+    def planned(*more: str) -> list[str]:
+        # The estimate begins with the memory that this process already holds.
+        return [line for line in ok(*command, *more).out.splitlines() if not line.startswith(("memory", "time"))]
+
+    assert planned() == planned(*spelled) == planned("--dtype", "auto") != planned("--dtype", "fp16")
 
 
 def test_a_public_name_is_never_a_place_on_this_machine(tmp_path: Path, own_home: Path) -> None:

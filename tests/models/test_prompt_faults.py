@@ -84,7 +84,7 @@ def test_answers_with_ends_of_their_own_are_generated_in_one_call(monkeypatch: p
         ({"role": "system", "content": "s"}, {"role": "user", "content": "a"}),
         ({"role": "user", "content": "b"},),
     ]
-    openings = [base.encode(example(prompt, "xy")).opening for prompt in prompts]
+    openings = [base.encoder.encode(example(prompt, "xy")).opening for prompt in prompts]
     assert len({opening.ends for opening in openings}) == 2
     alone = [next(stream(base, [opening], max_new_tokens=6))[1].text for opening in openings]
     assert {row: one.text for row, one in stream(base, openings, max_new_tokens=6)} == dict(enumerate(alone))
@@ -217,7 +217,7 @@ def test_what_messages_and_lines_hold_reaches_the_template(tmp_path: Path) -> No
         assert list(encoded.ids) == whole
         assert given_back(read, encoded)
     assert [read.encode(one).answer for one in examples] == ["[hm]xy", "[hm]xy", "<call>f", "xy"]
-    assert [read.unread(one) for one in examples] == [[], ["name"], [], []]
+    assert [read.unread([one]) for one in examples] == [set(), {"name"}, set(), set()]
 
 
 def test_what_the_template_does_not_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,6 +210,23 @@ def test_commands_import_nothing_heavy_at_the_start() -> None:
     assert found == []
 
 
+def annotated_with_any(tree: ast.Module) -> list[int]:
+    """The lines where a parameter or a result of a function is annotated `Any` alone."""
+    found = []
+    for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+        taken = function.args
+        marks = [one.annotation for one in (*taken.posonlyargs, *taken.args, *taken.kwonlyargs)]
+        marks += [one.annotation for one in (taken.vararg, taken.kwarg) if one is not None]
+        found += [mark.lineno for mark in (*marks, function.returns) if isinstance(mark, ast.Name) and mark.id == "Any"]
+    return found
+
+
+def test_commands_name_the_types_of_their_values() -> None:
+    assert annotated_with_any(ast.parse("def planted(one: int, *two: Any) -> Any: ...")) == [1, 1]
+    found = {name: annotated_with_any(tree) for name, tree in rooms() if under(name, "commands")}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
 def test_nobody_loads_a_pickle_or_runs_what_it_reads() -> None:
     text = {file: file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
     banned = r"torch\.load\(|pickle\.loads?\(|\beval\(|\bexec\(|trust_remote_code=True|yaml\.load\(|shell=True"

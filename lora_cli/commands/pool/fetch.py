@@ -1,7 +1,8 @@
 """`lora pool fetch`: weights onto this machine."""
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +12,10 @@ from lora_cli.commands.options import Command, Listing, Stored, examples, with_f
 from lora_cli.commands.pool.shared import DryRun, size_of
 from lora_cli.errors import AccessDenied, Partial, Refused, UsageError
 from lora_cli.text import counted, size
+
+if TYPE_CHECKING:
+    from lora_cli.records import Adapter
+    from lora_cli.steps.pool.fetch import FetchReport
 
 _FETCHED = (
     Column("ADAPTER", "id", wide=True),
@@ -82,7 +87,7 @@ def fetch(
     screen.say(f"{len(report.fetched):,} fetched · {len(report.here):,} up to date · {size(report.bytes)}")
 
 
-def _raise_if_not_all(report: Any) -> None:
+def _raise_if_not_all(report: "FetchReport") -> None:
     done = f"{len(report.fetched) + len(report.here):,} are on this machine"
     if report.failed:
         adapter, reason = report.failed[0]
@@ -97,7 +102,7 @@ def _raise_if_not_all(report: Any) -> None:
         )
 
 
-def _acted(action: str, adapters: Any) -> list[dict[str, Any]]:
+def _acted(action: str, adapters: "Sequence[Adapter]") -> list[dict[str, Any]]:
     return [{"id": a.id, "commit": a.commit, "action": action, "bytes": a.bytes, "sha256": a.sha256} for a in adapters]
 
 

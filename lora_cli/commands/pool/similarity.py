@@ -1,6 +1,6 @@
 """`lora pool similarity`: clusters of similar adapters."""
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,9 @@ from lora_cli.commands.options import Adapters, Catalogued, Command, DrawnListin
 from lora_cli.errors import NothingMatched
 from lora_cli.screen import near
 from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from lora_cli.steps.pool.compare import Clustered
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -75,7 +78,7 @@ def similarity(
         screen.say(f"  plot: {near(plot)}")
 
 
-def _rows(found: Any, matrix: list[list[float]]) -> list[dict[str, Any]]:
+def _rows(found: "Clustered", matrix: list[list[float]]) -> list[dict[str, Any]]:
     adapters = found.similarity.adapters
     rows = []
     for place, adapter in enumerate(adapters):
@@ -93,7 +96,7 @@ def _rows(found: Any, matrix: list[list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _told(found: Any, matrix: list[list[float]], cut: float) -> list[str]:
+def _told(found: "Clustered", matrix: list[list[float]], cut: float) -> list[str]:
     """The summary of the matrix, and the adapters that have no direction to compare."""
     from statistics import median
 

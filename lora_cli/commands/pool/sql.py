@@ -1,7 +1,7 @@
 """`lora pool sql`: the user's own query."""
 
 import math
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -26,7 +26,7 @@ def sql(
     screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
 
 
-def _json_value(value: Any) -> Any:
+def _json_value(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value.hex() if isinstance(value, bytes) else value

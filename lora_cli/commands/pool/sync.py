@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from lora_cli.errors import Partial, UsageError
 from lora_cli.screen import Screen
 from lora_cli.settings import Settings, folder_of
 from lora_cli.text import counted, duration, size
+
+if TYPE_CHECKING:
+    from lora_cli.steps.pool.sync import SyncReport
 
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
 
@@ -78,7 +81,7 @@ def sync(
     _show(screen, report, dry_run=dry_run)
 
 
-def _show(screen: Screen, report: Any, *, dry_run: bool) -> None:
+def _show(screen: Screen, report: "SyncReport", *, dry_run: bool) -> None:
     """Print the outcome. Partial if adapters are left."""
     line = _outcome(report)
     if not report.complete:
@@ -114,7 +117,7 @@ def _assumed(settings: Settings) -> str:
     return f"{base} · from {settings.pool} ({settings.origin('pool')})"
 
 
-def _outcome(report: Any) -> str:
+def _outcome(report: "SyncReport") -> str:
     parts = [f"{report.seen:,} seen", f"{report.new:,} new", f"{report.changed:,} changed"]
     parts.append(f"{report.unchanged:,} unchanged")
     for count, what in (

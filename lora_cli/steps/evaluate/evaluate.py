@@ -121,7 +121,7 @@ def evaluate(
     [itself] = [system.name for system in systems if system.updates is None]
     for system in systems:
         base.check(system.shapes, system.name)
-    encoded = {example.id: base.encode(example) for example in examples}
+    encoded = dict(zip((example.id for example in examples), base.encode(examples), strict=True))
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None]
     keys = {

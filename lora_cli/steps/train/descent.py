@@ -64,7 +64,7 @@ class Parts:
     def of(cls, base: BaseModel, examples: Sequence[Example], *, fraction: float, seed: int) -> "Parts":
         """The examples split and encoded; `fraction` of them is for validation."""
         training, validation = split(examples, fraction=fraction, seed=seed)
-        return cls([base.encode(example) for example in training], [base.encode(example) for example in validation])
+        return cls(base.encode(training), base.encode(validation))
 
 
 @dataclass(frozen=True, slots=True)
