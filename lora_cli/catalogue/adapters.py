@@ -240,8 +240,8 @@ class Catalogue:
         with self._db.lock:
             rows = self._db.read().execute(
                 f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", clean(values)
-            )
-            return list(map(Candidate._make, rows))
+            ).fetchall()
+        return list(map(Candidate._make, rows))
 
     def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.

@@ -13,4 +13,5 @@ def random(candidates: Sequence[Candidate], seed: int) -> list[float]:
 
     Source: the random pools of arXiv 2602.12323.
     """
-    return [int(hashlib.sha256(f"{seed}:{a.pinned}".encode()).hexdigest()[:13], 16) / 16**13 for a in candidates]
+    drawn = (hashlib.sha256(f"{seed}:{a.pinned}".encode()).digest() for a in candidates)
+    return [(int.from_bytes(digest[:7]) >> 4) / 2**52 for digest in drawn]
