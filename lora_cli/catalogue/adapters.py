@@ -238,9 +238,13 @@ class Catalogue:
         if base is not None:
             test, values = f"{test} AND base = ?", [*values, base]
         with self._db.lock:
-            rows = self._db.read().execute(
-                f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", clean(values)
-            ).fetchall()
+            rows = (
+                self._db.read()
+                .execute(
+                    f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", clean(values)
+                )
+                .fetchall()
+            )
         return list(map(Candidate._make, rows))
 
     def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import sqlite3
 import threading
 import time
@@ -319,7 +320,7 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
     match _kind(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
-        case sqlite3.SQLITE_FULL:
+        case kind if kind == sqlite3.SQLITE_FULL or (kind == sqlite3.SQLITE_IOERR and _is_full(path)):
             return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
         case sqlite3.SQLITE_IOERR:
             return OutputError(f"{path}: cannot be read or written ({error})", hint="check the disk, then rerun")
@@ -328,6 +329,11 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             return DataError(f"{path}: a damaged database ({error})", hint="lora pool doctor rescues what is whole")
     return None
+
+
+def _is_full(path: Path) -> bool:
+    """Whether the disk has no room for a part of the log's index, 32 KiB; SQLite calls that an I/O error."""
+    return shutil.disk_usage(path.parent).free < 1 << 15
 
 
 def _kind(error: BaseException | None) -> int:

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, OutputError, UsageError
 from lora_cli.formats.reader import OpenAdapter
@@ -288,7 +290,7 @@ def read_rows(path: Path) -> list[Row]:
     for line in lines[:-1]:
         try:
             rows.append(_row(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise OutputError(f"{path}: not a file of evaluation rows", hint="choose another file with -o") from error
     return rows
 
@@ -296,8 +298,8 @@ def read_rows(path: Path) -> list[Row]:
 def _row(fields: Any) -> Row:
     if isinstance(fields, dict) and "correct" in fields:  # written when there were exact and nll, without a value
         correct, log_likelihood = fields.pop("correct"), fields["log_likelihood"]
-        return Row(**fields, value=-log_likelihood if correct is None else float(correct))
-    return Row(**fields)
+        fields["value"] = -log_likelihood if correct is None else float(correct)
+    return msgspec.convert(fields, Row)
 
 
 def _line(row: Row) -> str:
