@@ -66,13 +66,14 @@ def demand_inside(folder: Path, files: list[Path], name: str = "") -> list[Path]
     blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
     for file in files:
         with reading(file):
-            target, is_file = file.resolve(), file.is_file()
+            is_file = file.is_file()  # false for a link to itself, which cannot be resolved
+        if not is_file:
+            raise Refused(f"{name or folder}: {file.name} is no file", hint=AGAIN)
+        target = file.resolve()
         if not (target.is_relative_to(here) or target.is_relative_to(blobs)):
             raise Refused(
                 f"{name or folder}: {file.name} is a link to outside its folder", hint="put the file itself there"
             )
-        if not is_file:
-            raise Refused(f"{name or folder}: {file.name} is no file", hint=AGAIN)
     return files
 
 
@@ -108,9 +109,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number of a configuration by its path: lists and tables of lists are taken apart."""
+    """Every value of a configuration by its path, those of lists and tables one by one."""
     for key, value in values.items():
-        if isinstance(value, dict) and key not in _LEAST:
+        if isinstance(value, dict):
             if key not in _NO_SIZES:
                 yield from _sizes(value, f"{inside}{key}.")
         elif isinstance(value, list) and key not in _NO_SIZES:

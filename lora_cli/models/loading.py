@@ -34,8 +34,18 @@ def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, An
         tokenizer, config = _tokenizer_and_config(place, named)
         with _translated("weights", place, named):
             model, report = class_of(config).from_pretrained(
-                place, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **_OWN
+                place,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **_OWN,
             )
+    for name, stored, wanted in sorted(report["mismatched_keys"])[:1]:
+        raise Refused(
+            f"{named}: {name} is {list(stored)} in its weights and {list(wanted)} by its config.json", hint=AGAIN
+        )
     missing = sorted(report["missing_keys"])
     if missing:
         raise Refused(f"{named}: {len(missing)} tensors are missing from its weights, such as {missing[0]}", hint=AGAIN)
@@ -70,6 +80,8 @@ def demand_causal(folder: Path, name: str) -> None:
 def _tokenizer_and_config(place: Path, named: str) -> tuple[Any, Any]:
     with _translated("config.json", place, named):
         config = config_of(place)
+        # transformers knows some models by their name.
+        config.name_or_path = named
     with _translated("tokenizer", place, named):
         return hf.AutoTokenizer.from_pretrained(place, config=config, **_OWN), config
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from lora_cli.errors import Refused
 from lora_cli.formats.base_files import AGAIN, CONFIG, base_files, json_object, read_config
 from lora_cli.hub.cache import offline
+from lora_cli.text import shortened
 
 _TOKENIZER: Final = "tokenizer_config.json"
 _GENERATION: Final = "generation_config.json"
@@ -26,6 +27,8 @@ _OF_CONFIG: Final = re.compile(
 """Keys of a configuration that choose code, precision or files: they are chosen by this tool."""
 _OF_TOKENIZER: Final = re.compile(r".*_files?|vocab|merges|init_inputs|tokenizer_object|trust_remote_code")
 """Keys of a tokenizer's configuration that name files or are handed to its class as files."""
+
+_A_TOKENIZER: Final = re.compile(r"(?!Auto)\w*(?:Tokenizer(?:Fast)?|Backend)")
 
 
 @contextmanager
@@ -41,8 +44,8 @@ def staged(folder: Path, name: str, *, weights: Collection[str] = (), config_alo
         Refused, DataError: see `read_config` and `base_files`; a generation configuration without usable ends.
     """
     rewritten: dict[str, Callable[[Path], Mapping[str, Any]]] = {
-        CONFIG: lambda file: _without(_OF_CONFIG, read_config(file.parent, name)),
-        _TOKENIZER: lambda file: _plain(json_object(file, name)),
+        CONFIG: lambda file: _config(read_config(file.parent, name), f"{name}: {CONFIG}"),
+        _TOKENIZER: lambda file: _tokenizer(json_object(file, name), f"{name}: {_TOKENIZER}"),
         _GENERATION: lambda file: _ends(json_object(file, name), f"{name}: {_GENERATION}"),
     }
     with tempfile.TemporaryDirectory(prefix="lora-base-") as made, offline():
@@ -54,6 +57,12 @@ def staged(folder: Path, name: str, *, weights: Collection[str] = (), config_alo
             elif file.suffix != ".safetensors" or file.name in weights:
                 place.symlink_to(file.resolve())
         yield Path(made)
+
+
+def _config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _demand_tokenizer(values, where)
+    found: dict[str, Any] = _without(_OF_CONFIG, values)
+    return found
 
 
 def _without(keys: re.Pattern[str], value: Any) -> Any:
@@ -69,8 +78,16 @@ def _without(keys: re.Pattern[str], value: Any) -> Any:
     }
 
 
-def _plain(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in tokenizer.items() if not _OF_TOKENIZER.fullmatch(key)}
+def _tokenizer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _demand_tokenizer(values, where)
+    return {key: value for key, value in values.items() if not _OF_TOKENIZER.fullmatch(key)}
+
+
+def _demand_tokenizer(values: Mapping[str, Any], where: str) -> None:
+    """Refused for a class of something else, which transformers would load as the tokenizer."""
+    name = values.get("tokenizer_class")
+    if name is not None and not (isinstance(name, str) and _A_TOKENIZER.fullmatch(name)):
+        raise Refused(f"{where} sets tokenizer_class to {shortened(name)}, which is no tokenizer", hint=AGAIN)
 
 
 def _ends(generation: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -78,5 +95,5 @@ def _ends(generation: Mapping[str, Any], where: str) -> dict[str, Any]:
     ends = generation.get("eos_token_id")
     for one in ends if isinstance(ends, list) else [ends]:
         if one is not None and (not isinstance(one, int) or isinstance(one, bool)):
-            raise Refused(f"{where} sets eos_token_id to {one!r}, which is no token id", hint=AGAIN)
+            raise Refused(f"{where} sets eos_token_id to {shortened(repr(one))}, which is no token id", hint=AGAIN)
     return {"eos_token_id": ends}
