@@ -13,6 +13,11 @@ from lora_cli.text import shortened
 CONFIG: Final = "config.json"
 TEMPLATES: Final = "additional_chat_templates"
 AGAIN: Final = "download the base model again"
+OBJECTS: Final = (
+    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json"),
+)
+"""The files that hold a JSON object in every base that has them."""
 
 _READ: Final = frozenset(
     (
@@ -23,7 +28,7 @@ _READ: Final = frozenset(
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
 _MOST_BYTES: Final = {CONFIG: 4_000_000}
-_MOST_BYTES_OF_OTHERS: Final = 1 << 26
+_MOST_BYTES_OF_OTHERS: Final = 1 << 28
 _DEEPEST: Final = 32
 
 _MOST: Final = (
@@ -42,9 +47,9 @@ _NO_SIZES: Final = frozenset(("quantization_config", "label2id", "id2label", "ta
 
 
 def is_read(file: Path) -> bool:
-    """Whether loading a base may read a file of this name. An adapter beside the base is not read."""
+    """Whether loading a base may read a file of this name: neither an adapter beside the base nor a hidden file."""
     known = file.suffix in _READ or file.name.startswith(_NUMBERED)
-    return known and not file.name.startswith("adapter_")
+    return known and not file.name.startswith(("adapter_", "."))
 
 
 def base_files(folder: Path, name: str = "") -> list[Path]:
@@ -103,8 +108,9 @@ def read_config(folder: Path, name: str) -> dict[str, Any]:
     """A base's configuration with sizes that a model can have. Raises as `json_object`, and Refused for others."""
     config = json_object(folder / CONFIG, name)
     for key, value in _sizes(config):
-        if fault := _fault(key.rpartition(".")[2], value):
-            raise Refused(f"{name}: {CONFIG} sets {shortened(key)} to {shortened(repr(value))}: {fault}", hint=AGAIN)
+        if demand := _unmet(key.rpartition(".")[2], value):
+            said = f"sets {shortened(key)} to {shortened(repr(value))}, which must be {demand}"
+            raise Refused(f"{name}: {CONFIG} {said}", hint=AGAIN)
     return config
 
 
@@ -121,17 +127,16 @@ def _sizes(values: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, A
             yield inside + key, value
 
 
-def _fault(key: str, value: Any) -> str:
-    """The fault of a size, "" for none."""
+def _unmet(key: str, value: Any) -> str:
+    """What a value must be by its key, "" if it is."""
     most = next((most for pattern, most in _MOST if pattern.search(key)), None)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if key in _LEAST and value is not None:
-        least = _LEAST[key]
-        if not is_number or isinstance(value, float) or not least <= value <= (most or value):
-            return f"a whole number from {least} to {most:,} is one" if most else "not a whole number"
-    if most is not None and is_number and not -most <= value <= most:
-        return f"at most {most:,} is one"
-    return ""
+    if most is None or value is None:
+        return ""
+    if key in _LEAST:
+        is_whole = is_number and isinstance(value, int) and _LEAST[key] <= value <= most
+        return "" if is_whole else f"a whole number from {_LEAST[key]} to {most:,}"
+    return "" if not is_number or -most <= value <= most else f"at most {most:,}"
 
 
 def _depth(value: Any) -> int:

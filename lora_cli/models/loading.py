@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lora_cli.errors import LoraError, Refused
-from lora_cli.formats.base_files import AGAIN, json_object
+from lora_cli.formats.base_files import AGAIN, OBJECTS, json_object
 from lora_cli.formats.checkpoint import open_checkpoint
 from lora_cli.models.hf import hf, quiet
 from lora_cli.models.skeleton import class_of, config_of, demand_filled
@@ -95,8 +95,9 @@ def _translated(what: str, place: Path, named: str) -> Iterator[None]:
     except LoraError:
         raise
     except Exception as error:
-        for file in sorted(place.glob("*.json")):
-            json_object(file, named)
+        for file in (place / name for name in OBJECTS):
+            if file.exists():
+                json_object(file, named)
         said = " ".join(str(error).replace(f"{place}/", "").replace(str(place), named).split())
         kind = "" if isinstance(error, OSError | ValueError | RuntimeError) and said else f"{type(error).__name__}: "
         raise Refused(

@@ -21,6 +21,7 @@ from lora_cli.models.ref import load, load_encoder, pin
 from lora_cli.models.skeleton import config_of, skeleton
 from lora_cli.models.staged import staged
 from lora_cli.records import Example
+from lora_cli.steps.bases import skeleton_of
 from tests.fake_hub import FakeHub
 from tests.tiny_bases import saved, tiny_llama
 
@@ -238,6 +239,13 @@ def test_a_class_of_too_many_modules_is_not_built(whole: Path, monkeypatch: pyte
     skeletons._built.cache_clear()
     with pytest.raises(Refused, match=r"config\.json describes a model of more than 20 modules"):
         skeleton(whole)
+
+
+def test_a_merge_says_why_it_checks_no_names_against_an_impossible_base(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 100000}')
+    found, why = skeleton_of(str(tmp_path))
+    assert found is None
+    assert "config.json sets num_hidden_layers to 100000, which must be a whole number from 0 to 2,000" in why
 
 
 def test_the_largest_models_are_within_the_bounds(tmp_path: Path) -> None:

@@ -525,6 +525,14 @@ def test_a_base_of_the_hub_is_brought_into_its_cache_whole(tmp_path: Path, monke
     torch.testing.assert_close(logits(Path("out")), logits(tmp_path / "base", adapter), rtol=1e-5, atol=1e-4)
 
 
+def test_further_chat_templates_go_along(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    ok("bake", str(adapter_of(tmp_path / "adapter")), "--base", str(base), "-o", "out")
+    assert Path("out", "additional_chat_templates", "tools.jinja").read_text() == "{{ messages }}"
+
+
 def test_parts_of_a_base_of_the_hub_are_those_that_its_index_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora_cli.errors import Refused, UsageError
-from lora_cli.formats.base_files import json_object
+from lora_cli.formats.base_files import OBJECTS, json_object
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.checkpoint import (
     Checkpoint,
@@ -92,7 +92,7 @@ def _open(folder: Path, name: str) -> Checkpoint:
     """`open_checkpoint`; Refused for a model that is quantised, or has a broken file that would be copied."""
     checkpoint = open_checkpoint(folder, name)
     for file in checkpoint.beside:
-        if file.suffix == ".json":
+        if file.name in OBJECTS:
             json_object(file, name)
     if checkpoint.config.get("quantization_config"):
         raise Refused(
