@@ -27,7 +27,7 @@ from lora_cli.models.staged import staged
 from lora_cli.models.stored import stored
 from lora_cli.names import leaf
 
-_MOST_MODULES = 200_000
+_MOST_MODULES = 120_000
 # Numbers in one entry of a packed tensor, at most; numbers that a class makes itself, such as tables of positions.
 _MOST_PACKED = 32
 _SLACK = 1 << 27
