@@ -16,7 +16,17 @@ from typing import Any, BinaryIO, Final, NamedTuple
 import torch
 from torch import Tensor
 
-from lora_cli.errors import NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.errors import HeaderError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.formats.base_files import (
+    AGAIN,
+    CONFIG,
+    TEMPLATES,
+    base_files,
+    demand_inside,
+    is_read,
+    json_object,
+    read_config,
+)
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
 from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
@@ -27,16 +37,11 @@ from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import folder_of, folders_like, means_folder
 from lora_cli.text import meant, shortened
 
-CONFIG: Final = "config.json"
 WEIGHTS: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 BLOCK: Final = 1 << 20
 """Entries per block; a longer row is a block of its own."""
 
-# The files that loading reads in a model's folder; they decide its version.
-_READ: Final = frozenset((".bpe", ".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt", ".vocab"))
-# Mistral's tokenizers carry their version as a suffix.
-_NUMBERED: Final = "tokenizer.model."
 _TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
@@ -65,38 +70,33 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
     """Read configuration, index and headers of a model, but no tensors; `name` is its name in messages.
 
     Raises:
-        Refused: weights that are quantised, pickled, incomplete or absent; a malformed configuration or index.
-        HeaderError: a malformed safetensors file.
+        Refused: weights that are pickled, incomplete or absent; a malformed configuration or index; see `base_files`.
+        HeaderError: a malformed safetensors file, with the model's name.
         DataError: a file that cannot be read.
     """
-    config = _object(folder / CONFIG, name)
-    if config.get("quantization_config"):
-        raise Refused(
-            f"{name} is quantised: an update cannot be added to its integers",
-            hint="bake into the model it was quantised from, or keep the adapter",
-        )
+    config, beside = read_config(folder, name), _beside(folder, name)
     index = None
     with reading(folder):
         single, split = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
     if single:
-        headers = {WEIGHTS: read_header(folder / WEIGHTS)}
+        headers = {WEIGHTS: _part(folder / WEIGHTS, name)}
         tensors = dict.fromkeys(headers[WEIGHTS].tensors, WEIGHTS)
     elif split:
-        index = _object(folder / INDEX, name)
+        index = json_object(folder / INDEX, name)
         tensors = _weight_map(index, name)
         headers = {part: _part(folder / part, name) for part in sorted(set(tensors.values()))}
     else:
         raise _without_weights(folder, name)
     for tensor, part in tensors.items():
         if tensor not in headers[part].tensors:
-            raise Refused(f"{name}: {shortened(tensor)} is not in {part}", hint="download the base model again")
+            raise Refused(f"{name}: {shortened(tensor)} is not in {part}", hint=AGAIN)
     return Checkpoint(
         folder=folder,
         config=config,
         index=index,
         headers=headers,
         tensors=tensors,
-        beside=_beside(folder, name),
+        beside=beside,
     )
 
 
@@ -167,7 +167,7 @@ def cached_model(repo: str, version: str = MAIN, *, tokenizer: bool = True, weig
     parts = {WEIGHTS}
     # An index names every part of split weights.
     if (index := cached_file(repo, INDEX, version)) and not cached_file(repo, WEIGHTS, version):
-        parts = set(_weight_map(_object(index, repo), repo).values())
+        parts = set(_weight_map(json_object(index, repo), repo).values())
     return config.parent if all(cached_file(repo, part, version) for part in parts) else None
 
 
@@ -178,10 +178,10 @@ def wanted_files(files: Collection[str], index: Path | None, name: str) -> list[
         index: the model's index, if its weights are split.
         name: the model's name in messages.
     """
-    other = sorted(file for file in files if "/" not in file and _goes_along(Path(file)))
+    other = sorted(file for file in files if str(Path(file).parent) in (".", TEMPLATES) and _goes_along(Path(file)))
     if index is None:
         return [*other, WEIGHTS] if WEIGHTS in files else other
-    return [*other, INDEX, *sorted(set(_weight_map(_object(index, name), name).values()))]
+    return [*other, INDEX, *sorted(set(_weight_map(json_object(index, name), name).values()))]
 
 
 def version_of_folder(folder: Path, progress: Progress = silent) -> str:
@@ -190,8 +190,8 @@ def version_of_folder(folder: Path, progress: Progress = silent) -> str:
     Takes a second per gigabyte or so.
     """
     report = patient(progress)
-    read = [file for file in _files(folder) if file.suffix in _READ or file.name.startswith(_NUMBERED)]
-    text = "".join(f"{file.name}\n{sha256_of(file, report)}\n" for file in read)
+    files = base_files(folder)
+    text = "".join(f"{file.relative_to(folder).as_posix()}\n{sha256_of(file, report)}\n" for file in files)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 
@@ -271,24 +271,18 @@ def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:
 
 
 def _goes_along(file: Path) -> bool:
-    if file.stem.upper() in _TERMS or file.name.startswith(_NUMBERED):
-        return True
-    # Skip weight indices, which are written anew, and files of an adapter or an earlier run.
-    foreign = file.name.endswith(".index.json") or file.name.startswith("adapter_") or file.name == "run.json"
-    return file.suffix in _READ and file.suffix != ".safetensors" and not foreign
+    if file.parent.name == TEMPLATES:
+        return file.suffix == ".jinja"
+    # Skip weight indices, which are written anew, and the record of an earlier run.
+    foreign = file.name.endswith(".index.json") or file.name == "run.json"
+    return file.stem.upper() in _TERMS or (is_read(file) and file.suffix != ".safetensors" and not foreign)
 
 
 def _beside(folder: Path, name: str) -> tuple[Path, ...]:
-    """The files beside the weights. Refused for a link to a file outside the folder."""
-    found = tuple(file for file in _files(folder) if _goes_along(file))
-    here = folder.resolve()
-    # In the Hub client's cache every file is a link to a blob.
-    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
-    for file in found:
-        target = file.resolve()
-        if not (target.is_relative_to(here) or target.is_relative_to(blobs)):
-            raise Refused(f"{name}: {file.name} is a link to outside its folder", hint="put the file itself there")
-    return found
+    """The files beside the weights."""
+    terms = [file for file in _files(folder) if file.stem.upper() in _TERMS]
+    found = {*base_files(folder, name), *demand_inside(folder, terms, name)}
+    return tuple(sorted(file for file in found if _goes_along(file)))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -296,22 +290,11 @@ def _files(folder: Path) -> list[Path]:
         return sorted(file for file in folder.iterdir() if file.is_file())
 
 
-def _object(path: Path, name: str) -> dict[str, Any]:
-    try:
-        with reading(path):
-            value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{name}: {path.name} is not JSON", hint="download the base model again") from error
-    if not isinstance(value, dict):
-        raise Refused(f"{name}: {path.name} is not a JSON object", hint="download the base model again")
-    return value
-
-
 def _weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
     """Tensor → file of an index; Refused unless every file is a plain name, so that none is outside the folder."""
     found = index.get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise Refused(f"{name}: {INDEX} has no weight_map", hint="download the base model again")
+        raise Refused(f"{name}: {INDEX} has no weight_map", hint=AGAIN)
     for part in found.values():
         if not isinstance(part, str) or not part.endswith(".safetensors") or "/" in part or not part.isprintable():
             raise Refused(f"{name}: {INDEX} names {shortened(part)}, which is no file beside it")
@@ -320,8 +303,11 @@ def _weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
 
 def _part(path: Path, name: str) -> Header:
     if not path.is_file():
-        raise Refused(f"{name}: {path.name} is missing", hint="download the base model again")
-    return read_header(path)
+        raise Refused(f"{name}: {path.name} is missing", hint=AGAIN)
+    try:
+        return read_header(path)
+    except HeaderError as error:
+        raise HeaderError(f"{name}: {path.name}: {error.message}", hint=error.hint or AGAIN) from error
 
 
 def _without_weights(folder: Path, name: str) -> Refused:

@@ -102,6 +102,7 @@ class Skeleton:
 
     `matrices` are by module name (a parameter other than a `weight` by its own name), `stacks` by parameter name.
     `others` are the last names of modules that take no update, `attentions` names of PyTorch's own attention modules.
+    `numbers` are all numbers of the class's parameters and buffers.
     `prefix` is the part of names below which the model without a head stands, `decoder` the module that holds the text
     model's layers, `head` that of the output embeddings. `ties` are by module the others that share its weight.
     `renamed(names, ending)` gives the module names of this class for those of a checkpoint whose tensors end with
@@ -113,6 +114,7 @@ class Skeleton:
     architecture: str
     matrices: Mapping[str, Matrix] = field(repr=False)
     stacks: Mapping[str, Stack] = field(repr=False)
+    numbers: int = 0
     others: frozenset[str] = field(default=frozenset(), repr=False)
     attentions: frozenset[str] = field(default=frozenset(), repr=False)
     prefix: str = ""

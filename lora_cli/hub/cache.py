@@ -1,7 +1,9 @@
-"""The Hub client's cache: its place, the files in it, and the hashes that name them."""
+"""The Hub client's cache: its place, the files in it, and the hashes that name them; its library without a network."""
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from lora_cli.hashes import file_sha256
@@ -42,3 +44,15 @@ def content_oid(path: Path, *, sha1: bool = False) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """While the block runs, the Hub's library and all that use it send no request."""
+    from huggingface_hub import constants
+
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

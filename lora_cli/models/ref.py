@@ -7,11 +7,13 @@ from typing import Any
 from lora_cli.algebra.devices import resolve_device
 from lora_cli.errors import UsageError
 from lora_cli.formats.base_names import public_base
-from lora_cli.formats.checkpoint import cached_model, folder_or_hub, version_of_folder
+from lora_cli.formats.checkpoint import cached_model, folder_or_hub, open_checkpoint, version_of_folder
+from lora_cli.hub.client import Hub
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.download import copy_of, download_base
 from lora_cli.models.encode import Encoder, encoder_of
 from lora_cli.models.forms import Prompting
-from lora_cli.models.loading import copy_of, demand_causal, load_model, load_tokenizer
+from lora_cli.models.loading import demand_causal, load_model, load_tokenizer
 from lora_cli.precision import CHOICES, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.settings import folder_of
@@ -52,12 +54,12 @@ class BaseRef:
             AccessDenied, NetworkError: the model cannot be downloaded.
             Refused: the model cannot be loaded, or its weights are incomplete.
         """
-        options: dict[str, Any] = {"local_files_only": True}
-        if folder_of(self.place) is None:
-            # Use a copy on this machine as it is: no request, and the same base in later runs.
-            options = {"local_files_only": cached_model(self.place, self.version) is not None, "revision": self.version}
+        # Use a copy on this machine as it is: no request, and the same base in later runs.
+        folder = folder_of(self.place) or cached_model(self.place, self.version)
+        if folder is None:
+            folder = download_base(Hub(progress=progress), self.place, self.version, progress=progress)
         progress(_LOADING, 0, 0)
-        model, tokenizer = load_model(self.place, torch_dtype(self.dtype), options)
+        model, tokenizer = load_model(folder, torch_dtype(self.dtype), named=self.name)
         base = BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
         progress(_LOADING, 1, 1)
         return base
@@ -88,6 +90,8 @@ def pin(
     folder = found if isinstance(found, Path) else copy_of(found)
     # Refuse before the weights are hashed, which can take a minute.
     demand_causal(folder, name_or_path)
+    if isinstance(found, Path) or cached_model(*found):
+        open_checkpoint(folder, name_or_path)
     return BaseRef(
         place=str(found) if isinstance(found, Path) else found.repo,
         name=name or public_base(name_or_path),
@@ -110,14 +114,12 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
         NothingMatched, AccessDenied, NetworkError: no such base, or it cannot be downloaded.
         Refused: its tokenizer or configuration cannot be loaded. UsageError: see `Encoder`.
     """
-    options: dict[str, Any] = {"local_files_only": True}
     found = folder_or_hub(name_or_path)
-    if not isinstance(found, Path):
-        here = cached_model(*found, weights=False)
-        version = (here or copy_of(found)).name
-        options = {"local_files_only": here is not None, "revision": version}
-    place = str(found) if isinstance(found, Path) else found.repo
-    tokenizer, config, generation = load_tokenizer(place, options, named=name_or_path)
+    if isinstance(found, Path):
+        folder = found
+    else:
+        folder = cached_model(*found, weights=False) or download_base(Hub(), *found, weights=False)
+    tokenizer, config, generation = load_tokenizer(folder, named=name_or_path)
     return encoder_of(public_base(name_or_path), tokenizer, config, generation, prompting)
 
 

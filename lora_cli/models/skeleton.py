@@ -5,49 +5,96 @@ to checkpoints) and from PEFT (`utils/transformers_weight_conversion.py`: which 
 """
 
 import functools
-from collections.abc import Collection
+import itertools
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers.pytorch_utils import Conv1D
 
+from lora_cli.errors import LoraError, Refused
+from lora_cli.formats.base_files import AGAIN, CONFIG
+from lora_cli.formats.checkpoint import Checkpoint
+from lora_cli.formats.header import reading
 from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.models.hf import hf, quiet
+from lora_cli.models.staged import staged
 from lora_cli.models.stored import stored
 from lora_cli.names import leaf
 
-_MOST_LAYERS = 2_000
+_MOST_MODULES = 120_000
+# Numbers in one entry of a packed tensor, at most; numbers that a class makes itself, such as tables of positions.
+_MOST_PACKED = 32
+_SLACK = 1 << 27
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def skeleton(folder: Path) -> Skeleton | None:
-    """The skeleton of the model whose config.json is in `folder`; None if transformers has no class for it."""
-    file = (folder / "config.json").resolve()
-    return _built(file, file.stat().st_mtime_ns)
+    """The skeleton of the model whose config.json is in `folder`; None if transformers has no class for it.
+
+    Raises:
+        Refused, DataError: a configuration that cannot be read, with sizes that no model has, or with too many modules.
+    """
+    # The file itself may be a link to a blob of the Hub client's cache.
+    with reading(folder / CONFIG):
+        return _built(folder.resolve(), (folder / CONFIG).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=8)
-def _built(file: Path, changed: int) -> Skeleton | None:
-    config = read_config(file.parent)
-    cls = None if config is None else class_of(config)
-    if cls is None or not _modest(config):
-        return None
-    try:
-        with quiet(), torch.device("meta"):
-            return skeleton_of(cls(config))
-    except Exception:  # a configuration may hold anything, and each class fails in its own way
-        return None
+def _built(folder: Path, changed: int) -> Skeleton | None:
+    with staged(folder, folder.name, config_alone=True) as place:
+        try:
+            config = config_of(place)
+            cls = class_of(config)
+            if cls is None:
+                return None
+            with quiet(), torch.device("meta"), _few_modules(folder.name):
+                return skeleton_of(cls(config))
+        except LoraError:
+            raise
+        except Exception:  # a configuration may hold anything, and each class fails in its own way
+            return None
 
 
-def read_config(folder: Path) -> Any:
-    """A model's configuration; None for one that this version of transformers cannot read. No code of it is run."""
+def config_of(place: Path) -> Any:
+    """The configuration in a staged folder, as transformers has it; any exception if it cannot be read."""
+    with quiet():
+        return hf.AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
+
+
+@contextmanager
+def _few_modules(name: str) -> Iterator[None]:
+    """Refused once more than `_MOST_MODULES` modules are made in the block: each costs time and memory."""
+    made = itertools.count(1)
+
+    def tally(*_: Any) -> None:
+        if next(made) > _MOST_MODULES:
+            raise Refused(f"{name}: {CONFIG} describes a model of more than {_MOST_MODULES:,} modules", hint=AGAIN)
+
+    handle = register_module_module_registration_hook(tally)
     try:
-        with quiet():
-            return hf.AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception:  # see `_built`
-        return None
+        yield
+    finally:
+        handle.remove()
+
+
+def demand_filled(folder: Path, checkpoint: Checkpoint, name: str) -> None:
+    """Refused for a configuration that describes a far larger model than the weights hold: it would fill memory."""
+    built = skeleton(folder)
+    if built is None:
+        return
+    entries = [entry for header in checkpoint.headers.values() for entry in header.tensors.values()]
+    per_entry = _MOST_PACKED if checkpoint.config.get("quantization_config") else 2
+    held = sum(math.prod(entry.shape) for entry in entries)
+    if built.numbers > per_entry * held + _SLACK:
+        raise Refused(
+            f"{name}: config.json describes a model of {built.numbers:,} numbers, its weights hold {held:,}", hint=AGAIN
+        )
 
 
 def class_of(config: Any) -> Any:
@@ -61,18 +108,6 @@ def class_of(config: Any) -> Any:
             found = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     return None
-
-
-def _modest(config: Any) -> bool:
-    """Whether a class can be built from this configuration: every layer costs time and memory."""
-    nested = [config.to_dict()]
-    while nested:
-        values = nested.pop()
-        nested += [value for value in values.values() if isinstance(value, dict)]
-        counts = [value for key, value in values.items() if "layer" in str(key) or key == "depth"]
-        if any(isinstance(count, int) and count > _MOST_LAYERS for count in counts):
-            return False
-    return True
 
 
 def skeleton_of(model: Any) -> Skeleton:
@@ -98,6 +133,7 @@ def skeleton_of(model: Any) -> Skeleton:
                 stacks[full] = _stack(full, module, parameter, transforms)
     return Skeleton(
         architecture=type(model).__name__,
+        numbers=sum(tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers())),
         matrices=matrices,
         stacks=stacks,
         others=frozenset(others),

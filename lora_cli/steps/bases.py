@@ -51,11 +51,10 @@ def skeleton_of(base: str) -> tuple["Skeleton | None", str]:
     The configuration of a Hub id that is not on this machine is downloaded by one request, and kept.
     """
     folder = config_here(base) or _fetched(base)
-    found = None if folder is None else skeleton_at(folder)
-    if found is None:
-        why = "its config.json is not here" if folder is None else "transformers has no class for it"
-        return None, f"module names are not checked against {base}: {why}"
-    return found, ""
+    found, why = None, "its config.json is not here"
+    if folder is not None:
+        found, why = _judged(folder)
+    return found, "" if found is not None else f"module names are not checked against {base}: {why}"
 
 
 def look_here(base: str | None) -> Callable[[], "Skeleton | None"] | None:
@@ -72,12 +71,22 @@ def skeleton_here(base: str) -> "Skeleton | None":
 
 def skeleton_at(folder: Path) -> "Skeleton | None":
     """The modules of the model in `folder`; None if transformers has no class for its configuration."""
-    with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
+    return _judged(folder)[0]
+
+
+def _judged(folder: Path) -> tuple["Skeleton | None", str]:
+    """The modules of the model in `folder`; None with the reason if its configuration describes no model."""
+    why = "transformers has no class for it"
+    try:
         if isinstance(json.loads((folder / _CONFIG).read_bytes()).get("model_type"), str):
             from lora_cli.models.skeleton import skeleton
 
-            return skeleton(folder)
-    return None
+            return skeleton(folder), why
+    except LoraError as error:
+        why = error.message
+    except (OSError, ValueError, RecursionError, AttributeError):
+        pass
+    return None, why
 
 
 def _fetched(base: str) -> Path | None:

@@ -8,8 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import DataError, LoraError, NetworkError, NothingMatched, Refused, UsageError
-from lora_cli.models import loading, ref
+from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.generate import generate
 from lora_cli.models.ref import load, resolve
@@ -230,7 +229,8 @@ def test_what_a_base_is_made_of_is_unknown_without_a_class_for_it(tmp_path: Path
     (tmp_path / "config.json").write_text('{"model_type": "nothing-known"}')
     assert skeleton(tmp_path) is None
     (tmp_path / "config.json").write_text("{")
-    assert skeleton(tmp_path) is None
+    with pytest.raises(Refused, match=r"config\.json is not JSON"):
+        skeleton(tmp_path)
 
 
 @pytest.mark.slow
@@ -245,11 +245,11 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(Refused, match=r"model\.safetensors: truncated"):
         load(str(folder))
     weights.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02not opened")
-    with pytest.raises(Refused, match="cannot be loaded"):
+    with pytest.raises(Refused, match="a pickle, which could run code"):
         load(str(folder))
 
 
@@ -271,22 +271,6 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
         load(str(folder))
     assert skeleton(folder) is None
     assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("GatedRepoError", "AccessDenied"), ("RepositoryNotFoundError", "NothingMatched"), ("Timeout", "Refused")],
-)
-def test_what_the_hub_says_becomes_this_tools_errors(monkeypatch: pytest.MonkeyPatch, kind: str, expected: str) -> None:
-    def fail(*arguments: object, **options: object) -> None:
-        raise OSError("not to be had") from type(kind, (Exception,), {})()
-
-    for room in (loading, ref):
-        monkeypatch.setattr(room, "cached_model", lambda name, version="": Path("0" * 40))
-    monkeypatch.setattr(loading.hf.AutoTokenizer, "from_pretrained", fail)
-    with pytest.raises(LoraError) as caught:
-        load("acme/tiny")
-    assert type(caught.value).__name__ == expected
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.hub.client import Hub
+from lora_cli.models.download import download_base
 from lora_cli.models.ref import pin
 from lora_cli.steps.bake import bake as baking
 from lora_cli.steps.bake.bake import add
-from lora_cli.steps.bake.plan import download_base, weights_of
+from lora_cli.steps.bake.plan import weights_of
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.fake_hub import FakeHub
@@ -463,7 +464,7 @@ def _part_missing(base: Path) -> Path:
         (_outside, "names ../model.safetensors, which is no file beside it"),
         (_linked_out, "acme/base: tokenizer.json is a link to outside its folder"),
         (_listed_type, "6 of 8 modules match"),
-        (_cut, "acme/base: truncated"),
+        (_cut, "acme/base: model.safetensors: truncated"),
         (_part_missing, "model-00001-of-00002.safetensors is missing"),
     ],
 )
@@ -522,6 +523,14 @@ def test_a_base_of_the_hub_is_brought_into_its_cache_whole(tmp_path: Path, monke
     record = json.loads(Path("out/run.json").read_text())
     assert record["inputs"][f"base:acme/base@{repo.sha}"] == repo.sha
     torch.testing.assert_close(logits(Path("out")), logits(tmp_path / "base", adapter), rtol=1e-5, atol=1e-4)
+
+
+def test_further_chat_templates_go_along(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    ok("bake", str(adapter_of(tmp_path / "adapter")), "--base", str(base), "-o", "out")
+    assert Path("out", "additional_chat_templates", "tools.jinja").read_text() == "{{ messages }}"
 
 
 def test_parts_of_a_base_of_the_hub_are_those_that_its_index_names(

@@ -19,7 +19,8 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
-from lora_cli.formats.checkpoint import CONFIG, INDEX, ShardWriter, as_tensor, blocks
+from lora_cli.formats.base_files import CONFIG
+from lora_cli.formats.checkpoint import INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.names import layer_of
@@ -309,7 +310,9 @@ def _copy_beside(plan: BakePlan, folder: Path) -> None:
     """Copy the files beside the weights; configuration and index get the new dtype and size."""
     checkpoint = plan.base.checkpoint
     for file in checkpoint.beside:
-        shutil.copyfile(file, folder / file.name)
+        target = folder / file.relative_to(checkpoint.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
     if plan.dtype != "auto":
         _write_json(folder / CONFIG, _with_dtype(checkpoint.config, in_config(plan.dtype)))
     if checkpoint.index is not None:

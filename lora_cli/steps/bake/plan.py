@@ -7,12 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lora_cli.errors import HeaderError, Refused, UsageError
-from lora_cli.formats.base_names import MAIN, public_base
+from lora_cli.errors import Refused, UsageError
+from lora_cli.formats.base_files import OBJECTS, json_object
+from lora_cli.formats.base_names import public_base
 from lora_cli.formats.checkpoint import (
-    CONFIG,
-    INDEX,
-    WEIGHTS,
     Checkpoint,
     HubModel,
     cached_model,
@@ -21,19 +19,17 @@ from lora_cli.formats.checkpoint import (
     or_a_folder_like,
     size_of,
     version_of_folder,
-    wanted_files,
 )
 from lora_cli.formats.delta import OpenDelta
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.reader import OpenAdapter, natural
 from lora_cli.formats.skeleton import Matrix, Share, Skeleton
-from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
+from lora_cli.models.download import download_base
 from lora_cli.names import layer_of, leaf
 from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
-from lora_cli.text import counted, size
 
 # Models of transformers whose attention and MLP are Conv1D, which stores (in, out), and the names of these modules.
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
@@ -93,32 +89,17 @@ def find_base(model: str, *, name: str = "", announce: Callable[[str], None], pr
 
 
 def _open(folder: Path, name: str) -> Checkpoint:
-    """`open_checkpoint`, with the model's name in errors about malformed files."""
-    try:
-        return open_checkpoint(folder, name)
-    except HeaderError as error:
-        raise HeaderError(f"{name}: {error.message}", hint=error.hint or "download the base model again") from error
-
-
-def download_base(
-    hub: Hub, repo: str, revision: str = MAIN, *, announce: Callable[[str], None], progress: Progress = silent
-) -> Path:
-    """Download a model into the Hub client's cache and return its folder there, which is named by the commit."""
-    # Download by branch name, so that the cache records the branch's commit and a later run needs no network.
-    commit = hub.download(repo, CONFIG, revision).parent.name
-    listed = hub.repository(repo, commit).files
-    split = INDEX in listed and WEIGHTS not in listed
-    files = wanted_files(listed, hub.download(repo, INDEX, commit) if split else None, repo)
-    missing = [file for file in files if cached_file(repo, file, commit) is None]
-    total = sum(hub.file_facts(repo, file, commit).size for file in missing)
-    announce(f"fetching the base {repo}, {counted(len(missing), 'file')}, {size(total)}")
-    for done, file in enumerate(missing):
-        progress("fetching the base", done, len(missing))
-        hub.download(repo, file, commit)
-    progress("fetching the base", len(missing), len(missing))
-    config = cached_file(repo, CONFIG, commit)
-    assert config is not None
-    return config.parent
+    """`open_checkpoint`; Refused for a model that is quantised, or has a broken file that would be copied."""
+    checkpoint = open_checkpoint(folder, name)
+    for file in checkpoint.beside:
+        if file.name in OBJECTS:
+            json_object(file, name)
+    if checkpoint.config.get("quantization_config"):
+        raise Refused(
+            f"{name} is quantised: an update cannot be added to its integers",
+            hint="bake into the model it was quantised from, or keep the adapter",
+        )
+    return checkpoint
 
 
 class Piece(NamedTuple):
