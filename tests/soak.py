@@ -1,6 +1,7 @@
 """Kills, crowds and a full disk: every command that works for long, disturbed at random, ends as if left in peace.
 
-python -m tests.soak [KILLS [SEED]]     200 kills by default, some minutes; the last line is the sum
+python -m tests.soak [KILLS [SEED [DISKS]]]     200 kills and 4 full disks a command by default, some minutes; the
+                                                last line is the sum
 
 A process with every library loaded forks the commands, so that a kill meets the work and not the imports.
 """
@@ -16,17 +17,18 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from tests.paths import ROOT
+from tests.warm import load_libraries, run_command
 
 SYNCED = 120
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 DISK = 8 << 20
+LEFT = (1 << 14, 0, 1 << 17, 1 << 19)
 TASK = ("--base", "../base", "--data", "../task.jsonl")
 VERBS: Mapping[str, tuple[str, ...]] = {
     "sync": ("pool", "sync", "acme/tiny"),
@@ -98,24 +100,12 @@ def start(folder: Path, words: tuple[str, ...]) -> int:
     child = os.fork()
     if child:
         return child
-    code = 70
-    try:
-        os.chdir(folder)
-        os.environ["LORA_DB"] = str(folder / "lora.db")
-        said = os.open(folder.with_suffix(".said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        from lora_cli.app import app
-
-        app(list(words), prog_name="lora")
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+    os.chdir(folder)
+    os.environ["LORA_DB"] = str(folder / "lora.db")
+    said = os.open(folder.with_suffix(".said"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
+    os._exit(run_command(words))
 
 
 def ended(child: int) -> int:
@@ -251,19 +241,9 @@ def can_mount(folder: Path) -> bool:
     return True
 
 
-def soak(folder: Path, count: int, seed: int) -> Tally:
-    """Every command disturbed below `folder`: `count` kills in all, a crowd of syncs, a full disk."""
-    import peft  # noqa: F401
-    import torch
-    import transformers  # noqa: F401
-
-    import lora_cli.steps.evaluate.request
-    import lora_cli.steps.fit.request
-    import lora_cli.steps.merge.request
-    import lora_cli.steps.pool.sync
-    import lora_cli.steps.train.request  # noqa: F401
-
-    torch.set_num_threads(1)
+def soak(folder: Path, count: int, seed: int, disks: int) -> Tally:
+    """Every command disturbed below `folder`: `count` kills in all, a crowd of syncs, and `disks` full disks each."""
+    load_libraries()
     draw = random.Random(seed)
     build(folder)
     mounted = can_mount(folder / "disk")
@@ -276,12 +256,12 @@ def soak(folder: Path, count: int, seed: int) -> Tally:
         if verb == "sync":
             crowded = crowd(folder / verb, calm)
         if mounted:
-            met += sum(full_disk(folder / f"{verb}-full", words, calm, left) for left in (0, 1 << 14, 1 << 17, 1 << 19))
+            met += sum(full_disk(folder / f"{verb}-full", words, calm, left) for left in LEFT[:disks])
         print(f"{verb}: {calm.seconds:.2f} s in peace, {share} kills, {time.monotonic() - began:.0f} s", flush=True)
     return Tally(killed, crowded, met)
 
 
-def main(count: int = 200, seed: int = 0) -> None:
+def main(count: int = 200, seed: int = 0, disks: int = len(LEFT)) -> None:
     """Print what was survived."""
     with tempfile.TemporaryDirectory() as name, hub() as endpoint:
         home = Path(name)
@@ -292,7 +272,7 @@ def main(count: int = 200, seed: int = 0) -> None:
         for given in [given for given in os.environ if given.startswith("LORA_")]:
             del os.environ[given]
         os.chdir(ROOT)
-        tally = soak(home, count, seed)
+        tally = soak(home, count, seed, disks)
         print(f"{tally.kills} kills, {tally.crowd} syncs at once, {tally.full} full disks: nothing was lost")
 
 

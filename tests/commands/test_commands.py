@@ -16,7 +16,7 @@ import pytest
 from lora_cli.app import SUMMARIES
 from lora_cli.commands.pool import SUMMARIES as POOL_SUMMARIES
 from lora_cli.world import World
-from tests import generate
+from tests import generate, warm
 from tests.cli import ok
 
 COMMANDS = {words: command for words, command, _ in generate.commands()}
@@ -29,14 +29,13 @@ def examples_of(words: str) -> list[str]:
     return [line.strip() for line in epilog.splitlines() if line.startswith("  ")]
 
 
-def run(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A line of shell, typed in `folder`, with `lora` being this program."""
-    path = f"{folder / '.bin'}:{os.environ['PATH']}"
+def run(line: str, folder: Path, program: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A line of shell, typed in `folder`, with `lora` being this program, or that in a file."""
     (folder / ".bin").mkdir(exist_ok=True)
-    program = folder / ".bin" / "lora"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lora_cli "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PATH": path}
+    own = folder / ".bin" / "lora"
+    own.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m lora_cli "$@"\n')
+    own.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{(program or own).parent}:{os.environ['PATH']}"}
     environment.pop("LORA_DB", None)
     return subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -59,15 +58,20 @@ def test_every_help_ends_with_at_least_two_examples(words: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_examples_of_every_help_run(own_world: World) -> None:
+def test_the_examples_of_every_help_run(own_world: World, tmp_path: Path) -> None:
     folder = own_world.folder
-    assert run("lora pool sync && lora select -k 3", folder).returncode == 0
+    with warm.program(tmp_path) as program:
+        run_examples(folder, program)
+
+
+def run_examples(folder: Path, program: Path) -> None:
+    assert run("lora pool sync && lora select -k 3", folder, program).returncode == 0
     # Demos are run by test_demo. The home is the folder, so that nothing is written into the tester's own.
     home = f"export HOME={shlex.quote(str(folder))} SHELL=/bin/bash; "
     first = ["lora pool sync", "lora select", "lora merge", "lora fit", "lora train", "lora eval"]
     for words in [*first, *sorted(set(LEAVES) - {*first, "lora demo"})]:
         for example in examples_of(words):
-            done = run(home + example.replace("| source", "> /dev/null"), folder)
+            done = run(home + example.replace("| source", "> /dev/null"), folder, program)
             refusal = done.returncode == 5 and words == "lora pool verify"
             assert done.returncode == 0 or refusal, f"{example}\n{done.stdout}\n{done.stderr}"
             assert "Traceback" not in done.stderr, example
