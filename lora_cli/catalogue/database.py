@@ -15,6 +15,7 @@ from urllib.parse import quote
 from lora_cli.catalogue import migrations as schema
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, LoraError, OutputError
+from lora_cli.files import open_regular
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
@@ -291,7 +292,7 @@ def _migrate(db: Database, path: Path) -> None:
 def _refuse_other_files(path: Path) -> bool:
     """True if there is a file at `path`, which then is a database."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_SQLITE_MAGIC))
     except (FileNotFoundError, NotADirectoryError):
         return False

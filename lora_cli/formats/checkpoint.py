@@ -9,7 +9,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.files import read_regular
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
 from lora_cli.formats.header import Header, TensorEntry, read_header, reading
 from lora_cli.formats.store import sha256_of
@@ -195,7 +196,7 @@ def version_of_folder(folder: Path, progress: Progress = silent) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 
-def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int, bytearray]]:
+def blocks(file: BufferedReader, entry: TensorEntry, columns: int) -> Iterator[tuple[int, bytearray]]:
     """The bytes of one tensor, whole rows of `columns` entries at a time: (first row, its and the next rows' bytes).
 
     Raises:
@@ -299,7 +300,7 @@ def _files(folder: Path) -> list[Path]:
 def _object(path: Path, name: str) -> dict[str, Any]:
     try:
         with reading(path):
-            value = json.loads(path.read_bytes())
+            value = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise Refused(f"{name}: {path.name} is not JSON", hint="download the base model again") from error
     if not isinstance(value, dict):

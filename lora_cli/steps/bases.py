@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import platformdirs
 
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
+from lora_cli.files import read_regular
 from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
@@ -73,7 +74,7 @@ def skeleton_here(base: str) -> "Skeleton | None":
 def skeleton_at(folder: Path) -> "Skeleton | None":
     """The modules of the model in `folder`; None if transformers has no class for its configuration."""
     with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
-        if isinstance(json.loads((folder / _CONFIG).read_bytes()).get("model_type"), str):
+        if isinstance(json.loads(read_regular(folder / _CONFIG)).get("model_type"), str):
             from lora_cli.models.skeleton import skeleton
 
             return skeleton(folder)

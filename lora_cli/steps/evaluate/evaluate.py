@@ -10,6 +10,7 @@ from typing import Any
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, OutputError, UsageError
+from lora_cli.files import read_regular
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
@@ -278,7 +279,7 @@ class _Rows:
 def read_rows(path: Path) -> list[Row]:
     """The rows in a file, none if there is no file. OutputError for a file that holds something else."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_regular(path).decode().split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
