@@ -17,7 +17,19 @@ PACKAGE = ROOT / "lora_cli"
 
 # Bottom up. A room may import rooms of its own floor and of lower ones; the longest matching name decides.
 FLOORS = (
-    ("errors", "precision", "records", "options", "text", "names", "hashes", "columns"),
+    (
+        "errors",
+        "precision",
+        "records",
+        "options",
+        "text",
+        "names",
+        "files",
+        "hashes",
+        "columns",
+        "redaction",
+        "escapes",
+    ),
     (
         "settings",
         "methods",
