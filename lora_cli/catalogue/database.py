@@ -145,12 +145,12 @@ class _Cursor(sqlite3.Cursor):
     connection: _Connection
 
     def execute(self, *statement: Any) -> "_Cursor":
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             super().execute(*statement)
         return self
 
     def executemany(self, *statement: Any) -> "_Cursor":
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             super().executemany(*statement)
         return self
 
@@ -161,21 +161,21 @@ class _Cursor(sqlite3.Cursor):
             raise _of_the_file(error, self.connection.place) or error from error
 
     def fetchone(self) -> Any:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchone()
 
     def fetchmany(self, *size: Any) -> list[Any]:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchmany(*size)
 
     def fetchall(self) -> list[Any]:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchall()
 
 
 def _connect(name: str, place: Path, *, uri: bool = False) -> Database:
     # isolation_level None leaves every BEGIN to us. Threads share a connection under a lock of the catalogue's own.
-    with _explained(place):
+    with explained(place):
         connection = sqlite3.connect(
             name,
             timeout=BUSY_SECONDS,
@@ -198,7 +198,7 @@ def connect_unchecked(path: Path) -> sqlite3.Connection:
     Raises DataError for another kind of file, OutputError where it cannot be read.
     """
     _refuse_other_files(path)
-    with _explained(path):
+    with explained(path):
         return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", timeout=BUSY_SECONDS, uri=True)
 
 
@@ -306,7 +306,7 @@ def _refuse_other_files(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """The tool's own error for one of SQLite about the file; others pass."""
     try:
         yield
