@@ -16,6 +16,7 @@ from lora_cli.catalogue import migrations as schema
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, LoraError, OutputError
 from lora_cli.files import open_regular
+from lora_cli.outputs import whole_file
 
 BUSY_SECONDS = 30.0
 _SQLITE_MAGIC = b"SQLite format 3\x00"
@@ -278,7 +279,8 @@ def _migrate(db: Database, path: Path) -> None:
     steps = schema.migrations()
     if steps.applied(db) and steps.pending(db):
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        with contextlib.closing(sqlite3.connect(path.with_name(f"{path.name}.{stamp}.backup"))) as backup:
+        copy = path.with_name(f"{path.name}.{stamp}.backup")
+        with whole_file(copy) as file, explained(copy), contextlib.closing(sqlite3.connect(file.name)) as backup:
             db.conn.backup(backup)
     db.execute("BEGIN IMMEDIATE")
     try:
