@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shutil
 import sqlite3
 import threading
 import time
@@ -19,6 +20,7 @@ from lora_cli.files import open_regular
 from lora_cli.outputs import whole_file
 
 BUSY_SECONDS = 30.0
+_LEAST_ROOM = 65536
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "glusterfs", "ocfs2")
@@ -324,6 +326,8 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
             return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
         case sqlite3.SQLITE_FULL:
             return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
+        case sqlite3.SQLITE_IOERR if _is_full(path.parent):
+            return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
         case sqlite3.SQLITE_IOERR:
             return OutputError(f"{path}: cannot be read or written ({error})", hint="check the disk, then rerun")
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
@@ -331,6 +335,14 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             return DataError(f"{path}: a damaged database ({error})", hint="lora pool doctor rescues what is whole")
     return None
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether the disk has no room for the file that processes share in WAL mode: SQLite does not call that full."""
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_ROOM
+    except OSError:
+        return False
 
 
 def _kind(error: BaseException | None) -> int:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -271,7 +272,8 @@ class _Rows:
         with whole_file(path) as file:
             file.write("".join(map(_line, [*self._others, *self.found.values()])).encode())
         try:
-            return path.open("a", encoding="utf-8")
+            # Without following a link that was put there meanwhile.
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
