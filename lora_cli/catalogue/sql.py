@@ -92,7 +92,7 @@ def _answer(request: dict[str, Any]) -> tuple[list[str], list[tuple[Any, ...]], 
     if process.returncode:
         return [], [], {"bound": "memory"}
     *lines, end = (json.loads(line, object_hook=_value) for line in told.split("\n")[:-1])
-    return lines[0] if lines else [], [tuple(row) for row in lines[1:]], end
+    return lines[0] if lines else [], [tuple(row) for line in lines[1:] for row in line], end
 
 
 def _value(found: dict[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 _MOST_BYTES = 100_000_000
 _MOST_BYTES_OF_A_CELL = 10_000_000
+_ROWS_OF_A_LINE = 50
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ class _TooMuch(Exception):
 
 
 def _lines(name: str, sql: str, most_rows: int) -> Iterator[str]:
-    """Names and rows of the query, each as a line."""
+    """The names, then the rows of the query, some on each line."""
     with closing(sqlite3.connect(name, timeout=30, uri=True)) as connection:
         connection.execute("PRAGMA query_only = ON")
         # Use virtual tables once now: they declare their columns on first use, which looks like creating a table.
@@ -60,10 +61,10 @@ def _lines(name: str, sql: str, most_rows: int) -> Iterator[str]:
             raise _TooMuch("nothing")
         yield json.dumps([column[0] for column in cursor.description]) + "\n"
         encode = json.JSONEncoder(ensure_ascii=False, default=lambda data: {"hex": data.hex()}).encode
-        size = 0
-        for count, row in enumerate(cursor, 1):
-            line = encode(row) + "\n"
-            size += len(line)
+        count = size = 0
+        while rows := cursor.fetchmany(_ROWS_OF_A_LINE):
+            line = encode(rows) + "\n"
+            count, size = count + len(rows), size + len(line)
             if count > most_rows:
                 raise _TooMuch("rows")
             if size > _MOST_BYTES:
