@@ -6,9 +6,10 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Annotated, Any, Never
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Annotated, Any, Never, TextIO, cast
 
 import typer
 from typer.completion import completion_init  # type: ignore[attr-defined]
@@ -16,6 +17,7 @@ from typer.exceptions import TyperException
 
 from lora_cli.commands.lazy import LazyGroup
 from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
+from lora_cli.redaction import Redacting, hide
 from lora_cli.screen import Screen
 from lora_cli.text import nearest
 
@@ -66,7 +68,8 @@ class Root(LazyGroup):
     ) -> Never:
         completion_init()
         try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            with _redacted():
+                code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
         except TyperException as error:
             context = getattr(error, "ctx", None)
             path = context.command_path if context else "lora"
@@ -115,9 +118,26 @@ def _quiet_at_closed_pipes() -> Iterator[None]:
 
 def _fail(error: LoraError) -> Never:
     if os.environ.get("LORA_DEBUG", "0") != "0":
-        traceback.print_exception(error)
+        _trace(error)
     _tell(error.message, error.hint)
     raise typer.Exit(error.exit_code) from None
+
+
+def _trace(error: BaseException) -> None:
+    """Print where an error arose: its lines are escaped like all other text, and never hold the values of variables."""
+    for line in "".join(traceback.format_exception(error)).rstrip().split("\n"):
+        Screen().say(line)
+
+
+@contextmanager
+def _redacted() -> Iterator[None]:
+    """Redact all that any library writes to stdout and stderr; remarks of libraries are escaped, too."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        hide(os.environ.get(name, "").strip())
+    out, err = cast(TextIO, Redacting(sys.stdout)), cast(TextIO, Redacting(sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err), warnings.catch_warnings():
+        warnings.showwarning = lambda message, kind, *_: Screen().warn(f"{kind.__name__}: {message}")
+        yield
 
 
 def _tell(message: str, hint: str) -> None:
@@ -168,7 +188,12 @@ def main() -> None:
         # SIGTERM and SIGHUP clean up as Ctrl-C does; a SIGHUP ignored by nohup stays ignored.
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
-    app(prog_name="lora")
+    try:
+        app(prog_name="lora")
+    except Exception as error:
+        # A bug: its traceback, without the library's own way of printing it.
+        _trace(error)
+        sys.exit(ExitCode.ERROR)
 
 
 def _end(number: int, frame: object) -> Never:

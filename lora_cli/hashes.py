@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from lora_cli.files import open_regular
 from lora_cli.records import Progress, silent
 
 Stamp = tuple[int, int, int, int]
@@ -34,7 +35,7 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
 
 def _hashed(path: Path, progress: Progress) -> str:
     digest, done = hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         block = memoryview(bytearray(min(size, _BLOCK) + 1))
         while count := file.readinto(block):

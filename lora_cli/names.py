@@ -93,17 +93,15 @@ def repo_and_folder(id: str) -> tuple[str, str] | None:
 
 def id_and_revision(text: str) -> tuple[str, str]:
     """The id and the revision, "" for none, of a text for the Hub: `owner/name@revision:folder`."""
-    return _split(_AT_REVISION, text)
-
-
-def id_and_commit(text: str) -> tuple[str, str]:
-    """The id and the commit, whole or its first digits, "" for none, of a text for the catalogue: `id@commit`.
-
-    The catalogue holds every adapter at one commit and no branches, so "@" and a word are part of a folder's name.
-    """
-    return _split(_AT_COMMIT, text)
-
-
-def _split(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
-    found = pattern.search(text)
+    found = _AT_REVISION.search(text)
     return (text, "") if found is None else (text[: found.start()] + text[found.end() :], found[1])
+
+
+def ids_and_commits(text: str) -> list[tuple[str, str]]:
+    """The readings of a text for the catalogue, `id@commit`: id and commit, whole or its first digits, "" for none.
+
+    The longest commits come first, the reading without a commit last. The catalogue holds every adapter at one commit
+    and no branches, so "@" and a word are part of a folder's name.
+    """
+    found = [(text[: at.start()] + text[at.end() :], at[1]) for at in _AT_COMMIT.finditer(text)]
+    return [*sorted(found, key=lambda one: -len(one[1])), (text, "")]

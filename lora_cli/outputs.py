@@ -50,6 +50,10 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _sync(partial)
             _put(partial, target, replace=replace)
             _sync(target.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _no_room(error.filename or target) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
@@ -78,6 +82,10 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
                 _refuse_link(target)
                 partial.replace(target)
             _sync(target.parent)
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise _no_room(error.filename or target) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -92,6 +100,10 @@ def _explained(place: Path) -> Iterator[None]:
         if error.errno in _FULL:
             raise
         raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
+
+
+def _no_room(place: object) -> OutputError:
+    return OutputError(f"{place}: no space left on the disk", hint="free some space, then run this again")
 
 
 def _beside(target: Path) -> Path:

@@ -7,7 +7,6 @@ import math
 import os
 import re
 import sys
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_cli.columns import Column, chosen, on_request, usual
+from lora_cli.escapes import as_line, safe
 from lora_cli.records import Progress
 
 # Between two columns.
@@ -27,28 +27,6 @@ _MOST_LINES = 3
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 Form = Literal["table", "tsv", "csv", "json", "jsonl", "md"]
 Format = Literal["auto", "quiet"] | Form
-
-# Bidirectional controls and zero-width characters are invisible and can change the look of the text around them.
-_INVISIBLE = frozenset(
-    [*range(0x200B, 0x2010), *range(0x2028, 0x202F), *range(0x2060, 0x2070), 0x00AD, 0x061C, 0x180E, 0xFEFF]
-)
-
-
-def safe(text: object) -> str:
-    """`text` with every character that does not print shown as an escape (\\x1b, \\u202e); spaces stay."""
-    out = []
-    for char in str(text):
-        code = ord(char)
-        category = unicodedata.category(char)
-        if char == " " or (category[0] not in "CZ" and code not in _INVISIBLE):
-            out.append(char)
-        elif code < 0x100:
-            out.append(f"\\x{code:02x}")
-        elif code < 0x10000:
-            out.append(f"\\u{code:04x}")
-        else:
-            out.append(f"\\U{code:08x}")
-    return "".join(out)
 
 
 def near(path: Path) -> str:
@@ -103,7 +81,7 @@ class Screen:
                 _out(_csv(found or [{column.key: None for column in shown}], header_only=not rows), end="")
             case "quiet":
                 for row in rows:
-                    _out(safe(row[identity]))
+                    _out(as_line(str(row[identity])))
             case "md":
                 _out(_markdown(shown, rows), end="")
             case "table":
@@ -128,7 +106,7 @@ class Screen:
             case "csv":
                 _out(_csv([values], header_only=False), end="")
             case "quiet":
-                _out(safe(values[identity]))
+                _out(as_line(str(values[identity])))
             case "md":
                 rows = [{"key": key, "value": value} for key, value in values.items()]
                 _out(_markdown((Column("KEY", "key"), Column("VALUE", "value")), rows), end="")

@@ -13,6 +13,7 @@ from typing import Any
 import platformdirs
 
 from lora_cli.errors import UsageError
+from lora_cli.files import read_given
 from lora_cli.precision import CHOICES
 from lora_cli.text import nearest
 
@@ -242,11 +243,12 @@ def _parsed(name: str, key: Key, value: Any, folder: Path, label: str) -> Any:
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(read_given(file).decode())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{file.name} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{file.name} cannot be read: {reason}") from None
     for name in values:
         if name not in KEYS:
             hint = nearest(name, KEYS, f"settings are {', '.join(KEYS)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError
+from lora_cli.files import read_given
 from lora_cli.records import Example, Prompt
 
 FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", …}, {"role": "assistant", …}]}'
@@ -101,7 +102,7 @@ def split(
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_given(path)
     except FileNotFoundError as error:
         raise DataError(f"no such file: {path}", hint="give a task file with --data FILE.jsonl") from error
     except OSError as error:

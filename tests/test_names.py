@@ -4,8 +4,8 @@ import pytest
 
 from lora_cli.names import (
     Layer,
-    id_and_commit,
     id_and_revision,
+    ids_and_commits,
     in_repo,
     is_commit,
     is_folder,
@@ -122,7 +122,12 @@ def test_a_text_for_the_hub_may_hold_any_revision(text: str, id: str, revision: 
     ],
 )
 def test_a_text_for_the_catalogue_may_hold_a_commit_and_no_other_revision(text: str, id: str, commit: str) -> None:
-    assert id_and_commit(text) == (id, commit)
+    first, *_, last = [*ids_and_commits(text), (text, "")]
+    assert (first, last) == ((id, commit), (text, ""))
+
+
+def test_a_text_with_several_commits_is_read_by_the_longest_first() -> None:
+    assert ids_and_commits(f"a@1234:b@{SHA}") == [("a@1234:b", SHA), (f"a:b@{SHA}", "1234"), (f"a@1234:b@{SHA}", "")]
 
 
 def test_the_id_of_a_folder_in_a_repository_is_taken_apart_again() -> None:

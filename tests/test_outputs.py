@@ -1,5 +1,6 @@
 """Output folders are whole or absent, whatever ends the work."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 
 from lora_cli.errors import OutputError
 from lora_cli.outputs import whole_file, whole_folder
+from lora_cli.steps.evaluate.evaluate import _Rows
+from tests.cli import ok, refused
 
 
 def test_a_folder_appears_only_when_the_work_is_done(tmp_path: Path) -> None:
@@ -150,3 +153,76 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="link"), whole_file(tmp_path / "link"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_link_put_there_during_the_work_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("mine")
+    for replace in (False, True):
+        target = tmp_path / f"out-{replace}"
+        if replace:
+            target.mkdir()
+        with pytest.raises(OutputError, match="a link"), whole_folder(target, replace=replace) as partial:
+            (partial / "new").write_text("x")
+            if replace:
+                target.rmdir()
+            target.symlink_to(tmp_path / "home")
+    file = tmp_path / "file"
+    with pytest.raises(OutputError, match="a link"), whole_file(file) as new:
+        new.write(b"x")
+        file.symlink_to(tmp_path / "home" / "mine")
+    assert [path.name for path in (tmp_path / "home").iterdir()] == ["mine"]
+    assert (tmp_path / "home" / "mine").read_text() == "mine"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_rows_of_an_evaluation_are_not_written_through_a_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    rows = tmp_path / "rows.jsonl"
+    replaced = Path.replace
+
+    def swapped(self: Path, to: Path) -> Path:
+        done = replaced(self, to)
+        to.unlink()
+        to.symlink_to(mine)
+        return done
+
+    monkeypatch.setattr(Path, "replace", swapped)
+    with pytest.raises(OutputError, match="cannot be written"), _Rows(rows, {}):
+        pass
+    assert mine.read_text() == "mine"
+
+
+def test_remains_that_are_links_are_neither_followed_nor_taken(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "mine").write_text("mine")
+    link = tmp_path / ".out.0badcafe.partial"
+    link.symlink_to(tmp_path / "home")
+    (tmp_path / ".out.0badcafe.old").symlink_to(tmp_path / "home")
+    with whole_folder(tmp_path / "out") as partial:
+        (partial / "new").write_text("x")
+    assert link.is_symlink()
+    assert (tmp_path / "home" / "mine").read_text() == "mine"
+
+
+def test_completion_is_added_to_the_users_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = tmp_path / "dotfiles"
+    kept.write_bytes(b"export MINE=\xff")
+    kept.chmod(0o600)
+    (tmp_path / ".bashrc").symlink_to(kept)
+    for _ in range(2):
+        ok("completion", "bash", "--install")
+    source = f"source '{tmp_path}/.bash_completions/lora.sh'\n".encode()
+    assert kept.read_bytes() == b"export MINE=\xff\n" + source
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / ".bashrc").is_symlink()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    kept.write_bytes(b"mine")
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left on the disk" in refused(1, "completion", "bash", "--install")
+    assert kept.read_bytes() == b"mine"

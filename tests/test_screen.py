@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from lora_cli.columns import Column
 from lora_cli.commands.options import screen_for
 from lora_cli.errors import UsageError
-from lora_cli.screen import Screen, safe
+from lora_cli.escapes import safe
+from lora_cli.screen import Screen
 
 COLUMNS = (Column("ADAPTER", "id"), Column("RANK", "rank", "right"))
 ROWS = [{"id": "ann/a", "rank": 8, "card": "x\ny"}, {"id": "bob/\x1b[31mb", "rank": None, "card": ""}]
@@ -47,7 +48,7 @@ def test_rows_are_the_same_in_json_jsonl_and_csv(capsys: pytest.CaptureFixture[s
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert rows[1]["id"] == "bob/\\x1b[31mb"
     Screen("quiet").rows("lora.x/1", COLUMNS, ROWS)
-    assert capsys.readouterr().out == "ann/a\nbob/\\x1b[31mb\n"
+    assert capsys.readouterr().out == 'ann/a\n"bob/\\u001b[31mb"\n'
     Screen().rows("lora.x/1", COLUMNS, ROWS)
     assert capsys.readouterr().out == "ann/a\t8\nbob/\\x1b[31mb\t-\n"
 

@@ -15,7 +15,7 @@ from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
-from lora_cli.names import id_and_commit
+from lora_cli.names import ids_and_commits, is_commit
 from lora_cli.records import Adapter, AdapterRow, Candidate
 from lora_cli.settings import folder_of
 from lora_cli.text import meant
@@ -133,14 +133,22 @@ class Catalogue:
         Raises:
             NothingMatched: no such row, with similar ids; or the row is at another commit.
         """
-        if text.startswith((".", "/", "~")) and (folder := folder_of(text)) is not None:
-            found = self.at(folder)
-            if found is None:
-                raise NothingMatched(
-                    f"{text}: not in the catalogue", hint=f"lora pool verify {text} checks a folder without a sync"
-                )
+        folder = folder_of(text) if text.startswith((".", "/", "~")) else None
+        if folder is not None and (found := self.at(folder)) is not None:
             return found
-        id, commit = id_and_commit(text)
+        readings = ids_and_commits(text)
+        known = self.known([id for id, _ in readings])
+        fitting = [(id, commit) for id, commit in readings if id in known and known[id].commit.startswith(commit)]
+        if not fitting and folder is not None:
+            raise NothingMatched(
+                f"{text}: not in the catalogue", hint=f"lora pool verify {text} checks a folder without a sync"
+            )
+        id, commit = [*fitting, *readings][0]
+        if len(fitting) > 1 and not is_commit(commit):
+            raise NothingMatched(
+                f"{text} is the name of one adapter and the commit of another",
+                hint=f"give all 40 digits of a commit: {id}@{known[id].commit} or {text}@{known[text].commit}",
+            )
         row = self.get(id)
         if not row.commit.startswith(commit):
             raise NothingMatched(

@@ -16,8 +16,11 @@ from urllib.parse import quote
 from lora_cli.catalogue import migrations as schema
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, LoraError, OutputError
+from lora_cli.files import open_regular
+from lora_cli.outputs import whole_file
 
 BUSY_SECONDS = 30.0
+_LEAST_ROOM = 65536
 _SQLITE_MAGIC = b"SQLite format 3\x00"
 _MOUNTS = Path("/proc/self/mounts")
 _NETWORK = ("nfs", "cifs", "smb", "lustre", "ceph", "gpfs", "beegfs", "afs", "9p", "fuse.sshfs", "glusterfs", "ocfs2")
@@ -145,12 +148,12 @@ class _Cursor(sqlite3.Cursor):
     connection: _Connection
 
     def execute(self, *statement: Any) -> "_Cursor":
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             super().execute(*statement)
         return self
 
     def executemany(self, *statement: Any) -> "_Cursor":
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             super().executemany(*statement)
         return self
 
@@ -161,21 +164,21 @@ class _Cursor(sqlite3.Cursor):
             raise _of_the_file(error, self.connection.place) or error from error
 
     def fetchone(self) -> Any:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchone()
 
     def fetchmany(self, *size: Any) -> list[Any]:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchmany(*size)
 
     def fetchall(self) -> list[Any]:
-        with _explained(self.connection.place):
+        with explained(self.connection.place):
             return super().fetchall()
 
 
 def _connect(name: str, place: Path, *, uri: bool = False) -> Database:
     # isolation_level None leaves every BEGIN to us. Threads share a connection under a lock of the catalogue's own.
-    with _explained(place):
+    with explained(place):
         connection = sqlite3.connect(
             name,
             timeout=BUSY_SECONDS,
@@ -198,7 +201,7 @@ def connect_unchecked(path: Path) -> sqlite3.Connection:
     Raises DataError for another kind of file, OutputError where it cannot be read.
     """
     _refuse_other_files(path)
-    with _explained(path):
+    with explained(path):
         return sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro", timeout=BUSY_SECONDS, uri=True)
 
 
@@ -278,7 +281,8 @@ def _migrate(db: Database, path: Path) -> None:
     steps = schema.migrations()
     if steps.applied(db) and steps.pending(db):
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        with contextlib.closing(sqlite3.connect(path.with_name(f"{path.name}.{stamp}.backup"))) as backup:
+        copy = path.with_name(f"{path.name}.{stamp}.backup")
+        with whole_file(copy) as file, explained(copy), contextlib.closing(sqlite3.connect(file.name)) as backup:
             db.conn.backup(backup)
     db.execute("BEGIN IMMEDIATE")
     try:
@@ -292,7 +296,7 @@ def _migrate(db: Database, path: Path) -> None:
 def _refuse_other_files(path: Path) -> bool:
     """True if there is a file at `path`, which then is a database."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(len(_SQLITE_MAGIC))
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -306,7 +310,7 @@ def _refuse_other_files(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """The tool's own error for one of SQLite about the file; others pass."""
     try:
         yield
@@ -320,7 +324,9 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
     match _kind(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
-        case kind if kind == sqlite3.SQLITE_FULL or (kind == sqlite3.SQLITE_IOERR and _is_full(path)):
+        case sqlite3.SQLITE_FULL:
+            return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
+        case sqlite3.SQLITE_IOERR if _is_full(path.parent):
             return OutputError(f"{path}: no space left on the disk", hint="free some space, then rerun")
         case sqlite3.SQLITE_IOERR:
             return OutputError(f"{path}: cannot be read or written ({error})", hint="check the disk, then rerun")
@@ -331,9 +337,12 @@ def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
     return None
 
 
-def _is_full(path: Path) -> bool:
-    """Whether the disk has no room for a part of the log's index, 32 KiB; SQLite calls that an I/O error."""
-    return shutil.disk_usage(path.parent).free < 1 << 15
+def _is_full(folder: Path) -> bool:
+    """Whether the disk has no room for the file that processes share in WAL mode: SQLite does not call that full."""
+    try:
+        return shutil.disk_usage(folder).free < _LEAST_ROOM
+    except OSError:
+        return False
 
 
 def _kind(error: BaseException | None) -> int:

@@ -13,6 +13,7 @@ from lora_cli.catalogue.database import open_for_reading, open_for_writing, writ
 from lora_cli.errors import NothingMatched, OutputError
 from lora_cli.formats.run_record import Run, key_of
 from lora_cli.records import Score
+from lora_cli.redaction import redacted
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def recorded(
             yield run
             status = "done"
         except BaseException as caught:
-            error = f"{type(caught).__name__}: {caught}"
+            error = redacted(f"{type(caught).__name__}: {caught}")
             raise
         finally:
             ended = {"status": status, "ended": datetime.now(UTC).isoformat(), "error": error}

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.errors import ConfigError, HeaderError, Refused
+from lora_cli.files import open_regular
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.factors import ModuleFactors
 from lora_cli.formats.facts import LoraConfigFacts
@@ -97,7 +98,7 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if file.seek(0, 2) != header.file_size:
             raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
         sha256 = sha256_of(path)

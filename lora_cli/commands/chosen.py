@@ -1,10 +1,10 @@
 """`-` as an ADAPTER argument: ids or JSONL rows on stdin."""
 
-import json
 import sys
 from collections.abc import Sequence
 
 from lora_cli.errors import UsageError
+from lora_cli.escapes import id_in_line
 
 
 def expand(texts: Sequence[str]) -> list[str]:
@@ -22,12 +22,7 @@ def _from_stdin() -> list[str]:
 
 
 def _id_in(line: str) -> str:
-    if not line.startswith("{"):
-        return line.split("\t")[0]
     try:
-        row = json.loads(line)
-        if not isinstance(row["id"], str):
-            raise TypeError("an id that is no text")
-        return f"{row['id']}@{row['commit']}" if row.get("commit") else row["id"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return id_in_line(line)
+    except ValueError:
         raise UsageError(f"stdin: no id in {line[:60]!r}", hint="give ids, or JSON objects with an id") from None

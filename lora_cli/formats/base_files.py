@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.errors import Refused
+from lora_cli.files import open_regular
 from lora_cli.formats.header import reading
 from lora_cli.text import shortened
 
@@ -89,7 +90,7 @@ def json_object(path: Path, name: str) -> dict[str, Any]:
         Refused: too long, not JSON, not an object, or nested too deep. DataError: it cannot be read.
     """
     most = _MOST_BYTES.get(path.name, _MOST_BYTES_OF_OTHERS)
-    with reading(path), path.open("rb") as file:
+    with reading(path), open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise Refused(f"{name}: {path.name} has more than {most:,} bytes", hint=AGAIN)

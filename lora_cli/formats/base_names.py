@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from lora_cli.errors import DataError
+from lora_cli.files import read_given
 from lora_cli.names import is_commit
 from lora_cli.settings import base_names_file, folder_of
 
@@ -168,7 +169,7 @@ def _tables() -> _Tables:
     """The shipped tables with those of the user's file, which need not exist unless LORA_BASE_NAMES names it."""
     file, origin = base_names_file()
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_given(file).decode()
     except (FileNotFoundError, NotADirectoryError) as error:
         if origin != "default":
             raise DataError(f"{file}: no such file", hint=f"{origin} names it") from error

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from lora_cli.files import open_regular
+
 _MOST_BYTES = 65_536
 _LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
 
@@ -10,7 +12,7 @@ _LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILI
 def read_card(folder: Path) -> str:
     """The beginning of the folder's README.md, "" if it cannot be read."""
     try:
-        with (folder / "README.md").open("rb") as file:
+        with open_regular(folder / "README.md") as file:
             return file.read(_MOST_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple
 
@@ -195,7 +195,7 @@ def version_of_folder(folder: Path, progress: Progress = silent) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 
-def blocks(file: FileIO, entry: TensorEntry, columns: int) -> Iterator[tuple[int, bytearray]]:
+def blocks(file: BufferedReader, entry: TensorEntry, columns: int) -> Iterator[tuple[int, bytearray]]:
     """The bytes of one tensor, whole rows of `columns` entries at a time: (first row, its and the next rows' bytes).
 
     Raises:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError, Refused
+from lora_cli.files import read_given
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.records import Coefficients
 
@@ -23,7 +24,7 @@ def coefficients_text(coefficients: Coefficients) -> str:
 def read_coefficients(file: Path) -> Coefficients:
     """The coefficients in `file`. DataError for a file without coefficients."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(read_given(file).decode())
         if found.pop("schema") != _SCHEMA:
             raise ValueError(f"no {_SCHEMA}")
         if not all(isinstance(found[key], str) for key in ("granularity", "activation", "task_sha256", "base")):

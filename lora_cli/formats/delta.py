@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import HeaderError, Refused
+from lora_cli.files import open_regular
 from lora_cli.formats.header import TensorEntry, read_header, reading
 from lora_cli.formats.reader import read_tensor
 from lora_cli.formats.run_record import read_record
@@ -52,7 +53,7 @@ class OpenDelta:
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The update of one module, (out, in). Refused where it holds NaN or Inf, or where the file was written to."""
-        with reading(self.file), self.file.open("rb", buffering=0) as file:
+        with reading(self.file), open_regular(self.file) as file:
             if stamp(os.fstat(file.fileno())) != self.stamp:
                 raise Refused(f"{self.ref.id}: its updates changed while they were used", hint="run this again")
             update = read_tensor(file.fileno(), self.modules[module], dtype)

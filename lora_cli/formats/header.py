@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.errors import DataError, HeaderError
+from lora_cli.files import open_regular
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.precision import BITS
 from lora_cli.text import shortened
@@ -109,7 +110,7 @@ def read_header(path: Path) -> Header:
 
 @lru_cache(maxsize=16)
 def _header_of(path: Path, state: Stamp) -> Header:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file_size = file.seek(0, 2)
         file.seek(0)
         first8 = file.read(8)

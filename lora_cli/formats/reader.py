@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, bound
 from lora_cli.errors import Refused
+from lora_cli.files import open_regular, read_regular
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
@@ -95,7 +96,7 @@ class OpenAdapter:
             KeyError: the adapter does not touch `module`.
         """
         factors = self.modules[module]
-        with reading(self.files.weights), self.files.weights.open("rb", buffering=0) as file:
+        with reading(self.files.weights), open_regular(self.files.weights) as file:
             if stamp(os.fstat(file.fileno())) != self.stamp:
                 raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
             parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
@@ -229,7 +230,7 @@ def read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tens
 
 def _bytes(path: Path, name: str) -> bytes:
     try:
-        return path.read_bytes()
+        return read_regular(path)
     except OSError as error:
         raise Refused(f"{name}: {path.name} cannot be read ({error.strerror})") from error
 

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError, OutputError
+from lora_cli.files import read_given
 from lora_cli.hashes import file_sha256
 from lora_cli.records import Progress, patient, silent
+from lora_cli.redaction import redacted
 
 RECORD_FILE = "run.json"
 _PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers", "peft", "huggingface_hub")
@@ -42,7 +44,7 @@ class Run:
 
     def write(self, folder: Path) -> None:
         """Write `run.json` into `folder`."""
-        text = json.dumps(self.record(), indent=2, sort_keys=True)
+        text = redacted(json.dumps(self.record(), indent=2, sort_keys=True))
         (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
 
     def record(self) -> dict[str, Any]:
@@ -105,8 +107,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record beside a finished output. DataError if it is missing or malformed."""
     file = folder / RECORD_FILE
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record: dict[str, Any] = json.loads(read_given(file).decode())
+    except OSError as error:
+        raise DataError(f"{file}: {error.strerror}") from None
+    except ValueError as error:
         raise DataError(f"{file}: {error}") from None
     except RecursionError:
         raise DataError(f"{file}: not a record of lora") from None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import NothingMatched
+from lora_cli.files import open_regular
 from lora_cli.formats.config import MAX_CONFIG_BYTES
 from lora_cli.formats.header import reading
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
@@ -72,7 +73,7 @@ def read_config(folder: Path) -> bytes | None:
     with reading(path):
         if not path.is_file():
             return None
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(MAX_CONFIG_BYTES + 1)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, Refused
+from lora_cli.files import open_regular
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import TensorEntry, read_header, reading
@@ -217,7 +218,7 @@ class AdapterWriter:
 
     def _add_saved(self, stream: TensorStream) -> None:
         if self._saved is not None:
-            with reading(self._saved.file), self._saved.file.open("rb") as file:
+            with reading(self._saved.file), open_regular(self._saved.file) as file:
                 if stamp(os.fstat(file.fileno())) != self._saved.stamp:
                     raise Refused(f"{self._saved.file}: changed while it was used", hint="run this again")
                 for name, entry in self._saved.tensors.items():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lora_cli.files import open_regular
 from lora_cli.hashes import file_sha256
 from lora_cli.hub.problems import raise_translated
 
@@ -40,7 +41,7 @@ def content_oid(path: Path, *, sha1: bool = False) -> str:
     if not sha1:
         return file_sha256(path)
     digest = hashlib.sha1(b"blob %d\x00" % path.stat().st_size)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

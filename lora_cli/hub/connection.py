@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from lora_cli.errors import NetworkError
 from lora_cli.hub.problems import BudgetSpent, raise_translated
 from lora_cli.records import Progress, silent
+from lora_cli.redaction import hide
 
 if TYPE_CHECKING:
     import httpx2
@@ -253,6 +254,7 @@ def _prepare() -> None:
         for kind in ("connect", "read", "write", "pool"):
             if limits.get(kind) is None:
                 limits[kind] = _SILENCE_SECONDS
+        hide(request.headers.get("authorization", "").partition(" ")[2])
         if _origin(str(request.url)) not in _trusted:
             request.headers.pop("authorization", None)
         _meter.add(requests=1)

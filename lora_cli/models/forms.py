@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lora_cli.errors import DataError, UsageError
+from lora_cli.files import open_given
 from lora_cli.records import Example
 
 MOST_TEMPLATE_BYTES = 1 << 20
@@ -80,7 +81,7 @@ class Prompting:
 def read_template(file: Path) -> str:
     """The chat template in a file. DataError for one that cannot be read, is over 1 MiB, or is not UTF-8 text."""
     try:
-        with file.open("rb") as opened:
+        with open_given(file) as opened:
             data = opened.read(MOST_TEMPLATE_BYTES + 1)
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror or error}", hint="see --chat-template") from error

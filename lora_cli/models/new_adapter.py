@@ -1,11 +1,14 @@
 """A fresh PEFT LoRA on a base model: its matrices, its parameters, and its files."""
 
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lora_cli.errors import Refused
@@ -120,5 +123,11 @@ class NewAdapter:
         config.target_parameters = sorted(config.target_parameters) if config.target_parameters else None
         with quiet():
             # Pass False: by default PEFT asks the Hub whether the base's vocabulary was changed.
-            self._wrapped.save_pretrained(folder, save_embedding_layers=False)
+            try:
+                self._wrapped.save_pretrained(folder, save_embedding_layers=False)
+            except SafetensorError as error:
+                # The library tells the system's error in its text alone.
+                if found := re.search(r"\(os error (\d+)\)", str(error)):
+                    raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+                raise
         (folder / "README.md").unlink(missing_ok=True)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import UsageError
+from lora_cli.escapes import safe
 from lora_cli.names import layer_of
 from lora_cli.outputs import whole_file
-from lora_cli.screen import safe
 
 FORMATS = (".png", ".svg")
 ABSENT = "#dddddd"

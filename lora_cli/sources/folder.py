@@ -12,6 +12,7 @@ from typing import Any
 from lora_cli.catalogue.adapters import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import HeaderError, NothingMatched
+from lora_cli.files import special_kind
 from lora_cli.formats.card import licence_of, read_card
 from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
@@ -87,6 +88,9 @@ class FolderSource(Source):
 
 def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: Adapter | None) -> Adapter:
     """`stub` with the facts from the folder's files; unchanged weights are not read again."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if kind := special_kind(folder / name):
+            return refuse(stub, f"{name} is {kind}, not a file", row)
     card = read_card(folder)
     stub = replace(
         stub,
@@ -106,6 +110,8 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
     else:
         kind = kind_in(folder, names)
     adapter = replace(stub, **rules.judge(config, header, names, kind))
+    if special := special_kind(folder / "README.md"):
+        adapter = replace(adapter, notes="; ".join(filter(None, [adapter.notes, f"README.md is {special}: no card"])))
     if row is not None and row.commit == adapter.commit and row.sha256:
         adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
         if row.status == "ok":

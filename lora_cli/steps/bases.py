@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 import platformdirs
 
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
+from lora_cli.files import read_regular
 from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub.cache import cached_file
 from lora_cli.hub.client import Hub
@@ -78,7 +79,7 @@ def _judged(folder: Path) -> tuple["Skeleton | None", str]:
     """The modules of the model in `folder`; None with the reason if its configuration describes no model."""
     why = "transformers has no class for it"
     try:
-        if isinstance(json.loads((folder / _CONFIG).read_bytes()).get("model_type"), str):
+        if isinstance(json.loads(read_regular(folder / _CONFIG)).get("model_type"), str):
             from lora_cli.models.skeleton import skeleton
 
             return skeleton(folder), why

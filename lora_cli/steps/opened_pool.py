@@ -1,6 +1,6 @@
 """The opened pool: from the user's names to local, readable adapters of one base model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +13,7 @@ from lora_cli.formats.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.names import ids_and_commits
 from lora_cli.records import Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
@@ -100,7 +101,10 @@ class Pool:
             return Chosen(names=names, weights=(None,) * len(names))
         if selection is not None:
             raise UsageError("name adapters or a --selection, not both")
-        pairs = [_split(text) for text in texts]
+        weighted = [text for text in texts if "=" in text]
+        ids = [id for text in weighted for one in (text, text.rpartition("=")[0]) for id, _ in ids_and_commits(one)]
+        catalogued = self.catalogue.known(ids)
+        pairs = [_split(text, catalogued) for text in texts]
         chosen = Chosen(names=tuple(name for name, _ in pairs), weights=tuple(weight for _, weight in pairs))
         if known and chosen.weighted:
             raise UsageError("=WEIGHT cannot be used with a file that holds the weights")
@@ -244,14 +248,20 @@ def open_pool(settings: Settings, announce: Callable[[str], None], progress: Pro
         yield pool
 
 
-def _split(text: str) -> tuple[str, float | None]:
-    """ADAPTER[=WEIGHT] as a name and its weight."""
+def _split(text: str, catalogued: Collection[str]) -> tuple[str, float | None]:
+    """ADAPTER[=WEIGHT] as a name and its weight. A name may hold "=" itself, as some of the ids `catalogued` do."""
     name, equals, weight = text.rpartition("=")
+    whole, part = (any(id in catalogued for id, _ in ids_and_commits(one)) for one in (text, name))
     if not equals or folder_of(text) is not None:
         return text, None
     try:
         if not weight.isascii() or "_" in weight:
             raise ValueError("a spelling of Python's own")
-        return name, float(weight)
+        number = float(weight)
     except ValueError:
+        if whole:
+            return text, None
         raise UsageError(f"{text}: the weight after = is not a number") from None
+    if whole and part:
+        raise UsageError(f"{text} is the name of one adapter and a weight of another", hint=f"the first is {text}=1")
+    return (text, None) if whole else (name, number)

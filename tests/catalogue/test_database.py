@@ -160,3 +160,48 @@ def test_a_network_file_system_gets_no_shared_memory(
         assert catalogue.get("owner/0001") == row(1)
     with closing(sqlite3.connect(tmp_path / "a home" / "catalogue.db")) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == (journal,)
+
+
+_MIGRATING = """
+import os, resource, sys
+from pathlib import Path
+from lora_cli.catalogue import migrations
+from lora_cli.catalogue.database import open_for_writing
+from lora_cli.errors import LoraError
+
+def m999_colours(db):
+    db.execute("ALTER TABLE adapters ADD COLUMN colour TEXT")
+    db.execute("UPDATE adapters SET colour = card || card || card")
+    if sys.argv[2] == "killed":
+        os._exit(9)
+
+migrations.STEPS = (*migrations.STEPS, m999_colours)
+if sys.argv[3] != "0":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))
+try:
+    open_for_writing(Path(sys.argv[1]))
+except LoraError as error:
+    sys.exit(error.message)
+"""
+
+
+@pytest.mark.parametrize("fault", ["killed", "full at the backup", "full at the change"])
+def test_a_migration_that_fails_half_way_leaves_the_old_catalogue_and_its_backup(full: Path, fault: str) -> None:
+    size = full.stat().st_size
+    room = {"killed": 0, "full at the backup": size // 2, "full at the change": size + 4096}[fault]
+    told = subprocess.run(
+        [sys.executable, "-c", _MIGRATING, str(full), fault, str(room)], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == (9 if fault == "killed" else 1)
+    assert len(told.stderr.splitlines()) == (0 if fault == "killed" else 1), told.stderr
+    backups = list(full.parent.glob("*.backup"))
+    assert len(backups) == (0 if fault == "full at the backup" else 1)
+    assert not list(full.parent.glob(".*.partial"))
+    for path in (full, *backups):
+        assert check(path) == []
+        with Catalogue(path) as catalogue:
+            assert catalogue.stats()["adapters"] == 2000
+            assert catalogue.get("owner/1999") == row(1999)
+            assert catalogue.selections.last("best") is not None
+    with closing(sqlite3.connect(full)) as connection:
+        assert "colour" not in [found[1] for found in connection.execute("PRAGMA table_info(adapters)")]

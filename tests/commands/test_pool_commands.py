@@ -6,6 +6,7 @@ import io
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -253,14 +254,16 @@ def test_a_file_that_may_not_be_read_is_named(pool: Path, monkeypatch: pytest.Mo
     (pool / "alice/locked").mkdir()
     for file, data in lora_files().items():
         (pool / "alice/locked" / file).write_bytes(data)
-    opened = Path.open
+    Path("no.db").touch()
+    opened = os.open
 
-    def locked(self: Path, *how: object, **more: object) -> object:
-        if ("locked" in self.parts and self.name == WEIGHTS) or self.name == "no.db":  # root may read everything
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return opened(self, *how, **more)  # type: ignore[call-overload]
+    def locked(path: str | Path, *how: Any) -> int:
+        file = Path(path)
+        if ("locked" in file.parts and file.name == WEIGHTS) or file.name == "no.db":  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return opened(path, *how)
 
-    monkeypatch.setattr(Path, "open", locked)
+    monkeypatch.setattr(os, "open", locked)
     assert "cannot be read (Permission denied)" in refused(6, "pool", "sync", "--from", "pool")
     assert "failed: " in ok("pool", "list", "--where", "id~locked").out
     for words in (

@@ -15,7 +15,10 @@ def sql(
     setup: Stored,
     listing: Listing,
 ) -> None:
-    """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything, and it stops after 10 s."""
+    """Query the catalogue in SQL. Read-only: it cannot change, attach or load anything; it stops after 10 s.
+
+    Memory, rows and the file for sorting are bounded as well: 1 GB, a million rows or 100 MB of them, 1 GB.
+    """
     from lora_cli.catalogue.sql import query as ask
 
     screen = listing.screen()

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from io import FileIO
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
+from lora_cli.files import open_regular
 from lora_cli.formats.base_files import CONFIG
 from lora_cli.formats.checkpoint import INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
@@ -157,7 +158,7 @@ def _write_part(
     header = plan.base.checkpoint.headers[part]
     dtypes = {entry.name: plan.stored_as(entry) for entry in header.tensors.values()}
     with (
-        (plan.base.checkpoint.folder / part).open("rb", buffering=0) as source,
+        open_regular(plan.base.checkpoint.folder / part) as source,
         ShardWriter(folder / part, header, dtypes) as target,
     ):
         for entry in header.tensors.values():
@@ -175,7 +176,7 @@ def _write_baked(
     plan: BakePlan,
     pieces: Sequence[tuple[str, Piece]],
     entry: TensorEntry,
-    source: FileIO,
+    source: BufferedReader,
     target: ShardWriter,
     found: dict[str, Survival],
     workers: int,
@@ -288,7 +289,7 @@ def _overflow(name: str, dtype: torch.dtype) -> Refused:
     return Refused(f"{name}: values overflow {dtype_name(dtype)}", hint="choose a wider --dtype")
 
 
-def _write_cast(entry: TensorEntry, stored: str, source: FileIO, target: ShardWriter) -> None:
+def _write_cast(entry: TensorEntry, stored: str, source: BufferedReader, target: ShardWriter) -> None:
     """Write a tensor that the adapter does not touch: its bytes, or its values in another precision."""
     for _, block in blocks(source, entry, 1):
         if stored == entry.dtype:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import msgspec
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, OutputError, UsageError
+from lora_cli.files import read_regular
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
@@ -272,7 +274,8 @@ class _Rows:
         with whole_file(path) as file:
             file.write("".join(map(_line, [*self._others, *self.found.values()])).encode())
         try:
-            return path.open("a", encoding="utf-8")
+            # Without following a link that was put there meanwhile.
+            return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW), "a", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -280,7 +283,7 @@ class _Rows:
 def read_rows(path: Path) -> list[Row]:
     """The rows in a file, none if there is no file. OutputError for a file that holds something else."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_regular(path).decode().split("\n")
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from msgspec.structs import replace as replace_options
 from lora_cli.algebra.devices import resolve_device
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.files import read_given
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import versions
@@ -90,7 +91,7 @@ def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[s
 def read_lock(file: Path) -> Lock:
     """The lock in the run.json of a merge. DataError for a file without a lock."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = json.loads(read_given(file).decode())
         lock = record["merge.lock"]
         outputs, earlier = dict(_not_empty(record["outputs"])), _is_earlier(record["settings"])
         if earlier:

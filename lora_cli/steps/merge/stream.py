@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import OutputError, Refused
+from lora_cli.escapes import safe
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
@@ -25,7 +26,6 @@ from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_ent
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import STORED, dtype_name, torch_dtype
 from lora_cli.records import Progress, patient, silent
-from lora_cli.screen import safe
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge.plan import MergePlan, identical, plan

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import LoraError
+from lora_cli.files import open_regular
 from lora_cli.formats.checkpoint import Checkpoint, as_tensor, blocks, cached_model, folder_or_hub, open_checkpoint
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.skeleton import Skeleton
@@ -72,7 +73,7 @@ def _same(file: Path, copy: TensorEntry, checkpoint: Checkpoint, tensor: str) ->
 
 
 def _read(file: Path, entry: TensorEntry) -> Iterator[Tensor]:
-    with file.open("rb", buffering=0) as opened:
+    with open_regular(file) as opened:
         for _, block in blocks(opened, entry, entry.shape[-1]):
             yield as_tensor(block, entry.dtype)
 

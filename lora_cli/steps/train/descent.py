@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import Refused
+from lora_cli.files import open_regular
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.outputs import whole_file
@@ -214,7 +215,7 @@ class _Run:
     def restore(self, checkpoint: Checkpoint) -> bool:
         """Resume from the state in `checkpoint`; False if there is no state or it belongs to another training."""
         try:
-            with np.load(checkpoint.file, allow_pickle=False) as file:
+            with open_regular(checkpoint.file) as opened, np.load(opened, allow_pickle=False) as file:
                 notes = json.loads(str(file["notes"]))
                 if notes["key"] != checkpoint.key:
                     return False
