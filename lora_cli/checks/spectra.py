@@ -28,14 +28,17 @@ class Spread(NamedTuple):
     entropy: float
 
 
-def spread_of(gram_b: NDArray[np.float64], gram_a: NDArray[np.float64], scale: float = 1.0) -> list[Spread]:
+def spread_of(
+    gram_b: NDArray[np.float64], gram_a: NDArray[np.float64], scale: float = 1.0, *, most: int
+) -> list[Spread]:
     """The spread of each update scale · B·A, from BᵀB and AAᵀ, (n, r, r) float64.
 
-    The eigenvalues of BᵀB·AAᵀ are the squared singular values; O(n r³).
+    The eigenvalues of BᵀB·AAᵀ are the squared singular values; O(n r³). `most` is the smaller side of an update: no
+    more directions than that can be there.
     """
     w, v = np.linalg.eigh(gram_a)
     root = v * np.sqrt(w.clip(min=0))[..., None, :]
-    energies = np.linalg.eigvalsh(root.swapaxes(-1, -2) @ gram_b @ root).clip(min=0)  # (n, r), ascending
+    energies = np.linalg.eigvalsh(root.swapaxes(-1, -2) @ gram_b @ root)[:, -most:].clip(min=0)  # ascending
     total = energies.sum(-1)
     with np.errstate(invalid="ignore", divide="ignore"):
         shares = energies / total[:, None]
@@ -61,7 +64,8 @@ def measure(path: Path, header: Header, config: LoraConfigFacts, skeleton: Skele
             grams = grams_of(file, factors)
             if grams is None:
                 raise Refused(f"NaN or Inf in {factors.adapted}")
-            spreads = spread_of(grams.b, grams.a, config.scale(factors.pattern, factors.rank))
+            scale = config.scale(factors.pattern, factors.rank)
+            spreads = spread_of(grams.b, grams.a, scale, most=min(factors.out_features, factors.in_features))
             found.update({name: spreads[expert] for expert, name in names[place].items()})
     return found
 

@@ -77,13 +77,13 @@ def compare(pool: Sequence[Spreads]) -> list[Unusual | None]:
     expected = np.concatenate([np.broadcast_to(middle, levels.shape)[:, None], levels[:, None] + effects], axis=1)
     spans = np.concatenate([sigma[None], sigmas])
     names, found = ["", *modules], list[Unusual | None]()
-    for one, usual in zip(np.nan_to_num(z), expected, strict=True):
+    for one, usual, level in zip(np.nan_to_num(z), expected, levels, strict=True):
         module, statistic = np.unravel_index(np.abs(one).argmax(), one.shape)
         at, span = usual[module, statistic], spans[module, statistic]
         field, score = Spread._fields[statistic], float(one[module, statistic])
         low, value, high = (_BACK[field](at + k * span) for k in (-USUAL, score, USUAL))
         known = Unusual(module=names[module], statistic=field, value=value, low=low, high=high, z=score)
-        found.append(known if np.isfinite(usual).any() else None)
+        found.append(known if np.isfinite(level).any() else None)
     return found
 
 

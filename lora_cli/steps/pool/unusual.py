@@ -65,7 +65,7 @@ def _quarantined(catalogue: Catalogue, judged: Sequence[Judged], most: float) ->
         adapter = one.verdict.adapter
         if one.unusual is not None:
             above = abs(one.unusual.z) > most
-            reason = f"z {one.unusual.z:.1f} above {most:g}: {one.unusual.in_words()}" if above else ""
+            reason = f"z {one.unusual.z:.2f} above {most:g}: {one.unusual.in_words()}" if above else ""
             reasons[adapter.id, adapter.commit] = reason
             adapter = replace(adapter, status="quarantined" if above else "ok", reason=reason)
         marked.append(replace(one, verdict=replace(one.verdict, adapter=adapter)))

@@ -1,0 +1,53 @@
+"""Adapters as ordinary training leaves them, made from random numbers, and a spike planted in one.
+
+Ordinary ones differ in rank, scale, adapted modules, decay of their singular values, norms over the depth, and in each
+of these from module to module; what real adapters show is in docs/benchmarks.md.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Factors = dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]  # module → (B, A)
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+SETS = (("self_attn.q_proj", "self_attn.v_proj"), ATTENTION, FEED_FORWARD, (*ATTENTION, *FEED_FORWARD))
+LAYERS, WIDTH = 4, 32
+
+
+def ordinary(seed: int) -> Factors:
+    """One adapter: module → (B, A), float64, the scale folded in."""
+    rng = np.random.default_rng(seed)
+    names = SETS[rng.integers(len(SETS))]
+    rank = int(rng.choice([1, 2, 4, 8, 16, 32], p=[0.02, 0.03, 0.2, 0.4, 0.3, 0.05]))
+    size, decay = np.exp(rng.normal(0, 1.5)), rng.uniform(0.3, 1.5)
+    slope = rng.normal(0, 0.1)
+    made = {}
+    for layer in range(LAYERS):
+        for name in names:
+            effect = 0.3 * (len(name) % 5)
+            norm = size * np.exp(effect + slope * layer + rng.normal(0, 0.3))
+            values = np.arange(1, rank + 1) ** -(decay + rng.normal(0, 0.2))
+            b = rng.normal(size=(WIDTH, rank)) * (norm * values / np.linalg.norm(values))
+            made[f"model.layers.{layer}.{name}"] = (b / WIDTH**0.5, rng.normal(size=(rank, WIDTH)) / WIDTH**0.5)
+    return made
+
+
+def spiked(factors: Factors, modules: Sequence[str], strength: float, *, seed: int, keep_norm: bool = False) -> Factors:
+    """The adapter with one direction more in `modules`, `strength` times as strong as the strongest there.
+
+    keep_norm: scale the module so that its norm stays.
+    """
+    rng = np.random.default_rng(seed)
+    made = dict(factors)
+    for module in modules:
+        b, a = factors[module]
+        u, v = rng.normal(size=b.shape[0]), rng.normal(size=a.shape[1])
+        first = np.linalg.norm(b @ a, 2)
+        spike = strength * first * u / np.linalg.norm(u)
+        more = np.column_stack([b, spike]), np.vstack([a, v / np.linalg.norm(v)])
+        factor = np.linalg.norm(b @ a) / np.linalg.norm(more[0] @ more[1]) if keep_norm else 1.0
+        made[module] = (more[0] * factor, more[1])
+    return made
