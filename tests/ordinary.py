@@ -36,7 +36,7 @@ def ordinary(seed: int) -> Factors:
 
 
 def spiked(factors: Factors, modules: Sequence[str], strength: float, *, seed: int, keep_norm: bool = False) -> Factors:
-    """The adapter with one direction more in `modules`, `strength` times as strong as the strongest there.
+    """The adapter with a new direction in place of the weakest of each of `modules`, `strength` times its strongest.
 
     keep_norm: scale the module so that its norm stays.
     """
@@ -44,10 +44,12 @@ def spiked(factors: Factors, modules: Sequence[str], strength: float, *, seed: i
     made = dict(factors)
     for module in modules:
         b, a = factors[module]
-        u, v = rng.normal(size=b.shape[0]), rng.normal(size=a.shape[1])
-        first = np.linalg.norm(b @ a, 2)
-        spike = strength * first * u / np.linalg.norm(u)
-        more = np.column_stack([b, spike]), np.vstack([a, v / np.linalg.norm(v)])
-        factor = np.linalg.norm(b @ a) / np.linalg.norm(more[0] @ more[1]) if keep_norm else 1.0
-        made[module] = (more[0] * factor, more[1])
+        U, s, Vt = np.linalg.svd(b @ a, full_matrices=False)
+        rest = min(b.shape[1], len(s)) - 1
+        u, v = rng.normal(size=len(b)), rng.normal(size=a.shape[1])
+        spike = strength * s[0] * u / np.linalg.norm(u)
+        new_b = np.column_stack([U[:, :rest] * s[:rest], spike])
+        new_a = np.vstack([Vt[:rest], v / np.linalg.norm(v)])
+        factor = np.linalg.norm(s) / np.linalg.norm(new_b @ new_a) if keep_norm else 1.0
+        made[module] = (new_b * factor, new_a)
     return made

@@ -59,8 +59,8 @@ class Unusual:
 def compare(pool: Sequence[Spreads]) -> list[Unusual | None]:
     """The most unusual value of each adapter of a pool; None for an adapter that changes nothing.
 
-    Modules that fewer than ten adapters have are compared with the rests of all modules. O(n m log n) for n adapters of
-    m modules.
+    The rests of a module scatter at least as much as those of all modules together: the scatter of a few adapters is
+    often small by chance, and of fewer than ten it is not used at all. O(n m log n) for n adapters of m modules.
     """
     modules = sorted({name for spreads in pool for name in spreads})
     place = {name: number for number, name in enumerate(modules)}
@@ -71,7 +71,8 @@ def compare(pool: Sequence[Spreads]) -> list[Unusual | None]:
     scaled = _scaled(values)  # (adapters, modules, statistics)
     levels, effects = _polished(scaled)
     rests = scaled - levels[:, None] - effects
-    sigmas = np.where(_counts(scaled) >= _PEERS, _sigma(rests, 0), _sigma(rests.reshape(-1, rests.shape[-1]), 0))
+    of_all = _sigma(rests.reshape(-1, rests.shape[-1]), 0)
+    sigmas = np.fmax(np.where(_counts(scaled) >= _PEERS, _sigma(rests, 0), 0), of_all)
     middle, sigma = _median(levels, 0), _sigma(levels - _median(levels, 0), 0)
     z = np.concatenate([((levels - middle) / sigma)[:, None], rests / sigmas], axis=1)
     expected = np.concatenate([np.broadcast_to(middle, levels.shape)[:, None], levels[:, None] + effects], axis=1)

@@ -1,4 +1,4 @@
-"""What is unusual about an adapter: the spread of each update against a dense reference, and planted spikes in a pool."""
+"""What is unusual about an adapter: the spread of an update against a dense reference, planted spikes in a pool."""
 
 import math
 from pathlib import Path
@@ -66,15 +66,18 @@ def test_the_spread_does_not_depend_on_the_split_of_the_update_and_only_its_norm
 
 def test_rank_one_has_no_entropy_and_an_update_of_zero_no_spread() -> None:
     one = spread_of(np.full((1, 1, 1), 4.0), np.full((1, 1, 1), 9.0), most=4)[0]
-    assert (one.norm, one.concentration) == (6.0, 1.0) and math.isnan(one.entropy)
+    assert (one.norm, one.concentration) == (6.0, 1.0)
+    assert math.isnan(one.entropy)
     zero = spread_of(np.zeros((1, 3, 3)), np.eye(3)[None], most=4)[0]
-    assert zero.norm == 0.0 and math.isnan(zero.concentration) and math.isnan(zero.entropy)
+    assert zero.norm == 0.0
+    assert math.isnan(zero.concentration)
+    assert math.isnan(zero.entropy)
 
 
 def test_nan_is_refused_by_its_module(tmp_path: Path) -> None:
     write_adapter(tmp_path / "nan", {MODULE: (torch.full((4, 2), math.nan), torch.ones(2, 4))})
     weights = tmp_path / "nan" / "adapter_model.safetensors"
-    with pytest.raises(Refused, match="NaN or Inf in model.layers.0.self_attn.q_proj"):
+    with pytest.raises(Refused, match="NaN or Inf in model"):
         measure(weights, read_header(weights), parse_config((tmp_path / "nan" / "adapter_config.json").read_bytes()))
 
 
@@ -114,9 +117,12 @@ def test_a_pool_in_another_order_finds_the_same(pool: list[Spreads]) -> None:
     assert compare(pool[::-1])[::-1] == compare(pool)
 
 
-def test_ordinary_adapters_lie_close_to_each_other(pool: list[Spreads]) -> None:
-    scores = [abs(one.z) for one in compare(pool) if one is not None]
-    assert len(scores) == 200 and sum(z > 6 for z in scores) <= 2
+@pytest.mark.parametrize("size", [FEWEST, 40, 200])
+def test_ordinary_adapters_lie_close_to_each_other_in_small_pools_too(pool: list[Spreads], size: int) -> None:
+    for start in range(0, len(pool), size):
+        scores = [abs(one.z) for one in compare(pool[start : start + size]) if one is not None]
+        assert len(scores) == size
+        assert max(scores) < 7
 
 
 def test_the_usual_range_is_where_z_is_at_most_three(pool: list[Spreads]) -> None:

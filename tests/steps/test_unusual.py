@@ -1,0 +1,124 @@
+"""The pool of one base beside a planted spike, as a user sees it: verify --deep, quarantine, select, merge."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.checks.unusual import FEWEST
+from tests.adapters_on_disk import write_adapter
+from tests.cli import Told, lora, ok, refused
+from tests.ordinary import Factors, ordinary, spiked
+
+BASE = "acme/tiny"
+SPIKED, MODULE = "pool/dave/spiked", "model.layers.2.mlp.up_proj"
+Z = "8"
+
+
+def write(folder: Path, factors: Factors) -> Path:
+    return write_adapter(folder, {name: (torch.tensor(b), torch.tensor(a)) for name, (b, a) in factors.items()})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tree of 25 ordinary adapters, and one with a spike in one module."""
+    tree = tmp_path_factory.mktemp("made") / "pool"
+    chosen = [seed for seed in range(80) if MODULE in ordinary(seed) and len(ordinary(seed)[MODULE][1]) > 2][:26]
+    for seed in chosen[1:]:
+        write(tree / "alice" / f"a{seed}", ordinary(seed))
+    write(tree / "dave" / "spiked", spiked(ordinary(chosen[0]), [MODULE], 100, seed=0))
+    return tree
+
+
+@pytest.fixture
+def pool(made: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LORA_BASE", BASE)
+    shutil.copytree(made, own_home / "pool")
+    ok("pool", "sync", "--from", "pool")
+    return own_home / "pool"
+
+
+def ids(*more: str) -> str:
+    return ok("pool", "list", "-q", *more).out
+
+
+def deep(*words: str, stdin: str | None = None) -> Told:
+    return lora("pool", "verify", "-", "--deep", *words, stdin=ids() if stdin is None else stdin)
+
+
+def rows(told: Told) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(told.out)["rows"]
+    return found
+
+
+def test_the_spike_comes_first_with_its_module_value_usual_range_and_z(pool: Path) -> None:
+    told = deep("--json")
+    first = rows(told)[0]
+    assert (told.code, first["id"], first["module"], first["status"]) == (0, SPIKED, MODULE, "ok")
+    assert abs(first["z"]) > float(Z)
+    assert first["pool"] == 26
+    assert not first["usual_low"] <= first["value"] <= first["usual_high"]
+    scores = [abs(row["z"]) for row in rows(told)]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[1] < float(Z)
+    words = f"{first['statistic']} {first['value']:.3g} in {MODULE}, usual {first['usual_low']:.3g} to "
+    assert words in deep().out.splitlines()[0]
+    assert "safe" not in (told.out + told.err + ok("pool", "verify", "--help").out).lower()
+
+
+def test_one_adapter_is_compared_with_what_the_catalogue_has_measured(pool: Path) -> None:
+    before = {row["id"]: row["z"] for row in rows(deep("--json"))}
+    alone = rows(lora("pool", "verify", SPIKED, "--deep", "--json"))
+    assert alone[0]["z"] == pytest.approx(before[SPIKED], rel=1e-4)
+    # A folder that no sync has seen is compared and not stored.
+    shutil.copytree(pool / "dave" / "spiked", pool.parent / "other")
+    told = lora("pool", "verify", "./other", "--deep", "--json", "--quarantine-z", Z)
+    assert (told.code, rows(told)[0]["status"], rows(told)[0]["pool"]) == (5, "quarantined", 27)
+    assert rows(lora("pool", "verify", SPIKED, "--json"))[0]["status"] == "ok"
+
+
+def test_a_pool_that_is_too_small_is_said_to_be(pool: Path) -> None:
+    few = "".join(f"{line}\n" for line in ids().splitlines()[: FEWEST - 1])
+    told = deep("--json", "--quarantine-z", "0", stdin=few)
+    assert (told.code, {row["z"] for row in rows(told)}) == (0, {None})
+    assert f"too few adapters of {BASE} to compare: {FEWEST - 1} measured, {FEWEST} needed" in told.err
+
+
+def test_quarantine_keeps_an_adapter_out_of_select_until_a_verify_lifts_it(pool: Path) -> None:
+    told = deep("--json", "--quarantine-z", Z)
+    assert told.code == 5
+    assert f"1 of 26 quarantined: {SPIKED}: z " in told.err
+    assert rows(told)[0]["status"] == "quarantined"
+    assert ids("--where", "status=quarantined").split() == [SPIKED]
+    assert SPIKED not in ok("select", "--by", "random", "-k", "26").out.split()
+    # It stays through other checks of the same files.
+    ok("pool", "sync", "--from", "pool", "--force")
+    ok("pool", "fetch", SPIKED, "--force")
+    told = lora("pool", "verify", SPIKED, "--json")
+    assert (told.code, rows(told)[0]["status"]) == (5, "quarantined")
+    # Who names it gets it, and is told.
+    told = ok("merge", SPIKED, ids("--where", "status=ok", "-n", "1").strip(), "-o", "merged")
+    assert f"{SPIKED} is quarantined: z " in told.err
+    told = lora("pool", "verify", SPIKED, "--deep", "--quarantine-z", "1000", "--json")
+    assert (told.code, rows(told)[0]["status"]) == (0, "ok")
+    assert SPIKED in ok("select", "--by", "random", "-k", "26").out.split()
+
+
+def test_a_new_version_is_out_of_quarantine_and_not_measured(pool: Path) -> None:
+    deep("--quarantine-z", Z)
+    shutil.rmtree(pool / "dave" / "spiked")
+    write(pool / "dave" / "spiked", ordinary(0))
+    ok("pool", "sync", "--from", "pool")
+    with Catalogue(Path(ok("pool", "path").out.strip())) as catalogue:
+        assert catalogue.get(SPIKED).status == "ok"
+        assert SPIKED not in catalogue.spreads.of(BASE)
+        catalogue.remove([id for id in catalogue.known() if id != SPIKED])
+        assert catalogue.spreads.of(BASE) == {}
+
+
+def test_quarantine_needs_deep(pool: Path) -> None:
+    assert "--quarantine-z needs --deep" in refused(2, "pool", "verify", SPIKED, "--quarantine-z", Z)
