@@ -17,7 +17,7 @@ SETS = (("self_attn.q_proj", "self_attn.v_proj"), ATTENTION, FEED_FORWARD, (*ATT
 LAYERS, WIDTH = 4, 32
 
 
-def ordinary(seed: int) -> Factors:
+def ordinary(seed: int, layers: int = LAYERS) -> Factors:
     """One adapter: module → (B, A), float64, the scale folded in."""
     rng = np.random.default_rng(seed)
     names = SETS[rng.integers(len(SETS))]
@@ -25,7 +25,7 @@ def ordinary(seed: int) -> Factors:
     size, decay = np.exp(rng.normal(0, 1.5)), rng.uniform(0.3, 1.5)
     slope = rng.normal(0, 0.1)
     made = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name in names:
             effect = 0.3 * (len(name) % 5)
             norm = size * np.exp(effect + slope * layer + rng.normal(0, 0.3))

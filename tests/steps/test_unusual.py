@@ -120,5 +120,26 @@ def test_a_new_version_is_out_of_quarantine_and_not_measured(pool: Path) -> None
         assert catalogue.spreads.of(BASE) == {}
 
 
+def test_a_merge_says_what_is_unusual_of_its_result_and_its_adapters(pool: Path) -> None:
+    other = ids("-n", "1").strip()
+    assert "unusual" not in ok("merge", SPIKED, other, "-o", "before").err
+    score = rows(deep("--json"))[0]["z"]
+    told = ok("merge", SPIKED, other, "-o", "after", "--json")
+    found = {row["id"]: row for row in json.loads(told.out)["unusual"]}
+    assert set(found) == {SPIKED, other, ""}
+    assert found[SPIKED]["module"] == found[""]["module"] == MODULE
+    assert found[SPIKED]["z"] == pytest.approx(score, rel=0.2)
+    assert abs(found[""]["z"]) > 3
+    lines = [line for line in told.err.splitlines() if "most unusual of" in line]
+    assert [line.split(" beside 27 measured: ")[0] for line in lines] == [
+        "  most unusual of the result",
+        f"  most unusual of {SPIKED}",
+    ]
+    assert all(f"in {MODULE}, usual " in line for line in lines)
+    # The files of the result do not depend on the pool.
+    assert Path("before/adapter_model.safetensors").read_bytes() == Path("after/adapter_model.safetensors").read_bytes()
+    assert Path("before/run.json").read_bytes() == Path("after/run.json").read_bytes()
+
+
 def test_quarantine_needs_deep(pool: Path) -> None:
     assert "--quarantine-z needs --deep" in refused(2, "pool", "verify", SPIKED, "--quarantine-z", Z)

@@ -3,10 +3,15 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.checks.spectra import Spread, Spreads
+from lora_cli.checks.spectra import Spread, Spreads, measure
 from lora_cli.checks.unusual import FEWEST, Unusual, compare
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import read_header
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import read_config
 from lora_cli.steps.pool.verify import Verdict
 
 
@@ -57,6 +62,27 @@ def beside_pool(catalogue: Catalogue, base: str, here: Mapping[str, Spreads]) ->
         return {}, len(pool)
     found = dict(zip(pool, compare(list(pool.values())), strict=True))
     return {id: found[id] for id in here}, len(pool)
+
+
+def beside_measured(
+    catalogue: Catalogue, base: str, files: Mapping[str, tuple[Path, Path]], skeleton: Skeleton | None
+) -> tuple[dict[str, Unusual], int]:
+    """The most unusual value of adapters by their ids, and the size of the pool; ({}, 0) if that is too small.
+
+    `files` are configuration and weights by id. What the catalogue has measured under an id is not measured again.
+    """
+    stored = catalogue.spreads.of(base)
+    if len(stored) < FEWEST:
+        return {}, 0
+    here: dict[str, Spreads] = {}
+    for id, (config, weights) in files.items():
+        if id in stored:
+            here[id] = {name: Spread(*values) for name, values in stored[id].items()}
+        else:
+            facts = parse_config(read_config(config.parent) or b"")
+            here[id] = measure(weights, read_header(weights), facts, skeleton)
+    found, pool = beside_pool(catalogue, base, here)
+    return {id: one for id, one in found.items() if one is not None}, pool
 
 
 def _quarantined(catalogue: Catalogue, judged: Sequence[Judged], most: float) -> list[Judged]:
