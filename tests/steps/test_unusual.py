@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.spreads import Spreads
 from lora_cli.checks.unusual import FEWEST
+from lora_cli.errors import OutputError
 from tests.adapters_on_disk import write_adapter
 from tests.cli import Told, lora, ok, refused
 from tests.ordinary import Factors, ordinary, spiked
@@ -139,6 +141,22 @@ def test_a_merge_says_what_is_unusual_of_its_result_and_its_adapters(pool: Path)
     # The files of the result do not depend on the pool.
     assert Path("before/adapter_model.safetensors").read_bytes() == Path("after/adapter_model.safetensors").read_bytes()
     assert Path("before/run.json").read_bytes() == Path("after/run.json").read_bytes()
+
+
+def test_a_folder_is_verified_without_a_catalogue_being_made(made: Path, own_home: Path) -> None:
+    told = lora("pool", "verify", str(made / "dave" / "spiked"), "--deep", "--json", "--db", "none.db")
+    assert (told.code, rows(told)[0]["pool"]) == (0, 1)
+    assert not Path("none.db").exists()
+
+
+def test_a_catalogue_that_cannot_be_written_is_compared_with(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    score = rows(deep("--json"))[0]["z"]
+
+    def full(*_: object) -> None:
+        raise OutputError("no space left on the disk")
+
+    monkeypatch.setattr(Spreads, "remember", full)
+    assert rows(lora("pool", "verify", SPIKED, "--deep", "--json"))[0]["z"] == pytest.approx(score, rel=1e-4)
 
 
 def test_quarantine_needs_deep(pool: Path) -> None:

@@ -2,12 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.spectra import Spread, Spreads, measure
 from lora_cli.checks.unusual import FEWEST, Unusual, compare
+from lora_cli.errors import OutputError
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.header import read_header
 from lora_cli.formats.skeleton import Skeleton
@@ -36,9 +38,16 @@ def judge(catalogue: Catalogue, verdicts: Sequence[Verdict], quarantine_z: float
     Args:
         quarantine_z: put the adapters whose |z| is above it in quarantine, and take the other compared ones out of it.
     """
-    measured = {(one.adapter.id, one.adapter.commit): one.spreads for one in verdicts if one.spreads is not None}
+    known = catalogue.known([one.adapter.id for one in verdicts])
+    measured = {
+        (one.adapter.id, one.adapter.commit): one.spreads
+        for one in verdicts
+        if one.spreads is not None and one.adapter.id in known
+    }
     if measured:
-        catalogue.spreads.remember(measured)
+        # Measures can be taken again: a catalogue that cannot be written is no reason to say nothing.
+        with suppress(OutputError):
+            catalogue.spreads.remember(measured)
     by_base: defaultdict[str, dict[str, Spreads]] = defaultdict(dict)
     for one in verdicts:
         if one.spreads is not None:
