@@ -31,7 +31,7 @@ from lora_cli.world.tasks import STRING_LENGTH
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.ordinary import Factors, ordinary, spiked
 
-N, LAYERS, TRAINED, TRIALS = 200, 24, 80, 24
+N, LAYERS, TRAINED, TRIALS = 200, 24, 80, 12
 ZS = (4, 6, 8, 10, 14)
 WILD = Path("../shared/wild")
 WAYS = [(1, 3.0), (1, 10.0), (1, 30.0), (0, 10.0), (0, 30.0), (0, 100.0)]  # modules (0: all), strength
