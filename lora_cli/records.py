@@ -5,11 +5,14 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 Source = Literal["hub", "folder"]
-Status = Literal["ok", "unusable", "gated", "gone", "failed"]
+Status = Literal["ok", "quarantined", "unusable", "gated", "gone", "failed"]
 BaseMatch = Literal["exact", "alias", "shape", "mismatch", "unknown"]
+
+USABLE: Final = ("ok", "quarantined")
+"""The statuses of adapters that can be used where they are named; select takes those of status "ok" alone."""
 
 ALL_LINEAR = "all-linear"
 """PEFT's target for every linear layer."""

@@ -263,11 +263,11 @@ def _shared_out(natural: Sequence[int], least: Sequence[int], shown: Sequence[in
 
 
 def _broken(text: str, width: int) -> list[str]:
-    """`text` in lines of at most `width`, broken after spaces and the separators of an id, if there are any."""
+    """`text` in lines of at most `width`, broken after spaces and the separators of an id, never inside a number."""
     from rich.cells import cell_len, chop_cells
 
     lines = [""]
-    for word in re.split(r"(?<=[\s/_.,:;@=-])", text):
+    for word in re.split(r"(?<=[\s/_,:;@=-])|(?<=\.)(?!\d)", text):
         if cell_len(lines[-1] + word.rstrip()) <= width:
             lines[-1] += word
         else:

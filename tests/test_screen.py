@@ -17,7 +17,7 @@ from lora_cli.columns import Column
 from lora_cli.commands.options import screen_for
 from lora_cli.errors import UsageError
 from lora_cli.escapes import safe
-from lora_cli.screen import Screen
+from lora_cli.screen import Screen, _broken
 
 COLUMNS = (Column("ADAPTER", "id"), Column("RANK", "rank", "right"))
 ROWS = [{"id": "ann/a", "rank": 8, "card": "x\ny"}, {"id": "bob/\x1b[31mb", "rank": None, "card": ""}]
@@ -148,3 +148,8 @@ def test_a_document_on_a_terminal_is_an_outline_and_says_what_it_leaves_out() ->
     assert "names   a, b\n" in shown
     assert "none    -\n" in shown
     assert "scores\n  - system  base\n    value   0.5\n  - system  other\n" in shown
+
+
+def test_a_number_is_not_broken_at_its_point() -> None:
+    assert _broken("norm 1.66 in a.b, usual 1.55 to 3.72", 26) == ["norm 1.66 in a.b, usual", "1.55 to 3.72"]
+    assert _broken("model.layers.1.self_attn", 10) == ["model.", "layers.1.", "self_attn"]

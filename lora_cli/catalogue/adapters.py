@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import UPSERT, clean, parsed, quoted, row_of, text
 from lora_cli.catalogue.selections import Selections
+from lora_cli.catalogue.spreads import Spreads
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
@@ -48,6 +49,7 @@ class Catalogue:
         self.path = path
         self._db = OpenDatabase(path)
         self.selections = Selections(self._db, self.get)
+        self.spreads = Spreads(self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -84,17 +86,13 @@ class Catalogue:
         """Store the facts from reading the weights; ignored if the row is at another commit by now."""
         with self._db.writing() as db:
             db.execute(
-                "UPDATE adapters SET sha256 = ?, norm = ?, bytes = ?, status = ?, reason = ? "
-                'WHERE id = ? AND "commit" = ?',
-                [
-                    adapter.sha256,
-                    adapter.norm,
-                    adapter.bytes,
-                    adapter.status,
-                    adapter.reason,
-                    adapter.id,
-                    adapter.commit,
-                ],
+                'UPDATE adapters SET sha256 = ?, norm = ?, bytes = ? WHERE id = ? AND "commit" = ?',
+                [adapter.sha256, adapter.norm, adapter.bytes, adapter.id, adapter.commit],
+            )
+            db.execute(
+                "UPDATE adapters SET status = ?, reason = ? "
+                """WHERE id = ? AND "commit" = ? AND NOT (status = 'quarantined' AND ? = 'ok')""",
+                [adapter.status, adapter.reason, adapter.id, adapter.commit, adapter.status],
             )
 
     def mark(self, ids: Iterable[str], status: str, reason: str) -> None:

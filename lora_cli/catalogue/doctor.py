@@ -19,6 +19,7 @@ _TABLES = {
     "runs": "id",
     "scores": "id",
     "syncs": "id",
+    "spreads": "",
 }
 """Every table with the column that names its rows."""
 _MOST_PROBES = 100_000

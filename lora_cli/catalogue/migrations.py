@@ -212,7 +212,20 @@ _M003_ADAPTERS = """
 """
 
 
-STEPS = (m001_adapters_selections_runs, m002_revision_and_notes, m003_thin_rows)
+def m004_spreads(db: Database) -> None:
+    """How the updates of adapters spread over singular directions, by module, beside the rows and not in them."""
+    db.execute(
+        """
+        CREATE TABLE spreads (
+            adapter INTEGER PRIMARY KEY REFERENCES adapters (key) ON DELETE CASCADE,
+            "commit" TEXT NOT NULL,
+            modules BLOB NOT NULL
+        )
+        """
+    )
+
+
+STEPS = (m001_adapters_selections_runs, m002_revision_and_notes, m003_thin_rows, m004_spreads)
 
 
 def migrations() -> Migrations:

@@ -1,7 +1,7 @@
 """The facts that need an adapter's weights: finite or not, zero or not, the norm of its update. numpy, not torch."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BufferedReader
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.files import open_regular
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.factors import ModuleFactors
+from lora_cli.formats.factors import AnyFactors, ModuleFactors
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
@@ -91,10 +91,7 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
     ConfigError.
     """
     located = locate_modules(config, header, skeleton)
-    stored = {part.a.name: part for factors in located.modules.values() for part in factors.parts}
-    for factors in stored.values():
-        if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
-            raise Refused(f"lora_A of {shortened(factors.adapted)} has {size:,} entries, over the safety limit")
+    stored = stored_factors(located.modules.values())
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
@@ -103,44 +100,68 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
             raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
         sha256 = sha256_of(path)
         for factors in stored.values():
-            finite, untrained, update = _square_of(file, factors)
-            if not finite:
+            grams = grams_of(file, factors)
+            if grams is None:
                 nonfinite = factors.adapted
                 break
-            zero_b = zero_b and untrained
+            zero_b = zero_b and grams.untrained
             scale = config.scale(factors.pattern, factors.rank)
             # A product of floats overflows to Inf, a power raises.
-            square += update * scale * scale
+            square += grams.square * scale * scale
     if nonfinite is not None:
         return WeightFacts(sha256, None, nonfinite, zero=False, zero_b=False)
     norm = math.sqrt(square) if math.isfinite(square) else None
     return WeightFacts(sha256, norm, None, zero=norm == 0.0, zero_b=zero_b and bool(stored))
 
 
-def _square_of(file: BufferedReader, factors: ModuleFactors) -> tuple[bool, bool, float]:
-    """(all finite, B is zero, ‖B·A‖² summed over the experts) of one place in the file."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Grams:
+    """BᵀB and AAᵀ of the updates B·A at one place in the file, one per expert, each (experts, rank, rank) float64.
+
+    Where the rank exceeds `in`, ΔWᵀΔW and the identity take their place, (experts, in, in) and (in, in): the
+    eigenvalues of `b @ a` are the squared singular values in either case.
+    """
+
+    b: NDArray[np.float64]
+    a: NDArray[np.float64]
+    untrained: bool
+
+    @property
+    def square(self) -> float:
+        """‖B·A‖² summed over the experts; Inf where it overflows."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float((self.b * self.a).sum())
+        return max(square, 0.0) if math.isfinite(square) else math.inf
+
+
+def stored_factors(modules: Iterable[AnyFactors]) -> Mapping[str, ModuleFactors]:
+    """The factors of `modules` by their places in the file. Refused for factors above the safety limit."""
+    stored = {part.a.name: part for factors in modules for part in factors.parts}
+    for factors in stored.values():
+        if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
+            raise Refused(f"lora_A of {shortened(factors.adapted)} has {size:,} entries, over the safety limit")
+    return stored
+
+
+def grams_of(file: BufferedReader, factors: ModuleFactors) -> Grams | None:
+    """The Grams of one place in the file; None if a factor holds NaN or Inf."""
     experts, rank = factors.experts, factors.rank
     a = np.concatenate(list(_rows(file, factors.a))).reshape(experts, rank, -1)  # (experts, rank, in)
     if not np.isfinite(a).all():
-        return False, False, 0.0
+        return None
     small = rank <= a.shape[2]
-    gram_b = np.zeros((experts, rank, rank) if small else (0, 0, 0))
-    square = 0.0
-    zero_b = True
+    side = min(rank, a.shape[2])
+    gram = np.zeros((experts, side, side))
+    untrained = True
     with np.errstate(over="ignore", invalid="ignore"):
         for rows in _rows(file, factors.b):
             if not np.isfinite(rows).all():
-                return False, False, 0.0
-            zero_b = zero_b and not rows.any()
+                return None
+            untrained = untrained and not rows.any()
             b = rows.reshape(len(rows), rank, experts).transpose(2, 0, 1)  # (experts, some of out, rank)
-            if small:
-                gram_b += b.transpose(0, 2, 1) @ b
-            else:
-                update = b @ a
-                square += float(np.vdot(update, update))
-        if small:
-            square = float(np.vdot(gram_b, a @ a.transpose(0, 2, 1)))
-    return True, zero_b, max(square, 0.0) if math.isfinite(square) else math.inf
+            part = b if small else b @ a
+            gram += part.transpose(0, 2, 1) @ part
+        return Grams(gram, a @ a.transpose(0, 2, 1) if small else np.eye(side), untrained)
 
 
 def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:

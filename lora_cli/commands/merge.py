@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,8 +34,10 @@ from lora_cli.text import counted, duration, in_words, percent, size
 if TYPE_CHECKING:
     from typer._click import Context
 
+    from lora_cli.checks.unusual import Unusual
     from lora_cli.formats.reader import OpenAdapter
     from lora_cli.steps.merge.stream import MergePlan, MergeReport
+    from lora_cli.steps.opened_pool import Pool
 
 SMALL = 0.05
 
@@ -85,14 +88,16 @@ def merge(
             show_plan(screen, "lora.merge.plan/1", found, of_plan(plan))
             return
         done = merging.run(settings.db, force=job.force, progress=progress)
-    show_output(screen, "lora.merge/1", folder, done.run.record())
+        found, measured = _unusual(plan, folder, settings.base or plan.base, pool)
+    rows = [{"id": id, **asdict(one)} for id, one in found.items()]
+    show_output(screen, "lora.merge/1", folder, done.run.record() | ({"unusual": rows} if rows else {}))
     if done.report is None:
         screen.say(f"merge: {near(folder)} is up to date")
     else:
         for line in (outcome(plan, done.report), *_notes(plan, done.report)):
             screen.say(line)
-    if merging.unchecked:
-        screen.say(f"  {merging.unchecked}")
+    for line in (*_told(found, measured), *([f"  {merging.unchecked}"] if merging.unchecked else [])):
+        screen.say(line)
     for line in (*_of_readers(plan, done.run.results), *_to_serve(plan, folder, done.run.results, settings.base)):
         screen.say(line)
 
@@ -131,6 +136,28 @@ def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:
             f"{short[0].module} {percent(short[0].energy)}"
         )
     return notes
+
+
+def _unusual(plan: "MergePlan", folder: Path, base: str, pool: "Pool") -> tuple[dict[str, "Unusual"], int]:
+    """The most unusual value of each adapter and, as "", of the result, beside the measured adapters of the base."""
+    from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+    from lora_cli.steps.pool.unusual import beside_measured
+
+    files = {adapter.ref.id: (adapter.files.config, adapter.files.weights) for adapter in plan.adapters}
+    if not plan.options.dense:
+        files[""] = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    return beside_measured(pool.catalogue, base, files, plan.skeleton)
+
+
+def _told(found: Mapping[str, "Unusual"], measured: int) -> list[str]:
+    """The result, and the adapter that lies furthest from the measured ones."""
+    furthest = max((id for id in found if id), key=lambda id: abs(found[id].z), default="")
+    shown = [("the result", found.get("")), (furthest, found.get(furthest) if furthest else None)]
+    return [
+        f"  most unusual of {name} beside {measured:,} measured: {one.in_words()}, z {one.z:.1f}"
+        for name, one in shown
+        if one is not None
+    ]
 
 
 def _saved_in(adapter: "OpenAdapter") -> str:

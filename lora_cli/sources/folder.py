@@ -18,7 +18,7 @@ from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in
 from lora_cli.formats.store import folder_ref, read_config
-from lora_cli.records import Adapter, Progress
+from lora_cli.records import USABLE, Adapter, Progress
 from lora_cli.settings import folder_of
 from lora_cli.sources import Found, Sought, Source, refuse
 
@@ -114,7 +114,7 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
         adapter = replace(adapter, notes="; ".join(filter(None, [adapter.notes, f"README.md is {special}: no card"])))
     if row is not None and row.commit == adapter.commit and row.sha256:
         adapter = replace(adapter, sha256=row.sha256, norm=row.norm)
-        if row.status == "ok":
+        if row.status in USABLE:
             return adapter
     sound = adapter.status == "ok" or only_saved_whole(adapter.reason)
     if not sound or config is None or not isinstance(header, Header):

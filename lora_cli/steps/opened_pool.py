@@ -14,7 +14,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.names import ids_and_commits
-from lora_cli.records import Adapter, AdapterRef, Progress, patient, silent
+from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
@@ -162,6 +162,9 @@ class Pool:
             found.append(self._find(name, whole=whole))
             report("looking up adapters", done, len(names))
         rows = [row for _, row in found if row is not None]
+        for held in rows:
+            if held.status == "quarantined":
+                self.announce(f"{held.id} is quarantined: {held.reason}")
         base = self.base or base_of_rows(rows)
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
         here = [files_of(ref) for ref, _ in found]
@@ -224,7 +227,7 @@ class Pool:
             return row.ref, row
         ref, here = folder_ref(folder), self.catalogue.at(folder)
         # The stored verdict was for the base of the last sync; this base may differ, so judge the files again.
-        if here is None or here.commit != ref.commit or here.status != "ok":
+        if here is None or here.commit != ref.commit or here.status not in USABLE:
             return ref, None
         return here.ref, here
 

@@ -14,7 +14,7 @@ from lora_cli.formats.store import AdapterFiles, locate, read_config
 from lora_cli.hub.cache import cache_folder
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import Gated
-from lora_cli.records import Adapter, AdapterRef, Progress, silent
+from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, silent
 from lora_cli.text import counted, size
 
 _THREADS = 4
@@ -153,7 +153,7 @@ def refused(
 
 
 def _will_do(adapter: Adapter, *, whole: bool) -> bool:
-    return adapter.status == "ok" or (whole and only_saved_whole(adapter.reason))
+    return adapter.status in USABLE or (whole and only_saved_whole(adapter.reason))
 
 
 def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:

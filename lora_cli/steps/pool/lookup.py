@@ -14,7 +14,7 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
 from lora_cli.names import id_and_revision, is_commit, repo_and_folder
-from lora_cli.records import Adapter, Candidate, Progress, silent
+from lora_cli.records import USABLE, Adapter, Candidate, Progress, silent
 from lora_cli.settings import folders_like, means_folder
 from lora_cli.sources import Found
 from lora_cli.sources.hub import HubReader
@@ -77,7 +77,7 @@ def look_up(
     id = found.stub.id
     known = catalogue.known([id]).get(id)
     stored = catalogue.get(id) if known is not None else None
-    if known is not None and stored is not None and stored.status == "ok" and found.is_same(known):
+    if known is not None and stored is not None and stored.status in USABLE and found.is_same(known):
         return stored
     try:
         row = usable(found.read(stored), whole=whole)
@@ -112,7 +112,7 @@ def usable(row: Adapter, *, whole: bool = False) -> Adapter:
             f"{row.id}: {row.reason}",
             hint=f"ask for access on its page, run hf auth login, then lora pool fetch {row.id}",
         )
-    if row.status != "ok" and not (whole and only_saved_whole(row.reason)):
+    if row.status not in USABLE and not (whole and only_saved_whole(row.reason)):
         raise Refused(f"{row.id}: {row.reason}", hint=_way_out(row))
     return row
 

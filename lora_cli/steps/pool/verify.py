@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_cli.checks.examine import examine
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
@@ -19,6 +20,9 @@ from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.fetch import download
 
+if TYPE_CHECKING:
+    from lora_cli.checks.spectra import Spreads
+
 _PROBE_BYTES = 16_384
 
 
@@ -28,11 +32,13 @@ class Verdict:
 
     `coverage` is the share of its modules that the base has in the same shape, None if the base's modules are not
     known. `deep` is True if the weights were read, as they always are if the catalogue lists the adapter as faulty.
+    `spreads` are the modules of an adapter whose weights were read and are sound.
     """
 
     adapter: Adapter
     coverage: float | None
     deep: bool
+    spreads: "Spreads | None" = None
 
 
 def verify(
@@ -66,7 +72,7 @@ def verify(
         kind=kind_in(Path(adapter.repo, adapter.subfolder), names) if absent else "",
     )
     found = replace(adapter, **facts)
-    read = False
+    read, spreads = False, None
     # An adapter with bad weights can have a sound configuration and header.
     deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
@@ -83,7 +89,13 @@ def verify(
             status: Status = "unusable" if wrong else "ok"
             notes = "; ".join(filter(None, [found.notes, unknown]))
             found = replace(found, status=status, reason=wrong, notes=notes)
-    return Verdict(adapter=found, coverage=_coverage(config, header, skeleton), deep=read)
+        if found.status == "ok":
+            from lora_cli.checks.spectra import measure
+
+            spreads = measure(weights, header, parse_config(config), skeleton)
+    if adapter.status == "quarantined" and found.status == "ok":
+        found = replace(found, status=adapter.status, reason=adapter.reason)
+    return Verdict(adapter=found, coverage=_coverage(config, header, skeleton), deep=read, spreads=spreads)
 
 
 def _files(

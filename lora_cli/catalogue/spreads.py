@@ -1,0 +1,60 @@
+"""The spreads of updates that `verify --deep` measured, and the quarantine that it may put adapters in."""
+
+import json
+import zlib
+from collections.abc import Mapping
+
+from lora_cli.catalogue.database import OpenDatabase
+from lora_cli.catalogue.rows import clean
+
+Modules = Mapping[str, tuple[float, ...]]
+"""The numbers of each module of an adapter; NaN where there is none."""
+
+
+class Spreads:
+    """The measured adapters of a catalogue. A measure counts only as long as its adapter has the same commit."""
+
+    def __init__(self, db: OpenDatabase) -> None:
+        self._db = db
+
+    def remember(self, measured: Mapping[tuple[str, str], Modules]) -> None:
+        """Store the measures of adapters by id and commit; those that are not in the catalogue are left out."""
+        with self._db.writing() as db:
+            for (id, commit), modules in measured.items():
+                db.execute(
+                    'INSERT OR REPLACE INTO spreads (adapter, "commit", modules) '
+                    'SELECT key, "commit", ? FROM adapters WHERE id = ? AND "commit" = ?',
+                    [_packed(modules), *clean([id, commit])],
+                )
+
+    def of(self, base: str) -> dict[str, Modules]:
+        """The measures of the usable adapters of a base, by id."""
+        with self._db.lock:
+            rows = self._db.read().execute(
+                'SELECT id, s.modules FROM spreads s JOIN adapters a ON a.key = s.adapter AND a."commit" = s."commit" '
+                "WHERE base = ? AND status IN ('ok', 'quarantined') ORDER BY id",
+                clean([base]),
+            )
+            return {id: _unpacked(packed) for id, packed in rows}
+
+    def quarantine(self, reasons: Mapping[tuple[str, str], str]) -> None:
+        """Set the quarantine of usable adapters by id and commit, each with its reason; lift it where that is ""."""
+        with self._db.writing() as db:
+            for (id, commit), reason in reasons.items():
+                was = "status IN ('ok', 'quarantined')" if reason else "status = 'quarantined'"
+                db.execute(
+                    f'UPDATE adapters SET status = ?, reason = ? WHERE id = ? AND "commit" = ? AND {was}',
+                    clean(["quarantined" if reason else "ok", reason, id, commit]),
+                )
+
+
+def _packed(modules: Modules) -> bytes:
+    """JSON, compressed: 224 modules of an adapter take 4 kB."""
+    numbers = {name: [None if x != x else float(f"{x:.8g}") for x in values] for name, values in modules.items()}
+    return zlib.compress(json.dumps(numbers, separators=(",", ":")).encode())
+
+
+def _unpacked(packed: bytes) -> Modules:
+    nan = float("nan")
+    found = json.loads(zlib.decompress(packed))
+    return {name: tuple(nan if x is None else x for x in values) for name, values in found.items()}

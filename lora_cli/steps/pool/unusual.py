@@ -1,0 +1,108 @@
+"""What is unusual about adapters, beside the measured ones of the same base in the catalogue."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.checks.spectra import Spread, Spreads, measure
+from lora_cli.checks.unusual import FEWEST, Unusual, compare
+from lora_cli.errors import OutputError
+from lora_cli.formats.config import parse_config
+from lora_cli.formats.header import read_header
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.formats.store import read_config
+from lora_cli.steps.pool.verify import Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """A verdict, and the most unusual value of its adapter; None where it was not compared.
+
+    `pool` is the number of measured adapters of its base, itself included.
+    """
+
+    verdict: Verdict
+    unusual: Unusual | None
+    pool: int
+
+
+def judge(catalogue: Catalogue, verdicts: Sequence[Verdict], quarantine_z: float | None = None) -> list[Judged]:
+    """Compare the measured adapters among `verdicts` with those of their base, and store their measures.
+
+    The result does not depend on the order of the verdicts. An adapter that is not in the catalogue is compared, but
+    nothing of it is stored.
+
+    Args:
+        quarantine_z: put the adapters whose |z| is above it in quarantine, and take the other compared ones out of it.
+    """
+    known = catalogue.known([one.adapter.id for one in verdicts])
+    measured = {
+        (one.adapter.id, one.adapter.commit): one.spreads
+        for one in verdicts
+        if one.spreads is not None and one.adapter.id in known
+    }
+    if measured:
+        # Measures can be taken again: a catalogue that cannot be written is no reason to say nothing.
+        with suppress(OutputError):
+            catalogue.spreads.remember(measured)
+    by_base: defaultdict[str, dict[str, Spreads]] = defaultdict(dict)
+    for one in verdicts:
+        if one.spreads is not None:
+            by_base[one.adapter.base][one.adapter.id] = one.spreads
+    found = {base: beside_pool(catalogue, base, here) for base, here in by_base.items()}
+    judged = []
+    for one in verdicts:
+        compared, pool = found[one.adapter.base] if one.spreads is not None else ({}, 0)
+        judged.append(Judged(verdict=one, unusual=compared.get(one.adapter.id), pool=pool))
+    return judged if quarantine_z is None else _quarantined(catalogue, judged, quarantine_z)
+
+
+def beside_pool(catalogue: Catalogue, base: str, here: Mapping[str, Spreads]) -> tuple[dict[str, Unusual | None], int]:
+    """The most unusual value of each adapter of `here` in the pool of its base, none if that is too small; its size."""
+    stored = catalogue.spreads.of(base)
+    pool: dict[str, Spreads] = {
+        id: {name: Spread(*values) for name, values in modules.items()} for id, modules in stored.items()
+    }
+    pool |= here
+    if len(pool) < FEWEST:
+        return {}, len(pool)
+    found = dict(zip(pool, compare(list(pool.values())), strict=True))
+    return {id: found[id] for id in here}, len(pool)
+
+
+def beside_measured(
+    catalogue: Catalogue, base: str, files: Mapping[str, tuple[Path, Path]], skeleton: Skeleton | None
+) -> tuple[dict[str, Unusual], int]:
+    """The most unusual value of adapters by their ids, and the size of the pool; ({}, 0) if that is too small.
+
+    `files` are configuration and weights by id. What the catalogue has measured under an id is not measured again.
+    """
+    stored = catalogue.spreads.of(base)
+    if len(stored) < FEWEST:
+        return {}, 0
+    here: dict[str, Spreads] = {}
+    for id, (config, weights) in files.items():
+        if id in stored:
+            here[id] = {name: Spread(*values) for name, values in stored[id].items()}
+        else:
+            facts = parse_config(read_config(config.parent) or b"")
+            here[id] = measure(weights, read_header(weights), facts, skeleton)
+    found, pool = beside_pool(catalogue, base, here)
+    return {id: one for id, one in found.items() if one is not None}, pool
+
+
+def _quarantined(catalogue: Catalogue, judged: Sequence[Judged], most: float) -> list[Judged]:
+    reasons, marked = {}, []
+    for one in judged:
+        adapter = one.verdict.adapter
+        if one.unusual is not None:
+            above = abs(one.unusual.z) > most
+            reason = f"z {one.unusual.z:.2f} above {most:g}: {one.unusual.in_words()}" if above else ""
+            reasons[adapter.id, adapter.commit] = reason
+            adapter = replace(adapter, status="quarantined" if above else "ok", reason=reason)
+        marked.append(replace(one, verdict=replace(one.verdict, adapter=adapter)))
+    catalogue.spreads.quarantine(reasons)
+    return marked
