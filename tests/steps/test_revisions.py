@@ -160,6 +160,7 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     connection = sqlite3.connect(database)
     for column in ("revision", "notes"):
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
+    connection.execute("DROP TABLE spreads")
     connection.execute("DELETE FROM _sqlite_migrations WHERE name != 'm001_adapters_selections_runs'")
     connection.execute("UPDATE adapters SET status = 'ok', base = ?, stamp = substr(stamp, 1, 33)", [PYTHIA])
     connection.commit()
