@@ -15,6 +15,8 @@ _IS_MODEL = re.compile(rf"(?:{_OWNER}/)?{_MODEL}", re.ASCII)
 _IS_REVISION = re.compile(_REVISION, re.ASCII)
 _IS_COMMIT = re.compile(r"[0-9a-f]{40}")
 _IS_FOLDER = re.compile(_FOLDERS, re.ASCII)
+# Names that Windows cannot give to a folder: those of devices, and any with a point at its end.
+_OF_WINDOWS = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)(?:\..*)?|.*\.", re.IGNORECASE)
 _IN_REPO = re.compile(rf"({_OWNER}/{_MODEL})(?::({_FOLDERS}))?", re.ASCII)
 _AT_REVISION = re.compile(rf"@({_REVISION})(?=\Z|:)", re.ASCII)
 _AT_COMMIT = re.compile(r"@([0-9a-f]{4,40})(?=\Z|:)")
@@ -76,8 +78,8 @@ def is_revision(text: str) -> bool:
 
 
 def is_folder(name: str) -> bool:
-    """Whether an adapter can be named by this folder of its repository."""
-    return _IS_FOLDER.fullmatch(name) is not None
+    """Whether an adapter can be named by this folder of its repository: every system can have a folder of this name."""
+    return bool(_IS_FOLDER.fullmatch(name)) and not any(map(_OF_WINDOWS.fullmatch, name.split("/")))
 
 
 def in_repo(repo: str, folder: str) -> str:

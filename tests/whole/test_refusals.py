@@ -283,6 +283,15 @@ def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["eval", "fit", "train"])
+def test_a_base_that_the_hub_does_not_have(own_home: Path, fake: FakeHub, command: str) -> None:
+    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    words = [command, "--data", "task.jsonl", "--base", "acme/nope", *_some_adapter(own_home, command)]
+    told = refused(3, *words)
+    assert "lora: no base model acme/nope\n" in told
+    assert [path.name for path in own_home.iterdir() if path.name.startswith(".")] == []
+
+
 def test_plans_change_nothing(own_home: Path) -> None:
     write_adapter(own_home / "a", random_factors(SHAPES, 4, seed=1))
     before = sorted(own_home.rglob("*"))
