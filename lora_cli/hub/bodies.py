@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import httpx2
 
 _BLOCK = 1 << 16
-_LONGEST_PAGE = 32_000_000  # bytes of JSON, unpacked
+_LONGEST_PAGE = 16_000_000  # bytes of JSON, unpacked
 _LONGEST_ADDRESS = 4_000
 _LARGEST_BLOB = 12_000_000  # the Hub takes no larger file outside LFS, and tells the size of one in it
 _OID = re.compile(r'(?:W/)?"?([0-9a-f]{40}|[0-9a-f]{64})"?')

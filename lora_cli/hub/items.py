@@ -10,7 +10,15 @@ _DEEPEST = 24
 _LONGEST_VALUE = 1_000_000  # bytes of a list or an object within an item
 _LONGEST_ITEM = 4_000_000
 _LONGEST_NUMBER = 18
-_MARK = re.compile(rb'\\.?|["\[\]{}]', re.DOTALL)
+_PLAIN = rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+'  # texts, and whatever else is no bracket
+_BRACKET = re.compile(_PLAIN + rb"([\[\]{}]?)", re.DOTALL)
+_REST_OF_TEXT = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("?)', re.DOTALL)
+_INNER = rb"(?:[\[{]" + _PLAIN + rb"[\]}]" + _PLAIN + rb")*+"
+_BRACKET_WITHIN = re.compile(_PLAIN + _INNER + rb"([\[\]{}]?)", re.DOTALL)
+_SHALLOW = re.compile(
+    rb"[\s,]*+(\{" + _PLAIN + rb"(?:[\[{]" + _PLAIN + _INNER + rb"[\]}]" + _PLAIN + rb")*+\})", re.DOTALL
+)
+"""An object of at most two levels below it, as nearly all are, in one step."""
 
 
 def items(blocks: Iterable[bytes]) -> Iterator[Any]:
@@ -27,13 +35,13 @@ def items(blocks: Iterable[bytes]) -> Iterator[Any]:
 
 
 class _Reader:
-    """The state between two blocks: how deep, within a string or not, and the bytes of the current item."""
+    """The state between two blocks: how deep, within a text or not, and the bytes of the current item."""
 
     def __init__(self) -> None:
         self.ended = False
         self._depth = 0
-        self._quoted = False
-        self._escaped = False
+        self._in_text = False
+        self._rest = b""  # a backslash whose character comes with the next block
         self._item = bytearray()
         self._value = 0  # where the current list or object within the item begins
         self._deepest = 0
@@ -41,43 +49,60 @@ class _Reader:
 
     def feed(self, block: bytes) -> Iterator[Any]:
         """The elements that end in this block."""
-        taken = 0  # the bytes of this block before it are in the item, or belong to none
-        start, self._escaped = int(self._escaped), False
+        data = self._rest + block
+        at = taken = 0  # the bytes before `taken` are in the item, or belong to none
         if self._depth == 0:
-            self._demand_a_list(block)
-        for mark in _MARK.finditer(block, start):
-            sign = mark[0]
-            if sign[:1] == b"\\":
-                self._escaped = len(sign) == 1
-            elif sign == b'"':
-                self._quoted = not self._quoted
-            elif self._quoted:
+            self._demand_a_list(data)
+        while at < len(data) and not self.ended:
+            if self._in_text:
+                text = _REST_OF_TEXT.match(data, at)
+                assert text is not None
+                at, self._in_text = text.end(), not text[1]
+                if self._in_text:
+                    break
+            if self._depth == 1 and (item := _SHALLOW.match(data, at)) and len(item[1]) <= _LONGEST_VALUE:
+                at = item.end()
+                yield self._loaded(item[1])
                 continue
-            elif sign in b"[{":
-                self._depth += 1
-                self._deepest = max(self._deepest, self._depth)
-                if self._depth == 2:
-                    if sign == b"[":
-                        raise ValueError("a list of lists")
-                    taken = mark.start()
-                elif self._depth == 3:
-                    taken = self._take(block, taken, mark.start())
-                    self._value, self._deepest = len(self._item), 3
-            else:
-                self._depth -= 1
-                if self._depth == 2:
-                    taken = self._take(block, taken, mark.end())
-                    self._end_value()
-                elif self._depth == 1:
-                    self._take(block, taken, mark.end())
-                    yield self._end_item()
-                elif self._depth == 0:
-                    self.ended = True
-                    return self._demand_an_end(block[mark.end() :])
+            # Within a value, one level more or less does not matter.
+            mark = (_BRACKET if self._depth < 3 else _BRACKET_WITHIN).match(data, at)
+            assert mark is not None
+            at = mark.end()
+            if mark[1]:
+                before = self._depth
+                taken = self._step(mark[1], data, taken, at)
+                if before == 2 and self._depth == 1:
+                    yield self._loaded(bytes(self._item))
+                    self._item.clear()
+            elif at < len(data):
+                at, self._in_text = at + 1, True
         if self._depth >= 2:
-            self._take(block, taken, len(block))
+            self._take(data, taken, at)
             self._shorten()
-        return None
+        self._rest = data[at:]
+        if self.ended:
+            self._demand_an_end(self._rest)
+
+    def _step(self, sign: bytes, data: bytes, taken: int, at: int) -> int:
+        """Go in or out at the bracket that ends at `at`; up to where bytes are taken now."""
+        if sign in b"[{":
+            self._depth += 1
+            self._deepest = max(self._deepest, self._depth)
+            if self._depth == 2 and sign == b"[":
+                raise ValueError("a list of lists")
+            if self._depth == 2:
+                return at - 1
+            if self._depth == 3:
+                taken = self._take(data, taken, at - 1)
+                self._value, self._deepest = len(self._item), 3
+        else:
+            self._depth -= 1
+            if self._depth in (1, 2):
+                taken = self._take(data, taken, at)
+            if self._depth == 2:
+                self._end_value()
+            self.ended = self._depth == 0
+        return taken
 
     def _take(self, block: bytes, begin: int, end: int) -> int:
         self._item += memoryview(block)[begin:end]
@@ -87,16 +112,14 @@ class _Reader:
         if self._deepest > _DEEPEST or len(self._item) - self._value > _LONGEST_VALUE:
             self._item[self._value :] = b"null"
 
-    def _end_item(self) -> Any:
+    def _loaded(self, item: bytes) -> Any:
         self._count += 1
         if self._count > _MOST_ITEMS:
             raise ValueError(f"a list of more than {_MOST_ITEMS:,} elements")
         try:
-            return json.loads(self._item, parse_int=_number)
+            return json.loads(item, parse_int=_number)
         except ValueError as error:
             raise ValueError("not JSON") from error
-        finally:
-            self._item.clear()
 
     def _shorten(self) -> None:
         """Drop what will not be needed: the rest of a value that is too long already."""
@@ -107,9 +130,7 @@ class _Reader:
 
     def _demand_a_list(self, block: bytes) -> None:
         first = block.lstrip()[:1]
-        if self.ended:
-            self._demand_an_end(block)
-        elif first not in (b"", b"["):
+        if not self.ended and first not in (b"", b"["):
             raise ValueError("not a list" if first == b"{" else "not JSON")
 
     def _demand_an_end(self, rest: bytes) -> None:
