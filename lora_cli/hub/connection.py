@@ -171,6 +171,8 @@ class Connection:
 
 def _spent_window(response: "httpx2.Response") -> float | None:
     """The seconds until the Hub's rate window ends, if an answer says that it is used up."""
+    if "ratelimit" not in response.headers:
+        return None
     from huggingface_hub.utils import parse_ratelimit_headers
 
     try:

@@ -81,10 +81,56 @@ def prepare() -> None:
     # Stop huggingface_hub from sending telemetry (installed packages) before our first request.
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
+    def make() -> httpx2.Client:
+        client = httpx2.Client(
+            event_hooks={"request": [hf_request_event_hook, _before], "response": [_after]},
+            follow_redirects=True,
+            timeout=SILENCE_SECONDS,
+            headers={"Accept-Encoding": "identity"},
+        )
+        keep_time(client)
+        return client
+
+    set_client_factory(make)
+
+
+def _before(request: "httpx2.Request") -> None:
+    limits = request.extensions.setdefault("timeout", {})
+    # Set time limits: the client's own requests have none.
+    for kind in ("connect", "read", "write", "pool"):
+        if limits.get(kind) is None:
+            limits[kind] = SILENCE_SECONDS
+    if _origin(f"{request.url.scheme}://{request.url.netloc.decode()}") not in _trusted:
+        request.headers.pop("authorization", None)
+    meter.add(requests=1)
+
+
+def _after(response: "httpx2.Response") -> None:
+    head = sum(len(name) + len(value) + 4 for name, value in response.headers.raw)
+    meter.add(received=head + len(response.reason_phrase) + 17)
+    attempt = running()
+    refused = attempt is not None and response.status_code >= 400
+    if attempt is not None:
+        attempt.patience.answered()
+        _expect(attempt, response)
+    largest = _LONGEST_REFUSAL if refused else None if attempt is None else attempt.largest
+    if refused or response.request.headers.get("accept-encoding") == "identity":
+        # What was asked for as it is must not be unpacked: it might be as large as it likes.
+        response.headers.pop("content-encoding", None)
+    response.stream = _body_class()(response.stream, largest, shown=not refused)
+    if attempt is not None and response.status_code in RETRIED:
+        # Else the client itself would wait, for as long as the server says.
+        raise Busy(response)
+
+
+@functools.cache
+def _body_class() -> Any:
+    import httpx2
+
     class Body(httpx2.SyncByteStream):
         """A body that is counted; of a refusal, one that is not shown to the client, which would hold it whole."""
 
-        def __init__(self, stream: httpx2.SyncByteStream, largest: int | None, *, shown: bool) -> None:
+        def __init__(self, stream: Any, largest: int | None, *, shown: bool) -> None:
             self._stream = stream
             self._largest = largest
             self._shown = shown
@@ -104,45 +150,7 @@ def prepare() -> None:
         def close(self) -> None:
             self._stream.close()
 
-    def before(request: httpx2.Request) -> None:
-        limits = request.extensions.setdefault("timeout", {})
-        # Set time limits: the client's own requests have none.
-        for kind in ("connect", "read", "write", "pool"):
-            if limits.get(kind) is None:
-                limits[kind] = SILENCE_SECONDS
-        if _origin(str(request.url)) not in _trusted:
-            request.headers.pop("authorization", None)
-        meter.add(requests=1)
-
-    def after(response: httpx2.Response) -> None:
-        head = sum(len(name) + len(value) + 4 for name, value in response.headers.raw)
-        meter.add(received=head + len(response.reason_phrase) + 17)
-        attempt = running()
-        refused = attempt is not None and response.status_code >= 400
-        if attempt is not None:
-            attempt.patience.answered()
-            _expect(attempt, response)
-        largest = _LONGEST_REFUSAL if refused else None if attempt is None else attempt.largest
-        if refused or response.request.headers.get("accept-encoding") == "identity":
-            # What was asked for as it is must not be unpacked: it might be as large as it likes.
-            response.headers.pop("content-encoding", None)
-        if isinstance(response.stream, httpx2.SyncByteStream):
-            response.stream = Body(response.stream, largest, shown=not refused)
-        if attempt is not None and response.status_code in RETRIED:
-            # Else the client itself would wait, for as long as the server says.
-            raise Busy(response)
-
-    def make() -> httpx2.Client:
-        client = httpx2.Client(
-            event_hooks={"request": [hf_request_event_hook, before], "response": [after]},
-            follow_redirects=True,
-            timeout=SILENCE_SECONDS,
-            headers={"Accept-Encoding": "identity"},
-        )
-        keep_time(client)
-        return client
-
-    set_client_factory(make)
+    return Body
 
 
 def _expect(attempt: Attempt, response: "httpx2.Response") -> None:
@@ -158,6 +166,7 @@ def trust(url: str) -> None:
     _trusted.add(_origin(url))
 
 
+@functools.lru_cache(maxsize=64)
 def _origin(url: str) -> tuple[str, str, int]:
     parts = urlsplit(url)
     return parts.scheme, (parts.hostname or "").lower(), parts.port or {"https": 443}.get(parts.scheme, 80)
