@@ -88,8 +88,6 @@ class Attempt:
 
     def read(self, stream: Any, most: int, timeout: float | None) -> bytes:
         """Some bytes of the stream, whose wait is cut into steps. The user is told from the third second on."""
-        import httpcore2
-
         begin = time.monotonic()
         while True:
             left = self.left()
@@ -97,9 +95,11 @@ class Attempt:
                 left = min(left, begin + timeout - time.monotonic())
             try:
                 data: bytes = stream.read(most, max(0.01, min(_STEP, left)))
-            except httpcore2.ReadTimeout:
+            except Exception as error:
+                import httpcore2
+
                 elapsed = time.monotonic() - begin
-                if timeout is not None and elapsed >= timeout:
+                if not isinstance(error, httpcore2.ReadTimeout) or (timeout is not None and elapsed >= timeout):
                     raise
                 if elapsed >= _FIRST_WORD:
                     self.patience.tell(elapsed, timeout or REQUEST_SECONDS)
@@ -168,9 +168,7 @@ class _Stream:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
+        self.write, self.close, self.get_extra_info = inner.write, inner.close, inner.get_extra_info
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         attempt = running()
