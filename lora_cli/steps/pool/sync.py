@@ -236,6 +236,7 @@ class _Work:
             return
         except (NetworkError, AccessDenied, NothingMatched, DataError, OSError) as error:
             reason = error.message if isinstance(error, LoraError) else (error.strerror or str(error))
+            reason = reason.removeprefix(f"{found.stub.repo}: ")
             self.failures[id] = reason
             # A locked file says nothing about the next one, nor does what failed before.
             own = isinstance(error, DataError | OSError) or _failed_before(found, known)
