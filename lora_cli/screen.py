@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 from lora_cli.columns import Column, chosen, on_request, usual
@@ -173,17 +174,19 @@ class Screen:
             transient=True,
         )
         known: dict[str, Any] = {}
+        lock = Lock()
         with bars:
 
             def report(what: str, done: int, total: int) -> None:
-                if what not in known:
-                    # Work of unknown length ends when other work begins.
-                    for open_ended in [name for name, task in known.items() if bars.tasks[task].total is None]:
-                        bars.update(known.pop(open_ended), visible=False)
-                    known[what] = bars.add_task(safe(what), total=total or None)
-                bars.update(known[what], completed=done, total=total or None)
-                if total and done >= total:
-                    bars.update(known.pop(what), visible=False)
+                with lock:  # threads that wait for the Hub report as well
+                    if what not in known:
+                        # Work of unknown length ends when other work begins.
+                        for open_ended in [name for name, task in known.items() if bars.tasks[task].total is None]:
+                            bars.update(known.pop(open_ended), visible=False)
+                        known[what] = bars.add_task(safe(what), total=total or None)
+                    bars.update(known[what], completed=done, total=total or None)
+                    if total and done >= total:
+                        bars.update(known.pop(what), visible=False)
 
             yield report
 

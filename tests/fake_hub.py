@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+from tests.faults import ANSWERS, Fault, RandomFaults
+
 LISTING_PROPERTIES = {
     "author",
     "cardData",
@@ -95,7 +97,10 @@ def lora_files(
 
 @dataclass
 class Repo:
-    """A repository of the stand-in; `files` may be changed with `commit`, `names` maps branches and tags to commits."""
+    """A repository of the stand-in; `files` may be changed with `commit`, `names` maps branches and tags to commits.
+
+    `raw` holds JSON texts that the listing shows in place of properties.
+    """
 
     id: str
     files: dict[str, bytes]
@@ -111,6 +116,7 @@ class Repo:
     sha: str = ""
     versions: dict[str, dict[str, bytes]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
+    raw: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.hub_id = self.hub_id or hashlib.md5(self.id.encode()).hexdigest()[:24]
@@ -156,17 +162,11 @@ class Repo:
             name: value for name, value in everything.items() if name in expand
         }
 
-
-@dataclass
-class Fault:
-    """Something that goes wrong `times` times for requests whose path holds `match`."""
-
-    match: str
-    kind: str
-    times: int
-    status: int = 503
-    headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    def text(self, expand: Sequence[str]) -> str:
+        """The item as the listing shows it."""
+        item = {name: value for name, value in self.item(expand).items() if name not in self.raw}
+        raw = "".join(f', "{name}": {text}' for name, text in self.raw.items() if name in expand)
+        return f"{json.dumps(item)[:-1]}{raw}}}"
 
 
 @dataclass
@@ -190,6 +190,8 @@ class FakeHub:
         self.bytes_sent = 0
         self.delay = 0.0
         self.answer_headers: dict[str, str] = {}
+        self.random_faults: RandomFaults | None = None
+        self.closed = threading.Event()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._servers = [self._serve("hub"), self._serve("cdn")]
@@ -206,6 +208,7 @@ class FakeHub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed.set()
         for server in self._servers:
             server.shutdown()
             server.server_close()
@@ -229,8 +232,14 @@ class FakeHub:
         self.renamed[old] = new
 
     def fail(self, match: str, kind: str = "status", times: int = 1, **facts: Any) -> None:
-        """Make requests go wrong: kind is status, reset, truncate, silent, html, no-range, wrong-range or corrupt."""
+        """Make requests go wrong in one of the ways of `faults.KINDS`."""
         self._faults.append(Fault(match, kind, times, **facts))
+
+    def heal(self) -> None:
+        """Let nothing go wrong any more."""
+        with self._lock:
+            self._faults.clear()
+            self.random_faults = None
 
     def forget(self) -> None:
         """Start counting anew."""
@@ -247,7 +256,7 @@ class FakeHub:
                 if fault.times > 0 and fault.match in path:
                     fault.times -= 1
                     return fault
-        return None
+            return self.random_faults.next(path) if self.random_faults else None
 
 
 class _Server(ThreadingHTTPServer):
@@ -272,14 +281,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.delay:
             time.sleep(hub.delay)
         self.fault = hub._fault(f"{self.role}:{self.path}")
-        if self.fault and self.fault.kind == "status":
-            return self.answer(self.fault.status, self.fault.body, self.fault.headers)
-        if self.fault and self.fault.kind == "silent":
-            time.sleep(self.fault.status)
-            self.close_connection = True
-            return None
-        if self.fault and self.fault.kind == "html":
-            return self.answer(200, b"<html>please log in</html>", {"Content-Type": "text/html"})
+        if self.fault and self.fault.kind in ANSWERS:
+            return ANSWERS[self.fault.kind](self, self.fault)
         if self.role == "cdn":
             return self.cdn(path)
         if path == "/api/models":
@@ -312,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         if start + size < len(repos):
             following = urlencode({**query, "cursor": start + size}, doseq=True)
             headers["Link"] = f'<{self.hub.endpoint}/api/models?{following}>; rel="next"'
-        body = json.dumps([repo.item(expand) for repo in repos[start : start + size]]).encode()
+        body = f"[{', '.join(repo.text(expand) for repo in repos[start : start + size])}]".encode()
         headers["Content-Type"] = "application/json"
         if "gzip" in self.headers.get("Accept-Encoding", ""):
             body = gzip.compress(body, 6)
@@ -370,15 +373,21 @@ class _Handler(BaseHTTPRequestHandler):
         """A file's bytes, or the range of them that was asked for, with the fault of this request in them."""
         kind = self.fault.kind if self.fault else ""
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if kind == "garbage":
+            data = bytes(255 - byte for byte in data)
         if kind == "corrupt":
             data = data[:-1] + bytes([data[-1] ^ 1])
+        if kind == "unasked-range" and not wanted:
+            told = {**headers, "Content-Range": f"bytes 0-{len(data) // 2 - 1}/{len(data)}"}
+            return self.answer(206, data[: len(data) // 2], told)
         if kind == "no-range" or not wanted:
             return self.answer(200, data, headers)
         begin, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
         if begin >= len(data):
             return self.answer(416, b"", {**headers, "Content-Range": f"bytes */{len(data)}"})
         stated = begin + 1 if kind == "wrong-range" else begin
-        headers["Content-Range"] = f"bytes {stated}-{end}/{len(data)}"
+        whole = {"wrong-size": str(len(data) + 1000), "absurd-size": "9" * 5000}.get(kind, str(len(data)))
+        headers["Content-Range"] = f"bytes {stated}-{end}/{whole}"
         return self.answer(206, data[begin : end + 1], headers)
 
     def answer(self, status: int, body: bytes, headers: Mapping[str, str] = {}) -> None:
@@ -388,6 +397,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        if kind == "cut" and status in (200, 206):
+            body = body[: len(body) // 2]
         lines = {"Content-Length": str(len(body)), **self.hub.answer_headers, **headers}
         head = f"HTTP/1.1 {status} X\r\n" + "".join(f"{name}: {value}\r\n" for name, value in lines.items()) + "\r\n"
         if self.command == "HEAD":
@@ -398,8 +409,12 @@ class _Handler(BaseHTTPRequestHandler):
         # Counted first: whoever has read the answer must find it counted.
         with self.hub._lock:
             self.hub.bytes_sent += len(head) + len(body)
-        self.wfile.write(head.encode("latin-1") + body)
-        self.wfile.flush()
+        self.wfile.write(head.encode("latin-1"))
+        for at in range(0, len(body), step := len(body) // 8 + 1 if kind == "slow" else len(body) or 1):
+            if at:
+                time.sleep(self.fault.seconds)
+            self.wfile.write(body[at : at + step])
+            self.wfile.flush()
 
     def log_message(self, *_: Any) -> None:
         """Quiet."""

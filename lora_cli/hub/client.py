@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from lora_cli.errors import NetworkError, NothingMatched
-from lora_cli.hub.bodies import Part, collect, collect_range, json_page, text
+from lora_cli.errors import NetworkError
+from lora_cli.hub.bodies import Part, file_range, json_list, json_object, next_page, whole_file
 from lora_cli.hub.cache import cache_folder, content_oid
-from lora_cli.hub.connection import Connection, identity
+from lora_cli.hub.connection import Connection
 from lora_cli.hub.listing import EXPAND, Listed, listed, with_limit
-from lora_cli.hub.problems import Gated, Overloaded, raise_translated
+from lora_cli.hub.problems import Absent, Gated, Unfit, raise_translated
+from lora_cli.hub.session import identity
 from lora_cli.names import is_commit
 
 if TYPE_CHECKING:
     import httpx2
 
-_PAGE_SIZES = (1000, 200, 40)  # ask again for smaller pages if the Hub times out
+_PAGE_SIZES = (1000, 200, 40)  # of the first, second and further tries: a smaller page is easier for the Hub
+_MOST_PAGES = 10_000
+_MOST_PAGES_WITHOUT_NEWS = 3
 _OID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -45,16 +48,13 @@ class Hub(Connection):
         query += [("sort", "createdAt"), *(("expand", name) for name in EXPAND)]
         query.append(("limit", min(limit or _PAGE_SIZES[0], _PAGE_SIZES[0])))
         url = f"{self.endpoint}/api/models?{urlencode(query)}"
-        asked: set[str] = set()
         seen: set[str] = set()
-        while url:
-            if url in asked:
-                raise NetworkError(f"the listing of {base} goes round in circles", hint="rerun later")
-            asked.add(url)
+        old = 0
+        for _ in range(_MOST_PAGES):
             items, url = self._page(url, f"the listing of {base}")
-            page = []
-            for item in map(listed, items):
-                if item is None or item.hub_id in seen:
+            page: list[Listed] = []
+            for item in items:
+                if item.hub_id in seen:
                     continue
                 if since and item.created_at and item.created_at < since:
                     url = ""
@@ -65,12 +65,18 @@ class Hub(Connection):
                     url = ""
                     break
             yield page
+            old = 0 if page else old + 1
+            if not url:
+                return
+            if old >= _MOST_PAGES_WITHOUT_NEWS:
+                break
+        raise NetworkError(f"the listing of {base} does not end", hint="rerun later")
 
     def repository(self, repo: str, revision: str = "") -> Listed:
         """The listing's entry for one repository at a branch, tag or whole commit, "" for its main branch."""
         at = f"/revision/{quote(revision, safe='')}" if revision else ""
         query = urlencode([("expand", name) for name in EXPAND])
-        item, _ = self.get(f"{self.endpoint}/api/models/{repo}{at}?{query}", repo, json_page)
+        item = self.get(f"{self.endpoint}/api/models/{quote(repo)}{at}?{query}", repo, json_object)
         found = listed(item)
         if found is None or (is_commit(revision) and found.commit != revision):
             raise NetworkError(
@@ -79,12 +85,15 @@ class Hub(Connection):
         return found
 
     def exists(self, repo: str) -> bool:
-        """False if the repository does not exist on the Hub (any more)."""
+        """False if the Hub says that it has no such repository (any more).
+
+        Raises NothingMatched for a refusal that may not be the Hub's own.
+        """
         try:
-            self.get(f"{self.endpoint}/api/models/{repo}?expand=sha", repo, text)
+            self.get(f"{self.endpoint}/api/models/{quote(repo)}?expand=sha", repo, json_object)
         except Gated:
             return True
-        except NothingMatched:
+        except Absent:
             return False
         return True
 
@@ -94,11 +103,11 @@ class Hub(Connection):
         For display only, never for records: the commit is not known.
         """
         url = f"{self.endpoint}/{quote(repo)}/resolve/{quote(revision, safe='')}/{quote(filename)}"
-        return self.get(url, repo, lambda r: collect(r, limit + 1))
+        return self.get(url, repo, lambda r: whole_file(r, limit))
 
     def read_file(self, repo: str, filename: str, commit: str, limit: int) -> bytes:
         """The whole of a small file. Of one longer than `limit`, `limit + 1` bytes, so that the caller can tell."""
-        return self.get(self._url(repo, filename, commit), repo, lambda r: collect(r, limit + 1))
+        return self.get(self._url(repo, filename, commit), repo, lambda r: whole_file(r, limit, commit))
 
     def read_range(self, repo: str, filename: str, commit: str, begin: int, end: int) -> Part:
         """Bytes `begin` to `end` (exclusive) of a file, fewer if it ends before, and its size.
@@ -107,7 +116,11 @@ class Hub(Connection):
         """
         headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         return self.get(
-            self._url(repo, filename, commit), repo, lambda r: collect_range(r, begin, end), headers, allowed=(416,)
+            self._url(repo, filename, commit),
+            repo,
+            lambda r: file_range(r, begin, end, commit),
+            headers,
+            allowed=(200, 206, 416),
         )
 
     def file_facts(self, repo: str, filename: str, commit: str) -> FileFacts:
@@ -116,7 +129,9 @@ class Hub(Connection):
 
         def ask(_: "httpx2.Client") -> FileFacts:
             facts = get_hf_file_metadata(self._url(repo, filename, commit), endpoint=self.endpoint)
-            return FileFacts(facts.etag or "", facts.size or 0)
+            if facts.commit_hash is None or facts.etag is None:
+                raise Unfit("the answer does not come from a Hub")
+            return FileFacts(facts.etag, facts.size or 0)
 
         return self.attempts(repo, ask)
 
@@ -147,7 +162,9 @@ class Hub(Connection):
             # The cache names a blob by its hash, so no request is needed; without links, ask the Hub for the hash.
             linked = path.readlink().name if path.is_symlink() else ""
             oid = linked if _OID.fullmatch(linked) else self.file_facts(repo, filename, commit).oid
-            if not _OID.fullmatch(oid) or content_oid(path, sha1=len(oid) == 40) == oid:
+            if not _OID.fullmatch(oid):
+                raise NetworkError(f"{repo}/{filename}: the Hub does not tell its hash", hint="check HF_ENDPOINT")
+            if content_oid(path, sha1=len(oid) == 40) == oid:
                 return path
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)
@@ -163,14 +180,11 @@ class Hub(Connection):
         except Exception as error:
             raise_translated(error, repo)
 
-    def _page(self, url: str, what: str) -> tuple[list[Any], str]:
-        for size in _PAGE_SIZES:
-            try:
-                items, following = self.get(with_limit(url, size), what, json_page)
-                break
-            except Overloaded:
-                if size == _PAGE_SIZES[-1] or self.stopped:
-                    raise
-        if not isinstance(items, list):
-            raise NetworkError(f"{what}: the Hub's answer is not a list", hint="check HF_ENDPOINT")
-        return items, following
+    def _page(self, url: str, what: str) -> tuple[list[Listed], str]:
+        """The repositories of one page of the listing, and the address of the next one."""
+        sizes = iter(_PAGE_SIZES)
+
+        def read(response: "httpx2.Response") -> tuple[list[Listed], str]:
+            return [found for item in json_list(response) if (found := listed(item))], next_page(response)
+
+        return self.get(lambda: with_limit(url, next(sizes, _PAGE_SIZES[-1])), what, read)

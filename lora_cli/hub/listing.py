@@ -29,13 +29,17 @@ EXPAND = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """One repository as a listing shows it; `files` are names only. `base` is declared by its card or config."""
+    """One repository as a listing shows it; `base` is declared by its card or config.
+
+    `files` are names only; `files_known` is false if the listing shows none, or more than can be read.
+    """
 
     hub_id: str
     id: str
     author: str
     commit: str
     files: tuple[str, ...]
+    files_known: bool = True
     base: str
     licence: str
     card: str
@@ -66,6 +70,7 @@ def listed(item: Any) -> Listed | None:
         author=_str(item.get("author")) or name.partition("/")[0],
         commit=commit,
         files=tuple(filter(None, (_str(_mapping(file).get("rfilename")) for file in _list(item.get("siblings"))))),
+        files_known=isinstance(item.get("siblings"), list),
         base=_str(peft.get("base_model_name_or_path")) or _str(base),
         licence=_licence(card, item.get("tags")),
         card=_card_text(card, item),
@@ -76,6 +81,18 @@ def listed(item: Any) -> Listed | None:
         created_at=_str(item.get("createdAt")),
         modified_at=_str(item.get("lastModified")),
     )
+
+
+def is_id(name: str) -> bool:
+    """Whether the Hub's client asks for a repository of this name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _licence(card: Mapping[str, Any], tags: Any) -> str:

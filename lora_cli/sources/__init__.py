@@ -27,8 +27,8 @@ class Sought:
 class Found:
     """An adapter at its source: `stub` holds the facts from the listing, `read` reads the rest.
 
-    `read` gets the stored row, if there is one. It raises NetworkError, DataError or OSError for failures that may
-    pass.
+    `read` gets the stored row, if there is one. It raises NetworkError, AccessDenied, NothingMatched, DataError or
+    OSError for failures that may pass.
     """
 
     stub: Adapter

@@ -8,16 +8,16 @@ from functools import partial
 
 from lora_cli.catalogue.adapters import Known
 from lora_cli.checks.rules import Rules
-from lora_cli.errors import ConfigError, HeaderError, NothingMatched
+from lora_cli.errors import AccessDenied, ConfigError, HeaderError, NetworkError, NothingMatched
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.hub.client import Hub
-from lora_cli.hub.connection import login_mark
-from lora_cli.hub.listing import Listed
-from lora_cli.hub.problems import Gated, MissingFile
+from lora_cli.hub.listing import Listed, is_id
+from lora_cli.hub.problems import Absent, BudgetSpent, Gated, MissingFile
+from lora_cli.hub.session import login_mark
 from lora_cli.names import in_repo, is_folder, is_model
 from lora_cli.records import Adapter, Progress
 from lora_cli.sources import Found, Sought, Source, refuse
@@ -69,8 +69,16 @@ class HubSource(Source):
         if len(missing) > _MOST_VANISHED:
             # A truncated listing is likelier than so many deletions in one day.
             return []
-        gone = {repo: not self._hub.exists(repo) for repo in {id.partition(":")[0] for id in missing}}
-        return [id for id in missing if gone[id.partition(":")[0]]]
+        gone = set()
+        for repo in dict.fromkeys(id.partition(":")[0] for id in missing):
+            try:
+                if not self._hub.exists(repo):
+                    gone.add(repo)
+            except (AccessDenied, NothingMatched):
+                continue  # the next sync asks again
+            except (NetworkError, BudgetSpent):
+                break
+        return [id for id in missing if id.partition(":")[0] in gone]
 
 
 class HubReader:
@@ -153,7 +161,7 @@ class HubReader:
             return replace(stub, status="gated", reason="gated: the owner must grant you access", stamp=self._gate)
         except MissingFile:
             return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but missing")
-        except NothingMatched as error:
+        except Absent as error:
             return replace(stub, status="gone", reason=error.message)
         return _kept(replace(stub, **self._rules.judge(config, header, names)), row)
 
@@ -178,6 +186,10 @@ def _unreadable(listed: Listed, names: Collection[str]) -> str:
     """The reason to skip a listed repository, "" if it is worth a request."""
     if listed.disabled:
         return "disabled by the Hub"
+    if not is_id(listed.id):
+        return "its name is none that the Hub's client takes"
+    if not listed.files_known:
+        return "its list of files is too long, or not shown"
     if CONFIG_NAME in names:
         return ""
     if any(_CHECKPOINT.search(name.rpartition("/")[0]) for name in names if name.endswith(f"/{CONFIG_NAME}")):

@@ -194,9 +194,9 @@ def test_a_hub_that_goes_away_ends_the_sync_early(fake: FakeHub, catalogue: Cata
     assert report.failed + report.left == 200
 
 
-def test_a_refused_login_stops_everything(fake: FakeHub, catalogue: Catalogue) -> None:
+def test_a_refused_login_is_an_error_where_nothing_can_be_listed(fake: FakeHub, catalogue: Catalogue) -> None:
     fake.add_many(5)
-    fake.fail("/resolve/", status=401, times=100)
+    fake.fail("/api/models?", status=401, times=100)
     with pytest.raises(AccessDenied):
         synced(catalogue)
 

@@ -6,14 +6,23 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import AccessDenied, DataError, HeaderError, LoraError, NetworkError, OutputError, Refused
+from lora_cli.errors import (
+    AccessDenied,
+    DataError,
+    HeaderError,
+    NetworkError,
+    NothingMatched,
+    OutputError,
+    Refused,
+    UsageError,
+)
 from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.store import AdapterFiles, locate, read_config
 from lora_cli.hub.cache import cache_folder
 from lora_cli.hub.client import Hub
-from lora_cli.hub.problems import Gated
+from lora_cli.hub.problems import Gated, Silent
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, silent
 from lora_cli.text import counted, size
 
@@ -72,8 +81,8 @@ def fetch(
 ) -> FetchReport:
     """Download the missing weights of a plan, check every byte, and write hash, norm and status into the catalogue.
 
-    Adapters in folders are checked in place. Raises OutputError if the disk has no room, AccessDenied if the login
-    itself is refused; faults of single adapters are in the report.
+    Adapters in folders are checked in place. What the Hub refuses is no verdict on an adapter, except that it is gated.
+    Raises OutputError if the disk has no room; faults of single adapters are in the report.
     """
     _room_for(todo.bytes)
     fetched: list[Adapter] = []
@@ -84,13 +93,16 @@ def fetch(
         pending: dict[Future[tuple[Adapter, bool]], Adapter] = {
             pool.submit(_bring, hub, adapter): adapter for adapter in todo.missing
         }
+        progress("fetching adapters", 0, len(pending))
         try:
             for done, future in enumerate(as_completed(pending), 1):
                 before = pending[future]
                 try:
                     adapter, downloaded = future.result()
-                except (NetworkError, DataError) as error:
+                except (NetworkError, AccessDenied, NothingMatched, UsageError, DataError) as error:
                     failed.append((before, error.message))
+                    if isinstance(error, Silent):
+                        hub.stop()  # the others would wait as long, a few at a time
                 else:
                     catalogue.learn(adapter)
                     if not _will_do(adapter, whole=whole):
@@ -165,10 +177,6 @@ def _bring(hub: Hub, adapter: Adapter) -> tuple[Adapter, bool]:
             files = download(hub, adapter)
     except Gated as error:
         return replace(adapter, status="gated", reason=error.message), False
-    except (NetworkError, OutputError, AccessDenied):
-        raise
-    except LoraError as error:
-        return replace(adapter, status="unusable", reason=error.message), False
     try:
         header = read_header(files.weights)
     except HeaderError as error:

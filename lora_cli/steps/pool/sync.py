@@ -16,10 +16,10 @@ from typing import Literal
 
 from lora_cli.catalogue.adapters import Catalogue, Known
 from lora_cli.checks.rules import Rules
-from lora_cli.errors import DataError, LoraError, NetworkError, UsageError
+from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, UsageError
 from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.hub.problems import BudgetSpent
+from lora_cli.hub.problems import BudgetSpent, Silent
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.sources import Found, Sought, Source
 from lora_cli.steps.pool.lookup import names_of
@@ -98,7 +98,8 @@ def sync(
 
     Raises:
         UsageError, NothingMatched: no base for a Hub, or no such folder.
-        AccessDenied, NetworkError, OutputError: the sync had to stop; stored adapters stay.
+        AccessDenied, NetworkError, OutputError: the source could not be listed, or the catalogue not be written;
+            stored adapters stay.
     """
     begin, started = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
     options = options or SyncOptions()
@@ -162,7 +163,8 @@ class _Work:
         if popularity:
             self.catalogue.refresh(popularity)
         if to_read:
-            self._read(to_read, known)
+            # What failed before comes last: it must not keep the others from being read, sync after sync.
+            self._read(sorted(to_read, key=lambda found: _failed_before(found, known)), known)
 
     def remove(self, ids: Sequence[str]) -> None:
         """Mark rows whose adapters are no longer at the source."""
@@ -204,6 +206,7 @@ class _Work:
         """Read adapters in parallel and store each as it comes in."""
         with ThreadPoolExecutor(min(_THREADS, len(batch))) as pool:
             pending = {pool.submit(self._one, found, known): found for found in batch}
+            self.progress("reading adapters", 0, len(batch))
             try:
                 for done, future in enumerate(as_completed(pending), 1):
                     self._store(future, pending[future], known)
@@ -231,18 +234,25 @@ class _Work:
             self.left.add(id)
             self.stopped = True
             return
-        except (NetworkError, DataError, OSError) as error:
+        except (NetworkError, AccessDenied, NothingMatched, DataError, OSError) as error:
             reason = error.message if isinstance(error, LoraError) else (error.strerror or str(error))
+            reason = reason.removeprefix(f"{found.stub.repo}: ")
             self.failures[id] = reason
-            # Only network errors count towards giving up: a locked file says nothing about the next one.
-            self._failed_in_a_row += isinstance(error, NetworkError)
-            self.stopped = self.stopped or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
+            # A locked file says nothing about the next one, nor does what failed before.
+            own = isinstance(error, DataError | OSError) or _failed_before(found, known)
+            self._failed_in_a_row += not own
+            silent = isinstance(error, Silent)
+            self.stopped = self.stopped or silent or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
             if id in known:
                 return  # the version that is stored can still be used
             adapter = replace(found.stub, status="failed", reason=reason)
         else:
             self._failed_in_a_row = 0
         self.catalogue.add([adapter], {id: found.hub_id})
+
+
+def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
+    return found.stub.id in known and known[found.stub.id].status == "failed"
 
 
 def _once(skeleton: Callable[[], Skeleton | None] | None) -> Callable[[], Skeleton | None]:

@@ -1,0 +1,180 @@
+"""How long a request may take, whatever the server sends: no silence, drip or endless body holds it for ever."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from lora_cli.records import Progress
+
+if TYPE_CHECKING:
+    import httpx2
+
+SILENCE_SECONDS = 25.0
+REQUEST_SECONDS = 60.0
+SLOWEST = 10_000  # bytes per second that lengthen a request beyond REQUEST_SECONDS by as much
+WAITING = "waiting for the Hub, seconds"
+_FIRST_WORD = 3.0
+_STEP = 1.0  # between two looks at the clock, the user's patience and `stop`
+
+
+class Overdue(Exception):
+    """A request took its whole time, though bytes may have come in."""
+
+
+class Unreachable(Exception):
+    """No connection to a server could be made: `silent` if it gave no answer at all."""
+
+    def __init__(self, *, silent: bool) -> None:
+        super().__init__()
+        self.silent = silent
+
+
+class Stopped(Exception):
+    """The connection was told to stop."""
+
+
+class Patience:
+    """What the requests of one connection share: the user who waits, the order to stop, the last sign of the Hub.
+
+    `heard` is the time of the last whole head of an answer.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.stopped = threading.Event()
+        self.heard = 0.0
+        self._progress = progress
+        self._told = False
+        self._lock = threading.RLock()
+
+    def tell(self, elapsed: float, limit: float) -> None:
+        """Say that the Hub keeps the user waiting."""
+        with self._lock:
+            self._told = True
+            self._progress(WAITING, int(elapsed), int(limit) + 1)
+
+    def over(self) -> None:
+        """Take that word back."""
+        if self._told:
+            with self._lock:
+                self._told = False
+                self._progress(WAITING, 1, 1)
+
+    def answered(self) -> None:
+        """Note the head of an answer."""
+        self.heard = time.monotonic()
+        self.over()
+
+
+class Attempt:
+    """One try of a question, in one thread. `largest` is the most bytes of a body, None for no limit of its own."""
+
+    def __init__(self, patience: Patience) -> None:
+        self.patience = patience
+        self.received = 0
+        self.largest: int | None = None
+        self._begin = time.monotonic()
+
+    def left(self) -> float:
+        """The seconds it may still take. Raises Overdue, or Stopped."""
+        if self.patience.stopped.is_set():
+            raise Stopped
+        left = self._begin + REQUEST_SECONDS + self.received / SLOWEST - time.monotonic()
+        if left <= 0:
+            raise Overdue
+        return left
+
+    def read(self, stream: Any, most: int, timeout: float | None) -> bytes:
+        """Some bytes of the stream, whose wait is cut into steps. The user is told from the third second on."""
+        begin = time.monotonic()
+        while True:
+            left = self.left()
+            if timeout is not None:
+                left = min(left, begin + timeout - time.monotonic())
+            try:
+                data: bytes = stream.read(most, max(0.01, min(_STEP, left)))
+            except Exception as error:
+                import httpcore2
+
+                elapsed = time.monotonic() - begin
+                if not isinstance(error, httpcore2.ReadTimeout) or (timeout is not None and elapsed >= timeout):
+                    raise
+                if elapsed >= _FIRST_WORD:
+                    self.patience.tell(elapsed, timeout or REQUEST_SECONDS)
+            else:
+                self.received += len(data)
+                return data
+
+
+_running = threading.local()
+
+
+def running() -> Attempt | None:
+    """The attempt of this thread."""
+    found: Attempt | None = getattr(_running, "attempt", None)
+    return found
+
+
+@contextlib.contextmanager
+def attempting(patience: Patience) -> Iterator[None]:
+    """A block that is one attempt: every read from the network in this thread keeps its time."""
+    _running.attempt = Attempt(patience)
+    try:
+        yield
+    finally:
+        _running.attempt = None
+
+
+def keep_time(client: "httpx2.Client") -> None:
+    """Make every connection of a client keep the time of the attempt that uses it."""
+    # Private: a client makes its pools of connections itself, one per proxy, and takes no network of ours.
+    for transport in (client._transport, *client._mounts.values()):
+        pool = getattr(transport, "_pool", None)
+        if pool is not None:
+            pool._network_backend = _Network(pool._network_backend)
+
+
+class _Network:
+    """The network of a pool of connections."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def connect_tcp(self, host: str, port: int, timeout: float | None = None, **options: Any) -> "_Stream":
+        attempt = running()
+        if attempt is None:
+            return _Stream(self._inner.connect_tcp(host, port, timeout=timeout, **options))
+        import httpcore2
+
+        attempt.patience.tell(0, _FIRST_WORD)  # there are no steps in here
+        timeout = min(timeout or SILENCE_SECONDS, attempt.left())
+        # The limit is for each address of the host in turn, and a host may have a dozen.
+        with contextlib.suppress(OSError):
+            timeout /= len({found[4] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)})
+        try:
+            return _Stream(self._inner.connect_tcp(host, port, timeout=timeout, **options))
+        except (httpcore2.ConnectTimeout, httpcore2.ConnectError) as error:
+            # No error of the transport: the client would try again on its own, for a minute and without a word.
+            raise Unreachable(silent=isinstance(error, httpcore2.ConnectTimeout)) from error
+
+
+class _Stream:
+    """One connection."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.write, self.close, self.get_extra_info = inner.write, inner.close, inner.get_extra_info
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        attempt = running()
+        return (
+            self._inner.read(max_bytes, timeout) if attempt is None else attempt.read(self._inner, max_bytes, timeout)
+        )
+
+    def start_tls(self, *arguments: Any, **options: Any) -> "_Stream":
+        return _Stream(self._inner.start_tls(*arguments, **options))
