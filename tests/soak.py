@@ -1,7 +1,7 @@
-"""Kills, crowds and a full disk: every command that works for long, disturbed at random, ends as if left in peace.
+"""Kills, crowds, full disks and a faulty Hub: every long command, disturbed at random, ends as if left in peace.
 
-python -m tests.soak [KILLS [SEED [DISKS]]]     200 kills and 4 full disks a command by default, some minutes; the
-                                                last line is the sum
+python -m tests.soak [KILLS [SEED [DISKS [ADAPTERS]]]]     by default 200 kills, 4 full disks a command and a sync of
+                                                           2,000 adapters through faults; the last line is the sum
 
 A process with every library loaded forks the commands, so that a kill meets the work and not the imports.
 """
@@ -46,6 +46,7 @@ class Tally(NamedTuple):
     kills: int
     crowd: int
     full: int
+    faults: int
 
 
 class Calm(NamedTuple):
@@ -241,8 +242,10 @@ def can_mount(folder: Path) -> bool:
     return True
 
 
-def soak(folder: Path, count: int, seed: int, disks: int) -> Tally:
-    """Every command disturbed below `folder`: `count` kills in all, a crowd of syncs, and `disks` full disks each."""
+def soak(folder: Path, count: int, seed: int, disks: int, adapters: int) -> Tally:
+    """Every command disturbed below `folder`: `count` kills in all, a crowd of syncs, `disks` full disks each; then a
+    sync of `adapters` through faults of the Hub, 0 for none.
+    """
     load_libraries()
     draw = random.Random(seed)
     build(folder)
@@ -258,10 +261,17 @@ def soak(folder: Path, count: int, seed: int, disks: int) -> Tally:
         if mounted:
             met += sum(full_disk(folder / f"{verb}-full", words, calm, left) for left in LEFT[:disks])
         print(f"{verb}: {calm.seconds:.2f} s in peace, {share} kills, {time.monotonic() - began:.0f} s", flush=True)
-    return Tally(killed, crowded, met)
+    faults = 0
+    if adapters:
+        from tests.sources.endure import endure
+
+        played, syncs = endure(fresh(folder / "faults"), adapters, seed)
+        faults = sum(played.values())
+        print(f"faults: {faults:,} of {len(played)} kinds in {syncs} syncs of {adapters:,} adapters", flush=True)
+    return Tally(killed, crowded, met, faults)
 
 
-def main(count: int = 200, seed: int = 0, disks: int = len(LEFT)) -> None:
+def main(count: int = 200, seed: int = 0, disks: int = len(LEFT), adapters: int = 2000) -> None:
     """Print what was survived."""
     with tempfile.TemporaryDirectory() as name, hub() as endpoint:
         home = Path(name)
@@ -272,8 +282,9 @@ def main(count: int = 200, seed: int = 0, disks: int = len(LEFT)) -> None:
         for given in [given for given in os.environ if given.startswith("LORA_")]:
             del os.environ[given]
         os.chdir(ROOT)
-        tally = soak(home, count, seed, disks)
-        print(f"{tally.kills} kills, {tally.crowd} syncs at once, {tally.full} full disks: nothing was lost")
+        tally = soak(home, count, seed, disks, adapters)
+        said = f"{tally.kills} kills, {tally.crowd} syncs at once, {tally.full} full disks"
+        print(f"{said}, {tally.faults:,} faults of a Hub: nothing was lost")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A connection to the Hub: retries, pauses and a budget of requests."""
 
+import contextlib
 import os
 import re
 import time
@@ -21,6 +22,7 @@ _TRIES = 5
 _TRIES_OF_UNFIT = 3  # what is wrong but came at once is seldom right at the fourth time
 # Seconds before the first retry of a failed request; doubled each time.
 _FIRST_WAIT = 1.0
+_LONGEST_PROBE = 10.0
 _LONGEST_WAIT = 330.0  # the Hub's rate windows last 300 s
 
 
@@ -133,9 +135,19 @@ class Connection:
         try:
             raise_translated(error, what)
         except Overloaded as told:
-            if is_silence(error) and self._patience.heard < begin:
+            if is_silence(error) and self._patience.heard < begin and not self._is_there():
                 raise Silent(told.message, hint=told.hint) from error
             raise
+
+    def _is_there(self) -> bool:
+        """Whether the Hub answers a small question at all: the silence of one repository is not the Hub's."""
+        from huggingface_hub import get_session
+
+        begin = time.monotonic()
+        with contextlib.suppress(Exception), attempting(self._patience):
+            limit = min(self._silence, _LONGEST_PROBE)
+            get_session().get(f"{self.endpoint}/api/models", params={"limit": 1}, timeout=limit)
+        return self._patience.heard >= begin
 
     def _hold(self, wait: float) -> None:
         """Wait as long as the Hub asks, reporting progress; then check the budget for another request."""

@@ -37,7 +37,7 @@ def endure(folder: Path, size: int, seed: int) -> tuple[dict[str, int], int]:
             _sync(fake, calm)
             right = _rows(calm)
             faults = fake.random_faults = RandomFaults(seed, share=0.1, doomed=0.05, seconds=0.5)
-            syncs = _until_nothing_is_left(fake, rough)
+            syncs = _until_nothing_is_left(fake, rough, len(right))
             found = _rows(rough)
             failed = {id for id, row in found.items() if row.status == "failed"}
             assert found.keys() == right.keys()
@@ -50,15 +50,15 @@ def endure(folder: Path, size: int, seed: int) -> tuple[dict[str, int], int]:
     return dict(faults.sent), syncs
 
 
-def _until_nothing_is_left(fake: FakeHub, catalogue: Catalogue) -> int:
-    """Sync until only doomed repositories fail; the number of syncs."""
+def _until_nothing_is_left(fake: FakeHub, catalogue: Catalogue, size: int) -> int:
+    """Sync until all adapters are seen and only doomed repositories fail; the number of syncs."""
     for count in range(1, _MOST_SYNCS + 1):
         try:
             report = _sync(fake, catalogue)
         except NetworkError:
             continue  # the listing failed
         faults = fake.random_faults
-        if not report.left and faults and all(faults.is_doomed(id) for id, _ in report.failures):
+        if report.seen == size and faults and all(faults.is_doomed(id) for id, _ in report.failures):
             return count
     raise AssertionError(f"something is left after {_MOST_SYNCS} syncs")
 

@@ -120,9 +120,21 @@ def test_what_failed_before_comes_last_and_does_not_end_the_next_sync(fake: Fake
     assert (reports[-1].failed, reports[-1].left) == (50, 0)
 
 
+def test_a_silent_repository_keeps_no_other_from_being_read(fake: FakeHub, catalogue: Catalogue, quick: None) -> None:
+    fake.add_many(6)
+    fake.page_size = 2
+    fake.fail("/author4/lora-0004/", "silent", times=9999)
+    assert synced(catalogue, silence=0.3).new == 5
+    fake.repos["author0/lora-0000"].commit(README__md=b"new")
+    report = synced(catalogue, silence=0.3)
+    assert (report.seen, report.changed, report.failed, report.left) == (6, 1, 1, 0)
+    assert states(catalogue)["author4/lora-0004"][0] == "failed"
+
+
 def test_a_hub_that_falls_silent_ends_the_sync_at_once(fake: FakeHub, catalogue: Catalogue, quick: None) -> None:
     fake.add_many(60)
     fake.fail("/resolve/", "silent", times=9999)
+    fake.fail("/api/models?limit=1", "silent", times=9999)
     report = synced(catalogue, silence=0.3)
     assert report.seconds < 10
     assert report.failed + report.left == 60
