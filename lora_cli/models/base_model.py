@@ -85,7 +85,11 @@ class BaseModel:
         """The tokens of the generation prompt; see `Encoder.prompt_ids`."""
         return self.encoder.prompt_ids(prompt)
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded]:
+    def encode(self, example: Example) -> Encoded:
+        """An example as this model reads it; see `Encoder.encode`."""
+        return self.encoder.encode(example)
+
+    def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as this model reads them; see `Encoder.encode`."""
         return self.encoder.encode_all(examples)
 
@@ -108,7 +112,7 @@ class BaseModel:
 
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
         """`mean_log_likelihoods` of examples that are not encoded yet."""
-        return self.mean_log_likelihoods(self.encode(examples), batch_size=batch_size)
+        return self.mean_log_likelihoods(self.encode_all(examples), batch_size=batch_size)
 
     @torch.no_grad()
     def mean_log_likelihoods(self, encoded: Sequence[Encoded], *, batch_size: int = 16) -> list[float]:

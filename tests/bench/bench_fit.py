@@ -110,7 +110,7 @@ def demo_size(folder: Path, repeats: int) -> None:
     shapes = {name: shape for name, shape in base.shapes.items() if name != "lm_head"}
     adapters = pool(folder, shapes, 8)
     mixture = Mixture(base, adapters, adaptive(ADAPTERS, init="average"))
-    batch = [base.encoder.encode(example) for example in examples(8)]
+    batch = [base.encode(example) for example in examples(8)]
 
     def ours() -> None:
         mixture.theta.grad = None

@@ -141,7 +141,7 @@ def test_the_interval_of_a_mean_holds_the_middle_of_resampled_means(n: int) -> N
 
 def measured_by_hand(base: BaseModel, example: Example, kind: str) -> tuple[Any, ...]:
     """What a metric of this kind judges: four greedy tokens beside the answer, or the mean log-likelihood per token."""
-    encoded = base.encoder.encode(example)
+    encoded = base.encode(example)
     if kind == "likelihood":
         logits = base.model(input_ids=torch.tensor([encoded.ids])).logits[0].log_softmax(dim=-1)
         each = [float(logits[place - 1, encoded.ids[place]]) for place in range(encoded.start, len(encoded.ids))]

@@ -39,33 +39,33 @@ def ids(text: str) -> list[int]:
 
 
 def test_a_prompt_becomes_a_user_turn_where_there_is_a_chat_template(base: BaseModel) -> None:
-    encoded = base.encoder.encode(Example(id="1", prompt="hi", completion="ok"))
+    encoded = base.encode(Example(id="1", prompt="hi", completion="ok"))
     assert list(encoded.ids) == [*ids("<bos>"), 4, *ids("hi"), 5, *ids("ok"), 2]
     assert encoded.ids[encoded.start :] == (*ids("ok"), 2)
     assert encoded.tokens == 3
 
 
 def test_messages_go_through_the_bases_own_template(base: BaseModel) -> None:
-    encoded = base.encoder.encode(CHAT_EXAMPLE)
+    encoded = base.encode(CHAT_EXAMPLE)
     assert base.tokenizer.decode(encoded.ids) == "<bos><system>s<user>u<assistant>ok<eos>"
 
 
 def test_without_a_template_a_prompt_is_plain_text_and_messages_are_refused() -> None:
     plain = llama(chat=False)
-    assert plain.encoder.encode(Example(id="1", prompt="hi", completion="ok")).ids == (1, *ids("hi"), *ids("ok"), 2)
+    assert plain.encode(Example(id="1", prompt="hi", completion="ok")).ids == (1, *ids("hi"), *ids("ok"), 2)
     with pytest.raises(DataError, match="no chat template"):
-        plain.encoder.encode(CHAT_EXAMPLE)
+        plain.encode(CHAT_EXAMPLE)
 
 
 def test_an_example_longer_than_the_model_takes_is_named(base: BaseModel) -> None:
     with pytest.raises(DataError, match="example long has 70 tokens"):
-        base.encoder.encode(Example(id="long", prompt="x" * 64, completion="ok"))
+        base.encode(Example(id="long", prompt="x" * 64, completion="ok"))
     with pytest.raises(DataError, match="wants 30 new ones"):
         generate(base, ["x" * 40])
 
 
 def test_the_loss_covers_the_completion_only(any_base: BaseModel) -> None:
-    batch = [any_base.encoder.encode(e) for e in (*examples(3), Example(id="9", prompt="q", completion="long one"))]
+    batch = [any_base.encode(e) for e in (*examples(3), Example(id="9", prompt="q", completion="long one"))]
     losses = any_base.completion_losses(batch)
     for item, loss in zip(batch, losses, strict=True):
         logits = any_base.model(input_ids=torch.tensor([item.ids])).logits[0].double()
@@ -76,7 +76,7 @@ def test_the_loss_covers_the_completion_only(any_base: BaseModel) -> None:
 def test_log_likelihoods_are_means_per_token_in_the_given_order(base: BaseModel) -> None:
     wanted = examples(5)
     together = base.log_likelihoods(wanted, batch_size=2)
-    alone = [-float(base.completion_losses([item]).sum()) / item.tokens for item in map(base.encoder.encode, wanted)]
+    alone = [-float(base.completion_losses([item]).sum()) / item.tokens for item in map(base.encode, wanted)]
     assert together == pytest.approx(alone, rel=1e-5)
     assert all(value < 0 for value in together)
 
@@ -181,7 +181,7 @@ def test_a_new_adapter_trains_saves_and_leaves_the_base_as_it_was(tmp_path: Path
     before = {name: tensor.clone() for name, tensor in base.model.state_dict().items()}
     with base.new_adapter(rank=2, alpha=4, dropout=0.1, target_modules="all-linear", seed=0) as adapter:
         assert len(adapter.parameters) == 2 * 14
-        base.completion_losses([base.encoder.encode(e) for e in examples(2)]).sum().backward()
+        base.completion_losses([base.encode(e) for e in examples(2)]).sum().backward()
         assert all(p.grad is not None for p in adapter.parameters)
         adapter.save(tmp_path / "new")
     after = base.model.state_dict()

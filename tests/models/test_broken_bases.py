@@ -236,7 +236,7 @@ def base(whole: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_the_base_of_these_tests_is_whole(whole: Path) -> None:
     assert len(ALL) >= 45
-    assert load(str(whole)).encoder.encode(CHAT).tokens
+    assert load(str(whole)).encode(CHAT).tokens
     assert find_base(str(whole), announce=print).checkpoint.tensors
 
 
@@ -252,7 +252,7 @@ def test_a_broken_base_is_one_line(base: Path, fault: str) -> None:
     change, words = ALL[fault]
     change(base)
     with pytest.raises(LoraError) as caught:
-        load(str(base)).encoder.encode(CHAT)
+        load(str(base)).encode(CHAT)
     one_line(caught.value, words)
     if fault in BOTH:
         with pytest.raises(LoraError) as caught:

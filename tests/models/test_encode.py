@@ -284,7 +284,7 @@ def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pyt
     made = tokenizer("pieces", post="<s> $A")
     base = BaseModel("acme/tiny", tiny(made), made)
     one = example("a girl named Li", "ly")
-    assert base.encoder.encode(one).opening.left == " Li"
+    assert base.encode(one).opening.left == " Li"
 
     def value(text: str) -> float:
         written = made(text, add_special_tokens=False)["input_ids"]
@@ -306,7 +306,7 @@ def test_the_likelihood_of_a_real_base_is_that_of_the_whole_text() -> None:
     ]
     losses = []
     for prompt, completion in pairs:
-        encoded = base.encoder.encode(example(prompt, completion))
+        encoded = base.encode(example(prompt, completion))
         whole, own = (base.tokenizer(text)["input_ids"] for text in (prompt + completion, prompt))
         assert list(encoded.ids) == [*whole, base.tokenizer.eos_token_id]
         assert encoded.start == same(whole, own)
@@ -316,7 +316,7 @@ def test_the_likelihood_of_a_real_base_is_that_of_the_whole_text() -> None:
     # Tokenised apart, each of the completions would cost this model more than 13 nats.
     assert losses[2] == losses[3]
     assert max(losses) < 1.2
-    prompts = [base.encoder.encode(example(prompt, completion)).opening for prompt, completion in pairs[1:3]]
+    prompts = [base.encode(example(prompt, completion)).opening for prompt, completion in pairs[1:3]]
     texts = {row: text.text for row, text in stream(base, prompts, max_new_tokens=4)}
     assert texts == {0: "ly. She lo", 1: "little girl"}
 
@@ -360,7 +360,7 @@ def test_generation_ends_at_what_the_model_names_too() -> None:
     model.generation_config.eos_token_id = [1]
     end = made.convert_tokens_to_ids("<|im_end|>")
     base = BaseModel("acme/tiny", model, made)
-    assert base.encoder.encode(example("Who?", "Lily")).opening.ends == tuple(sorted([1, made.eos_token_id, end]))
+    assert base.encode(example("Who?", "Lily")).opening.ends == tuple(sorted([1, made.eos_token_id, end]))
 
 
 def test_a_finished_turn_that_does_not_begin_with_its_prompt_is_refused_unless_that_is_allowed() -> None:

@@ -84,7 +84,7 @@ def test_answers_with_ends_of_their_own_are_generated_in_one_call(monkeypatch: p
         ({"role": "system", "content": "s"}, {"role": "user", "content": "a"}),
         ({"role": "user", "content": "b"},),
     ]
-    openings = [base.encoder.encode(example(prompt, "xy")).opening for prompt in prompts]
+    openings = [base.encode(example(prompt, "xy")).opening for prompt in prompts]
     assert len({opening.ends for opening in openings}) == 2
     alone = [next(stream(base, [opening], max_new_tokens=6))[1].text for opening in openings]
     assert {row: one.text for row, one in stream(base, openings, max_new_tokens=6)} == dict(enumerate(alone))

@@ -73,7 +73,7 @@ def test_every_file_that_loading_opens_is_in_the_version(whole: Path, tmp_path: 
     global _opened
     _opened = []
     base = load(str(whole))
-    base.encoder.encode(EXAMPLE)
+    base.encode(EXAMPLE)
     load_encoder(str(whole)).encode(EXAMPLE)
     names, _opened = _opened, None
     covered = {file.resolve() for file in base_files(whole)}

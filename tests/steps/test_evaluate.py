@@ -282,7 +282,7 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 def test_an_output_that_does_not_continue_the_prompt_is_judged_as_an_empty_one(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch, continues: bool
 ) -> None:
-    right = {base.encoder.encode(example).opening: example.completion for example in examples(N)}
+    right = {base.encode(example).opening: example.completion for example in examples(N)}
 
     def written(base: BaseModel, openings: Sequence[Opening], **options: Any) -> Iterator[tuple[int, Generation]]:
         for place, opening in enumerate(openings):

@@ -80,7 +80,7 @@ def captured(home: Path, adapter: OpenAdapter, task: str) -> dict[str, Tensor]:
         layer = adapted.base_model.model.get_submodule(module)
         layer.register_forward_hook(lambda _, arguments, output, found=found: found.append(arguments[0][0]))
     for example in examples(9, task=task):
-        ids = base.encoder.encode(example).ids[:-1]
+        ids = base.encode(example).ids[:-1]
         with torch.no_grad():
             adapted(input_ids=torch.tensor([ids]))
     return {module: torch.cat(found) for module, found in recorded.items()}
@@ -172,7 +172,7 @@ def test_modules_with_the_same_activations_share_their_bytes(
 
 def test_conv1d_modules_and_the_head_are_sampled_too() -> None:
     base = gpt2()
-    encoded = [base.encoder.encode(example) for example in examples(5)]
+    encoded = [base.encode(example) for example in examples(5)]
     places = [range(len(item.ids)) for item in encoded]
     wanted = [base.model(input_ids=torch.tensor([item.ids]), output_hidden_states=True) for item in encoded]
     last = torch.cat([one.hidden_states[-1][0] for one in wanted])
@@ -185,7 +185,7 @@ def test_a_module_that_does_not_see_every_token_is_refused() -> None:
     base = llama()
     mlp = base.model.model.layers[1].mlp
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x[:, :1])).expand_as(x)
-    encoded = [base.encoder.encode(example) for example in examples(2)]
+    encoded = [base.encode(example) for example in examples(2)]
     with pytest.raises(Refused, match=re.escape(f"{DOWN} does not see every token")):
         activations(base, [Q, DOWN], encoded, [[0, 1], [2]])
 

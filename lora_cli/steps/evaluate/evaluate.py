@@ -125,7 +125,7 @@ def evaluate(
     [itself] = [system.name for system in systems if system.updates is None]
     for system in systems:
         base.check(system.shapes, system.name)
-    encoded = dict(zip((example.id for example in examples), base.encode(examples), strict=True))
+    encoded = dict(zip((example.id for example in examples), base.encode_all(examples), strict=True))
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None]
     keys = {

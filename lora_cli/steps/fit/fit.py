@@ -225,7 +225,7 @@ def fit_and_write(
         )
     found = _controls(base, plan.adapters, examples, how, states[1], progress)
     _, held_out = split(examples, fraction=how.fraction, seed=how.recipe.seed)
-    validation = base.encode(held_out)
+    validation = base.encode_all(held_out)
     loss_base, each_base = losses(base, validation)
     ours, seed = result.learnt.each_after, how.recipe.seed
     comparisons = [_compared("base", loss_base, each_base, ours, seed)] + [

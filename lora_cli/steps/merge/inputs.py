@@ -138,7 +138,7 @@ class ModuleInputs:
 
     def _drawn(self, base: BaseModel, file: Path) -> tuple[list[Encoded], list[list[int]]]:
         """The examples of a file that hold a drawn token, and their drawn tokens."""
-        encoded = base.encode(load_task(file))
+        encoded = base.encode_all(load_task(file))
         lengths = torch.tensor([_end_of(item) for item in encoded])
         numbers = uniform(self.seed, int(self._hashes[file][:16], 16), 0, int(lengths.sum()))
         drawn = numbers.argsort(stable=True)[: self.tokens].sort().values

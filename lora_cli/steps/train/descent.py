@@ -65,7 +65,7 @@ class Parts:
     def of(cls, base: BaseModel, examples: Sequence[Example], *, fraction: float, seed: int) -> "Parts":
         """The examples split and encoded; `fraction` of them is for validation."""
         training, validation = split(examples, fraction=fraction, seed=seed)
-        return cls(base.encode(training), base.encode(validation))
+        return cls(base.encode_all(training), base.encode_all(validation))
 
 
 @dataclass(frozen=True, slots=True)
