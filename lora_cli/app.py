@@ -43,7 +43,8 @@ SUMMARIES = {
 
 _KEPT = {
     "demo": "finished parts are kept: the same command goes on from there",
-    "pool": "the adapters read so far are kept: the same command goes on from there",
+    "pool sync": "the adapters read so far are kept: the same command goes on from there",
+    "pool fetch": "the adapters fetched so far are kept: the same command goes on from there",
     "fit": "the last state is kept: the same command goes on from there",
     "eval": "the answers so far are kept: the same command goes on from there",
     **dict.fromkeys(("merge", "train", "bake"), "nothing half-written is left: run the command again"),
@@ -77,32 +78,41 @@ class Root(LazyGroup):
             message = error.format_message().replace("Value error, ", "")
             _tell(message, f"{_nearest_choice(message)}see '{path} --help'")
             code = ExitCode.USAGE
-        except typer.Abort:
-            words = sys.argv[1:] if args is None else args
-            _tell("interrupted", _KEPT.get(next(iter(words), ""), "nothing was changed"))
-            code = ExitCode.INTERRUPTED
+        if code == ExitCode.INTERRUPTED:
+            typed = " ".join(sys.argv[1:] if args is None else args)
+            _tell(
+                "interrupted",
+                next((kept for name, kept in _KEPT.items() if typed.startswith(name)), "nothing was changed"),
+            )
         sys.exit(code if isinstance(code, int) else ExitCode.OK)
 
     def make_context(self, *args: Any, **extra: Any) -> Any:
         # Help is printed while arguments are read.
-        with _quiet_at_closed_pipes():
+        with _quiet_at_closed_pipes(), _told_of_full_disks():
             return super().make_context(*args, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _quiet_at_closed_pipes():
+            with _quiet_at_closed_pipes(), _told_of_full_disks():
                 return super().invoke(ctx)
         except LoraError as error:
             _fail(error)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
         except (MemoryError, RuntimeError) as error:
             # Compare by name: torch's own class would need an import of torch.
             if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
                 raise
             _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
+
+
+@contextmanager
+def _told_of_full_disks() -> Iterator[None]:
+    """End the command with one line if a disk, or the file behind stdout, is full."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
 
 
 @contextmanager
@@ -190,6 +200,9 @@ def main() -> None:
             signal.signal(number, _end)
     try:
         app(prog_name="lora")
+    except KeyboardInterrupt:
+        # Before the work has begun, or after its end.
+        sys.exit(ExitCode.INTERRUPTED)
     except Exception as error:
         # A bug: its traceback, without the library's own way of printing it.
         _trace(error)

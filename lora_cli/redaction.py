@@ -10,7 +10,7 @@ _HIDDEN = "[redacted]"
 _SHORTEST = 8
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HEADER = re.compile(
-    r"(authorization\W{1,8}(?:b['\"])?(?:(?:bearer|basic|token)\W{1,3})?)[\w.~+/=-]{4,}", re.IGNORECASE
+    r"(authorization['\"]?\s*[:=,]\s*(?:b?['\"])?(?:(?:bearer|basic|token)\s+)?)[\w.~+/=-]{4,}", re.IGNORECASE
 )
 _BEARER = re.compile(r"(\bbearer\s+)(?=\S*\d)[\w.~+/=-]{16,}", re.IGNORECASE)
 _secrets: set[str] = set()

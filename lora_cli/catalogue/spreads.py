@@ -35,7 +35,8 @@ class Spreads:
                 "WHERE base = ? AND status IN ('ok', 'quarantined') ORDER BY id",
                 clean([base]),
             )
-            return {id: _unpacked(packed) for id, packed in rows}
+            found = {id: _unpacked(packed) for id, packed in rows}
+        return {id: modules for id, modules in found.items() if modules is not None}
 
     def quarantine(self, reasons: Mapping[tuple[str, str], str]) -> None:
         """Set the quarantine of usable adapters by id and commit, each with its reason; lift it where that is ""."""
@@ -54,7 +55,11 @@ def _packed(modules: Modules) -> bytes:
     return zlib.compress(json.dumps(numbers, separators=(",", ":")).encode())
 
 
-def _unpacked(packed: bytes) -> Modules:
+def _unpacked(packed: bytes) -> Modules | None:
+    """The measures in a cell; None for one that is damaged, whose adapter then counts as not measured."""
     nan = float("nan")
-    found = json.loads(zlib.decompress(packed))
-    return {name: tuple(nan if x is None else x for x in values) for name, values in found.items()}
+    try:
+        found = json.loads(zlib.decompress(packed))
+        return {name: tuple(nan if x is None else float(x) for x in values) for name, values in found.items()}
+    except (zlib.error, ValueError, TypeError, AttributeError):
+        return None

@@ -124,7 +124,11 @@ class Pool:
             called = f" {selection.name!r}" if selection.name else ""
             label = f"selection {name!r}" if name else f"last selection{called}"
             self.announce(f"adapters: the {label}, {len(selection.refs)} by {selection.method}")
-            return tuple(ref.pinned for ref in selection.refs)
+            known = self.catalogue.known([ref.id for ref in selection.refs])
+            held = {ref.id for ref in selection.refs if ref.id in known and known[ref.id].status == "quarantined"}
+            if held:
+                self.announce(f"left out, quarantined since: {', '.join(sorted(held))}")
+            return tuple(ref.pinned for ref in selection.refs if ref.id not in held)
         if name is not None:
             raise NothingMatched(
                 f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME"

@@ -92,6 +92,17 @@ def test_the_doctor_of_a_pool_says_what_is_damaged_saved_and_lost(full: Path) ->
     assert "is whole" in ok("pool", "doctor", "--db", str(full)).err
 
 
+def test_a_disk_that_fails_is_no_damage(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> None:
+        error = sqlite3.OperationalError("disk I/O error")
+        error.sqlite_errorcode = sqlite3.SQLITE_IOERR
+        raise error
+
+    monkeypatch.setattr("lora_cli.catalogue.doctor._orphans", fails)
+    with pytest.raises(OutputError, match="cannot be read or written"):
+        check(full)
+
+
 def test_what_cannot_be_rescued_is_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "catalogue.db"
     path.write_bytes(b"SQLite format 3\x00" + b"\xff" * 8000)

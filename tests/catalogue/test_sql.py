@@ -14,6 +14,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.catalogue.sql import query
 from lora_cli.errors import LoraError, UsageError
 from lora_cli.records import Adapter
+from tests.cli import ok
 from tests.paths import ROOT
 
 NUMBERS = "with recursive n(i) as (select 1 union all select i + 1 from n limit {}) "
@@ -86,6 +87,11 @@ def measured(path: Path, seconds: float) -> dict[str, tuple[str, float]]:
             said = error.message
         found[name] = (said, time.monotonic() - begin)
     return found
+
+
+def test_columns_of_one_name_are_all_there(path: Path) -> None:
+    told = ok("pool", "sql", "select 1 a, 2 a, 3 a_2, 4 a", "--json", "--db", str(path))
+    assert json.loads(told.out)["rows"] == [{"a": 1, "a_3": 2, "a_2": 3, "a_4": 4}]
 
 
 _MEASURE = """

@@ -9,6 +9,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.records import Adapter
 from lora_cli.steps.opened_pool import Pool
+from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
 from tests.fake_hub import lora_files
 
@@ -71,3 +72,12 @@ def test_a_name_with_two_meanings_is_refused_and_a_commit_tells_them_apart(tmp_p
         found = pool.chosen(["run=3", "run=2=1", f"run=2@{'a' * 40}"])
     assert found.names == ("run", "run=2", f"run=2@{'a' * 40}")
     assert found.weights == (3.0, 1.0, None)
+
+
+@pytest.mark.parametrize("command", ["merge - -o x", "pool similarity -", "pool verify -", "pool rm -"])
+def test_nothing_on_stdin_is_no_last_selection(own_home: Path, command: str) -> None:
+    for name in ("a", "b"):
+        write_adapter(own_home / "pool" / name, random_factors({"model.layers.0.mlp.up_proj": (8, 8)}, 2, seed=0))
+    ok("pool", "sync", "--from", "pool")
+    ok("select", "--by", "random", "-k", "2")
+    assert "no ids on stdin" in refused(3, *command.split(), stdin="\n")

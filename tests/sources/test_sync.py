@@ -306,6 +306,16 @@ def test_the_shapes_of_the_base_are_compared_with_the_header(fake: FakeHub, cata
     assert asked == [1], "not needed where nothing has changed"
 
 
+def test_the_base_is_looked_at_before_the_hub_is_asked_for_files(fake: FakeHub, catalogue: Catalogue) -> None:
+    fake.add_many(8)
+
+    def look() -> None:
+        # transformers reads a base with all of the process offline: a request of that moment would fail.
+        assert fake.paths("/resolve/") == []
+
+    assert synced(catalogue, skeleton=look).new == 8
+
+
 def test_a_hub_needs_a_base(catalogue: Catalogue) -> None:
     with pytest.raises(UsageError, match="no base model"):
         sync(catalogue, HubSource(Hub()))

@@ -110,6 +110,32 @@ def test_quarantine_keeps_an_adapter_out_of_select_until_a_verify_lifts_it(pool:
     assert SPIKED in ok("select", "--by", "random", "-k", "26").out.split()
 
 
+def test_infinity_lifts_a_quarantine_when_the_pool_has_become_too_small(pool: Path) -> None:
+    assert deep("--quarantine-z", Z).code == 5
+    ok("pool", "rm", "-", stdin="\n".join(ids().splitlines()[: 27 - FEWEST]))
+    assert lora("pool", "verify", SPIKED, "--deep", "--quarantine-z", Z).code == 5
+    ok("pool", "verify", SPIKED, "--deep", "--quarantine-z", "inf")
+    assert SPIKED in ids("--where", "status=ok")
+
+
+def test_a_selection_is_used_without_the_adapters_that_were_quarantined_since(pool: Path) -> None:
+    names = ids().splitlines()
+    ok("select", "--by", "random", "-k", str(len(names)))
+    deep("--quarantine-z", Z)
+    plan = ok("merge", "-m", "linear", "--dry-run", "--json")
+    assert f"left out, quarantined since: {SPIKED}" in plan.err
+    assert len(json.loads(plan.out)["weights"]) == len(names) - 1
+
+
+def test_a_damaged_measure_counts_as_none(pool: Path) -> None:
+    deep()
+    with Catalogue(Path(ok("pool", "path").out.strip())) as catalogue:
+        assert len(catalogue.spreads.of(BASE)) == 26
+        with catalogue._db.writing() as db:
+            db.execute("UPDATE spreads SET modules = x'00' WHERE rowid = (SELECT min(rowid) FROM spreads)")
+        assert len(catalogue.spreads.of(BASE)) == 25
+
+
 def test_a_new_version_is_out_of_quarantine_and_not_measured(pool: Path) -> None:
     deep("--quarantine-z", Z)
     shutil.rmtree(pool / "dave" / "spiked")

@@ -85,3 +85,14 @@ def test_every_command_on_a_full_disk_is_one_line_and_leaves_nothing(own_world: 
         assert "Traceback" not in err
         kept = _KEPT.get(words[0], "nothing")
         assert [name for name in left if not name.startswith(kept)] == [".bashrc", "rest"], (words, left)
+
+
+@pytest.mark.parametrize("words", ["--help", "--version", "merge --help"])
+def test_help_that_cannot_be_written_is_one_line(words: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "lora_cli", *words.split()], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"lora: no space left on the disk")
+    assert b"Traceback" not in done.stderr

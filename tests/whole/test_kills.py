@@ -18,10 +18,10 @@ from tests.adapters_on_disk import random_factors, write_adapter
 SHAPES = {f"model.layers.{i}.mlp.up_proj": (512, 256) for i in range(24)}
 
 
-def start(folder: Path, out: str, *options: str) -> subprocess.Popen[bytes]:
+def start(folder: Path, out: str, *options: str, said: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lora_cli", "merge", "--method", "ties", "a", "b", "c", "-o", out, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORA_DB": str(folder / "lora.db")}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=said)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -85,11 +85,13 @@ def _seen(has_come: Callable[[Path], bool], folder: Path) -> bool:
 def test_a_merge_that_is_told_to_end_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     for seed, name in enumerate("abc"):
         write_adapter(tmp_path / name, random_factors(SHAPES, 4 + seed, seed=seed))
-    process = start(tmp_path, "out")
+    process = start(tmp_path, "out", said=subprocess.PIPE)
     while process.poll() is None and not any(tmp_path.glob(".out.*.partial")):
         time.sleep(0.001)
     process.send_signal(number)
-    assert process.wait() == 128 + number
+    said = process.communicate()[1]
+    assert process.returncode == 128 + number
+    assert (b"lora: interrupted\n  nothing half-written is left" in said) == (number == signal.SIGINT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "lora.db"]
     with closing(sqlite3.connect(tmp_path / "lora.db")) as database:
         assert database.execute("select status from runs").fetchall() == [("failed",)]

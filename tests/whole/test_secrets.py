@@ -104,6 +104,8 @@ def test_a_bug_shows_its_traceback_without_secrets_controls_or_values(
         ("token hf_" + "a1" * 17 + ".", "token [redacted]."),
         ("bearer 0123456789abcdef0", "bearer [redacted]"),
         ("hf_hub, the bearer of news, authorization", "hf_hub, the bearer of news, authorization"),
+        ("pool/o/authorization-helper", "pool/o/authorization-helper"),
+        ("authorization denied: authorization/v2.1", "authorization denied: authorization/v2.1"),
     ],
 )
 def test_secrets_by_their_look(text: str, shown: str) -> None:

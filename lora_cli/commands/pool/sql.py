@@ -1,6 +1,8 @@
 """`lora pool sql`: the user's own query."""
 
 import math
+from collections.abc import Sequence
+from itertools import count
 from typing import Annotated
 
 import typer
@@ -23,10 +25,20 @@ def sql(
 
     screen = listing.screen()
     names, rows = ask(setup.load().db, query)
-    keys = [name if name not in names[:place] else f"{name}_{place + 1}" for place, name in enumerate(names)]
+    keys = _unique(names)
     shown = [{key: _json_value(value) for key, value in zip(keys, row, strict=True)} for row in rows]
     columns = [Column(key.upper(), key, wide=True, least=12) for key in keys]
     screen.rows("lora.pool.sql/1", columns, shown, identity=keys[0])
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    """The names of columns, with a number where one comes again."""
+    keys: list[str] = []
+    for name in names:
+        numbered = (f"{name}_{number}" for number in count(2))
+        free = (key for key in numbered if key not in keys and key not in names)
+        keys.append(next(free) if name in keys else name)
+    return keys
 
 
 def _json_value(value: object) -> object:

@@ -51,7 +51,7 @@ def verify(
         float | None,
         typer.Option(
             "--quarantine-z",
-            help="With --deep: quarantine adapters whose |z| is above this, lift the quarantine of others.",
+            help="With --deep: quarantine adapters whose |z| is above this, lift that of the others named.",
             min=0,
         ),
     ] = None,

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
-from threading import Lock
 from typing import Literal
 
 from lora_cli.catalogue.adapters import Catalogue, Known
@@ -107,9 +106,10 @@ def sync(
     aliases = tuple(name for name in names_of(catalogue, base, options.aliases) if name not in dropped)
     if source.needs_base and not base:
         raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
-    rules = Rules(base, aliases, _once(skeleton), skeleton is not None)
+    find = cache(skeleton or _nothing)
+    rules = Rules(base, aliases, find, skeleton is not None)
     sought = Sought(catalogue=catalogue, rules=rules, limit=options.limit, since=options.since)
-    work = _Work(catalogue, source, force=options.force, dry_run=options.dry_run, progress=progress)
+    work = _Work(catalogue, source, find, force=options.force, dry_run=options.dry_run, progress=progress)
     if dropped and not options.dry_run:
         of_base = [row for row in catalogue.find() if row.base == base]
         rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
@@ -135,6 +135,7 @@ class _Work:
 
     catalogue: Catalogue
     source: Source
+    skeleton: Callable[[], Skeleton | None]
     force: bool
     dry_run: bool
     progress: Progress
@@ -204,6 +205,8 @@ class _Work:
 
     def _read(self, batch: Sequence[Found], known: Mapping[str, Known]) -> None:
         """Read adapters in parallel and store each as it comes in."""
+        # First: no thread may ask the Hub while transformers reads the base, when all of the process is offline.
+        self.skeleton()
         with ThreadPoolExecutor(min(_THREADS, len(batch))) as pool:
             pending = {pool.submit(self._one, found, known): found for found in batch}
             self.progress("reading adapters", 0, len(batch))
@@ -255,15 +258,5 @@ def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
     return found.stub.id in known and known[found.stub.id].status == "failed"
 
 
-def _once(skeleton: Callable[[], Skeleton | None] | None) -> Callable[[], Skeleton | None]:
-    """The skeleton, found on first use."""
-    if skeleton is None:
-        return lambda: None
-    found = cache(skeleton)
-    lock = Lock()
-
-    def look() -> Skeleton | None:
-        with lock:  # without the lock, every thread that starts before the first result would do the work
-            return found()
-
-    return look
+def _nothing() -> None:
+    """The skeleton of no base."""

@@ -1,5 +1,6 @@
 """What is unusual about adapters, beside the measured ones of the same base in the catalogue."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -36,7 +37,8 @@ def judge(catalogue: Catalogue, verdicts: Sequence[Verdict], quarantine_z: float
     nothing of it is stored.
 
     Args:
-        quarantine_z: put the adapters whose |z| is above it in quarantine, and take the other compared ones out of it.
+        quarantine_z: put the adapters whose |z| is above it in quarantine, and take the other compared ones out of it;
+            infinity takes all out of it.
     """
     known = catalogue.known([one.adapter.id for one in verdicts])
     measured = {
@@ -98,9 +100,9 @@ def _quarantined(catalogue: Catalogue, judged: Sequence[Judged], most: float) ->
     reasons, marked = {}, []
     for one in judged:
         adapter = one.verdict.adapter
-        if one.unusual is not None:
-            above = abs(one.unusual.z) > most
-            reason = f"z {one.unusual.z:.2f} above {most:g}: {one.unusual.in_words()}" if above else ""
+        if one.unusual is not None or (most == math.inf and adapter.status == "quarantined"):
+            above = one.unusual is not None and abs(one.unusual.z) > most
+            reason = f"z {one.unusual.z:.2f} above {most:g}: {one.unusual.in_words()}" if one.unusual and above else ""
             reasons[adapter.id, adapter.commit] = reason
             adapter = replace(adapter, status="quarantined" if above else "ok", reason=reason)
         marked.append(replace(one, verdict=replace(one.verdict, adapter=adapter)))
