@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
@@ -138,6 +138,52 @@ class Candidate(NamedTuple):
     def pinned(self) -> str:
         """`id@commit`."""
         return f"{self.id}@{self.commit}"
+
+
+class Listed(NamedTuple):
+    """The facts about an adapter that a report shows. A tuple for speed, as `Candidate`."""
+
+    id: str
+    author: str
+    base: str
+    rank: int | None
+    modules: int
+    dtype: str
+    bytes: int
+    licence: str
+    downloads: int
+    created_at: str
+    status: Status
+    reason: str
+
+
+class Share(NamedTuple):
+    """The adapters that have one thing in common, and how many of them have the status "ok".
+
+    `rest` marks those that have none of the other labels in common.
+    """
+
+    label: str
+    adapters: int
+    usable: int
+    rest: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolReport:
+    """A catalogue, or the part of it for which `conditions` hold: its adapters, and their number by title and label.
+
+    `last_sync` is the time of the catalogue's last sync, "" if there was none. Everything in it depends on the
+    catalogue alone.
+    """
+
+    adapters: Sequence[Listed]
+    total: Share
+    counts: Mapping[str, Sequence[Share]]
+    authors: int
+    bytes: int
+    last_sync: str
+    conditions: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

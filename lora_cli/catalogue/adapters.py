@@ -17,7 +17,7 @@ from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import ids_and_commits, is_commit
-from lora_cli.records import Adapter, AdapterRow, Candidate
+from lora_cli.records import Adapter, AdapterRow, Candidate, Listed
 from lora_cli.settings import folder_of
 from lora_cli.text import meant
 
@@ -252,6 +252,18 @@ class Catalogue:
                 .fetchall()
             )
         return list(map(Candidate._make, rows))
+
+    def listed(self, where: Sequence[str] = ()) -> list[Listed]:
+        """The adapters for which every condition of `where` holds, the most downloaded first, then by id."""
+        test, values = _tested(where, None)
+        rows = f"SELECT {quoted(Listed._fields)} FROM adapters WHERE {test} ORDER BY downloads DESC, id"
+        with self._db.lock:
+            return list(map(Listed._make, self._db.read().execute(rows, clean(values))))
+
+    def last_sync(self) -> str:
+        """The time at which the last sync ended, "" if there was none."""
+        with self._db.lock:
+            return self._db.read().execute("SELECT max(ended) FROM syncs").fetchone()[0] or ""
 
     def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.

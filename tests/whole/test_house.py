@@ -41,6 +41,7 @@ FLOORS = (
         "scores",
         "screen",
         "plots",
+        "reports",
         "hub",
     ),
     ("algebra",),
@@ -356,7 +357,7 @@ def test_only_the_top_level_that_was_asked_for() -> None:
 # Rooms that read files of the package, of the system, or that they wrote themselves.
 OWN_FILES = (
     "files", "methods", "world", "formats.base_names", "formats.run_record", "formats.writer", "catalogue.database",
-    "steps.merge.inputs", "commands.completion",
+    "steps.merge.inputs", "commands.completion", "reports.page",
 )  # fmt: skip
 
 

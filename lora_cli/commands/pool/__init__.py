@@ -10,6 +10,7 @@ SUMMARIES = {
     "search": "Find adapters by words in their id, author, target modules or card, the best match first.",
     "show": "Show all facts about one adapter, their sources, and the reason if it is unusable.",
     "stats": "Count the catalogue's adapters by status, base, rank, licence, author, data type and reason.",
+    "report": "Write the catalogue as one HTML page: counts with bars, and a table that sorts and filters.",
     "sql": "Query the catalogue in SQL.",
     "rm": "Forget adapters: delete their rows, keep their files.",
     "selections": "List the selections, the newest first, or drop some.",

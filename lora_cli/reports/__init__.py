@@ -1,0 +1,1 @@
+"""Records as HTML pages that stand alone: no request leaves them, and equal records give equal bytes."""

@@ -1,0 +1,73 @@
+"""The frame of a report: markup in which no text of a stranger is markup, and a page that asks for nothing.
+
+The page's policy allows one script and one style sheet, by their hashes, and no request to anywhere.
+"""
+
+import base64
+import hashlib
+import html
+import json
+from pathlib import Path
+from string import Template
+
+from lora_cli.escapes import safe
+
+_FOLDER = Path(__file__).parent
+_POLICY = (
+    "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"
+)
+_LONGEST = 300
+# In JSON these characters stand in texts alone; unescaped they could end the element that holds it.
+_IN_SCRIPT = {ord(char): f"\\u{ord(char):04x}" for char in "<>&"}
+
+
+class Html(str):
+    """Text that is markup. Any other text becomes markup by `element` alone, which escapes it."""
+
+    __slots__ = ()
+
+
+def element(name: str, /, *inside: object, **attributes: object) -> Html:
+    """An element around `inside`: what is not `Html` is escaped. `class_` is the attribute class, `a_b` is a-b."""
+    given = "".join(f' {key.rstrip("_").replace("_", "-")}="{_escaped(value)}"' for key, value in attributes.items())
+    return Html(f"<{name}{given}>{joined(*inside)}</{name}>")
+
+
+def joined(*pieces: object) -> Html:
+    """Pieces beside each other: what is not `Html` is escaped."""
+    return Html("".join(piece if isinstance(piece, Html) else _escaped(piece) for piece in pieces))
+
+
+def shown(text: str) -> str:
+    """A stranger's text for a page, cut after 300 characters. It is not escaped for HTML yet."""
+    whole = safe(text)
+    return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}…"
+
+
+def page(title: str, body: Html, data: object) -> bytes:
+    """A whole page: its body, and the data that its script reads. Texts in `data` have passed `safe` before."""
+    script, style = _own("page.js"), _own("page.css")
+    return (
+        Template(_own("page.html"))
+        .substitute(
+            policy=_POLICY.format(script=_hash(script), style=_hash(style)),
+            title=_escaped(title),
+            style=style,
+            body=body,
+            data=json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT),
+            script=script,
+        )
+        .encode("ascii", "xmlcharrefreplace")
+    )
+
+
+def _escaped(value: object) -> str:
+    return html.escape(safe(value))
+
+
+def _own(name: str) -> str:
+    return (_FOLDER / name).read_text("ascii")
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
