@@ -8,7 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Annotated, Any, Never, TextIO, cast
 
 import typer
@@ -112,6 +112,8 @@ def _told_of_full_disks() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if error.filename is None:
+            _drop_stdout()
         _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
 
 
@@ -121,9 +123,14 @@ def _quiet_at_closed_pipes() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        # The interpreter must not complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         raise typer.Exit(ExitCode.OK) from None
+
+
+def _drop_stdout() -> None:
+    """Send what is left of stdout nowhere: the interpreter must not complain when it flushes at exit."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(error: LoraError) -> Never:

@@ -34,8 +34,8 @@ def sql(
 def _unique(names: Sequence[str]) -> list[str]:
     """The names of columns, with a number where one comes again."""
     keys: list[str] = []
-    for name in names:
-        numbered = (f"{name}_{number}" for number in count(2))
+    for place, name in enumerate(names, start=1):
+        numbered = (f"{name}_{number}" for number in count(place))
         free = (key for key in numbered if key not in keys and key not in names)
         keys.append(next(free) if name in keys else name)
     return keys
