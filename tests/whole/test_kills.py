@@ -18,10 +18,18 @@ from tests.adapters_on_disk import random_factors, write_adapter
 SHAPES = {f"model.layers.{i}.mlp.up_proj": (512, 256) for i in range(24)}
 
 
+def as_from_a_terminal() -> None:
+    """Take back what a shell does to commands in the background: it makes them ignore Ctrl-C."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(folder: Path, out: str, *options: str, said: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "lora_cli", "merge", "--method", "ties", "a", "b", "c", "-o", out, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORA_DB": str(folder / "lora.db")}
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=said)
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=as_from_a_terminal
+    )
 
 
 def contents(folder: Path) -> dict[str, bytes]:
