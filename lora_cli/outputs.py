@@ -37,23 +37,22 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     held = None
     # A signal may end the work at any line, so everything that makes a file stands inside this block.
     try:
-        with _explained(target.parent):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _sweep(target)
-            if target.exists() and not replace:
-                raise OutputError(f"{target} exists", hint="choose another folder with -o, or replace it with --force")
-            held = _made_and_locked(partial)
-        yield partial
-        with _explained(target):
-            for file in sorted(partial.rglob("*")):
-                _sync(file)
-            _sync(partial)
-            _put(partial, target, replace=replace)
-            _sync(target.parent)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _no_room(error.filename or target) from error
+        with _place_of_a_full_disk(target):
+            with _explained(target.parent):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                _sweep(target)
+                if target.exists() and not replace:
+                    raise OutputError(
+                        f"{target} exists", hint="choose another folder with -o, or replace it with --force"
+                    )
+                held = _made_and_locked(partial)
+            yield partial
+            with _explained(target):
+                for file in sorted(partial.rglob("*")):
+                    _sync(file)
+                _sync(partial)
+                _put(partial, target, replace=replace)
+                _sync(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         if held is not None:
@@ -70,7 +69,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     target = target.absolute()
     partial = _beside(target)
     try:
-        with _explained(target):
+        with _place_of_a_full_disk(target), _explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target)
             # Mode x neither follows a link nor takes a file of another process.
@@ -82,10 +81,6 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
                 _refuse_link(target)
                 partial.replace(target)
             _sync(target.parent)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise _no_room(error.filename or target) from error
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
@@ -93,7 +88,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
-    """OutputError for an OSError, except for a full disk, which the command line reports with its file."""
+    """OutputError for an OSError, except for a full disk."""
     try:
         yield
     except OSError as error:
@@ -102,8 +97,16 @@ def _explained(place: Path) -> Iterator[None]:
         raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
 
 
-def _no_room(place: object) -> OutputError:
-    return OutputError(f"{place}: no space left on the disk", hint="free some space, then run this again")
+@contextmanager
+def _place_of_a_full_disk(target: Path) -> Iterator[None]:
+    """OutputError with its place for a full disk; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        place = error.filename or target
+        raise OutputError(f"{place}: no space left on the disk", hint="free some space, then run this again") from error
 
 
 def _beside(target: Path) -> Path:

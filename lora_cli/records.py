@@ -140,7 +140,7 @@ class Candidate(NamedTuple):
         return f"{self.id}@{self.commit}"
 
 
-class Listed(NamedTuple):
+class ReportedAdapter(NamedTuple):
     """The facts about an adapter that a report shows. A tuple for speed, as `Candidate`."""
 
     id: str
@@ -177,7 +177,7 @@ class PoolReport:
     catalogue alone.
     """
 
-    adapters: Sequence[Listed]
+    adapters: Sequence[ReportedAdapter]
     total: Share
     counts: Mapping[str, Sequence[Share]]
     authors: int

@@ -31,7 +31,7 @@ DISK = 8 << 20
 LEFT = (1 << 14, 0, 1 << 17, 1 << 19)
 TASK = ("--base", "../base", "--data", "../task.jsonl")
 VERBS: Mapping[str, tuple[str, ...]] = {
-    "sync": ("pool", "sync", "acme/tiny"),
+    "sync": ("pool", "sync", "acme/tiny-llama"),
     "merge": ("merge", "../a", "../b", "../c", "-m", "ties", "-o", "out"),
     "bake": ("bake", "../a", "--base", "../base", "-o", "out"),
     "fit": ("fit", "../a", "../b", "../c", *TASK, "--steps", "40", "--lr", "1", "-o", "out"),
@@ -79,10 +79,6 @@ def hub() -> Iterator[str]:
 
         with FakeHub() as server:
             server.add_many(SYNCED)
-            for repo in server.repos.values():
-                repo.base = "acme/tiny"
-                config = repo.files["adapter_config.json"].replace(server.repos and b"acme/base", b"acme/tiny")
-                repo.commit(adapter_config__json=config)
             os.write(writing, server.endpoint.encode())
             os.close(writing)
             signal.pause()
@@ -257,6 +253,7 @@ def soak(folder: Path, count: int, seed: int, disks: int, adapters: int) -> Tall
         share = count // len(VERBS) + (place < count % len(VERBS))
         killed += kills(folder / verb, words, calm, share, draw)
         if verb == "sync":
+            assert {row["status"] for row in calm.state["adapters"]} == {"ok"}
             crowded = crowd(folder / verb, calm)
         if mounted:
             met += sum(full_disk(folder / f"{verb}-full", words, calm, left) for left in LEFT[:disks])

@@ -17,7 +17,7 @@ from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import ids_and_commits, is_commit
-from lora_cli.records import Adapter, AdapterRow, Candidate, Listed
+from lora_cli.records import Adapter, AdapterRow, Candidate, ReportedAdapter
 from lora_cli.settings import folder_of
 from lora_cli.text import meant
 
@@ -243,22 +243,18 @@ class Catalogue:
         test, values = _tested(where, "ok")
         if base is not None:
             test, values = f"{test} AND base = ?", [*values, base]
+        query = f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id"
         with self._db.lock:
-            rows = (
-                self._db.read()
-                .execute(
-                    f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id", clean(values)
-                )
-                .fetchall()
-            )
+            # One call for all rows: each step of the cursor would pass through its translation of errors.
+            rows = self._db.read().execute(query, clean(values)).fetchall()
         return list(map(Candidate._make, rows))
 
-    def listed(self, where: Sequence[str] = ()) -> list[Listed]:
+    def reported(self, where: Sequence[str] = ()) -> list[ReportedAdapter]:
         """The adapters for which every condition of `where` holds, the most downloaded first, then by id."""
         test, values = _tested(where, None)
-        rows = f"SELECT {quoted(Listed._fields)} FROM adapters WHERE {test} ORDER BY downloads DESC, id"
+        rows = f"SELECT {quoted(ReportedAdapter._fields)} FROM adapters WHERE {test} ORDER BY downloads DESC, id"
         with self._db.lock:
-            return list(map(Listed._make, self._db.read().execute(rows, clean(values))))
+            return list(map(ReportedAdapter._make, self._db.read().execute(rows, clean(values))))
 
     def last_sync(self) -> str:
         """The time at which the last sync ended, "" if there was none."""
@@ -306,8 +302,7 @@ class Catalogue:
                     ("by_reason", "reason", "WHERE reason != ''", 10),
                 )
             }
-            last = db.execute("SELECT max(ended) FROM syncs").fetchone()[0]
-        return {**totals, **groups, "last_sync": last}
+            return {**totals, **groups, "last_sync": self.last_sync() or None}
 
     def ids_of(self, *, source: str, base: str = "") -> list[str]:
         """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions."""

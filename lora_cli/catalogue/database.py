@@ -213,7 +213,7 @@ def _connect_read_only(path: Path) -> Database:
     except OutputError as error:
         db.close()
         # In a read-only folder WAL's side files cannot be made; no other process can write there either.
-        unwritable = _kind(error.__cause__) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
+        unwritable = kind_of(error.__cause__) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
         if unwritable and not os.access(path.parent, os.W_OK):
             return _connect(f"{name}?mode=ro&immutable=1", path, uri=True)
         raise
@@ -235,7 +235,7 @@ def _choose_journal(db: Database, path: Path) -> None:
         try:
             db.execute(f"PRAGMA journal_mode = {wanted}")
         except OutputError as error:
-            held = _kind(error.__cause__) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+            held = kind_of(error.__cause__) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
             if not held or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
@@ -321,7 +321,7 @@ def explained(path: Path) -> Iterator[None]:
 
 
 def _of_the_file(error: sqlite3.DatabaseError, path: Path) -> LoraError | None:
-    match _kind(error):
+    match kind_of(error):
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             return OutputError(f"{path}: another lora has been writing for {BUSY_SECONDS:.0f} s", hint="rerun")
         case sqlite3.SQLITE_FULL:
@@ -345,6 +345,6 @@ def _is_full(folder: Path) -> bool:
         return False
 
 
-def _kind(error: BaseException | None) -> int:
+def kind_of(error: BaseException | None) -> int:
     """The kind of an error of SQLite, 0 for another error; see https://www.sqlite.org/rescode.html."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF

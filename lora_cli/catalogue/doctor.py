@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lora_cli.catalogue.database import connect_unchecked, explained, open_for_writing, writing
+from lora_cli.catalogue.database import connect_unchecked, explained, kind_of, open_for_writing, writing
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, LoraError, NothingMatched, OutputError
 
@@ -51,7 +51,7 @@ def check(path: Path) -> list[str]:
             found += [f"row {row[1]} of {row[0]} refers to a missing row" for row in _orphans(connection)]
         except sqlite3.DatabaseError as error:
             with explained(path):
-                if getattr(error, "sqlite_errorcode", 0) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                if kind_of(error) not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                     raise
             return [str(error)]
     return found[:20]

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import clean
@@ -27,15 +27,22 @@ class Spreads:
                     [_packed(modules), *clean([id, commit])],
                 )
 
-    def of(self, base: str) -> dict[str, Modules]:
-        """The measures of the usable adapters of a base, by id."""
+    def of(self, base: str, *, most: int = 500, with_: Iterable[str] = ()) -> dict[str, Modules]:
+        """The measures of usable adapters of a base, by id.
+
+        Of more than `most`, those whose commits come first are taken, which is a draw, and those with the ids `with_`.
+        1,000 adapters of an 8B model take 140 MB.
+        """
+        measured = (
+            'SELECT id, s.modules FROM spreads s JOIN adapters a ON a.key = s.adapter AND a."commit" = s."commit" '
+            "WHERE base = ? AND status IN ('ok', 'quarantined')"
+        )
         with self._db.lock:
-            rows = self._db.read().execute(
-                'SELECT id, s.modules FROM spreads s JOIN adapters a ON a.key = s.adapter AND a."commit" = s."commit" '
-                "WHERE base = ? AND status IN ('ok', 'quarantined') ORDER BY id",
-                clean([base]),
-            )
-            found = {id: _unpacked(packed) for id, packed in rows}
+            db = self._db.read()
+            rows = db.execute(f'{measured} ORDER BY a."commit", id LIMIT ?', clean([base, most])).fetchall()
+            for id in with_:
+                rows += db.execute(f"{measured} AND id = ?", clean([base, id])).fetchall()
+        found = {id: _unpacked(packed) for id, packed in sorted(rows)}
         return {id: modules for id, modules in found.items() if modules is not None}
 
     def quarantine(self, reasons: Mapping[tuple[str, str], str]) -> None:

@@ -71,5 +71,5 @@ def measure(path: Path, header: Header, config: LoraConfigFacts, skeleton: Skele
     return found
 
 
-Spreads = Mapping[str, Spread]
+AdapterSpread = Mapping[str, Spread]
 """The modules of an adapter with their spread."""

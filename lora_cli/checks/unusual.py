@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_cli.checks.spectra import Spread, Spreads
+from lora_cli.checks.spectra import AdapterSpread, Spread
 
 FEWEST: Final = 20
 """Fewer adapters of one base are not compared: the median deviation of a handful is a matter of luck."""
@@ -56,7 +56,7 @@ class Unusual:
         return f"{self.statistic} {self.value:.3g} {where}, usual {self.low:.3g} to {self.high:.3g}"
 
 
-def compare(pool: Sequence[Spreads]) -> list[Unusual | None]:
+def compare(pool: Sequence[AdapterSpread]) -> list[Unusual | None]:
     """The most unusual value of each adapter of a pool; None for an adapter that changes nothing.
 
     The rests of a module scatter at least as much as those of all modules together: the scatter of a few adapters is

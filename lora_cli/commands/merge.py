@@ -96,7 +96,7 @@ def merge(
     else:
         for line in (outcome(plan, done.report), *_notes(plan, done.report)):
             screen.say(line)
-    for line in (*_told(found, measured), *([f"  {merging.unchecked}"] if merging.unchecked else [])):
+    for line in (*_lines_about(found, measured), *([f"  {merging.unchecked}"] if merging.unchecked else [])):
         screen.say(line)
     for line in (*_of_readers(plan, done.run.results), *_to_serve(plan, folder, done.run.results, settings.base)):
         screen.say(line)
@@ -149,7 +149,7 @@ def _unusual(plan: "MergePlan", folder: Path, base: str, pool: "Pool") -> tuple[
     return beside_measured(pool.catalogue, base, files, plan.skeleton)
 
 
-def _told(found: Mapping[str, "Unusual"], measured: int) -> list[str]:
+def _lines_about(found: Mapping[str, "Unusual"], measured: int) -> list[str]:
     """The result, and the adapter that lies furthest from the measured ones."""
     furthest = max((id for id in found if id), key=lambda id: abs(found[id].z), default="")
     shown = [("the result", found.get("")), (furthest, found.get(furthest) if furthest else None)]

@@ -62,13 +62,13 @@ def next_page(response: "httpx2.Response") -> str:
 
 def whole_file(response: "httpx2.Response", limit: int, commit: str = "") -> bytes:
     """A file's bytes, of the hash that the Hub tells; the first `limit + 1` bytes of one that is longer."""
-    told = _told(response, commit)
-    if told.size is not None and told.size > limit:
+    facts = _facts_in(response, commit)
+    if facts.size is not None and facts.size > limit:
         body = _first(response, limit + 1)
         fits = len(body) > limit
     else:
-        body = _first(response, _LARGEST_BLOB if told.size is None else told.size + 1)
-        fits = told.size in (None, len(body)) and _hash(body, told.oid) == told.oid
+        body = _first(response, _LARGEST_BLOB if facts.size is None else facts.size + 1)
+        fits = facts.size in (None, len(body)) and _hash(body, facts.oid) == facts.oid
     if not fits:
         raise Unfit("the bytes received do not match the Hub's hash")
     return body[: limit + 1]
@@ -76,7 +76,7 @@ def whole_file(response: "httpx2.Response", limit: int, commit: str = "") -> byt
 
 def file_range(response: "httpx2.Response", begin: int, end: int, commit: str) -> Part:
     """The bytes from `begin` to `end` (exclusive), also of an answer that ignores the range."""
-    told = _told(response, commit)
+    facts = _facts_in(response, commit)
     range_text = response.headers.get("content-range", "")
     if response.status_code == 206:
         stated = _RANGE.fullmatch(range_text)
@@ -93,30 +93,27 @@ def file_range(response: "httpx2.Response", begin: int, end: int, commit: str) -
         length = response.headers.get("content-length", "")
         size = int(length) if _SIZE.fullmatch(length) else -1
         body = _first(response, min(end, size))[begin:]
-    if size < 0 or told.size not in (None, size) or len(body) != max(min(end, size) - begin, 0):
+    if size < 0 or facts.size not in (None, size) or len(body) != max(min(end, size) - begin, 0):
         raise Unfit("the Hub answers with a file of another size, or with a part of the range")
     return Part(body, size)
 
 
-class _Told(NamedTuple):
+class _Facts(NamedTuple):
     """The Hub's facts about a file: the hash that names its bytes, and the size, None if the Hub does not tell it."""
 
     oid: str
     size: int | None
 
 
-def _told(response: "httpx2.Response", commit: str) -> _Told:
+def _facts_in(response: "httpx2.Response", commit: str) -> _Facts:
     """The facts about the file of this answer, from the first hop that names the commit; "" is any commit."""
     for hop in (*response.history, response):
         oid = _OID.fullmatch(hop.headers.get("x-linked-etag", hop.headers.get("etag", "")))
-        if oid and hop.headers.get("x-repo-commit", "") in ((commit,) if commit else _commits(hop)):
+        named = hop.headers.get("x-repo-commit")
+        if oid and named is not None and commit in ("", named):
             size = _SIZE.fullmatch(hop.headers.get("x-linked-size", ""))
-            return _Told(oid[1], int(size[0]) if size else None)
+            return _Facts(oid[1], int(size[0]) if size else None)
     raise Unfit("the answer does not come from a Hub")
-
-
-def _commits(hop: "httpx2.Response") -> tuple[str, ...]:
-    return (hop.headers["x-repo-commit"],) if "x-repo-commit" in hop.headers else ()
 
 
 def _hash(data: bytes, oid: str) -> str:

@@ -127,7 +127,7 @@ class Connection:
                     pause = self._asked_wait(error.response, what) or wait
                     self._pause_until = max(self._pause_until, time.monotonic() + pause)
             finally:
-                self._patience.over()
+                self._patience.hide_wait()
         raise AssertionError("unreachable")
 
     def _give_up(self, error: Exception, what: str, begin: float) -> Never:
@@ -135,7 +135,7 @@ class Connection:
         try:
             raise_translated(error, what)
         except Overloaded as told:
-            if is_silence(error) and self._patience.heard < begin and not self._is_there():
+            if is_silence(error) and self._patience.last_answer < begin and not self._is_there():
                 raise Silent(told.message, hint=told.hint) from error
             raise
 
@@ -147,7 +147,7 @@ class Connection:
         with contextlib.suppress(Exception), attempting(self._patience):
             limit = min(self._silence, _LONGEST_PROBE)
             get_session().get(f"{self.endpoint}/api/models", params={"limit": 1}, timeout=limit)
-        return self._patience.heard >= begin
+        return self._patience.last_answer >= begin
 
     def _hold(self, wait: float) -> None:
         """Wait as long as the Hub asks, reporting progress; then check the budget for another request."""
@@ -157,7 +157,7 @@ class Connection:
                 break
             elapsed = time.monotonic() - begin
             if elapsed >= 1.0:
-                self._patience.tell(elapsed, elapsed + left)
+                self._patience.show_wait(elapsed, elapsed + left)
         if self.stopped:
             raise NetworkError("stopped", hint="rerun to continue")
         if self._budget is not None and self.traffic.requests >= self._budget:

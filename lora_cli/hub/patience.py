@@ -39,33 +39,33 @@ class Stopped(Exception):
 class Patience:
     """What the requests of one connection share: the user who waits, the order to stop, the last sign of the Hub.
 
-    `heard` is the time of the last whole head of an answer.
+    `last_answer` is the time of the last whole head of an answer.
     """
 
     def __init__(self, progress: Progress) -> None:
         self.stopped = threading.Event()
-        self.heard = 0.0
+        self.last_answer = 0.0
         self._progress = progress
-        self._told = False
+        self._shown = False
         self._lock = threading.RLock()
 
-    def tell(self, elapsed: float, limit: float) -> None:
+    def show_wait(self, elapsed: float, limit: float) -> None:
         """Say that the Hub keeps the user waiting."""
         with self._lock:
-            self._told = True
+            self._shown = True
             self._progress(WAITING, int(elapsed), int(limit) + 1)
 
-    def over(self) -> None:
-        """Take that word back."""
-        if self._told:
+    def hide_wait(self) -> None:
+        """Take what `show_wait` shows away."""
+        if self._shown:
             with self._lock:
-                self._told = False
+                self._shown = False
                 self._progress(WAITING, 1, 1)
 
     def answered(self) -> None:
         """Note the head of an answer."""
-        self.heard = time.monotonic()
-        self.over()
+        self.last_answer = time.monotonic()
+        self.hide_wait()
 
 
 class Attempt:
@@ -102,7 +102,7 @@ class Attempt:
                 if not isinstance(error, httpcore2.ReadTimeout) or (timeout is not None and elapsed >= timeout):
                     raise
                 if elapsed >= _FIRST_WORD:
-                    self.patience.tell(elapsed, timeout or REQUEST_SECONDS)
+                    self.patience.show_wait(elapsed, timeout or REQUEST_SECONDS)
             else:
                 self.received += len(data)
                 return data
@@ -151,7 +151,7 @@ class _Network:
             return _Stream(self._inner.connect_tcp(host, port, timeout=timeout, **options))
         import httpcore2
 
-        attempt.patience.tell(0, _FIRST_WORD)  # there are no steps in here
+        attempt.patience.show_wait(0, _FIRST_WORD)  # there are no steps in here
         timeout = min(timeout or SILENCE_SECONDS, attempt.left())
         # The limit is for each address of the host in turn, and a host may have a dozen.
         with contextlib.suppress(OSError):

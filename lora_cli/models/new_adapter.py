@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.hf import quiet
 from lora_cli.names import leaf
@@ -130,4 +131,6 @@ class NewAdapter:
                 if found := re.search(r"\(os error (\d+)\)", str(error)):
                     raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
                 raise
+        # safetensors lets nobody but the owner read its files, whatever the umask: a server may be another user.
+        (folder / WEIGHTS_NAME).chmod((folder / CONFIG_NAME).stat().st_mode)
         (folder / "README.md").unlink(missing_ok=True)

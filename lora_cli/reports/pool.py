@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.escapes import safe
-from lora_cli.records import Listed, PoolReport, Share
+from lora_cli.records import PoolReport, ReportedAdapter, Share
 from lora_cli.reports.page import Html, element, joined, page, shown
 from lora_cli.text import counted, size
 
@@ -121,7 +121,7 @@ def _number(name: str, text: str) -> Html:
     return element(name, text, class_="number")
 
 
-def _table(adapters: Sequence[Listed]) -> Html:
+def _table(adapters: Sequence[ReportedAdapter]) -> Html:
     sorted_by = {"downloads": {"aria_sort": "descending"}}
     head = [element("th", one.title, scope="col", **_class(one), **sorted_by.get(one.field, {})) for one in _COLUMNS]
     rows = [
@@ -146,7 +146,7 @@ def _class(column: _Column) -> dict[str, str]:
     return {} if column.kind == "text" else {"class_": "number"}
 
 
-def _value(row: Listed, column: _Column) -> Any:
+def _value(row: ReportedAdapter, column: _Column) -> Any:
     """A fact of an adapter, a text as it is shown. An id is never cut: it is there to be copied."""
     value = getattr(row, column.field)
     if column.field == "created_at":
@@ -156,14 +156,14 @@ def _value(row: Listed, column: _Column) -> Any:
     return safe(value) if column.field == "id" else shown(value) if column.kind == "text" else value
 
 
-def _cell(row: Listed, column: _Column) -> str:
+def _cell(row: ReportedAdapter, column: _Column) -> str:
     value = _value(row, column)
     if value is None or value == "":
         return _NOTHING
     return size(value) if column.kind == "size" else f"{value:,}" if column.kind == "number" else value
 
 
-def _data(adapters: Sequence[Listed]) -> list[dict[str, Any]]:
+def _data(adapters: Sequence[ReportedAdapter]) -> list[dict[str, Any]]:
     """The table for the page's script, by columns; texts that repeat stand once, as words with numbers."""
     found = []
     for column in _COLUMNS:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lora_cli.checks.spectra import Spread, Spreads, measure, spread_of
+from lora_cli.checks.spectra import AdapterSpread, Spread, measure, spread_of
 from lora_cli.checks.unusual import FEWEST, compare
 from lora_cli.errors import Refused
 from lora_cli.formats.config import parse_config
@@ -27,14 +27,14 @@ def dense(update: NDArray[np.float64], rank: int) -> Spread:
     return Spread(float(np.sqrt(np.sum(update**2))), float(p[0]), entropy)
 
 
-def spreads_of(factors: Factors) -> Spreads:
+def spreads_of(factors: Factors) -> AdapterSpread:
     return {
         name: spread_of((b.T @ b)[None], (a @ a.T)[None], most=min(len(b), a.shape[1]))[0]
         for name, (b, a) in factors.items()
     }
 
 
-def on_disk(folder: Path, shape: tuple[int, int], rank: int, dtype: torch.dtype, alpha: float = 8.0) -> Spreads:
+def on_disk(folder: Path, shape: tuple[int, int], rank: int, dtype: torch.dtype, alpha: float = 8.0) -> AdapterSpread:
     g = torch.Generator().manual_seed(rank)
     b = (torch.randn(shape[0], rank, generator=g) * torch.logspace(0, -3, rank)).to(dtype)
     a = torch.randn(rank, shape[1], generator=g).to(dtype)
@@ -90,7 +90,7 @@ def made() -> list[Factors]:
 
 
 @pytest.fixture(scope="module")
-def pool(made: list[Factors]) -> list[Spreads]:
+def pool(made: list[Factors]) -> list[AdapterSpread]:
     return [spreads_of(factors) for factors in made]
 
 
@@ -98,7 +98,7 @@ def pool(made: list[Factors]) -> list[Spreads]:
 @pytest.mark.parametrize(("everywhere", "strength"), [(False, 30.0), (True, 100.0)])
 @pytest.mark.parametrize("keep_norm", [False, True])
 def test_a_planted_spike_ranks_first_among_200_ordinary_adapters(
-    made: list[Factors], pool: list[Spreads], place: int, everywhere: bool, strength: float, keep_norm: bool
+    made: list[Factors], pool: list[AdapterSpread], place: int, everywhere: bool, strength: float, keep_norm: bool
 ) -> None:
     modules = list(made[place])
     target = modules if everywhere else [modules[place % len(modules)]]
@@ -113,19 +113,19 @@ def test_a_planted_spike_ranks_first_among_200_ordinary_adapters(
     assert everywhere or worst.value == pytest.approx(getattr(other[target[0]], worst.statistic), rel=1e-6)
 
 
-def test_a_pool_in_another_order_finds_the_same(pool: list[Spreads]) -> None:
+def test_a_pool_in_another_order_finds_the_same(pool: list[AdapterSpread]) -> None:
     assert compare(pool[::-1])[::-1] == compare(pool)
 
 
 @pytest.mark.parametrize("size", [FEWEST, 40, 200])
-def test_ordinary_adapters_lie_close_to_each_other_in_small_pools_too(pool: list[Spreads], size: int) -> None:
+def test_ordinary_adapters_lie_close_to_each_other_in_small_pools_too(pool: list[AdapterSpread], size: int) -> None:
     for start in range(0, len(pool), size):
         scores = [abs(one.z) for one in compare(pool[start : start + size]) if one is not None]
         assert len(scores) == size
         assert max(scores) < 7
 
 
-def test_the_usual_range_is_where_z_is_at_most_three(pool: list[Spreads]) -> None:
+def test_the_usual_range_is_where_z_is_at_most_three(pool: list[AdapterSpread]) -> None:
     for one in compare(pool):
         assert one is not None
         assert (abs(one.z) <= 3) == (one.low <= one.value <= one.high)
@@ -137,6 +137,6 @@ def test_adapters_that_are_all_alike_are_not_torn_apart_by_rounding() -> None:
     assert all(one is not None and abs(one.z) < 1e-3 for one in found)
 
 
-def test_an_adapter_that_changes_nothing_is_not_compared(pool: list[Spreads]) -> None:
+def test_an_adapter_that_changes_nothing_is_not_compared(pool: list[AdapterSpread]) -> None:
     nothing = {MODULE: Spread(0.0, math.nan, math.nan)}
     assert compare([*pool, nothing])[-1] is None

@@ -191,6 +191,7 @@ def test_a_new_adapter_trains_saves_and_leaves_the_base_as_it_was(tmp_path: Path
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+    assert len({file.stat().st_mode for file in (tmp_path / "new").iterdir()}) == 1, "a server may be another user"
     config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "acme/tiny"
     assert config["target_modules"] == sorted(config["target_modules"])

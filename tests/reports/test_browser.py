@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_cli.records import Listed, PoolReport, Share
+from lora_cli.records import PoolReport, ReportedAdapter, Share
 from lora_cli.reports.pool import pool_page
 from tests.browser import Page, browser
 from tests.reports.test_page import HOSTILE
@@ -23,9 +23,11 @@ PLANTED = (
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(browser() is None, reason="no Chromium on this machine")]
 
 
-def listed(number: int, text: str = "") -> Listed:
+def listed(number: int, text: str = "") -> ReportedAdapter:
     name = f"{text or 'ann'}/lora{number:03d}"
-    return Listed(name, text or "ann", "base", 8, 2, "F16", 1000 + number, text or "mit", 500 - number, "", "ok", text)
+    return ReportedAdapter(
+        name, text or "ann", "base", 8, 2, "F16", 1000 + number, text or "mit", 500 - number, "", "ok", text
+    )
 
 
 @pytest.fixture

@@ -127,6 +127,17 @@ def test_a_selection_is_used_without_the_adapters_that_were_quarantined_since(po
     assert len(json.loads(plan.out)["weights"]) == len(names) - 1
 
 
+def test_of_many_measured_adapters_some_are_drawn_and_the_named_ones_are_there(pool: Path) -> None:
+    deep()
+    with Catalogue(Path(ok("pool", "path").out.strip())) as catalogue:
+        every = catalogue.spreads.of(BASE)
+        drawn = catalogue.spreads.of(BASE, most=5)
+        missing = next(id for id in every if id not in drawn)
+        assert len(drawn) == 5
+        assert drawn == catalogue.spreads.of(BASE, most=5)
+        assert catalogue.spreads.of(BASE, most=5, with_=[missing]) == {**drawn, missing: every[missing]}
+
+
 def test_a_damaged_measure_counts_as_none(pool: Path) -> None:
     deep()
     with Catalogue(Path(ok("pool", "path").out.strip())) as catalogue:

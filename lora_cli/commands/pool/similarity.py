@@ -72,7 +72,7 @@ def similarity(
             "plot": None if plot is None else str(plot),
         },
     )
-    for line in filter(None, [*_told(found, matrix, cut), gathered.unchecked]):
+    for line in filter(None, [*_lines_about(found, matrix, cut), gathered.unchecked]):
         screen.say(line)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
@@ -96,7 +96,7 @@ def _rows(found: "Clustered", matrix: list[list[float]]) -> list[dict[str, Any]]
     return rows
 
 
-def _told(found: "Clustered", matrix: list[list[float]], cut: float) -> list[str]:
+def _lines_about(found: "Clustered", matrix: list[list[float]], cut: float) -> list[str]:
     """The summary of the matrix, and the adapters that have no direction to compare."""
     from statistics import median
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched
-from lora_cli.records import Listed, PoolReport, Share
+from lora_cli.records import PoolReport, ReportedAdapter, Share
 
 _MOST = 12
 _MONTHS = 24
@@ -30,7 +30,7 @@ _OWN = re.compile(r"['/\d]")
 
 def pool_report(catalogue: Catalogue, where: Sequence[str] = ()) -> PoolReport:
     """The report of the adapters for which every condition of `where` holds. NothingMatched if there are none."""
-    adapters = catalogue.listed(where)
+    adapters = catalogue.reported(where)
     if not adapters:
         nothing = "no adapter" + (" fits these conditions" if where else " is known")
         raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
@@ -55,7 +55,7 @@ def pool_report(catalogue: Catalogue, where: Sequence[str] = ()) -> PoolReport:
     )
 
 
-def _usable(row: Listed) -> bool:
+def _usable(row: ReportedAdapter) -> bool:
     return row.status == "ok"
 
 
@@ -68,8 +68,8 @@ def _latest(every: Counter[Any]) -> list[Any]:
 
 
 def _shares(
-    adapters: Sequence[Listed],
-    key: Callable[[Listed], Any],
+    adapters: Sequence[ReportedAdapter],
+    key: Callable[[ReportedAdapter], Any],
     order: Callable[[Counter[Any]], list[Any]] = _commonest,
     *,
     words: Callable[[Any], str] = str,
@@ -87,15 +87,15 @@ def _shares(
     return shares
 
 
-def _kind_of_reason(row: Listed) -> str:
+def _kind_of_reason(row: ReportedAdapter) -> str:
     """A reason without what is the adapter's own in it: quoted text, and words with a digit or a slash."""
     return _WORD.sub(lambda word: "…" if _OWN.search(word[0]) else word[0], row.reason)
 
 
-def _month(row: Listed) -> str:
+def _month(row: ReportedAdapter) -> str:
     found = _MONTH.match(row.created_at)
     return found[0] if found else ""
 
 
-def _size_class(row: Listed) -> float:
+def _size_class(row: ReportedAdapter) -> float:
     return next(bound for bound in _SIZES if row.bytes < bound) if row.bytes else 0

@@ -106,7 +106,7 @@ def sync(
     aliases = tuple(name for name in names_of(catalogue, base, options.aliases) if name not in dropped)
     if source.needs_base and not base:
         raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
-    find = cache(skeleton or _nothing)
+    find = cache(skeleton or _no_skeleton)
     rules = Rules(base, aliases, find, skeleton is not None)
     sought = Sought(catalogue=catalogue, rules=rules, limit=options.limit, since=options.since)
     work = _Work(catalogue, source, find, force=options.force, dry_run=options.dry_run, progress=progress)
@@ -244,8 +244,8 @@ class _Work:
             # A locked file says nothing about the next one, nor does what failed before.
             own = isinstance(error, DataError | OSError) or _failed_before(found, known)
             self._failed_in_a_row += not own
-            silent = isinstance(error, Silent)
-            self.stopped = self.stopped or silent or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
+            down = isinstance(error, Silent) or self._failed_in_a_row >= _MOST_FAILURES_IN_A_ROW
+            self.stopped = self.stopped or down
             if id in known:
                 return  # the version that is stored can still be used
             adapter = replace(found.stub, status="failed", reason=reason)
@@ -258,5 +258,5 @@ def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
     return found.stub.id in known and known[found.stub.id].status == "failed"
 
 
-def _nothing() -> None:
-    """The skeleton of no base."""
+def _no_skeleton() -> None:
+    """The modules of a base that is not known."""

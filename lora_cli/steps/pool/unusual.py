@@ -2,13 +2,13 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.checks.spectra import Spread, Spreads, measure
+from lora_cli.checks.spectra import AdapterSpread, Spread, measure
 from lora_cli.checks.unusual import FEWEST, Unusual, compare
 from lora_cli.errors import OutputError
 from lora_cli.formats.config import parse_config
@@ -50,29 +50,16 @@ def judge(catalogue: Catalogue, verdicts: Sequence[Verdict], quarantine_z: float
         # Measures can be taken again: a catalogue that cannot be written is no reason to say nothing.
         with suppress(OutputError):
             catalogue.spreads.remember(measured)
-    by_base: defaultdict[str, dict[str, Spreads]] = defaultdict(dict)
+    by_base: defaultdict[str, dict[str, AdapterSpread]] = defaultdict(dict)
     for one in verdicts:
         if one.spreads is not None:
             by_base[one.adapter.base][one.adapter.id] = one.spreads
-    found = {base: beside_pool(catalogue, base, here) for base, here in by_base.items()}
+    found = {base: _beside(_stored(catalogue, base), here) for base, here in by_base.items()}
     judged = []
     for one in verdicts:
         compared, pool = found[one.adapter.base] if one.spreads is not None else ({}, 0)
         judged.append(Judged(verdict=one, unusual=compared.get(one.adapter.id), pool=pool))
     return judged if quarantine_z is None else _quarantined(catalogue, judged, quarantine_z)
-
-
-def beside_pool(catalogue: Catalogue, base: str, here: Mapping[str, Spreads]) -> tuple[dict[str, Unusual | None], int]:
-    """The most unusual value of each adapter of `here` in the pool of its base, none if that is too small; its size."""
-    stored = catalogue.spreads.of(base)
-    pool: dict[str, Spreads] = {
-        id: {name: Spread(*values) for name, values in modules.items()} for id, modules in stored.items()
-    }
-    pool |= here
-    if len(pool) < FEWEST:
-        return {}, len(pool)
-    found = dict(zip(pool, compare(list(pool.values())), strict=True))
-    return {id: found[id] for id in here}, len(pool)
 
 
 def beside_measured(
@@ -82,18 +69,35 @@ def beside_measured(
 
     `files` are configuration and weights by id. What the catalogue has measured under an id is not measured again.
     """
-    stored = catalogue.spreads.of(base)
+    stored = _stored(catalogue, base, files)
     if len(stored) < FEWEST:
         return {}, 0
-    here: dict[str, Spreads] = {}
+    here: dict[str, AdapterSpread] = {}
     for id, (config, weights) in files.items():
         if id in stored:
-            here[id] = {name: Spread(*values) for name, values in stored[id].items()}
+            here[id] = stored[id]
         else:
             facts = parse_config(read_config(config.parent) or b"")
             here[id] = measure(weights, read_header(weights), facts, skeleton)
-    found, pool = beside_pool(catalogue, base, here)
+    found, pool = _beside(stored, here)
     return {id: one for id, one in found.items() if one is not None}, pool
+
+
+def _stored(catalogue: Catalogue, base: str, ids: Iterable[str] = ()) -> dict[str, AdapterSpread]:
+    """The measured adapters of a base in the catalogue, those with these `ids` among them."""
+    found = catalogue.spreads.of(base, with_=ids)
+    return {id: {name: Spread(*values) for name, values in modules.items()} for id, modules in found.items()}
+
+
+def _beside(
+    stored: Mapping[str, AdapterSpread], here: Mapping[str, AdapterSpread]
+) -> tuple[dict[str, Unusual | None], int]:
+    """The most unusual value of each adapter of `here` among all, none if these are too few; the number of all."""
+    pool = {**stored, **here}
+    if len(pool) < FEWEST:
+        return {}, len(pool)
+    found = dict(zip(pool, compare(list(pool.values())), strict=True))
+    return {id: found[id] for id in here}, len(pool)
 
 
 def _quarantined(catalogue: Catalogue, judged: Sequence[Judged], most: float) -> list[Judged]:

@@ -21,7 +21,7 @@ from lora_cli.settings import folder_of
 from lora_cli.steps.pool.fetch import download
 
 if TYPE_CHECKING:
-    from lora_cli.checks.spectra import Spreads
+    from lora_cli.checks.spectra import AdapterSpread
 
 _PROBE_BYTES = 16_384
 
@@ -38,7 +38,7 @@ class Verdict:
     adapter: Adapter
     coverage: float | None
     deep: bool
-    spreads: "Spreads | None" = None
+    spreads: "AdapterSpread | None" = None
 
 
 def verify(
