@@ -99,6 +99,11 @@ def id_and_revision(text: str) -> tuple[str, str]:
     return (text, "") if found is None else (text[: found.start()] + text[found.end() :], found[1])
 
 
+def unpinned(pinned: str) -> str:
+    """The id in `id@commit`."""
+    return pinned.rpartition("@")[0]
+
+
 def ids_and_commits(text: str) -> list[tuple[str, str]]:
     """The readings of a text for the catalogue, `id@commit`: id and commit, whole or its first digits, "" for none.
 

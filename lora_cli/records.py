@@ -120,28 +120,20 @@ class Adapter(AdapterRow):
     card: str = ""
 
 
-class Candidate(NamedTuple):
-    """The facts about an adapter that selection needs. `rank_total` is the sum of the ranks of its modules.
+class Candidates(NamedTuple):
+    """Adapters that selection chooses from, as columns for speed: there may be 100,000 of them.
 
-    A tuple for speed: a selection from 100,000 adapters makes 100,000 of them.
+    `pinned` holds `id@commit` of each; `facts` the columns of the catalogue that were asked for, by name; `bases`
+    counts the adapters of each base model, the most frequent first.
     """
 
-    id: str
-    commit: str
-    author: str = ""
-    base: str = ""
-    rank_total: int = 0
-    downloads: int = 0
-    likes: int = 0
-
-    @property
-    def pinned(self) -> str:
-        """`id@commit`."""
-        return f"{self.id}@{self.commit}"
+    pinned: Sequence[str]
+    facts: Mapping[str, Sequence[Any]]
+    bases: Mapping[str, int]
 
 
 class ReportedAdapter(NamedTuple):
-    """The facts about an adapter that a report shows. A tuple for speed, as `Candidate`."""
+    """The facts about an adapter that a report shows. A tuple for speed: there may be 100,000."""
 
     id: str
     author: str

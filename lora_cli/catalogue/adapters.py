@@ -17,7 +17,7 @@ from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import ids_and_commits, is_commit
-from lora_cli.records import Adapter, AdapterRow, Candidate, ReportedAdapter
+from lora_cli.records import Adapter, AdapterRow, Candidates, ReportedAdapter
 from lora_cli.settings import folder_of
 from lora_cli.text import meant
 
@@ -238,16 +238,23 @@ class Catalogue:
                     found[row.id] = row
         return [found[id] for id in ids if id in found]
 
-    def candidates(self, where: Sequence[str] = (), *, base: str | None = None) -> list[Candidate]:
+    def candidates(
+        self, facts: Sequence[str] = (), where: Sequence[str] = (), *, base: str | None = None
+    ) -> Candidates:
         """The usable adapters for which every condition of `where` holds, of `base` if given; by id."""
         test, values = _tested(where, "ok")
         if base is not None:
             test, values = f"{test} AND base = ?", [*values, base]
-        query = f"SELECT {quoted(Candidate._fields)} FROM adapters WHERE {test} ORDER BY base, id"
+        counts = f"SELECT base, count(*) FROM adapters WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
+        columns = ", ".join(["""id || '@' || "commit\"""", *([quoted(facts)] if facts else [])])
+        query = f"SELECT {columns} FROM adapters WHERE {test} ORDER BY base, id"
         with self._db.lock:
+            db = self._db.read()
+            bases = dict(db.execute(counts, clean(values)).fetchall())
             # One call for all rows: each step of the cursor would pass through its translation of errors.
-            rows = self._db.read().execute(query, clean(values)).fetchall()
-        return list(map(Candidate._make, rows))
+            rows = db.execute(query, clean(values)).fetchall()
+        pinned, *columns_read = zip(*rows, strict=True) if rows else [()] * (1 + len(facts))
+        return Candidates(pinned, dict(zip(facts, columns_read, strict=True)), bases)
 
     def reported(self, where: Sequence[str] = ()) -> list[ReportedAdapter]:
         """The adapters for which every condition of `where` holds, the most downloaded first, then by id."""

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from lora_cli.methods import method
-from lora_cli.records import Candidate
 
 
 @method("catalogue")
-def rank(candidates: Sequence[Candidate], seed: int) -> list[float]:
+def rank(rank_total: Sequence[int]) -> list[float]:
     """Sum of the ranks over all adapted modules: adapters of the largest capacity come first.
 
     Source: arXiv 2602.12323, where every adapter has one rank; the sum extends it to mixed ranks and modules.
     """
-    return [float(a.rank_total) for a in candidates]
+    return [*map(float, rank_total)]

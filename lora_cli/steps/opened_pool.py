@@ -31,7 +31,8 @@ from lora_cli.steps.pool.gather import (
     opened,
     sha256_of_weights,
 )
-from lora_cli.steps.pool.lookup import demand_one_base, look_up, names_of, usable
+from lora_cli.steps.pool.lookup import look_up, names_of, usable
+from lora_cli.steps.pool.select import demand_one_base
 
 MOST_WITHOUT_SELECTION = 50
 
@@ -133,17 +134,17 @@ class Pool:
             raise NothingMatched(
                 f"no selection called {name!r}", hint="make one: lora select --by random -k 8 --name NAME"
             )
-        rows = self.catalogue.candidates(base=self.base)
-        demand_one_base(rows)
-        if not rows:
+        pinned, _, bases = self.catalogue.candidates(base=self.base)
+        demand_one_base(bases)
+        if not pinned:
             raise NothingMatched("no adapters selected, and none usable in the catalogue", hint="run lora pool sync")
-        if len(rows) > MOST_WITHOUT_SELECTION:
+        if len(pinned) > MOST_WITHOUT_SELECTION:
             raise NothingMatched(
-                f"no adapters selected, and {len(rows):,} are usable",
+                f"no adapters selected, and {len(pinned):,} are usable",
                 hint="choose some: lora select --by random -k 30",
             )
-        self.announce(f"adapters: all {len(rows)} usable ones in the catalogue")
-        return tuple(row.pinned for row in rows)
+        self.announce(f"adapters: all {len(pinned)} usable ones in the catalogue")
+        return tuple(pinned)
 
     def adapters(self, names: Sequence[str], *, whole: bool = False) -> Gathered:
         """Find, fetch where needed, open and check adapters.

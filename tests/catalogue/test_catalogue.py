@@ -21,7 +21,7 @@ from lora_cli.catalogue.database import open_for_writing, writing
 from lora_cli.catalogue.sql import query
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
-from lora_cli.records import Adapter, Candidate
+from lora_cli.records import Adapter, Candidates
 from tests.paths import ROOT
 
 
@@ -244,15 +244,15 @@ def test_what_selection_reads_is_in_an_index_and_lists_leave_out_what_is_long(ca
     seen: list[str] = []
     reader = catalogue._db.read()
     reader.conn.set_trace_callback(seen.append)
-    found = catalogue.candidates(base="acme/base@v1")
+    found = catalogue.candidates(["author", "rank_total", "downloads", "likes"], base="acme/base@v1")
     catalogue.find(["rank<=8"], sort="-downloads", limit=1)
     reader.conn.set_trace_callback(None)
-    assert found == [
-        Candidate("alice/sql", "c" * 40, "alice", "acme/base@v1", 8, 7, 2),
-        Candidate("bob/plain", adapter("bob/plain").commit, base="acme/base@v1"),
-    ]
-    [(*_, plan)] = reader.execute(f"EXPLAIN QUERY PLAN {seen[0]}").fetchall()
-    assert "COVERING INDEX adapters_candidates" in plan
+    pinned = (f"alice/sql@{'c' * 40}", f"bob/plain@{adapter('bob/plain').commit}")
+    facts = {"author": ("alice", ""), "rank_total": (8, 0), "downloads": (7, 0), "likes": (2, 0)}
+    assert found == Candidates(pinned, facts, {"acme/base@v1": 2})
+    for one in seen[:2]:
+        plan = reader.execute(f"EXPLAIN QUERY PLAN {one}").fetchall()[0][-1]
+        assert "COVERING INDEX adapters_candidates" in plan
     assert not any("card" in query or "ranks" in query for query in seen)
 
 

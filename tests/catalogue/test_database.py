@@ -75,7 +75,7 @@ def test_whole_rows_are_rescued_and_lost_ones_named(full: Path) -> None:
     with Catalogue(full) as catalogue:
         assert catalogue.get("owner/0499") == row(499)
         assert {found.id for found in catalogue.search("adapter")}
-        assert len(catalogue.candidates()) == 2000 - len(lost)
+        assert len(catalogue.candidates().pinned) == 2000 - len(lost)
     assert len(result.damaged.read_bytes()) == len(before)
     damage(full, 3)
     with pytest.raises(OutputError, match="damaged exists"):

@@ -1,7 +1,6 @@
 """From the user's text to one adapter: the catalogue's row, else a repository of the Hub, read as a sync reads it."""
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -9,12 +8,12 @@ from functools import partial
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.checks.rules import Rules
-from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
 from lora_cli.formats.factors import TAKE_THE_UPDATE, only_saved_whole
 from lora_cli.formats.store import locate
 from lora_cli.hub.client import Hub
 from lora_cli.names import id_and_revision, is_commit, repo_and_folder
-from lora_cli.records import USABLE, Adapter, Candidate, Progress, silent
+from lora_cli.records import USABLE, Adapter, Progress, silent
 from lora_cli.settings import folders_like, means_folder
 from lora_cli.sources import Found
 from lora_cli.sources.hub import HubReader
@@ -23,7 +22,6 @@ from lora_cli.steps.pool.verify import verify
 from lora_cli.text import meant
 
 NAME_THE_BASE = "name its base model: --base NAME"
-_BASES_NAMED = 5
 
 
 def look_up(
@@ -134,18 +132,6 @@ def names_no_base(row: Adapter) -> bool:
 def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> tuple[str, ...]:
     """`aliases`, and the other names of `base` from earlier syncs."""
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
-
-
-def demand_one_base(rows: Sequence[Candidate]) -> None:
-    """UsageError where adapters are for several base models."""
-    counts = Counter(row.base for row in rows).most_common()
-    if len(counts) > 1:
-        named = ", ".join(f"{name} ({count:,})" for name, count in counts[:_BASES_NAMED])
-        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
-        raise UsageError(
-            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
-            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
-        )
 
 
 def _older(catalogue: Catalogue, text: str) -> Adapter | None:

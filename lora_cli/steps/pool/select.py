@@ -2,23 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import chain, groupby
-from operator import itemgetter
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from inspect import signature
+from itertools import chain, groupby, islice
+from typing import Any
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import LoraError, NothingMatched, Refused, UsageError
-from lora_cli.formats.store import folder_ref, locate
+from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.names import unpinned
 from lora_cli.recipes import SELECTION_METHODS, SelectOptions
-from lora_cli.records import AdapterRow, Candidate, Progress, silent
+from lora_cli.records import AdapterRow, Candidates, Progress, silent
 from lora_cli.settings import Settings
-from lora_cli.steps.pool.fetch import refused
-from lora_cli.steps.pool.lookup import demand_one_base
 
-if TYPE_CHECKING:
-    from lora_cli.formats.reader import OpenAdapter
+_BASES_NAMED = 5
 
 
 def select(
@@ -49,21 +45,29 @@ def select(
     method, target = SELECTION_METHODS.get(options.by), options.target
     if (target is None) == (method.kind == "weights"):
         raise UsageError(f"--by {options.by} " + ("needs --target" if target is None else "takes no --target"))
-    candidates = catalogue.candidates(options.where, base=base)
-    demand_one_base(candidates)
-    if not candidates:
+    asked = _columns(options.by) if method.kind == "catalogue" else []
+    authors = ["author"] if options.max_per_author is not None else []
+    read = [name for name in asked if name not in ("pinned", "seed")]
+    candidates = catalogue.candidates([*read, *authors], options.where, base=base)
+    demand_one_base(candidates.bases)
+    if not candidates.pinned:
         raise NothingMatched(
             f"no usable adapter of {base}" if base and not options.where else "no usable adapter fits these conditions",
             hint="see lora pool list, or run lora pool sync",
         )
     if method.kind == "weights":
+        from lora_cli.steps.pool.by_weights import scored_by_weights
+
         assert target is not None
-        scored = _by_weights(catalogue, SELECTION_METHODS.load(options.by), candidates, target, announce, progress)
+        function = SELECTION_METHODS.load(options.by)
+        scores = scored_by_weights(catalogue, function, candidates, target, announce, progress)
     else:
-        scored = list(zip(candidates, SELECTION_METHODS.load(options.by)(candidates, seed), strict=True))
-    chosen = _best(scored, options.k, options.max_per_author)
-    rows = catalogue.rows([candidate.id for candidate, _ in chosen])
-    return list(zip(rows, (score for _, score in chosen), strict=True))
+        function = SELECTION_METHODS.load(options.by)
+        given = {"pinned": candidates.pinned, "seed": seed, **candidates.facts}
+        scores = dict(enumerate(function(**{name: given[name] for name in asked})))
+    chosen = _best(candidates, scores, options.k, options.max_per_author)
+    rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen])
+    return list(zip(rows, (scores[place] for place in chosen), strict=True))
 
 
 def select_and_remember(
@@ -95,82 +99,40 @@ def select_and_remember(
     return chosen, asked
 
 
-def _best(
-    scored: Sequence[tuple[Candidate, float]], k: int, max_per_author: int | None
-) -> list[tuple[Candidate, float]]:
-    """The k best, equal scores in the order of a hash, of each author no more than `max_per_author`."""
-    groups = groupby(sorted(scored, key=itemgetter(1), reverse=True), itemgetter(1))
-    ranked = chain.from_iterable(sorted(equal, key=lambda pair: _hashed(pair[0])) for _, equal in groups)
-    chosen: list[tuple[Candidate, float]] = []
+def demand_one_base(counts: Mapping[str, int]) -> None:
+    """UsageError where adapters are for several base models. `counts` has the adapters of each."""
+    if len(counts) > 1:
+        named = ", ".join(f"{name} ({count:,})" for name, count in [*counts.items()][:_BASES_NAMED])
+        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
+        raise UsageError(
+            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
+            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
+        )
+
+
+def _columns(by: str) -> list[str]:
+    """What a method of kind `catalogue` reads, by the names of its parameters: columns, "pinned", "seed"."""
+    return [*signature(SELECTION_METHODS.load(by)).parameters]
+
+
+def _best(candidates: Candidates, scores: Mapping[int, float], k: int, max_per_author: int | None) -> list[int]:
+    """The places of the k best, equal scores in the order of a hash, of each author no more than `max_per_author`."""
+    groups = groupby(sorted(scores, key=scores.__getitem__, reverse=True), scores.__getitem__)
+    ranked = chain.from_iterable(sorted(equal, key=lambda i: _hashed(candidates.pinned[i])) for _, equal in groups)
+    if max_per_author is None:
+        return list(islice(ranked, k))
+    authors = candidates.facts["author"]
+    chosen: list[int] = []
     taken: Counter[str] = Counter()
-    for candidate, score in ranked:
+    for place in ranked:
         if len(chosen) == k:
             break
-        if max_per_author is not None and candidate.author and taken[candidate.author] >= max_per_author:
+        if authors[place] and taken[authors[place]] >= max_per_author:
             continue
-        taken[candidate.author] += 1
-        chosen.append((candidate, score))
+        taken[authors[place]] += 1
+        chosen.append(place)
     return chosen
 
 
-def _hashed(candidate: Candidate) -> str:
-    return hashlib.sha256(candidate.pinned.encode()).hexdigest()
-
-
-def _by_weights(
-    catalogue: Catalogue,
-    function: Callable[..., list[float]],
-    candidates: Sequence[Candidate],
-    target: Path,
-    announce: Callable[[str], None],
-    progress: Progress,
-) -> list[tuple[Candidate, float]]:
-    """Each candidate whose weights can be read with its score. NothingMatched where there is none."""
-    goal = _target(target)
-    function([], goal)  # fail on a faulty target before any candidate is blamed
-    rows = {row.id: row for row in catalogue.rows([candidate.id for candidate in candidates])}
-    unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress)}
-    for id, reason in unfit.items():
-        announce(f"{id} left out: {reason}")
-    scores = _scored(function, [row for row in rows.values() if row.id not in unfit], goal, announce)
-    if not scores:
-        raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
-    return [(candidate, scores[candidate.id]) for candidate in candidates if candidate.id in scores]
-
-
-def _scored(
-    function: Callable[..., list[float]],
-    rows: Sequence[AdapterRow],
-    target: "OpenAdapter",
-    announce: Callable[[str], None],
-) -> dict[str, float]:
-    """Id → score, without adapters that cannot be read."""
-    try:
-        scores = function([_opened(row) for row in rows], target)
-        return {row.id: score for row, score in zip(rows, scores, strict=True)}
-    except LoraError as error:
-        if len(rows) == 1:
-            announce(f"{rows[0].id} left out: {error.message.removeprefix(f'{rows[0].id}: ')}")
-            return {}
-    half = len(rows) // 2
-    return _scored(function, rows[:half], target, announce) | _scored(function, rows[half:], target, announce)
-
-
-def _opened(row: AdapterRow) -> "OpenAdapter":
-    from lora_cli.formats.reader import open_adapter
-
-    files = locate(row.ref)
-    if files is None:
-        raise Refused(f"{row.id}: its files are no longer there")
-    return open_adapter(files)
-
-
-def _target(folder: Path) -> "OpenAdapter":
-    from lora_cli.formats.reader import open_adapter
-
-    files = locate(folder_ref(folder))
-    if files is None:
-        raise NothingMatched(
-            f"{folder}: no adapter in this folder", hint="give the folder of a LoRA, as train writes it"
-        )
-    return open_adapter(files)
+def _hashed(pinned: str) -> str:
+    return hashlib.sha256(pinned.encode()).hexdigest()

@@ -1,0 +1,68 @@
+"""Score candidates by their weights, beside those of a target."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.errors import LoraError, NothingMatched, Refused
+from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.store import folder_ref, locate
+from lora_cli.names import unpinned
+from lora_cli.records import AdapterRow, Candidates, Progress
+from lora_cli.steps.pool.fetch import refused
+
+
+def scored_by_weights(
+    catalogue: Catalogue,
+    function: Callable[..., list[float]],
+    candidates: Candidates,
+    target: Path,
+    announce: Callable[[str], None],
+    progress: Progress,
+) -> dict[int, float]:
+    """The scores of candidates whose weights can be read, by place. NothingMatched where there is none."""
+    goal = _target(target)
+    function([], goal)  # fail on a faulty target before any candidate is blamed
+    ids = [unpinned(pinned) for pinned in candidates.pinned]
+    rows = {row.id: row for row in catalogue.rows(ids)}
+    unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress)}
+    for id, reason in unfit.items():
+        announce(f"{id} left out: {reason}")
+    scores = _scored(function, [row for row in rows.values() if row.id not in unfit], goal, announce)
+    if not scores:
+        raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
+    return {place: scores[id] for place, id in enumerate(ids) if id in scores}
+
+
+def _scored(
+    function: Callable[..., list[float]],
+    rows: Sequence[AdapterRow],
+    target: OpenAdapter,
+    announce: Callable[[str], None],
+) -> dict[str, float]:
+    """Id → score, without adapters that cannot be read."""
+    try:
+        scores = function([_opened(row) for row in rows], target)
+        return {row.id: score for row, score in zip(rows, scores, strict=True)}
+    except LoraError as error:
+        if len(rows) == 1:
+            announce(f"{rows[0].id} left out: {error.message.removeprefix(f'{rows[0].id}: ')}")
+            return {}
+    half = len(rows) // 2
+    return _scored(function, rows[:half], target, announce) | _scored(function, rows[half:], target, announce)
+
+
+def _opened(row: AdapterRow) -> OpenAdapter:
+    files = locate(row.ref)
+    if files is None:
+        raise Refused(f"{row.id}: its files are no longer there")
+    return open_adapter(files)
+
+
+def _target(folder: Path) -> OpenAdapter:
+    files = locate(folder_ref(folder))
+    if files is None:
+        raise NothingMatched(
+            f"{folder}: no adapter in this folder", hint="give the folder of a LoRA, as train writes it"
+        )
+    return open_adapter(files)
