@@ -97,9 +97,10 @@ def test_columns_of_one_name_are_all_there(path: Path) -> None:
 _MEASURE = """
 import json, resource, sys
 from pathlib import Path
+from lora_cli.formats.run_record import peak_bytes
 from tests.catalogue.test_sql import measured
 found = measured(Path(sys.argv[1]), 2.0)
-peaks = [resource.getrusage(who).ru_maxrss * 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+peaks = [peak_bytes(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024]
 sys.stdout.write(json.dumps([found, peaks]))
 """
 
