@@ -51,6 +51,8 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["FakeHub"]
 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     monkeypatch.setattr("lora_cli.hub.connection._FIRST_WAIT", 0.01)
+    # An earlier test's Hub may have had the port that a stranger's server has now.
+    monkeypatch.setattr("lora_cli.hub.session._trusted", set())
     with FakeHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
         yield server
