@@ -12,6 +12,8 @@ SUMMARIES = {
     "stats": "Count the catalogue's adapters by status, base, rank, licence, author, data type and reason.",
     "report": "Write the catalogue as one HTML page: counts with bars, and a table that sorts and filters.",
     "sql": "Query the catalogue in SQL.",
+    "import": "Take scores of adapters, or the adapters of another pool, into the catalogue: all of a file or nothing.",
+    "export": "Write adapters with all their facts, and their newest scores, to a file or stdout.",
     "rm": "Forget adapters: delete their rows, keep their files.",
     "selections": "List the selections, the newest first, or drop some.",
     "doctor": "Check every page of the catalogue's database; with --rescue save the whole rows of a damaged one.",
