@@ -15,7 +15,7 @@ FACTS = tuple(field.name for field in fields(Adapter))
 """The columns of an adapter; `ranks` and `card`, the long ones, are the last."""
 SCORES = ("adapter", "commit", "task", "metric", "value", "n")
 """The columns of a score, as an import reads them; `commit` is "" where nobody told which version was scored."""
-_AT_ONCE = 500
+_AT_ONCE = 64
 
 
 def adapters(path: Path, where: Sequence[str] = (), *, long: bool = True) -> Iterator[list[tuple[Any, ...]]]:
@@ -34,6 +34,16 @@ def scores(path: Path, where: Sequence[str] = ()) -> Iterator[list[tuple[Any, ..
         f"WHERE adapter IN (SELECT key FROM adapters WHERE {test}) ORDER BY adapter, task, metric",
         values,
     )
+
+
+def scores_of(path: Path, id: str) -> dict[str, dict[str, float]]:
+    """The newest scores of an adapter: metric → task → value."""
+    found: dict[str, dict[str, float]] = {}
+    query = "SELECT metric, task, value FROM adapter_scores WHERE id = ? ORDER BY metric, task"
+    for batch in _batches(path, query, [id]):
+        for metric, task, value in batch:
+            found.setdefault(metric, {})[task] = value
+    return found
 
 
 def _batches(path: Path, query: str, values: Sequence[Any]) -> Iterator[list[tuple[Any, ...]]]:

@@ -33,11 +33,15 @@ class Row(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Table:
-    """An open table. `renamed` are the columns whose name came again: place from 1, name in the file, name here."""
+    """An open table, its names in line `head`.
+
+    `renamed` are the columns whose name came again: place from 1, name in the file, name here.
+    """
 
     path: Path
     kind: Literal["csv", "jsonl", "parquet"]
     rows: Iterator[Row]
+    head: int = 1
     renamed: list[tuple[int, str, str]] = field(default_factory=list)
 
     def fault(self, line: int, reason: str, *, column: int | None = None, name: str = "", hint: str = "") -> DataError:
@@ -127,6 +131,7 @@ def _cells(table: Table, file: BufferedReader) -> Iterator[Row]:
                 begin = reader.line_num + 1
                 continue
             if not names:
+                table.head = begin
                 names = _named(table, [plain(cell.strip()) for cell in cells])
             elif len(cells) != len(names):
                 raise table.fault(begin, f"{len(cells)} cells, but the table has {len(names)} columns")

@@ -8,7 +8,7 @@ SUMMARIES = {
     "sync": "Bring the catalogue up to date with the Hub, or with a folder tree of adapters.",
     "list": "List adapters, one row each, unusable ones with the reason.",
     "search": "Find adapters by words in their id, author, target modules or card, the best match first.",
-    "show": "Show all facts about one adapter, their sources, and the reason if it is unusable.",
+    "show": "Show all facts about one adapter, their sources, its newest scores, and the reason if it is unusable.",
     "stats": "Count the catalogue's adapters by status, base, rank, licence, author, data type and reason.",
     "report": "Write the catalogue as one HTML page: counts with bars, and a table that sorts and filters.",
     "sql": "Query the catalogue in SQL.",

@@ -69,7 +69,7 @@ def _tell(screen: Screen, file: Path, found: "Imported") -> None:
         screen.say(f"column {place}: {shortened(name)!r} comes again and is the task {shortened(task)!r}")
     if more := len(found.renamed[_MOST_SHOWN:]):
         screen.say(f"{counted(more, 'more column')} of names that come again: --json has all")
-    if found.run:
+    if found.run and counts.scores_new + counts.scores_changed:
         screen.say(f"lora runs rm {found.run} takes these scores out again")
 
 

@@ -4,8 +4,12 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+import msgspec
 
 from lora_cli.catalogue import dump
 from lora_cli.errors import NothingMatched, UsageError
@@ -16,6 +20,8 @@ from lora_cli.redaction import redacted
 
 Form = Literal["jsonl", "csv", "parquet"]
 What = Literal["all", "adapters", "scores"]
+_GROUP = 1_000
+"""The rows of a group in a Parquet file, which are in memory together."""
 _WHOLE = {"rank", "modules", "layers", "parameters", "bytes", "downloads", "likes", "n"}
 _REAL = {"alpha", "scale", "norm", "value"}
 
@@ -82,7 +88,8 @@ class Export:
         for names, batches in self._tables():
             schema = arrow.schema([(name, kinds.get(name) or _kind(arrow, name)) for name in names])
             with pyarrow(".parquet").ParquetWriter(file, schema) as writer:
-                for batch in batches:
+                rows = chain.from_iterable(batches)
+                while batch := list(islice(rows, _GROUP)):
                     columns = [
                         _column(name, values) for name, values in zip(names, zip(*batch, strict=True), strict=True)
                     ]
@@ -96,12 +103,20 @@ def _json_lines(names: Sequence[str], batch: Sequence[Sequence[Any]]) -> str:
     lines = []
     for row in batch:
         values = dict(zip(names, row, strict=True))
-        if "ranks" in values:
-            values["rslora"] = bool(values["rslora"])
-            values["target_modules"] = json.loads(values["target_modules"])
-            values["ranks"] = json.loads(values["ranks"])
-        lines.append(json.dumps(values))
-    return redacted("\n".join(lines) + "\n")
+        ranks = values.pop("ranks", None)
+        if ranks is not None:
+            values |= {"rslora": bool(values["rslora"]), "target_modules": json.loads(values["target_modules"])}
+        found = msgspec.json.encode(values)
+        # msgspec is ten times as quick, but leaves letters outside ASCII as they are.
+        text = redacted(found.decode() if found.isascii() else json.dumps(values, separators=(",", ":")))
+        lines.append(text if ranks is None else f'{text[:-1]},"ranks":{_ranks(ranks)}}}')
+    return "\n".join(lines) + "\n"
+
+
+@lru_cache(maxsize=1024)
+def _ranks(text: str) -> str:
+    """The ranks of modules as JSON on one line. Most adapters of a base share them, and they are long."""
+    return redacted(json.dumps(json.loads(text), separators=(",", ":")))
 
 
 def _csv_lines(batch: Sequence[Sequence[Any]]) -> str:
@@ -114,9 +129,16 @@ def _kind(arrow: Any, name: str) -> Any:
     return arrow.int64() if name in _WHOLE else arrow.float64() if name in _REAL else arrow.string()
 
 
-def _column(name: str, values: Sequence[Any]) -> list[Any]:
+def _column(name: str, values: Sequence[Any]) -> Sequence[Any]:
     if name == "rslora":
         return [bool(value) for value in values]
     if name == "target_modules":
-        return [json.loads(redacted(value)) for value in values]
-    return [redacted(value) if isinstance(value, str) else value for value in values]
+        return [json.loads(value) for value in _without_secrets(values)]
+    if name == "ranks":
+        return [_ranks(value) for value in values]
+    return values if name in _WHOLE or name in _REAL else _without_secrets(values)
+
+
+def _without_secrets(values: Sequence[str]) -> Sequence[str]:
+    joined = "\n".join(values)
+    return values if redacted(joined) == joined else [redacted(value) for value in values]

@@ -12,7 +12,7 @@ from lora_cli.formats.tables import Table, open_table
 from lora_cli.hashes import file_sha256
 from lora_cli.records import ImportCounts, ImportedScore, Progress, patient, silent
 from lora_cli.steps.pool.score_tables import ScoreTable
-from lora_cli.text import counted
+from lora_cli.text import counted, shortened
 
 T = TypeVar("T")
 _AT_ONCE = 500
@@ -80,9 +80,8 @@ def _demand_once(table: Table, twice: Twice | None) -> None:
     if twice is None:
         return
     row = "row" if table.kind == "parquet" else "line"
-    if twice.first == twice.again:
-        raise table.fault(twice.again, f"task {twice.task!r} twice for {twice.id}")
-    what = f"task {twice.task!r} ({twice.metric}) of {twice.id}" if twice.task else f"adapter {twice.id}"
+    id, task = shortened(twice.id), shortened(twice.task)
+    what = f"task {task!r} ({shortened(twice.metric)}) of {id}" if task else f"adapter {id}"
     raise table.fault(twice.again, f"{what} is already given in {row} {twice.first}")
 
 
@@ -92,7 +91,7 @@ def _demand_known(file: Path, counts: ImportCounts) -> None:
         return
     if not counts.unknown and not counts.elsewhere:
         raise DataError(f"{file}: no score in it", hint="every cell is empty, or there is no row below the names")
-    few = ", ".join((counts.unknown_ids + counts.elsewhere_ids)[:3])
+    few = ", ".join(map(shortened, (counts.unknown_ids + counts.elsewhere_ids)[:3]))
     raise NothingMatched(
         f"{file}: none of its {counted(counts.unknown + counts.elsewhere, 'adapter')} is in the catalogue ({few})",
         hint="run lora pool sync first, or name the column of the ids with --id-column",

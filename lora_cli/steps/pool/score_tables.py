@@ -105,7 +105,9 @@ class ScoreTable:
         numbers = [place for place, name in enumerate(names) if name == _INDEX or (name == "" and place == 0)]
         tasks = [(place, name) for place, name in enumerate(names) if place != id and place not in numbers]
         for place, name in tasks:
-            self._demand_name(row.line if self.table.kind == "jsonl" else 1, place, name, "the name of a task")
+            self._demand_name(
+                row.line if self.table.kind == "jsonl" else self.table.head, place, name, "the name of a task"
+            )
         if not tasks:
             raise DataError(
                 f"{self.table.path}: ids and no scores",
