@@ -253,6 +253,7 @@ _M005 = (
     WHERE json_array_length(adapters) = 1 AND substr(json_extract(adapters, '$[0]'), -41, 1) = '@'
     """,
     "CREATE INDEX scores_adapter ON scores (adapter, task, metric)",
+    "CREATE INDEX scores_task ON scores (task, metric)",
     "CREATE UNIQUE INDEX scores_imported ON scores (adapter, task, metric) WHERE imported",
     # The trigger sees every way in which an adapter goes, as the foreign key does.
     """

@@ -162,7 +162,8 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
     connection.execute("DROP TABLE spreads")
     connection.executescript(
-        "DROP VIEW adapter_scores; DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; DROP INDEX scores_adapter"
+        "DROP VIEW adapter_scores; DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; "
+        "DROP INDEX scores_adapter; DROP INDEX scores_task"
     )
     for column in ("adapter", '"commit"', "task", "imported"):
         connection.execute(f"ALTER TABLE scores DROP COLUMN {column}")

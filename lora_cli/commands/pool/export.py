@@ -70,6 +70,5 @@ def register(pool: typer.Typer) -> None:
         epilog=examples(
             "lora pool export -o pool.jsonl",
             "lora pool export --what adapters --where 'rank<=16' -o small.csv",
-            "lora pool export --what scores --fmt csv",
         ),
     )(with_flags(export))
