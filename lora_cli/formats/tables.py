@@ -178,7 +178,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parquet(path: Path, file: BufferedReader) -> Table:
-    errors = (pyarrow(".lib").ArrowException, OSError)
+    # Texts that are no UTF-8, dates beyond those of Python and unknown time zones have errors of Python's own.
+    errors = (pyarrow(".lib").ArrowException, OSError, ValueError, OverflowError, LookupError)
     try:
         opened = pyarrow(".parquet").ParquetFile(file)
         names = [str(name) for name in opened.schema_arrow.names]

@@ -161,3 +161,6 @@ def test_a_row_of_parquet_is_named_by_its_number() -> None:
     assert "1 new score" in ok("pool", "import", "ok.parquet").err
     parquet.write_table(pyarrow.table({"id": [ANN.id, BOB.id], "x": ["1", "one"]}), "bad.parquet")
     assert "bad.parquet, row 2, column 2 'x': 'one' is not a number" in refused(1, "pool", "import", "bad.parquet")
+    good = Path("ok.parquet").read_bytes()
+    Path("ok.parquet").write_bytes(good.replace(ANN.id.encode(), b"\xff" * len(ANN.id)))
+    assert "ok.parquet, row 1: malformed Parquet" in refused(1, "pool", "import", "ok.parquet")
