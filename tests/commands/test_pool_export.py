@@ -70,6 +70,20 @@ def test_one_file_of_json_lines_holds_all_and_is_idempotent(monkeypatch: pytest.
     assert ok("pool", "export").out == text
 
 
+def test_what_a_sync_refused_comes_back_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Adapter(
+        id="../x", commit="e" * 40, source="hub", repo="../x", status="unusable", downloads=-5, norm=float("inf")
+    )
+    with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
+        catalogue.add([odd])
+    ok("pool", "export", "--what", "adapters", "-o", "pool.parquet")
+    ok("pool", "export", "-o", "pool.jsonl")
+    monkeypatch.setenv("LORA_DB", "other.db")
+    assert "4 new adapters" in ok("pool", "import", "pool.parquet").err
+    assert whole(odd.id) == [odd]
+    assert "4 adapters already here · 3 new scores" in ok("pool", "import", "pool.jsonl").err
+
+
 def test_what_the_catalogue_knows_itself_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     ok("pool", "export", "-o", "pool.jsonl")
     newer = replace(ANN, commit="d" * 40, status="ok", reason="")
@@ -88,10 +102,10 @@ def test_what_the_catalogue_knows_itself_stays(monkeypatch: pytest.MonkeyPatch) 
         ({"status": "fine"}, "Invalid enum value 'fine'"),
         ({"commit": "abc"}, "commit 'abc' has not 40 hex digits"),
         ({"repo": "eve/other"}, "id 'ann/sql' is not that of repo 'eve/other'"),
-        ({"repo": "../../etc", "id": "../../etc"}, "is not that of repo"),
+        ({"repo": "../../etc", "id": "../../etc"}, "id '../../etc' cannot be on the Hub"),
         ({"source": "folder", "repo": "etc"}, "no absolute path"),
         ({"bytes": 2**63}, "bytes out of range"),
-        ({"ranks": {"a": 0}}, "ranks out of range"),
+        ({"ranks": {"a": -1}}, "ranks out of range"),
         ({"id": " "}, "' ' is no id"),
     ],
 )

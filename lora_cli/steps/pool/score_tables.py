@@ -14,8 +14,8 @@ import msgspec
 from lora_cli.errors import DataError, UsageError
 from lora_cli.formats.tables import Row, Table, plain
 from lora_cli.metrics import METRICS
-from lora_cli.names import is_commit, is_folder, is_repo, repo_and_folder
-from lora_cli.records import Adapter, ImportedScore
+from lora_cli.names import in_repo, is_commit, is_folder, is_repo
+from lora_cli.records import USABLE, Adapter, ImportedScore
 from lora_cli.text import in_words, nearest, shortened
 
 METRIC = "score"
@@ -248,13 +248,16 @@ def _problem(adapter: Adapter) -> str:
         return f"commit {adapter.commit[:80]!r} has not 40 hex digits"
     if adapter.source == "folder" and not PurePath(adapter.repo).is_absolute():
         return f"repo {adapter.repo[:80]!r} is no absolute path of a folder"
-    named = is_repo(adapter.repo) and (not adapter.subfolder or is_folder(adapter.subfolder))
-    if adapter.source == "hub" and (not named or repo_and_folder(adapter.id) != (adapter.repo, adapter.subfolder)):
+    if adapter.source == "hub" and adapter.id != in_repo(adapter.repo, adapter.subfolder):
         return f"id {adapter.id[:80]!r} is not that of repo {adapter.repo[:80]!r} and its subfolder"
+    # A sync lists repositories of impossible names too, as unusable.
+    named = is_repo(adapter.repo) and (not adapter.subfolder or is_folder(adapter.subfolder))
+    if adapter.source == "hub" and not named and adapter.status in USABLE:
+        return f"id {adapter.id[:80]!r} cannot be on the Hub"
     counts = ("rank", "modules", "layers", "parameters", "bytes", "downloads", "likes")
-    wrong = [name for name in counts if not 0 <= (getattr(adapter, name) or 0) < _MOST]
-    wrong += [name for name in ("alpha", "scale", "norm") if not math.isfinite(getattr(adapter, name) or 0)]
-    if not all(0 < rank < 2**31 for rank in adapter.ranks.values()):
+    wrong = [name for name in counts if not -_MOST <= (getattr(adapter, name) or 0) < _MOST]
+    wrong += [name for name in ("alpha", "scale") if not math.isfinite(getattr(adapter, name) or 0)]
+    if not all(0 <= rank < 2**31 for rank in adapter.ranks.values()):
         wrong.append("ranks")
     return f"{in_words(wrong)} out of range" if wrong else ""
 
