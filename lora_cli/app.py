@@ -47,7 +47,9 @@ _KEPT = {
     "pool fetch": "the adapters fetched so far are kept: the same command goes on from there",
     "fit": "the last state is kept: the same command goes on from there",
     "eval": "the answers so far are kept: the same command goes on from there",
-    **dict.fromkeys(("merge", "train", "bake"), "nothing half-written is left: run the command again"),
+    **dict.fromkeys(
+        ("merge", "train", "bake", "pool import", "pool export"), "nothing half-written is left: run the command again"
+    ),
 }
 """The message about the state that an interrupted command leaves, by command."""
 

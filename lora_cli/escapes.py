@@ -1,7 +1,10 @@
 """Strangers' texts made safe for a terminal, and ids on lines that read back as they were."""
 
 import json
+import math
 import unicodedata
+from collections.abc import Mapping
+from typing import Any
 
 from lora_cli.redaction import redacted
 
@@ -14,6 +17,9 @@ _INVISIBLE = frozenset(
     ]
 )  # fmt: skip
 
+FORMULAS = ("=", "+", "-", "@", "\t", "\r")
+"""The beginnings of a text that a spreadsheet runs as a formula."""
+
 
 def safe(text: object) -> str:
     """`text`, redacted, with every character that does not show as an escape (\\x1b, \\u202e); spaces stay."""
@@ -21,6 +27,22 @@ def safe(text: object) -> str:
     if shown.isascii() and shown.isprintable():
         return shown
     return "".join(char if _shows(char) else _escape(ord(char)) for char in shown)
+
+
+def csv_cell(value: Any) -> Any:
+    """A cell of CSV. A text that a spreadsheet would run as a formula begins with an apostrophe."""
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        return value
+    return f"'{safe(value)}" if value.startswith(FORMULAS) and not _is_number(value) else safe(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def as_line(id: str) -> str:

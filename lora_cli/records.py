@@ -149,6 +149,53 @@ class ReportedAdapter(NamedTuple):
     reason: str
 
 
+class ImportedScore(NamedTuple):
+    """A score that somebody else measured: the adapter as the file names it, and the number of its line."""
+
+    adapter: str
+    task: str
+    metric: str
+    value: float
+    n: int
+    line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportCounts:
+    """What an import finds in its file, beside the catalogue.
+
+    Scores and adapters are `new`, `changed` or as they were (`same`). Scores of adapters that the catalogue does not
+    know (`unknown`) or has at another commit (`elsewhere`) are left out, as are facts about known adapters.
+    """
+
+    scores_new: int = 0
+    scores_changed: int = 0
+    scores_same: int = 0
+    adapters_new: int = 0
+    adapters_same: int = 0
+    adapters_elsewhere: int = 0
+    scores_unknown: int = 0
+    scores_elsewhere: int = 0
+    unknown: int = 0
+    elsewhere: int = 0
+    unknown_ids: tuple[str, ...] = ()
+    elsewhere_ids: tuple[str, ...] = ()
+    scored: int = 0
+    tasks: int = 0
+
+
+@dataclass(slots=True, kw_only=True)
+class Exported:
+    """The rows that an export has written so far."""
+
+    adapters: int = 0
+    scores: int = 0
+
+    def count(self, what: str, rows: int) -> None:
+        """Add rows of "adapters" or "scores"."""
+        setattr(self, what, getattr(self, what) + rows)
+
+
 class Share(NamedTuple):
     """The adapters that have one thing in common, and how many of them have the status "ok".
 

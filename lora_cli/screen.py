@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from threading import Lock
 from typing import Any, Literal
 
 from lora_cli.columns import Column, chosen, on_request, usual
-from lora_cli.escapes import as_line, safe
+from lora_cli.escapes import as_line, csv_cell, safe
 from lora_cli.records import Progress
 
 # Between two columns.
@@ -24,8 +23,6 @@ _GAP = 2
 _MOST_SHOWN = 15
 # If a cell needs more lines than this, a minor column is left out.
 _MOST_LINES = 3
-# A spreadsheet runs a text that begins with one of these as a formula.
-_FORMULAS = ("=", "+", "-", "@", "\t", "\r")
 Form = Literal["table", "tsv", "csv", "json", "jsonl", "md"]
 Format = Literal["auto", "quiet"] | Form
 
@@ -341,23 +338,7 @@ def _csv(rows: Sequence[Mapping[str, Any]], *, header_only: bool) -> str:
     text = io.StringIO()
     keys = list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(map(_csv_cell, keys))
+    writer.writerow(map(csv_cell, keys))
     if not header_only:
-        writer.writerows([_csv_cell(row.get(key)) for key in keys] for row in rows)
+        writer.writerows([csv_cell(row.get(key)) for key in keys] for row in rows)
     return text.getvalue()
-
-
-def _csv_cell(value: Any) -> Any:
-    """A cell of CSV. A text that a spreadsheet would run as a formula begins with an apostrophe."""
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        return value
-    return f"'{safe(value)}" if value.startswith(_FORMULAS) and not _is_number(value) else safe(value)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False

@@ -171,8 +171,9 @@ def _orphans(connection: sqlite3.Connection) -> list[Sequence[Any]]:
 
 
 def _drop_orphans(db: Database, result: Rescue) -> None:
-    """Remove rows that refer to a lost row."""
+    """Remove rows that refer to a lost row; the score of an evaluation outlives its adapter."""
     with writing(db):
+        db.execute("UPDATE scores SET adapter = NULL WHERE NOT imported AND adapter NOT IN (SELECT key FROM adapters)")
         for table, row, *_ in _orphans(db.conn):
             if row is not None:
                 db.execute(f"DELETE FROM {table} WHERE rowid = ?", [row])

@@ -225,7 +225,61 @@ def m004_spreads(db: Database) -> None:
     )
 
 
-STEPS = (m001_adapters_selections_runs, m002_revision_and_notes, m003_thin_rows, m004_spreads)
+def m005_scores_of_adapters(db: Database) -> None:
+    """The adapter, its commit and the task of a score; imported scores; the newest score of each adapter as a view."""
+    for statement in _M005:
+        db.execute(statement)
+
+
+_M005 = (
+    # A score of an evaluation outlives its adapter, as its run does.
+    "ALTER TABLE scores ADD COLUMN adapter INTEGER REFERENCES adapters (key) ON DELETE SET NULL",
+    """ALTER TABLE scores ADD COLUMN "commit" TEXT NOT NULL DEFAULT ''""",
+    "ALTER TABLE scores ADD COLUMN task TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE scores ADD COLUMN imported INTEGER NOT NULL DEFAULT 0",
+    """
+    UPDATE scores SET task = coalesce(
+        (SELECT json_extract(record, '$.settings.data') FROM runs WHERE runs.id = run_id)
+        || '@' || substr(task_sha256, 1, 8), ''
+    )
+    """,
+    """
+    UPDATE scores SET
+        "commit" = substr(json_extract(adapters, '$[0]'), -40),
+        adapter = (
+            SELECT key FROM adapters a, (SELECT json_extract(scores.adapters, '$[0]') AS pinned)
+            WHERE a.id = substr(pinned, 1, length(pinned) - 41)
+        )
+    WHERE json_array_length(adapters) = 1 AND substr(json_extract(adapters, '$[0]'), -41, 1) = '@'
+    """,
+    "CREATE INDEX scores_adapter ON scores (adapter, task, metric)",
+    "CREATE INDEX scores_task ON scores (task, metric)",
+    "CREATE UNIQUE INDEX scores_imported ON scores (adapter, task, metric) WHERE imported",
+    # The trigger sees every way in which an adapter goes, as the foreign key does.
+    """
+    CREATE TRIGGER scores_forgotten AFTER UPDATE OF adapter ON scores WHEN new.imported AND new.adapter IS NULL BEGIN
+        DELETE FROM scores WHERE id = new.id;
+    END
+    """,
+    """
+    CREATE VIEW adapter_scores AS
+    SELECT a.id, s."commit", s.task, s.metric, s.value, s.low, s.high, s.n, s.imported, s.run_id, s.adapter
+    FROM scores s JOIN adapters a ON a.key = s.adapter
+    WHERE s.value IS NOT NULL AND s.id = (
+        SELECT max(t.id) FROM scores t
+        WHERE t.adapter = s.adapter AND t.task = s.task AND t.metric = s.metric AND t."commit" IN ('', a."commit")
+    )
+    """,
+)
+
+
+STEPS = (
+    m001_adapters_selections_runs,
+    m002_revision_and_notes,
+    m003_thin_rows,
+    m004_spreads,
+    m005_scores_of_adapters,
+)
 
 
 def migrations() -> Migrations:

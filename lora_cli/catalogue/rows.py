@@ -13,14 +13,15 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-_WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at")
-_NEW = {name: f'excluded."{name}"' for name in _WRITTEN if name != "id"}
+WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at")
+"""The columns of a row that is stored."""
+_NEW = {name: f'excluded."{name}"' for name in WRITTEN if name != "id"}
 _HELD = "adapters.status = 'quarantined' AND adapters.\"commit\" = excluded.\"commit\" AND excluded.status = 'ok'"
 # A quarantine stays as long as the commit does: other checks know nothing of it.
 _NEW |= {name: f"CASE WHEN {_HELD} THEN adapters.{name} ELSE excluded.{name} END" for name in ("status", "reason")}
 # Store a row by its id, in place of an earlier one.
 UPSERT = (
-    f"INSERT INTO adapters ({quoted(_WRITTEN)}) VALUES ({', '.join('?' * len(_WRITTEN))}) "
+    f"INSERT INTO adapters ({quoted(WRITTEN)}) VALUES ({', '.join('?' * len(WRITTEN))}) "
     "ON CONFLICT (id) DO UPDATE SET " + ", ".join(f'"{name}" = {value}' for name, value in _NEW.items())
 )
 

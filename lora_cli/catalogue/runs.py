@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.catalogue.database import open_for_reading, open_for_writing, writing
+from lora_cli.catalogue.rows import text
 from lora_cli.errors import NothingMatched, OutputError
 from lora_cli.formats.run_record import Run, key_of
 from lora_cli.records import Score
@@ -29,13 +30,7 @@ def recorded(
     if out is not None and not str(out).isprintable():
         raise OutputError(f"{str(out)!r}: a name with characters that do not print", hint="choose another -o")
     now = datetime.now(UTC)
-    run = Run(
-        id=f"{now:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
-        command=command,
-        settings=settings,
-        inputs=inputs,
-        key=key_of(command, settings, inputs),
-    )
+    run = new_run(now, command, settings, inputs)
     with closing(open_for_writing(db)) as connection:
         with writing(connection) as table:
             # An older "running" row for this output was killed or will lose the rename: mark it failed.
@@ -61,17 +56,36 @@ def recorded(
                 table.table("runs").update(run.id, {**ended, "record": json.dumps(run.record())})
 
 
+def new_run(now: datetime, command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> Run:
+    """A run that begins now."""
+    return Run(
+        id=f"{now:%Y%m%dT%H%M%S}-{command}-{secrets.token_hex(3)}",
+        command=command,
+        settings=settings,
+        inputs=inputs,
+        key=key_of(command, settings, inputs),
+    )
+
+
 def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[str, Sequence[str]], task: str) -> None:
-    """Store the scores of an evaluation. `adapters` maps a system to its `id@commit`s; `task` is the data's SHA-256."""
+    """Store the scores of an evaluation. `adapters` maps a system to its `id@commit`s; `task` is the data's SHA-256.
+
+    The task is called by its file and the first digits of its hash. A system of one adapter is a score of this adapter.
+    """
     rows = []
     for score in scores:
-        values = asdict(score)
+        values, pinned = asdict(score), list(adapters.get(score.system, ()))
+        id, _, commit = pinned[0].rpartition("@") if len(pinned) == 1 else ("", "", "")
         rows.append(
-            {"run_id": run.id, "task_sha256": task, "adapters": json.dumps(list(adapters.get(score.system, ())))}
+            {"run_id": run.id, "task_sha256": task, "task": f"{run.settings['data']}@{task[:8]}"}
+            | {"adapters": json.dumps(pinned), "adapter": id, "commit": commit}
             | {name: values.pop(name) for name in ("system", "metric", "value", "low", "high", "n")}
             | {"details": json.dumps(values)}
         )
     with closing(open_for_writing(db)) as connection, writing(connection) as table:
+        for row in rows:
+            found = table.execute("SELECT key FROM adapters WHERE id = ?", [text(row["adapter"])]).fetchone()
+            row["adapter"] = found[0] if found else None
         table.table("scores").insert_all(rows)
 
 
@@ -84,7 +98,7 @@ def all_runs(db: Path, *, command: str | None = None, limit: int = 50) -> list[d
 
 
 def find(db: Path, prefix: str) -> dict[str, Any]:
-    """The one run whose id starts with `prefix`, with its record and its scores.
+    """The one run whose id starts with `prefix`, with its record and the scores that it computed.
 
     Raises:
         NothingMatched: no such run, or more than one.
@@ -95,7 +109,7 @@ def find(db: Path, prefix: str) -> dict[str, Any]:
             problem = "no run" if not matches else "more than one run"
             raise NothingMatched(f"{problem} whose id starts with {prefix!r}", hint="see 'lora runs list'")
         [row] = matches
-        scores = [dict(score) for score in connection["scores"].rows_where("run_id = ?", [row["id"]])]
+        scores = [dict(score) for score in connection["scores"].rows_where("run_id = ? AND NOT imported", [row["id"]])]
     for score in scores:
         score.update(adapters=json.loads(score["adapters"]), details=json.loads(score["details"]))
     return {**row, "record": json.loads(row["record"]), "scores": scores}

@@ -116,7 +116,10 @@ def _hint(error: str) -> str:
     if 'near "commit"' in error.lower():
         return 'commit is a word of SQL: write "commit" in double quotes'
     if "no such table" in error:
-        return "tables are adapters, adapters_fts, selections, selected, runs, scores, syncs, aliases, spreads"
+        return (
+            "tables are adapters, adapters_fts, selections, selected, runs, scores, "
+            "adapter_scores (the newest of each adapter, task and metric), syncs, aliases, spreads"
+        )
     if "no such column" in error:
         return "see `lora pool sql 'select * from adapters limit 1' --json` for the columns"
     return ""

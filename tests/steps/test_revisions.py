@@ -161,6 +161,12 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     for column in ("revision", "notes"):
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
     connection.execute("DROP TABLE spreads")
+    connection.executescript(
+        "DROP VIEW adapter_scores; DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; "
+        "DROP INDEX scores_adapter; DROP INDEX scores_task"
+    )
+    for column in ("adapter", '"commit"', "task", "imported"):
+        connection.execute(f"ALTER TABLE scores DROP COLUMN {column}")
     connection.execute("DELETE FROM _sqlite_migrations WHERE name != 'm001_adapters_selections_runs'")
     connection.execute("UPDATE adapters SET status = 'ok', base = ?, stamp = substr(stamp, 1, 33)", [PYTHIA])
     connection.commit()

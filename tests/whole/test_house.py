@@ -81,6 +81,7 @@ KEEPERS = {
     "scipy": ("steps",),
     "matplotlib": ("plots",),
     "rich": ("screen",),
+    "pyarrow": ("formats.tables",),
     "typer": ("app", "commands"),
     "click": (),
     "pickle": ("world",),

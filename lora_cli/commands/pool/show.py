@@ -18,12 +18,14 @@ def show(
     setup: Stored,
     form: Document,
 ) -> None:
-    """Show all facts about one adapter, their sources, and the reason if it is unusable."""
+    """Show all facts about one adapter, their sources, its newest scores, and the reason if it is unusable."""
     from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.catalogue.dump import scores_of
     from lora_cli.formats.store import locate
 
     screen = form.screen()
-    with Catalogue(setup.load().db) as catalogue:
+    db = setup.load().db
+    with Catalogue(db) as catalogue:
         row = catalogue.named(adapter)
         provenance = catalogue.provenance(row.id)
     files = locate(row.ref)
@@ -35,7 +37,13 @@ def show(
         *(key for key in facts if key not in ("id", "status", "reason", "card", "ranks")),
     )
     weights = str(files.weights) if files else None
-    rest = {**provenance, "weights": weights, "ranks": facts["ranks"], "card": facts["card"]}
+    rest = {
+        **provenance,
+        "weights": weights,
+        "scores": scores_of(db, row.id),
+        "ranks": facts["ranks"],
+        "card": facts["card"],
+    }
     screen.document("lora.pool.show/1", {key: facts[key] for key in order} | rest)
 
 
