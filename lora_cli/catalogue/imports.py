@@ -94,7 +94,7 @@ class Staging:
         seen = datetime.now(UTC).isoformat(timespec="seconds")
         insert = f"INSERT OR IGNORE INTO staged_adapters VALUES ({', '.join('?' * (len(WRITTEN) + 1))})"
         for adapter, line in adapters:
-            values = [*row_of(adapter), sum(adapter.ranks.values()), "", seen]
+            values = [*row_of(adapter), sum(adapter.ranks.values()), "", seen, adapter.base]
             if self._db.execute(insert, [*values, line]).rowcount == 0:
                 [first] = self._db.execute("SELECT line FROM staged_adapters WHERE id = ?", values[:1]).fetchone()
                 return Twice(adapter.id, "", "", first, line)

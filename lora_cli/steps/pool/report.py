@@ -28,9 +28,12 @@ _WORD = re.compile(r"'[^']*'|[^\s,;:()']+")
 _OWN = re.compile(r"['/\d]")
 
 
-def pool_report(catalogue: Catalogue, where: Sequence[str] = ()) -> PoolReport:
-    """The report of the adapters for which every condition of `where` holds. NothingMatched if there are none."""
-    adapters = catalogue.reported(where)
+def pool_report(catalogue: Catalogue, where: Sequence[str] = (), *, base: str | None = None) -> PoolReport:
+    """The report of the adapters for which every condition of `where` holds, as judged for `base`, None for all.
+
+    NothingMatched if there are none.
+    """
+    adapters = catalogue.reported(where, base=base)
     if not adapters:
         nothing = "no adapter" + (" fits these conditions" if where else " is known")
         raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")

@@ -109,11 +109,10 @@ def sync(
     find = cache(skeleton or _no_skeleton)
     rules = Rules(base, aliases, find, skeleton is not None)
     sought = Sought(catalogue=catalogue, rules=rules, limit=options.limit, since=options.since)
-    work = _Work(catalogue, source, find, force=options.force, dry_run=options.dry_run, progress=progress)
+    work = _Work(catalogue, source, find, base=base, force=options.force, dry_run=options.dry_run, progress=progress)
     if dropped and not options.dry_run:
-        of_base = [row for row in catalogue.find() if row.base == base]
-        rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
-        catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
+        rows = [row.id for row in catalogue.find(base=base) if at_revision(row.base_declared, row.revision) in dropped]
+        catalogue.mark(rows, "gone", "the name of its base is no longer an alias", base=base)
     for batch in source.batches(sought, progress):
         work.take(batch)
         if work.stopped:
@@ -136,6 +135,7 @@ class _Work:
     catalogue: Catalogue
     source: Source
     skeleton: Callable[[], Skeleton | None]
+    base: str
     force: bool
     dry_run: bool
     progress: Progress
@@ -148,7 +148,7 @@ class _Work:
     def take(self, batch: Sequence[Found]) -> None:
         """Plan one batch, then read and store its new and changed adapters."""
         batch = [found for found in batch if found.stub.id not in self.actions]
-        known = self.catalogue.known([found.stub.id for found in batch])
+        known = self.catalogue.known([found.stub.id for found in batch], base=self.base or None)
         popularity = {}
         to_read = []
         for found in batch:
@@ -180,7 +180,7 @@ class _Work:
             action: sum(did == action and id not in undone for id, did in self.actions.items())
             for action in ("new", "changed", "unchanged", "gone")
         }
-        rows = self.catalogue.known(list(self.actions))
+        rows = self.catalogue.known(list(self.actions), base=self.base or None)
         return SyncReport(
             source=self.source.name,
             base=base,
@@ -224,7 +224,12 @@ class _Work:
                 raise
 
     def _one(self, found: Found, known: Mapping[str, Known]) -> Adapter:
-        return found.read(self.catalogue.get(found.stub.id) if found.stub.id in known else None)
+        if found.stub.id in known:
+            return found.read(self.catalogue.get(found.stub.id, base=self.base or None))
+        rows = self.catalogue.rows([found.stub.id]) if self.base else []
+        # Another base's verdict on the weights holds for this one too, one on the base does not.
+        judged = bool(rows) and rows[0].base_match != "mismatch"
+        return found.read(self.catalogue.get(found.stub.id) if judged else None)
 
     def _store(self, future: Future[Adapter], found: Found, known: Mapping[str, Known]) -> None:
         id = found.stub.id
@@ -251,7 +256,7 @@ class _Work:
             adapter = replace(found.stub, status="failed", reason=reason)
         else:
             self._failed_in_a_row = 0
-        self.catalogue.add([adapter], {id: found.hub_id})
+        self.catalogue.add([adapter], {id: found.hub_id}, base=self.base)
 
 
 def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
