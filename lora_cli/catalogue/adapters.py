@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
+from lora_cli.catalogue.listings import Listings
 from lora_cli.catalogue.rows import clean, parsed, quoted, text
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.spreads import Spreads
@@ -55,6 +56,7 @@ class Catalogue:
         self._db = OpenDatabase(path)
         self.selections = Selections(self._db, self.get)
         self.spreads = Spreads(self._db)
+        self.listings = Listings(self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +73,8 @@ class Catalogue:
     def add(self, adapters: Iterable[Adapter], hub_ids: Mapping[str, str] | None = None, *, base: str = "") -> None:
         """Store adapters by id, as judged for `base` ("" for any), in one transaction; an earlier verdict is replaced.
 
-        Verdicts for other bases stay. `hub_ids` maps an id to the Hub's own stable id of the repository: a row of that repository is renamed.
+        Verdicts for other bases stay. `hub_ids` maps an id to the Hub's own stable id of the repository: a row of that
+        repository is renamed.
         """
         seen = datetime.now(UTC).isoformat(timespec="seconds")
         with self._db.writing() as db:
@@ -123,7 +126,7 @@ class Catalogue:
         return {id: Known(*values) for id, *values in rows}
 
     def get(self, id: str, *, base: str | None = None) -> Adapter:
-        """The adapter with this id, as judged for `base` if it was. NothingMatched, with similar ids, if there is none."""
+        """The adapter with this id, as judged for `base` if it was. NothingMatched, with similar ids, for none."""
         with self._db.lock:
             rows = self._rows(Adapter, "id = ?", [id], base=base) or self._rows(Adapter, "id = ?", [id])
         if rows:

@@ -125,7 +125,7 @@ def test_commands_take_the_base_asked_for_else_that_of_the_settings(
     assert ok("pool", "list", "-q").out.split() == ["alice/for-one", "bob/for-other", "carol/says-both"]
     monkeypatch.setenv("LORA_BASE", BASE)
     assert ok("pool", "list", "-q").out.split() == ["alice/for-one", "carol/says-both"]
-    assert ok("pool", "search", "q_proj", "-q").out.split() == ["alice/for-one"]
+    assert ok("pool", "search", "for", "-q").out.split() == ["alice/for-one"]
     assert json.loads(ok("pool", "stats", "--json", "--base", OTHER).out)["usable"] == 1
     assert ok("select", "-k", "1", "-q", "--base", OTHER).out.strip().startswith("bob/for-other")
     told = refused(3, "pool", "list", "--base", "acme/unknown")

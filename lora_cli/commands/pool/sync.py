@@ -1,7 +1,6 @@
 """`lora pool sync`: bring the catalogue up to date."""
 
 import re
-from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +18,12 @@ from lora_cli.text import counted, duration, size
 if TYPE_CHECKING:
     from lora_cli.steps.pool.sync import SyncReport
 
+_REQUESTS, _BYTES = 4, 8_000
+"""What reading one adapter takes at most, with a header of usual length."""
+_REQUESTS_A_SECOND = 40
+"""What the Hub's limits allow with a PRO login: 12,000 requests for files in 5 minutes."""
+_MANY, _NAMED = 100, 5
+_HEADINGS = {"weeks": "made in the week", "reasons": "cannot be used", "authors": "authors"}
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
 
 
@@ -29,7 +34,11 @@ def sync(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--from", help="Folder tree of adapters to read.", show_default="setting pool, or the Hub"),
+        typer.Option(
+            "--from",
+            help="Folder tree of adapters, or a text file of Hub ids.",
+            show_default="setting pool, or the Hub",
+        ),
     ] = None,
     alias: Alias = None,
     no_alias: Annotated[
@@ -42,6 +51,15 @@ def sync(
     budget: Annotated[
         int | None, typer.Option("--budget-requests", help="The most requests to send; a rerun continues.", min=1)
     ] = None,
+    author: Annotated[
+        list[str] | None, typer.Option("--author", help="Only adapters of this user; repeatable. Hub only.")
+    ] = None,
+    max_size: Annotated[
+        str | None, typer.Option("--max-size", help="Refuse larger weights, such as 500MB. Hub only.")
+    ] = None,
+    copies: Annotated[
+        bool, typer.Option(help="Also adapters of quantised copies and mirrors of the base. Hub only.")
+    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
     dry_run: DryRun = False,
     *,
@@ -67,12 +85,22 @@ def sync(
         _refuse_without_hub_id(settings)
     screen.say(_assumed(settings))
     name, place = ("hub", "") if settings.pool is None else ("folder", str(settings.pool))
+    if folder is not None and settings.pool is not None and settings.pool.is_file():
+        name = "ids"
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         report = step(
             catalogue,
             open_source(name, place, budget=budget, progress=progress),
             SyncOptions(
-                aliases=aliases, dropped=no_alias or (), limit=limit, since=created, force=force, dry_run=dry_run
+                aliases=aliases,
+                dropped=no_alias or (),
+                limit=limit,
+                since=created,
+                force=force,
+                dry_run=dry_run,
+                authors=author or (),
+                max_bytes=_bytes(max_size) if max_size else None,
+                copies=copies,
             ),
             base=settings.base or "",
             skeleton=look_here(settings.base),
@@ -89,10 +117,36 @@ def _show(screen: Screen, report: "SyncReport", *, dry_run: bool) -> None:
         detail = f" ({id}: {reason})" if id else ""
         raise Partial(line + detail, hint="the adapters read so far are kept; rerun the same command for the rest")
     if dry_run or screen.format != "auto":
-        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
+        figures = report.figures
+        if dry_run:
+            figures["expected"] = _expected(report)
         rows = [{"id": id, "action": action} for id, action in report.plan if dry_run or action != "unchanged"]
         screen.rows("lora.pool.sync/1", _PLANNED, rows, extra=figures)
-    screen.say(f"would do: {line}" if dry_run else line)
+    if dry_run:
+        screen.say(f"would do: {line}{_in_words(_expected(report))}")
+        return
+    screen.say(line)
+    if report.to_read >= _MANY:
+        for name, counts in report.read.most(_NAMED).items():
+            if counts:
+                screen.say(f"{_HEADINGS[name]}: " + " · ".join(f"{what} {n:,}" for what, n in counts.items()))
+
+
+def _expected(report: "SyncReport") -> dict[str, int]:
+    """What reading the new and changed adapters of a Hub will take at most."""
+    requests = report.to_read * _REQUESTS if report.requests else 0
+    return {
+        "requests": requests,
+        "bytes": requests // _REQUESTS * _BYTES,
+        "seconds": round(requests / _REQUESTS_A_SECOND),
+    }
+
+
+def _in_words(expected: dict[str, int]) -> str:
+    if not expected["requests"]:
+        return ""
+    time = duration(expected["seconds"])
+    return f"; reading them takes at most {expected['requests']:,} requests, {size(expected['bytes'])}, about {time}"
 
 
 def _refuse_without_hub_id(settings: Settings) -> None:
@@ -143,6 +197,16 @@ def _moment(text: str) -> str:
         return datetime.fromisoformat(text).strftime("%Y-%m-%dT%H:%M:%S.000Z")
     except ValueError:
         raise UsageError(f"--since {text!r}: neither a time ago (30d, 8w) nor a date (2026-05-01)") from None
+
+
+def _bytes(text: str) -> int:
+    """A size in bytes."""
+    from lora_cli.catalogue.where import number_in
+
+    number = number_in(text)
+    if number is None or number < 0:
+        raise UsageError(f"--max-size {text!r}: not a size", hint="a number of bytes, such as 500MB or 1.5G")
+    return int(number)
 
 
 def register(pool: typer.Typer) -> None:

@@ -42,7 +42,7 @@ def pool_report(catalogue: Catalogue, where: Sequence[str] = (), *, base: str | 
         total=Share("", len(adapters), sum(map(_usable, adapters))),
         counts={
             "Status": _shares(adapters, lambda row: row.status),
-            "Reason": _shares([row for row in adapters if row.reason], _kind_of_reason),
+            "Reason": _shares([row for row in adapters if row.reason], lambda row: kind_of_reason(row.reason)),
             "Base model": _shares(adapters, lambda row: row.base),
             "Rank": _shares(adapters, lambda row: row.rank, lambda every: sorted(_commonest(every))),
             "Created": _shares(adapters, _month, _latest, rest="before"),
@@ -90,9 +90,9 @@ def _shares(
     return shares
 
 
-def _kind_of_reason(row: ReportedAdapter) -> str:
+def kind_of_reason(reason: str) -> str:
     """A reason without what is the adapter's own in it: quoted text, and words with a digit or a slash."""
-    return _WORD.sub(lambda word: "…" if _OWN.search(word[0]) else word[0], row.reason)
+    return _WORD.sub(lambda word: "…" if _OWN.search(word[0]) else word[0], reason)
 
 
 def _month(row: ReportedAdapter) -> str:
