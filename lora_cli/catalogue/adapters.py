@@ -57,6 +57,7 @@ class Catalogue:
         self.selections = Selections(self._db, self.get)
         self.spreads = Spreads(self._db)
         self.listings = Listings(self._db)
+        self.bases = verdicts.Bases(self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -100,11 +101,6 @@ class Catalogue:
         with self._db.writing() as db:
             for id in ids:
                 verdicts.set_status(db, id, status, reason, base)
-
-    def bases(self) -> dict[str, int]:
-        """Every base that adapters were judged for, with their number, the most frequent first."""
-        with self._db.lock:
-            return verdicts.bases(self._db.read())
 
     def known(self, ids: Sequence[str] | None = None, *, base: str | None = None) -> dict[str, Known]:
         """The stored version and status of these ids (all ids by default), as judged for `base` if it is given.

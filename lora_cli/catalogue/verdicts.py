@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import NamedTuple
 
+from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import UPSERT, clean, quoted, row_of, text
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.records import USABLE, Adapter
@@ -104,10 +105,18 @@ def set_status(db: Database, id: str, status: str, reason: str, base: str | None
     db.execute(f"UPDATE verdicts SET status = ?, reason = ? WHERE {adapter}{of_verdict}", values)
 
 
-def bases(db: Database) -> dict[str, int]:
-    """Every base that adapters were judged for, with their number, the most frequent first."""
-    rows = db.execute(
-        "SELECT judged_for, count(*) FROM (SELECT judged_for FROM adapters UNION ALL SELECT judged_for FROM verdicts) "
-        "WHERE judged_for != '' GROUP BY 1 ORDER BY 2 DESC, 1"
-    )
-    return dict(rows.fetchall())
+class Bases:
+    """The base models that adapters were judged for."""
+
+    def __init__(self, db: OpenDatabase) -> None:
+        self._db = db
+
+    def counts(self) -> dict[str, int]:
+        """Every such base with its number of adapters, the most frequent first."""
+        query = (
+            "SELECT judged_for, count(*) FROM "
+            "(SELECT judged_for FROM adapters UNION ALL SELECT judged_for FROM verdicts) "
+            "WHERE judged_for != '' GROUP BY 1 ORDER BY 2 DESC, 1"
+        )
+        with self._db.lock:
+            return dict(self._db.read().execute(query).fetchall())

@@ -79,7 +79,7 @@ def test_a_folder_is_judged_for_each_base_and_both_stay_up_to_date(tmp_path: Pat
         assert pool_report(catalogue, base=base).total[1:3] == (3, usable)
         assert [row.status for row in catalogue.search("pool", base=base)].count("ok") == usable
         assert len(catalogue.find(["status=ok"], base=base, sort="-rank", limit=2)) == usable
-    assert catalogue.bases() == {BASE: 3, OTHER: 3}
+    assert catalogue.bases.counts() == {BASE: 3, OTHER: 3}
     assert [row.status for row in catalogue.find()] == ["ok"] * 3
     assert catalogue.stats()["adapters"] == 3
 
@@ -112,7 +112,7 @@ def test_what_ends_for_all_bases_and_what_ends_for_one(catalogue: Catalogue) -> 
     catalogue.mark(["x/y"], "gone", "no longer at its source")
     assert {catalogue.get("x/y", base=base).status for base in (BASE, OTHER)} == {"gone"}
     catalogue.remove(["x/y"])
-    assert catalogue.bases() == {}
+    assert catalogue.bases.counts() == {}
 
 
 def test_commands_take_the_base_asked_for_else_that_of_the_settings(

@@ -41,7 +41,7 @@ _BASES_NAMED = 3
 
 def no_adapters(catalogue: "Catalogue", base: str | None, nothing: str) -> NothingMatched:
     """The error for a command that found none: `nothing`, or that no adapter was judged for this base."""
-    known = catalogue.bases() if base else {}
+    known = catalogue.bases.counts() if base else {}
     if base and known and base not in known:
         named = ", ".join(f"{name} ({count:,})" for name, count in [*known.items()][:_BASES_NAMED])
         more = f" and {len(known) - _BASES_NAMED:,} more" if len(known) > _BASES_NAMED else ""

@@ -1,6 +1,7 @@
 """`lora pool sync`: bring the catalogue up to date."""
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +12,13 @@ from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, DryRun
 from lora_cli.errors import Partial, UsageError
+from lora_cli.options import Flag, Options
 from lora_cli.screen import Screen
 from lora_cli.settings import Settings, folder_of
 from lora_cli.text import counted, duration, size
 
 if TYPE_CHECKING:
-    from lora_cli.steps.pool.sync import SyncReport
+    from lora_cli.steps.pool.sync import SyncOptions, SyncReport
 
 _REQUESTS, _BYTES = 4, 8_000
 """What reading one adapter takes at most, with a header of usual length."""
@@ -25,6 +27,38 @@ _REQUESTS_A_SECOND = 40
 _MANY, _NAMED = 100, 5
 _HEADINGS = {"weeks": "made in the week", "reasons": "cannot be used", "authors": "authors"}
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
+
+
+class Wanted(Options, frozen=True, kw_only=True):
+    """Which adapters a sync looks at."""
+
+    no_alias: Annotated[tuple[str, ...], Flag(help="A name that is no longer an alias; repeatable.")] = ()
+    no_copies: Annotated[
+        bool, Flag(help="Leave out adapters of quantised copies and mirrors of the base. Hub only.")
+    ] = False
+    author: Annotated[tuple[str, ...], Flag(help="Only adapters of this user; repeatable. Hub only.")] = ()
+    since: Annotated[
+        str, Flag(help="Only adapters created since: 30d, 8w or a date. Hub only.", default="any time")
+    ] = ""
+    max_size: Annotated[str, Flag(help="Refuse larger weights, such as 500MB. Hub only.", default="any size")] = ""
+    limit: Annotated[int | None, Flag(help="The most adapters to look at.", minimum=1)] = None
+    budget_requests: Annotated[int | None, Flag(help="The most requests to send; a rerun continues.", minimum=1)] = None
+
+    def options(self, aliases: Sequence[str], *, force: bool, dry_run: bool) -> "SyncOptions":
+        """The options of the step. UsageError for a time or a size that is none."""
+        from lora_cli.steps.pool.sync import SyncOptions
+
+        return SyncOptions(
+            aliases=aliases,
+            dropped=self.no_alias,
+            limit=self.limit,
+            since=_moment(self.since) if self.since else "",
+            authors=self.author,
+            max_bytes=_bytes(self.max_size) if self.max_size else None,
+            copies=not self.no_copies,
+            force=force,
+            dry_run=dry_run,
+        )
 
 
 def sync(
@@ -41,28 +75,10 @@ def sync(
         ),
     ] = None,
     alias: Alias = None,
-    no_alias: Annotated[
-        list[str] | None, typer.Option("--no-alias", help="A name that is no longer an alias; repeatable.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="The most adapters to look at.", min=1)] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", help="Only adapters created since: 30d, 8w or a date. Hub only.")
-    ] = None,
-    budget: Annotated[
-        int | None, typer.Option("--budget-requests", help="The most requests to send; a rerun continues.", min=1)
-    ] = None,
-    author: Annotated[
-        list[str] | None, typer.Option("--author", help="Only adapters of this user; repeatable. Hub only.")
-    ] = None,
-    max_size: Annotated[
-        str | None, typer.Option("--max-size", help="Refuse larger weights, such as 500MB. Hub only.")
-    ] = None,
-    copies: Annotated[
-        bool, typer.Option(help="Also adapters of quantised copies and mirrors of the base. Hub only.")
-    ] = True,
     force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
     dry_run: DryRun = False,
     *,
+    wanted: Wanted,
     setup: Stored,
     listing: Annotated[Listing, _PLANNED],
 ) -> None:
@@ -74,13 +90,12 @@ def sync(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.sources import open_source
     from lora_cli.steps.bases import look_here
-    from lora_cli.steps.pool.sync import SyncOptions
     from lora_cli.steps.pool.sync import sync as step
 
     screen = listing.screen()
     settings = setup.load(base=base, pool=folder)
     aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
-    created = _moment(since) if since else ""
+    options = wanted.options(aliases, force=force, dry_run=dry_run)
     if settings.pool is None:
         _refuse_without_hub_id(settings)
     screen.say(_assumed(settings))
@@ -90,18 +105,8 @@ def sync(
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         report = step(
             catalogue,
-            open_source(name, place, budget=budget, progress=progress),
-            SyncOptions(
-                aliases=aliases,
-                dropped=no_alias or (),
-                limit=limit,
-                since=created,
-                force=force,
-                dry_run=dry_run,
-                authors=author or (),
-                max_bytes=_bytes(max_size) if max_size else None,
-                copies=copies,
-            ),
+            open_source(name, place, budget=wanted.budget_requests, progress=progress),
+            options,
             base=settings.base or "",
             skeleton=look_here(settings.base),
             progress=progress,
@@ -213,5 +218,10 @@ def register(pool: typer.Typer) -> None:
     """Add `lora pool sync` to the commands of the pool."""
     pool.command(
         cls=Command,
-        epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json"),
+        epilog=examples(
+            "lora pool sync",
+            "lora pool sync --since 30d --max-size 500MB --dry-run",
+            "lora pool sync --from pool",
+            "lora pool sync --from pool --dry-run --json",
+        ),
     )(with_flags(sync))
