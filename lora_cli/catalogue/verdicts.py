@@ -18,7 +18,7 @@ COLUMNS = (
     "modules", "layers", "dtype", "parameters", "sha256", "norm", "stamp", "status", "reason", "notes", "rank_total",
     "ranks",
 )  # fmt: skip
-"""The columns of a row that a verdict has of its own."""
+"""The columns of a row that a verdict has of its own. Its ranks are "" where they are the row's: they take 16 kB."""
 
 _INTO = f"INSERT OR REPLACE INTO verdicts (judged_for, adapter, {quoted(COLUMNS)})"
 
@@ -44,12 +44,19 @@ def shown(db: Database, base: str | None, columns: Sequence[str]) -> Shown:
             return Shown("adapters", "1", ())
         return Shown("adapters", "judged_for = ?", (base,))
     names = list(dict.fromkeys(["key", "id", *columns]))
-    own = ", ".join(f'{"v" if name in COLUMNS else "a"}."{name}" AS "{name}"' for name in names)
+    own = ", ".join(f'{_source(name)} AS "{name}"' for name in names)
     table = (
         f"(SELECT {quoted(names)} FROM adapters WHERE judged_for = ? UNION ALL "
         f"SELECT {own} FROM verdicts v JOIN adapters a ON a.key = v.adapter WHERE v.judged_for = ?)"
     )
     return Shown(table, "1", (base, base))
+
+
+def _source(name: str) -> str:
+    """The column of a verdict or of its adapter's row."""
+    if name == "ranks":
+        return "CASE v.ranks WHEN '' THEN a.ranks ELSE v.ranks END"
+    return f'{"v" if name in COLUMNS else "a"}."{name}"'
 
 
 def put(db: Database, adapter: Adapter, asked: str, hub_id: str, seen: str) -> None:
@@ -63,10 +70,15 @@ def put(db: Database, adapter: Adapter, asked: str, hub_id: str, seen: str) -> N
         if not _takes_the_row(adapter, status=held[2], commit=held[3]):
             names = (*(field.name for field in fields(Adapter)), "rank_total")
             values = dict(zip(names, [*row_of(adapter), total], strict=True))
+            if db.execute("SELECT ranks = ? FROM adapters WHERE key = ?", [values["ranks"], held[0]]).fetchone()[0]:
+                values["ranks"] = ""
             marks = ", ".join("?" * (2 + len(COLUMNS)))
             db.execute(f"{_INTO} VALUES ({marks})", [judged_for, held[0], *(values[name] for name in COLUMNS)])
             return
         db.execute(f"{_INTO} SELECT judged_for, key, {quoted(COLUMNS)} FROM adapters WHERE key = ?", [held[0]])
+    if held is not None and held[3] != adapter.commit:
+        of_row = "(SELECT ranks FROM adapters WHERE key = adapter)"
+        db.execute(f"UPDATE verdicts SET ranks = {of_row} WHERE adapter = ? AND ranks = ''", [held[0]])
     db.execute(UPSERT, [*row_of(adapter), total, hub_id, seen, judged_for])
     if held is not None:
         db.execute("DELETE FROM verdicts WHERE adapter = ? AND judged_for = ?", [held[0], judged_for])

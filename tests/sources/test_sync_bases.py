@@ -98,6 +98,11 @@ def test_a_new_commit_read_for_one_base_leaves_the_verdict_for_the_other_at_its_
         ("b", 8),
     ]
     assert catalogue.get("x/y").commit == "b" * 40
+    catalogue.add([adapter(OTHER, rank=8, commit="d" * 40, ranks={"q": 8})], base=OTHER)
+    catalogue.add([adapter("third", "unusable", rank=8, commit="d" * 40, ranks={"q": 8})], base="third")
+    catalogue.add([adapter(OTHER, rank=8, commit="b" * 40, ranks={"q": 16})], base=OTHER)
+    ranks = [catalogue.get("x/y", base=base).ranks for base in (OTHER, "third")]
+    assert ranks == [{"q": 16}, {"q": 8}], "also where they were those of the row before"
     catalogue.add([adapter(BASE, "failed", commit="c" * 40)], base=BASE)
     assert (catalogue.get("x/y").commit[0], catalogue.get("x/y", base=BASE).status) == ("b", "failed")
 
