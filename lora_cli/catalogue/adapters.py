@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -308,33 +309,24 @@ class Catalogue:
         """
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = verdicts.shown(db, base, [*COLUMNS])
-            [totals] = db.query(
-                "SELECT count(*) AS adapters, coalesce(sum(bytes), 0) AS bytes, "
-                "count(DISTINCT nullif(author, '')) AS authors, coalesce(sum(status = 'ok'), 0) AS usable "
-                f"FROM {table} WHERE {of_base}",
-                [*given],
-            )
-            groups = {
-                name: {
-                    "" if value is None else str(value): count
-                    for value, count in db.execute(
-                        f"SELECT {column}, count(*) FROM {table} WHERE {of_base} AND {test} "
-                        "GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?",
-                        [*given, limit],
-                    )
-                }
-                for name, column, test, limit in (
-                    ("by_status", "status", "1", 10),
-                    ("by_base", "base", "1", 10),
-                    ("by_rank", "rank", "status = 'ok'", 20),
-                    ("by_licence", "licence", "1", 10),
-                    ("by_author", "author", "1", 10),
-                    ("by_dtype", "dtype", "status = 'ok'", 10),
-                    ("by_reason", "reason", "reason != ''", 10),
-                )
-            }
-            return {**totals, **groups, "last_sync": self.last_sync() or None}
+            names = ("status", "base", "rank", "licence", "author", "dtype", "reason")
+            table, of_base, given = verdicts.shown(db, base, [*names, "bytes"])
+            listed = quoted(names)
+            query = f"SELECT {listed}, count(*), sum(bytes) FROM {table} WHERE {of_base} GROUP BY {listed}"
+            rows = db.execute(query, [*given]).fetchall()
+        counts: dict[str, Counter[Any]] = {name: Counter() for name in names}
+        for *values, count, _ in rows:
+            for name, value in zip(names, values, strict=True):
+                if value if name == "reason" else values[0] == "ok" or name not in ("rank", "dtype"):
+                    counts[name][value] += count
+        figures = {
+            "adapters": sum(row[-2] for row in rows),
+            "bytes": sum(row[-1] for row in rows),
+            "authors": len(counts["author"].keys() - {""}),
+            "usable": counts["status"]["ok"],
+        }
+        ranked = {f"by_{name}": _ranked(counts[name], 20 if name == "rank" else 10) for name in names}
+        return {**figures, **ranked, "last_sync": self.last_sync() or None}
 
     def ids_of(self, *, source: str, base: str = "") -> list[str]:
         """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions."""
@@ -387,6 +379,12 @@ class Catalogue:
             [adapter.id, *which],
         )
         db.execute(f"UPDATE OR REPLACE adapters SET id = ? WHERE {same}", [adapter.id, *which])
+
+
+def _ranked(counts: Counter[Any], most: int) -> dict[str, int]:
+    """The most frequent values as texts, those of one count in their order, what is not known first."""
+    values = sorted(counts, key=lambda value: (-counts[value], value is not None, value))[:most]
+    return {"" if value is None else str(value): counts[value] for value in values}
 
 
 def _tested(where: Sequence[str], status: str | None) -> tuple[str, list[Any]]:
