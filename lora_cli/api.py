@@ -47,8 +47,8 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         self._catalogue.close()
 
     def list(self, *where: str, sort: str = "id", limit: int | None = None) -> Rows:
-        """The adapters of the catalogue for which all conditions hold, such as "rank<=16"."""
-        return self._catalogue.find(where, sort=sort, limit=limit)
+        """The adapters of the pool's base (else all) for which all conditions hold, such as "rank<=16"."""
+        return self._catalogue.find(where, base=self.settings.base, sort=sort, limit=limit)
 
     def frame(self, *where: str, sort: str = "id", limit: int | None = None) -> Any:
         """`list` as a pandas DataFrame, one column per fact. ImportError where pandas is not installed."""

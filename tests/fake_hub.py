@@ -306,7 +306,10 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = set(query.get("filter", []))
         repos = [
             repo for repo in self.hub.repos.values()
-            if repo.listed and wanted <= {"peft", f"base_model:adapter:{repo.base}"}
+            if repo.listed
+            and wanted <= {"peft", f"base_model:adapter:{repo.base}", *repo.tags}
+            and query.get("author", [repo.id.partition("/")[0]])[0] == repo.id.partition("/")[0]
+            and query.get("search", [""])[0] in repo.id
         ]  # fmt: skip
         repos.sort(key=lambda repo: (repo.created, repo.id), reverse=True)
         size = min(int(query.get("limit", ["1000"])[0]), self.hub.page_size)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -9,12 +10,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
+from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
-from lora_cli.catalogue.rows import UPSERT, clean, parsed, quoted, row_of, text
+from lora_cli.catalogue.listings import Listings
+from lora_cli.catalogue.rows import clean, parsed, quoted, text
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.spreads import Spreads
 from lora_cli.catalogue.sqlite import Database
-from lora_cli.catalogue.where import conditions, ordering
+from lora_cli.catalogue.where import COLUMNS, conditions, ordering
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import ids_and_commits, is_commit
 from lora_cli.records import Adapter, AdapterRow, Candidates, ReportedAdapter
@@ -22,6 +25,10 @@ from lora_cli.settings import folder_of
 from lora_cli.text import meant
 
 R = TypeVar("R", Adapter, AdapterRow)
+_FOUND = (
+    "JOIN (SELECT rowid AS found, bm25(adapters_fts, 8, 4, 2, 1) AS place "
+    "FROM adapters_fts WHERE adapters_fts MATCH ?) ON key = found"
+)
 _BATCH = 400  # ids per statement, below SQLite's limit on parameters
 
 
@@ -50,6 +57,8 @@ class Catalogue:
         self._db = OpenDatabase(path)
         self.selections = Selections(self._db, self.get)
         self.spreads = Spreads(self._db)
+        self.listings = Listings(self._db)
+        self.bases = verdicts.Bases(self._db)
 
     def __enter__(self) -> Self:
         return self
@@ -63,10 +72,11 @@ class Catalogue:
         """Close the file; the next use opens it again."""
         self._db.close()
 
-    def add(self, adapters: Iterable[Adapter], hub_ids: Mapping[str, str] | None = None) -> None:
-        """Store adapters by id, in one transaction; an existing row is replaced.
+    def add(self, adapters: Iterable[Adapter], hub_ids: Mapping[str, str] | None = None, *, base: str = "") -> None:
+        """Store adapters by id, as judged for `base` ("" for any), in one transaction; an earlier verdict is replaced.
 
-        `hub_ids` maps an id to the Hub's own stable id of the repository: a row of that repository is renamed.
+        Verdicts for other bases stay. `hub_ids` maps an id to the Hub's own stable id of the repository: a row of that
+        repository is renamed.
         """
         seen = datetime.now(UTC).isoformat(timespec="seconds")
         with self._db.writing() as db:
@@ -74,7 +84,7 @@ class Catalogue:
                 hub_id = (hub_ids or {}).get(adapter.id, "")
                 if hub_id:
                     self._follow_rename(db, adapter, hub_id)
-                db.execute(UPSERT, [*row_of(adapter), sum(adapter.ranks.values()), hub_id, seen])
+                verdicts.put(db, adapter, base, hub_id, seen)
 
     def refresh(self, popularity: Mapping[str, tuple[int, int]]) -> None:
         """Set downloads and likes, which change from day to day even if the adapter does not."""
@@ -85,48 +95,45 @@ class Catalogue:
     def learn(self, adapter: Adapter) -> None:
         """Store the facts from reading the weights; ignored if the row is at another commit by now."""
         with self._db.writing() as db:
-            db.execute(
-                'UPDATE adapters SET sha256 = ?, norm = ?, bytes = ? WHERE id = ? AND "commit" = ?',
-                [adapter.sha256, adapter.norm, adapter.bytes, adapter.id, adapter.commit],
-            )
-            db.execute(
-                "UPDATE adapters SET status = ?, reason = ? "
-                """WHERE id = ? AND "commit" = ? AND NOT (status = 'quarantined' AND ? = 'ok')""",
-                [adapter.status, adapter.reason, adapter.id, adapter.commit, adapter.status],
-            )
+            verdicts.learn(db, adapter)
 
-    def mark(self, ids: Iterable[str], status: str, reason: str) -> None:
-        """Give rows another status, with its reason."""
+    def mark(self, ids: Iterable[str], status: str, reason: str, *, base: str | None = None) -> None:
+        """Give adapters another status, with its reason, for `base` or for every base."""
         with self._db.writing() as db:
             for id in ids:
-                db.execute("UPDATE adapters SET status = ?, reason = ? WHERE id = ?", [status, reason, id])
+                verdicts.set_status(db, id, status, reason, base)
 
-    def known(self, ids: Sequence[str] | None = None) -> dict[str, Known]:
-        """The stored version and status of these ids (all ids by default); ids without a row are left out."""
-        columns = "SELECT id, " + ", ".join(f'"{name}"' for name in Known._fields) + " FROM adapters"
+    def known(self, ids: Sequence[str] | None = None, *, base: str | None = None) -> dict[str, Known]:
+        """The stored version and status of these ids (all ids by default), as judged for `base` if it is given.
+
+        Ids without such a verdict are left out.
+        """
         with self._db.lock:
             db = self._db.read()
+            table, test, given = verdicts.shown(db, base, Known._fields)
+            columns = f"SELECT {quoted(['id', *Known._fields])} FROM {table} WHERE {test}"
             if ids is None:
-                rows = db.execute(columns).fetchall()
+                rows = db.execute(columns, [*given]).fetchall()
             else:
                 rows = []
                 for start in range(0, len(ids), _BATCH):
                     batch = [text(id) for id in ids[start : start + _BATCH]]
-                    rows += db.execute(f"{columns} WHERE id IN ({', '.join('?' * len(batch))})", batch).fetchall()
+                    marks = ", ".join("?" * len(batch))
+                    rows += db.execute(f"{columns} AND id IN ({marks})", [*given, *batch]).fetchall()
         return {id: Known(*values) for id, *values in rows}
 
-    def get(self, id: str) -> Adapter:
-        """The adapter with this id. NothingMatched, with similar ids, if there is none."""
+    def get(self, id: str, *, base: str | None = None) -> Adapter:
+        """The adapter with this id, as judged for `base` if it was. NothingMatched, with similar ids, for none."""
         with self._db.lock:
-            rows = self._rows(Adapter, "WHERE id = ?", [id])
+            rows = self._rows(Adapter, "id = ?", [id], base=base) or self._rows(Adapter, "id = ?", [id])
         if rows:
             return rows[0]
         near = self.suggest(id)
         hint = meant(near, "see `lora pool list`, or run `lora pool sync`")
         raise NothingMatched(f"{id}: not in the catalogue", hint=hint)
 
-    def named(self, text: str) -> Adapter:
-        """The row for the user's text: an id (with `@commit` only that version), or a folder.
+    def named(self, text: str, *, base: str | None = None) -> Adapter:
+        """The row for the user's text: an id (with `@commit` only that version), or a folder; as judged for `base`.
 
         Raises:
             NothingMatched: no such row, with similar ids; or the row is at another commit.
@@ -147,7 +154,7 @@ class Catalogue:
                 f"{text} is the name of one adapter and the commit of another",
                 hint=f"give all 40 digits of a commit: {id}@{known[id].commit} or {text}@{known[text].commit}",
             )
-        row = self.get(id)
+        row = self.get(id, base=base)
         if not row.commit.startswith(commit):
             raise NothingMatched(
                 f"{row.id} is at commit {row.commit[:12]} in the catalogue; commit {commit} is not available here",
@@ -158,7 +165,7 @@ class Catalogue:
     def at(self, folder: Path) -> Adapter | None:
         """The adapter in `folder`, None if it is not in the catalogue."""
         with self._db.lock:
-            rows = self._rows(Adapter, "WHERE source = 'folder' AND repo = ?", [str(folder.resolve())])
+            rows = self._rows(Adapter, "source = 'folder' AND repo = ?", [str(folder.resolve())])
         return rows[0] if rows else None
 
     def provenance(self, id: str) -> dict[str, Any]:
@@ -215,26 +222,35 @@ class Catalogue:
                 db.execute("DELETE FROM adapters WHERE id = ?", [id])
 
     def find(
-        self, where: Sequence[str] = (), *, sort: str = "id", limit: int | None = None, status: str | None = None
+        self,
+        where: Sequence[str] = (),
+        *,
+        base: str | None = None,
+        sort: str = "id",
+        limit: int | None = None,
+        status: str | None = None,
     ) -> list[AdapterRow]:
-        """Adapters for which every condition of `where` holds (see `where`), and the status if one is given."""
+        """Adapters for which every condition of `where` holds (see `where`), and the status if one is given.
+
+        With a `base`, the adapters that were judged for it, as they were; else all, each as its row has it.
+        """
         test, values = _tested(where, status)
-        # Choose rows by their keys first, so that only the requested rows are read in full.
-        keys = f"SELECT key FROM adapters WHERE {test} ORDER BY {ordering(sort)} LIMIT ?"
+        most = -1 if limit is None else limit
         with self._db.lock:
+            table, of_base, given = verdicts.shown(self._db.read(), base, [*COLUMNS])
+            # Choose rows by their keys first, so that only the requested rows are read in full.
+            keys = f"SELECT key FROM {table} WHERE {of_base} AND {test} ORDER BY {ordering(sort)} LIMIT ?"
             return self._rows(
-                AdapterRow,
-                f"WHERE key IN ({keys}) ORDER BY {ordering(sort)}",
-                [*values, -1 if limit is None else limit],
+                AdapterRow, f"key IN ({keys}) ORDER BY {ordering(sort)}", [*given, *values, most], base=base
             )
 
-    def rows(self, ids: Sequence[str]) -> list[AdapterRow]:
-        """The adapters with these ids, in this order; those that are not in the catalogue are left out."""
+    def rows(self, ids: Sequence[str], *, base: str | None = None) -> list[AdapterRow]:
+        """The adapters with these ids, in this order, as judged for `base` if it is given; without those not there."""
         found: dict[str, AdapterRow] = {}
         with self._db.lock:
             for start in range(0, len(ids), _BATCH):
                 batch = ids[start : start + _BATCH]
-                for row in self._rows(AdapterRow, f"WHERE id IN ({', '.join('?' * len(batch))})", batch):
+                for row in self._rows(AdapterRow, f"id IN ({', '.join('?' * len(batch))})", batch, base=base):
                     found[row.id] = row
         return [found[id] for id in ids if id in found]
 
@@ -243,32 +259,38 @@ class Catalogue:
     ) -> Candidates:
         """The usable adapters for which every condition of `where` holds, of `base` if given; by id."""
         test, values = _tested(where, "ok")
-        if base is not None:
-            test, values = f"{test} AND base = ?", [*values, base]
-        counts = f"SELECT base, count(*) FROM adapters WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
         columns = ", ".join(["""id || '@' || "commit\"""", *([quoted(facts)] if facts else [])])
-        query = f"SELECT {columns} FROM adapters WHERE {test} ORDER BY base, id"
         with self._db.lock:
             db = self._db.read()
+            table, of_base, given = verdicts.shown(db, base, [*COLUMNS, *facts])
+            if base is not None:
+                # Usable adapters are for the base they were judged for, and an index begins with it.
+                of_base, given = ("base = ?", [base]) if table == "adapters" else ("base = ?", [*given, base])
+            test, values = f"{of_base} AND {test}", [*given, *values]
+            counts = f"SELECT base, count(*) FROM {table} WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
+            query = f"SELECT {columns} FROM {table} WHERE {test} ORDER BY base, id"
             bases = dict(db.execute(counts, clean(values)).fetchall())
             # One call for all rows: each step of the cursor would pass through its translation of errors.
             rows = db.execute(query, clean(values)).fetchall()
         pinned, *columns_read = zip(*rows, strict=True) if rows else [()] * (1 + len(facts))
         return Candidates(pinned, dict(zip(facts, columns_read, strict=True)), bases)
 
-    def reported(self, where: Sequence[str] = ()) -> list[ReportedAdapter]:
+    def reported(self, where: Sequence[str] = (), *, base: str | None = None) -> list[ReportedAdapter]:
         """The adapters for which every condition of `where` holds, the most downloaded first, then by id."""
         test, values = _tested(where, None)
-        rows = f"SELECT {quoted(ReportedAdapter._fields)} FROM adapters WHERE {test} ORDER BY downloads DESC, id"
         with self._db.lock:
-            return list(map(ReportedAdapter._make, self._db.read().execute(rows, clean(values))))
+            db = self._db.read()
+            table, of_base, given = verdicts.shown(db, base, [*COLUMNS])
+            columns = quoted(ReportedAdapter._fields)
+            rows = f"SELECT {columns} FROM {table} WHERE {of_base} AND {test} ORDER BY downloads DESC, id"
+            return list(map(ReportedAdapter._make, db.execute(rows, clean([*given, *values]))))
 
     def last_sync(self) -> str:
         """The time at which the last sync ended, "" if there was none."""
         with self._db.lock:
             return self._db.read().execute("SELECT max(ended) FROM syncs").fetchone()[0] or ""
 
-    def search(self, text: str, *, limit: int = 50) -> list[AdapterRow]:
+    def search(self, text: str, *, base: str | None = None, limit: int = 50) -> list[AdapterRow]:
         """Adapters whose id, author, modules or card hold every word of `text` (or a word that starts so), best first.
 
         Punctuation in `text` only separates words: there is no query language.
@@ -277,48 +299,42 @@ class Catalogue:
         if not words:
             raise UsageError(f"nothing to search for in {text!r}", hint="give a word or two")
         query = " ".join(f'"{word}"*' for word in words[:20])
-        joined = (
-            "JOIN (SELECT rowid AS found, bm25(adapters_fts, 8, 4, 2, 1) AS place "
-            "FROM adapters_fts WHERE adapters_fts MATCH ?) ON key = found ORDER BY place, id LIMIT ?"
-        )
         with self._db.lock:
-            return self._rows(AdapterRow, joined, [query, limit])
+            return self._rows(AdapterRow, "1 ORDER BY place, id LIMIT ?", [limit], base=base, words=query)
 
-    def stats(self) -> dict[str, Any]:
-        """Counts of the whole catalogue: by status, base, rank, licence, author, data type and reason."""
+    def stats(self, *, base: str | None = None) -> dict[str, Any]:
+        """Counts of the whole catalogue, or of what was judged for `base`.
+
+        By status, base, rank, licence, author, data type and reason.
+        """
         with self._db.lock:
             db = self._db.read()
-            [totals] = db.query(
-                "SELECT count(*) AS adapters, coalesce(sum(bytes), 0) AS bytes, "
-                "count(DISTINCT nullif(author, '')) AS authors, coalesce(sum(status = 'ok'), 0) AS usable FROM adapters"
-            )
-            groups = {
-                name: {
-                    "" if value is None else str(value): count
-                    for value, count in db.execute(
-                        f"SELECT {column}, count(*) FROM adapters {test} GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT ?", [limit]
-                    )
-                }
-                for name, column, test, limit in (
-                    ("by_status", "status", "", 10),
-                    ("by_base", "base", "", 10),
-                    ("by_rank", "rank", "WHERE status = 'ok'", 20),
-                    ("by_licence", "licence", "", 10),
-                    ("by_author", "author", "", 10),
-                    ("by_dtype", "dtype", "WHERE status = 'ok'", 10),
-                    ("by_reason", "reason", "WHERE reason != ''", 10),
-                )
-            }
-            return {**totals, **groups, "last_sync": self.last_sync() or None}
+            names = ("status", "base", "rank", "licence", "author", "dtype", "reason")
+            table, of_base, given = verdicts.shown(db, base, [*names, "bytes"])
+            listed = quoted(names)
+            query = f"SELECT {listed}, count(*), sum(bytes) FROM {table} WHERE {of_base} GROUP BY {listed}"
+            rows = db.execute(query, [*given]).fetchall()
+        counts: dict[str, Counter[Any]] = {name: Counter() for name in names}
+        for *values, count, _ in rows:
+            for name, value in zip(names, values, strict=True):
+                if value if name == "reason" else values[0] == "ok" or name not in ("rank", "dtype"):
+                    counts[name][value] += count
+        figures = {
+            "adapters": sum(row[-2] for row in rows),
+            "bytes": sum(row[-1] for row in rows),
+            "authors": len(counts["author"].keys() - {""}),
+            "usable": counts["status"]["ok"],
+        }
+        ranked = {f"by_{name}": _ranked(counts[name], 20 if name == "rank" else 10) for name in names}
+        return {**figures, **ranked, "last_sync": self.last_sync() or None}
 
     def ids_of(self, *, source: str, base: str = "") -> list[str]:
         """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions."""
-        test, values = "source = ? AND status != 'gone'", [source]
-        if base:
-            test, values = f"{test} AND base = ?", [*values, base]
         with self._db.lock:
-            rows = self._db.read().execute(f"SELECT id FROM adapters WHERE {test} ORDER BY id", values)
-            return [row[0] for row in rows]
+            db = self._db.read()
+            table, of_base, given = verdicts.shown(db, base or None, ["source", "status"])
+            query = f"SELECT id FROM {table} WHERE {of_base} AND source = ? AND status != 'gone' ORDER BY id"
+            return [row[0] for row in db.execute(query, [*given, source])]
 
     def remember_sync(self, started: str, source: str, base: str, report: Mapping[str, Any]) -> None:
         """Store the figures of one sync."""
@@ -340,10 +356,18 @@ class Catalogue:
             for alias in aliases:
                 db.execute("INSERT OR REPLACE INTO aliases (alias, base) VALUES (?, ?)", [alias, base])
 
-    def _rows(self, kind: type[R], rest: str, values: Sequence[Any]) -> list[R]:
-        """Rows as records of `kind`, of a query that goes on with `rest`."""
+    def _rows(
+        self, kind: type[R], rest: str, values: Sequence[Any], *, base: str | None = None, words: str = ""
+    ) -> list[R]:
+        """Rows as records of `kind`: those for which `rest` holds, a condition and what may follow it."""
         names = [field.name for field in fields(kind)]
-        rows = self._db.read().execute(f"SELECT {quoted(names)} FROM adapters {rest}", clean(values))
+        of: verdicts.Shown = verdicts.shown(self._db.read(), base, names)
+        joined = _FOUND if words else ""
+        query = f"SELECT {quoted(names)} FROM {of.table} {joined} WHERE {of.test} AND {rest}"
+        # Values follow the text: those of a subquery stand before the words, those of a condition behind them.
+        matched: list[str] = [words] if words else []
+        order: list[str] = [*matched, *of.values] if of.table == "adapters" else [*of.values, *matched]
+        rows = self._db.read().execute(query, clean([*order, *values]))
         return [kind(**parsed(dict(zip(names, row, strict=True)))) for row in rows]
 
     @staticmethod
@@ -355,6 +379,12 @@ class Catalogue:
             [adapter.id, *which],
         )
         db.execute(f"UPDATE OR REPLACE adapters SET id = ? WHERE {same}", [adapter.id, *which])
+
+
+def _ranked(counts: Counter[Any], most: int) -> dict[str, int]:
+    """The most frequent values as texts, those of one count in their order, what is not known first."""
+    values = sorted(counts, key=lambda value: (-counts[value], value is not None, value))[:most]
+    return {"" if value is None else str(value): counts[value] for value in values}
 
 
 def _tested(where: Sequence[str], status: str | None) -> tuple[str, list[Any]]:

@@ -20,6 +20,8 @@ _TABLES = {
     "scores": "id",
     "syncs": "id",
     "spreads": "",
+    "verdicts": "judged_for",
+    "listings": "name",
 }
 """Every table with the column that names its rows."""
 _MOST_PROBES = 100_000

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from lora_cli.catalogue.database import open_for_reading, open_for_writing, writing
-from lora_cli.catalogue.rows import UPSERT, WRITTEN, clean, quoted, row_of
+from lora_cli.catalogue.rows import UPSERT, WRITTEN, clean, quoted, row_of, text
 from lora_cli.catalogue.runs import new_run
 from lora_cli.names import ids_and_commits
 from lora_cli.records import Adapter, ImportCounts, ImportedScore
@@ -94,7 +94,7 @@ class Staging:
         seen = datetime.now(UTC).isoformat(timespec="seconds")
         insert = f"INSERT OR IGNORE INTO staged_adapters VALUES ({', '.join('?' * (len(WRITTEN) + 1))})"
         for adapter, line in adapters:
-            values = [*row_of(adapter), sum(adapter.ranks.values()), "", seen]
+            values = [*row_of(adapter), sum(adapter.ranks.values()), "", seen, text(adapter.base)]
             if self._db.execute(insert, [*values, line]).rowcount == 0:
                 [first] = self._db.execute("SELECT line FROM staged_adapters WHERE id = ?", values[:1]).fetchone()
                 return Twice(adapter.id, "", "", first, line)

@@ -1,5 +1,7 @@
 """The schema of the catalogue's database, one step at a time. Append to STEPS; never edit an old step."""
 
+import hashlib
+
 from lora_cli.catalogue.sqlite import Database, Migrations
 
 
@@ -273,12 +275,76 @@ _M005 = (
 )
 
 
+def m006_verdicts_per_base(db: Database) -> None:
+    """The base that a row was judged for, verdicts for further bases beside the rows, and how far listings came."""
+    db.execute("ALTER TABLE adapters ADD COLUMN judged_for TEXT NOT NULL DEFAULT ''")
+    db.execute("UPDATE adapters SET judged_for = base WHERE base_match != 'mismatch'")
+    # A stamp holds the digest of the base that was asked for: of a Hub's row at its start, of a folder's after a colon.
+    for (base,) in db.execute("SELECT DISTINCT base FROM syncs WHERE base != ''").fetchall():
+        digest = hashlib.sha256(base.encode()).hexdigest()[:16]
+        db.execute(
+            "UPDATE adapters SET judged_for = ? "
+            "WHERE substr(stamp, 1, 17) = ? OR (source = 'folder' AND substr(stamp, 18, 17) = ?)",
+            [base, f"{digest}:", f"{digest}:"],
+        )
+    # The column is the last of a row, behind its long texts: only the index is read.
+    db.execute("CREATE INDEX adapters_judged_for ON adapters (judged_for, id)")
+    for statement in _M006:
+        db.execute(statement)
+
+
+_M006 = (
+    """
+    CREATE TABLE verdicts (
+        key INTEGER PRIMARY KEY,
+        adapter INTEGER NOT NULL REFERENCES adapters (key) ON DELETE CASCADE,
+        judged_for TEXT NOT NULL,
+        "commit" TEXT NOT NULL,
+        base_declared TEXT NOT NULL,
+        revision TEXT NOT NULL,
+        base TEXT NOT NULL,
+        base_match TEXT NOT NULL,
+        rank INTEGER,
+        alpha REAL,
+        scale REAL,
+        rslora INTEGER NOT NULL,
+        target_modules TEXT NOT NULL,
+        modules INTEGER NOT NULL,
+        layers INTEGER NOT NULL,
+        dtype TEXT NOT NULL,
+        parameters INTEGER NOT NULL,
+        sha256 TEXT NOT NULL,
+        norm REAL,
+        stamp TEXT NOT NULL,
+        status TEXT NOT NULL,
+        reason TEXT NOT NULL,
+        notes TEXT NOT NULL,
+        rank_total INTEGER NOT NULL,
+        ranks TEXT NOT NULL,
+        UNIQUE (judged_for, adapter)
+    )
+    """,
+    "CREATE INDEX verdicts_adapter ON verdicts (adapter)",
+    """
+    CREATE TABLE listings (
+        endpoint TEXT NOT NULL,
+        base TEXT NOT NULL,
+        name TEXT NOT NULL,
+        next TEXT NOT NULL DEFAULT '',
+        asked TEXT NOT NULL DEFAULT '',
+        PRIMARY KEY (endpoint, base, name)
+    ) WITHOUT ROWID
+    """,
+)
+
+
 STEPS = (
     m001_adapters_selections_runs,
     m002_revision_and_notes,
     m003_thin_rows,
     m004_spreads,
     m005_scores_of_adapters,
+    m006_verdicts_per_base,
 )
 
 

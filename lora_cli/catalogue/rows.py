@@ -13,7 +13,7 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
-WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at")
+WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at", "judged_for")
 """The columns of a row that is stored."""
 _NEW = {name: f'excluded."{name}"' for name in WRITTEN if name != "id"}
 _HELD = "adapters.status = 'quarantined' AND adapters.\"commit\" = excluded.\"commit\" AND excluded.status = 'ok'"

@@ -117,7 +117,7 @@ def _hint(error: str) -> str:
         return 'commit is a word of SQL: write "commit" in double quotes'
     if "no such table" in error:
         return (
-            "tables are adapters, adapters_fts, selections, selected, runs, scores, "
+            "tables are adapters, adapters_fts, verdicts, selections, selected, runs, scores, "
             "adapter_scores (the newest of each adapter, task and metric), syncs, aliases, spreads"
         )
     if "no such column" in error:

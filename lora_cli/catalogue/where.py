@@ -133,12 +133,20 @@ def _typed(column: str, value: str, text: str) -> Value:
             raise UsageError(f"--where {text!r}: {column} is true or false, not {value!r}")
         return int(value.lower() in ("true", "yes", "1"))
     if kind == "number":
-        found = _NUMBER.fullmatch(value)
-        if found is None:
+        number = number_in(value)
+        if number is None:
             raise UsageError(f"--where {text!r}: {column} is a number, not {value!r}")
-        number = float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].upper()]
-        return int(number) if number.is_integer() and abs(number) < 2**63 else number
+        return number
     return value
+
+
+def number_in(value: str) -> int | float | None:
+    """The number of a text such as 10k, 2.5M, 300MB or 1e-3; None for another text."""
+    found = _NUMBER.fullmatch(value)
+    if found is None:
+        return None
+    number = float(found[1]) * (1024 if found[3] else 1000) ** _POWERS[found[2].upper()]
+    return int(number) if number.is_integer() and abs(number) < 2**63 else number
 
 
 def _column(name: str, text: str) -> str:

@@ -10,7 +10,7 @@ from lora_cli.errors import NetworkError
 from lora_cli.hub.bodies import Part, file_range, json_list, json_object, next_page, whole_file
 from lora_cli.hub.cache import cache_folder, content_oid
 from lora_cli.hub.connection import Connection
-from lora_cli.hub.listing import EXPAND, Listed, listed, with_limit
+from lora_cli.hub.listing import EXPAND, Listed, is_id, listed, with_limit
 from lora_cli.hub.problems import Absent, Gated, Unfit, raise_translated
 from lora_cli.hub.session import identity
 from lora_cli.names import is_commit
@@ -31,23 +31,36 @@ class FileFacts(NamedTuple):
     size: int
 
 
+class Page(NamedTuple):
+    """A page of a listing, and the address of the next one, "" after the last."""
+
+    repositories: list[Listed]
+    following: str
+
+
 class Hub(Connection):
     """The questions that this tool asks a Hub, each one request unless it says otherwise."""
 
-    def list_adapters(self, base: str, *, since: str = "", limit: int | None = None) -> Iterator[list[Listed]]:
+    def list_adapters(
+        self, base: str, *, author: str = "", since: str = "", limit: int | None = None, start: str = ""
+    ) -> Iterator[Page]:
         """The repositories tagged as PEFT adapters of `base`, newest first, one page at a time.
 
         A repeated repository is yielded once; a page that may cut the listing short raises.
 
         Args:
             base: the base model's Hub id.
+            author: only the repositories of this user or organisation, "" for all.
             since: skip (and do not request) repositories created before this ISO time.
             limit: the most repositories to list.
+            start: the address of the page to begin with, as an earlier page gave it; another server's is not used.
         """
         query: list[tuple[str, Any]] = [("filter", f"base_model:adapter:{base}"), ("filter", "peft")]
+        query += [("author", author)] if author else []
         query += [("sort", "createdAt"), *(("expand", name) for name in EXPAND)]
         query.append(("limit", min(limit or _PAGE_SIZES[0], _PAGE_SIZES[0])))
-        url = f"{self.endpoint}/api/models?{urlencode(query)}"
+        first = f"{self.endpoint}/api/models?{urlencode(query)}"
+        url = start if start.startswith(f"{self.endpoint}/api/models?") else first
         seen: set[str] = set()
         old = 0
         for _ in range(_MOST_PAGES):
@@ -64,13 +77,21 @@ class Hub(Connection):
                 if limit is not None and len(seen) >= limit:
                     url = ""
                     break
-            yield page
+            yield Page(page, url)
             old = 0 if page else old + 1
             if not url:
                 return
             if old >= _MOST_PAGES_WITHOUT_NEWS:
                 break
         raise NetworkError(f"the listing of {base} does not end", hint="rerun later")
+
+    def names_of_models(self, **query: str) -> list[str]:
+        """The ids of the most downloaded models that fit a query such as filter=… or search=…, at most a page."""
+        asked = [*query.items(), ("sort", "downloads"), ("expand", "author"), ("limit", str(_PAGE_SIZES[0]))]
+        url = f"{self.endpoint}/api/models?{urlencode(asked)}"
+        items = self.get(url, "the copies of a base", lambda response: [*json_list(response)])
+        names = [item.get("id") for item in items if isinstance(item, dict)]
+        return [name for name in names if isinstance(name, str) and is_id(name)]
 
     def repository(self, repo: str, revision: str = "") -> Listed:
         """The listing's entry for one repository at a branch, tag or whole commit, "" for its main branch."""

@@ -14,13 +14,24 @@ from lora_cli.records import Adapter, Progress, silent
 class Sought:
     """The adapters that a sync looks for: those that `rules` judge, at most `limit`, none created before `since`.
 
-    `since` is an ISO time, "" for any; a source that does not know when an adapter was created ignores it.
+    `since` is an ISO time, "" for any; a source that does not know when an adapter was created ignores it. `authors`
+    are the only ones to look at, () for all; adapters of more than `max_bytes` are refused. With `copies`, adapters of
+    the base's copies under other names are looked for too. `dry_run`: nothing may be stored.
     """
 
     catalogue: Catalogue
     rules: Rules
     limit: int | None = None
     since: str = ""
+    authors: tuple[str, ...] = ()
+    max_bytes: int | None = None
+    copies: bool = False
+    dry_run: bool = False
+
+    @property
+    def whole(self) -> bool:
+        """Whether every adapter of the source is looked at."""
+        return self.limit is None and not self.since and not self.authors
 
 
 @dataclass(frozen=True)

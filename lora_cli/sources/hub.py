@@ -9,7 +9,7 @@ from functools import partial
 from lora_cli.catalogue.adapters import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, ConfigError, HeaderError, NetworkError, NothingMatched
-from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.base_names import same_base, split_revision
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
@@ -21,11 +21,16 @@ from lora_cli.hub.session import login_mark
 from lora_cli.names import in_repo, is_folder, is_model
 from lora_cli.records import Adapter, Progress
 from lora_cli.sources import Found, Sought, Source, refuse
+from lora_cli.text import size
 
 _PROBE_BYTES = 4096
 _LARGEST_GUESS = 65_536
 _MOST_VANISHED = 50
 _MOST_SUBFOLDERS = 16
+_MOST_COPIES = 20
+# Copies in forms that nobody trains on.
+_UNTRAINABLE = re.compile(r"gguf|exl\d|onnx|mlx|-i1|imat|openvino", re.IGNORECASE)
+_OVER = ":over:"
 _CHECKPOINT = re.compile(r"(?:^|/)(?:checkpoint|step|epoch)[-_]?\d+$", re.IGNORECASE)
 
 
@@ -42,6 +47,7 @@ class HubSource(Source):
     def __init__(self, hub: Hub) -> None:
         self.name = hub.endpoint
         self._hub = hub
+        self._resumed = False
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -51,20 +57,52 @@ class HubSource(Source):
         self._hub.stop()
 
     def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
-        reader = HubReader(self._hub, sought.rules)
+        reader = HubReader(self._hub, sought.rules, sought.max_bytes)
         count = 0
-        named = [sought.rules.base, *(alias for alias in sought.rules.aliases if is_model(split_revision(alias)[0]))]
+        listings, place = sought.catalogue.listings, (self.name, sought.rules.base)
+        for base in self._names(sought):
+            for author in sought.authors or ("",):
+                left = None if sought.limit is None else sought.limit - count
+                if left is not None and left <= 0:
+                    return
+                start = listings.next_page(*place, base) if sought.whole else ""
+                self._resumed = self._resumed or bool(start)
+                pages = self._hub.list_adapters(base, author=author, since=sought.since, limit=left, start=start)
+                for page in pages:
+                    count += len(page.repositories)
+                    progress("listing", count, 0)
+                    yield [found for listed in page.repositories for found in reader.all_in(listed)]
+                    # Whoever asks for more has stored this page.
+                    if sought.whole and not sought.dry_run and (start or page.following):
+                        start = page.following
+                        listings.remember(*place, base, page.following)
+
+    def _names(self, sought: Sought) -> Iterator[str]:
+        """The names whose adapters are listed: the base, its aliases, its copies that have adapters."""
+        rules = sought.rules
+        named = [rules.base, *(alias for alias in rules.aliases if is_model(split_revision(alias)[0]))]
         # A listing covers the repository, not a single revision.
-        for base in dict.fromkeys(split_revision(name)[0] for name in named):
-            left = None if sought.limit is None else sought.limit - count
-            if left is not None and left <= 0:
-                return
-            for page in self._hub.list_adapters(base, since=sought.since, limit=left):
-                count += len(page)
-                progress("listing", count, 0)
-                yield [found for listed in page for found in reader.all_in(listed)]
+        names = dict.fromkeys(split_revision(name)[0] for name in named)
+        yield from names
+        if not sought.copies:
+            return
+        known = sought.catalogue.listings.copies(self.name, rules.base)
+        copies = self._copies(split_revision(rules.base)[0]) if known is None else known
+        yield from (name for name in copies if name not in names)
+        if known is None and not sought.dry_run:
+            there = {split_revision(row.base_declared)[0] for row in sought.catalogue.find(base=rules.base)}
+            sought.catalogue.listings.remember_copies(self.name, rules.base, [name for name in copies if name in there])
+
+    def _copies(self, base: str) -> list[str]:
+        """The copies of a base by the tables of names: quantised ones that the Hub knows, mirrors of the same name."""
+        named = self._hub.names_of_models(filter=f"base_model:quantized:{base}")
+        named += self._hub.names_of_models(search=base.rpartition("/")[2])
+        copies = [name for name in dict.fromkeys(named) if name != base and same_base(name, base)]
+        return [name for name in copies if not _UNTRAINABLE.search(name)][:_MOST_COPIES]
 
     def vanished(self, sought: Sought, seen: Collection[str]) -> list[str]:
+        if self._resumed:
+            return []  # the pages before the first one of this sync were not seen
         missing = [id for id in sought.catalogue.ids_of(source="hub", base=sought.rules.base) if id not in seen]
         if len(missing) > _MOST_VANISHED:
             # A truncated listing is likelier than so many deletions in one day.
@@ -87,8 +125,9 @@ class HubReader:
     Only configurations and headers are read, never weights.
     """
 
-    def __init__(self, hub: Hub, rules: Rules) -> None:
+    def __init__(self, hub: Hub, rules: Rules, max_bytes: int | None = None) -> None:
         self._hub = hub
+        self._max_bytes = max_bytes
         self._rules = rules
         self._probe = _PROBE_BYTES
         # Access to a gated repo can change without a new commit: ask again after a day or under another login.
@@ -142,6 +181,9 @@ class HubReader:
     def _is_same(self, stub: Adapter, known: Known) -> bool:
         if known.status == "gated":
             return known.commit == stub.commit and known.stamp == self._gate
+        if known.stamp.startswith(f"{stub.stamp}{_OVER}"):
+            held = int(known.stamp.rpartition(":")[2])
+            return known.commit == stub.commit and self._max_bytes is not None and held > self._max_bytes
         # A new alias can change the verdict only for adapters that do not declare this base by its exact name.
         asked = self._rules.base
         names_it = (known.base_declared, known.base) == (split_revision(asked)[0], asked)
@@ -163,7 +205,12 @@ class HubReader:
             return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but missing")
         except Absent as error:
             return replace(stub, status="gone", reason=error.message)
-        return _kept(replace(stub, **self._rules.judge(config, header, names)), row)
+        adapter = replace(stub, **self._rules.judge(config, header, names))
+        if self._max_bytes is not None and adapter.bytes > self._max_bytes:
+            reason = f"{size(adapter.bytes)} of weights, more than --max-size {size(self._max_bytes)}"
+            stamp = f"{stub.stamp}{_OVER}{adapter.bytes}"
+            return replace(adapter, status="unusable", reason=reason, stamp=stamp)
+        return _kept(adapter, row)
 
     def _header(self, stub: Adapter, file: str) -> Header | HeaderError:
         header, needed = probe_header(self._hub, stub, file, self._probe)

@@ -250,7 +250,7 @@ def test_what_selection_reads_is_in_an_index_and_lists_leave_out_what_is_long(ca
     pinned = (f"alice/sql@{'c' * 40}", f"bob/plain@{adapter('bob/plain').commit}")
     facts = {"author": ("alice", ""), "rank_total": (8, 0), "downloads": (7, 0), "likes": (2, 0)}
     assert found == Candidates(pinned, facts, {"acme/base@v1": 2})
-    for one in seen[:2]:
+    for one in [one for one in seen if "EXISTS" not in one][:2]:
         plan = reader.execute(f"EXPLAIN QUERY PLAN {one}").fetchall()[0][-1]
         assert "COVERING INDEX" in plan
     assert not any("card" in query or "ranks" in query for query in seen)

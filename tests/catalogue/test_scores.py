@@ -77,10 +77,12 @@ def test_scores_of_an_older_catalogue_get_their_adapter_and_task(
 ) -> None:
     path, every = tmp_path / "old.db", migrations.STEPS
     monkeypatch.setattr(migrations, "STEPS", every[:4])
-    with Catalogue(path) as catalogue:
-        catalogue.add([ANN])
     record = json.dumps({"settings": {"data": "old.jsonl"}})
     with writing(open_for_writing(path)) as old:
+        old.execute(
+            'INSERT INTO adapters (key, id, "commit", source, repo) VALUES (1, ?, ?, ?, ?)',
+            [ANN.id, ANN.commit, ANN.source, ANN.repo],
+        )
         old.execute("INSERT INTO runs VALUES ('r', 'eval', 'done', '', '', '', ?, '')", [record])
         for system, adapters in {
             "base": [],

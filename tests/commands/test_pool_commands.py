@@ -43,12 +43,12 @@ def pool(own_home: Path) -> Path:
 def test_sync_from_the_hub_tells_what_it_did_in_one_line(fake: FakeHub) -> None:
     fake.add_many(12)
     fake.add("x/dora", lora_files(use_dora=True))
-    told = lora("pool", "sync")
+    told = lora("pool", "sync", "--no-copies")
     assert (told.code, told.out) == (0, "")
     assumed, outcome = told.err.splitlines()
     assert assumed == f"base {BASE} (LORA_BASE) · from the Hub"
     assert outcome.startswith("13 seen · 13 new · 0 changed · 0 unchanged · 1 not usable · 51 requests · ")
-    again = lora("pool", "sync").err.splitlines()[-1]
+    again = lora("pool", "sync", "--no-copies").err.splitlines()[-1]
     assert again.startswith("13 seen · 0 new · 0 changed · 13 unchanged · 1 not usable · 1 request · ")
 
 

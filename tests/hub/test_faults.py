@@ -35,7 +35,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 QUESTIONS: dict[str, Callable[[Hub, str], object]] = {
-    "listing": lambda hub, _: [found.id for page in hub.list_adapters(BASE) for found in page],
+    "listing": lambda hub, _: [found.id for page in hub.list_adapters(BASE) for found in page.repositories],
     "repository": lambda hub, commit: hub.repository("alice/sql", commit).files,
     "exists": lambda hub, _: hub.exists("alice/sql"),
     "file": lambda hub, commit: hub.read_file("alice/sql", CONFIG, commit, 10_000),
@@ -196,7 +196,7 @@ def test_odd_entries_of_a_listing_do_not_hide_the_others(fake: FakeHub) -> None:
     fake.add_many(3)
     for name, raw in ODD_ITEMS.items():
         fake.add(name, raw=dict(raw))
-    [page] = Hub().list_adapters(BASE)
+    [(page, _)] = Hub().list_adapters(BASE)
     found = {item.id: item for item in page}
     assert len(found) == 3 + len(ODD_ITEMS)
     assert found["x/deep-card"].files == found["author0/lora-0000"].files

@@ -20,7 +20,7 @@ def hub(**options: object) -> Hub:
 
 
 def listed(connection: Hub, **options: object) -> list[str]:
-    return [item.id for page in connection.list_adapters(BASE, **options) for item in page]  # type: ignore[arg-type]
+    return [item.id for page in connection.list_adapters(BASE, **options) for item in page.repositories]  # type: ignore[arg-type]
 
 
 def test_a_listing_in_pages_gives_every_adapter_once_newest_first(fake: FakeHub) -> None:
@@ -35,7 +35,7 @@ def test_a_listing_in_pages_gives_every_adapter_once_newest_first(fake: FakeHub)
 
 def test_what_the_listing_says_of_an_adapter(fake: FakeHub) -> None:
     repo = fake.add("alice/sql", downloads=12, likes=3, tags=("text-to-sql", "lora"), licence="mit", gated="auto")
-    [[item]] = list(hub().list_adapters(BASE))
+    [([item], _)] = hub().list_adapters(BASE)
     assert (item.commit, item.author, item.base) == (repo.sha, "alice", BASE)
     assert (item.downloads, item.likes, item.licence, item.gated) == (12, 3, "mit", "auto")
     assert set(item.files) == {".gitattributes", CONFIG, WEIGHTS}
@@ -74,7 +74,7 @@ def test_items_of_the_wrong_shape_are_survived(fake: FakeHub) -> None:
     good = '{"_id": "1", "id": "a/b", "sha": "%s", "siblings": [{}, 3, {"rfilename": "x"}], "tags": 5}' % ("a" * 40)
     bad = '3, null, {"id": "c/d"}, {"id": "c/d", "sha": "main"}, {"id": 5, "sha": "%s"}' % ("b" * 40)
     fake.fail("/api/models?", status=200, body=f"[{bad}, {good}, {good}]".encode())
-    [[item]] = list(hub().list_adapters(BASE))
+    [([item], _)] = hub().list_adapters(BASE)
     assert (item.id, item.files, item.downloads, item.gated) == ("a/b", ("x",), 0, "")
 
 
@@ -238,7 +238,7 @@ def test_requests_and_bytes_are_those_that_the_server_saw(fake: FakeHub) -> None
     fake.add_many(20)
     connection = hub()
     for page in connection.list_adapters(BASE):
-        for item in page:
+        for item in page.repositories:
             connection.read_file(item.id, CONFIG, item.commit, 10_000)
     assert connection.traffic.requests == len(fake.asked) == 41
     assert abs(connection.traffic.bytes - fake.bytes_sent) <= 41 * 4

@@ -46,6 +46,19 @@ class OfHub:
         del self.fake.repos[f"pool/{name}"]
 
 
+class OfIds(OfHub):
+    """A file that names repositories of a Hub."""
+
+    def __init__(self, fake: FakeHub, file: Path) -> None:
+        super().__init__(fake)
+        self.place = str(file)
+
+    def put(self, name: str, rank: int) -> None:
+        super().put(name, rank)
+        with Path(self.place).open("a") as file:
+            file.write(f"pool/{name}  # rank {rank}\n\n")
+
+
 @contextmanager
 def of_folders(home: Path) -> Iterator[OfFolders]:
     yield OfFolders(home / "pool")
@@ -58,7 +71,19 @@ def of_hub(home: Path) -> Iterator[OfHub]:
         close_session()
 
 
-PLACES: dict[str, Callable[[Path], AbstractContextManager[OfFolders | OfHub]]] = {"folder": of_folders, "hub": of_hub}
+@contextmanager
+def of_ids(home: Path) -> Iterator[OfIds]:
+    with FakeHub() as fake, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_ENDPOINT", fake.endpoint)
+        yield OfIds(fake, home / "ids.txt")
+        close_session()
+
+
+PLACES: dict[str, Callable[[Path], AbstractContextManager[OfFolders | OfHub]]] = {
+    "folder": of_folders,
+    "hub": of_hub,
+    "ids": of_ids,
+}
 
 
 @pytest.fixture(params=PLACES)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.records import Adapter
+from lora_cli.records import AdapterRow
 from tests.cli import ok, refused
 from tests.fake_hub import BASE, FakeHub, lora_files
 
@@ -23,9 +23,9 @@ def put(folder: Path, **facts: object) -> Path:
     return folder
 
 
-def rows() -> dict[str, Adapter]:
+def rows(base: str | None = None) -> dict[str, AdapterRow]:
     with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
-        return {row.id: row for row in catalogue.find()}
+        return {row.id: row for row in catalogue.find(base=base)}
 
 
 def inputs(folder: str) -> list[str]:
@@ -119,8 +119,10 @@ def test_what_is_said_of_one_base_does_not_hold_for_another(
         assert "from the Hub (pool: default: that of lora.toml is for another base)" in told.err
         monkeypatch.delenv("LORA_BASE", raising=False)
     ok("pool", "sync", BASE, "--from", "pool")
-    assert {row.id: row.status for row in rows().values()} == {"alice/sql": "ok", "pool/mine": "unusable"}
-    assert "wrong base: declares demo/tiny" in rows()["pool/mine"].reason
+    assert {row.id: row.status for row in rows(BASE).values()} == {"alice/sql": "ok", "pool/mine": "unusable"}
+    assert "wrong base: declares demo/tiny" in rows(BASE)["pool/mine"].reason
+    assert {id: row.status for id, row in rows(str(own_home / "base")).items()} == {"pool/mine": "ok"}
+    assert rows()["pool/mine"].status == "ok", "a row has the verdict by which the adapter can be used"
 
 
 def test_a_project_that_moved_keeps_its_rows(own_home: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lora_cli.commands.options import Command, Document, Stored, Where, examples, with_flags
+from lora_cli.commands.options import Catalogued, Command, Document, Where, examples, with_flags
 from lora_cli.screen import near
 from lora_cli.text import counted, size
 
@@ -14,7 +14,7 @@ def report(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page, replaced if it is there.")],
     where: Where = None,
     *,
-    setup: Stored,
+    setup: Catalogued,
     form: Document,
 ) -> None:
     """Write the catalogue as one HTML page: counts with bars, and a table that sorts and filters.
@@ -27,9 +27,9 @@ def report(
     from lora_cli.reports.pool import pool_page
     from lora_cli.steps.pool.report import pool_report
 
-    screen = form.screen()
-    with Catalogue(setup.load().db) as catalogue:
-        found = pool_report(catalogue, where or ())
+    screen, settings = form.screen(), setup.load()
+    with Catalogue(settings.db) as catalogue:
+        found = pool_report(catalogue, where or (), base=settings.base)
     page = pool_page(found)
     with whole_file(out) as file:
         file.write(page)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,9 @@ from lora_cli.errors import NothingMatched
 from lora_cli.records import AdapterRow
 from lora_cli.screen import Screen
 from lora_cli.text import size
+
+if TYPE_CHECKING:
+    from lora_cli.catalogue.adapters import Catalogue
 
 ADAPTERS = (
     Column("ADAPTER", "id", wide=True),
@@ -33,10 +36,24 @@ Alias = Annotated[
 ]
 
 
-def show_adapters(screen: Screen, schema: str, found: Sequence[AdapterRow], nothing: str, sorted_by: str = "") -> None:
-    """Print adapters, one row each. NothingMatched, with the message `nothing`, if there are none."""
-    if not found:
-        raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
+_BASES_NAMED = 3
+
+
+def no_adapters(catalogue: "Catalogue", base: str | None, nothing: str) -> NothingMatched:
+    """The error for a command that found none: `nothing`, or that no adapter was judged for this base."""
+    known = catalogue.bases.counts() if base else {}
+    if base and known and base not in known:
+        named = ", ".join(f"{name} ({count:,})" for name, count in [*known.items()][:_BASES_NAMED])
+        more = f" and {len(known) - _BASES_NAMED:,} more" if len(known) > _BASES_NAMED else ""
+        return NothingMatched(
+            f"no adapter was judged for the base {base}",
+            hint=f"lora pool sync does that; the catalogue has adapters for {named}{more}: --base NAME shows them",
+        )
+    return NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
+
+
+def show_adapters(screen: Screen, schema: str, found: Sequence[AdapterRow], sorted_by: str = "") -> None:
+    """Print adapters, one row each."""
     screen.rows(schema, ADAPTERS, [facts(adapter) for adapter in found], sorted_by=sorted_by)
 
 

@@ -6,19 +6,22 @@ from typing import Annotated
 import typer
 
 from lora_cli.columns import Column
-from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
+from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
 from lora_cli.text import size
 
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
 
-def stats(*, setup: Stored, listing: Annotated[Listing, _COUNTS]) -> None:
-    """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason."""
+def stats(*, setup: Catalogued, listing: Annotated[Listing, _COUNTS]) -> None:
+    """Count the catalogue's adapters by status, base, rank, licence, author, data type and reason.
+
+    With --base or the setting, those that were judged for this base are counted.
+    """
     from lora_cli.catalogue.adapters import Catalogue
 
-    screen = listing.screen()
-    with Catalogue(setup.load().db) as catalogue:
-        figures = catalogue.stats()
+    screen, settings = listing.screen(), setup.load()
+    with Catalogue(settings.db) as catalogue:
+        figures = catalogue.stats(base=settings.base)
     rows = [
         {"column": name.removeprefix("by_"), "value": value, "adapters": count}
         for name, counts in figures.items()

@@ -1,7 +1,7 @@
 """`lora pool sync`: bring the catalogue up to date."""
 
 import re
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +12,53 @@ from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, DryRun
 from lora_cli.errors import Partial, UsageError
+from lora_cli.options import Flag, Options
 from lora_cli.screen import Screen
 from lora_cli.settings import Settings, folder_of
 from lora_cli.text import counted, duration, size
 
 if TYPE_CHECKING:
-    from lora_cli.steps.pool.sync import SyncReport
+    from lora_cli.steps.pool.sync import SyncOptions, SyncReport
 
+_REQUESTS, _BYTES = 4, 8_000
+"""What reading one adapter takes at most, with a header of usual length."""
+_REQUESTS_A_SECOND = 40
+"""What the Hub's limits allow with a PRO login: 12,000 requests for files in 5 minutes."""
+_MANY, _NAMED = 100, 5
+_HEADINGS = {"weeks": "made in the week", "reasons": "cannot be used", "authors": "authors"}
 _PLANNED = (Column("ACTION", "action"), Column("ADAPTER", "id"))
+
+
+class Wanted(Options, frozen=True, kw_only=True):
+    """Which adapters a sync looks at."""
+
+    no_alias: Annotated[tuple[str, ...], Flag(help="A name that is no longer an alias; repeatable.")] = ()
+    no_copies: Annotated[
+        bool, Flag(help="Leave out adapters of quantised copies and mirrors of the base. Hub only.")
+    ] = False
+    author: Annotated[tuple[str, ...], Flag(help="Only adapters of this user; repeatable. Hub only.")] = ()
+    since: Annotated[
+        str, Flag(help="Only adapters created since: 30d, 8w or a date. Hub only.", default="any time")
+    ] = ""
+    max_size: Annotated[str, Flag(help="Refuse larger weights, such as 500MB. Hub only.", default="any size")] = ""
+    limit: Annotated[int | None, Flag(help="The most adapters to look at.", minimum=1)] = None
+    budget_requests: Annotated[int | None, Flag(help="The most requests to send; a rerun continues.", minimum=1)] = None
+
+    def options(self, aliases: Sequence[str], *, force: bool, dry_run: bool) -> "SyncOptions":
+        """The options of the step. UsageError for a time or a size that is none."""
+        from lora_cli.steps.pool.sync import SyncOptions
+
+        return SyncOptions(
+            aliases=aliases,
+            dropped=self.no_alias,
+            limit=self.limit,
+            since=_moment(self.since) if self.since else "",
+            authors=self.author,
+            max_bytes=_bytes(self.max_size) if self.max_size else None,
+            copies=not self.no_copies,
+            force=force,
+            dry_run=dry_run,
+        )
 
 
 def sync(
@@ -29,22 +68,17 @@ def sync(
     ] = None,
     folder: Annotated[
         Path | None,
-        typer.Option("--from", help="Folder tree of adapters to read.", show_default="setting pool, or the Hub"),
+        typer.Option(
+            "--from",
+            help="Folder tree of adapters, or a text file of Hub ids.",
+            show_default="setting pool, or the Hub",
+        ),
     ] = None,
     alias: Alias = None,
-    no_alias: Annotated[
-        list[str] | None, typer.Option("--no-alias", help="A name that is no longer an alias; repeatable.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="The most adapters to look at.", min=1)] = None,
-    since: Annotated[
-        str | None, typer.Option("--since", help="Only adapters created since: 30d, 8w or a date. Hub only.")
-    ] = None,
-    budget: Annotated[
-        int | None, typer.Option("--budget-requests", help="The most requests to send; a rerun continues.", min=1)
-    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Read unchanged adapters again.")] = False,
     dry_run: DryRun = False,
     *,
+    wanted: Wanted,
     setup: Stored,
     listing: Annotated[Listing, _PLANNED],
 ) -> None:
@@ -56,24 +90,23 @@ def sync(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.sources import open_source
     from lora_cli.steps.bases import look_here
-    from lora_cli.steps.pool.sync import SyncOptions
     from lora_cli.steps.pool.sync import sync as step
 
     screen = listing.screen()
     settings = setup.load(base=base, pool=folder)
     aliases = tuple(dict.fromkeys([*settings.base_aliases, *(alias or ())]))
-    created = _moment(since) if since else ""
+    options = wanted.options(aliases, force=force, dry_run=dry_run)
     if settings.pool is None:
         _refuse_without_hub_id(settings)
     screen.say(_assumed(settings))
     name, place = ("hub", "") if settings.pool is None else ("folder", str(settings.pool))
+    if folder is not None and settings.pool is not None and settings.pool.is_file():
+        name = "ids"
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         report = step(
             catalogue,
-            open_source(name, place, budget=budget, progress=progress),
-            SyncOptions(
-                aliases=aliases, dropped=no_alias or (), limit=limit, since=created, force=force, dry_run=dry_run
-            ),
+            open_source(name, place, budget=wanted.budget_requests, progress=progress),
+            options,
             base=settings.base or "",
             skeleton=look_here(settings.base),
             progress=progress,
@@ -89,10 +122,36 @@ def _show(screen: Screen, report: "SyncReport", *, dry_run: bool) -> None:
         detail = f" ({id}: {reason})" if id else ""
         raise Partial(line + detail, hint="the adapters read so far are kept; rerun the same command for the rest")
     if dry_run or screen.format != "auto":
-        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
+        figures = report.figures
+        if dry_run:
+            figures["expected"] = _expected(report)
         rows = [{"id": id, "action": action} for id, action in report.plan if dry_run or action != "unchanged"]
         screen.rows("lora.pool.sync/1", _PLANNED, rows, extra=figures)
-    screen.say(f"would do: {line}" if dry_run else line)
+    if dry_run:
+        screen.say(f"would do: {line}{_in_words(_expected(report))}")
+        return
+    screen.say(line)
+    if report.to_read >= _MANY:
+        for name, counts in report.read.most(_NAMED).items():
+            if counts:
+                screen.say(f"{_HEADINGS[name]}: " + " · ".join(f"{what} {n:,}" for what, n in counts.items()))
+
+
+def _expected(report: "SyncReport") -> dict[str, int]:
+    """What reading the new and changed adapters of a Hub will take at most."""
+    requests = report.to_read * _REQUESTS if report.requests else 0
+    return {
+        "requests": requests,
+        "bytes": requests // _REQUESTS * _BYTES,
+        "seconds": round(requests / _REQUESTS_A_SECOND),
+    }
+
+
+def _in_words(expected: dict[str, int]) -> str:
+    if not expected["requests"]:
+        return ""
+    time = duration(expected["seconds"])
+    return f"; reading them takes at most {expected['requests']:,} requests, {size(expected['bytes'])}, about {time}"
 
 
 def _refuse_without_hub_id(settings: Settings) -> None:
@@ -145,9 +204,24 @@ def _moment(text: str) -> str:
         raise UsageError(f"--since {text!r}: neither a time ago (30d, 8w) nor a date (2026-05-01)") from None
 
 
+def _bytes(text: str) -> int:
+    """A size in bytes."""
+    from lora_cli.catalogue.where import number_in
+
+    number = number_in(text)
+    if number is None or number < 0:
+        raise UsageError(f"--max-size {text!r}: not a size", hint="a number of bytes, such as 500MB or 1.5G")
+    return int(number)
+
+
 def register(pool: typer.Typer) -> None:
     """Add `lora pool sync` to the commands of the pool."""
     pool.command(
         cls=Command,
-        epilog=examples("lora pool sync", "lora pool sync --from pool", "lora pool sync --from pool --dry-run --json"),
+        epilog=examples(
+            "lora pool sync",
+            "lora pool sync --since 30d --max-size 500MB --dry-run",
+            "lora pool sync --from pool",
+            "lora pool sync --from pool --dry-run --json",
+        ),
     )(with_flags(sync))

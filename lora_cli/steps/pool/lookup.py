@@ -56,7 +56,7 @@ def look_up(
         NetworkError: not in the catalogue, and the Hub cannot be asked.
     """
     try:
-        row = catalogue.named(text)
+        row = catalogue.named(text, base=base or None)
     except NothingMatched as error:
         unknown = _unknown(catalogue, text, error)
     else:
@@ -73,8 +73,8 @@ def look_up(
     rules = Rules(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
     found = _on_hub(catalogue, text, rules, unknown, progress)
     id = found.stub.id
-    known = catalogue.known([id]).get(id)
-    stored = catalogue.get(id) if known is not None else None
+    known = catalogue.known([id], base=base or None).get(id)
+    stored = catalogue.get(id, base=base or None) if known is not None else None
     if known is not None and stored is not None and stored.status in USABLE and found.is_same(known):
         return stored
     try:
@@ -82,7 +82,7 @@ def look_up(
     except NetworkError as error:
         raise _both(unknown, error, found.stub.repo) from error
     if store:
-        catalogue.add([row], {id: found.hub_id})
+        catalogue.add([row], {id: found.hub_id}, base=base)
     announce(f"{id}: taken from the Hub at {row.commit[:12]}")
     return row
 

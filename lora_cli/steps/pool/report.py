@@ -28,9 +28,12 @@ _WORD = re.compile(r"'[^']*'|[^\s,;:()']+")
 _OWN = re.compile(r"['/\d]")
 
 
-def pool_report(catalogue: Catalogue, where: Sequence[str] = ()) -> PoolReport:
-    """The report of the adapters for which every condition of `where` holds. NothingMatched if there are none."""
-    adapters = catalogue.reported(where)
+def pool_report(catalogue: Catalogue, where: Sequence[str] = (), *, base: str | None = None) -> PoolReport:
+    """The report of the adapters for which every condition of `where` holds, as judged for `base`, None for all.
+
+    NothingMatched if there are none.
+    """
+    adapters = catalogue.reported(where, base=base)
     if not adapters:
         nothing = "no adapter" + (" fits these conditions" if where else " is known")
         raise NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
@@ -39,7 +42,7 @@ def pool_report(catalogue: Catalogue, where: Sequence[str] = ()) -> PoolReport:
         total=Share("", len(adapters), sum(map(_usable, adapters))),
         counts={
             "Status": _shares(adapters, lambda row: row.status),
-            "Reason": _shares([row for row in adapters if row.reason], _kind_of_reason),
+            "Reason": _shares([row for row in adapters if row.reason], lambda row: kind_of_reason(row.reason)),
             "Base model": _shares(adapters, lambda row: row.base),
             "Rank": _shares(adapters, lambda row: row.rank, lambda every: sorted(_commonest(every))),
             "Created": _shares(adapters, _month, _latest, rest="before"),
@@ -87,9 +90,9 @@ def _shares(
     return shares
 
 
-def _kind_of_reason(row: ReportedAdapter) -> str:
+def kind_of_reason(reason: str) -> str:
     """A reason without what is the adapter's own in it: quoted text, and words with a digit or a slash."""
-    return _WORD.sub(lambda word: "…" if _OWN.search(word[0]) else word[0], row.reason)
+    return _WORD.sub(lambda word: "…" if _OWN.search(word[0]) else word[0], reason)
 
 
 def _month(row: ReportedAdapter) -> str:

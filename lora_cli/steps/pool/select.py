@@ -66,7 +66,7 @@ def select(
         given = {"pinned": candidates.pinned, "seed": seed, **candidates.facts}
         scores = dict(enumerate(function(**{name: given[name] for name in asked})))
     chosen = _best(candidates, scores, options.k, options.max_per_author)
-    rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen])
+    rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen], base=base)
     return list(zip(rows, (scores[place] for place in chosen), strict=True))
 
 

@@ -6,12 +6,14 @@ is stored as soon as it is read, so a killed sync resumes where it stopped.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 from lora_cli.catalogue.adapters import Catalogue, Known
 from lora_cli.checks.rules import Rules
@@ -22,11 +24,44 @@ from lora_cli.hub.problems import BudgetSpent, Silent
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.sources import Found, Sought, Source
 from lora_cli.steps.pool.lookup import names_of
+from lora_cli.steps.pool.report import kind_of_reason
 
 Action = Literal["new", "changed", "unchanged", "gone"]
 
 _THREADS = 8
+_MOST_NAMED = 8
 _MOST_FAILURES_IN_A_ROW = 24
+
+
+@dataclass(slots=True)
+class Outcomes:
+    """What a sync has read, in numbers.
+
+    `weeks` counts adapters by the ISO week in which they were made (2026-W09), `reasons` those that cannot be used by
+    kind of reason, `authors` all by author.
+    """
+
+    weeks: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    authors: Counter[str] = field(default_factory=Counter)
+
+    def add(self, adapter: Adapter) -> None:
+        """Count one more."""
+        with suppress(ValueError):
+            year, week, _ = datetime.fromisoformat(adapter.created_at).isocalendar()
+            self.weeks[f"{year}-W{week:02d}"] += 1
+        if adapter.status != "ok":
+            self.reasons[kind_of_reason(adapter.reason)] += 1
+        if adapter.author:
+            self.authors[adapter.author] += 1
+
+    def most(self, count: int) -> dict[str, dict[str, int]]:
+        """The last `count` weeks in their order, and the `count` most frequent reasons and authors."""
+        reasons, authors = (
+            dict(sorted(counts.items(), key=lambda one: (-one[1], one[0]))[:count])
+            for counts in (self.reasons, self.authors)
+        )
+        return {"weeks": dict(sorted(self.weeks.items())[-count:]), "reasons": reasons, "authors": authors}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +70,8 @@ class SyncReport:
 
     `new` and `changed` were read and stored. `unusable` counts the adapters of this source that are listed with a
     reason. `failed` counts failures that may pass, `left` adapters that were not requested (budget spent, or the Hub
-    unreachable): a rerun reads both. `plan` maps every id to the planned action.
+    unreachable): a rerun reads both. `pages` are the batches of the listing, `to_read` the adapters that had to be
+    read, `read` tells what those are. `plan` maps every id to the planned action.
     """
 
     source: str
@@ -51,8 +87,17 @@ class SyncReport:
     requests: int
     bytes: int
     seconds: float
+    pages: int
+    to_read: int
+    read: "Outcomes"
     failures: tuple[tuple[str, str], ...]
     plan: tuple[tuple[str, Action], ...]
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """The report without its lists, for programs."""
+        left_out = ("plan", "failures", "read")
+        return {key: getattr(self, key) for key in self.__slots__ if key not in left_out} | self.read.most(_MOST_NAMED)
 
     @property
     def complete(self) -> bool:
@@ -68,7 +113,8 @@ class SyncOptions:
     are listed too. All are remembered. `dropped` are names that are no longer an alias; adapters that declare one of
     them become unusable. `limit` is the most adapters to look at. On a Hub, adapters created before the ISO time
     `since` are skipped. `force` reads unchanged adapters again. `dry_run` only plans: it reads the listing and stores
-    nothing.
+    nothing. `authors` are the only ones to look at on a Hub; adapters with more than `max_bytes` of weights there are
+    refused. With `copies`, a Hub is also asked for adapters of quantised copies and mirrors of the base.
     """
 
     aliases: Sequence[str] = ()
@@ -77,6 +123,9 @@ class SyncOptions:
     since: str = ""
     force: bool = False
     dry_run: bool = False
+    authors: Sequence[str] = ()
+    max_bytes: int | None = None
+    copies: bool = False
 
 
 def sync(
@@ -108,24 +157,31 @@ def sync(
         raise UsageError("no base model", hint="give its Hub id, or set base in lora.toml or LORA_BASE")
     find = cache(skeleton or _no_skeleton)
     rules = Rules(base, aliases, find, skeleton is not None)
-    sought = Sought(catalogue=catalogue, rules=rules, limit=options.limit, since=options.since)
-    work = _Work(catalogue, source, find, force=options.force, dry_run=options.dry_run, progress=progress)
+    sought = Sought(
+        catalogue=catalogue,
+        rules=rules,
+        limit=options.limit,
+        since=options.since,
+        authors=tuple(options.authors),
+        max_bytes=options.max_bytes,
+        copies=options.copies,
+        dry_run=options.dry_run,
+    )
+    work = _Work(catalogue, source, find, base=base, force=options.force, dry_run=options.dry_run, progress=progress)
     if dropped and not options.dry_run:
-        of_base = [row for row in catalogue.find() if row.base == base]
-        rows = [row.id for row in of_base if at_revision(row.base_declared, row.revision) in dropped]
-        catalogue.mark(rows, "gone", "the name of its base is no longer an alias")
+        rows = [row.id for row in catalogue.find(base=base) if at_revision(row.base_declared, row.revision) in dropped]
+        catalogue.mark(rows, "gone", "the name of its base is no longer an alias", base=base)
     for batch in source.batches(sought, progress):
         work.take(batch)
         if work.stopped:
             break
-    if options.limit is None and not options.since and not work.stopped:
+    if sought.whole and not work.stopped:
         work.remove(source.vanished(sought, work.actions))
     report = work.report(base, source.traffic, time.monotonic() - begin)
     if not options.dry_run:
         if base:
             catalogue.remember_aliases(base, aliases)
-        figures = {key: value for key, value in asdict(report).items() if key not in ("plan", "failures")}
-        catalogue.remember_sync(started, source.name, base, figures)
+        catalogue.remember_sync(started, source.name, base, report.figures)
     return report
 
 
@@ -136,19 +192,23 @@ class _Work:
     catalogue: Catalogue
     source: Source
     skeleton: Callable[[], Skeleton | None]
+    base: str
     force: bool
     dry_run: bool
     progress: Progress
     actions: dict[str, Action] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
+    outcomes: Outcomes = field(default_factory=Outcomes)
+    pages: int = 0
     stopped: bool = False
     _failed_in_a_row: int = 0
 
     def take(self, batch: Sequence[Found]) -> None:
         """Plan one batch, then read and store its new and changed adapters."""
+        self.pages += 1
         batch = [found for found in batch if found.stub.id not in self.actions]
-        known = self.catalogue.known([found.stub.id for found in batch])
+        known = self.catalogue.known([found.stub.id for found in batch], base=self.base or None)
         popularity = {}
         to_read = []
         for found in batch:
@@ -180,7 +240,7 @@ class _Work:
             action: sum(did == action and id not in undone for id, did in self.actions.items())
             for action in ("new", "changed", "unchanged", "gone")
         }
-        rows = self.catalogue.known(list(self.actions))
+        rows = self.catalogue.known(list(self.actions), base=self.base or None)
         return SyncReport(
             source=self.source.name,
             base=base,
@@ -192,6 +252,9 @@ class _Work:
             requests=traffic[0],
             bytes=traffic[1],
             seconds=seconds,
+            pages=self.pages,
+            to_read=sum(action in ("new", "changed") for action in self.actions.values()),
+            read=self.outcomes,
             failures=tuple(self.failures.items()),
             plan=tuple(self.actions.items()),
         )
@@ -224,7 +287,12 @@ class _Work:
                 raise
 
     def _one(self, found: Found, known: Mapping[str, Known]) -> Adapter:
-        return found.read(self.catalogue.get(found.stub.id) if found.stub.id in known else None)
+        if found.stub.id in known:
+            return found.read(self.catalogue.get(found.stub.id, base=self.base or None))
+        rows = self.catalogue.rows([found.stub.id]) if self.base else []
+        # Another base's verdict on the weights holds for this one too, one on the base does not.
+        judged = bool(rows) and rows[0].base_match != "mismatch"
+        return found.read(self.catalogue.get(found.stub.id) if judged else None)
 
     def _store(self, future: Future[Adapter], found: Found, known: Mapping[str, Known]) -> None:
         id = found.stub.id
@@ -251,7 +319,8 @@ class _Work:
             adapter = replace(found.stub, status="failed", reason=reason)
         else:
             self._failed_in_a_row = 0
-        self.catalogue.add([adapter], {id: found.hub_id})
+            self.outcomes.add(adapter)
+        self.catalogue.add([adapter], {id: found.hub_id}, base=self.base)
 
 
 def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
