@@ -273,12 +273,20 @@ _M005 = (
 )
 
 
+def m008_home_and_datasets(db: Database) -> None:
+    """The folder in which the catalogue was last written, and the data sets that an adapter's card names."""
+    db.execute("CREATE TABLE home (one INTEGER PRIMARY KEY CHECK (one = 1), folder TEXT NOT NULL)")
+    db.execute("ALTER TABLE adapters ADD COLUMN datasets TEXT NOT NULL DEFAULT '[]'")
+    db.execute("CREATE INDEX adapters_repo ON adapters (repo)")
+
+
 STEPS = (
     m001_adapters_selections_runs,
     m002_revision_and_notes,
     m003_thin_rows,
     m004_spreads,
     m005_scores_of_adapters,
+    m008_home_and_datasets,
 )
 
 

@@ -20,6 +20,7 @@ from lora_cli.commands.options import (
     with_flags,
 )
 from lora_cli.errors import UsageError
+from lora_cli.licences import PolicyFlag
 from lora_cli.options import Flag, Options
 from lora_cli.precision import Precision
 from lora_cli.screen import Screen, near
@@ -33,6 +34,12 @@ _LAYERS = (
     Column("UNCHANGED", "unchanged", "right"),
 )
 _SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %"
+
+
+class Licensed(Catalogued, frozen=True, kw_only=True):
+    """`Catalogued`, and the policy on licences."""
+
+    license_policy: PolicyFlag = None
 
 
 class BakeOptions(Options, frozen=True, kw_only=True):
@@ -54,7 +61,7 @@ def bake(
         bool, typer.Option("--layers", help="Show the loss of each layer, in place of the path.")
     ] = False,
     *,
-    setup: Catalogued,
+    setup: Licensed,
     options: BakeOptions,
     job: JobOptions,
 ) -> None:

@@ -24,6 +24,7 @@ from lora_cli.commands.options import (
     with_flags,
 )
 from lora_cli.errors import UsageError
+from lora_cli.licences import PolicyFlag
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.methods import Knob
 from lora_cli.names import parent
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 SMALL = 0.05
 
 
+class Licensed(Computed, frozen=True, kw_only=True):
+    """`Computed`, and the policy on licences."""
+
+    license_policy: PolicyFlag = None
+
+
 def merge(
     context: typer.Context,
     adapters: Annotated[
@@ -57,7 +64,7 @@ def merge(
     options: MergeOptions,
     sources: MergeSources,
     job: JobOptions,
-    setup: Computed,
+    setup: Licensed,
     prompts: Prompts,
 ) -> None:
     """Merge adapters into one LoRA, by their updates and not factor by factor.

@@ -113,7 +113,7 @@ class FitRequest:
     def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
         """Open the adapters, downloading missing files, and check everything that needs no weights."""
         settings, ref = self.settings, self.ref(prompting)
-        gathered = self.pool.adapters(self.names)
+        gathered = self.pool.adapters(self.names, passed_on=True)
         target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
         # A merge computes in float64, which Apple's GPUs do not have.
         device = ref.device if ref.device.startswith("cuda") else "cpu"
@@ -123,6 +123,7 @@ class FitRequest:
             replace(self.merging, device=device),
             base=gathered.base,
             skeleton=gathered.skeleton,
+            terms=gathered.terms,
         )
         ref = dataclasses.replace(ref, name=gathered.base)
         described = run_settings(

@@ -129,7 +129,7 @@ class MergeRequest:
         Raises:
             Refused: adapters other than those of the lock. Else as `Pool.adapters` and `steps.merge.plan` do.
         """
-        gathered = self.pool.adapters(self.names, whole=self.options.saved_modules != "refuse")
+        gathered = self.pool.adapters(self.names, whole=self.options.saved_modules != "refuse", passed_on=True)
         team = self._team(gathered)
         for ids in identical(team.adapters, team.inputs):
             self.pool.announce(f"{in_words(ids)} are byte-identical")
@@ -142,6 +142,7 @@ class MergeRequest:
             skeleton=gathered.skeleton,
             coefficients=self.coefficients,
             inputs=samples,
+            terms=gathered.terms,
         )
         asked = planned.settings | (samples.settings if samples is not None else {})
         if self.lock is not None and asked != self.lock.settings:
