@@ -111,8 +111,8 @@ def bake(
         screen.say(f"bake: {near(folder)} is up to date")
     else:
         screen.say(f"{outcome(results)} · {duration(report.seconds)} · peak {size(report.peak_bytes)}")
-    if table:
-        screen.say(f"  {near(folder)}")
+    for more in filter(None, [near(folder) if table else "", baking.notice]):
+        screen.say(f"  {more}")
     warn_of_loss(screen, results, TOO_MUCH)
 
 

@@ -81,6 +81,8 @@ def fit(
         draw(job.plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())
     screen.say(f"fit: {near(folder)} is up to date" if done.report is None else outcome(done.report))
+    if fitting.notice:
+        screen.say(f"  {fitting.notice}")
     if job.plot is not None:
         screen.say(f"  plot: {near(job.plot)}")
 

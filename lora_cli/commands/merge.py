@@ -103,7 +103,10 @@ def merge(
     else:
         for line in (outcome(plan, done.report), *_notes(plan, done.report)):
             screen.say(line)
-    for line in (*_lines_about(found, measured), *([f"  {merging.unchecked}"] if merging.unchecked else [])):
+    for line in (
+        *_lines_about(found, measured),
+        *(f"  {note}" for note in (merging.unchecked, merging.notice) if note),
+    ):
         screen.say(line)
     for line in (*_of_readers(plan, done.run.results), *_to_serve(plan, folder, done.run.results, settings.base)):
         screen.say(line)

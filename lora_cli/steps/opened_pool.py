@@ -45,7 +45,8 @@ class Gathered:
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
     its weights; `skeleton` holds the modules of the base's class, None if the class is not known; `unchecked` then
-    gives the reason. `terms` maps each `id@commit`, and "" for the base, to what its card states.
+    gives the reason. `terms` maps each `id@commit`, and "" for the base, to what its card states;
+    `notice` names the licences that restrict.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -54,6 +55,18 @@ class Gathered:
     skeleton: Skeleton | None = None
     unchecked: str = ""
     terms: Mapping[str, Stated] = field(default_factory=dict)
+    notice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One adapter or dense result, ready to be read; the others as in `Gathered`."""
+
+    adapter: OpenAdapter | OpenDelta
+    base: str
+    inputs: Mapping[str, str]
+    terms: Mapping[str, Stated]
+    notice: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,23 +223,27 @@ class Pool:
         public = public_base(base or "", known, [one.base for one in declared])
         if passed_on:
             terms[""] = self.base_terms(base or declared[0].base)
-            self.demand_allowed(terms, public)
         return Gathered(
-            adapters=tuple(adapters), base=public, inputs=inputs, skeleton=skeleton, unchecked=unchecked, terms=terms
+            adapters=tuple(adapters),
+            base=public,
+            inputs=inputs,
+            skeleton=skeleton,
+            unchecked=unchecked,
+            terms=terms,
+            notice=self.notice(terms, public) if passed_on else "",
         )
 
     def base_terms(self, base: str) -> Stated:
         """What the card of a base states, as far as it is here; by one request where the policy refuses."""
         return stated_of_base(base, ask=self.policy in ("commercial", "share-alike"))
 
-    def demand_allowed(self, terms: Mapping[str, Stated], base: str) -> None:
-        """Announce what is restricted. Refused where the policy forbids it."""
+    def notice(self, terms: Mapping[str, Stated], base: str) -> str:
+        """A line that names the licences that restrict, "" for none. Refused where the policy forbids them."""
         adapters = {id_of(pinned): one.licence for pinned, one in terms.items() if pinned}
-        if line := restrictions_of(self.policy, adapters, (base, terms[""].licence)):
-            self.announce(line)
+        return restrictions_of(self.policy, adapters, (base, terms[""].licence))
 
-    def update(self, name: str) -> tuple[OpenAdapter | OpenDelta, str, Mapping[str, str], Mapping[str, Stated]]:
-        """One adapter, or a dense result in a folder, with `base`, `inputs` and `terms` as in `Gathered`.
+    def update(self, name: str) -> "Update":
+        """One adapter, or the dense result of a merge in a folder.
 
         Raises:
             DataError: the record of a dense result is missing or malformed. Else as `adapters` does.
@@ -234,14 +251,25 @@ class Pool:
         folder = dense_folder(name)
         if folder is None:
             found = self.adapters([name], passed_on=True)
-            return found.adapters[0], found.base, found.inputs, found.terms
+            return Update(
+                adapter=found.adapters[0],
+                base=found.base,
+                inputs=found.inputs,
+                terms=found.terms,
+                notice=found.notice,
+            )
         delta = open_delta(folder, self.progress)
         known = names_of(self.catalogue, self.base, self.aliases)
         check_bases([Declared(delta.ref, delta.base)], self.base, known)
         base = public_base(self.base or "", known, [delta.base])
         terms = {**stated_of([(delta.ref, None)]), "": self.base_terms(self.base or delta.base)}
-        self.demand_allowed(terms, base)
-        return delta, base, {delta.ref.pinned: delta.sha256}, terms
+        return Update(
+            adapter=delta,
+            base=base,
+            inputs={delta.ref.pinned: delta.sha256},
+            terms=terms,
+            notice=self.notice(terms, base),
+        )
 
     def absent(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` whose weights `adapters` would download. Stores nothing; raises like `adapters`."""

@@ -21,6 +21,7 @@ class BakeJob:
     plan: BakePlan
     job: Job
     licences: Mapping[str, str] = field(default_factory=dict)
+    notice: str = ""
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[BakeReport]:
         """Bake, unless the result is there; see `run_once` and `steps.bake.bake`."""
@@ -58,7 +59,8 @@ class BakeRequest:
         Raises:
             UsageError: no base model, or an unknown dtype. Else as `Pool.update`, `find_base` and `plan` do.
         """
-        update, name, parents, terms = self.pool.update(self.name)
+        found = self.pool.update(self.name)
+        update, name = found.adapter, found.base
         if self.settings.base is None:
             raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
         base = self.base(name)
@@ -66,9 +68,10 @@ class BakeRequest:
         job = Job(
             verb="bake",
             settings=planned.settings,
-            inputs={**base.inputs, **parents},
+            inputs={**base.inputs, **found.inputs},
             runs=self.settings.runs,
             out=out,
         )
         demand_apart(planned, job.folder)
-        return BakeJob(plan=planned, job=job, licences={name: one.licence for name, one in terms.items()})
+        licences = {pinned: one.licence for pinned, one in found.terms.items()}
+        return BakeJob(plan=planned, job=job, licences=licences, notice=found.notice)

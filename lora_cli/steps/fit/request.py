@@ -33,6 +33,7 @@ class FitJob:
     job: Job
     ref: BaseRef
     target: str
+    notice: str
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
         """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
@@ -143,4 +144,4 @@ class FitRequest:
             out=out,
             device=ref.device,
         )
-        return FitJob(request=self, plan=planned, job=job, ref=ref, target=target)
+        return FitJob(request=self, plan=planned, job=job, ref=ref, target=target, notice=gathered.notice)

@@ -42,6 +42,7 @@ class MergeJob:
     plan: MergePlan
     job: Job
     unchecked: str
+    notice: str
     lock: Lock | None
     samples: ModuleInputs | None
 
@@ -159,7 +160,9 @@ class MergeRequest:
             name=f"merge-{planned.options.method}",
             device=planned.options.device,
         )
-        return MergeJob(plan=planned, job=job, unchecked=gathered.unchecked, lock=self.lock, samples=samples)
+        return MergeJob(
+            plan=planned, job=job, unchecked=gathered.unchecked, notice=gathered.notice, lock=self.lock, samples=samples
+        )
 
     def _team(self, gathered: Gathered) -> _Team:
         """The adapters to merge, with weights from the lock, from the coefficients or from the user."""
