@@ -311,12 +311,15 @@ class Catalogue:
             }
             return {**totals, **groups, "last_sync": self.last_sync() or None}
 
-    def ids_of(self, *, source: str, base: str = "", at: Sequence[str] | None = None) -> list[str]:
+    def ids_of(self, *, source: str, base: str = "", at: Sequence[str] | None = None, gone: bool = False) -> list[str]:
         """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions.
 
         at: only those at one of these places, at most 400, and the gone ones too.
+        gone: the gone ones too.
         """
         test, values = "source = ? AND status != 'gone'", [source]
+        if gone:
+            test = "source = ?"
         if at is not None:
             test, values = f"source = ? AND repo IN ({', '.join('?' * len(at))})", [source, *clean(at)]
         if base:
