@@ -46,6 +46,10 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         """Close the catalogue."""
         self._catalogue.close()
 
+    def _tell(self, notice: str) -> None:
+        if notice:
+            self._pool.announce(notice)
+
     def list(self, *where: str, sort: str = "id", limit: int | None = None) -> Rows:
         """The adapters of the pool's base (else all) for which all conditions hold, such as "rank<=16"."""
         return self._catalogue.find(where, base=self.settings.base, sort=sort, limit=limit)
@@ -100,6 +104,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         )
         merging = request.prepare(out=_path(out))
         merging.run(self.settings.db, force=force, progress=self._pool.progress)
+        self._tell(merging.notice)
         return merging.job.folder
 
     def fit(
@@ -123,6 +128,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         request = FitRequest(self._pool, names, read_task(Path(data)), self.settings, shape, recipe, fit)
         fitting = request.prepare(out=_path(out))
         fitting.run(self.settings.db, force=force, progress=self._pool.progress)
+        self._tell(fitting.notice)
         return fitting.job.folder
 
     def train(self, data: Path | str, *, out: Path | str | None = None, force: bool = False, **options: Any) -> Path:
@@ -160,6 +166,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
         baking = BakeRequest(self._pool, adapter, self.settings).prepare(dtype=dtype, out=_path(out))
         baking.run(self.settings.db, force=force, progress=self._pool.progress)
+        self._tell(baking.notice)
         return baking.job.folder
 
 

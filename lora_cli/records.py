@@ -66,7 +66,8 @@ class AdapterRow:
     resolved base model, `name@revision` if there is a revision. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) if
     it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules;
     `norm` and `sha256` (of the weights file) are known only after the weights were read. A `status` other than "ok"
-    has a `reason`. `notes` list repairs and omissions in the file, and its contents besides the update.
+    has a `reason`. `datasets` are those that the card names.
+    `notes` list repairs and omissions in the file, and its contents besides the update.
     """
 
     id: str
@@ -102,6 +103,7 @@ class AdapterRow:
     status: Status = "ok"
     reason: str = ""
     notes: str = ""
+    datasets: tuple[str, ...] = ()
 
     @property
     def ref(self) -> AdapterRef:

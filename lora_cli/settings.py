@@ -14,6 +14,7 @@ import platformdirs
 
 from lora_cli.errors import UsageError
 from lora_cli.files import read_given
+from lora_cli.licences import POLICIES
 from lora_cli.precision import CHOICES
 from lora_cli.text import nearest
 
@@ -155,6 +156,7 @@ KEYS: dict[str, Key] = {
     "device": Key(_device, lambda: "auto", "auto, cpu, cuda, cuda:N or mps"),
     "dtype": Key(_one_of(*CHOICES), lambda: "auto", f"precision of the base model: {', '.join(CHOICES)}"),
     "runs": Key(_path, lambda: Path.cwd() / "lora-runs", "folder that collects the outputs of merge, fit and train"),
+    "license_policy": Key(_one_of(*POLICIES), lambda: "warn", f"what restricted licences do: {', '.join(POLICIES)}"),
     "seed": Key(_seed, lambda: 0, "seed of everything random"),
 }
 

@@ -328,13 +328,22 @@ class Catalogue:
         ranked = {f"by_{name}": _ranked(counts[name], 20 if name == "rank" else 10) for name in names}
         return {**figures, **ranked, "last_sync": self.last_sync() or None}
 
-    def ids_of(self, *, source: str, base: str = "") -> list[str]:
-        """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions."""
+    def ids_of(self, *, source: str, base: str = "", at: Sequence[str] | None = None, gone: bool = False) -> list[str]:
+        """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions.
+
+        at: only those at one of these places, at most 400, and the gone ones too.
+        gone: the gone ones too.
+        """
+        tests, values = ["source = ?"], [source]
+        if at is not None:
+            tests, values = [*tests, f"repo IN ({', '.join('?' * len(at))})"], [*values, *clean(at)]
+        elif not gone:
+            tests = [*tests, "status != 'gone'"]
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = verdicts.shown(db, base or None, ["source", "status"])
-            query = f"SELECT id FROM {table} WHERE {of_base} AND source = ? AND status != 'gone' ORDER BY id"
-            return [row[0] for row in db.execute(query, [*given, source])]
+            table, of_base, given = verdicts.shown(db, base or None, ["source", "status", "repo"])
+            query = f"SELECT id FROM {table} WHERE {' AND '.join([of_base, *tests])} ORDER BY id"
+            return [row[0] for row in db.execute(query, [*given, *values])]
 
     def remember_sync(self, started: str, source: str, base: str, report: Mapping[str, Any]) -> None:
         """Store the figures of one sync."""

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lora_cli.catalogue import migrations as schema
+from lora_cli.catalogue.places import has_moved, settle
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, LoraError, OutputError
 from lora_cli.files import open_regular
@@ -85,6 +86,9 @@ def open_for_writing(path: Path) -> Database:
         _choose_journal(db, path)
         if _pending(db, path):
             _migrate(db, path)
+        if has_moved(db, path):
+            with writing(db):
+                settle(db, path)
         db.execute("PRAGMA foreign_keys = ON")
     except BaseException:
         db.close()
@@ -104,10 +108,12 @@ def open_for_reading(path: Path) -> Database:
     db = _connect_read_only(path)
     try:
         behind = _pending(db, path)
+        moved = not behind and has_moved(db, path)
     except BaseException:
         db.close()
         raise
-    if not behind:
+    # What cannot be written is read with the paths that it holds.
+    if not behind and not (moved and os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         return db
     db.close()
     open_for_writing(path).close()

@@ -338,6 +338,52 @@ _M006 = (
 )
 
 
+def m008_home_and_datasets(db: Database) -> None:
+    """The folder in which the catalogue was last written, and the data sets that an adapter's card names."""
+    db.execute("CREATE TABLE home (one INTEGER PRIMARY KEY CHECK (one = 1), folder TEXT NOT NULL)")
+    db.execute("ALTER TABLE adapters ADD COLUMN datasets TEXT NOT NULL DEFAULT '[]'")
+    db.execute("CREATE INDEX adapters_repo ON adapters (repo)")
+
+
+def m009_views(db: Database) -> None:
+    """Views of what JSON columns and ids hold, and a full-text search that Datasette and sqlite-utils find."""
+    for statement in _M009:
+        db.execute(statement)
+
+
+_M009 = (
+    # They look for the table's name in double quotes.
+    "DROP TABLE adapters_fts",
+    """
+    CREATE VIRTUAL TABLE adapters_fts USING fts5 (
+        id, author, target_modules, card, content="adapters", content_rowid='key', tokenize='unicode61'
+    )
+    """,
+    "INSERT INTO adapters_fts (adapters_fts) VALUES ('rebuild')",
+    """
+    CREATE VIEW usable AS
+    SELECT key, id, author, base, rank, scale, modules, dtype, parameters, bytes, licence, downloads, likes, created_at
+    FROM adapters WHERE status = 'ok'
+    """,
+    """
+    CREATE VIEW selected_adapters AS
+    SELECT s.id AS selection, s.name, s.method, c.position, c.score, c.adapter_id, c."commit", a.key AS adapter,
+        a."commit" = c."commit" AS is_current
+    FROM selected c JOIN selections s ON s.id = c.selection_id LEFT JOIN adapters a ON a.id = c.adapter_id
+    """,
+    """
+    CREATE VIEW run_inputs AS
+    SELECT r.id AS run, r.command, r.status, r.started, j.key AS pinned, j.value AS sha256, a.key AS adapter
+    FROM runs r JOIN json_each(r.record, '$.inputs') j
+        LEFT JOIN adapters a ON a.id = substr(j.key, 1, length(j.key) - 41) AND a."commit" = substr(j.key, -40)
+    """,
+    """
+    CREATE VIEW adapter_modules AS
+    SELECT a.key AS adapter, a.id, j.key AS module, j.value AS rank FROM adapters a JOIN json_each(a.ranks) j
+    """,
+)
+
+
 STEPS = (
     m001_adapters_selections_runs,
     m002_revision_and_notes,
@@ -345,6 +391,8 @@ STEPS = (
     m004_spreads,
     m005_scores_of_adapters,
     m006_verdicts_per_base,
+    m008_home_and_datasets,
+    m009_views,
 )
 
 

@@ -13,6 +13,7 @@ def quoted(names: Iterable[str]) -> str:
     return ", ".join(f'"{name}"' for name in names)
 
 
+_LISTS = ("target_modules", "datasets")
 WRITTEN = (*(field.name for field in fields(Adapter)), "rank_total", "hub_id", "seen_at", "judged_for")
 """The columns of a row that is stored."""
 _NEW = {name: f'excluded."{name}"' for name in WRITTEN if name != "id"}
@@ -33,7 +34,7 @@ def row_of(adapter: Adapter) -> list[Any]:
         value = getattr(adapter, field.name)
         if field.name == "ranks":
             value = json.dumps(dict(value))
-        elif field.name == "target_modules":
+        elif field.name in _LISTS:
             value = json.dumps(list(value))
         elif isinstance(value, bool):
             value = int(value)
@@ -47,8 +48,7 @@ def parsed(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record from what SQLite stored of them."""
     if "ranks" in values:
         values["ranks"] = json.loads(values["ranks"])
-    if "target_modules" in values:
-        values["target_modules"] = tuple(json.loads(values["target_modules"]))
+    values |= {name: tuple(json.loads(values[name])) for name in _LISTS if name in values}
     if "rslora" in values:
         values["rslora"] = bool(values["rslora"])
     return values

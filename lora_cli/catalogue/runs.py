@@ -97,6 +97,13 @@ def all_runs(db: Path, *, command: str | None = None, limit: int = 50) -> list[d
         return [dict(row) for row in rows]
 
 
+def all_inputs(db: Path) -> list[str]:
+    """The inputs of all runs: `id@commit`, or the name of a file."""
+    with closing(open_for_reading(db)) as connection:
+        rows = connection.execute("SELECT DISTINCT key FROM runs, json_each(record, '$.inputs')")
+        return [str(row[0]) for row in rows]
+
+
 def find(db: Path, prefix: str) -> dict[str, Any]:
     """The one run whose id starts with `prefix`, with its record and the scores that it computed.
 

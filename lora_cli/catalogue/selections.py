@@ -47,6 +47,11 @@ class Selections:
         with self._db.writing() as db:
             return int(db.execute("DELETE FROM selections WHERE name = ? OR id = ?", [*clean([name]), name]).rowcount)
 
+    def pinned(self) -> set[tuple[str, str]]:
+        """The adapters of all selections, by id and commit."""
+        with self._db.lock:
+            return set(self._db.read().execute('SELECT DISTINCT adapter_id, "commit" FROM selected').fetchall())
+
     def names(self) -> list[str]:
         """The names of selections, the newest first."""
         with self._db.lock:

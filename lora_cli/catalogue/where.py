@@ -43,6 +43,7 @@ COLUMNS: Final[Mapping[str, Kind]] = {
     "sha256": "text",
     "norm": "number",
     "licence": "text",
+    "datasets": "list",
     "downloads": "number",
     "likes": "number",
     "gated": "text",

@@ -20,6 +20,7 @@ from lora_cli.commands.options import (
     with_flags,
 )
 from lora_cli.errors import UsageError
+from lora_cli.licences import PolicyFlag
 from lora_cli.options import Flag, Options
 from lora_cli.precision import Precision
 from lora_cli.screen import Screen, near
@@ -33,6 +34,12 @@ _LAYERS = (
     Column("UNCHANGED", "unchanged", "right"),
 )
 _SHARES = "LOST of the norm of the update, UNCHANGED of the entries: 0.01 is 1 %"
+
+
+class Licensed(Catalogued, frozen=True, kw_only=True):
+    """`Catalogued`, and the policy on licences."""
+
+    license_policy: PolicyFlag = None
 
 
 class BakeOptions(Options, frozen=True, kw_only=True):
@@ -54,7 +61,7 @@ def bake(
         bool, typer.Option("--layers", help="Show the loss of each layer, in place of the path.")
     ] = False,
     *,
-    setup: Catalogued,
+    setup: Licensed,
     options: BakeOptions,
     job: JobOptions,
 ) -> None:
@@ -104,8 +111,8 @@ def bake(
         screen.say(f"bake: {near(folder)} is up to date")
     else:
         screen.say(f"{outcome(results)} · {duration(report.seconds)} · peak {size(report.peak_bytes)}")
-    if table:
-        screen.say(f"  {near(folder)}")
+    for more in filter(None, [near(folder) if table else "", baking.notice]):
+        screen.say(f"  {more}")
     warn_of_loss(screen, results, TOO_MUCH)
 
 

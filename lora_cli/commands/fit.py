@@ -20,6 +20,7 @@ from lora_cli.commands.options import (
     show_plan,
     with_flags,
 )
+from lora_cli.licences import PolicyFlag
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.screen import near
 from lora_cli.settings import base_of
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
     from lora_cli.steps.fit.fit import Comparison, FitReport
 
 
+class Licensed(OnTask, frozen=True, kw_only=True):
+    """`OnTask`, and the policy on licences."""
+
+    license_policy: PolicyFlag = None
+
+
 def fit(
     adapters: Adapters = None,
     selection: Selection = None,
     *,
-    setup: OnTask,
+    setup: Licensed,
     shape: Shape,
     recipe: Recipe,
     options: FitOptions,
@@ -74,6 +81,8 @@ def fit(
         draw(job.plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())
     screen.say(f"fit: {near(folder)} is up to date" if done.report is None else outcome(done.report))
+    if fitting.notice:
+        screen.say(f"  {fitting.notice}")
     if job.plot is not None:
         screen.say(f"  plot: {near(job.plot)}")
 

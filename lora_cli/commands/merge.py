@@ -24,6 +24,7 @@ from lora_cli.commands.options import (
     with_flags,
 )
 from lora_cli.errors import UsageError
+from lora_cli.licences import PolicyFlag
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.methods import Knob
 from lora_cli.names import parent
@@ -42,6 +43,12 @@ if TYPE_CHECKING:
 SMALL = 0.05
 
 
+class Licensed(Computed, frozen=True, kw_only=True):
+    """`Computed`, and the policy on licences."""
+
+    license_policy: PolicyFlag = None
+
+
 def merge(
     context: typer.Context,
     adapters: Annotated[
@@ -57,7 +64,7 @@ def merge(
     options: MergeOptions,
     sources: MergeSources,
     job: JobOptions,
-    setup: Computed,
+    setup: Licensed,
     prompts: Prompts,
 ) -> None:
     """Merge adapters into one LoRA, by their updates and not factor by factor.
@@ -96,7 +103,10 @@ def merge(
     else:
         for line in (outcome(plan, done.report), *_notes(plan, done.report)):
             screen.say(line)
-    for line in (*_lines_about(found, measured), *([f"  {merging.unchecked}"] if merging.unchecked else [])):
+    for line in (
+        *_lines_about(found, measured),
+        *(f"  {note}" for note in (merging.unchecked, merging.notice) if note),
+    ):
         screen.say(line)
     for line in (*_of_readers(plan, done.run.results), *_to_serve(plan, folder, done.run.results, settings.base)):
         screen.say(line)

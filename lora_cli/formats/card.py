@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_cli.files import open_regular
 
 _MOST_BYTES = 65_536
-_LICENCE = re.compile(r"^license(?:_name)?:[ \t]*['\"]?([^\s'\"#]+)", re.MULTILINE)
+_MOST_DATASETS = 100
 
 
 def read_card(folder: Path) -> str:
@@ -19,9 +19,23 @@ def read_card(folder: Path) -> str:
 
 
 def licence_of(card: str) -> str:
-    """The licence in a model card's YAML front matter."""
+    """The licence in a model card's YAML front matter; several are joined by AND."""
+    named = _values(card, "license")
+    own = _values(card, "license_name")
+    return " AND ".join(own if own and named in ([], ["other"]) else named)
+
+
+def datasets_of(card: str) -> tuple[str, ...]:
+    """The data sets in a model card's YAML front matter."""
+    return tuple(_values(card, "datasets")[:_MOST_DATASETS])
+
+
+def _values(card: str, key: str) -> list[str]:
+    """The plain texts of a key of the front matter: one, a list in brackets, or one with dashes."""
     if not card.startswith("---"):
-        return ""
+        return []
     front = card[3:].partition("\n---")[0]
-    named = _LICENCE.findall(front)
-    return next((name for name in named if name != "other"), named[0] if named else "")
+    found = re.search(rf"^{key}:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)", front, re.MULTILINE)
+    lines = found[1].splitlines() if found else []
+    texts = [part for line in lines for part in re.sub(r"^[ \t]*-[ \t]|[ \t]#.*$", "", line).strip("[] \t").split(",")]
+    return list(filter(None, (text.strip().strip("'\"").strip() for text in texts)))

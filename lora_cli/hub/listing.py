@@ -26,6 +26,8 @@ EXPAND = (
     "tags",
 )
 
+_MOST_DATASETS = 100
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
@@ -42,6 +44,7 @@ class Listed:
     files_known: bool = True
     base: str
     licence: str
+    datasets: tuple[str, ...]
     card: str
     downloads: int
     likes: int
@@ -73,6 +76,7 @@ def listed(item: Any) -> Listed | None:
         files_known=isinstance(item.get("siblings"), list),
         base=_str(peft.get("base_model_name_or_path")) or _str(base),
         licence=_licence(card, item.get("tags")),
+        datasets=tuple(_names(card.get("datasets")))[:_MOST_DATASETS],
         card=_card_text(card, item),
         downloads=_int(item.get("downloads")),
         likes=_int(item.get("likes")),
@@ -96,13 +100,11 @@ def is_id(name: str) -> bool:
 
 
 def _licence(card: Mapping[str, Any], tags: Any) -> str:
-    licence = card.get("license")
-    if isinstance(licence, list):
-        licence = licence[0] if licence else ""
-    if _str(licence) == "other":
+    licences = _names(card.get("license"))
+    if licences == ["other"]:
         return _str(card.get("license_name")) or "other"
-    if _str(licence):
-        return _str(licence)
+    if licences:
+        return " AND ".join(licences)
     named = [_str(tag) for tag in _list(tags) if _str(tag).startswith("license:")]
     return named[0].removeprefix("license:") if named else ""
 
@@ -116,6 +118,11 @@ def _card_text(card: Mapping[str, Any], item: Mapping[str, Any]) -> str:
     words += [_str(tag) for tag in _list(item.get("tags"))]
     words.append(_str(item.get("pipeline_tag")))
     return " ".join(dict.fromkeys(word for word in words if word))[:20_000]
+
+
+def _names(value: Any) -> list[str]:
+    """A text, or the texts of a list."""
+    return list(filter(None, map(_str, value if isinstance(value, list) else [value])))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

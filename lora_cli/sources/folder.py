@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.catalogue.adapters import Known
+from lora_cli.catalogue.adapters import Catalogue, Known
 from lora_cli.checks.rules import Rules
-from lora_cli.errors import HeaderError, NothingMatched
+from lora_cli.errors import DataError, HeaderError, NothingMatched
 from lora_cli.files import special_kind
-from lora_cli.formats.card import licence_of, read_card
+from lora_cli.formats.card import datasets_of, licence_of, read_card
 from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in
@@ -45,12 +45,17 @@ class FolderSource(Source):
         for folder in _adapter_folders(self._root):
             folders.append(folder)
             progress("looking for adapters", len(folders), 0)
-        folders = sorted(folders)[: sought.limit]
+        folders, lost = sorted(folders)[: sought.limit], _Lost(sought.catalogue)
         for start in range(0, len(folders), _BATCH):
             batch = folders[start : start + _BATCH]
             ids = {folder: self._id(folder) for folder in batch}
             known = sought.catalogue.known(list(ids.values()))
-            yield [self._found(folder, _own(id, folder, known), sought.rules) for folder, id in ids.items()]
+            there = sought.catalogue.ids_of(source="folder", at=[_text(str(folder)) for folder in batch])
+            placed = {row.repo: id for id, row in sought.catalogue.known(there).items()}
+            own = {folder: _own(id, folder, known, placed) for folder, id in ids.items()}
+            new = [folder for folder, id in own.items() if id not in known and id not in placed.values()]
+            own |= {folder: lost.moved_to(folder, own[folder]) for folder in new}
+            yield [self._found(folder, id, sought.rules) for folder, id in own.items()]
 
     def vanished(self, sought: Sought, seen: Collection[str]) -> list[str]:
         name, root = self._id(self._root), _text(str(self._root))
@@ -97,6 +102,7 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
         commit=folder_ref(folder).commit,
         card=card,
         licence=licence_of(card),
+        datasets=datasets_of(card),
         modified_at=_modified(folder, names),
     )
     config = read_config(folder)
@@ -124,10 +130,37 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
     return weighed(adapter, folder / WEIGHTS_NAME, header, config, rules.skeleton())
 
 
-def _own(id: str, folder: Path, known: Mapping[str, Known]) -> str:
-    """`id`, or the folder's path where that id already belongs to another place that is still there."""
+class _Lost:
+    """The catalogued folders that are no longer at their places."""
+
+    def __init__(self, catalogue: Catalogue) -> None:
+        known = catalogue.known(catalogue.ids_of(source="folder"))
+        self._lost = {id: row for id, row in known.items() if folder_of(row.repo) is None}
+
+    def moved_to(self, folder: Path, id: str) -> str:
+        """The id of the lost adapter that is now in `folder`, byte for byte; `id` if there is none."""
+        if not self._lost:
+            return id
+        try:
+            commit = folder_ref(folder).commit
+        except (DataError, OSError):
+            return id
+        same = [lost for lost, row in self._lost.items() if row.commit == commit]
+        found = max(same, key=lambda lost: Path(lost).name == folder.name, default="")
+        if not found:
+            return id
+        del self._lost[found]
+        return found
+
+
+def _own(id: str, folder: Path, known: Mapping[str, Known], placed: Mapping[str, str]) -> str:
+    """The id of the row for this folder, else `id`, or its path where `id` belongs to another place still there."""
     here = _text(str(folder))
-    if id not in known or known[id].repo == here:
+    if id in known and known[id].repo == here:
+        return id
+    if here in placed:
+        return placed[here]
+    if id not in known:
         return id
     # A moved tree keeps its ids; a Hub row of the same id has no folder.
     was = known[id].repo

@@ -160,6 +160,7 @@ class HubReader:
             author=listed.author,
             base_declared=listed.base,
             licence=listed.licence,
+            datasets=listed.datasets,
             downloads=listed.downloads,
             likes=listed.likes,
             gated=listed.gated,

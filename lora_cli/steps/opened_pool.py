@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from lora_cli.catalogue.adapters import Catalogue
@@ -13,6 +13,7 @@ from lora_cli.formats.delta import OpenDelta, dense_folder, open_delta
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
@@ -31,6 +32,7 @@ from lora_cli.steps.pool.gather import (
     opened,
     sha256_of_weights,
 )
+from lora_cli.steps.pool.licences import Stated, id_of, stated_of, stated_of_base
 from lora_cli.steps.pool.lookup import look_up, names_of, usable
 from lora_cli.steps.pool.select import demand_one_base
 
@@ -43,7 +45,8 @@ class Gathered:
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
     its weights; `skeleton` holds the modules of the base's class, None if the class is not known; `unchecked` then
-    gives the reason.
+    gives the reason. `terms` maps each `id@commit`, and "" for the base, to what its card states;
+    `notice` names the licences that restrict.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -51,6 +54,19 @@ class Gathered:
     inputs: Mapping[str, str]
     skeleton: Skeleton | None = None
     unchecked: str = ""
+    terms: Mapping[str, Stated] = field(default_factory=dict)
+    notice: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """One adapter or dense result, ready to be read; the others as in `Gathered`."""
+
+    adapter: OpenAdapter | OpenDelta
+    base: str
+    inputs: Mapping[str, str]
+    terms: Mapping[str, Stated]
+    notice: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +89,7 @@ class Pool:
     `base` is the base model that adapters must belong to. None means the base for which the catalogue lists them as
     usable, else their declared base. An adapter without a declared base belongs to `base` if its shapes fit.
     `aliases` are other names of `base`. `announce` gets a line for each adapter looked up on the Hub and, before
-    weights are downloaded, a line with their size.
+    weights are downloaded, a line with their size. `policy` is that of licences.
     """
 
     catalogue: Catalogue
@@ -81,6 +97,7 @@ class Pool:
     aliases: Sequence[str] = ()
     announce: Callable[[str], None]
     progress: Progress = silent
+    policy: Policy = "warn"
 
     def chosen(self, texts: Sequence[str], selection: str | None = None, recorded: Iterable[str] = ()) -> Chosen:
         """The adapters meant by texts ADAPTER[=WEIGHT]; without any, a selection or every usable adapter.
@@ -146,18 +163,20 @@ class Pool:
         self.announce(f"adapters: all {len(pinned)} usable ones in the catalogue")
         return tuple(pinned)
 
-    def adapters(self, names: Sequence[str], *, whole: bool = False) -> Gathered:
+    def adapters(self, names: Sequence[str], *, whole: bool = False, passed_on: bool = False) -> Gathered:
         """Find, fetch where needed, open and check adapters.
 
         Args:
             names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
             whole: also accept adapters that hold modules saved whole, for their updates.
+            passed_on: the result holds the adapters, so that the policy on licences counts.
 
         Raises:
             NothingMatched: an id that is neither in the catalogue nor on the Hub.
             AccessDenied: a gated adapter.
             NetworkError: an id or weights have to come from the Hub, which cannot be reached.
-            Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases.
+            Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases; or
+                licences that the policy forbids.
         """
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
@@ -171,6 +190,10 @@ class Pool:
             if held.status == "quarantined":
                 self.announce(f"{held.id} is quarantined: {held.reason}")
         base = self.base or base_of_rows(rows)
+        terms = stated_of(found)
+        if passed_on:
+            # Before weights are downloaded.
+            restrictions_of(self.policy, {id_of(pinned): one.licence for pinned, one in terms.items()})
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
         here = [files_of(ref) for ref, _ in found]
         known = names_of(self.catalogue, base, self.aliases)
@@ -198,22 +221,55 @@ class Pool:
             for note in filter(None, [taken, *adapter.notes, unknown]):
                 self.announce(f"{adapter.ref.id}: {note}")
         public = public_base(base or "", known, [one.base for one in declared])
-        return Gathered(adapters=tuple(adapters), base=public, inputs=inputs, skeleton=skeleton, unchecked=unchecked)
+        if passed_on:
+            terms[""] = self.base_terms(base or declared[0].base)
+        return Gathered(
+            adapters=tuple(adapters),
+            base=public,
+            inputs=inputs,
+            skeleton=skeleton,
+            unchecked=unchecked,
+            terms=terms,
+            notice=self.notice(terms, public) if passed_on else "",
+        )
 
-    def update(self, name: str) -> tuple[OpenAdapter | OpenDelta, str, Mapping[str, str]]:
-        """One adapter, or the dense result of a merge in a folder, with `base` and `inputs` as in `Gathered`.
+    def base_terms(self, base: str) -> Stated:
+        """What the card of a base states, as far as it is here; by one request where the policy refuses."""
+        return stated_of_base(base, ask=self.policy in ("commercial", "share-alike"))
+
+    def notice(self, terms: Mapping[str, Stated], base: str) -> str:
+        """A line that names the licences that restrict, "" for none. Refused where the policy forbids them."""
+        adapters = {id_of(pinned): one.licence for pinned, one in terms.items() if pinned}
+        return restrictions_of(self.policy, adapters, (base, terms[""].licence))
+
+    def update(self, name: str) -> "Update":
+        """One adapter, or the dense result of a merge in a folder.
 
         Raises:
             DataError: the record of a dense result is missing or malformed. Else as `adapters` does.
         """
         folder = dense_folder(name)
         if folder is None:
-            found = self.adapters([name])
-            return found.adapters[0], found.base, found.inputs
+            found = self.adapters([name], passed_on=True)
+            return Update(
+                adapter=found.adapters[0],
+                base=found.base,
+                inputs=found.inputs,
+                terms=found.terms,
+                notice=found.notice,
+            )
         delta = open_delta(folder, self.progress)
         known = names_of(self.catalogue, self.base, self.aliases)
         check_bases([Declared(delta.ref, delta.base)], self.base, known)
-        return delta, public_base(self.base or "", known, [delta.base]), {delta.ref.pinned: delta.sha256}
+        base = public_base(self.base or "", known, [delta.base])
+        terms = {**stated_of([(delta.ref, None)]), "": self.base_terms(self.base or delta.base)}
+        return Update(
+            adapter=delta,
+            base=base,
+            inputs={delta.ref.pinned: delta.sha256},
+            terms=terms,
+            notice=self.notice(terms, base),
+        )
 
     def absent(self, names: Sequence[str]) -> list[Adapter]:
         """The adapters of `names` whose weights `adapters` would download. Stores nothing; raises like `adapters`."""
@@ -245,6 +301,7 @@ def pool_of(settings: Settings, announce: Callable[[str], None], progress: Progr
         aliases=settings.base_aliases,
         announce=announce,
         progress=progress,
+        policy=settings.license_policy,
     )
 
 

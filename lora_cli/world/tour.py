@@ -246,7 +246,9 @@ class _Guide:
 def _plan(chosen: Gathered, weight: float, method: str) -> merging.MergePlan:
     weights = [weight] * len(chosen.adapters)
     options = MergeOptions(method=method)
-    return merging.plan(chosen.adapters, weights, options, base=chosen.base, skeleton=chosen.skeleton)
+    return merging.plan(
+        chosen.adapters, weights, options, base=chosen.base, skeleton=chosen.skeleton, terms=chosen.terms
+    )
 
 
 @contextmanager

@@ -17,7 +17,6 @@ import pytest
 
 from lora_cli.catalogue import database, migrations
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.catalogue.database import open_for_writing, writing
 from lora_cli.catalogue.sql import query
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
@@ -33,7 +32,8 @@ FULL = Adapter(
     id="alice/sql", commit="c" * 40, source="hub", repo="alice/sql", subfolder="x", author="alice",
     base_declared="Base", revision="v1", base="acme/base@v1", base_match="alias", peft_type="LORA", rank=8, alpha=16.0,
     scale=2.0, rslora=True, ranks={"layers.0.q_proj": 8}, target_modules=("q_proj", "v_proj"), modules=1, layers=1,
-    dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, norm=1.5, licence="mit", downloads=7, likes=2,
+    dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, norm=1.5, licence="mit", datasets=("acme/questions",),
+    downloads=7, likes=2,
     gated="auto", created_at="2026-01-01", modified_at="2026-01-02", card="Turns questions into SQL.", stamp="s",
     status="unusable", reason="no luck", notes="names repaired",
 )  # fmt: skip
@@ -223,16 +223,17 @@ def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
 ) -> None:
     every = migrations.STEPS
     monkeypatch.setattr(migrations, "STEPS", every[:2])
-    columns = [f.name for f in fields(Adapter)]
-    with writing(open_for_writing(catalogue.path)) as db:
+    catalogue.path.parent.mkdir(exist_ok=True)
+    columns = [f.name for f in fields(Adapter) if f.name != "datasets"]
+    with contextlib.closing(Database(sqlite3.connect(catalogue.path, isolation_level=None))) as db:
+        migrations.migrations().apply(db)
         for number, one in enumerate((FULL, adapter("bob/plain", card="Writes poems."))):
             stored = {**asdict(one), "ranks": json.dumps(one.ranks), "target_modules": json.dumps(one.target_modules)}
             names = ", ".join(f'"{name}"' for name in columns)
             values = [number + 7, *(stored[name] for name in columns)]
             db.execute(f"INSERT INTO adapters (key, {names}) VALUES ({', '.join('?' * len(values))})", values)
-    db.close()
     monkeypatch.setattr(migrations, "STEPS", every)
-    assert whole(catalogue) == [FULL, adapter("bob/plain", card="Writes poems.")]
+    assert whole(catalogue) == [replace(FULL, datasets=()), adapter("bob/plain", card="Writes poems.")]
     assert [row.id for row in catalogue.search("poems")] == ["bob/plain"]
     catalogue.add([replace(FULL, card="Writes novels.")])
     assert [row.id for row in catalogue.search("novels")] == ["alice/sql"]

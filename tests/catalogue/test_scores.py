@@ -11,9 +11,9 @@ import pytest
 
 from lora_cli.catalogue import doctor, migrations, runs
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.catalogue.database import open_for_writing, writing
 from lora_cli.catalogue.dump import scores_of
 from lora_cli.catalogue.sql import query
+from lora_cli.catalogue.sqlite import Database
 from lora_cli.records import Adapter, Score
 from tests.cli import ok
 
@@ -78,11 +78,10 @@ def test_scores_of_an_older_catalogue_get_their_adapter_and_task(
     path, every = tmp_path / "old.db", migrations.STEPS
     monkeypatch.setattr(migrations, "STEPS", every[:4])
     record = json.dumps({"settings": {"data": "old.jsonl"}})
-    with writing(open_for_writing(path)) as old:
-        old.execute(
-            'INSERT INTO adapters (key, id, "commit", source, repo) VALUES (1, ?, ?, ?, ?)',
-            [ANN.id, ANN.commit, ANN.source, ANN.repo],
-        )
+    with closing(Database(sqlite3.connect(path, isolation_level=None))) as old:
+        migrations.migrations().apply(old)
+        columns = 'INSERT INTO adapters (id, "commit", source, repo) VALUES (?, ?, ?, ?)'
+        old.execute(columns, [ANN.id, ANN.commit, ANN.source, ANN.repo])
         old.execute("INSERT INTO runs VALUES ('r', 'eval', 'done', '', '', '', ?, '')", [record])
         for system, adapters in {
             "base": [],
@@ -94,7 +93,6 @@ def test_scores_of_an_older_catalogue_get_their_adapter_and_task(
                 "INSERT INTO scores (run_id, system, adapters, task_sha256, metric, value) VALUES ('r', ?, ?, ?, ?, 1)",
                 [system, json.dumps(adapters), TASK, "exact"],
             )
-    old.close()
     monkeypatch.setattr(migrations, "STEPS", every)
     rows = query(path, 'select system, task, adapter, "commit" from scores order by id')[1]
     task = "old.jsonl@ffffffff"

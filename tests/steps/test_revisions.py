@@ -158,12 +158,15 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     ok("pool", "sync", PYTHIA, "--from", "pool")
     database = Path(os.environ["LORA_DB"])
     connection = sqlite3.connect(database)
-    for column in ("revision", "notes"):
+    for view in ("usable", "selected_adapters", "adapter_scores", "run_inputs", "adapter_modules"):
+        connection.execute(f"DROP VIEW {view}")
+    for column in ("revision", "notes", "datasets"):
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
-    connection.execute("DROP TABLE spreads")
+    for table in ("spreads", "home"):
+        connection.execute(f"DROP TABLE {table}")
     connection.executescript(
-        "DROP VIEW adapter_scores; DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; "
-        "DROP INDEX scores_adapter; DROP INDEX scores_task"
+        "DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; DROP INDEX scores_adapter; DROP INDEX scores_task; "
+        "DROP INDEX adapters_repo"
     )
     for column in ("adapter", '"commit"', "task", "imported"):
         connection.execute(f"ALTER TABLE scores DROP COLUMN {column}")

@@ -29,6 +29,7 @@ FLOORS = (
         "columns",
         "redaction",
         "escapes",
+        "licences",
     ),
     (
         "settings",

@@ -1,6 +1,7 @@
 """From the user's request for a bake to a job that is ready to run."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora_cli.errors import UsageError
@@ -15,15 +16,18 @@ from lora_cli.steps.recorded import Finished, Job, run_once
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeJob:
-    """A bake that is planned."""
+    """A bake that is planned. `licences` maps `id@commit`, and "" for the base, to what its card states."""
 
     plan: BakePlan
     job: Job
+    licences: Mapping[str, str] = field(default_factory=dict)
+    notice: str = ""
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[BakeReport]:
         """Bake, unless the result is there; see `run_once` and `steps.bake.bake`."""
 
         def work(run: Run) -> BakeReport:
+            run.results["licences"] = dict(self.licences)
             return bake(self.plan, self.job.folder, run, replace=force, progress=progress)
 
         return run_once(db, self.job, work, force=force, progress=progress)
@@ -55,7 +59,8 @@ class BakeRequest:
         Raises:
             UsageError: no base model, or an unknown dtype. Else as `Pool.update`, `find_base` and `plan` do.
         """
-        update, name, parents = self.pool.update(self.name)
+        found = self.pool.update(self.name)
+        update, name = found.adapter, found.base
         if self.settings.base is None:
             raise UsageError("no base model", hint=f"{update.ref.id} is for {name}: give --base, or set LORA_BASE")
         base = self.base(name)
@@ -63,9 +68,10 @@ class BakeRequest:
         job = Job(
             verb="bake",
             settings=planned.settings,
-            inputs={**base.inputs, **parents},
+            inputs={**base.inputs, **found.inputs},
             runs=self.settings.runs,
             out=out,
         )
         demand_apart(planned, job.folder)
-        return BakeJob(plan=planned, job=job)
+        licences = {pinned: one.licence for pinned, one in found.terms.items()}
+        return BakeJob(plan=planned, job=job, licences=licences, notice=found.notice)

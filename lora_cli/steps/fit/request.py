@@ -33,6 +33,7 @@ class FitJob:
     job: Job
     ref: BaseRef
     target: str
+    notice: str
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
         """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
@@ -113,7 +114,7 @@ class FitRequest:
     def prepare(self, prompting: Prompting | None = None, *, out: Path | None = None) -> FitJob:
         """Open the adapters, downloading missing files, and check everything that needs no weights."""
         settings, ref = self.settings, self.ref(prompting)
-        gathered = self.pool.adapters(self.names)
+        gathered = self.pool.adapters(self.names, passed_on=True)
         target = "" if self.options.target is None else gathered.adapters[-1].ref.pinned
         # A merge computes in float64, which Apple's GPUs do not have.
         device = ref.device if ref.device.startswith("cuda") else "cpu"
@@ -123,6 +124,7 @@ class FitRequest:
             replace(self.merging, device=device),
             base=gathered.base,
             skeleton=gathered.skeleton,
+            terms=gathered.terms,
         )
         ref = dataclasses.replace(ref, name=gathered.base)
         described = run_settings(
@@ -142,4 +144,4 @@ class FitRequest:
             out=out,
             device=ref.device,
         )
-        return FitJob(request=self, plan=planned, job=job, ref=ref, target=target)
+        return FitJob(request=self, plan=planned, job=job, ref=ref, target=target, notice=gathered.notice)

@@ -21,6 +21,7 @@ from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.names import parent
 from lora_cli.records import Coefficients
 from lora_cli.steps.merge.scope import is_number, modules_in_scope, modules_meant
+from lora_cli.steps.pool.licences import Stated
 
 AUTO_RANK = 64
 _LARGEST_FACTOR = 1e9
@@ -36,7 +37,7 @@ class MergePlan:
     `adapters` and `weights` are in canonical order, not in the order given. `options` hold all knobs of the method.
     `coefficients`, if given, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros`
     are the shapes (out, in) of modules that the result holds as zeros, because the program of --for cannot load the
-    others without them.
+    others without them. `terms` maps each `id@commit`, and "" for the base, to what its card states.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -48,6 +49,7 @@ class MergePlan:
     inputs: Inputs | None = None
     zeros: Mapping[str, Shape] = field(default_factory=dict)
     skeleton: Skeleton | None = None
+    terms: Mapping[str, Stated] = field(default_factory=dict)
 
     @cached_property
     def layout(self) -> Layout:
@@ -123,6 +125,7 @@ def plan(
     coefficients: Coefficients | None = None,
     inputs: Inputs | None = None,
     skeleton: Skeleton | None = None,
+    terms: Mapping[str, Stated] | None = None,
 ) -> MergePlan:
     """Check everything that can be checked before a weight is read.
 
@@ -131,6 +134,7 @@ def plan(
         base: the common base model of all adapters, in the form that the result will declare.
         inputs: the samples for a method that needs inputs.
         skeleton: the modules of the base, None if its class is not known.
+        terms: what the cards of the adapters and of the base state.
 
     Raises:
         UsageError: an unknown method, knob, rank or scope.
@@ -167,6 +171,7 @@ def plan(
         inputs=inputs,
         zeros={} if target is None else target.zeros(modules, shapes_of(ordered)),
         skeleton=skeleton,
+        terms=terms or {},
     )
 
 

@@ -42,6 +42,7 @@ class MergeJob:
     plan: MergePlan
     job: Job
     unchecked: str
+    notice: str
     lock: Lock | None
     samples: ModuleInputs | None
 
@@ -129,7 +130,7 @@ class MergeRequest:
         Raises:
             Refused: adapters other than those of the lock. Else as `Pool.adapters` and `steps.merge.plan` do.
         """
-        gathered = self.pool.adapters(self.names, whole=self.options.saved_modules != "refuse")
+        gathered = self.pool.adapters(self.names, whole=self.options.saved_modules != "refuse", passed_on=True)
         team = self._team(gathered)
         for ids in identical(team.adapters, team.inputs):
             self.pool.announce(f"{in_words(ids)} are byte-identical")
@@ -142,6 +143,7 @@ class MergeRequest:
             skeleton=gathered.skeleton,
             coefficients=self.coefficients,
             inputs=samples,
+            terms=gathered.terms,
         )
         asked = planned.settings | (samples.settings if samples is not None else {})
         if self.lock is not None and asked != self.lock.settings:
@@ -158,7 +160,9 @@ class MergeRequest:
             name=f"merge-{planned.options.method}",
             device=planned.options.device,
         )
-        return MergeJob(plan=planned, job=job, unchecked=gathered.unchecked, lock=self.lock, samples=samples)
+        return MergeJob(
+            plan=planned, job=job, unchecked=gathered.unchecked, notice=gathered.notice, lock=self.lock, samples=samples
+        )
 
     def _team(self, gathered: Gathered) -> _Team:
         """The adapters to merge, with weights from the lock, from the coefficients or from the user."""

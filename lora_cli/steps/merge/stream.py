@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,14 @@ from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
+from lora_cli.licences import terms_of, together
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import STORED, dtype_name, torch_dtype
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge.plan import MergePlan, identical, plan
+from lora_cli.steps.pool.licences import Stated
 from lora_cli.text import percent
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
@@ -115,6 +117,7 @@ def merge(
         if lock is not None:
             demand_same_outputs(lock, run.outputs)
         run.results.update(
+            licences={name: one.licence for name, one in plan.terms.items()},
             energy=report.energy,
             norm=report.norm,
             mean_norm=report.mean_norm,
@@ -252,7 +255,10 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
     name, revision = split_revision(plan.base)
     base = _code(name) + (f" at revision {_code(revision)}" if revision else "")
-    front: dict[str, Any] = {"base_model": name, "tags": ["merge"]}
+    parents = [plan.terms.get(adapter.ref.pinned, Stated()) for adapter in plan.adapters]
+    front: dict[str, Any] = {"base_model": name, "tags": ["merge"], **_licence_of_all(parents)}
+    if datasets := sorted({dataset for one in parents for dataset in one.datasets}):
+        front["datasets"] = datasets
     if plan.options.dense:
         title, made = "Merged update", f"whole updates, to be added to the base: `{DENSE_FILE}`"
     else:
@@ -270,14 +276,29 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         + (f" ({', '.join(f'{k} {v}' for k, v in plan.options.knobs.items())})" if plan.options.knobs else "")
         + f": {len(report.modules)} modules, {made}.",
         "",
-        "| parent | commit | weight |",
-        "|---|---|---|",
+        "| parent | commit | weight | licence |",
+        "|---|---|---|---|",
     ]
-    for adapter, weight in zip(plan.adapters, plan.weights, strict=True):
+    for adapter, weight, one in zip(plan.adapters, plan.weights, parents, strict=True):
         shown = "learnt, see run.json" if plan.coefficients is not None else f"{weight:g}"
-        lines.append(f"| {_code(adapter.ref.id)} | `{adapter.ref.commit}` | {shown} |")
+        lines.append(f"| {_code(adapter.ref.id)} | `{adapter.ref.commit}` | {shown} | {_stated(one.licence)} |")
+    if "" in plan.terms:
+        lines += ["", f"Licence of the base: {_stated(plan.terms[''].licence)}."]
     lines += ["", "`run.json` holds the settings, versions and hashes that made this folder.", ""]
     return "\n".join(lines)
+
+
+def _licence_of_all(parents: Sequence[Stated]) -> dict[str, str]:
+    """The licence of the result in the Hub's metadata: that of all parents, or a name made of theirs."""
+    name = together(one.licence for one in parents)
+    if not name:
+        return {}
+    known = terms_of(name).names == {name}
+    return {"license": name} if known else {"license": "other", "license_name": name}
+
+
+def _stated(licence: str) -> str:
+    return _code(licence) if licence else "not stated"
 
 
 def _code(text: str) -> str:

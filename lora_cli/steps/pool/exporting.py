@@ -84,7 +84,7 @@ class Export:
 
     def _parquet(self, file: BinaryIO) -> None:
         arrow = pyarrow("")
-        kinds = {"rslora": arrow.bool_(), "target_modules": arrow.list_(arrow.string())}
+        kinds = {"rslora": arrow.bool_(), **dict.fromkeys(("target_modules", "datasets"), arrow.list_(arrow.string()))}
         for names, batches in self._tables():
             schema = arrow.schema([(name, kinds.get(name) or _kind(arrow, name)) for name in names])
             with pyarrow(".parquet").ParquetWriter(file, schema) as writer:
@@ -105,7 +105,8 @@ def _json_lines(names: Sequence[str], batch: Sequence[Sequence[Any]]) -> str:
         values = dict(zip(names, row, strict=True))
         ranks = values.pop("ranks", None)
         if ranks is not None:
-            values |= {"rslora": bool(values["rslora"]), "target_modules": json.loads(values["target_modules"])}
+            values |= {"rslora": bool(values["rslora"])}
+            values |= {name: json.loads(values[name]) for name in ("target_modules", "datasets")}
         found = msgspec.json.encode(values)
         # msgspec is ten times as quick, but leaves letters outside ASCII as they are.
         text = redacted(found.decode() if found.isascii() else json.dumps(values, separators=(",", ":")))
@@ -132,7 +133,7 @@ def _kind(arrow: Any, name: str) -> Any:
 def _column(name: str, values: Sequence[Any]) -> Sequence[Any]:
     if name == "rslora":
         return [bool(value) for value in values]
-    if name == "target_modules":
+    if name in ("target_modules", "datasets"):
         return [json.loads(value) for value in _without_secrets(values)]
     if name == "ranks":
         return [_ranks(value) for value in values]
