@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import UPSERT, clean, parsed, quoted, row_of, text
 from lora_cli.catalogue.selections import Selections
+from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import conditions, ordering
@@ -50,6 +51,7 @@ class Catalogue:
         self._db = OpenDatabase(path)
         self.selections = Selections(self._db, self.get)
         self.spreads = Spreads(self._db)
+        self.sketches = Sketches(self._db)
 
     def __enter__(self) -> Self:
         return self

@@ -20,6 +20,7 @@ _TABLES = {
     "scores": "id",
     "syncs": "id",
     "spreads": "",
+    "sketches": "",
 }
 """Every table with the column that names its rows."""
 _MOST_PROBES = 100_000

@@ -225,7 +225,22 @@ def m004_spreads(db: Database) -> None:
     )
 
 
-STEPS = (m001_adapters_selections_runs, m002_revision_and_notes, m003_thin_rows, m004_spreads)
+def m007_sketches(db: Database) -> None:
+    """Sketches of whole updates, beside the rows; `content` is what one was made from."""
+    db.execute(
+        """
+        CREATE TABLE sketches (
+            adapter INTEGER PRIMARY KEY REFERENCES adapters (key) ON DELETE CASCADE,
+            "commit" TEXT NOT NULL,
+            content TEXT NOT NULL,
+            by_base INTEGER NOT NULL,
+            numbers BLOB NOT NULL
+        )
+        """
+    )
+
+
+STEPS = (m001_adapters_selections_runs, m002_revision_and_notes, m003_thin_rows, m004_spreads, m007_sketches)
 
 
 def migrations() -> Migrations:

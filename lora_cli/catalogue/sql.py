@@ -116,7 +116,9 @@ def _hint(error: str) -> str:
     if 'near "commit"' in error.lower():
         return 'commit is a word of SQL: write "commit" in double quotes'
     if "no such table" in error:
-        return "tables are adapters, adapters_fts, selections, selected, runs, scores, syncs, aliases, spreads"
+        return (
+            "tables are adapters, adapters_fts, selections, selected, runs, scores, syncs, aliases, spreads, sketches"
+        )
     if "no such column" in error:
         return "see `lora pool sql 'select * from adapters limit 1' --json` for the columns"
     return ""
