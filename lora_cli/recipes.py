@@ -94,7 +94,7 @@ class SelectOptions(Options, frozen=True, kw_only=True):
     """The adapters to choose: the `k` best by a method, of those for which every condition of `where` holds.
 
     `target` is the folder of the reference adapter, for methods that compare weights. The limit per author does not
-    apply to adapters without an author.
+    apply to adapters without an author. `dedupe` takes cosines from sketches, which `pool verify --deep` makes.
     """
 
     by: Annotated[By, Flag(help="How.")] = "random"
@@ -104,6 +104,13 @@ class SelectOptions(Options, frozen=True, kw_only=True):
     ] = ()
     target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for cosine.")] = None
     max_per_author: Annotated[int | None, Flag(help="The most adapters of one author.", minimum=1)] = None
+    dedupe: Annotated[
+        float | None, Flag(help="Leave out copies of better ones: the same weights, or a cosine of this and above.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.dedupe is not None and not 0 < self.dedupe <= 1:
+            raise UsageError(f"--dedupe is a cosine in 0 < cosine <= 1, not {self.dedupe}")
 
 
 class FitOptions(Options, frozen=True, kw_only=True):

@@ -210,12 +210,35 @@ class Share(NamedTuple):
     rest: bool = False
 
 
+class PoolPoint(NamedTuple):
+    """An adapter's place on a map of its pool."""
+
+    id: str
+    status: Status
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolMap:
+    """Adapters of one base in a plane: near ones are alike.
+
+    `usable` is the number of its usable adapters, drawn or not. `shares` are those of the whole spread that lie along
+    x and along y.
+    """
+
+    base: str
+    points: Sequence[PoolPoint]
+    usable: int
+    shares: tuple[float, float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolReport:
     """A catalogue, or the part of it for which `conditions` hold: its adapters, and their number by title and label.
 
-    `last_sync` is the time of the catalogue's last sync, "" if there was none. Everything in it depends on the
-    catalogue alone.
+    `last_sync` is the time of the catalogue's last sync, "" if there was none. `map` is None without sketches.
+    Everything in it depends on the catalogue alone.
     """
 
     adapters: Sequence[ReportedAdapter]
@@ -225,6 +248,7 @@ class PoolReport:
     bytes: int
     last_sync: str
     conditions: Sequence[str]
+    map: PoolMap | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.listings import Listings
 from lora_cli.catalogue.rows import clean, parsed, quoted, text
 from lora_cli.catalogue.selections import Selections
+from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
 from lora_cli.catalogue.sqlite import Database
 from lora_cli.catalogue.where import COLUMNS, conditions, ordering
@@ -59,6 +60,7 @@ class Catalogue:
         self.spreads = Spreads(self._db)
         self.listings = Listings(self._db)
         self.bases = verdicts.Bases(self._db)
+        self.sketches = Sketches(self._db)
 
     def __enter__(self) -> Self:
         return self

@@ -22,6 +22,7 @@ _TABLES = {
     "spreads": "",
     "verdicts": "judged_for",
     "listings": "name",
+    "sketches": "",
 }
 """Every table with the column that names its rows."""
 _MOST_PROBES = 100_000

@@ -338,6 +338,21 @@ _M006 = (
 )
 
 
+def m007_sketches(db: Database) -> None:
+    """Sketches of whole updates, beside the rows; `content` is what one was made from."""
+    db.execute(
+        """
+        CREATE TABLE sketches (
+            adapter INTEGER PRIMARY KEY REFERENCES adapters (key) ON DELETE CASCADE,
+            "commit" TEXT NOT NULL,
+            content TEXT NOT NULL,
+            by_base INTEGER NOT NULL,
+            numbers BLOB NOT NULL
+        )
+        """
+    )
+
+
 def m008_home_and_datasets(db: Database) -> None:
     """The folder in which the catalogue was last written, and the data sets that an adapter's card names."""
     db.execute("CREATE TABLE home (one INTEGER PRIMARY KEY CHECK (one = 1), folder TEXT NOT NULL)")
@@ -391,6 +406,7 @@ STEPS = (
     m004_spreads,
     m005_scores_of_adapters,
     m006_verdicts_per_base,
+    m007_sketches,
     m008_home_and_datasets,
     m009_views,
 )

@@ -27,6 +27,20 @@ class Spreads:
                     [_packed(modules), *clean([id, commit])],
                 )
 
+    def at(self, id: str, commit: str) -> Modules | None:
+        """The measures of one adapter at one commit, None if there are none."""
+        with self._db.lock:
+            row = (
+                self._db.read()
+                .execute(
+                    'SELECT s.modules FROM spreads s JOIN adapters a ON a.key = s.adapter AND a."commit" = s."commit" '
+                    'WHERE a.id = ? AND a."commit" = ?',
+                    clean([id, commit]),
+                )
+                .fetchone()
+            )
+        return None if row is None else _unpacked(row[0])
+
     def of(self, base: str, *, most: int = 500, with_: Iterable[str] = ()) -> dict[str, Modules]:
         """The measures of usable adapters of a base, by id.
 

@@ -117,8 +117,8 @@ def _hint(error: str) -> str:
         return 'commit is a word of SQL: write "commit" in double quotes'
     if "no such table" in error:
         return (
-            "tables are adapters, adapters_fts, verdicts, selections, selected, runs, scores, syncs, aliases, spreads; "
-            "views usable, adapter_scores (the newest ones), selected_adapters, run_inputs, adapter_modules"
+            "tables are adapters, adapters_fts, verdicts, selections, selected, runs, scores, syncs, aliases, spreads, "
+            "sketches; views usable, adapter_scores (the newest ones), selected_adapters, run_inputs, adapter_modules"
         )
     if "no such column" in error:
         return "see `lora pool sql 'select * from adapters limit 1' --json` for the columns"

@@ -52,7 +52,7 @@ class WeightFacts:
     zero_b: bool
 
 
-def weight_status(facts: WeightFacts) -> tuple[Status, str]:
+def weight_status(facts: WeightFacts, most: float = MAX_NORM) -> tuple[Status, str]:
     """("ok", "") or ("unusable", reason), by the rules of the paper except that a small norm is no fault.
 
     arXiv 2602.12323 drops NaN, and norms outside (1, 1000]; an adapter that was barely trained is still an adapter.
@@ -63,22 +63,33 @@ def weight_status(facts: WeightFacts) -> tuple[Status, str]:
         return "unusable", "every lora_B is zero: changes nothing"
     if facts.zero:
         return "unusable", "the update is zero in every module: changes nothing"
-    if facts.norm is None or facts.norm > MAX_NORM:
+    if facts.norm is None or facts.norm > most:
         shown = "not finite" if facts.norm is None else f"{facts.norm:.3g}"
-        return "unusable", f"the norm of its update is {shown}, above {MAX_NORM:g}"
+        return "unusable", f"the norm of its update is {shown}, above {most:g}"
     return "ok", ""
 
 
 def weighed(
-    adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None = None
+    adapter: Adapter,
+    weights: Path,
+    header: Header,
+    config: bytes,
+    skeleton: Skeleton | None = None,
+    *,
+    most: float = MAX_NORM,
 ) -> Adapter:
-    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound."""
+    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound: a norm above `most` is not."""
     try:
         facts = scan_weights(weights, header, parse_config(config), skeleton)
     except (Refused, ConfigError, HeaderError) as error:
         return replace(adapter, status="unusable", reason=error.message)
+    return judged(adapter, facts, most)
+
+
+def judged(adapter: Adapter, facts: WeightFacts, most: float = MAX_NORM) -> Adapter:
+    """`adapter` with these facts, unusable if they say so."""
     adapter = replace(adapter, sha256=facts.sha256, norm=facts.norm)
-    status, reason = weight_status(facts)
+    status, reason = weight_status(facts, most)
     return adapter if status == "ok" else replace(adapter, status=status, reason=reason)
 
 
@@ -146,7 +157,7 @@ def stored_factors(modules: Iterable[AnyFactors]) -> Mapping[str, ModuleFactors]
 def grams_of(file: BufferedReader, factors: ModuleFactors) -> Grams | None:
     """The Grams of one place in the file; None if a factor holds NaN or Inf."""
     experts, rank = factors.experts, factors.rank
-    a = np.concatenate(list(_rows(file, factors.a))).reshape(experts, rank, -1)  # (experts, rank, in)
+    a = np.concatenate(list(rows_of(file, factors.a))).reshape(experts, rank, -1)  # (experts, rank, in)
     if not np.isfinite(a).all():
         return None
     small = rank <= a.shape[2]
@@ -154,7 +165,7 @@ def grams_of(file: BufferedReader, factors: ModuleFactors) -> Grams | None:
     gram = np.zeros((experts, side, side))
     untrained = True
     with np.errstate(over="ignore", invalid="ignore"):
-        for rows in _rows(file, factors.b):
+        for rows in rows_of(file, factors.b):
             if not np.isfinite(rows).all():
                 return None
             untrained = untrained and not rows.any()
@@ -164,7 +175,7 @@ def grams_of(file: BufferedReader, factors: ModuleFactors) -> Grams | None:
         return Grams(gram, a @ a.transpose(0, 2, 1) if small else np.eye(side), untrained)
 
 
-def _rows(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
+def rows_of(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.float64]]:
     """The rows of one stored factor in chunks, as float64; a convolution's kernel is part of the columns."""
     if entry.dtype not in FACTORS:
         raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,12 @@ def cached_file(repo: str, filename: str, commit: str = "main") -> Path | None:
     except Exception as error:
         raise_translated(error, repo)
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
+
+
+def hash_in_cache(path: Path) -> str:
+    """The Hub's SHA-256 of a file in its client's cache, which is the name of the file's bytes there; "" if unknown."""
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name) else ""
 
 
 def content_oid(path: Path, *, sha1: bool = False) -> str:

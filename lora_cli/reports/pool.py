@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from lora_cli.escapes import safe
-from lora_cli.records import PoolReport, ReportedAdapter, Share
+from lora_cli.records import PoolMap, PoolReport, ReportedAdapter, Share
 from lora_cli.reports.page import Html, element, joined, page, shown
 from lora_cli.text import counted, size
 
 _PART = 50
 """The rows that the table shows at a time; without scripts the first of them."""
 _NOTHING = "–"
+_WIDE, _EDGE, _RADIUS = 900.0, 8.0, 3
+"""Units of the map: the span of its x, the room around it, the radius of a point."""
+_LEAST = 1e-6
 _SHORT = 24
 """The characters of a label that has room beside its bar."""
 
@@ -43,7 +46,7 @@ def pool_page(report: PoolReport) -> bytes:
     """The page of a pool, as one HTML file."""
     body = joined(
         element("header", element("h1", "Pool of LoRA adapters"), *map(_faint, _about(report))),
-        element("main", _totals(report), _counts(report), _table(report.adapters)),
+        element("main", _totals(report), _counts(report), _map(report.map), _table(report.adapters)),
     )
     return page("Pool of LoRA adapters", body, {"part": _PART, "columns": _data(report.adapters)})
 
@@ -111,6 +114,39 @@ def _bar(share: Share, most: int) -> Html:
         preserveAspectRatio="none",
         aria_hidden="true",
     )
+
+
+def _map(found: PoolMap | None) -> Html:
+    """The map of similarity, or how to get one."""
+    title = element("h2", "Map of similarity")
+    if found is None:
+        how = "lora pool list --where status=ok -q | lora pool verify - --deep"
+        return element(
+            "section", title, _faint("No three usable adapters have a sketch. Make them: ", how), class_="map"
+        )
+    x, y = [point.x for point in found.points], [point.y for point in found.points]
+    # One scale for both axes, so that distances on the page are those of the map.
+    scale = _WIDE / (max(max(x) - min(x), _LEAST) + 2 * _LEAST)
+    tall = max((max(y) - min(y)) * scale, _WIDE / 4) + 2 * _EDGE
+    dots = [
+        element(
+            "circle",
+            element("title", point.id if point.status == "ok" else f"{point.id} ({point.status})"),
+            cx=f"{_EDGE + (point.x - min(x)) * scale:.1f}",
+            cy=f"{_EDGE + (max(y) - point.y) * scale:.1f}",
+            r=_RADIUS,
+            class_="usable" if point.status == "ok" else "other",
+        )
+        for point in found.points
+    ]
+    told = (
+        f"{len(dots):,} of {counted(found.usable, 'usable adapter')} of ",
+        shown(found.base) or "no declared base",
+        ": the ones whose updates verify --deep has sketched, near ones alike. "
+        f"The axes hold {found.shares[0]:.0%} and {found.shares[1]:.0%} of the spread.",
+    )
+    drawn = element("svg", *dots, viewBox=f"0 0 {_WIDE + 2 * _EDGE:g} {tall:.1f}", role="img", aria_label="Map")
+    return element("section", title, _faint(*told), drawn, class_="map")
 
 
 def _square(name: str) -> Html:

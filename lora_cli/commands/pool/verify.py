@@ -17,6 +17,7 @@ from lora_cli.text import meant, percent
 
 if TYPE_CHECKING:
     from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.checks.spectra import AdapterSpread
     from lora_cli.steps.pool.unusual import Judged
 
 _START = (
@@ -27,6 +28,7 @@ _START = (
     Column("COVERAGE", "coverage", "right", minor=True, show=lambda row: _share(row["coverage"])),
     Column("NORM", "norm", "right", minor=True),
 )
+_EXTRA = ("effective_rank", "copy_of", "copy_cosine")
 _COMPARED = ("z", "statistic", "module", "value", "usual_low", "usual_high", "pool")
 _OTHERS = (
     *on_request(*(key for key in COLUMNS if key not in ("id", "status", "base", "base_match", "norm", "reason"))),
@@ -36,9 +38,9 @@ _VERDICTS = (*_START, Column("REASON", "reason", wide=True), *_OTHERS, *on_reque
 _DEEP = (
     *_START,
     Column("Z", "z", "right", show=lambda row: None if row["z"] is None else f"{row['z']:.1f}"),
-    Column("FINDING", "finding", wide=True, show=lambda row: row["reason"] or _most_unusual(row)),
+    Column("FINDING", "finding", wide=True, show=lambda row: row["reason"] or _finding(row)),
     *_OTHERS,
-    *on_request("reason", *_COMPARED[1:]),
+    *on_request("reason", *_COMPARED[1:], *_EXTRA),
 )
 
 
@@ -55,6 +57,14 @@ def verify(
             min=0,
         ),
     ] = None,
+    min_norm: Annotated[
+        float, typer.Option("--min-norm", help="With --deep: note adapters whose norm is not above this.")
+    ] = 1.0,
+    max_norm: Annotated[
+        float, typer.Option("--max-norm", help="With --deep: refuse adapters whose norm is above this.")
+    ] = 1000.0,
+    jobs: Annotated[int, typer.Option("--jobs", help="Adapters at a time.", min=1, max=64)] = 4,
+    force: Annotated[bool, typer.Option("--force", help="With --deep: measure again what was measured.")] = False,
     alias: Alias = None,
     *,
     setup: Catalogued,
@@ -68,47 +78,44 @@ def verify(
     --deep also compares the updates, the most unusual first: norm, concentration (share of the first singular
     direction) and entropy of each module, as robust z-scores beside the measured adapters of the base. It says what is
     unusual; a backdoor need not be. select leaves out adapters in quarantine.
+
+    What --deep measures is stored adapter by adapter: a rerun takes it up where the bytes are the same. With it goes a
+    sketch of the update, for near copies, select --dedupe, similarity and the map of the report.
     """
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
     from lora_cli.hub.client import Hub
-    from lora_cli.steps.bases import look_here
     from lora_cli.steps.pool.lookup import names_of
     from lora_cli.steps.pool.unusual import judge
-    from lora_cli.steps.pool.verify import verify as step
+    from lora_cli.steps.pool.verify import Norms
+    from lora_cli.steps.pool.verify_all import Checking, verify_all
 
     if quarantine_z is not None and not deep:
         raise UsageError("--quarantine-z needs --deep")
     screen = listing.screen()
     settings = setup.load()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
-        hub = Hub(progress=progress)
-        aliases = names_of(catalogue, settings.base, [*settings.base_aliases, *(alias or ())])
+        how = Checking(
+            base=settings.base or "",
+            aliases=names_of(catalogue, settings.base, [*settings.base_aliases, *(alias or ())]),
+            deep=deep,
+            norms=Norms(least=min_norm, most=max_norm),
+            jobs=jobs,
+            force=force,
+        )
         texts = list(dict.fromkeys(expand(adapter)))
-        verdicts = []
-        for done, row in enumerate([_adapter_or_folder(catalogue, text, progress) for text in texts]):
-            progress("verifying adapters", done, len(texts))
-            skeleton = look_here(settings.base or row.base)
-            verdicts.append(
-                step(
-                    row,
-                    hub=hub,
-                    base=settings.base or "",
-                    aliases=aliases,
-                    skeleton=skeleton() if skeleton else None,
-                    deep=deep,
-                )
-            )
+        rows = [_adapter_or_folder(catalogue, text, progress) for text in texts]
+        verdicts = verify_all(catalogue, rows, how, hub=Hub(progress=progress), progress=progress)
         judged = judge(catalogue, verdicts, quarantine_z) if deep else None
     if judged is None:
-        rows = [{**facts(one.adapter), "coverage": one.coverage} for one in verdicts]
-        screen.rows("lora.pool.verify/1", _VERDICTS, rows)
+        shown = [{**facts(one.adapter), "coverage": one.coverage} for one in verdicts]
+        screen.rows("lora.pool.verify/1", _VERDICTS, shown)
     else:
-        rows = [_row(one) for one in sorted(judged, key=lambda one: -abs(one.unusual.z) if one.unusual else 0)]
-        screen.rows("lora.pool.verify/1", _DEEP, rows)
-        for line in _not_compared(judged):
+        shown = [_row(one) for one in sorted(judged, key=lambda one: -abs(one.unusual.z) if one.unusual else 0)]
+        screen.rows("lora.pool.verify/1", _DEEP, shown)
+        for line in [*_copies(judged), *_not_compared(judged)]:
             screen.say(line)
-    _sum_up(screen, rows, deep)
+    _sum_up(screen, shown, deep)
 
 
 def _row(judged: "Judged") -> dict[str, Any]:
@@ -118,16 +125,60 @@ def _row(judged: "Judged") -> dict[str, Any]:
     if found is not None:
         compared |= {"z": found.z, "statistic": found.statistic, "module": found.module, "value": found.value}
         compared |= {"usual_low": found.low, "usual_high": found.high}
-    return {**facts(verdict.adapter), "coverage": verdict.coverage, **compared}
+    copy = judged.copy
+    extra = (
+        _effective_rank(verdict.adapter, verdict.spreads or {}),
+        copy.id if copy else None,
+        copy.cosine if copy else None,
+    )
+    return {
+        **facts(verdict.adapter),
+        "coverage": verdict.coverage,
+        **compared,
+        **dict(zip(_EXTRA, extra, strict=True)),
+    }
 
 
-def _most_unusual(row: Mapping[str, Any]) -> str | None:
+def _effective_rank(adapter: Adapter, spreads: "AdapterSpread") -> float | None:
+    """The median over modules of exp of the entropy of the directions' shares; None without measures."""
+    import math
+    from statistics import median
+
+    found = [
+        1.0 if math.isnan(spread.entropy) else math.exp(spread.entropy * math.log(adapter.ranks[name]))
+        for name, spread in spreads.items()
+        if name in adapter.ranks and spread.norm > 0
+    ]
+    return median(found) if found else None
+
+
+def _finding(row: Mapping[str, Any]) -> str | None:
+    """The most unusual value, and the adapter that this one nearly equals."""
     from lora_cli.checks.unusual import Unusual
 
-    if row["z"] is None:
-        return None
-    keys = {"low": "usual_low", "high": "usual_high"}
-    return Unusual(**{name: row[keys.get(name, name)] for name in Unusual.__slots__}).in_words()
+    said = []
+    if row["copy_of"] is not None:
+        said.append(f"cosine {row['copy_cosine']:.4f} with {row['copy_of']}")
+    if row["z"] is not None:
+        keys = {"low": "usual_low", "high": "usual_high"}
+        said.append(Unusual(**{name: row[keys.get(name, name)] for name in Unusual.__slots__}).in_words())
+    return "; ".join(said) or None
+
+
+def _copies(judged: Sequence["Judged"]) -> list[str]:
+    """One line about near copies and exact ones, if there are any."""
+    from lora_cli.steps.pool.sketched import NEAR
+
+    near = [one for one in judged if one.copy is not None]
+    if not near:
+        return []
+    same = sum(one.copy is not None and one.copy.same for one in near)
+    first = near[0]
+    named = f"{first.verdict.adapter.id} and {first.copy.id}" if first.copy else ""
+    return [
+        f"{len(near):,} of {len(judged):,} have a near copy (cosine {NEAR:g} and above, estimated from sketches), "
+        f"{same:,} of them the same weights, such as {named}; lora select --dedupe {NEAR:g} takes one of each"
+    ]
 
 
 def _not_compared(judged: Sequence["Judged"]) -> list[str]:

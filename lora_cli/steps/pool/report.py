@@ -9,6 +9,7 @@ from typing import Any
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched
 from lora_cli.records import PoolReport, ReportedAdapter, Share
+from lora_cli.steps.pool.sketched import map_of
 
 _MOST = 12
 _MONTHS = 24
@@ -55,6 +56,7 @@ def pool_report(catalogue: Catalogue, where: Sequence[str] = (), *, base: str | 
         bytes=sum(row.bytes for row in adapters),
         last_sync=catalogue.last_sync(),
         conditions=tuple(where),
+        map=map_of(catalogue, adapters),
     )
 
 

@@ -13,6 +13,7 @@ from lora_cli.names import unpinned
 from lora_cli.recipes import SELECTION_METHODS, SelectOptions
 from lora_cli.records import AdapterRow, Candidates, Progress, silent
 from lora_cli.settings import Settings
+from lora_cli.steps.pool.dedupe import Copies
 
 _BASES_NAMED = 5
 
@@ -65,7 +66,12 @@ def select(
         function = SELECTION_METHODS.load(options.by)
         given = {"pinned": candidates.pinned, "seed": seed, **candidates.facts}
         scores = dict(enumerate(function(**{name: given[name] for name in asked})))
-    chosen = _best(candidates, scores, options.k, options.max_per_author)
+    if options.dedupe is None:
+        chosen = _best(candidates, scores, options.k, options.max_per_author)
+    else:
+        copies = Copies(catalogue, options.dedupe)
+        chosen = _best(candidates, scores, options.k, options.max_per_author, copies)
+        announce(copies.told())
     rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen], base=base)
     return list(zip(rows, (scores[place] for place in chosen), strict=True))
 
@@ -93,6 +99,7 @@ def select_and_remember(
         "where": [*options.where],
         "seed": settings.seed,
         "max_per_author": options.max_per_author,
+        "dedupe": options.dedupe,
         "target": str(options.target.resolve()) if options.target else None,
     }
     catalogue.selections.remember(name, chosen, options.by, asked)
@@ -115,21 +122,30 @@ def _columns(by: str) -> list[str]:
     return [*signature(SELECTION_METHODS.load(by)).parameters]
 
 
-def _best(candidates: Candidates, scores: Mapping[int, float], k: int, max_per_author: int | None) -> list[int]:
-    """The places of the k best, equal scores in the order of a hash, of each author no more than `max_per_author`."""
+def _best(
+    candidates: Candidates,
+    scores: Mapping[int, float],
+    k: int,
+    max_per_author: int | None,
+    copies: Copies | None = None,
+) -> list[int]:
+    """The places of the k best without `copies`, equal scores in the order of a hash, `max_per_author` of each author."""
     groups = groupby(sorted(scores, key=scores.__getitem__, reverse=True), scores.__getitem__)
     ranked = chain.from_iterable(sorted(equal, key=lambda i: _hashed(candidates.pinned[i])) for _, equal in groups)
-    if max_per_author is None:
+    if max_per_author is None and copies is None:
         return list(islice(ranked, k))
-    authors = candidates.facts["author"]
+    authors = candidates.facts.get("author", ())
     chosen: list[int] = []
     taken: Counter[str] = Counter()
     for place in ranked:
         if len(chosen) == k:
             break
-        if authors[place] and taken[authors[place]] >= max_per_author:
+        author = authors[place] if authors else ""
+        if author and max_per_author is not None and taken[author] >= max_per_author:
             continue
-        taken[authors[place]] += 1
+        if copies is not None and not copies.spare(candidates.pinned[place]):
+            continue
+        taken[author] += 1
         chosen.append(place)
     return chosen
 

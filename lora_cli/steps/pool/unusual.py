@@ -3,18 +3,17 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.spectra import AdapterSpread, Spread, measure
 from lora_cli.checks.unusual import FEWEST, Unusual, compare
-from lora_cli.errors import OutputError
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.header import read_header
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import read_config
+from lora_cli.steps.pool.sketched import Copy, copies_of
 from lora_cli.steps.pool.verify import Verdict
 
 
@@ -22,43 +21,41 @@ from lora_cli.steps.pool.verify import Verdict
 class Judged:
     """A verdict, and the most unusual value of its adapter; None where it was not compared.
 
-    `pool` is the number of measured adapters of its base, itself included.
+    `pool` is the number of measured adapters of its base, itself included. `copy` is the nearest adapter of which it
+    is a near copy.
     """
 
     verdict: Verdict
     unusual: Unusual | None
     pool: int
+    copy: Copy | None = None
 
 
 def judge(catalogue: Catalogue, verdicts: Sequence[Verdict], quarantine_z: float | None = None) -> list[Judged]:
-    """Compare the measured adapters among `verdicts` with those of their base, and store their measures.
+    """Compare the measured adapters among `verdicts` with those of their base.
 
-    The result does not depend on the order of the verdicts. An adapter that is not in the catalogue is compared, but
-    nothing of it is stored.
+    The result does not depend on the order of the verdicts.
 
     Args:
         quarantine_z: put the adapters whose |z| is above it in quarantine, and take the other compared ones out of it;
             infinity takes all out of it.
     """
-    known = catalogue.known([one.adapter.id for one in verdicts])
-    measured = {
-        (one.adapter.id, one.adapter.commit): one.spreads
-        for one in verdicts
-        if one.spreads is not None and one.adapter.id in known
-    }
-    if measured:
-        # Measures can be taken again: a catalogue that cannot be written is no reason to say nothing.
-        with suppress(OutputError):
-            catalogue.spreads.remember(measured)
     by_base: defaultdict[str, dict[str, AdapterSpread]] = defaultdict(dict)
     for one in verdicts:
         if one.spreads is not None:
             by_base[one.adapter.base][one.adapter.id] = one.spreads
     found = {base: _beside(_stored(catalogue, base), here) for base, here in by_base.items()}
+    sketches = {
+        base: {one.adapter.id: one.sketch for one in verdicts if one.adapter.base == base and one.sketch}
+        for base in by_base
+    }
+    copies = {id: copy for base, here in sketches.items() for id, copy in copies_of(catalogue, base, here).items()}
     judged = []
     for one in verdicts:
         compared, pool = found[one.adapter.base] if one.spreads is not None else ({}, 0)
-        judged.append(Judged(verdict=one, unusual=compared.get(one.adapter.id), pool=pool))
+        judged.append(
+            Judged(verdict=one, unusual=compared.get(one.adapter.id), pool=pool, copy=copies.get(one.adapter.id))
+        )
     return judged if quarantine_z is None else _quarantined(catalogue, judged, quarantine_z)
 
 

@@ -1,11 +1,14 @@
 """Check one adapter afresh, ignoring the catalogue, and measure how much of it fits the base model."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_cli.catalogue.sketches import StoredSketch
 from lora_cli.checks.examine import examine
+from lora_cli.checks.weights import MAX_NORM
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.header import Header, read_header, reading
@@ -13,7 +16,8 @@ from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import locate, read_config
+from lora_cli.formats.store import locate, read_config, sha256_of
+from lora_cli.hub.cache import hash_in_cache
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import MissingFile
 from lora_cli.records import Adapter, Status
@@ -32,13 +36,36 @@ class Verdict:
 
     `coverage` is the share of its modules that the base has in the same shape, None if the base's modules are not
     known. `deep` is True if the weights were read, as they always are if the catalogue lists the adapter as faulty.
-    `spreads` are the modules of an adapter whose weights were read and are sound.
+    `spreads` are the modules of an adapter whose weights were read and are sound, `sketch` that of its update.
     """
 
     adapter: Adapter
     coverage: float | None
     deep: bool
     spreads: "AdapterSpread | None" = None
+    sketch: StoredSketch | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Norms:
+    """The bounds on the norm of an update: one of at most `least` gets a note, one above `most` is refused.
+
+    The defaults are those of arXiv 2602.12323.
+    """
+
+    least: float = 1.0
+    most: float = MAX_NORM
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What an earlier check found out about weights: it holds for those of the same `sketch.content`."""
+
+    spreads: "AdapterSpread"
+    sketch: StoredSketch
+
+
+_PAPER = Norms()
 
 
 def verify(
@@ -49,6 +76,8 @@ def verify(
     aliases: Sequence[str] = (),
     skeleton: Skeleton | None = None,
     deep: bool = False,
+    norms: Norms = _PAPER,
+    known: Measured | None = None,
 ) -> Verdict:
     """Read configuration and header again and judge them, with `deep` the weights too.
 
@@ -57,6 +86,7 @@ def verify(
         hub: the source of files that are not on this machine; None to use local files only.
         base: the base model asked for, "" for any.
         skeleton: the base's modules, None if they are not known.
+        known: earlier measures; where the bytes of the files are still those, only their hash is taken again.
 
     Raises the errors of the Hub, and Refused if the files are not on this machine and `hub` is None.
     """
@@ -72,15 +102,15 @@ def verify(
         kind=kind_in(Path(adapter.repo, adapter.subfolder), names) if absent else "",
     )
     found = replace(adapter, **facts)
-    read, spreads = False, None
+    read, spreads, sketched = False, None, None
     # An adapter with bad weights can have a sound configuration and header.
     deep = deep or adapter.status == "unusable"
     if deep and weights is not None and found.status == "ok" and config is not None and isinstance(header, Header):
-        from lora_cli.checks.weights import weighed
-
-        found, read = weighed(found, weights, header, config, skeleton), True
-        if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
-            found = replace(found, status="unusable", reason="its weights differ from those in the catalogue (sha256)")
+        read = True
+        found, old = _weighed(found, weights, header, config, skeleton, norms, known)
+        wrong = _swapped(adapter, found, weights)
+        if wrong:
+            found = replace(found, status="unusable", reason=wrong)
         copies = locate_modules(parse_config(config), header, skeleton).copies if found.status == "ok" else {}
         if copies:
             from lora_cli.steps.pool.copies import judge_copies
@@ -90,12 +120,60 @@ def verify(
             notes = "; ".join(filter(None, [found.notes, unknown]))
             found = replace(found, status=status, reason=wrong, notes=notes)
         if found.status == "ok":
-            from lora_cli.checks.spectra import measure
-
-            spreads = measure(weights, header, parse_config(config), skeleton)
+            spreads, sketched = old or _measured(found, weights, header, config, skeleton)
     if adapter.status == "quarantined" and found.status == "ok":
         found = replace(found, status=adapter.status, reason=adapter.reason)
-    return Verdict(adapter=found, coverage=_coverage(config, header, skeleton), deep=read, spreads=spreads)
+    return Verdict(
+        adapter=found, coverage=_coverage(config, header, skeleton), deep=read, spreads=spreads, sketch=sketched
+    )
+
+
+def _weighed(
+    adapter: Adapter,
+    weights: Path,
+    header: Header,
+    config: bytes,
+    skeleton: Skeleton | None,
+    norms: Norms,
+    known: Measured | None,
+) -> tuple[Adapter, "tuple[AdapterSpread, StoredSketch] | None"]:
+    """The adapter with the facts from its weights, and what is known of these very bytes from an earlier check."""
+    from lora_cli.checks.sketch import content_of
+    from lora_cli.checks.weights import WeightFacts, judged, weighed
+
+    sha256, old = sha256_of(weights), None
+    if known is not None and known.sketch.content == content_of(sha256, config, skeleton):
+        norm = math.hypot(*(spread.norm for spread in known.spreads.values()))
+        adapter = judged(adapter, WeightFacts(sha256, norm, None, zero=False, zero_b=False), norms.most)
+        old = known.spreads, known.sketch
+    else:
+        adapter = weighed(adapter, weights, header, config, skeleton, most=norms.most)
+    if adapter.status == "ok" and adapter.norm is not None and adapter.norm <= norms.least:
+        low = f"the norm of its update is {adapter.norm:.3g}, at most {norms.least:g}: hardly trained"
+        adapter = replace(adapter, notes="; ".join(filter(None, [adapter.notes, low])))
+    return adapter, old
+
+
+def _measured(
+    adapter: Adapter, weights: Path, header: Header, config: bytes, skeleton: Skeleton | None
+) -> "tuple[AdapterSpread, StoredSketch]":
+    from lora_cli.checks.sketch import content_of, sketch
+    from lora_cli.checks.spectra import measure
+
+    facts = parse_config(config)
+    numbers = sketch(weights, header, facts, skeleton).astype("<f2").tobytes()
+    content = content_of(adapter.sha256, config, skeleton)
+    stored = StoredSketch(content=content, by_base=skeleton is not None, numbers=numbers)
+    return measure(weights, header, facts, skeleton), stored
+
+
+def _swapped(adapter: Adapter, found: Adapter, weights: Path) -> str:
+    """The reason why these are not the weights that were listed; "" if they are, or if that cannot be known."""
+    if adapter.sha256 and found.sha256 and found.sha256 != adapter.sha256:
+        return "its weights differ from those in the catalogue (sha256)"
+    if adapter.source == "hub" and found.sha256 and (named := hash_in_cache(weights)) and named != found.sha256:
+        return "its weights differ from the Hub's (sha256): fetch it again with lora pool fetch --force"
+    return ""
 
 
 def _files(
