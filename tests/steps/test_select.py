@@ -125,6 +125,24 @@ def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(own_home: Path)
     assert "no adapter whose weights can be read" in refused(3, "select", "--by", "cosine", "--target", "target")
 
 
+def test_candidates_are_scored_in_groups_and_progress_is_told(own_home: Path) -> None:
+    for seed in range(18):
+        write_adapter(own_home / f"pool/a{seed:02}", random_factors(SHAPES, 1, seed=seed))
+    ok("pool", "sync", "acme/tiny", "--from", "pool", "--db", "lora.db")
+    told: list[tuple[str, int, int]] = []
+    with Catalogue(own_home / "lora.db") as catalogue:
+        found = select(
+            catalogue,
+            SelectOptions.of(by="cosine", k=1, target=own_home / "pool/a17"),
+            base=None,
+            seed=0,
+            announce=silent,
+            progress=lambda *done: told.append(done),
+        )
+    assert [(adapter.id, round(score, 6)) for adapter, score in found] == [("pool/a17", 1.0)]
+    assert told == [("comparing weights", done, 18) for done in (0, 16, 18)]
+
+
 def explained(told: str) -> list[tuple[str, ...]]:
     """The lines of --explain as place, id, score, mark and reason."""
     return [tuple(cells) for line in told.splitlines() if len(cells := re.split(r"  +", line.strip())) == 5]

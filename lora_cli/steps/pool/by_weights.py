@@ -11,6 +11,9 @@ from lora_cli.names import unpinned
 from lora_cli.records import AdapterRow, Candidates, Progress
 from lora_cli.steps.pool.fetch import refused
 
+# Each group reads the target again; an adapter that cannot be read makes its companions be scored again.
+_TOGETHER = 16
+
 
 def scored_by_weights(
     catalogue: Catalogue,
@@ -36,7 +39,12 @@ def scored_by_weights(
 
     for adapter, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress):
         leave_out(adapter.id, reason)
-    scores = _scored(function, [row for row in rows.values() if row.id not in unfit], goal, leave_out)
+    fit = [row for row in rows.values() if row.id not in unfit]
+    scores: dict[str, float] = {}
+    progress("comparing weights", 0, len(fit))
+    for start in range(0, len(fit), _TOGETHER):
+        scores |= _scored(function, fit[start : start + _TOGETHER], goal, leave_out)
+        progress("comparing weights", min(start + _TOGETHER, len(fit)), len(fit))
     if not scores:
         raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
     return {place: scores[id] for place, id in enumerate(ids) if id in scores}, unfit
