@@ -220,3 +220,4 @@ def test_sums_of_entries_over_tiles_equal_those_of_dense_updates(
     assert overlap.absolute(x, y) == pytest.approx(float(entries.abs().sum()), rel=1e-5)
     assert overlap.agreeing(x, y) == pytest.approx(float(entries[entries > 0].sum()), rel=1e-5)
     assert overlap.squares(x, y) == pytest.approx(float(entries.square().sum()), rel=1e-5)
+    assert overlap.squares(x, x) == pytest.approx(float(x.dense().double().pow(4).sum()), rel=1e-5)
