@@ -102,7 +102,7 @@ class SelectOptions(Options, frozen=True, kw_only=True):
     where: Annotated[
         tuple[str, ...], Flag(help="Condition on a column, like 'rank<=16'; repeatable, all must hold.")
     ] = ()
-    target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for cosine.")] = None
+    target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for methods that read weights.")] = None
     max_per_author: Annotated[int | None, Flag(help="The most adapters of one author.", minimum=1)] = None
     dedupe: Annotated[
         float | None, Flag(help="Leave out copies of better ones: the same weights, or a cosine of this and above.")

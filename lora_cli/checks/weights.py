@@ -78,7 +78,7 @@ def weighed(
     *,
     most: float = MAX_NORM,
 ) -> Adapter:
-    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound: a norm above `most` is not."""
+    """`adapter` with the facts from its weights: SHA-256, norm, and whether they are sound (`most` bounds the norm)."""
     try:
         facts = scan_weights(weights, header, parse_config(config), skeleton)
     except (Refused, ConfigError, HeaderError) as error:

@@ -1,13 +1,17 @@
 """`lora select`: choose adapters from the catalogue."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Command, Listing, Seeded, examples, with_flags
 from lora_cli.recipes import SelectOptions
+from lora_cli.screen import Screen
 from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from lora_cli.steps.pool.explain import Explanation
 
 _COLUMNS = (
     Column("ADAPTER", "id", wide=True),
@@ -21,6 +25,9 @@ _COLUMNS = (
 
 def select(
     name: Annotated[str, typer.Option("--name", help="A name to find this selection by later.")] = "",
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say on stderr, and in --json, why adapters were taken or not.")
+    ] = False,
     *,
     options: SelectOptions,
     setup: Seeded,
@@ -34,10 +41,17 @@ def select(
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.steps.pool.select import select_and_remember
 
+    found: list[Explanation] = []
     screen, settings = listing.screen(), setup.load()
     with screen.progress() as progress, Catalogue(settings.db) as catalogue:
         chosen, asked = select_and_remember(
-            catalogue, settings, options, name=name, announce=screen.say, progress=progress
+            catalogue,
+            settings,
+            options,
+            name=name,
+            announce=screen.say,
+            progress=progress,
+            explained=found.append if explain else None,
         )
     rows = [
         {
@@ -50,10 +64,25 @@ def select(
         }
         for adapter, score in chosen
     ]
-    screen.rows("lora.select/1", _COLUMNS, rows, extra={"by": options.by, **asked})
+    reasons = {"explained": found[0].rows, "outside": found[0].outside} if found else {}
+    screen.rows("lora.select/1", _COLUMNS, rows, extra={"by": options.by, **asked, **reasons})
+    for explanation in found:
+        _tell(screen, explanation)
     few = f", {options.k - len(chosen)} fewer than asked for" if len(chosen) < options.k else ""
     named = f", remembered as {name!r}" if name else ""
     screen.say(f"select {options.by}: {counted(len(chosen), 'adapter')}{few}{named}")
+
+
+def _tell(screen: Screen, explanation: "Explanation") -> None:
+    """The rows of an explanation as lines with aligned columns, and the counts of adapters outside the choice."""
+    wide = max(len(row["id"]) for row in explanation.rows)
+    for row in explanation.rows:
+        place = "-" if row["place"] is None else f"{row['place']:,}"
+        score = "-" if row["score"] is None else f"{row['score']:.4g}"
+        mark = "taken" if row["taken"] else "not taken"
+        screen.say(f"{place:>7}  {row['id']:<{wide}}  {score:>10}  {mark:<9}  {row['why']}")
+    if explanation.outside:
+        screen.say("no candidate: " + ", ".join(f"{count:,} {why}" for why, count in explanation.outside.items()))
 
 
 def register(root: typer.Typer) -> None:
@@ -63,5 +92,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora select --by random -k 8 --seed 1",
             "lora select --by rank -k 5 --where 'licence=apache-2.0' --max-per-author 2 -q",
+            "lora select --by recent -k 5 --explain",
         ),
     )(with_flags(select))

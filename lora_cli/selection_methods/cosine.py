@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from lora_cli.algebra.lowrank import LowRank, inner
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import method
+from lora_cli.selection_methods._beside import sums
 
 
 @method("weights")
@@ -15,16 +15,4 @@ def cosine(candidates: Sequence[OpenAdapter], target: OpenAdapter) -> list[float
 
     Source: the "macro" cosine of arXiv 2602.12323.
     """
-    targets = {module: target.read(module) for module in target.modules}
-    target_norm = _norm(list(targets.values()))
-    scores = []
-    for candidate in candidates:
-        updates = {module: candidate.read(module) for module in candidate.modules}
-        product = sum(float(inner(update, targets[m])) for m, update in updates.items() if m in targets)
-        norm = _norm(list(updates.values())) * target_norm
-        scores.append(product / norm if norm else 0.0)
-    return scores
-
-
-def _norm(updates: Sequence[LowRank]) -> float:
-    return float(sum(float(inner(u, u)) for u in updates) ** 0.5)
+    return sums(candidates, target).ratios()

@@ -1,6 +1,7 @@
 """Selections: what each method prefers, what restricts them, and that they are remembered."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,87 @@ def test_an_adapter_that_cannot_be_read_does_not_stop_the_others(own_home: Path)
     assert "left out" not in told.err
     shutil.rmtree(own_home / "pool")
     assert "no adapter whose weights can be read" in refused(3, "select", "--by", "cosine", "--target", "target")
+
+
+def test_candidates_are_scored_in_groups_and_progress_is_told(own_home: Path) -> None:
+    for seed in range(18):
+        write_adapter(own_home / f"pool/a{seed:02}", random_factors(SHAPES, 1, seed=seed))
+    ok("pool", "sync", "acme/tiny", "--from", "pool", "--db", "lora.db")
+    told: list[tuple[str, int, int]] = []
+    with Catalogue(own_home / "lora.db") as catalogue:
+        found = select(
+            catalogue,
+            SelectOptions.of(by="cosine", k=1, target=own_home / "pool/a17"),
+            base=None,
+            seed=0,
+            announce=silent,
+            progress=lambda *done: told.append(done),
+        )
+    assert [(adapter.id, round(score, 6)) for adapter, score in found] == [("pool/a17", 1.0)]
+    assert told == [("comparing weights", done, 18) for done in (0, 16, 18)]
+
+
+def explained(told: str) -> list[tuple[str, ...]]:
+    """The lines of --explain as place, id, score, mark and reason."""
+    return [tuple(cells) for line in told.splitlines() if len(cells := re.split(r"  +", line.strip())) == 5]
+
+
+def test_explain_says_why_each_was_taken_and_why_the_next_ten_were_not(own_home: Path, catalogue: Catalogue) -> None:
+    catalogue.add([replace(row(98), status="quarantined", reason="unusual"), row(97, base="acme/other")])
+    catalogue.close()
+    asked = ["--by", "rank", "-k", "3", "--max-per-author", "1", "--where", "rank>1", "--base", "acme/tiny"]
+    told = ok("select", *asked, "--explain", "-q", "--db", str(catalogue.path))
+    assert told.out.split() == ["author0/lora12", "author2/lora11", "author1/lora10"]
+    lines = explained(told.err)
+    assert lines[0] == ("1", "author0/lora12", "13", "taken", "number 1 of 11 by rank")
+    assert lines[3] == ("4", "author0/lora9", "10", "not taken", "-k 3: the last one taken has 11")
+    assert [line[3] for line in lines] == ["taken"] * 3 + ["not taken"] * 8
+    assert "no candidate: 1 quarantined, 1 unusable, 1 of another base, 1 not fitting --where" in told.err
+    silent = ok("select", *asked, "-q", "--db", str(catalogue.path))
+    assert explained(silent.err) == []
+
+
+def test_explain_names_the_limit_per_author_and_the_hash_of_equal_scores(own_home: Path, tmp_path: Path) -> None:
+    with Catalogue(tmp_path / "other.db") as catalogue:
+        ranks = {1: 9, 2: 8, 3: 7, 4: 6, 5: 6}
+        catalogue.add([row(n, author="one" if n < 4 else f"a{n}", ranks={"q": rank}) for n, rank in ranks.items()])
+        path = str(catalogue.path)
+    told = json.loads(ok(*f"select --by rank -k 2 --max-per-author 1 --explain --json --db {path}".split()).out)
+    found = {one["id"]: (one["place"], one["taken"], one["why"]) for one in told["explained"]}
+    limit = "--max-per-author 1: better ones of this author were taken"
+    assert found["one/lora1"] == (1, True, "number 1 of 5 by rank")
+    assert found["one/lora2"] == (2, False, limit)
+    assert found["one/lora3"] == (3, False, limit)
+    [last] = [one for one in told["explained"] if not one["id"].startswith("one/") and not one["taken"]]
+    assert (last["place"], last["why"]) == (5, "the score of the last one taken; a hash of the names decided")
+    assert told["outside"] == {}
+    assert [one["id"] for one in told["rows"]] == ["one/lora1", ({"a4/lora4", "a5/lora5"} - {last["id"]}).pop()]
+
+
+def test_explain_names_adapters_that_cannot_be_read(own_home: Path) -> None:
+    for seed, name in enumerate(("target", "pool/a", "pool/nan")):
+        write_adapter(own_home / name, random_factors(SHAPES, 2, seed=seed))
+    ok("pool", "sync", "acme/tiny", "--from", "pool")
+    shutil.rmtree(own_home / "pool/nan")
+    told = json.loads(ok("select", "--by", "l2", "--target", "target", "--explain", "--json").out)
+    last = told["explained"][-1]
+    assert (last["id"], last["place"], last["score"], last["taken"]) == ("pool/nan", None, None, False)
+    assert last["why"] == "left out: its folder is gone"
+
+
+def test_recent_takes_the_later_date(tmp_path: Path) -> None:
+    with Catalogue(tmp_path / "dates.db") as catalogue:
+        dates = [
+            ("2024-05-01T00:00:00.000Z", "2024-06-01T00:00:00.000Z"),
+            ("2025-01-01T00:00:00.000Z", ""),
+            ("", "2024-06-01T02:00:00+01:00"),
+            ("", ""),
+            ("yesterday", "2023-01-01T00:00:00"),
+        ]
+        catalogue.add([row(n, created_at=made, modified_at=changed) for n, (made, changed) in enumerate(dates)])
+        found = select(catalogue, SelectOptions.of(by="recent"), base=None, seed=0, announce=silent)
+    assert [adapter.id[-1] for adapter, _ in found] == ["1", "2", "0", "4", "3"]
+    assert [score for _, score in found] == [1735689600, 1717203600, 1717200000, 1672531200, 0]
 
 
 def test_the_last_selection_is_what_merge_takes(own_home: Path) -> None:

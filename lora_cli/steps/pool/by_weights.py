@@ -11,6 +11,9 @@ from lora_cli.names import unpinned
 from lora_cli.records import AdapterRow, Candidates, Progress
 from lora_cli.steps.pool.fetch import refused
 
+# Each group reads the target again; an adapter that cannot be read makes its companions be scored again.
+_TOGETHER = 16
+
 
 def scored_by_weights(
     catalogue: Catalogue,
@@ -19,26 +22,39 @@ def scored_by_weights(
     target: Path,
     announce: Callable[[str], None],
     progress: Progress,
-) -> dict[int, float]:
-    """The scores of candidates whose weights can be read, by place. NothingMatched where there is none."""
+) -> tuple[dict[int, float], dict[str, str]]:
+    """The scores of candidates whose weights can be read, by place, and why the others by id cannot be.
+
+    NothingMatched where there is none.
+    """
     goal = _target(target)
     function([], goal)  # fail on a faulty target before any candidate is blamed
     ids = [unpinned(pinned) for pinned in candidates.pinned]
     rows = {row.id: row for row in catalogue.rows(ids)}
-    unfit = {row.id: reason for row, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress)}
-    for id, reason in unfit.items():
+    unfit: dict[str, str] = {}
+
+    def leave_out(id: str, reason: str) -> None:
+        unfit[id] = reason
         announce(f"{id} left out: {reason}")
-    scores = _scored(function, [row for row in rows.values() if row.id not in unfit], goal, announce)
+
+    for adapter, reason in refused(catalogue, [r.ref for r in rows.values()], announce, progress):
+        leave_out(adapter.id, reason)
+    fit = [row for row in rows.values() if row.id not in unfit]
+    scores: dict[str, float] = {}
+    progress("comparing weights", 0, len(fit))
+    for start in range(0, len(fit), _TOGETHER):
+        scores |= _scored(function, fit[start : start + _TOGETHER], goal, leave_out)
+        progress("comparing weights", min(start + _TOGETHER, len(fit)), len(fit))
     if not scores:
         raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
-    return {place: scores[id] for place, id in enumerate(ids) if id in scores}
+    return {place: scores[id] for place, id in enumerate(ids) if id in scores}, unfit
 
 
 def _scored(
     function: Callable[..., list[float]],
     rows: Sequence[AdapterRow],
     target: OpenAdapter,
-    announce: Callable[[str], None],
+    leave_out: Callable[[str, str], None],
 ) -> dict[str, float]:
     """Id → score, without adapters that cannot be read."""
     try:
@@ -46,10 +62,10 @@ def _scored(
         return {row.id: score for row, score in zip(rows, scores, strict=True)}
     except LoraError as error:
         if len(rows) == 1:
-            announce(f"{rows[0].id} left out: {error.message.removeprefix(f'{rows[0].id}: ')}")
+            leave_out(rows[0].id, error.message.removeprefix(f"{rows[0].id}: "))
             return {}
     half = len(rows) // 2
-    return _scored(function, rows[:half], target, announce) | _scored(function, rows[half:], target, announce)
+    return _scored(function, rows[:half], target, leave_out) | _scored(function, rows[half:], target, leave_out)
 
 
 def _opened(row: AdapterRow) -> OpenAdapter:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from inspect import signature
 from itertools import chain, groupby, islice
 from typing import Any
@@ -14,6 +14,7 @@ from lora_cli.recipes import SELECTION_METHODS, SelectOptions
 from lora_cli.records import AdapterRow, Candidates, Progress, silent
 from lora_cli.settings import Settings
 from lora_cli.steps.pool.dedupe import Copies
+from lora_cli.steps.pool.explain import Choice, Explanation, explain
 
 _BASES_NAMED = 5
 
@@ -26,6 +27,7 @@ def select(
     seed: int,
     announce: Callable[[str], None],
     progress: Progress = silent,
+    explained: Callable[[Explanation], None] | None = None,
 ) -> list[tuple[AdapterRow, float]]:
     """The best usable adapters by a selection method, best first, each with its score.
 
@@ -37,6 +39,7 @@ def select(
         seed: the seed of methods that draw.
         announce: called with the number of adapters and bytes before a download, and with each adapter that is left
             out because its weights cannot be read.
+        explained: called with why adapters were taken or not.
 
     Raises:
         UsageError: an unknown method, a bad condition, a target missing, or no base where there are several.
@@ -56,22 +59,27 @@ def select(
             f"no usable adapter of {base}" if base and not options.where else "no usable adapter fits these conditions",
             hint="see lora pool list, or run lora pool sync",
         )
+    unreadable: dict[str, str] = {}
     if method.kind == "weights":
         from lora_cli.steps.pool.by_weights import scored_by_weights
 
         assert target is not None
         function = SELECTION_METHODS.load(options.by)
-        scores = scored_by_weights(catalogue, function, candidates, target, announce, progress)
+        scores, unreadable = scored_by_weights(catalogue, function, candidates, target, announce, progress)
     else:
         function = SELECTION_METHODS.load(options.by)
         given = {"pinned": candidates.pinned, "seed": seed, **candidates.facts}
         scores = dict(enumerate(function(**{name: given[name] for name in asked})))
-    if options.dedupe is None:
-        chosen = _best(candidates, scores, options.k, options.max_per_author)
-    else:
-        copies = Copies(catalogue, options.dedupe)
-        chosen = _best(candidates, scores, options.k, options.max_per_author, copies)
+    copies = None if options.dedupe is None else Copies(catalogue, options.dedupe)
+    chosen, passed = _best(candidates, _ranked(candidates, scores), options, copies)
+    if copies is not None:
         announce(copies.told())
+    if explained is not None:
+        ranked = [*_ranked(candidates, scores)]
+        choice = Choice(
+            pinned=candidates.pinned, scores=scores, ranked=ranked, taken=chosen, passed=passed, unreadable=unreadable
+        )
+        explained(explain(catalogue, options, base, choice))
     rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen], base=base)
     return list(zip(rows, (scores[place] for place in chosen), strict=True))
 
@@ -84,13 +92,22 @@ def select_and_remember(
     name: str = "",
     announce: Callable[[str], None],
     progress: Progress = silent,
+    explained: Callable[[Explanation], None] | None = None,
 ) -> tuple[list[tuple[AdapterRow, float]], dict[str, Any]]:
     """`select` for the base and the seed of the settings, kept as the last selection, also by `name`; and its settings.
 
     Raises:
         NothingMatched: no adapter fits. Else as `select` does.
     """
-    chosen = select(catalogue, options, base=settings.base, seed=settings.seed, announce=announce, progress=progress)
+    chosen = select(
+        catalogue,
+        options,
+        base=settings.base,
+        seed=settings.seed,
+        announce=announce,
+        progress=progress,
+        explained=explained,
+    )
     if not chosen:
         raise NothingMatched("no adapter fits")
     asked = {
@@ -122,32 +139,36 @@ def _columns(by: str) -> list[str]:
     return [*signature(SELECTION_METHODS.load(by)).parameters]
 
 
-def _best(
-    candidates: Candidates,
-    scores: Mapping[int, float],
-    k: int,
-    max_per_author: int | None,
-    copies: Copies | None = None,
-) -> list[int]:
-    """The places of the k best without `copies`, equal scores in the order of a hash, `max_per_author` of each author."""
+def _ranked(candidates: Candidates, scores: Mapping[int, float]) -> Iterator[int]:
+    """The places with a score, the best first, equal scores in the order of a hash."""
     groups = groupby(sorted(scores, key=scores.__getitem__, reverse=True), scores.__getitem__)
-    ranked = chain.from_iterable(sorted(equal, key=lambda i: _hashed(candidates.pinned[i])) for _, equal in groups)
-    if max_per_author is None and copies is None:
-        return list(islice(ranked, k))
+    return chain.from_iterable(sorted(equal, key=lambda i: _hashed(candidates.pinned[i])) for _, equal in groups)
+
+
+def _best(
+    candidates: Candidates, ranked: Iterator[int], options: SelectOptions, copies: Copies | None
+) -> tuple[list[int], dict[int, str]]:
+    """The first k of `ranked` without copies and within the limit of each author; and why others were passed over."""
+    most = options.max_per_author
+    if most is None and copies is None:
+        return [*islice(ranked, options.k)], {}
     authors = candidates.facts.get("author", ())
     chosen: list[int] = []
+    passed: dict[int, str] = {}
     taken: Counter[str] = Counter()
     for place in ranked:
-        if len(chosen) == k:
+        if len(chosen) == options.k:
             break
         author = authors[place] if authors else ""
-        if author and max_per_author is not None and taken[author] >= max_per_author:
+        if author and most is not None and taken[author] >= most:
+            passed[place] = f"--max-per-author {most}: better ones of this author were taken"
             continue
         if copies is not None and not copies.spare(candidates.pinned[place]):
+            passed[place] = f"--dedupe {options.dedupe:g}: a copy of a better one"
             continue
         taken[author] += 1
         chosen.append(place)
-    return chosen
+    return chosen, passed
 
 
 def _hashed(pinned: str) -> str:
