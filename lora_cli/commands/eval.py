@@ -112,7 +112,7 @@ def _tell(screen: Screen, scores: list[Score], options: EvalOptions) -> None:
     for score in scores[1:]:
         screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
-            screen.warn(f"{score.system} changes likelihoods slightly but not a single output")
+            screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
     if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:
         answers = "wrong answers" if metric.score == "share" else "answers"
         screen.warn(

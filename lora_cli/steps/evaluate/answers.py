@@ -38,13 +38,13 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         files: the places where its data may be; the run's own name for it is another one.
 
     Raises:
-        NothingMatched: no evaluation, or one that generated no answers.
+        NothingMatched: no evaluation, or one without answers.
         DataError: the data is missing or has changed. OutputError: the rows cannot be read.
     """
     settings = run["record"]["settings"]
-    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind != "output":
+    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind == "likelihood":
         scored = "scored likelihoods alone" if run["command"] == "eval" else "is no evaluation"
-        raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact generates some")
+        raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact has some")
     name = settings["data"]
     task = unchanged(name, run["record"]["inputs"][name], files)
     if task is None:
@@ -71,9 +71,9 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
 
 
 def last_run(db: Path) -> str:
-    """The id of the last evaluation that generated answers. NothingMatched if there is none."""
+    """The id of the last evaluation with answers. NothingMatched if there is none."""
     for run in runs.all_runs(db, command="eval", limit=_MOST_RUNS):
-        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind == "output":
+        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind != "likelihood":
             return str(run["id"])
     raise NothingMatched("no evaluation with answers yet", hint="run lora eval")
 
