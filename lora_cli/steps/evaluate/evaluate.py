@@ -25,6 +25,7 @@ from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import interval, paired_difference
+from lora_cli.steps.evaluate.beside import beside_others
 from lora_cli.steps.evaluate.choices import Choices, chosen, read_choices
 
 _SAME_LIKELIHOOD = 1e-6
@@ -151,7 +152,9 @@ def evaluate(
                         done += 1
                         progress(system.name, done, len(examples))
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
-    scores = [_score(found, name, metric, baseline, itself, seed) for name in names]
+    alone = [_score(found, name, metric, baseline, itself, seed) for name in names]
+    values = {name: [row.value for row in rows] for name, rows in found.items()}
+    scores = beside_others(alone, values, metric, itself=itself, seed=seed)
     if metric.kind != "output":
         return scores
     cut = [
