@@ -69,7 +69,7 @@ def evaluate(
 
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
-    `lora runs answers` shows the wrong answers.
+    `lora runs answers` shows the wrong answers, and what changes from one system to another.
     """
     from dataclasses import asdict
 
@@ -189,5 +189,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
+            "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --max-new-tokens 8",
         ),
     )(with_flags(evaluate))
