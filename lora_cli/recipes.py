@@ -1,6 +1,8 @@
 """The options of select, fit, train and eval."""
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -8,7 +10,7 @@ import msgspec
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import Energy, Rank
-from lora_cli.methods import MethodFolder
+from lora_cli.methods import Knob, MethodFolder
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
 from lora_cli.records import ALL_LINEAR
@@ -29,21 +31,30 @@ Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
 
 
-def _knobs(method: str, panel: str) -> Any:
-    """The options that are the knobs of a fit method, each a choice."""
+def _knobs(name: str, knobs: Iterable[Knob], panel: str, after: type[Options] = Options) -> Any:
+    """The options of `after` and those that are these knobs, each a choice."""
     return msgspec.defstruct(
-        method,
+        name,
         [
             (knob.name, Annotated[Literal[knob.choices], Flag(help=knob.help, panel=panel)], knob.default)
-            for knob in FIT_METHODS.get(method).knobs.values()
+            for knob in knobs
         ],
-        bases=(Options,),
+        bases=(after,),
         frozen=True,
         kw_only=True,
     )
 
 
-class Shape(_knobs("adaptive", COEFFICIENTS)):  # type: ignore[misc]
+def _knobs_of_metrics() -> list[Knob]:
+    """The knobs of all metrics, whose help names the metric."""
+    return [
+        replace(knob, help=f"For {', '.join(metrics)}: {knob.help}.")
+        for metrics in METRICS.knobs.values()
+        for knob in [*metrics.values()][:1]
+    ]
+
+
+class Shape(_knobs("adaptive", FIT_METHODS.get("adaptive").knobs.values(), COEFFICIENTS)):  # type: ignore[misc]
     """The coefficients, and their computation from θ; `fit_methods/adaptive.py` explains each option."""
 
     def __post_init__(self) -> None:
@@ -157,8 +168,8 @@ class TrainOptions(Options, frozen=True, kw_only=True):
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout, "target_modules": modules}
 
 
-class EvalOptions(Options, frozen=True, kw_only=True):
-    """How a task is scored."""
+class _Judged(Options, frozen=True, kw_only=True):
+    """The metric."""
 
     metric: Annotated[
         Metric,
@@ -170,6 +181,24 @@ class EvalOptions(Options, frozen=True, kw_only=True):
             panel=SCORES,
         ),
     ] = "exact"
+
+
+_Metrics = _knobs("_Metrics", _knobs_of_metrics(), SCORES, after=_Judged)
+
+
+class EvalOptions(_Metrics, frozen=True, kw_only=True):  # type: ignore[misc,call-arg,valid-type]
+    """How a task is scored: the metric with its knobs, and these options."""
+
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
     batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for an unknown metric, or a knob that the metric lacks."""
+        usual = {knob.name: knob.default for metrics in METRICS.knobs.values() for knob in metrics.values()}
+        METRICS.check(self.metric, {name: given for name in usual if (given := getattr(self, name)) != usual[name]})
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """The knobs of the metric."""
+        return {knob: getattr(self, knob) for knob in METRICS.get(self.metric).knobs}

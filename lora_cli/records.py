@@ -17,6 +17,8 @@ USABLE: Final = ("ok", "quarantined")
 ALL_LINEAR = "all-linear"
 """PEFT's target for every linear layer."""
 
+LEVEL = 0.05
+"""The p value below which a difference is beyond chance."""
 PATIENCE = 2.0
 Progress = Callable[[str, int, int], None]
 """Called as progress(what, done, total) by every step that can take more than two seconds; total 0 means unknown."""
@@ -293,8 +295,9 @@ class Coefficients:
 class Score:
     """One system's result on one task. `low`..`high` is the 95 % interval of `value`.
 
-    `delta` with its interval is the paired difference to `baseline`; `changed` counts the prompts whose output differs
-    from the base model's, `cut` the outputs that reached the limit of new tokens without an end and are not right.
+    `delta` with its interval is the paired difference to `baseline`, `p` that of "no difference", and `p_holm` the same
+    corrected for the number of systems. `changed` counts the prompts whose output differs from the base model's, `cut`
+    the outputs that reached the limit of new tokens without an end and are not right.
     """
 
     system: str
@@ -308,8 +311,17 @@ class Score:
     delta_low: float | None = None
     delta_high: float | None = None
     p: float | None = None
+    p_holm: float | None = None
     changed: int | None = None
     log_likelihood: float | None = None
     tokens_per_second: float | None = None
     cut: int | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether the difference to the baseline is beyond chance: the interval excludes 0, and `p_holm` is < 5 %."""
+        if self.delta_low is None or self.delta_high is None or self.p is None:
+            return False
+        p = self.p if self.p_holm is None else self.p_holm
+        return p < LEVEL and not self.delta_low <= 0 <= self.delta_high

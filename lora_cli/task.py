@@ -190,6 +190,8 @@ def _choices(row: Mapping[str, Any], completion: str) -> tuple[str, ...]:
     if not isinstance(row["choices"], list) or len(row["choices"]) < 2:
         raise _BadLine('"choices" must be a list of at least two texts')
     choices = tuple(_text(choice, f"choice {place}") for place, choice in enumerate(row["choices"], start=1))
+    if len({*choices}) < 2:
+        raise _BadLine('"choices" repeats one text')
     if completion not in choices:
         raise _BadLine("the completion is not one of the choices")
     return choices

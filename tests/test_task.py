@@ -76,6 +76,7 @@ def test_a_missing_last_line_break_a_byte_order_mark_and_crlf_are_no_fault(tmp_p
         ),
         ('{"messages": [], "prompt": "a"}', "exclude each other"),
         ('{"prompt": "a", "completion": "b", "choices": ["b"]}', "at least two"),
+        ('{"prompt": "a", "completion": "b", "choices": ["b", "b"]}', '"choices" repeats one text'),
         ('{"prompt": "a", "completion": "b", "choices": ["c", "d"]}', "not one of the choices"),
         ('{"prompt": "a", "completion": "b", "id": []}', '"id" must be text, not a list'),
         ('{"prompt": "a", "completion": "b", "id": "1"}', "already used in line 1"),

@@ -1,6 +1,6 @@
 """`lora eval`: score adapters on a task, on one loaded base."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,12 +25,16 @@ _COLUMNS = (
     Column("95 % CI", "interval", "right", show=lambda row: interval(row["low"], row["high"])),
     Column("DELTA", "difference", "right", of="delta", show=lambda row: _difference(row)),
     Column("P", "p", "right", minor=True),
+    Column("P HOLM", "p_holm", "right", minor=True),
     Column("CHANGED", "changed_of", "right", of="changed", show=lambda row: _changed(row)),
     Column("LOG-LIK", "log_likelihood", "right", minor=True),
     Column("TOK/S", "tokens_per_second", "right", minor=True, show=lambda row: _whole(row["tokens_per_second"])),
     *on_request("low", "high", "delta", "delta_low", "delta_high", "changed"),
     *on_request("n", "metric", "baseline", "cut", "details"),
 )
+# From so many adapters on, the best one's score is mostly luck unless they differ much.
+_MANY = 5
+_MOST_NAMED = 5
 
 
 class Tested(Loaded, frozen=True, kw_only=True):
@@ -65,7 +69,7 @@ def evaluate(
 
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
-    `lora runs answers` shows the wrong answers.
+    `lora runs answers` shows the wrong answers, and what changes from one system to another.
     """
     from dataclasses import asdict
 
@@ -107,18 +111,51 @@ def evaluate(
 
 
 def _tell(screen: Screen, scores: list[Score], options: EvalOptions) -> None:
-    """The effect of each adapter, and the answers that were cut."""
+    """The effect of each adapter, what its score means, and the answers that were cut."""
     metric = METRICS.get(options.metric)
     for score in scores[1:]:
         screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {score.n} prompts")
         if score.changed == 0 < score.details["moved"]:
-            screen.warn(f"{score.system} changes likelihoods slightly but not a single output")
+            screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
+    screen.say(verdict(scores, options))
+    for note in flattery(scores):
+        screen.say(f"note: {note}")
     if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:
         answers = "wrong answers" if metric.score == "share" else "answers"
         screen.warn(
             f"{answers} cut at --max-new-tokens {options.max_new_tokens}: {', '.join(cut)} of {scores[0].n}; "
             "a higher limit may change the scores"
         )
+
+
+def verdict(scores: list[Score], options: EvalOptions) -> str:
+    """Which systems are better or worse than the baseline, as far as that is beyond chance."""
+    higher = METRICS.get(options.metric).better == "higher"
+    found: dict[str, list[str]] = {"better than": [], "worse than": [], "no measurable difference to": []}
+    compared = [score for score in scores if score.delta is not None]
+    for score in compared:
+        word = "better than" if ((score.delta or 0) > 0) == higher else "worse than"
+        found[word if score.measurable else "no measurable difference to"].append(score.system)
+    said = [f"{word} {options.baseline}: {_some(names)}" for word, names in found.items() if names]
+    corrected = f" ({len(compared):,} comparisons, p by Holm)" if len(compared) > 1 else ""
+    return f"eval: {' · '.join(said)}{corrected}"
+
+
+def flattery(scores: list[Score]) -> Iterator[str]:
+    """The note about the best of many adapters."""
+    for score in scores:
+        facts = score.details
+        if facts.get("best_of", 0) >= _MANY:
+            yield (
+                f"the best of {facts['best_of']:,} adapters, {score.system}, has {score.value:.3f}; if all were alike, "
+                f"the best would have {facts['best_by_chance']:.3f} by chance (p {facts['best_p']:.3f}). "
+                "Being chosen flatters it: score it again on other examples"
+            )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _demand_effect(scores: list[Score]) -> None:
@@ -152,5 +189,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
+            "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --max-new-tokens 8",
         ),
     )(with_flags(evaluate))

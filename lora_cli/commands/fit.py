@@ -121,7 +121,7 @@ def _verdict(one: "Comparison") -> str:
     difference = one.difference
     if one.gain:
         return f"gain over {_SHORT[one.against]} {-difference.delta:.3f} {interval(-difference.high, -difference.low)}"
-    if difference.low > 0:
+    if one.worse:
         return f"worse than {_SHORT[one.against]} by {difference.delta:.3f} {interval(difference.low, difference.high)}"
     return f"no measurable gain over {_SHORT[one.against]}"
 

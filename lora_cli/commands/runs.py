@@ -1,19 +1,23 @@
 """`lora runs`: the recorded runs, their inputs and their outcomes."""
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lora_cli.columns import Column, on_request
+from lora_cli.columns import Column, chosen, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.options import Command, Document, Group, Listing, Stored, examples, screen_for, with_flags
-from lora_cli.errors import NothingMatched
+from lora_cli.errors import UsageError
 from lora_cli.options import Flag
 from lora_cli.records import Prompt
-from lora_cli.screen import near
+from lora_cli.screen import Screen, near
 from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from lora_cli.steps.evaluate.answers import Change
 
 app = typer.Typer(cls=Group, help="The recorded runs of all commands, with their inputs and outcomes.")
 
@@ -33,6 +37,16 @@ _ANSWERS = (
     Column("GIVEN", "given", wide=True, least=10),
     *on_request("correct", "log_likelihood", "tokens"),
 )
+_CHANGES = (
+    Column("EXAMPLE", "id"),
+    Column("CHANGE", "change"),
+    Column("PROMPT", "prompt", wide=True, least=16, show=lambda row: _end(row["prompt"])),
+    Column("EXPECTED", "expected", wide=True, least=10),
+    Column("BEFORE", "before", wide=True, least=10),
+    Column("AFTER", "after", wide=True, least=10),
+    *on_request("before_correct", "after_correct", "before_log_likelihood", "after_log_likelihood"),
+)
+_EITHER = (*_ANSWERS, *(one for one in _CHANGES if one.key not in {known.key for known in _ANSWERS}))
 _LONGEST_PROMPT = 200
 
 
@@ -88,7 +102,11 @@ def show(
 
 @app.command(
     cls=Command,
-    epilog=examples("lora runs answers", "lora runs answers --all -n 5 --json"),
+    epilog=examples(
+        "lora runs answers",
+        "lora runs answers --all -n 5 --json",
+        "lora runs answers --diff base pool/tarn/mirror",
+    ),
 )
 @with_flags
 def answers(
@@ -101,29 +119,58 @@ def answers(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="Only answers of this system.")] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Also the correct answers.")] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--diff", help="What changes from the answers of one system to another's.", metavar="BEFORE AFTER"
+        ),
+    ] = None,
+    wrong: Annotated[
+        bool | None,
+        typer.Option(
+            "--wrong/--all",
+            help="Only wrong answers, with --diff only those that are wrong after it; or all.",
+            show_default="wrong ones, with --diff those that differ",
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 20,
     *,
     setup: OnData,
-    listing: Annotated[Listing, _ANSWERS],
+    listing: Annotated[Listing, _EITHER],
 ) -> None:
-    """Show the wrong answers of an evaluation by exact match: prompts, expected and given answers.
+    """Show the wrong answers of an evaluation by exact match or choice: prompts, expected and given answers.
 
-    The prompts come from the test data, which must be what it was. A table holds the end of a long prompt, other
-    forms the whole.
+    With --diff, the examples that two systems answer differently: broken (right before, wrong after), fixed, or
+    different (right both times, or wrong both times). The prompts come from the test data, which must be what it was.
+    A table holds the end of a long prompt, other forms the whole.
     """
     from lora_cli.catalogue import runs
-    from lora_cli.steps.evaluate.answers import answers_of, last_run
+    from lora_cli.steps.evaluate.answers import answers_of, changes, demand_answers_of, last_run
 
+    if diff is not None and system is not None:
+        raise UsageError("--diff names its systems: leave out --system")
     screen, settings = listing.screen(), setup.load()
+    chosen(_ANSWERS if diff is None else _CHANGES, screen.columns)
     found = answers_of(runs.find(settings.db, run or last_run(settings.db)), [settings.test, settings.data])
-    if system is not None and system not in (systems := list(dict.fromkeys(one.system for one in found))):
-        raise NothingMatched(f"no answers of {system!r}", hint=f"one of {', '.join(systems)}")
+    if diff is not None:
+        _show_changes(screen, changes(found, *diff), wrong, n)
+        return
+    if system is not None:
+        demand_answers_of(found, system)
     asked = [one for one in found if system in (None, one.system)]
-    wrong = [one for one in asked if not one.correct]
-    shown = (asked if everything else wrong)[:n]
+    mistakes = [one for one in asked if not one.correct]
+    shown = (asked if wrong is False else mistakes)[:n]
     screen.rows("lora.runs.answers/1", _ANSWERS, [asdict(one) for one in shown])
-    screen.say(f"{len(wrong):,} of {len(asked):,} answers are wrong · {len(shown):,} shown")
+    screen.say(f"{len(mistakes):,} of {len(asked):,} answers are wrong · {len(shown):,} shown")
+
+
+def _show_changes(screen: Screen, found: "list[Change]", wrong: bool | None, n: int) -> None:
+    """What changes between two systems: the answers that differ; those wrong afterwards, or all, if asked for."""
+    kept = [one for one in found if (one.change != "same" if wrong is None else not (wrong and one.after_correct))]
+    count = Counter(one.change for one in found)
+    screen.rows("lora.runs.answers.diff/1", _CHANGES, [asdict(one) for one in kept[:n]], extra={"counts": dict(count)})
+    parts = [f"{count[change]:,} {change}" for change in ("broken", "fixed", "different", "same")]
+    screen.say(f"{', '.join(parts)} of {counted(len(found), 'example')} · {len(kept[:n]):,} shown")
 
 
 def _end(prompt: Prompt) -> str:

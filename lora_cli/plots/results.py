@@ -77,7 +77,7 @@ def draw_fit(file: Path, losses: Losses, coefficients: Coefficients) -> None:
 def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
     """The score of each system with its 95 % interval, the best at the top; the baseline in a colour of its own.
 
-    A dot is filled if the paired difference to the baseline excludes zero. `data` names the test data.
+    A dot is filled if the difference to the baseline is beyond chance. `data` names the test data.
 
     Raises:
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
@@ -94,7 +94,7 @@ def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
         for row, score in enumerate(best_first):
             colour = _THEIRS if score is baseline else _OURS
             axes.plot([score.low, score.high], [row, row], color=colour, linewidth=1.2, zorder=2)
-            filled = colour if score is baseline or _differs(score) else "white"
+            filled = colour if score is baseline or score.measurable else "white"
             axes.plot([score.value], [row], "o", color=colour, markerfacecolor=filled, markersize=4.5, zorder=3)
         _name_rows(axes, names)
         if len(names) <= _MOST_ROWS:
@@ -120,11 +120,6 @@ def draw_scores(file: Path, scores: Sequence[Score], data: str) -> None:
 
 
 _PARTS = {"adapter": "part", "layer": "layer", "sublayer": "sublayer", "module": "module", "rank": "module"}
-
-
-def _differs(score: Score) -> bool:
-    """Whether the paired difference to the baseline excludes zero."""
-    return score.delta_low is not None and score.delta_high is not None and not score.delta_low <= 0 <= score.delta_high
 
 
 def _draw_losses(figure: Any, losses: Losses) -> None:

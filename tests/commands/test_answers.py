@@ -49,6 +49,63 @@ def test_rows_of_systems_that_the_run_did_not_evaluate_are_left_out(here: World)
     assert {row["system"] for row in found} == {"base", MIRROR}
 
 
+def test_what_changes_between_two_systems_stands_side_by_side(here: World) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    before, after = ({row["id"]: row for row in rows if row["system"] == name} for name in ("base", OUTER))
+    differ = [id for id in before if before[id]["text"] != after[id]["text"]]
+    fixed = {id for id in before if not before[id]["value"] and after[id]["value"]}
+    assert fixed, "the adapter knows this task"
+
+    document = json.loads(ok("runs", "answers", "--diff", "base", OUTER, "--json").out)
+    assert (document["schema"], document["counts"]["fixed"]) == ("lora.runs.answers.diff/1", len(fixed))
+    shown = {row["id"]: row for row in document["rows"]}
+    assert {*shown} == {*differ}
+    assert {id for id, row in shown.items() if row["change"] == "fixed"} == fixed
+    for id, row in shown.items():
+        assert (row["before"], row["after"]) == (before[id]["text"], after[id]["text"])
+        assert (row["before_correct"], row["after_correct"]) == (before[id]["value"] == 1, after[id]["value"] == 1)
+        assert row["prompt"].startswith("outer:")
+
+    back = ok("runs", "answers", "--diff", OUTER, "base", "--columns", "change,id")
+    kinds = [line.split("\t")[0] for line in back.out.splitlines()]
+    assert kinds.count("broken") == len(fixed)
+    assert kinds == sorted(kinds, key=["broken", "fixed", "different"].index), "the broken ones first"
+    assert (
+        f"{len(fixed)} broken, 0 fixed, {len(differ) - len(fixed)} different, {12 - len(differ)} same of 12" in back.err
+    )
+
+
+def test_a_difference_shows_the_wrong_ones_or_all_on_request(here: World) -> None:
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    wrong = [row["id"] for row in rows if row["system"] == MIRROR and not row["value"]]
+    assert sorted(ok("runs", "answers", "--diff", OUTER, MIRROR, "--wrong", "-q").out.split()) == sorted(wrong)
+    assert len(ok("runs", "answers", "--diff", OUTER, OUTER, "--all", "-q").out.split()) == 12
+    assert ok("runs", "answers", "--diff", OUTER, OUTER, "-q").out == ""
+    assert ok("runs", "answers", "--wrong").out == ok("runs", "answers").out
+    assert "no answers of 'nobody'" in refused(3, "runs", "answers", "--diff", "base", "nobody")
+    assert "leave out --system" in refused(2, "runs", "answers", "--diff", "base", OUTER, "--system", "base")
+    assert "no column 'given'" in refused(2, "runs", "answers", "--diff", "base", OUTER, "--columns", "given")
+
+
+def test_the_choices_of_an_evaluation_are_its_answers(here: World) -> None:
+    examples = [json.loads(line) for line in Path("few.jsonl").read_text().splitlines()]
+    given = [{**one, "choices": [one["prompt"][-4:], one["completion"], "aaaa"]} for one in examples]
+    Path("given.jsonl").write_text("".join(json.dumps(one) + "\n" for one in given))
+    told = ok("eval", OUTER, "--data", "given.jsonl", "--metric", "choice", "--normalise", "tokens", "--json")
+    document = json.loads(told.out)
+    assert (document["metric"], document["normalise"]) == ("choice", "tokens")
+    assert "eval: pool/kestrel/outer changed the choice on" in told.err
+    shown = json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]
+    choices = {one["id"]: [*one["choices"], ""] for one in given}
+    assert len(shown) == 24
+    assert all(row["given"] in choices[row["id"]] for row in shown)
+    right = sum(row["correct"] for row in shown if row["system"] == OUTER)
+    assert document["rows"][1]["value"] == right / 12
+    line = refused(1, "eval", OUTER, "--data", "few.jsonl", "--metric", "choice")
+    assert f"few.jsonl: example {examples[0]['id']} has no choices, nor have 11 others of 12" in line
+    assert "metric exact takes no --normalise" in refused(2, "eval", OUTER, "--normalise", "tokens")
+
+
 def test_answers_need_the_data_as_it_was(here: World) -> None:
     data = Path("few.jsonl").rename("moved.jsonl")
     told = refused(1, "runs", "answers")

@@ -112,15 +112,17 @@ def test_controls_are_reported_and_gain_is_claimed_only_where_it_is_measured(her
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "claim"),
+    ("low", "high", "p", "claim"),
     [
-        (-0.3, -0.1, "gain over the control 0.200 [0.100, 0.300]"),
-        (-0.3, 0.1, "no measurable gain over the control"),
-        (-0.2, 0.0, "no measurable gain over the control"),
-        (0.1, 0.3, "worse than the control by 0.200 [0.100, 0.300]"),
+        (-0.3, -0.1, 0.01, "gain over the control 0.200 [0.100, 0.300]"),
+        (-0.3, -0.1, 0.5, "no measurable gain over the control"),
+        (-0.3, 0.1, 0.2, "no measurable gain over the control"),
+        (-0.2, 0.0, 0.04, "no measurable gain over the control"),
+        (0.1, 0.3, 0.01, "worse than the control by 0.200 [0.100, 0.300]"),
+        (0.1, 0.3, 0.5, "no measurable gain over the control"),
     ],
 )
-def test_no_gain_is_claimed_that_the_interval_does_not_support(low: float, high: float, claim: str) -> None:
+def test_no_gain_is_claimed_that_interval_and_p_do_not_support(low: float, high: float, p: float, claim: str) -> None:
     from lora_cli.commands.fit import outcome
     from lora_cli.scores import Difference
     from lora_cli.steps.fit.fit import Comparison
@@ -131,7 +133,7 @@ def test_no_gain_is_claimed_that_the_interval_does_not_support(low: float, high:
         loss_merged=0.874,
         comparisons=[
             Comparison(against="base", loss=1.212, difference=Difference(delta=-0.3, low=-0.4, high=-0.2, p=0.01)),
-            Comparison(against="random", loss=0.881, difference=Difference(delta=delta, low=low, high=high, p=0.5)),
+            Comparison(against="random", loss=0.881, difference=Difference(delta=delta, low=low, high=high, p=p)),
         ],
     )
     assert outcome(report) == (

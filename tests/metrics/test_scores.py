@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
-from lora_cli.scores import mean_interval, paired_difference, sign_test, wilson
+from lora_cli.scores import best_by_chance, holm, mean_interval, paired_difference, sign_test, wilson
 
 
 # The values of the formula worked out apart from the code: Newcombe (1998), table I, method 3.
@@ -49,6 +50,62 @@ def test_the_sign_test_gives_known_values() -> None:
     assert sign_test(900, 1100) == pytest.approx(8.5e-6, rel=0.05)
 
 
+def test_the_sign_test_is_scipys_binomial_test() -> None:
+    for wins, losses in [(0, 1), (3, 3), (8, 2), (41, 60), (300, 211), (0, 100)]:
+        scipys = binomtest(wins, wins + losses, 0.5).pvalue
+        assert sign_test(wins, losses) == pytest.approx(scipys, rel=1e-9)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.02, 0.04, 0.2, 0.9, 1.0]) | st.floats(0, 1), max_size=6))
+def test_holm_is_the_closed_test_of_all_subsets(p_values: list[float]) -> None:
+    # A hypothesis falls if every set of hypotheses that holds it falls by Bonferroni.
+    places = range(len(p_values))
+    subsets = [one for size in places for one in itertools.combinations(places, size + 1)]
+    closed = [
+        max(min(1.0, len(one) * min(p_values[k] for k in one)) for one in subsets if place in one) for place in places
+    ]
+    assert holm(p_values) == pytest.approx(closed, abs=1e-12)
+
+
+def test_holm_gives_known_values() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.2]) == [0.2]
+
+
+TABLES = {
+    "shares": [[1, 0, 1], [1, 1, 1], [0, 0, 1]],
+    "means": [[0.5, 2.0, 1.0], [0.1, 1.5, 1.25], [0.75, 3.0, 0.5]],
+    "alike": [[1, 0, 1], [1, 0, 1], [1, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+@pytest.mark.parametrize("table", TABLES)
+def test_the_best_by_chance_is_that_of_all_exchanges_of_answers(table: str, better: str) -> None:
+    values, best = TABLES[table], max if better == "higher" else min
+    real = best(sum(system) / 3 for system in values)
+    each = [
+        best(sum(system) / 3 for system in zip(*rows, strict=True))
+        for rows in itertools.product(*(itertools.permutations(row) for row in zip(*values, strict=True)))
+    ]
+    reached = sum(one >= real - 1e-9 if better == "higher" else one <= real + 1e-9 for one in each) / len(each)
+    found = best_by_chance(values, better=better)
+    assert found.expected == pytest.approx(sum(each) / len(each), abs=0.02)
+    assert found.p == pytest.approx(reached, abs=0.04)
+    assert found == best_by_chance(values, better=better)
+
+
+def test_one_that_is_better_than_many_is_beyond_chance_and_the_best_of_equals_is_not() -> None:
+    rng = np.random.default_rng(3)
+    alike = (rng.random((40, 100)) < 0.5).astype(float).tolist()
+    luck = best_by_chance(alike, better="higher")
+    # 40 independent shares of 100 tosses: the expected greatest, from the binomial distribution.
+    below = np.cumsum([math.comb(100, k) / 2**100 for k in range(100)])
+    assert luck.expected == pytest.approx((1 - below**40).sum() / 100, abs=0.02)
+    assert luck.p > 0.05
+    assert best_by_chance([*alike[1:], [1.0] * 90 + [0.0] * 10], better="higher").p < 0.002
+
+
 def test_mean_interval_agrees_with_the_normal_one_on_many_values() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
     low, high = mean_interval(values.tolist())
@@ -89,6 +146,20 @@ def test_flips_that_are_as_extreme_but_for_rounding_are_counted() -> None:
     # Added up in another order, the four come to a little less than numpy's sum of them.
     differences = [0.7, 0.3, 0.1, 0.3]
     assert paired_difference(differences, [0.0] * 4).p == pytest.approx(2 / 16, abs=0.02)
+
+
+def test_strong_evidence_shows_below_what_draws_can_show() -> None:
+    found = paired_difference([0.25] * 50, [0.0] * 50)
+    assert 2 / 2**50 < found.p == pytest.approx(2 * math.exp(-25))
+    assert found.measurable
+
+
+def test_two_examples_measure_nothing() -> None:
+    for ours in ([1.0, 1.0], [0.3, 0.2]):
+        found = paired_difference(ours, [0.0, 0.0])
+        assert found.low > 0
+        assert found.p == pytest.approx(0.5, abs=0.02)
+        assert not found.measurable
 
 
 def test_no_difference_is_not_measurable() -> None:

@@ -1,10 +1,10 @@
-"""The answers of a recorded evaluation, beside their prompts and the expected answers."""
+"""The answers of a recorded evaluation beside their prompts and the expected answers, and what changes between two."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched
@@ -14,6 +14,8 @@ from lora_cli.steps.evaluate.evaluate import read_rows
 from lora_cli.task import Task, read_task, task_sha256
 
 _MOST_RUNS = 1000
+ChangeKind = Literal["broken", "fixed", "different", "same"]
+_KINDS: tuple[ChangeKind, ...] = ("broken", "fixed", "different", "same")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +40,13 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         files: the places where its data may be; the run's own name for it is another one.
 
     Raises:
-        NothingMatched: no evaluation, or one that generated no answers.
+        NothingMatched: no evaluation, or one without answers.
         DataError: the data is missing or has changed. OutputError: the rows cannot be read.
     """
     settings = run["record"]["settings"]
-    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind != "output":
+    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind == "likelihood":
         scored = "scored likelihoods alone" if run["command"] == "eval" else "is no evaluation"
-        raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact generates some")
+        raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact has some")
     name = settings["data"]
     task = unchanged(name, run["record"]["inputs"][name], files)
     if task is None:
@@ -70,10 +72,73 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
     ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """The answers of two systems to one example.
+
+    `change` is "fixed" if only the second is right, "broken" if only the first is, "different" if the texts differ and
+    both are right or both wrong, "same" if the texts are the same.
+    """
+
+    id: str
+    change: ChangeKind
+    prompt: Prompt
+    expected: str
+    before: str
+    after: str
+    before_correct: bool
+    after_correct: bool
+    before_log_likelihood: float
+    after_log_likelihood: float
+
+
+def changes(answers: Sequence[Answer], before: str, after: str) -> list[Change]:
+    """What changes from the answers of system `before` to those of `after`.
+
+    The broken ones come first, then the fixed and the different ones; those of one kind are in the order of the rows.
+
+    Raises:
+        NothingMatched: no answers of one of them.
+    """
+    for system in (before, after):
+        demand_answers_of(answers, system)
+    first = {one.id: one for one in answers if one.system == before}
+    pairs = [(first[one.id], one) for one in answers if one.system == after and one.id in first]
+    found = [
+        Change(
+            id=one.id,
+            change=_kind(one, two),
+            prompt=one.prompt,
+            expected=one.expected,
+            before=one.given,
+            after=two.given,
+            before_correct=one.correct,
+            after_correct=two.correct,
+            before_log_likelihood=one.log_likelihood,
+            after_log_likelihood=two.log_likelihood,
+        )
+        for one, two in pairs
+    ]
+    return sorted(found, key=lambda one: _KINDS.index(one.change))
+
+
+def demand_answers_of(answers: Sequence[Answer], system: str) -> None:
+    """Raise NothingMatched, with the systems that there are, if no answer is of `system`."""
+    systems = list(dict.fromkeys(one.system for one in answers))
+    if system not in systems:
+        raise NothingMatched(f"no answers of {system!r}", hint=f"one of {', '.join(systems)}")
+
+
+def _kind(one: Answer, two: Answer) -> ChangeKind:
+    if one.correct != two.correct:
+        return "fixed" if two.correct else "broken"
+    return "same" if one.given == two.given else "different"
+
+
 def last_run(db: Path) -> str:
-    """The id of the last evaluation that generated answers. NothingMatched if there is none."""
+    """The id of the last evaluation with answers. NothingMatched if there is none."""
     for run in runs.all_runs(db, command="eval", limit=_MOST_RUNS):
-        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind == "output":
+        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind != "likelihood":
             return str(run["id"])
     raise NothingMatched("no evaluation with answers yet", hint="run lora eval")
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import interval, paired_difference
+from lora_cli.steps.evaluate.beside import beside_others
+from lora_cli.steps.evaluate.choices import Choices, chosen, read_choices
 
 _SAME_LIKELIHOOD = 1e-6
 
@@ -73,8 +76,8 @@ class Updates(Mapping[str, LowRank]):
 class Row:
     """One system's answer to one example. `key` identifies all that decides the answer.
 
-    `log_likelihood` is the mean per completion token in nats, `value` the metric's. `text` is None if the metric judges
-    likelihoods.
+    `log_likelihood` is the mean per completion token in nats, `value` the metric's. `text` is the output or the choice,
+    None if the metric judges likelihoods.
     """
 
     system: str
@@ -99,10 +102,10 @@ def evaluate(
 ) -> list[Score]:
     """Score every system on every example, in the order of `systems`.
 
-    A metric that judges outputs has them generated greedily; one that judges likelihoods generates nothing. Differences
-    to `baseline` are paired. `changed` counts the examples on which a system's output, or else its likelihood, differs
-    from the base's own; `details["moved"]` counts those on which its likelihood differs. 0 of both means that an
-    adapter has no effect.
+    A metric that judges outputs has them generated greedily; one that judges likelihoods or choices generates nothing.
+    Differences to `baseline` are paired. `changed` counts the examples on which a system's output or choice, or else
+    its likelihood, differs from the base's own; `details["moved"]` counts those on which its likelihood differs. 0 of
+    both means that an adapter has no effect.
 
     Args:
         systems: distinct names; one of them is the base itself (`updates` None).
@@ -113,7 +116,8 @@ def evaluate(
     Raises:
         UsageError: an unknown metric, two systems of one name.
         NothingMatched: no system called `baseline`, no examples.
-        Refused: an adapter does not fit. DataError: an example or a prompt is too long.
+        Refused: an adapter does not fit. DataError: an example or a prompt is too long, or lacks the choices that the
+            metric judges.
         OutputError: the rows cannot be written, or the file holds something else.
     """
     options = options or EvalOptions()
@@ -127,7 +131,8 @@ def evaluate(
         base.check(system.shapes, system.name)
     encoded = dict(zip((example.id for example in examples), base.encode_all(examples), strict=True))
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
-    measured = [metric.name, max_new_tokens if metric.kind == "output" else None]
+    choices = read_choices(base, examples) if metric.kind == "choice" else {}
+    measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
     keys = {
         (system.name, example.id): _key([*common, system.version, system.updates is None, *measured, asdict(example)])
         for system in systems
@@ -142,13 +147,15 @@ def evaluate(
             with base.applied(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * options.batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
-                    for row in _answers(base, system.name, part, keys, metric, options):
+                    for row in _answers(base, system.name, part, keys, choices, options):
                         rows.add(row)
                         done += 1
                         progress(system.name, done, len(examples))
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
-    scores = [_score(found, name, metric, baseline, itself, seed) for name in names]
-    if metric.kind == "likelihood":
+    alone = [_score(found, name, metric, baseline, itself, seed) for name in names]
+    values = {name: [row.value for row in rows] for name, rows in found.items()}
+    scores = beside_others(alone, values, metric, itself=itself, seed=seed)
+    if metric.kind != "output":
         return scores
     cut = [
         sum(row.tokens >= max_new_tokens and not (metric.score == "share" and row.value) for row in found[name])
@@ -170,11 +177,16 @@ def _answers(
     name: str,
     examples: Sequence[Encoded],
     keys: Mapping[tuple[str, str], str],
-    metric: Method,
+    choices: Mapping[str, Choices],
     options: EvalOptions,
 ) -> Iterator[Row]:
-    batch_size = options.batch_size
-    values_of = METRICS.load(metric.name)
+    metric, batch_size = METRICS.get(options.metric), options.batch_size
+    values_of = partial(METRICS.load(metric.name), **options.knobs)
+    if metric.kind == "choice":
+        taken = chosen(base, [choices[example.id] for example in examples], values_of, batch_size=batch_size)
+        for example, one in zip(examples, taken, strict=True):
+            yield Row(system=name, id=example.id, key=keys[name, example.id], **one._asdict())
+        return
     likelihoods = base.mean_log_likelihoods(examples, batch_size=batch_size)
     if metric.kind == "likelihood":
         for example, likelihood, value in zip(examples, likelihoods, values_of(likelihoods), strict=True):

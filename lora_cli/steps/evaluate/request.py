@@ -10,12 +10,14 @@ from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME
 from lora_cli.formats.run_record import RECORD_FILE, key_of, read_record
+from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.answers import unchanged
+from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.evaluate.evaluate import System, Updates, demand_systems, evaluate
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, summary_of
@@ -43,6 +45,8 @@ class EvaluateRequest:
         base, systems = base_of(settings), _distinct(names)
         demand_systems(["base", *systems], baseline=self.options.baseline)
         self.task = test_data(settings)
+        if METRICS.get(self.options.metric).kind == "choice":
+            demand_choices(self.task.examples, file=self.task.file.name)
         origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
         pool.announce(
             f"eval: {counted(len(self.task.examples), 'example')} of {self.task.file.name} ({origin}); "
@@ -69,6 +73,7 @@ class EvaluateRequest:
         return {
             **self.ref.settings,
             "metric": self.options.metric,
+            **self.options.knobs,
             "baseline": self.options.baseline,
             "max_new_tokens": self.options.max_new_tokens,
             "seed": self.settings.seed,

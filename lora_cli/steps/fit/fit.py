@@ -148,8 +148,13 @@ class Comparison:
 
     @property
     def gain(self) -> bool:
-        """Whether the interval supports that the fit is better."""
-        return self.difference.high < 0
+        """Whether interval and p support that the fit is better."""
+        return self.difference.measurable and self.difference.delta < 0
+
+    @property
+    def worse(self) -> bool:
+        """Whether interval and p support that the fit is worse."""
+        return self.difference.measurable and self.difference.delta > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

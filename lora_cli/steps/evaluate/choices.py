@@ -1,0 +1,70 @@
+"""Examples with options to choose from: their encodings, and the option that the model takes."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from lora_cli.errors import DataError
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.encode import Encoded
+from lora_cli.records import Example
+
+ValuesOf = Callable[..., Sequence[Sequence[float]]]
+"""A metric of kind choice, with its knobs: the value of each option of each example as the answer."""
+
+
+class Choices(NamedTuple):
+    """The options of one example, as texts and as the model reads them; `right` is the place of the answer."""
+
+    texts: tuple[str, ...]
+    encoded: tuple[Encoded, ...]
+    right: int
+
+
+class Chosen(NamedTuple):
+    """What became of one example.
+
+    `log_likelihood` is that of the answer, the mean per token in nats, `value` the metric's. `text` is the option that
+    the model took, "" if none is above all others.
+    """
+
+    log_likelihood: float
+    value: float
+    text: str
+
+
+def demand_choices(examples: Sequence[Example], *, file: str = "") -> None:
+    """Raise DataError, with the name of the file, if an example brings no options."""
+    lacking = [example.id for example in examples if not example.choices]
+    if lacking:
+        more = f", nor have {len(lacking) - 1:,} others of {len(examples):,}" if len(lacking) > 1 else ""
+        raise DataError(
+            f"{file and f'{file}: '}example {lacking[0]} has no choices{more}",
+            hint='add "choices": ["…", "…"] to each line, the completion among them, or take --metric exact or nll',
+        )
+
+
+def read_choices(base: BaseModel, examples: Sequence[Example]) -> dict[str, Choices]:
+    """The options of each example by its id, a repeated one once. Raises as `demand_choices` and `Encoder.encode`."""
+    demand_choices(examples)
+    found = {}
+    for example in examples:
+        texts = tuple(dict.fromkeys(example.choices))
+        right = texts.index(example.completion)
+        read = [example if place == right else replace(example, completion=text) for place, text in enumerate(texts)]
+        found[example.id] = Choices(texts, tuple(base.encode_all(read)), right)
+    return found
+
+
+def chosen(base: BaseModel, asked: Sequence[Choices], values_of: ValuesOf, *, batch_size: int) -> Iterator[Chosen]:
+    """The option that the model takes of each example, in their order. Refused for a likelihood that is not finite."""
+    every = [option for one in asked for option in one.encoded]
+    means = iter(base.mean_log_likelihoods(every, batch_size=batch_size))
+    likelihoods = [[next(means) for _ in one.encoded] for one in asked]
+    tokens = [[option.tokens for option in one.encoded] for one in asked]
+    sums = [[m * n for m, n in zip(*pair, strict=True)] for pair in zip(likelihoods, tokens, strict=True)]
+    found = values_of(sums, tokens, [one.texts for one in asked])
+    for one, mean, values in zip(asked, likelihoods, found, strict=True):
+        best = max(values)
+        taken = one.texts[values.index(best)] if values.count(best) == 1 else ""
+        yield Chosen(mean[one.right], float(values[one.right]), taken)
