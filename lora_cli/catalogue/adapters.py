@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Self, TypeVar
 from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.listings import Listings
-from lora_cli.catalogue.rows import clean, parsed, quoted, text
+from lora_cli.catalogue.rows import clean, most_frequent, parsed, quoted, text
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
@@ -327,14 +327,13 @@ class Catalogue:
             "authors": len(counts["author"].keys() - {""}),
             "usable": counts["status"]["ok"],
         }
-        ranked = {f"by_{name}": _ranked(counts[name], 20 if name == "rank" else 10) for name in names}
+        ranked = {f"by_{name}": most_frequent(counts[name], 20 if name == "rank" else 10) for name in names}
         return {**figures, **ranked, "last_sync": self.last_sync() or None}
 
     def ids_of(self, *, source: str, base: str = "", at: Sequence[str] | None = None, gone: bool = False) -> list[str]:
         """Ids of rows that are not gone, from one source or of one base: a sync checks these for deletions.
 
-        at: only those at one of these places, at most 400, and the gone ones too.
-        gone: the gone ones too.
+        `gone` adds the gone ones; `at` names at most 400 places, whose gone rows count too.
         """
         tests, values = ["source = ?"], [source]
         if at is not None:
@@ -390,12 +389,6 @@ class Catalogue:
             [adapter.id, *which],
         )
         db.execute(f"UPDATE OR REPLACE adapters SET id = ? WHERE {same}", [adapter.id, *which])
-
-
-def _ranked(counts: Counter[Any], most: int) -> dict[str, int]:
-    """The most frequent values as texts, those of one count in their order, what is not known first."""
-    values = sorted(counts, key=lambda value: (-counts[value], value is not None, value))[:most]
-    return {"" if value is None else str(value): counts[value] for value in values}
 
 
 def _tested(where: Sequence[str], status: str | None) -> tuple[str, list[Any]]:

@@ -1,6 +1,7 @@
 """Adapters as rows of the database, and rows as adapters."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -62,3 +63,9 @@ def text(value: str) -> str:
 def clean(values: Iterable[Any]) -> list[Any]:
     """`values` with every text as SQLite takes it."""
     return [text(value) if isinstance(value, str) else value for value in values]
+
+
+def most_frequent(counts: Counter[Any], most: int) -> dict[str, int]:
+    """The most frequent values as texts, those of one count in their order, what is not known first."""
+    values = sorted(counts, key=lambda value: (-counts[value], value is not None, value))[:most]
+    return {"" if value is None else str(value): counts[value] for value in values}

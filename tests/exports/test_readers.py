@@ -275,6 +275,7 @@ def test_what_parents_lack_themselves_is_not_told() -> None:
     assert [line.partition(":")[0].strip() for line in told] == [
         "norm-matched",
         "module names are not checked against acme/tiny",
+        "licences",
     ]
 
 
@@ -289,7 +290,7 @@ def test_what_is_told_of_readers_is_told_again_of_a_result_that_is_up_to_date() 
     _, again = made(*FORMS["v of one layer"])
     assert "up to date" in again.err
     assert first.err.splitlines()[1:] == again.err.splitlines()[1:]
-    assert len(again.err.splitlines()) == 4
+    assert len(again.err.splitlines()) == 5
 
 
 def test_vllm_is_given_the_smallest_rank_that_it_accepts() -> None:

@@ -145,7 +145,7 @@ def test_a_pipe_among_the_files_is_left_alone(pool: Path) -> None:
 def test_the_hub_lists_them_by_the_names_of_their_files(fake: FakeHub, pool: Path) -> None:
     for name in FOLDERS:
         fake.add(f"x/{name}", {file.name: file.read_bytes() for file in (pool / name).iterdir()})
-    ok("pool", "sync", BASE)
+    ok("pool", "sync", BASE, "--no-copies")
     listed = reasons()
     by_tensors = {"kohya", "renamed"}
     for name in FOLDERS.keys() - by_tensors:
@@ -154,7 +154,7 @@ def test_the_hub_lists_them_by_the_names_of_their_files(fake: FakeHub, pool: Pat
     with_config = [name for name, (files, _) in FOLDERS.items() if CONFIG in files]
     assert len(fake.asked) == 1 + 2 * len(with_config), "of each one its configuration at most"
     fake.forget()
-    ok("pool", "sync", BASE)
+    ok("pool", "sync", BASE, "--no-copies")
     assert len(fake.asked) == 1
 
 

@@ -64,7 +64,7 @@ def test_a_sync_does_not_guess_where_the_shapes_are_not_known(pool: Path) -> Non
     told = lora("pool", "verify", "pool/tune", "--base", "acme/tiny")
     assert (told.code, reason in told.err) == (5, True)
     ok("pool", "sync", "--from", "pool")
-    assert rows()["tune"] == ("unusable", "unknown", "declares no base model")
+    assert rows()["tune"] == ("unusable", "unknown", reason), "a sync for another base leaves this one's verdict"
 
 
 def test_another_declared_name_still_needs_an_alias(own_home: Path, base: str) -> None:

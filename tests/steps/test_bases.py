@@ -22,8 +22,9 @@ def pool(own_home: Path) -> Path:
     return own_home / "tree" / "pool"
 
 
-def statuses() -> dict[str, str]:
-    return {row["id"]: row["status"] for row in json.loads(ok("pool", "list", "--json").out)["rows"]}
+def statuses(base: str = "") -> dict[str, str]:
+    of_base = ["--base", base] if base else []
+    return {row["id"]: row["status"] for row in json.loads(ok("pool", "list", "--json", *of_base).out)["rows"]}
 
 
 def test_an_alias_given_to_sync_counts_wherever_adapters_are_named(pool: Path) -> None:
@@ -89,7 +90,8 @@ def test_without_a_base_nothing_is_chosen_from_several(pool: Path, monkeypatch: 
     assert ok("select", "--by", "random", "-q").out.split() == ["pool/bob/chat"]
     monkeypatch.delenv("LORA_BASE")
     ok("pool", "sync", "acme/tiny-it", "--from", "tree/pool", "--alias", "other/mirror-of-tiny")
-    assert sorted(ok("select", "--by", "random", "-q").out.split()) == ["pool/alice/sql", "pool/bob/chat"]
+    ours = ("--base", "acme/tiny-it")
+    assert sorted(ok("select", "--by", "random", "-q", *ours).out.split()) == ["pool/alice/sql", "pool/bob/chat"]
 
 
 def test_many_bases_are_counted_and_not_all_named(own_home: Path) -> None:
@@ -146,8 +148,9 @@ def test_a_mirror_that_split_the_projections_is_another_base(own_home: Path) -> 
     assert statuses() == {"pool/fused": "ok", "pool/split": "unusable"}
     assert f"wrong base: declares {mirror}, asked for microsoft/phi-4" in ok("pool", "list").out
     ok("pool", "sync", "unsloth/phi-4", "--from", "pool")
-    assert statuses() == {"pool/fused": "unusable", "pool/split": "ok"}
+    assert statuses("unsloth/phi-4") == {"pool/fused": "unusable", "pool/split": "ok"}
+    assert statuses("microsoft/phi-4") == {"pool/fused": "ok", "pool/split": "unusable"}
     told = refused(5, "merge", "./pool/fused", "./pool/split", "-o", "out")
-    assert "pool/fused is for microsoft/phi-4, not for unsloth/phi-4" in told
+    assert "two base models: pool/fused is for microsoft/phi-4, pool/split for unsloth/phi-4-unsloth-bnb-4bit" in told
     told = refused(5, "merge", "./pool/fused", "./pool/split", "--base", "phi-4", "-o", "out")
     assert "pool/fused adapts qkv_proj and pool/split adapts q_proj" in told

@@ -39,14 +39,15 @@ def pool(own_home: Path) -> Path:
     return own_home / "pool"
 
 
-def rows(*conditions: str) -> dict[str, dict[str, Any]]:
+def rows(*conditions: str, base: str = "") -> dict[str, dict[str, Any]]:
     wanted = [word for condition in conditions for word in ("--where", condition)]
+    wanted += ["--base", base] if base else []
     listed = json.loads(ok("pool", "list", "--json", *wanted).out)["rows"]
     return {row["id"].removeprefix("pool/"): row for row in listed}
 
 
-def usable() -> set[str]:
-    return {name for name, row in rows().items() if row["status"] == "ok"}
+def usable(base: str = "") -> set[str]:
+    return {name for name, row in rows(base=base).items() if row["status"] == "ok"}
 
 
 # Names ---------------------------------------------------------------------------------------------------------------
@@ -124,12 +125,13 @@ def test_a_sync_accepts_the_revision_that_was_asked_for(pool: Path) -> None:
     ok("pool", "sync", PYTHIA, "--from", "pool")
     assert usable() == {"plain"}
     assert rows()["first"]["reason"] == f"for revision {FIRST} of {PYTHIA}"
-    ok("pool", "sync", f"{PYTHIA}@{FIRST}", "--from", "pool")
-    assert usable() == {"first", "again"}
-    assert rows()["last"]["reason"] == f"for revision {LAST} of {PYTHIA}, asked for {FIRST}"
-    assert rows()["plain"]["reason"] == f"for {PYTHIA} without a revision, asked for revision {FIRST}"
+    first = f"{PYTHIA}@{FIRST}"
+    ok("pool", "sync", first, "--from", "pool")
+    assert usable(first) == {"first", "again"}
+    assert rows(base=first)["last"]["reason"] == f"for revision {LAST} of {PYTHIA}, asked for {FIRST}"
+    assert rows(base=first)["plain"]["reason"] == f"for {PYTHIA} without a revision, asked for revision {FIRST}"
     ok("pool", "sync", f"{PYTHIA}@main", "--from", "pool")
-    assert usable() == {"plain"}
+    assert usable(PYTHIA) == {"plain"}
     assert rows()["plain"]["base"] == PYTHIA
 
 
@@ -162,9 +164,10 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
         connection.execute(f"DROP VIEW {view}")
     for column in ("revision", "notes", "datasets"):
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
-    for table in ("spreads", "home"):
+    for table in ("spreads", "home", "verdicts", "listings", "sketches"):
         connection.execute(f"DROP TABLE {table}")
     connection.executescript(
+        "DROP INDEX adapters_judged_for; ALTER TABLE adapters DROP COLUMN judged_for; "
         "DROP TRIGGER scores_forgotten; DROP INDEX scores_imported; DROP INDEX scores_adapter; DROP INDEX scores_task; "
         "DROP INDEX adapters_repo"
     )
@@ -190,16 +193,17 @@ def fake(fake: FakeHub) -> FakeHub:
 
 
 def test_the_hub_lists_by_name_and_each_adapter_is_judged_by_its_revision(fake: FakeHub) -> None:
-    ok("pool", "sync", f"{BASE}@{FIRST}")
+    ok("pool", "sync", f"{BASE}@{FIRST}", "--no-copies")
     listings = fake.paths("/api/models?")
     assert len(listings) == 1
     assert f"base_model%3Aadapter%3A{BASE.replace('/', '%2F')}&" in listings[0]
     with Catalogue(Path(os.environ["LORA_DB"])) as catalogue:
         assert [row.id for row in catalogue.find(status="ok")] == ["alice/first"]
-        ok("pool", "sync", BASE)
-        assert [row.id for row in catalogue.find(status="ok")] == ["bob/plain"]
+        ok("pool", "sync", BASE, "--no-copies")
+        assert [row.id for row in catalogue.find(status="ok", base=BASE)] == ["bob/plain"]
+        assert [row.id for row in catalogue.find(status="ok", base=f"{BASE}@{FIRST}")] == ["alice/first"]
     fake.forget()
-    ok("pool", "sync", BASE, "--alias", "acme/other-name")
+    ok("pool", "sync", BASE, "--no-copies", "--alias", "acme/other-name")
     assert len(fake.asked) == 2 + 4, "an alias is no reason to read again what names the base itself"
     assert {path.split("/resolve/")[0] for path in fake.paths("/resolve/")} == {"/alice/first"}
 
