@@ -94,6 +94,9 @@ def _explained(place: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise
+        # Python 3.11's rmtree closes a descriptor twice if a signal comes in between: the signal is what counts.
+        if error.errno == errno.EBADF and isinstance(error.__context__, KeyboardInterrupt | SystemExit):
+            raise error.__context__ from None
         raise OutputError(f"{place}: cannot be written ({error.strerror})") from error
 
 

@@ -1,5 +1,6 @@
 """`lora pool sync`: bring the catalogue up to date."""
 
+import os
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -100,7 +101,7 @@ def sync(
         _refuse_without_hub_id(settings)
     screen.say(_assumed(settings))
     name, place = ("hub", "") if settings.pool is None else ("folder", str(settings.pool))
-    if folder is not None and settings.pool is not None and settings.pool.is_file():
+    if folder is not None and settings.pool is not None and os.path.isfile(settings.pool):  # noqa: PTH113 - a long name
         name = "ids"
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         report = step(

@@ -80,7 +80,7 @@ def verify(
     unusual; a backdoor need not be. select leaves out adapters in quarantine.
 
     What --deep measures is stored adapter by adapter: a rerun takes it up where the bytes are the same. With it goes a
-    sketch of the update, for near copies, select --dedupe, similarity and the map of the report.
+    sketch of the update, for near copies, select --dedupe and the map of the report.
     """
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.commands.chosen import expand
