@@ -4,6 +4,8 @@ Names of base models have a home of their own, formats/base_names.py: an adapter
 """
 
 import re
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import NamedTuple
 
 _OWNER, _MODEL = r"[A-Za-z0-9][\w.-]{0,95}", r"\w[\w.-]{0,95}"
@@ -38,6 +40,7 @@ class Layer(NamedTuple):
         return f"{self.stack}.{self.number}" if self.stack else self.number
 
 
+@lru_cache(maxsize=4096)
 def layer_of(module: str) -> Layer | None:
     """The layer that holds a module: the first number in its name. None for a name without numbers."""
     parts = module.split(".")
@@ -50,6 +53,11 @@ def layer_of(module: str) -> Layer | None:
 def leaf(module: str) -> str:
     """The last part of a module's name, such as "q_proj"."""
     return module.rpartition(".")[2]
+
+
+def leaves(modules: Iterable[str]) -> set[str]:
+    """The last parts of modules' names."""
+    return {module.rpartition(".")[2] for module in modules}
 
 
 def parent(module: str) -> str:

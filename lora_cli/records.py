@@ -39,6 +39,10 @@ def patient(progress: Progress) -> Progress:
     return report
 
 
+MOST_DATASETS: Final = 100
+"""The most data sets of one card that are kept."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterRef:
     """One adapter at one version: enough to find its files and to name it permanently.

@@ -8,12 +8,12 @@ from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.listings import Listings
-from lora_cli.catalogue.rows import clean, most_frequent, parsed, quoted, text
+from lora_cli.catalogue.rows import Known, clean, most_frequent, parsed, quoted, text
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
@@ -33,17 +33,7 @@ _FOUND = (
 _BATCH = 400  # ids per statement, below SQLite's limit on parameters
 
 
-class Known(NamedTuple):
-    """The facts of a row that a sync's plan needs: version and status."""
-
-    commit: str
-    status: str
-    stamp: str
-    repo: str
-    base_declared: str
-    base: str
-    downloads: int
-    likes: int
+_KNOWN = quoted(["id", *Known._fields])
 
 
 class Catalogue:
@@ -112,8 +102,8 @@ class Catalogue:
         """
         with self._db.lock:
             db = self._db.read()
-            table, test, given = verdicts.shown(db, base, Known._fields)
-            columns = f"SELECT {quoted(['id', *Known._fields])} FROM {table} WHERE {test}"
+            table, test, given = _shown(db, base, Known._fields)
+            columns = f"SELECT {_KNOWN} FROM {table} WHERE {test}"
             if ids is None:
                 rows = db.execute(columns, [*given]).fetchall()
             else:
@@ -239,7 +229,7 @@ class Catalogue:
         test, values = _tested(where, status)
         most = -1 if limit is None else limit
         with self._db.lock:
-            table, of_base, given = verdicts.shown(self._db.read(), base, [*COLUMNS])
+            table, of_base, given = _shown(self._db.read(), base, [*COLUMNS])
             # Choose rows by their keys first, so that only the requested rows are read in full.
             keys = f"SELECT key FROM {table} WHERE {of_base} AND {test} ORDER BY {ordering(sort)} LIMIT ?"
             return self._rows(
@@ -264,7 +254,7 @@ class Catalogue:
         columns = ", ".join(["""id || '@' || "commit\"""", *([quoted(facts)] if facts else [])])
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = verdicts.shown(db, base, [*COLUMNS, *facts])
+            table, of_base, given = _shown(db, base, [*COLUMNS, *facts])
             if base is not None:
                 # Usable adapters are for the base they were judged for, and an index begins with it.
                 of_base, given = ("base = ?", [base]) if table == "adapters" else ("base = ?", [*given, base])
@@ -282,7 +272,7 @@ class Catalogue:
         test, values = _tested(where, None)
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = verdicts.shown(db, base, [*COLUMNS])
+            table, of_base, given = _shown(db, base, [*COLUMNS])
             columns = quoted(ReportedAdapter._fields)
             rows = f"SELECT {columns} FROM {table} WHERE {of_base} AND {test} ORDER BY downloads DESC, id"
             return list(map(ReportedAdapter._make, db.execute(rows, clean([*given, *values]))))
@@ -312,7 +302,7 @@ class Catalogue:
         with self._db.lock:
             db = self._db.read()
             names = ("status", "base", "rank", "licence", "author", "dtype", "reason")
-            table, of_base, given = verdicts.shown(db, base, [*names, "bytes"])
+            table, of_base, given = _shown(db, base, [*names, "bytes"])
             listed = quoted(names)
             query = f"SELECT {listed}, count(*), sum(bytes) FROM {table} WHERE {of_base} GROUP BY {listed}"
             rows = db.execute(query, [*given]).fetchall()
@@ -342,7 +332,7 @@ class Catalogue:
             tests = [*tests, "status != 'gone'"]
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = verdicts.shown(db, base or None, ["source", "status", "repo"])
+            table, of_base, given = _shown(db, base, ["source", "status", "repo"])
             query = f"SELECT id FROM {table} WHERE {' AND '.join([of_base, *tests])} ORDER BY id"
             return [row[0] for row in db.execute(query, [*given, *values])]
 
@@ -371,7 +361,7 @@ class Catalogue:
     ) -> list[R]:
         """Rows as records of `kind`: those for which `rest` holds, a condition and what may follow it."""
         names = [field.name for field in fields(kind)]
-        of: verdicts.Shown = verdicts.shown(self._db.read(), base, names)
+        of: verdicts.Shown = _shown(self._db.read(), base, names)
         joined = _FOUND if words else ""
         query = f"SELECT {quoted(names)} FROM {of.table} {joined} WHERE {of.test} AND {rest}"
         # Values follow the text: those of a subquery stand before the words, those of a condition behind them.
@@ -389,6 +379,11 @@ class Catalogue:
             [adapter.id, *which],
         )
         db.execute(f"UPDATE OR REPLACE adapters SET id = ? WHERE {same}", [adapter.id, *which])
+
+
+def _shown(db: Database, base: str | None, columns: Sequence[str]) -> verdicts.Shown:
+    """The rows of a base, each adapter's own row for None or ""."""
+    return verdicts.shown(db, base, columns) if base else verdicts.EVERY
 
 
 def _tested(where: Sequence[str], status: str | None) -> tuple[str, list[Any]]:

@@ -4,9 +4,22 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora_cli.records import Adapter
+
+
+class Known(NamedTuple):
+    """The facts of a row that a sync's plan needs: version and status."""
+
+    commit: str
+    status: str
+    stamp: str
+    repo: str
+    base_declared: str
+    base: str
+    downloads: int
+    likes: int
 
 
 def quoted(names: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ A row keeps the first verdict by which the adapter is usable, else the last one.
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import UPSERT, clean, quoted, row_of, text
@@ -31,17 +31,19 @@ class Shown(NamedTuple):
     values: Sequence[str]
 
 
-def shown(db: Database, base: str | None, columns: Sequence[str]) -> Shown:
-    """The adapters that were judged for `base`, one row each, with `columns`; None for every adapter's own row."""
-    if not base:
-        return Shown("adapters", "1", ())
+EVERY: Final = Shown("adapters", "1", ())
+"""Every adapter's own row."""
+
+
+def shown(db: Database, base: str, columns: Sequence[str]) -> Shown:
+    """The adapters that were judged for `base`, one row each, with `columns`."""
     base = text(base)
     elsewhere = db.execute("SELECT EXISTS (SELECT 1 FROM verdicts WHERE judged_for = ?)", [base]).fetchone()[0]
     if not elsewhere:
         # Two looks into the index: without rows of another base, no row needs a test.
         others = "SELECT EXISTS (SELECT 1 FROM adapters WHERE judged_for < ?1 OR judged_for > ?1)"
         if not db.execute(others, [base]).fetchone()[0]:
-            return Shown("adapters", "1", ())
+            return EVERY
         return Shown("adapters", "judged_for = ?", (base,))
     names = list(dict.fromkeys(["key", "id", *columns]))
     own = ", ".join(f'{_source(name)} AS "{name}"' for name in names)

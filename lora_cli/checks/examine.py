@@ -13,7 +13,7 @@ from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.modules import Located, locate_modules
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.names import layer_of, leaf
+from lora_cli.names import layer_of, leaves
 from lora_cli.records import BaseMatch, Status
 from lora_cli.text import shortened
 
@@ -94,7 +94,7 @@ def examine(
         ranks=ranks,
         target_modules=_targets(said, ranks),
         modules=len(ranks),
-        layers=len({layer.name for layer in map(layer_of, ranks) if layer}),
+        layers=len({layer[:2] for layer in map(layer_of, ranks) if layer}),
         dtype="+".join(sorted({entry.dtype for entry in entries.values()})),
         parameters=sum(math.prod(entry.shape) for entry in entries.values()),
         bytes=header.file_size if isinstance(header, Header) else 0,
@@ -137,7 +137,7 @@ def _locate(
 def _targets(config: LoraConfigFacts, modules: Collection[str]) -> tuple[str, ...]:
     """The last names of the modules with factors; without known factors, the configuration's targets."""
     if modules:
-        return tuple(sorted({leaf(name) for name in modules}))
+        return tuple(sorted(leaves(modules)))
     declared = config.target_modules
     return (declared,) if isinstance(declared, str) else tuple(sorted(declared))
 

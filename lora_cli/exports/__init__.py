@@ -12,7 +12,7 @@ from pathlib import Path
 from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.methods import file_names, member
-from lora_cli.names import leaf
+from lora_cli.names import leaves
 
 Shape = tuple[int, int]
 
@@ -73,7 +73,7 @@ class Export(ABC):
 
     def not_surely_served(self, modules: Iterable[str]) -> list[str]:
         """The kinds of modules that the program may have no LoRA layer for."""
-        return sorted({leaf(module) for module in modules} - _LLAMA_MODULES)
+        return sorted(leaves(modules) - _LLAMA_MODULES)
 
     def serve_line(self, base: str, folder: Path, rank: int) -> str:
         """The shell line that serves the adapter on `base`, a Hub id or a folder; quoted, whatever their names hold.

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_cli.errors import Refused
 from lora_cli.exports import Export, Shape, named_path
 from lora_cli.formats.reader import natural
-from lora_cli.names import layer_of, leaf
+from lora_cli.names import layer_of, leaf, leaves
 from lora_cli.text import in_words
 
 # The modules that it fuses into one layer, and those of them that it cannot load without another.
@@ -43,7 +43,7 @@ class Sglang(Export):
         return elsewhere[0]
 
     def misread(self, modules: Collection[str], known: Collection[str]) -> str:
-        lost = {leaf(module) for module in _fused_parts_missing(modules) if module in known}
+        lost = leaves(module for module in _fused_parts_missing(modules) if module in known)
         if not lost:
             return ""
         alone = "" if _loads(modules) else ", and cannot load them alone"

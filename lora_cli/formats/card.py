@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from lora_cli.files import open_regular
+from lora_cli.records import MOST_DATASETS
 
 _MOST_BYTES = 65_536
-_MOST_DATASETS = 100
 
 
 def read_card(folder: Path) -> str:
@@ -27,7 +27,7 @@ def licence_of(card: str) -> str:
 
 def datasets_of(card: str) -> tuple[str, ...]:
     """The data sets in a model card's YAML front matter."""
-    return tuple(_values(card, "datasets")[:_MOST_DATASETS])
+    return tuple(_values(card, "datasets")[:MOST_DATASETS])
 
 
 def _values(card: str, key: str) -> list[str]:

@@ -10,7 +10,7 @@ from lora_cli.formats.factors import PREFIX, AnyFactors, ModuleFactors
 from lora_cli.formats.modules import EXPERT_PARAMETERS
 from lora_cli.formats.readings import INNER
 from lora_cli.formats.skeleton import WEIGHT, Kind, Skeleton, Spelling
-from lora_cli.names import leaf, parent
+from lora_cli.names import leaf, leaves, parent
 
 Shape = tuple[int, int]
 
@@ -83,9 +83,10 @@ class Layout:
             meant: every module of the base whose last part is that of one of `layers`; None if the base is not known.
         """
         short = meant == {*self.layers}
-        layers = {leaf(place.target) if short else place.target for place in self._named}
+        targets = [place.target for place in self._named]
+        layers = leaves(targets) if short else set(targets)
         parameters = sorted(place.target for place in self.places if place.by_parameter)
-        found = {"target_modules": sorted(layers | {leaf(place.target) for place in self.singles})}
+        found = {"target_modules": sorted(layers | leaves(place.target for place in self.singles))}
         return found | ({"target_parameters": parameters} if parameters else {})
 
 

@@ -5,19 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from lora_cli.formats.factors import AnyFactors
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.skeleton import Matrix, Skeleton
-from lora_cli.names import leaf, parent
+from lora_cli.names import leaf, leaves, parent
 from lora_cli.text import shortened
 
 
 def left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> list[str]:
     """Where PEFT does not apply factors of single experts, or of modules it takes for such, as they were trained."""
     singles = {name: matrix for name, matrix in experts_of(base, modules) if modules[name].parts[0].experts == 1}
-    last = {leaf(name) for name in singles}
+    last = leaves(singles)
     notes = []
     if last - base.retargeted:
         notes.append(f"PEFT does not apply factors of single experts on a {base.architecture}")
     elif singles:
-        fused = {leaf(matrix.parameter) for matrix in singles.values()}
+        fused = leaves(matrix.parameter for matrix in singles.values())
         if config.rslora and any(matrix.shape != base.stacks[matrix.parameter].shape for matrix in singles.values()):
             notes.append("use_rslora: PEFT makes the update of fused experts too strong by the square root of 2")
         if "down_proj" not in fused and not config.targets.module(f"{parent(min(singles))}.down_proj"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Never, TypeVar
 
 from lora_cli.errors import NetworkError
 from lora_cli.hub.patience import REQUEST_SECONDS, SILENCE_SECONDS, Overdue, Patience, Unreachable, attempting
-from lora_cli.hub.problems import BudgetSpent, Busy, Overloaded, Silent, Unfit, is_silence, raise_translated
+from lora_cli.hub.problems import BudgetSpent, Busy, Halted, Overloaded, Silent, Unfit, is_silence, raise_translated
 from lora_cli.hub.session import Traffic, identity, meter, prepare, trust
 from lora_cli.records import Progress, silent
 
@@ -159,7 +159,7 @@ class Connection:
             if elapsed >= 1.0:
                 self._patience.show_wait(elapsed, elapsed + left)
         if self.stopped:
-            raise NetworkError("stopped", hint="rerun to continue")
+            raise Halted
         if self._budget is not None and self.traffic.requests >= self._budget:
             raise BudgetSpent(f"the budget of {self._budget} requests is spent", hint="rerun to continue")
 

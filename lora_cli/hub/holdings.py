@@ -77,10 +77,10 @@ def delete(chosen: Collection[Held]) -> int:
     """
     from huggingface_hub import scan_cache_dir
 
-    freed = 0
-    cache = scan_cache_dir(cache_folder()) if chosen else None
-    if cache is None:
+    if not chosen:
         return 0
+    freed = 0
+    cache = scan_cache_dir(cache_folder())
     for repo in cache.repos:
         there = {revision.commit_hash for revision in repo.revisions}
         commits = {held.commit for held in chosen if held.repo == repo.repo_id} & there

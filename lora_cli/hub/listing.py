@@ -7,6 +7,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from lora_cli.names import is_commit
+from lora_cli.records import MOST_DATASETS
 
 # The listing takes any subset of properties; the catalogue needs only these.
 EXPAND = (
@@ -25,8 +26,6 @@ EXPAND = (
     "siblings",
     "tags",
 )
-
-_MOST_DATASETS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +75,7 @@ def listed(item: Any) -> Listed | None:
         files_known=isinstance(item.get("siblings"), list),
         base=_str(peft.get("base_model_name_or_path")) or _str(base),
         licence=_licence(card, item.get("tags")),
-        datasets=tuple(_names(card.get("datasets")))[:_MOST_DATASETS],
+        datasets=tuple(_names(card.get("datasets")))[:MOST_DATASETS],
         card=_card_text(card, item),
         downloads=_int(item.get("downloads")),
         likes=_int(item.get("likes")),

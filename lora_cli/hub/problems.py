@@ -44,6 +44,13 @@ class Unfit(NetworkError):
     """What came cannot be what the Hub holds: a portal's page, a body cut short, bytes of another hash."""
 
 
+class Halted(NetworkError):
+    """The connection was stopped before this was asked, or while it was."""
+
+    def __init__(self) -> None:
+        super().__init__("stopped", hint="rerun to continue")
+
+
 class BudgetSpent(Partial):
     """The number of requests allowed for this piece of work is used up."""
 
@@ -66,7 +73,7 @@ def raise_translated(error: Exception, what: str) -> Never:
     except Unfit as error:
         raise Unfit(f"{what}: {error.message}", hint=error.hint or "rerun later; check the network") from error
     except Stopped as error:
-        raise NetworkError("stopped", hint="rerun to continue") from error
+        raise Halted from error
     except Overdue as error:
         raise Overloaded(f"{what}: the Hub sends too slowly", hint="check the network, then rerun") from error
     except Unreachable as error:

@@ -101,7 +101,8 @@ def _before(request: "httpx2.Request") -> None:
     for kind in ("connect", "read", "write", "pool"):
         if limits.get(kind) is None:
             limits[kind] = SILENCE_SECONDS
-    hide(request.headers.get("authorization", "").partition(" ")[2])
+    if (login := request.headers.get("authorization")) is not None:
+        hide(login.partition(" ")[2])
     if _origin(f"{request.url.scheme}://{request.url.netloc.decode()}") not in _trusted:
         request.headers.pop("authorization", None)
     meter.add(requests=1)

@@ -16,7 +16,7 @@ from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.hf import quiet
-from lora_cli.names import leaf
+from lora_cli.names import leaf, leaves
 from lora_cli.records import ALL_LINEAR
 
 
@@ -54,7 +54,7 @@ def choose(base: Skeleton, targets: str | Sequence[str], dropout: float) -> Chos
 
 
 def _last_names(names: Iterable[str]) -> str:
-    return ", ".join(sorted({leaf(name) for name in names}))
+    return ", ".join(sorted(leaves(names)))
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.models.hf import hf, quiet
 from lora_cli.models.staged import staged
 from lora_cli.models.stored import stored
-from lora_cli.names import leaf
+from lora_cli.names import leaves
 
 _MOST_MODULES = 120_000
 # Numbers in one entry of a packed tensor, at most; numbers that a class makes itself, such as tables of positions.
@@ -116,13 +116,13 @@ def skeleton_of(model: Any) -> Skeleton:
     renames, retargeted = _peft_tables(model.config.model_type)
     matrices: dict[str, Matrix] = {}
     stacks: dict[str, Stack] = {}
-    others = set()
+    others: list[str] = []
     for name, module in model.named_modules():
         own = _matrix(name, module)
         if own is not None:
             matrices[name] = own
             continue
-        others.add(leaf(name))
+        others.append(name)
         for last, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{last}" if name else last
             if parameter.ndim == 2 and name:
@@ -136,7 +136,7 @@ def skeleton_of(model: Any) -> Skeleton:
         numbers=sum(tensor.numel() for tensor in itertools.chain(model.parameters(), model.buffers())),
         matrices=matrices,
         stacks=stacks,
-        others=frozenset(others),
+        others=frozenset(leaves(others)),
         attentions=frozenset(n for n, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)),
         prefix=model.base_model_prefix,
         decoder="" if getattr(model.config, "is_encoder_decoder", False) else _name_of(model, "get_decoder"),

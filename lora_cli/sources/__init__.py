@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
-from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.methods import member
 from lora_cli.records import Adapter, Progress, silent

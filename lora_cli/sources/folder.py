@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import DataError, HeaderError, NothingMatched
 from lora_cli.files import special_kind

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 
-from lora_cli.catalogue.adapters import Known
+from lora_cli.catalogue.rows import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, ConfigError, HeaderError, NetworkError, NothingMatched
 from lora_cli.formats.base_names import same_base, split_revision
@@ -39,15 +39,11 @@ def hub(place: str, budget: int | None, progress: Progress) -> Source:
     return HubSource(Hub(place, progress=progress, budget=budget))
 
 
-class HubSource(Source):
-    """The adapters of a base model, and of its aliases, on a Hub."""
+class AskingSource(Source):
+    """A source that asks a Hub."""
 
-    needs_base = True
-
-    def __init__(self, hub: Hub) -> None:
-        self.name = hub.endpoint
-        self._hub = hub
-        self._resumed = False
+    def __init__(self, name: str, hub: Hub) -> None:
+        self.name, self._hub = name, hub
 
     @property
     def traffic(self) -> tuple[int, int]:
@@ -55,6 +51,16 @@ class HubSource(Source):
 
     def stop(self) -> None:
         self._hub.stop()
+
+
+class HubSource(AskingSource):
+    """The adapters of a base model, and of its aliases, on a Hub."""
+
+    needs_base = True
+
+    def __init__(self, hub: Hub) -> None:
+        super().__init__(hub.endpoint, hub)
+        self._resumed = False
 
     def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
         reader = HubReader(self._hub, sought.rules, sought.max_bytes)

@@ -6,14 +6,15 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.errors import DataError, LoraError, NothingMatched
 from lora_cli.files import read_given
 from lora_cli.hub.client import Hub
 from lora_cli.names import id_and_revision, repo_and_folder
 from lora_cli.records import Adapter, Progress
 from lora_cli.sources import Found, Sought, Source
-from lora_cli.sources.hub import HubReader
+from lora_cli.sources.hub import AskingSource, HubReader
 
 _BATCH = 64
 _THREADS = 8
@@ -24,21 +25,14 @@ def ids(place: str, budget: int | None, progress: Progress) -> Source:
     return IdsSource(Path(place), Hub(progress=progress, budget=budget))
 
 
-class IdsSource(Source):
+class IdsSource(AskingSource):
     """The adapters that a file names, as `owner/name[@revision][:folder]`; each takes a request of its own."""
 
     def __init__(self, file: Path, hub: Hub) -> None:
-        self.name = str(file)
-        self._file, self._hub = file, hub
+        super().__init__(str(file), hub)
+        self._file = file
         self._missing: set[str] = set()
         _read(file)
-
-    @property
-    def traffic(self) -> tuple[int, int]:
-        return self._hub.traffic
-
-    def stop(self) -> None:
-        self._hub.stop()
 
     def batches(self, sought: Sought, progress: Progress) -> Iterator[list[Found]]:
         reader = HubReader(self._hub, sought.rules, sought.max_bytes)

@@ -14,7 +14,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.licences import Policy, restrictions_of
-from lora_cli.names import ids_and_commits
+from lora_cli.names import ids_and_commits, unpinned
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
@@ -32,7 +32,7 @@ from lora_cli.steps.pool.gather import (
     opened,
     sha256_of_weights,
 )
-from lora_cli.steps.pool.licences import Stated, id_of, stated_of, stated_of_base
+from lora_cli.steps.pool.licences import Stated, stated_of, stated_of_base
 from lora_cli.steps.pool.lookup import look_up, names_of, usable
 from lora_cli.steps.pool.select import demand_one_base
 
@@ -45,8 +45,8 @@ class Gathered:
 
     `base` is the name under which results declare their base model; `inputs` maps each `id@commit` to the SHA-256 of
     its weights; `skeleton` holds the modules of the base's class, None if the class is not known; `unchecked` then
-    gives the reason. `terms` maps each `id@commit`, and "" for the base, to what its card states;
-    `notice` names the licences that restrict.
+    gives the reason. If the result holds the adapters, `terms` maps each `id@commit`, and "" for the base, to the
+    statements of its card, and `notice` names the licences that restrict.
     """
 
     adapters: tuple[OpenAdapter, ...]
@@ -190,10 +190,10 @@ class Pool:
             if held.status == "quarantined":
                 self.announce(f"{held.id} is quarantined: {held.reason}")
         base = self.base or base_of_rows(rows)
-        terms = stated_of(found)
+        terms = stated_of(found) if passed_on else {}
         if passed_on:
             # Before weights are downloaded.
-            restrictions_of(self.policy, {id_of(pinned): one.licence for pinned, one in terms.items()})
+            restrictions_of(self.policy, {unpinned(pinned): one.licence for pinned, one in terms.items()})
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
         here = [files_of(ref) for ref, _ in found]
         known = names_of(self.catalogue, base, self.aliases)
@@ -239,7 +239,7 @@ class Pool:
 
     def notice(self, terms: Mapping[str, Stated], base: str) -> str:
         """A line that names the licences that restrict, "" for none. Refused where the policy forbids them."""
-        adapters = {id_of(pinned): one.licence for pinned, one in terms.items() if pinned}
+        adapters = {unpinned(pinned): one.licence for pinned, one in terms.items() if pinned}
         return restrictions_of(self.policy, adapters, (base, terms[""].licence))
 
     def update(self, name: str) -> "Update":

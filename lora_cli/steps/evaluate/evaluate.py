@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -132,6 +132,7 @@ def evaluate(
     encoded = dict(zip((example.id for example in examples), base.encode_all(examples), strict=True))
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     choices = read_choices(base, examples) if metric.kind == "choice" else {}
+    values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
     keys = {
         (system.name, example.id): _key([*common, system.version, system.updates is None, *measured, asdict(example)])
@@ -147,7 +148,7 @@ def evaluate(
             with base.applied(system.updates if left else None, who=system.name):
                 for at in range(0, len(left), 4 * options.batch_size):
                     part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
-                    for row in _answers(base, system.name, part, keys, choices, options):
+                    for row in _answers(base, system.name, part, keys, choices, metric, values_of, options):
                         rows.add(row)
                         done += 1
                         progress(system.name, done, len(examples))
@@ -178,10 +179,11 @@ def _answers(
     examples: Sequence[Encoded],
     keys: Mapping[tuple[str, str], str],
     choices: Mapping[str, Choices],
+    metric: Method,
+    values_of: Callable[..., Sequence[Any]],
     options: EvalOptions,
 ) -> Iterator[Row]:
-    metric, batch_size = METRICS.get(options.metric), options.batch_size
-    values_of = partial(METRICS.load(metric.name), **options.knobs)
+    batch_size = options.batch_size
     if metric.kind == "choice":
         taken = chosen(base, [choices[example.id] for example in examples], values_of, batch_size=batch_size)
         for example, one in zip(examples, taken, strict=True):

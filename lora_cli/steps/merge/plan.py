@@ -77,7 +77,7 @@ class MergePlan:
         known = self.skeleton if self.spelling == OWN else None
         return self.layout.targets(modules_meant(self.layout.layers, self.adapters, known))
 
-    @property
+    @cached_property
     def saved(self) -> OpenAdapter | None:
         """The adapter whose wholly saved modules go into the result, None if there is none."""
         return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.options.saved_modules), None)
@@ -87,7 +87,7 @@ class MergePlan:
         """The program that the result is for, None if --for names none."""
         return _target(self.options)
 
-    @property
+    @cached_property
     def known(self) -> Mapping[str, Shape]:
         """(out, in) of every module that one of the adapters has, in the scope or not."""
         return shapes_of(self.adapters)

@@ -7,7 +7,7 @@ exports/; docs/merging.md lists them.
 from collections.abc import Collection, Iterable
 
 from lora_cli.exports import exports
-from lora_cli.names import layer_of, leaf
+from lora_cli.names import layer_of, leaves
 from lora_cli.steps.merge.plan import MergePlan
 from lora_cli.steps.merge.scope import targets_everywhere
 from lora_cli.text import in_words
@@ -44,10 +44,10 @@ def _kinds_in_some_layers(plan: MergePlan) -> list[str]:
     modules = plan.layout.layers
     known: Collection[str]
     if plan.skeleton is not None:
-        known, everywhere = plan.skeleton.matrices, {leaf(name) for name in modules}
+        known, everywhere = plan.skeleton.matrices, leaves(modules)
     else:
         known, everywhere = plan.known, {name for one in plan.adapters for name in targets_everywhere(one)}
-    all_known = _by_kind([*known, *modules])
+    all_known = _by_kind({*known, *modules})
     layers: dict[str, set[str]] = {}
     for (stack, _), found in all_known.items():
         layers.setdefault(stack, set()).update(found)
@@ -56,7 +56,7 @@ def _kinds_in_some_layers(plan: MergePlan) -> list[str]:
         complete = any(kind == name or kind.endswith(f".{name}") for name in everywhere)
         if found != (all_known[stack, kind] if complete else layers[stack]):
             partial.append(kind)
-    return sorted(set(map(leaf, partial)))
+    return sorted(leaves(partial))
 
 
 def _by_kind(modules: Iterable[str]) -> dict[tuple[str, str], set[str]]:

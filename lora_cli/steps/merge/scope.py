@@ -8,7 +8,7 @@ from itertools import pairwise
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter, all_modules, shapes_of
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.names import layer_of, leaf
+from lora_cli.names import layer_of, leaf, leaves
 
 
 def modules_in_scope(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def modules_meant(
 
     An adapter whose configuration names targets by their last parts, and no layers, has all modules of these names.
     """
-    names = {leaf(module) for module in modules}
+    names = leaves(modules)
     if base is not None:
         return None if names & base.others else {module for module in base.matrices if leaf(module) in names}
     known: defaultdict[str, set[str]] = defaultdict(set)

@@ -1,7 +1,6 @@
 """The copies that select --dedupe leaves out: by hashes and by sketches, of which no weights are read."""
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.names import unpinned
 from lora_cli.text import counted
 
 
@@ -13,11 +12,10 @@ class Copies:
 
         self._catalogue, self._cosine, self._taken = catalogue, cosine, Distinct(cosine)
 
-    def spare(self, pinned: str) -> bool:
-        """Whether the candidate `id@commit` is no copy."""
-        rows = self._catalogue.rows([unpinned(pinned)])
-        sketches = self._catalogue.sketches.of([(row.id, row.commit) for row in rows])
-        return all(self._taken.take(row.sha256, sketches.get(row.id)) for row in rows)
+    def spare(self, pinned: str, sha256: str) -> bool:
+        """Whether the candidate `id@commit`, of weights with this hash ("" if it is not known), is no copy."""
+        id, _, commit = pinned.rpartition("@")
+        return self._taken.take(sha256, self._catalogue.sketches.of([(id, commit)]).get(id))
 
     def told(self) -> str:
         """What was left out, and what could not be compared."""

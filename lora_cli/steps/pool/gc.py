@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora_cli.catalogue import runs
-from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.hub.holdings import Held, holdings, is_still
 from lora_cli.names import repo_and_folder
 from lora_cli.text import counted

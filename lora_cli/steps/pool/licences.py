@@ -51,11 +51,6 @@ def stated_of_base(base: str, *, ask: bool) -> Stated:
     return Stated()
 
 
-def id_of(pinned: str) -> str:
-    """The id in `id@commit`."""
-    return pinned.rpartition("@")[0]
-
-
 def _of_folder(folder: Path) -> Stated:
     card = read_card(folder)
     return Stated(licence_of(card), datasets_of(card))

@@ -50,9 +50,10 @@ def select(
     if (target is None) == (method.kind == "weights"):
         raise UsageError(f"--by {options.by} " + ("needs --target" if target is None else "takes no --target"))
     asked = _columns(options.by) if method.kind == "catalogue" else []
-    authors = ["author"] if options.max_per_author is not None else []
     read = [name for name in asked if name not in ("pinned", "seed")]
-    candidates = catalogue.candidates([*read, *authors], options.where, base=base)
+    read += ["author"] if options.max_per_author is not None else []
+    read += ["sha256"] if options.dedupe is not None else []
+    candidates = catalogue.candidates(read, options.where, base=base)
     demand_one_base(candidates.bases)
     if not candidates.pinned:
         raise NothingMatched(
@@ -163,7 +164,7 @@ def _best(
         if author and most is not None and taken[author] >= most:
             passed[place] = f"--max-per-author {most}: better ones of this author were taken"
             continue
-        if copies is not None and not copies.spare(candidates.pinned[place]):
+        if copies is not None and not copies.spare(candidates.pinned[place], candidates.facts["sha256"][place]):
             passed[place] = f"--dedupe {options.dedupe:g}: a copy of a better one"
             continue
         taken[author] += 1

@@ -15,12 +15,13 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any, Literal
 
-from lora_cli.catalogue.adapters import Catalogue, Known
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, UsageError
 from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.hub.problems import BudgetSpent, Silent
+from lora_cli.hub.problems import BudgetSpent, Halted, Silent
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.sources import Found, Sought, Source
 from lora_cli.steps.pool.lookup import names_of
@@ -301,7 +302,8 @@ class _Work:
             return
         try:
             adapter = future.result()
-        except BudgetSpent:
+        except (BudgetSpent, Halted):
+            # Nothing is known against an adapter that was not read to the end.
             self.left.add(id)
             self.stopped = True
             return
