@@ -189,6 +189,7 @@ class FakeHub:
         self.asked: list[Asked] = []
         self.bytes_sent = 0
         self.delay = 0.0
+        self.redirects = True
         self.answer_headers: dict[str, str] = {}
         self.random_faults: RandomFaults | None = None
         self.closed = threading.Event()
@@ -351,6 +352,8 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in repo.versions[commit]:
             return self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
         headers = self.file_headers(repo, commit, file)
+        if not self.hub.redirects:
+            return self.content(repo.versions[commit][file], headers)
         if repo.is_lfs(file):
             headers["Location"] = f"{self.hub.cdn}/{repo.id}/{commit}/{quote(file)}?signature=abc"
             return self.answer(302, b"", headers)

@@ -1,6 +1,7 @@
 """A connection to the Hub: retries, pauses and a budget of requests."""
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -64,6 +65,13 @@ class Connection:
         now = meter.reading()
         return Traffic(now.requests - self._start.requests, now.bytes - self._start.bytes)
 
+    @functools.cached_property
+    def _usual_headers(self) -> Mapping[str, str]:
+        """The user agent and the login. The client would read its file of the login for each request."""
+        from huggingface_hub.utils import build_hf_headers
+
+        return build_hf_headers(**identity())
+
     def stop(self) -> None:
         """End every wait of every thread, within a second or two."""
         self._patience.stopped.set()
@@ -91,10 +99,10 @@ class Connection:
             headers: more headers than the usual ones.
             allowed: the statuses that `read` takes.
         """
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+        from huggingface_hub.utils import hf_raise_for_status
 
         def ask(client: "httpx2.Client") -> T:
-            sent = {**build_hf_headers(**identity()), "Accept-Encoding": "gzip", **(headers or {})}
+            sent = {**self._usual_headers, "Accept-Encoding": "gzip", **(headers or {})}
             address = url if isinstance(url, str) else url()
             with client.stream("GET", address, headers=sent, timeout=self._silence) as response:
                 self._obey(response)

@@ -67,6 +67,26 @@ def test_a_thousand_adapters_twice(fake: FakeHub, catalogue: Catalogue) -> None:
     assert time.process_time() - begin < 20
 
 
+def test_a_hub_that_does_not_redirect_is_asked_twice_for_an_adapter(fake: FakeHub, catalogue: Catalogue) -> None:
+    fake.redirects = False
+    fake.add_many(30)
+    assert synced(catalogue).requests == len(fake.asked) == 1 + 2 * 30
+    assert len(catalogue.find(status="ok")) == 30
+
+
+def test_a_sync_that_is_interrupted_keeps_all_that_it_has_read(fake: FakeHub, catalogue: Catalogue) -> None:
+    fake.add_many(30)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "reading adapters" and done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        synced(catalogue, progress=stop)
+    assert len(catalogue.find(status="ok")) == 7
+    assert counts(synced(catalogue)) == (23, 0, 7, 0)
+
+
 def test_only_new_and_changed_commits_are_read(fake: FakeHub, catalogue: Catalogue) -> None:
     fake.add_many(20)
     synced(catalogue)

@@ -1,8 +1,8 @@
 """Bring the catalogue up to date with a Hub or with a folder tree, reading only new or changed adapters.
 
 From a Hub it reads the listing in pages, then adapter_config.json and the header of the weights of each new or
-changed commit, never the weights. From a folder tree it reads all files of each new or changed adapter. Every adapter
-is stored as soon as it is read, so a killed sync resumes where it stopped.
+changed commit, never the weights. From a folder tree it reads all files of each new or changed adapter. What is read is
+stored within a quarter of a second, so a killed sync resumes where it stopped.
 """
 
 import time
@@ -32,6 +32,8 @@ Action = Literal["new", "changed", "unchanged", "gone"]
 _THREADS = 8
 _MOST_NAMED = 8
 _MOST_FAILURES_IN_A_ROW = 24
+# A transaction takes longer than the reading of an adapter: those of this many seconds share one.
+_SECONDS_PER_TRANSACTION = 0.25
 
 
 @dataclass(slots=True)
@@ -204,6 +206,8 @@ class _Work:
     pages: int = 0
     stopped: bool = False
     _failed_in_a_row: int = 0
+    _read_now: list[Adapter] = field(default_factory=list)
+    _hub_ids: dict[str, str] = field(default_factory=dict)
 
     def take(self, batch: Sequence[Found]) -> None:
         """Plan one batch, then read and store its new and changed adapters."""
@@ -268,15 +272,20 @@ class _Work:
         return "unchanged"
 
     def _read(self, batch: Sequence[Found], known: Mapping[str, Known]) -> None:
-        """Read adapters in parallel and store each as it comes in."""
+        """Read adapters in parallel and store them as they come in."""
         # First: no thread may ask the Hub while transformers reads the base, when all of the process is offline.
         self.skeleton()
+        judged = known if not self.base else self.catalogue.known([found.stub.id for found in batch])
         with ThreadPoolExecutor(min(_THREADS, len(batch))) as pool:
-            pending = {pool.submit(self._one, found, known): found for found in batch}
+            pending = {pool.submit(self._one, found, known, judged): found for found in batch}
             self.progress("reading adapters", 0, len(batch))
+            stored = time.monotonic()
             try:
                 for done, future in enumerate(as_completed(pending), 1):
-                    self._store(future, pending[future], known)
+                    self._take_in(future, pending[future], known)
+                    if done == len(batch) or time.monotonic() - stored >= _SECONDS_PER_TRANSACTION:
+                        self._store()
+                        stored = time.monotonic()
                     self.progress("reading adapters", done, len(batch))
                     if self.stopped:
                         self.source.stop()
@@ -285,17 +294,27 @@ class _Work:
             except BaseException:
                 self.source.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
+                self._store()
                 raise
 
-    def _one(self, found: Found, known: Mapping[str, Known]) -> Adapter:
-        if found.stub.id in known:
-            return found.read(self.catalogue.get(found.stub.id, base=self.base or None))
-        rows = self.catalogue.rows([found.stub.id]) if self.base else []
+    def _one(self, found: Found, known: Mapping[str, Known], judged: Mapping[str, Known]) -> Adapter:
+        """Read one adapter; `known` are the verdicts for this base, `judged` those for any."""
+        id = found.stub.id
+        if id in known:
+            return found.read(self.catalogue.get(id, base=self.base or None))
+        row = self.catalogue.get(id) if id in judged else None
         # Another base's verdict on the weights holds for this one too, one on the base does not.
-        judged = bool(rows) and rows[0].base_match != "mismatch"
-        return found.read(self.catalogue.get(found.stub.id) if judged else None)
+        return found.read(None if row is None or row.base_match == "mismatch" else row)
 
-    def _store(self, future: Future[Adapter], found: Found, known: Mapping[str, Known]) -> None:
+    def _store(self) -> None:
+        """Store what has been read."""
+        adapters, hub_ids = self._read_now, self._hub_ids
+        self._read_now, self._hub_ids = [], {}
+        if adapters:
+            self.catalogue.add(adapters, hub_ids, base=self.base)
+
+    def _take_in(self, future: Future[Adapter], found: Found, known: Mapping[str, Known]) -> None:
+        """Keep an adapter that was read for the next transaction, or note why it was not read."""
         id = found.stub.id
         if future.cancelled():
             self.left.add(id)
@@ -322,7 +341,8 @@ class _Work:
         else:
             self._failed_in_a_row = 0
             self.outcomes.add(adapter)
-        self.catalogue.add([adapter], {id: found.hub_id}, base=self.base)
+        self._read_now.append(adapter)
+        self._hub_ids[id] = found.hub_id
 
 
 def _failed_before(found: Found, known: Mapping[str, Known]) -> bool:
