@@ -370,3 +370,31 @@ def test_train_merge_fit_and_eval_on_a_real_base(monkeypatch: pytest.MonkeyPatch
     assert scores["./fitted"]["value"] > 0.8
     assert scores["./fitted"]["log_likelihood"] >= scores["./average"]["log_likelihood"] - 0.05
     assert {scores[name]["changed"] for name in ("./big", "./average", "./fitted")} == {24}
+
+
+@pytest.mark.slow
+def test_a_policy_on_licences_refuses_before_a_fit_or_a_bake_begins(here: World) -> None:
+    [first, *_] = sorted(path for path in Path("pool").rglob("adapter_config.json"))
+    folder = first.parent
+    (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\nA card.\n")
+    ok("pool", "sync")
+    strict = ("--license-policy", "commercial", "-o", "x")
+    fit = refused(5, "fit", "--data", "task.jsonl", str(folder), *QUICK, *strict)
+    bake = refused(5, "bake", str(folder), *strict)
+    assert "cc-by-nc-4.0 (non-commercial)" in fit
+    assert "cc-by-nc-4.0 (non-commercial)" in bake
+    assert not Path("x").exists()
+    told = ok("bake", str(folder), "--license-policy", "warn", "-o", "baked")
+    assert "cc-by-nc-4.0 (non-commercial)" in told.err
+
+
+@pytest.mark.slow
+def test_in_a_copy_the_last_run_is_the_copys_own(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    ok("merge", "-m", "linear", "-o", "merged")
+    copy = here.folder.with_name("copy")
+    shutil.copytree(here.folder, copy)
+    shutil.rmtree(here.folder / "merged")
+    monkeypatch.chdir(copy)
+    told = ok("eval", "--data", "task.jsonl", "--metric", "nll", "--json")
+    assert [row["system"] for row in json.loads(told.out)["rows"]] == ["base", "merged"]
+    assert not (here.folder / "merged").exists()
