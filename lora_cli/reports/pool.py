@@ -11,8 +11,11 @@ from lora_cli.text import counted, size
 _PART = 50
 """The rows that the table shows at a time; without scripts the first of them."""
 _NOTHING = "–"
-_WIDE, _EDGE, _RADIUS = 900.0, 8.0, 3
-"""Units of the map: the span of its x, the room around it, the radius of a point."""
+_WIDE, _HIGH, _EDGE = 900.0, 500.0, 20.0
+_SMALLEST, _LARGEST, _INK = 3.0, 8.0, 60.0
+"""Units of the map: width, height and the room around it; the radius of a point, and √n times that of one of n."""
+_MOST_NAMED, _LINE, _LETTER = 30, 13.0, 7.0
+"""The points of a map that shows names, and the height and width that a letter of a name takes at most."""
 _LEAST = 1e-6
 _SHORT = 24
 """The characters of a label that has room beside its bar."""
@@ -124,29 +127,54 @@ def _map(found: PoolMap | None) -> Html:
         return element(
             "section", title, _faint("No three usable adapters have a sketch. Make them: ", how), class_="map"
         )
-    x, y = [point.x for point in found.points], [point.y for point in found.points]
-    # One scale for both axes, so that distances on the page are those of the map.
-    scale = _WIDE / (max(max(x) - min(x), _LEAST) + 2 * _LEAST)
-    tall = max((max(y) - min(y)) * scale, _WIDE / 4) + 2 * _EDGE
+    places = _places(found)
+    radius = min(max(_INK / len(places) ** 0.5, _SMALLEST), _LARGEST)
     dots = [
         element(
             "circle",
             element("title", point.id if point.status == "ok" else f"{point.id} ({point.status})"),
-            cx=f"{_EDGE + (point.x - min(x)) * scale:.1f}",
-            cy=f"{_EDGE + (max(y) - point.y) * scale:.1f}",
-            r=_RADIUS,
+            cx=f"{x:.1f}",
+            cy=f"{y:.1f}",
+            r=f"{radius:.1f}",
             class_="usable" if point.status == "ok" else "other",
         )
-        for point in found.points
+        for point, (x, y) in zip(found.points, places, strict=True)
     ]
+    names = _names([point.id for point in found.points], places, radius) if len(dots) <= _MOST_NAMED else []
     told = (
         f"{len(dots):,} of {counted(found.usable, 'usable adapter')} of ",
         shown(found.base) or "no declared base",
-        ": the ones whose updates verify --deep has sketched, near ones alike. "
+        " have a sketch (lora pool verify --deep). Similar updates lie near one another. "
         f"The axes hold {found.shares[0]:.0%} and {found.shares[1]:.0%} of the spread.",
     )
-    drawn = element("svg", *dots, viewBox=f"0 0 {_WIDE + 2 * _EDGE:g} {tall:.1f}", role="img", aria_label="Map")
+    drawn = element(
+        "svg", *dots, *names, viewBox=f"0 0 {_WIDE + 2 * _EDGE:g} {_HIGH + 2 * _EDGE:g}", role="img", aria_label="Map"
+    )
     return element("section", title, _faint(*told), drawn, class_="map")
+
+
+def _places(found: PoolMap) -> list[tuple[float, float]]:
+    """The points' (x, y) on the page, with one scale for both axes, so that distances are those of the map."""
+    x, y = [point.x for point in found.points], [point.y for point in found.points]
+    across, up = max(max(x) - min(x), _LEAST), max(max(y) - min(y), _LEAST)
+    scale = min(_WIDE / across, _HIGH / up)
+    left, top = _EDGE + (_WIDE - across * scale) / 2, _EDGE + (_HIGH - up * scale) / 2
+    return [(left + (one - min(x)) * scale, top + (max(y) - other) * scale) for one, other in zip(x, y, strict=True)]
+
+
+def _names(ids: Sequence[str], places: Sequence[tuple[float, float]], radius: float) -> list[Html]:
+    """The names of points, each towards the middle of the map; one that would lie on another is left out."""
+    drawn, taken = [], list[tuple[float, float, float]]()
+    for id, (across, down) in zip(ids, places, strict=True):
+        name, right = shown(id), across < _WIDE / 2
+        wide = len(name) * _LETTER
+        begin = across + 2 * radius if right else across - 2 * radius - wide
+        if any(begin < end and first < begin + wide and abs(down - y) < _LINE for first, end, y in taken):
+            continue
+        taken.append((begin, begin + wide, down))
+        where = {"x": f"{begin if right else begin + wide:.1f}", "y": f"{down + _LINE / 3:.1f}"}
+        drawn.append(element("text", name, **where, text_anchor="start" if right else "end"))
+    return drawn
 
 
 def _square(name: str) -> Html:

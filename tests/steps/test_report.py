@@ -10,7 +10,7 @@ from lora_cli.errors import NothingMatched
 from lora_cli.escapes import safe
 from lora_cli.records import Adapter
 from lora_cli.reports.pool import pool_page
-from lora_cli.steps.pool.report import pool_report
+from lora_cli.steps.pool.report import kind_of_reason, pool_report
 from tests.cli import ok, refused
 from tests.reports.reading import Read
 from tests.reports.test_page import HOSTILE
@@ -52,6 +52,12 @@ def test_the_numbers_are_those_of_the_catalogue(catalogue: Catalogue) -> None:
     for title, shares in report.counts.items():
         assert sum(share.adapters for share in shares) == (20 if title == "Reason" else 80), title
         assert sum(share.usable for share in shares) == (0 if title == "Reason" else 60), title
+
+
+def test_numbers_in_a_reason_are_the_adapters_own() -> None:
+    assert kind_of_reason("truncated: header says 38,304 bytes, file has 22") == (
+        "truncated: header says … bytes, file has …"
+    )
 
 
 def test_adapters_are_counted_by_kind_of_reason_month_size_and_rank(catalogue: Catalogue) -> None:

@@ -103,6 +103,8 @@ def test_the_report_maps_sketched_adapters_near_ones_alike(pool: Path) -> None:
     }
     assert places.keys() == {"first", "same", "near", "second", "third"}
     assert places["first"] == places["same"]
+    # A name that would lie on another is left out.
+    assert re.findall(r"<text [^>]*>pool/(\w+)</text>", page) == ["first", "second", "third"]
 
     def apart(one: str, other: str) -> float:
         (x, y), (u, v) = places[one], places[other]

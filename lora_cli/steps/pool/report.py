@@ -25,7 +25,7 @@ _SIZES = {
     math.inf: "1 GB and more",
 }
 """Classes of sizes, by the bytes that are too many for them."""
-_WORD = re.compile(r"'[^']*'|[^\s,;:()']+")
+_WORD = re.compile(r"'[^']*'|\d[\d,]*\d|[^\s,;:()']+")
 _OWN = re.compile(r"['/\d]")
 
 
