@@ -71,8 +71,9 @@ class AdapterRow:
     `base_declared` is the base model in its configuration, at `revision` ("" for the main branch); `base` is the
     resolved base model, `name@revision` if there is a revision. `scale` is alpha/rank (alpha/sqrt(rank) for rslora) if
     it is the same in every module, else None. `norm` is the Frobenius norm of the scaled update over all modules;
-    `norm` and `sha256` (of the weights file) are known only after the weights were read. A `status` other than "ok"
-    has a `reason`. `datasets` are those that the card names.
+    `norm` and `sha256` (of the weights file) are known only after the weights were read; `hub_sha256` is the hash that
+    the Hub states, known from a sync. A `status` other than "ok" has a `reason`. `datasets` are those that the card
+    names.
     `notes` list repairs and omissions in the file, and its contents besides the update.
     """
 
@@ -110,6 +111,7 @@ class AdapterRow:
     reason: str = ""
     notes: str = ""
     datasets: tuple[str, ...] = ()
+    hub_sha256: str = ""
 
     @property
     def ref(self) -> AdapterRef:

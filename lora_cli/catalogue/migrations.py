@@ -183,6 +183,14 @@ _M009 = (
 )
 
 
+def m010_stated_hashes(db: Database) -> None:
+    """The hash of an adapter's weights as the Hub states it, "" until the adapter is read again."""
+    for table in ("adapters", "verdicts"):
+        db.execute(f"ALTER TABLE {table} ADD COLUMN hub_sha256 TEXT NOT NULL DEFAULT ''")
+    # The column is the last of a row, behind its long texts: select --dedupe reads the index alone.
+    db.execute('CREATE INDEX adapters_hashes ON adapters (status, base, id, "commit", author, sha256, hub_sha256)')
+
+
 STEPS = (
     m001_adapters_selections_runs,
     m002_revision_and_notes,
@@ -193,6 +201,7 @@ STEPS = (
     m007_sketches,
     m008_home_and_datasets,
     m009_views,
+    m010_stated_hashes,
 )
 
 

@@ -16,7 +16,7 @@ from lora_cli.records import USABLE, Adapter
 COLUMNS = (
     "commit", "base_declared", "revision", "base", "base_match", "rank", "alpha", "scale", "rslora", "target_modules",
     "modules", "layers", "dtype", "parameters", "sha256", "norm", "stamp", "status", "reason", "notes", "rank_total",
-    "ranks",
+    "ranks", "hub_sha256",
 )  # fmt: skip
 """The columns of a row that a verdict has of its own. Its ranks are "" where they are the row's: they take 16 kB."""
 

@@ -41,6 +41,7 @@ COLUMNS: Final[Mapping[str, Kind]] = {
     "parameters": "number",
     "bytes": "number",
     "sha256": "text",
+    "hub_sha256": "text",
     "norm": "number",
     "licence": "text",
     "datasets": "list",

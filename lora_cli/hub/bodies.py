@@ -23,10 +23,11 @@ _NO_RANGE = re.compile(r"bytes \*/([0-9]{1,18})")
 
 
 class Part(NamedTuple):
-    """Some bytes of a file, and the size of the whole file."""
+    """Some bytes of a file, the size of the whole file, and its SHA-256 as the Hub states it, "" outside LFS."""
 
     data: bytes
     size: int
+    sha256: str
 
 
 def json_list(response: "httpx2.Response") -> Iterator[Any]:
@@ -95,7 +96,7 @@ def file_range(response: "httpx2.Response", begin: int, end: int, commit: str) -
         body = _first(response, min(end, size))[begin:]
     if size < 0 or facts.size not in (None, size) or len(body) != max(min(end, size) - begin, 0):
         raise Unfit("the Hub answers with a file of another size, or with a part of the range")
-    return Part(body, size)
+    return Part(body, size, facts.oid if len(facts.oid) == 64 else "")
 
 
 class _Facts(NamedTuple):

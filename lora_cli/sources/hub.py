@@ -205,25 +205,25 @@ class HubReader:
                 # The configuration already rules the adapter out, so its header is not requested.
                 judged = replace(stub, **self._rules.judge(config, None, names))
                 return replace(judged, status="unusable", reason=_other_kind(names) or refusal)
-            header = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else None
+            header, sha256 = self._header(stub, prefix + WEIGHTS_NAME) if WEIGHTS_NAME in names else (None, "")
         except Gated:
             return replace(stub, status="gated", reason="gated: the owner must grant you access", stamp=self._gate)
         except MissingFile:
             return replace(stub, status="unusable", reason=f"{CONFIG_NAME} or {WEIGHTS_NAME} is listed but missing")
         except Absent as error:
             return replace(stub, status="gone", reason=error.message)
-        adapter = replace(stub, **self._rules.judge(config, header, names))
+        adapter = replace(stub, **self._rules.judge(config, header, names), hub_sha256=sha256)
         if self._max_bytes is not None and adapter.bytes > self._max_bytes:
             reason = f"{size(adapter.bytes)} of weights, more than --max-size {size(self._max_bytes)}"
             stamp = f"{stub.stamp}{_OVER}{adapter.bytes}"
             return replace(adapter, status="unusable", reason=reason, stamp=stamp)
         return _kept(adapter, row)
 
-    def _header(self, stub: Adapter, file: str) -> Header | HeaderError:
-        header, needed = probe_header(self._hub, stub, file, self._probe)
+    def _header(self, stub: Adapter, file: str) -> tuple[Header | HeaderError, str]:
+        header, needed, sha256 = probe_header(self._hub, stub, file, self._probe)
         # Adapters of one base have headers of similar length: the next request can get the whole header.
         self._probe = max(self._probe, min(-(-needed // 4096) * 4096, _LARGEST_GUESS))
-        return header
+        return header, sha256
 
 
 def _kept(adapter: Adapter, row: Adapter | None) -> Adapter:

@@ -32,8 +32,8 @@ FULL = Adapter(
     id="alice/sql", commit="c" * 40, source="hub", repo="alice/sql", subfolder="x", author="alice",
     base_declared="Base", revision="v1", base="acme/base@v1", base_match="alias", peft_type="LORA", rank=8, alpha=16.0,
     scale=2.0, rslora=True, ranks={"layers.0.q_proj": 8}, target_modules=("q_proj", "v_proj"), modules=1, layers=1,
-    dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, norm=1.5, licence="mit", datasets=("acme/questions",),
-    downloads=7, likes=2,
+    dtype="BF16", parameters=64, bytes=999, sha256="d" * 64, hub_sha256="e" * 64, norm=1.5, licence="mit",
+    datasets=("acme/questions",), downloads=7, likes=2,
     gated="auto", created_at="2026-01-01", modified_at="2026-01-02", card="Turns questions into SQL.", stamp="s",
     status="unusable", reason="no luck", notes="names repaired",
 )  # fmt: skip
@@ -224,7 +224,7 @@ def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
     every = migrations.STEPS
     monkeypatch.setattr(migrations, "STEPS", every[:2])
     catalogue.path.parent.mkdir(exist_ok=True)
-    columns = [f.name for f in fields(Adapter) if f.name != "datasets"]
+    columns = [f.name for f in fields(Adapter) if f.name not in ("datasets", "hub_sha256")]
     with contextlib.closing(Database(sqlite3.connect(catalogue.path, isolation_level=None))) as db:
         migrations.migrations().apply(db)
         for number, one in enumerate((FULL, adapter("bob/plain", card="Writes poems."))):
@@ -233,7 +233,7 @@ def test_rows_of_an_older_catalogue_are_made_thin_without_a_loss(
             values = [number + 7, *(stored[name] for name in columns)]
             db.execute(f"INSERT INTO adapters (key, {names}) VALUES ({', '.join('?' * len(values))})", values)
     monkeypatch.setattr(migrations, "STEPS", every)
-    assert whole(catalogue) == [replace(FULL, datasets=()), adapter("bob/plain", card="Writes poems.")]
+    assert whole(catalogue) == [replace(FULL, datasets=(), hub_sha256=""), adapter("bob/plain", card="Writes poems.")]
     assert [row.id for row in catalogue.search("poems")] == ["bob/plain"]
     catalogue.add([replace(FULL, card="Writes novels.")])
     assert [row.id for row in catalogue.search("novels")] == ["alice/sql"]

@@ -136,6 +136,8 @@ def _show(screen: Screen, report: "SyncReport", *, dry_run: bool) -> None:
         for name, counts in report.read.most(_NAMED).items():
             if counts:
                 screen.say(f"{_HEADINGS[name]}: " + " · ".join(f"{what} {n:,}" for what, n in counts.items()))
+        if report.copies:
+            screen.say(f"the same weights as another: {report.copies:,}; select --dedupe 1 takes one of each")
 
 
 def _expected(report: "SyncReport") -> dict[str, int]:

@@ -52,7 +52,7 @@ def select(
     asked = _columns(options.by) if method.kind == "catalogue" else []
     read = [name for name in asked if name not in ("pinned", "seed")]
     read += ["author"] if options.max_per_author is not None else []
-    read += ["sha256"] if options.dedupe is not None else []
+    read += ["sha256", "hub_sha256"] if options.dedupe is not None else []
     candidates = catalogue.candidates(read, options.where, base=base)
     demand_one_base(candidates.bases)
     if not candidates.pinned:
@@ -164,7 +164,10 @@ def _best(
         if author and most is not None and taken[author] >= most:
             passed[place] = f"--max-per-author {most}: better ones of this author were taken"
             continue
-        if copies is not None and not copies.spare(candidates.pinned[place], candidates.facts["sha256"][place]):
+        facts = candidates.facts
+        if copies is not None and not copies.spare(
+            candidates.pinned[place], facts["sha256"][place] or facts["hub_sha256"][place]
+        ):
             passed[place] = f"--dedupe {options.dedupe:g}: a copy of a better one"
             continue
         taken[author] += 1

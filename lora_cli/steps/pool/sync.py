@@ -72,9 +72,10 @@ class SyncReport:
     """The outcome of a sync, or its plan.
 
     `new` and `changed` were read and stored. `unusable` counts the adapters of this source that are listed with a
-    reason. `failed` counts failures that may pass, `left` adapters that were not requested (budget spent, or the Hub
-    unreachable): a rerun reads both. `pages` are the batches of the listing, `to_read` the adapters that had to be
-    read, `read` tells what those are. `plan` maps every id to the planned action.
+    reason, `copies` the usable adapters whose weights another one of the base has. `failed` counts failures that may
+    pass, `left` adapters that were not requested (budget spent, or the Hub unreachable): a rerun reads both. `pages`
+    are the batches of the listing, `to_read` the adapters that had to be read, `read` tells what those are. `plan` maps
+    every id to the planned action.
     """
 
     source: str
@@ -85,6 +86,7 @@ class SyncReport:
     unchanged: int
     failed: int
     unusable: int
+    copies: int
     gone: int
     left: int
     requests: int
@@ -253,6 +255,7 @@ class _Work:
             **count,
             failed=len(self.failures),
             unusable=sum(row.status in ("unusable", "gated") for row in rows.values()),
+            copies=self._copies() if self.outcomes.authors else 0,
             left=len(self.left),
             requests=traffic[0],
             bytes=traffic[1],
@@ -263,6 +266,13 @@ class _Work:
             failures=tuple(self.failures.items()),
             plan=tuple(self.actions.items()),
         )
+
+    def _copies(self) -> int:
+        """The usable adapters whose weights another one of the base has, by the hashes that were read or stated."""
+        facts = self.catalogue.candidates(("sha256", "hub_sha256"), base=self.base or None).facts
+        known = [own or stated for own, stated in zip(facts["sha256"], facts["hub_sha256"], strict=True)]
+        hashes = [one for one in known if one]
+        return len(hashes) - len(set(hashes))
 
     def _action(self, found: Found, row: Known | None) -> Action:
         if row is None or row.status == "failed":

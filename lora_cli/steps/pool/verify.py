@@ -199,7 +199,7 @@ def _files(
     prefix = f"{adapter.subfolder}/" if adapter.subfolder else ""
     config = hub.read_file(adapter.repo, prefix + CONFIG_NAME, adapter.commit, MAX_CONFIG_BYTES)
     try:
-        header = probe_header(hub, adapter, prefix + WEIGHTS_NAME, _PROBE_BYTES)[0]
+        header = probe_header(hub, adapter, prefix + WEIGHTS_NAME, _PROBE_BYTES).header
     except MissingFile:
         return config, None, None, (CONFIG_NAME,)
     return config, None, header, (CONFIG_NAME, WEIGHTS_NAME)
