@@ -19,7 +19,7 @@ from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in
 from lora_cli.formats.store import folder_ref, read_config
-from lora_cli.records import USABLE, Adapter, Progress
+from lora_cli.records import USABLE, Adapter, AdapterRow, Progress
 from lora_cli.settings import folder_of
 from lora_cli.sources import Found, Sought, Source, refuse
 
@@ -29,6 +29,13 @@ _BATCH = 256
 def folder(place: str, budget: int | None, progress: Progress) -> Source:
     """The folder tree at the path `place`."""
     return FolderSource(Path(place))
+
+
+def is_unchanged(row: AdapterRow) -> bool:
+    """Whether the files of a catalogued folder have the sizes and times of the last sync, or are not here."""
+    folder = Path(row.repo)
+    names = _names(folder)
+    return WEIGHTS_NAME not in names or row.stamp.partition(":")[0] == _stamp(folder, names)
 
 
 class FolderSource(Source):

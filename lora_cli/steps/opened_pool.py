@@ -4,13 +4,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import public_base
-from lora_cli.formats.delta import OpenDelta, dense_folder, open_delta
-from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.licences import Policy, restrictions_of
@@ -18,7 +17,6 @@ from lora_cli.names import ids_and_commits, unpinned
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import skeleton_of
-from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
 from lora_cli.steps.pool.fetch import bring
 from lora_cli.steps.pool.gather import (
     Declared,
@@ -36,6 +34,10 @@ from lora_cli.steps.pool.licences import Stated, stated_of, stated_of_base
 from lora_cli.steps.pool.lookup import look_up, names_of, usable
 from lora_cli.steps.pool.select import demand_one_base
 
+if TYPE_CHECKING:
+    from lora_cli.formats.delta import OpenDelta
+    from lora_cli.formats.reader import OpenAdapter
+
 MOST_WITHOUT_SELECTION = 50
 
 
@@ -49,7 +51,7 @@ class Gathered:
     statements of its card, and `notice` names the licences that restrict.
     """
 
-    adapters: tuple[OpenAdapter, ...]
+    adapters: "tuple[OpenAdapter, ...]"
     base: str
     inputs: Mapping[str, str]
     skeleton: Skeleton | None = None
@@ -62,7 +64,7 @@ class Gathered:
 class Update:
     """One adapter or dense result, ready to be read; the others as in `Gathered`."""
 
-    adapter: OpenAdapter | OpenDelta
+    adapter: "OpenAdapter | OpenDelta"
     base: str
     inputs: Mapping[str, str]
     terms: Mapping[str, Stated]
@@ -178,6 +180,8 @@ class Pool:
             Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases; or
                 licences that the policy forbids.
         """
+        from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
+
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
         report = patient(self.progress)
@@ -186,9 +190,7 @@ class Pool:
             found.append(self._find(name, whole=whole))
             report("looking up adapters", done, len(names))
         rows = [row for _, row in found if row is not None]
-        for held in rows:
-            if held.status == "quarantined":
-                self.announce(f"{held.id} is quarantined: {held.reason}")
+        self.announce_held(rows)
         base = self.base or base_of_rows(rows)
         terms = stated_of(found) if passed_on else {}
         if passed_on:
@@ -209,8 +211,9 @@ class Pool:
             inputs[ref.pinned] = sha256_of_weights(files, row)
             report("opening adapters", len(adapters), len(here))
         if skeleton is None:
-            demand_common_names(adapters)
-            demand_one_form_of_projections(adapters)
+            named = [(adapter.ref.id, adapter.modules) for adapter in adapters]
+            demand_common_names(named)
+            demand_one_form_of_projections(named)
         elif needs_fusing(adapters, skeleton):
             adapters = [opened(files, skeleton, whole=whole, fuse=True) for files in here]
         for adapter, one in zip(adapters, judged, strict=True):
@@ -233,6 +236,12 @@ class Pool:
             notice=self.notice(terms, public) if passed_on else "",
         )
 
+    def announce_held(self, rows: Sequence[Adapter]) -> None:
+        """A line for each of the adapters that is in quarantine, and used all the same."""
+        for row in rows:
+            if row.status == "quarantined":
+                self.announce(f"{row.id} is quarantined: {row.reason}")
+
     def base_terms(self, base: str) -> Stated:
         """What the card of a base states, as far as it is here; by one request where the policy refuses."""
         return stated_of_base(base, ask=self.policy in ("commercial", "share-alike"))
@@ -248,6 +257,8 @@ class Pool:
         Raises:
             DataError: the record of a dense result is missing or malformed. Else as `adapters` does.
         """
+        from lora_cli.formats.delta import dense_folder, open_delta
+
         folder = dense_folder(name)
         if folder is None:
             found = self.adapters([name], passed_on=True)

@@ -1,4 +1,4 @@
-"""How adapters relate: two of them module by module, or all pairs of many; near copies and clusters among them."""
+"""How adapters relate: two of them module by module, or all pairs of many; near copies among them."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, Spectrum, inner
@@ -18,6 +16,7 @@ from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter, all_modules, demand_same_shapes
 from lora_cli.records import Progress, silent
+from lora_cli.steps.pool.clusters import Similarity
 
 # A cosine computed in fp32 may fall short of 1 by this much.
 _ROUNDING = 1e-6
@@ -110,27 +109,6 @@ class Diff:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Similarity:
-    """Cosines of all pairs of `adapters`: `cosines` (N, N) float64, over `modules` modules; `norms` of whole updates.
-
-    The diagonal is 1; an adapter whose update is zero has 0 throughout.
-    """
-
-    adapters: tuple[OpenAdapter, ...]
-    cosines: Tensor
-    norms: tuple[float, ...]
-    modules: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Clustered:
-    """A Similarity with similar adapters next to each other; `labels` numbers the clusters from 1."""
-
-    similarity: Similarity
-    labels: tuple[int, ...]
-
-
 def diff(one: OpenAdapter, other: OpenAdapter, progress: Progress = silent) -> Diff:
     """Compare two adapters in every module that one of them touches, in float64 on the factors.
 
@@ -177,8 +155,8 @@ def similarity(adapters: Sequence[OpenAdapter], progress: Progress = silent) -> 
             updates = [adapters[i].read(module) for i in places.tolist()]
             products[places[:, None], places] += all_pairs(updates, workers=workers)
     return Similarity(
-        adapters=tuple(adapters),
-        cosines=cosines(products),
+        refs=tuple(adapter.ref for adapter in adapters),
+        cosines=cosines(products).numpy(),
         norms=tuple(products.diag().sqrt().tolist()),
         modules=len(modules),
     )
@@ -210,41 +188,6 @@ def near_copies(
         else:
             kept.append(place)
     return copies
-
-
-def demand_cut(cut: float) -> None:
-    """UsageError unless -1 <= cut < 1."""
-    if not -1 <= cut < 1:
-        raise UsageError(f"--cut is a cosine in -1 <= cut < 1, not {cut}")
-
-
-def in_clusters(found: Similarity, cut: float) -> Clustered:
-    """Clusters by average linkage on 1 − cosine: two join while the mean cosine between them is above `cut`.
-
-    The order of the leaves is the optimal one (Bar-Joseph et al. 2001), whatever the order of the adapters was.
-
-    Raises:
-        UsageError: `cut` is not in -1 <= cut < 1.
-    """
-    demand_cut(cut)
-    n = len(found.adapters)
-    # scipy breaks ties by position; sort first, so that the order of the arguments does not matter.
-    places = sorted(range(n), key=lambda i: found.adapters[i].ref.pinned)
-    labels = [1] * n
-    if n > 1:
-        distances = (1 - found.cosines[places][:, places]).fill_diagonal_(0)
-        tree = hierarchy.linkage(squareform(distances.numpy(), checks=False), "average", optimal_ordering=True)
-        leaves = hierarchy.leaves_list(tree)
-        names = hierarchy.fcluster(tree, 1 - cut, "distance")[leaves].tolist()
-        labels = [1 + [*dict.fromkeys(names)].index(name) for name in names]
-        places = [places[leaf] for leaf in leaves.tolist()]
-    ordered = Similarity(
-        adapters=tuple(found.adapters[i] for i in places),
-        cosines=found.cosines[places][:, places],
-        norms=tuple(found.norms[i] for i in places),
-        modules=found.modules,
-    )
-    return Clustered(similarity=ordered, labels=tuple(labels))
 
 
 def _compare(one: OpenAdapter, other: OpenAdapter, module: str) -> ModuleDiff:

@@ -1,23 +1,24 @@
 """Checks on adapters that are to be used together: files, declared base models, names of modules."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.formats.base_names import same_base, split_revision
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.delta import dense_folder
 from lora_cli.formats.kinds import kind_in
-from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
 from lora_cli.names import leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.lookup import NAME_THE_BASE
+
+if TYPE_CHECKING:
+    from lora_cli.formats.reader import OpenAdapter
 
 _NOTHING = "no adapter_config.json with adapter_model.safetensors in it"
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "wq", "wk", "wv")
@@ -42,6 +43,8 @@ def files_of(ref: AdapterRef) -> AdapterFiles:
     files = locate(ref)
     if files is not None:
         return files
+    from lora_cli.formats.delta import dense_folder
+
     if dense_folder(ref.repo) is not None:
         raise Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
     folder = folder_of(ref.repo) if ref.source == "folder" else None
@@ -65,7 +68,7 @@ def declared_base(files: AdapterFiles, row: Adapter | None, named: str | None) -
     return Declared(files.ref, base)
 
 
-def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
+def needs_fusing(adapters: Sequence["OpenAdapter"], skeleton: Skeleton) -> bool:
     """Whether the parts of experts' matrices have to be taken together.
 
     True if another adapter has factors of whole matrices, or if PEFT does not apply factors of the parts.
@@ -81,34 +84,39 @@ def needs_fusing(adapters: Sequence[OpenAdapter], skeleton: Skeleton) -> bool:
     return bool(parts) and (whole or not parts <= skeleton.retargeted)
 
 
-def demand_common_names(adapters: Sequence[OpenAdapter]) -> None:
+Named = tuple[str, Collection[str]]
+"""The id of an adapter and the names of its modules."""
+
+
+def demand_common_names(adapters: Sequence[Named]) -> None:
     """Refused where two adapters adapt modules of the same last names that are never the same modules.
 
     Only the base's own class can match their names.
     """
-    first = adapters[0]
-    for adapter in adapters[1:]:
-        one, other = _kinds_of_names(first), _kinds_of_names(adapter)
+    first, one = adapters[0][0], _kinds_of_names(adapters[0][1])
+    for id, modules in adapters[1:]:
+        other = _kinds_of_names(modules)
         shared = one.keys() & other.keys()
         if shared and all(one[last].isdisjoint(other[last]) for last in shared):
             last = min(shared)
             raise Refused(
-                f"{first.ref.id} and {adapter.ref.id} name their modules differently: "
-                f"{min(one[last])} and {min(other[last])}",
+                f"{first} and {id} name their modules differently: {min(one[last])} and {min(other[last])}",
                 hint="give --base, a folder or a Hub id, so that the names can be matched by its class",
             )
 
 
-def _kinds_of_names(adapter: OpenAdapter) -> dict[str, set[str]]:
+def _kinds_of_names(modules: Collection[str]) -> dict[str, set[str]]:
     """Last name → the names that end with it, whatever the numbers of their layers."""
     found: dict[str, set[str]] = {}
-    for name in adapter.modules:
+    for name in modules:
         found.setdefault(leaf(name), set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:])
     return found
 
 
-def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse: bool = False) -> OpenAdapter:
+def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse: bool = False) -> "OpenAdapter":
     """`open_adapter`, with the adapter's name in errors about malformed files."""
+    from lora_cli.formats.reader import open_adapter
+
     try:
         return open_adapter(files, skeleton, fuse=fuse, whole=whole)
     except (ConfigError, HeaderError) as error:
@@ -158,9 +166,9 @@ def check_bases(adapters: Sequence[Declared], base: str | None, aliases: Sequenc
         )
 
 
-def demand_one_form_of_projections(adapters: Sequence[OpenAdapter]) -> None:
+def demand_one_form_of_projections(adapters: Sequence[Named]) -> None:
     """Refused if one adapter has a fused projection and another its parts: no base has both in one place."""
-    owners = {module: adapter.ref.id for adapter in reversed(adapters) for module in adapter.modules}
+    owners = {module: id for id, modules in reversed(adapters) for module in modules}
     for module, owner in owners.items():
         parent, dot, name = module.rpartition(".")
         for part in _SPLIT.get(name, ()):
