@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,9 @@ from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_array
 
 SIZE: Final = 2048
 """Numbers in a sketch; a power of two."""
@@ -48,15 +51,6 @@ class Sketch(NamedTuple):
     content: str
     by_base: bool
     numbers: NDArray[np.float16]
-
-
-class _Places(NamedTuple):
-    """Where entries of one side go: of those in `order`, from each of `starts` on, into `places`; `sign` by entry."""
-
-    order: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    places: NDArray[np.int64]
-    sign: _Numbers
 
 
 def content_of(weights_sha256: str, config: bytes, skeleton: Skeleton | None) -> str:
@@ -86,7 +80,7 @@ def sketch(
         for place, factors in stored_factors(located.modules.values()).items():
             scale = config.scale(factors.pattern, factors.rank)
             for rows, columns in _sums(file, factors, wanted[place]):
-                found += scale * (np.fft.rfft(rows, axis=1) * np.fft.rfft(columns, axis=1)).sum(0)
+                found += scale * (np.fft.rfft(rows, axis=0) * np.fft.rfft(columns, axis=0)).sum(1)
     numbers = np.fft.irfft(found, SIZE)
     if not np.isfinite(numbers).all():
         raise Refused(f"{path.name}: NaN or Inf in its update")
@@ -106,35 +100,30 @@ class _Part(NamedTuple):
 
 
 def _sums(file: BufferedReader, factors: ModuleFactors, parts: Sequence[_Part]) -> Iterator[tuple[_Numbers, _Numbers]]:
-    """For each part the sketched columns of B and rows of A, (rank, SIZE) each."""
-    sums = np.zeros((len(parts), factors.rank, SIZE))
+    """For each part the sketched columns of B and rows of A, (SIZE, rank) each."""
+    sums = np.zeros((len(parts), SIZE, factors.rank))
     first = 0
     for chunk in rows_of(file, factors.b):
         by_expert = chunk.reshape(len(chunk), factors.rank, factors.experts)
         for total, part in zip(sums, parts, strict=True):
-            start = part.first + first
-            _add(by_expert[:, :, part.expert].T, _places("out", part.module, part.rows, start, len(chunk)), total)
+            total += (
+                _places("out", part.module, part.rows, part.first + first, len(chunk)) @ by_expert[..., part.expert]
+            )
         first += len(chunk)
     a = np.concatenate([*rows_of(file, factors.a)]).reshape(factors.experts, factors.rank, -1)
     for total, part in zip(sums, parts, strict=True):
-        columns = np.zeros((factors.rank, SIZE))
-        _add(a[part.expert], _places("in", part.module, a.shape[2], 0, a.shape[2]), columns)
-        yield total, columns
-
-
-def _add(entries: _Numbers, where: _Places, sums: _Numbers) -> None:
-    """Add `entries` (rank, n) to their places in `sums` (rank, SIZE)."""
-    signed = (entries * where.sign)[:, where.order]
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums[:, where.places] += np.add.reduceat(signed, where.starts, axis=1)
+        yield total, _places("in", part.module, a.shape[2], 0, a.shape[2]) @ a[part.expert].T
 
 
 @lru_cache(maxsize=2048)
-def _places(side: str, module: str, total: int, start: int, count: int) -> _Places:
-    """Where rows or columns `start` … `start + count - 1` of a module's `total` go: bits of SHAKE-256 of its name."""
+def _places(side: str, module: str, total: int, start: int, count: int) -> "csr_array":
+    """The places and signs of rows or columns `start` … `start + count - 1` of a module's `total`, (SIZE, count).
+
+    They are bits of SHAKE-256 of the module's name.
+    """
+    from scipy.sparse import csr_array
+
     name = f"{_VERSION}\n{side}\n{module}".encode("utf-8", "backslashreplace")
     words = np.frombuffer(hashlib.shake_256(name).digest(4 * total), "<u4")[start : start + count]
-    places = (words & (SIZE - 1)).astype(np.int64)
-    order = np.argsort(places, kind="stable")
-    starts = np.flatnonzero(np.diff(places[order], prepend=-1))
-    return _Places(order, starts, places[order][starts], np.where(words >> 31, -1.0, 1.0))
+    signs = np.where(words >> 31, -1.0, 1.0)
+    return csr_array((signs, (words & (SIZE - 1), np.arange(count))), shape=(SIZE, count))

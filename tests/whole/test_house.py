@@ -79,7 +79,7 @@ KEEPERS = {
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue.sqlite",),
     "numba": ("algebra.kernels",),
-    "scipy": ("steps",),
+    "scipy": ("steps", "checks.sketch"),
     "matplotlib": ("plots",),
     "rich": ("screen",),
     "pyarrow": ("formats.tables",),
