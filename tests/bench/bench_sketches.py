@@ -42,15 +42,15 @@ def run(folder: Path, *words: str, out: str = "out") -> Cost:
         "LORA_BASE": "acme/tiny",
     }
     begin = time.perf_counter()
-    with (folder / out).open("w") as file:
+    with (folder / out).open("w") as file, (folder / "talk").open("w") as talk:
         process = subprocess.Popen(
             [sys.executable, "-m", "lora_cli", *words],
             env={**os.environ, **home},
             stdout=file,
-            stderr=subprocess.DEVNULL,
+            stderr=talk,
         )
         _, status, used = os.wait4(process.pid, 0)
-    assert status == 0, words
+    assert status == 0, (folder / "talk").read_text()[-500:]
     return Cost(time.perf_counter() - begin, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
@@ -105,7 +105,8 @@ def main(count: str = "1000") -> None:
         run(folder, "select", "--by", "random", "-k", count)
         run(folder, "pool", "list", "-q", out="ids")
         sketched = run(folder, "pool", "verify", *(folder / "ids").read_text().split(), "--deep", "--jobs", "2")
-        print(f"verify --deep --jobs 2: {sketched.clock / int(count):.3f} s an adapter")
+        each, memory = sketched.processor / int(count), sketched.memory / 1e6
+        print(f"verify --deep --jobs 2: {each:.3f} s of CPU an adapter, {memory:.0f} MB at most", flush=True)
         ways = {
             "process start (`lora --version`)": (RUNS, "version", ("--version",)),
             "from sketches": (RUNS, "rows", ("pool", "similarity")),

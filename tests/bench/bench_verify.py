@@ -35,7 +35,7 @@ def write_pool(folder: Path, count: int) -> None:
     for number in range(count):
         place = folder / f"a{number:03d}"
         if number < FILES:
-            write_adapter(place, random_factors(SHAPES, RANK, seed=number, dtype=torch.bfloat16))
+            write_adapter(place, random_factors(SHAPES, RANK, seed=number, dtype=torch.bfloat16), lora_alpha=1)
             continue
         place.mkdir()
         for name in (WEIGHTS, CONFIG):
