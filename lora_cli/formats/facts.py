@@ -8,12 +8,12 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lora_cli.errors import ConfigError
 from lora_cli.formats.base_names import at_revision
-from lora_cli.formats.targets import SECONDS, Targets, Test, Undecided, fullmatch
+from lora_cli.formats.targets import MOST_NAMES, SECONDS, Targets, Test, Undecided, fullmatch
 from lora_cli.text import shortened
 
 MAX_PATTERN_SHAPES = 512
@@ -190,6 +190,7 @@ class _Patterns:
         self._shapes: dict[tuple[bool, int, tuple[int, ...]], dict[str, tuple[int, float]]] = {}
         self._tests: list[tuple[int, Test, float]] = []
         self._left = SECONDS
+        self._matching = lru_cache(MOST_NAMES)(self._tested)
         for order, (key, value) in enumerate(patterns.items()):
             plain = _plain_key(key)
             try:
@@ -232,10 +233,10 @@ class _Patterns:
                 best = found
         return best
 
-    def _matching(self, module: str) -> tuple[int, float]:
-        begin = time.monotonic()
+    def _tested(self, module: str) -> tuple[int, float]:
+        begin = time.thread_time()
         found = next(((order, value) for order, test, value in self._tests if test(module)), (-1, 0.0))
-        self._left -= time.monotonic() - begin
+        self._left -= time.thread_time() - begin
         if self._left < 0:
             raise ConfigError(f"{self._what}: its regular expressions take too long")
         return found

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 MAX_REGEX: Final = 2_000
 SECONDS: Final = 2.0
+"""The budget of processor time for the regular expressions of one configuration."""
+MOST_NAMES: Final = 4096
+"""The names of modules that are remembered of one configuration."""
 
 _PLAIN = re.compile(r"[\w.-]+")
 _FIRST_NUMBER = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -64,14 +67,19 @@ class Targets:
         self._only_parameters = config.target_modules == () and bool(config.target_parameters)
         self._excluded = [self._names(config.exclude_modules), *map(self._inside, config.modules_to_save)]
         self._meant = self._targets(config)
+        # One configuration can be that of thousands of adapters: their common names count once against the budget.
+        self._holds = functools.lru_cache(MOST_NAMES)(self._tested)
 
     def module(self, name: str) -> bool:
         """Whether PEFT puts an adapter on the module `name`."""
         if self.undecided or self._only_parameters:
             return not self._only_parameters
-        begin = time.monotonic()
+        return self._holds(name)
+
+    def _tested(self, name: str) -> bool:
+        begin = time.thread_time()
         held = self._meant(name) and not any(test(name) for test in self._excluded)
-        self._left -= time.monotonic() - begin
+        self._left -= time.thread_time() - begin
         if self._left < 0:
             self.undecided = "too slow"
         return held

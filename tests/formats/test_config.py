@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import math
 import time
@@ -209,6 +210,18 @@ def test_regular_expressions_that_cost_much_end_with_a_word() -> None:
         for number in range(100_000):
             found.scale(f"model.layers.{number}." + "q" * 900, 4)
     assert time.process_time() - start < 20
+
+
+def test_adapters_of_one_configuration_do_not_spend_its_budget_of_time_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = itertools.count()
+    monkeypatch.setattr("time.thread_time", lambda: next(clock) * 0.1)
+    found = config(lora_alpha=1, alpha_pattern={"[qv]_proj": 5}, target_modules="(.*[qv]_proj)")
+    for _ in range(1_000):
+        assert found.scale("m.q_proj", 1) == 5
+        assert found.targets.module("m.q_proj")
+    assert not found.targets.undecided
 
 
 def test_thirty_thousand_patterns_cost_no_more_than_a_few() -> None:
