@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,27 @@ def test_a_rerun_measures_nothing_again_but_what_has_changed(pool: Path, monkeyp
     assert made[5:] == [pool / "third" / "adapter_model.safetensors"]
     verified("--force")
     assert len(made) == 11
+
+
+def test_a_fault_of_one_adapter_is_its_verdict_and_the_others_are_checked(
+    pool: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lora_cli.checks.sketch as room
+    from lora_cli.errors import Refused
+
+    ours = room.sketch
+
+    def failing(path: Path, *words: Any) -> Any:
+        if path.parent.name == "second":
+            raise Refused("pool/second: NaN or Inf in its update")
+        return ours(path, *words)
+
+    monkeypatch.setattr(room, "sketch", failing)
+    told = lora("pool", "verify", *ok("pool", "list", "-q").out.split(), "--deep", "--json")
+    rows = {row["id"]: row for row in json.loads(told.out)["rows"]}
+    assert told.code == 5
+    assert (rows["pool/second"]["status"], rows["pool/second"]["reason"]) == ("unusable", "NaN or Inf in its update")
+    assert [row["status"] for id, row in rows.items() if id != "pool/second"] == ["ok"] * 4
 
 
 def test_norms_outside_the_bounds_are_refused_or_noted(pool: Path) -> None:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.spectra import Spread
-from lora_cli.errors import OutputError, UsageError
+from lora_cli.errors import DataError, OutputError, Refused, UsageError
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.hub.client import Hub
 from lora_cli.records import Adapter, Progress, silent
@@ -47,16 +47,22 @@ def verify_all(
     with ThreadPoolExecutor(how.jobs) as pool:
 
         def checked(adapter: Adapter) -> Verdict:
-            return verify(
-                adapter,
-                hub=hub,
-                base=how.base,
-                aliases=how.aliases,
-                skeleton=skeletons[how.base or adapter.base],
-                deep=how.deep,
-                norms=how.norms,
-                known=_measured(catalogue, adapter) if how.deep and not how.force else None,
-            )
+            try:
+                return verify(
+                    adapter,
+                    hub=hub,
+                    base=how.base,
+                    aliases=how.aliases,
+                    skeleton=skeletons[how.base or adapter.base],
+                    deep=how.deep,
+                    norms=how.norms,
+                    known=_measured(catalogue, adapter) if how.deep and not how.force else None,
+                )
+            except (DataError, Refused) as error:
+                # A fault of one adapter is its verdict: the others are still to be checked.
+                reason = error.message.removeprefix(f"{adapter.id}: ")
+                refused = replace(adapter, status="unusable", reason=reason)
+                return Verdict(adapter=refused, coverage=None, deep=False)
 
         pending: dict[Future[Verdict], int] = {pool.submit(checked, one): at for at, one in enumerate(adapters)}
         progress("verifying adapters", 0, len(pending))
