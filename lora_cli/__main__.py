@@ -1,5 +1,16 @@
-"""`python -m lora_cli` is `lora`."""
+"""The `lora` command and `python -m lora_cli`: an interrupt while the command tree is imported ends it quietly, too."""
 
-from lora_cli.app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Import the command tree and run it."""
+    try:
+        from lora_cli.app import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
+
+if __name__ == "__main__":
+    main()

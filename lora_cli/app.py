@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from types import FrameType
 from typing import Annotated, Any, Never, TextIO, cast
 
 import typer
@@ -95,7 +96,7 @@ class Root(LazyGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            with _quiet_at_closed_pipes(), _told_of_full_disks():
+            with _quiet_at_closed_pipes(), _told_of_full_disks(), _true_to_interrupts():
                 return super().invoke(ctx)
         except LoraError as error:
             _fail(error)
@@ -117,6 +118,17 @@ def _told_of_full_disks() -> Iterator[None]:
         if error.filename is None:
             _drop_stdout()
         _fail(OutputError(f"no space left on the disk: {error.filename or 'while writing'}"))
+
+
+@contextmanager
+def _true_to_interrupts() -> Iterator[None]:
+    """Make an error after Ctrl-C the interrupt that it comes from: a library may catch it and fail otherwise."""
+    try:
+        yield
+    except Exception:
+        if not _interrupts:
+            raise
+        raise KeyboardInterrupt from None
 
 
 @contextmanager
@@ -207,6 +219,8 @@ def main() -> None:
         # SIGTERM and SIGHUP clean up as Ctrl-C does; a SIGHUP ignored by nohup stays ignored.
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _end)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app(prog_name="lora")
     except KeyboardInterrupt:
@@ -216,6 +230,15 @@ def main() -> None:
         # A bug: its traceback, without the library's own way of printing it.
         _trace(error)
         sys.exit(ExitCode.ERROR)
+
+
+_interrupts: list[int] = []
+"""The interrupts so far."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> Never:
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _end(number: int, frame: object) -> Never:

@@ -103,3 +103,37 @@ def test_a_merge_that_is_told_to_end_cleans_up(tmp_path: Path, number: signal.Si
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "lora.db"]
     with closing(sqlite3.connect(tmp_path / "lora.db")) as database:
         assert database.execute("select status from runs").fetchall() == [("failed",)]
+
+
+INTERRUPTED_IMPORT = """
+import signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {name!r}:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                if {swallowed!r}:
+                    raise ImportError("cannot load module more than once per process")
+                raise
+sys.meta_path.insert(0, Interrupting())
+sys.argv = ["lora", "task", "show", "absent.jsonl"]
+from lora_cli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "swallowed", "said"),
+    [
+        ("typer.main", False, ""),
+        ("lora_cli.commands.task", False, "lora: interrupted\n  nothing was changed\n"),
+        ("lora_cli.commands.task", True, "lora: interrupted\n  nothing was changed\n"),
+    ],
+)
+def test_an_interrupt_during_an_import_is_no_other_error(name: str, swallowed: bool, said: str) -> None:
+    code = INTERRUPTED_IMPORT.format(name=name, swallowed=swallowed)
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, preexec_fn=as_from_a_terminal
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", said)
