@@ -284,14 +284,14 @@ def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield head.rstrip()
             below = dict([*value.items()][:_MOST_SHOWN])
             yield from _outline(below, indent + "  ")
-            yield from _rest(len(value) - len(below), "entries", indent)
+            yield from _rest(len(value) - len(below), indent)
         elif isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
             yield head.rstrip()
             for one in value[:_MOST_SHOWN]:
                 first, *others = _outline(one, indent + "    ") if isinstance(one, Mapping) and one else [_cell(one)]
                 yield f"{indent}  - {first.strip()}"
                 yield from others
-            yield from _rest(len(value) - _MOST_SHOWN, "entries", indent)
+            yield from _rest(len(value) - _MOST_SHOWN, indent)
         elif isinstance(value, list | tuple):
             more = f" … {len(value) - _MOST_SHOWN} more: --json" if len(value) > _MOST_SHOWN else ""
             yield f"{head}  {', '.join(map(_cell, value[:_MOST_SHOWN])) or '-'}{more}"
@@ -300,14 +300,14 @@ def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield head.rstrip()
             for line in lines[:_MOST_SHOWN]:
                 yield f"{indent}  {safe(line.expandtabs(4))}".rstrip()
-            yield from _rest(len(lines) - _MOST_SHOWN, "lines", indent)
+            yield from _rest(len(lines) - _MOST_SHOWN, indent)
         else:
             yield f"{head}  {_cell(value) if value != {} else '-'}"
 
 
-def _rest(count: int, what: str, indent: str) -> Iterator[str]:
+def _rest(count: int, indent: str) -> Iterator[str]:
     if count > 0:
-        yield f"{indent}  … {count:,} more {what}: --json"
+        yield f"{indent}  … {count:,} more: --json"
 
 
 def _cell(value: Any) -> str:

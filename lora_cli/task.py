@@ -89,15 +89,20 @@ def split(
     The draw orders the examples by a hash of seed and id, so it is the same on every machine. Raises DataError when
     there are fewer than two examples.
     """
-    if len(examples) < 2:
-        raise DataError(
-            "one example cannot be split into a training and a validation part", hint="give at least two examples"
-        )
+    demand_two(examples)
     held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
     drawn = sorted(examples, key=lambda example: hashlib.sha256(f"{seed}\n{example.id}".encode()).digest())
     chosen = {example.id for example in drawn[:held_out]}
     training = [example for example in examples if example.id not in chosen]
     return training, [example for example in examples if example.id in chosen]
+
+
+def demand_two(examples: Sequence[Example]) -> None:
+    """Raise DataError for fewer examples than a split needs."""
+    if len(examples) < 2:
+        raise DataError(
+            "one example cannot be split into a training and a validation part", hint="give at least two examples"
+        )
 
 
 def _bytes_of(path: Path) -> bytes:

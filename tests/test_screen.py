@@ -142,9 +142,9 @@ def test_a_document_on_a_terminal_is_an_outline_and_says_what_it_leaves_out() ->
     shown = on_terminal(code, 80)
     assert "ranks\n  layer 0   0\n" in shown
     assert "layer 15" not in shown
-    assert "  … 5 more entries: --json\n" in shown
+    assert "  … 5 more: --json\n" in shown
     assert "card\n  line 0 \\x1b]0;t\n" in shown
-    assert "  … 2 more lines: --json\n" in shown
+    assert "  … 2 more: --json\n" in shown
     assert "names   a, b\n" in shown
     assert "none    -\n" in shown
     assert "scores\n  - system  base\n    value   0.5\n  - system  other\n" in shown

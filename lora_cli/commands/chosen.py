@@ -1,10 +1,17 @@
-"""`-` as an ADAPTER argument: ids or JSONL rows on stdin."""
+"""The ids behind an ADAPTER argument: those on stdin for `-`, and what was written last where there is none."""
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.escapes import id_in_line
+from lora_cli.screen import near
+from lora_cli.settings import Settings
+
+if TYPE_CHECKING:
+    from lora_cli.steps.opened_pool import Pool
 
 
 def expand(texts: Sequence[str]) -> list[str]:
@@ -32,3 +39,15 @@ def _id_in(line: str) -> str:
         return id_in_line(line)
     except ValueError:
         raise UsageError(f"stdin: no id in {line[:60]!r}", hint="give ids, or JSON objects with an id") from None
+
+
+def chosen_or_last(pool: "Pool", adapters: Sequence[str] | None, settings: Settings) -> tuple[str, ...]:
+    """The adapters to evaluate: those that are named, else the ones that merge, fit and train wrote last."""
+    if adapters:
+        return pool.unweighted(expand(adapters), verb="eval")
+
+    from lora_cli.steps.evaluate.request import last_written
+
+    names = tuple(last_written(settings.db))
+    pool.announce(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
+    return names

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
-from lora_cli.commands.chosen import expand
+from lora_cli.commands.chosen import chosen_or_last
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
 from lora_cli.metrics import METRICS
@@ -17,7 +17,10 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.screen import Screen, near
 from lora_cli.settings import base_of
-from lora_cli.text import interval
+from lora_cli.text import counted, interval, shortened
+
+if TYPE_CHECKING:
+    from lora_cli.steps.task_view import TaskFacts
 
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
@@ -35,6 +38,8 @@ _COLUMNS = (
 # From so many adapters on, the best one's score is mostly luck unless they differ much.
 _MANY = 5
 _MOST_NAMED = 5
+# An answer that is at least so frequent is worth a line.
+_OFTEN = 0.05
 
 
 class Tested(Loaded, frozen=True, kw_only=True):
@@ -73,18 +78,13 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from lora_cli.steps.evaluate.request import EvaluateRequest, last_written
+    from lora_cli.steps.evaluate.request import EvaluateRequest
     from lora_cli.steps.opened_pool import open_pool
 
     screen, settings, prompting, plot = listing.screen(), setup.load(), prompts.prompting(), listing.plot
     base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
-        if adapters:
-            names = pool.unweighted(expand(adapters), verb="eval")
-        else:
-            names = tuple(last_written(settings.db))
-            screen.say(f"adapters: {', '.join(near(Path(name)) for name in names)}, written last")
-        request = EvaluateRequest(pool, names, settings, options, prompting)
+        request = EvaluateRequest(pool, chosen_or_last(pool, adapters, settings), settings, options, prompting)
         scores = request.run(settings.db, out=out, progress=progress)
     if plot is not None:
         from lora_cli.plots.results import draw_scores
@@ -100,21 +100,25 @@ def evaluate(
         f"bootstrap seed {settings.seed}",
         extra={
             **request.run_settings,
+            "usual_answer": request.facts.usual,
+            "usual_share": request.facts.usual_share,
             "rows_file": str(request.rows(out)),
             "plot": None if plot is None else str(plot),
         },
     )
-    _tell(screen, scores, options)
+    _tell(screen, scores, options, request.facts)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
 
 
-def _tell(screen: Screen, scores: list[Score], options: EvalOptions) -> None:
+def _tell(screen: Screen, scores: list[Score], options: EvalOptions, facts: "TaskFacts") -> None:
     """The effect of each adapter, what its score means, and the answers that were cut."""
     metric = METRICS.get(options.metric)
+    if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
+        screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:
-        screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {score.n} prompts")
+        screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {counted(score.n, 'prompt')}")
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
     screen.say(verdict(scores, options))
@@ -161,8 +165,8 @@ def _some(names: list[str]) -> str:
 def _demand_effect(scores: list[Score]) -> None:
     if idle := [score for score in scores[1:] if score.details["moved"] == 0]:
         raise Refused(
-            f"no effect of {', '.join(score.system for score in idle)}: all {idle[0].n} outputs and likelihoods equal "
-            "those of the base",
+            f"no effect of {', '.join(score.system for score in idle)}: all outputs and likelihoods equal those of the "
+            f"base, on {counted(idle[0].n, 'prompt')}",
             hint="its modules may not match this base: check with 'lora pool verify'",
         )
 

@@ -24,7 +24,7 @@ from lora_cli.licences import PolicyFlag
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.screen import near
 from lora_cli.settings import base_of
-from lora_cli.text import interval
+from lora_cli.text import counted, interval
 
 if TYPE_CHECKING:
     from lora_cli.steps.fit.fit import Comparison, FitReport
@@ -109,7 +109,9 @@ def outcome(report: "FitReport") -> str:
         parts.append(f"{report.loss_merged:.3f} after reduction to rank {report.merge.ranks[1]}")
     parts += [f"{_NAMES[one.against]} {one.loss:.3f}" for one in controls]
     parts += [_verdict(one) for one in controls or [base]]
-    parts.append(f"best at step {report.fit.learnt.best_step}, {report.fit.n_validation} validation examples")
+    parts.append(
+        f"best at step {report.fit.learnt.best_step}, {counted(report.fit.n_validation, 'validation example')}"
+    )
     return " · ".join(parts)
 
 

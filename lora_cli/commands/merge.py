@@ -142,8 +142,8 @@ def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:
     energy = plan.options.energy or 0.0
     if short := [one for one in report.modules if one.energy < energy - 1e-6]:
         notes.append(
-            f"  {len(short)} of {len(report.modules)} modules hold less than --energy {energy:g} at this rank, "
-            f"{short[0].module} {percent(short[0].energy)}"
+            f"  less than --energy {energy:g} is left at this rank in {len(short)} of "
+            f"{counted(len(report.modules), 'module')}, {percent(short[0].energy)} in {short[0].module}"
         )
     return notes
 
@@ -192,7 +192,7 @@ def _to_serve(plan: "MergePlan", folder: Path, results: Mapping[str, Any], base:
     model = base or (plan.base if "/" in plan.base else "BASE-MODEL")
     lines = [f"  {target.serve_line(model, folder, results['rank'])}"]
     if plan.zeros:
-        lines.append(f"  {len(plan.zeros)} modules hold zeros: {target.title} fuses them with the others")
+        lines.append(f"  zeros in {counted(len(plan.zeros), 'module')}: {target.title} fuses them with the others")
     if unsure := target.not_surely_served(plan.written):
         lines.append(f"  whether {target.title} adapts {', '.join(unsure)} depends on the model: not checked")
     if plan.saved is not None:

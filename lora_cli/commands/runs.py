@@ -161,7 +161,7 @@ def answers(
     mistakes = [one for one in asked if not one.correct]
     shown = (asked if wrong is False else mistakes)[:n]
     screen.rows("lora.runs.answers/1", _ANSWERS, [asdict(one) for one in shown])
-    screen.say(f"{len(mistakes):,} of {len(asked):,} answers are wrong · {len(shown):,} shown")
+    screen.say(f"{len(mistakes):,} of {counted(len(asked), 'answer')} wrong · {len(shown):,} shown")
 
 
 def _show_changes(screen: Screen, found: "list[Change]", wrong: bool | None, n: int) -> None:

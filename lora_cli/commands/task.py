@@ -11,6 +11,7 @@ from lora_cli.errors import UsageError
 from lora_cli.screen import Screen, near
 from lora_cli.settings import Settings
 from lora_cli.task import load_task
+from lora_cli.text import counted
 
 if TYPE_CHECKING:
     from lora_cli.steps.task_view import ReadExample, TaskFacts
@@ -76,7 +77,9 @@ def _show(screen: Screen, settings: Settings, facts: "TaskFacts", shown: "Sequen
     for one in shown:
         learnt = len(one.pieces) - one.start
         heading = (
-            f"example {one.id}: {len(one.ids)} tokens, {learnt} of them learnt" if one.ids else f"example {one.id}"
+            f"example {one.id}: {counted(len(one.ids), 'token')}, {learnt} of them learnt"
+            if one.ids
+            else f"example {one.id}"
         )
         screen.pieces(heading, [(text, place >= one.start) for place, text in enumerate(one.pieces)])
     screen.document("lora.task.show/1", values)

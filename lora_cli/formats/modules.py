@@ -16,7 +16,7 @@ from lora_cli.formats.peft_omissions import experts_of, left_out_by_peft
 from lora_cli.formats.readings import INNER, rules
 from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 from lora_cli.names import leaf, parent
-from lora_cli.text import shortened
+from lora_cli.text import counted, shortened
 
 # Parts of names that training adds: torch.compile, gradient checkpointing, FSDP, DDP.
 _WRAPPERS = frozenset(("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"))
@@ -60,7 +60,8 @@ class Located:
         if self.misfits:
             return self.misfits[0]
         if self.missing:
-            return f"{len(self.missing)} of {total} modules are not in the base (such as {shortened(self.missing[0])})"
+            missing = f"{len(self.missing):,} of {counted(total, 'module')}"
+            return f"not in the base: {missing} (such as {shortened(self.missing[0])})"
         return ""
 
     @property

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 from lora_cli.errors import DataError, UsageError
 from lora_cli.escapes import FORMULAS
 from lora_cli.files import open_given
-from lora_cli.text import shortened
+from lora_cli.text import counted, shortened
 
 LONGEST_LINE = 16_000_000
 """The most bytes of a line: what a row may hold in memory."""
@@ -134,7 +134,9 @@ def _cells(table: Table, file: BufferedReader) -> Iterator[Row]:
                 table.head = begin
                 names = _named(table, [plain(cell.strip()) for cell in cells])
             elif len(cells) != len(names):
-                raise table.fault(begin, f"{len(cells)} cells, but the table has {len(names)} columns")
+                raise table.fault(
+                    begin, f"{counted(len(cells), 'cell')}, but the table has {counted(len(names), 'column')}"
+                )
             else:
                 yield Row(begin, names, cells)
             begin = reader.line_num + 1

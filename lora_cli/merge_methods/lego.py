@@ -73,7 +73,8 @@ def lego(
     k = clusters or int(mean_rank + 0.5)
     if k > sum(ranks):
         raise Refused(
-            f"lego: {k} clusters of {sum(ranks)} ranks", hint=f"--clusters {sum(ranks)} at most, or leave it out"
+            f"lego: more clusters ({k}) than ranks ({sum(ranks)})",
+            hint=f"--clusters {sum(ranks)} at most, or leave it out",
         )
     a, b = torch.cat([points.a for points in cut]), torch.cat([points.b for points in cut])  # (R, in), (R, out)
     w = weights[taken].abs().repeat_interleave(torch.tensor(ranks)).to(a)

@@ -165,7 +165,7 @@ class BaseModel:
         if here is not None:
             problem = f"{first} is {_times(here.shape)} here and {_times(shapes[first])} there"
         raise Refused(
-            f"{who} does not fit {self.name}: {problem}; {covered} of {len(shapes)} modules match",
+            f"{who} does not fit {self.name}: {problem}; modules that match: {covered} of {len(shapes)}",
             hint="use the adapter with the base model it was trained on",
         )
 

@@ -1,6 +1,6 @@
 """An example as a base model reads it: token ids, the learnt part, and the start of generation."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +15,12 @@ from lora_cli.models.forms import (
     one_line,
 )
 from lora_cli.records import Example, Prompt
+from lora_cli.text import counted
 
 UNLIMITED = 1 << 30
 # The number of preceding tokens that decide how a text's first token reads: a space mark, the bytes of a character.
 _CONTEXT = 8
+_MOST_NAMED = 5
 
 
 class Opening(NamedTuple):
@@ -134,7 +136,9 @@ class Encoder:
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as the model reads them; see `encode`."""
-        return [self.encode(example) for example in examples]
+        encoded = self.read_all(examples)
+        self.demand_room({one.id: len(one.ids) for one in encoded})
+        return encoded
 
     def encode(self, example: Example) -> Encoded:
         """An example as the model reads it.
@@ -142,13 +146,26 @@ class Encoder:
         Raises:
             DataError: longer than the model takes, or as `read`.
         """
-        encoded = self.read(example)
-        if len(encoded.ids) > self.longest:
-            raise DataError(
-                f"example {example.id} has {len(encoded.ids)} tokens, {self.name} takes {self.longest}",
-                hint="shorten or remove the example",
-            )
+        [encoded] = self.encode_all([example])
         return encoded
+
+    def demand_room(self, lengths: Mapping[str, int], *, new: int = 0) -> None:
+        """Raise DataError, which counts and names them, if examples are longer than the model takes.
+
+        Args:
+            lengths: the tokens of each example, by its id; `new` tokens that are generated are among them.
+        """
+        long = {id: length for id, length in lengths.items() if length > self.longest}
+        if not long:
+            return
+        one = len(long) == 1
+        named = ", ".join(f"{id} ({length:,})" for id, length in [*long.items()][:_MOST_NAMED])
+        raise DataError(
+            f"{self.name} takes {self.longest:,} tokens; {len(long):,} of {counted(len(lengths), 'example')} "
+            f"{'has' if one else 'have'} more{f' with {new:,} new ones' if new else ''}: {named}"
+            + (f" and {len(long) - _MOST_NAMED:,} more" if len(long) > _MOST_NAMED else ""),
+            hint=f"{'lower --max-new-tokens, or ' if new else ''}shorten or remove {'it' if one else 'them'}",
+        )
 
     def read_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as the model reads them, however long; see `read`."""

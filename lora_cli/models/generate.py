@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from lora_cli.errors import DataError
 from lora_cli.models.base_model import BaseModel, by_length
 from lora_cli.models.encode import Opening, until_end
 from lora_cli.models.hf import quiet
@@ -29,9 +28,15 @@ class Generation:
 def generate(
     base: BaseModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16
 ) -> list[str]:
-    """The greedy continuation of each prompt, in the order of the prompts."""
+    """The greedy continuation of each prompt, in the order of the prompts.
+
+    Raises:
+        DataError: a prompt with `max_new_tokens` more is longer than the model takes.
+    """
     texts = [""] * len(prompts)
     openings = [base.encoder.opening(prompt) for prompt in prompts]
+    lengths = {str(row): len(opening.ids) + max_new_tokens for row, opening in enumerate(openings, start=1)}
+    base.encoder.demand_room(lengths, new=max_new_tokens)
     for row, generation in stream(base, openings, max_new_tokens=max_new_tokens, batch_size=batch_size):
         texts[row] = generation.text
     return texts
@@ -42,19 +47,9 @@ def stream(
 ) -> Iterator[tuple[int, Generation]]:
     """Greedy continuations as (index of the opening, Generation), batch by batch.
 
-    Openings that end alike share batches, the longest first.
-
-    Raises:
-        DataError: an opening with `max_new_tokens` more is longer than the model takes.
+    Openings that end alike share batches, the longest first. The caller has asked for room: `Encoder.demand_room`.
     """
     lengths = [len(opening.ids) for opening in openings]
-    for row, length in enumerate(lengths):
-        if length + max_new_tokens > base.encoder.longest:
-            raise DataError(
-                f"prompt {row + 1} has {length} tokens and wants {max_new_tokens} new ones, "
-                f"{base.name} takes {base.encoder.longest} in all",
-                hint="lower --max-new-tokens or shorten the prompt",
-            )
     for rows in by_length(lengths, batch_size, [opening.ends for opening in openings]):
         began = time.perf_counter()
         outputs = _greedy(base, [openings[row] for row in rows], max_new_tokens)

@@ -17,6 +17,7 @@ from lora_cli.formats.checkpoint import open_checkpoint
 from lora_cli.models.hf import hf, quiet
 from lora_cli.models.skeleton import class_of, config_of, demand_filled
 from lora_cli.models.staged import staged
+from lora_cli.text import counted
 
 _OWN: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -48,7 +49,9 @@ def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, An
         )
     missing = sorted(report["missing_keys"])
     if missing:
-        raise Refused(f"{named}: {len(missing)} tensors are missing from its weights, such as {missing[0]}", hint=AGAIN)
+        raise Refused(
+            f"{named}: {counted(len(missing), 'tensor')} missing from its weights, such as {missing[0]}", hint=AGAIN
+        )
     return model, tokenizer
 
 

@@ -67,7 +67,7 @@ def draw_similarity(
             axes.set_yticks([(start + end - 1) / 2 for start, end in seen], [str(clusters[at]) for at, _ in seen])
             axes.set_xlabel(f"{n} adapters in the order of their clusters")
         many = f"{counted(len(frames), 'cluster')} of two or more"
-        axes.set_title(f"{n} adapters · {modules} modules · {many}")
+        axes.set_title(f"{n} adapters · {counted(modules, 'module')} · {many}")
 
 
 def draw_diff(file: Path, names: tuple[str, str], pairs: Sequence[ModulePair]) -> None:
@@ -137,7 +137,7 @@ def _draw_spectra(both: Any, pairs: Sequence[ModulePair]) -> None:
         axes.set_xlim(0.5, longest + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, title=f"{len(spectra)} modules")
+        axes.legend(frameon=False, title=counted(len(spectra), "module"))
 
 
 def _dot(values: Sequence[float]) -> str:

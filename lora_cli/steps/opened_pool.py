@@ -162,7 +162,8 @@ class Pool:
                 f"no adapters selected, and {len(pinned):,} are usable",
                 hint="choose some: lora select --by random -k 30",
             )
-        self.announce(f"adapters: all {len(pinned)} usable ones in the catalogue")
+        all_of_them = "the only usable one" if len(pinned) == 1 else f"all {len(pinned):,} usable ones"
+        self.announce(f"adapters: {all_of_them} in the catalogue")
         return tuple(pinned)
 
     def adapters(self, names: Sequence[str], *, whole: bool = False, passed_on: bool = False) -> Gathered:

@@ -2,15 +2,19 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from lora_cli.metrics.exact import normalise
 from lora_cli.models.encode import UNLIMITED, Encoder
 from lora_cli.models.forms import as_turns, content_of
 from lora_cli.records import Example
 from lora_cli.task import split
-from lora_cli.text import counted, percent
+from lora_cli.text import counted, percent, shortened
+
+_ONE_CLASS = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +31,12 @@ class TaskFacts:
     """Facts about a task's examples. Without a base the lengths are in characters, and other facts are None.
 
     `duplicates` counts examples that repeat an earlier one, `across_split` validation prompts that are also training
-    prompts, `in_test` test prompts that are also prompts of this task. `takes` is the base's token limit, `too_long`
-    names the examples above it. `one_token` counts completions of one token, `parted` examples without a right cut,
-    `marked` prompts with control tokens of the chat template, `early` answers with an end of turn inside. `unread`
-    names input that has no effect on the rendered prompts: keys of messages and lines, `--system`.
+    prompts, `in_test` test prompts that are also prompts of this task. `usual` is the most frequent answer, in the form
+    that exact match compares, and `usual_share` the share of the examples that have it: the score of a constant answer.
+    `takes` is the base's token limit, `too_long` names the examples above it. `one_token` counts completions of one
+    token, `parted` examples without a right cut, `marked` prompts with control tokens of the chat template, `early`
+    answers with an end of turn inside. `unread` names input that has no effect on the rendered prompts: keys of
+    messages and lines, `--system`.
     """
 
     examples: int
@@ -39,6 +45,8 @@ class TaskFacts:
     duplicates: int
     across_split: int | None
     in_test: int | None
+    usual: str
+    usual_share: float
     takes: int | None = None
     too_long: tuple[str, ...] = ()
     one_token: int | None = None
@@ -78,13 +86,16 @@ def look(
     """
     encoded = [] if encoder is None else encoder.read_all(examples)
     lengths = [len(one.ids) for one in encoded] or [len(_text(example)) for example in examples]
+    [(usual, times)] = Counter(normalise(example.completion) for example in examples).most_common(1)
     facts = TaskFacts(
         examples=len(examples),
         unit="characters" if encoder is None else "tokens",
         lengths=_lengths(lengths),
         duplicates=len(examples) - len({_identity(example, whole=True) for example in examples}),
-        across_split=None if seed is None or len(examples) < 2 else _repeated(*split(examples, seed=seed)),
-        in_test=None if test is None else _repeated(examples, test),
+        across_split=None if seed is None or len(examples) < 2 else repeated(*split(examples, seed=seed)),
+        in_test=None if test is None else repeated(examples, test),
+        usual=usual,
+        usual_share=times / len(examples),
     )
     if encoder is None:
         return facts
@@ -125,7 +136,7 @@ def _text(example: Example) -> str:
     return "".join(map(content_of, as_turns(example))) + example.completion
 
 
-def _repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
+def repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
     """The number of examples in `others` whose prompt is also in `these`."""
     prompts = {_identity(example) for example in these}
     return sum(_identity(example) in prompts for example in others)
@@ -145,7 +156,6 @@ def summary_of(facts: TaskFacts) -> list[str]:
         f"{facts.unit} median {lengths.median:,}, 95 % {lengths.p95:,}, longest {lengths.longest:,}",
         facts.too_long and f"{len(facts.too_long):,} longer than the base takes ({facts.takes:,})",
         facts.duplicates and counted(facts.duplicates, "duplicate"),
-        facts.across_split and f"{counted(facts.across_split, 'validation prompt')} also in training",
         facts.in_test and f"{counted(facts.in_test, 'test prompt')} also here",
         facts.one_token and f"{percent(facts.one_token / facts.examples)} one-token completions",
         facts.parted and f"{facts.parted:,} without a right cut",
@@ -153,6 +163,15 @@ def summary_of(facts: TaskFacts) -> list[str]:
         facts.marked and f"{counted(facts.marked, 'prompt')} with control tokens, see --no-chat-template",
     ]
     lines = [" · ".join(filter(None, parts))]
+    if facts.across_split:
+        prompts = "prompt is also a training prompt" if facts.across_split == 1 else "prompts are also training prompts"
+        lines.append(
+            f"warning: {facts.across_split:,} validation {prompts}, which flatters the best step and its gain: "
+            "remove the repeated lines"
+        )
+    if facts.examples > 1 and facts.usual_share > _ONE_CLASS:
+        answers = f"{percent(facts.usual_share)} of the answers are {shortened(facts.usual)!r}"
+        lines.append(f"warning: {answers}: a model that gives no other answer seems good")
     if facts.unread:
         unread = ", ".join(facts.unread)
         lines.append(f"warning: prompts are the same without {unread}: the chat template does not read it")

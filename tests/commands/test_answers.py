@@ -38,7 +38,7 @@ def test_wrong_answers_stand_beside_the_expected_ones(here: World) -> None:
 
     told = ok("runs", "answers", "--all", "-n", "100", "--system", OUTER)
     assert len(told.out.splitlines()) == 12
-    assert "of 12 answers are wrong · 12 shown" in told.err
+    assert "of 12 answers wrong · 12 shown" in told.err
     assert len(json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]) == 36
     assert "no answers of 'nobody'" in refused(3, "runs", "answers", "--system", "nobody")
 
@@ -102,7 +102,7 @@ def test_the_choices_of_an_evaluation_are_its_answers(here: World) -> None:
     right = sum(row["correct"] for row in shown if row["system"] == OUTER)
     assert document["rows"][1]["value"] == right / 12
     line = refused(1, "eval", OUTER, "--data", "few.jsonl", "--metric", "choice")
-    assert f"few.jsonl: example {examples[0]['id']} has no choices, nor have 11 others of 12" in line
+    assert f"few.jsonl: no choices in 12 of 12 examples, first in {examples[0]['id']}" in line
     assert "metric exact takes no --normalise" in refused(2, "eval", OUTER, "--normalise", "tokens")
 
 

@@ -236,7 +236,7 @@ def test_an_adapter_without_effect_fails_the_evaluation(here: World) -> None:
     save_file(tensors, weights)
     code, out, err = lora("eval", "pool/tarn/mirror", "idle")
     assert code == 5
-    assert "no effect of idle: all 100 outputs and likelihoods equal those of the base" in err
+    assert "no effect of idle: all outputs and likelihoods equal those of the base, on 100 prompts" in err
     assert [line.split("\t")[0] for line in out.splitlines()] == ["base", "pool/tarn/mirror", "idle"]
 
 
@@ -258,7 +258,7 @@ def test_a_record_that_does_not_name_its_data(here: World) -> None:
     written = record(folder)
     del written["settings"]["data"]
     (folder / "run.json").write_text(json.dumps(written))
-    assert "does not name the data of the last fit" in refused(1, "eval")
+    assert "names no data that was learnt" in refused(1, "eval")
 
 
 def test_bad_input_is_answered_in_a_line(here: World) -> None:

@@ -116,7 +116,7 @@ def test_unknown_adapters_and_other_versions_are_left_out_counted_and_named() ->
     assert f"2 scores of 1 adapter at another commit there (bob/math@{9:040x})" in told.err
     assert query(Path(os.environ["LORA_DB"]), 'select distinct "commit" from scores')[1] == [(f"{1:040x}",)]
     message = refused(3, "pool", "import", written("adapter,x\nnone/a,1\n"))
-    assert "none of its 1 adapter is in the catalogue (none/a)" in message
+    assert "1 adapter, none in the catalogue (none/a)" in message
     assert "lora pool sync" in message
 
 

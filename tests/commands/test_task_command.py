@@ -48,8 +48,9 @@ def test_examples_are_shown_as_tokens_with_what_is_learnt_in_brackets(here: Path
         "<bos>|<user>|c|d|<assistant>|[z|<eos>]",
     ]
     assert told.err == (
-        "data: 4 examples · tokens median 8, 95 % 9, longest 9 · 1 duplicate · 1 validation prompt also in training · "
-        "25 % one-token completions\n"
+        "data: 4 examples · tokens median 8, 95 % 9, longest 9 · 1 duplicate · 25 % one-token completions\n"
+        "warning: 1 validation prompt is also a training prompt, which flatters the best step and its gain: "
+        "remove the repeated lines\n"
     )
     assert "duplicates\t1" in told.out
 
@@ -68,6 +69,8 @@ def test_the_document_for_scripts_holds_all_facts_about_the_task(here: Path) -> 
         "duplicates": 1,
         "across_split": 1,
         "in_test": 1,
+        "usual": "xy",
+        "usual_share": 0.5,
         "takes": 64,
         "too_long": [],
         "one_token": 1,

@@ -257,7 +257,7 @@ def test_the_choice_of_a_model_is_that_of_a_loop_over_the_options(normalise: str
 def test_an_example_without_choices_is_named_before_any_work() -> None:
     task = [replace(example, choices=("aa", example.completion)) for example in examples(5)]
     lacking = [*task[:2], *(replace(example, choices=()) for example in task[2:])]
-    with pytest.raises(DataError, match=r"^example 3 has no choices, nor have 2 others of 5$"):
+    with pytest.raises(DataError, match=r"^no choices in 3 of 5 examples, first in 3$"):
         evaluate(llama(), [System(name="base")], lacking, EvalOptions(metric="choice"))
 
 

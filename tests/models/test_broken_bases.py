@@ -193,7 +193,7 @@ LOADED: dict[str, tuple[Change, str]] = {
         with_keys(CONFIG, quantization_config={"quant_method": "aqlm"}),
         "its weights cannot be loaded",
     ),
-    "layers of another model": (with_keys(CONFIG, num_hidden_layers=4), "18 tensors are missing from its weights"),
+    "layers of another model": (with_keys(CONFIG, num_hidden_layers=4), "18 tensors missing from its weights"),
     "width in memory": (with_keys(CONFIG, hidden_size=10**6), "config.json describes a model of"),
     "tokenizer missing": (gone(TOKENIZER), "its tokenizer cannot be loaded"),
     "tokenizer of nothing": (bytes_of(TOKENIZER, b"{}"), "its tokenizer cannot be loaded"),

@@ -184,7 +184,7 @@ def test_conv1d_is_stored_the_other_way_round_whatever_the_adapter_says(
     adapter = adapter_of(tmp_path / "adapter", GPT2, fan_in_fan_out=flag)
     told = ok("bake", str(adapter), "--base", str(base), "-o", "out")
     assert ("although the adapter sets" in told.err) == (not flag)
-    assert "2 square weights are read as (in, out): the base is a gpt2" in told.err
+    assert "2 square weights read as (in, out): the base is a gpt2" in told.err
     torch.testing.assert_close(logits(Path("out")), logits(base, adapter), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(logits(Path("out")), logits(base, adapter, merged=True), rtol=1e-6, atol=1e-5)
     assert (logits(Path("out")) - logits(base)).abs().max() > 0.1
@@ -456,7 +456,7 @@ def _part_missing(base: Path) -> Path:
         (_quantised, "is quantised"),
         (_pickled, "pytorch_model.bin only, a pickle"),
         (_emptied, "has no model.safetensors"),
-        (_one_layer, "no module model.layers.1.mlp.down_proj; 6 of 8 modules match"),
+        (_one_layer, "no module model.layers.1.mlp.down_proj; modules that match: 6 of 8"),
         (_wider, "model.layers.0.mlp.up_proj is 50×32 in acme/base and 48×32 in"),
         (_integers, "model.layers.0.mlp.up_proj is I8 in acme/base"),
         (_broken, "model.layers.0.mlp.up_proj: NaN or Inf in the base's own weight"),
@@ -464,7 +464,7 @@ def _part_missing(base: Path) -> Path:
         (_huge_elsewhere, "model.embed_tokens.weight: values overflow fp16"),
         (_outside, "names ../model.safetensors, which is no file beside it"),
         (_linked_out, "acme/base: tokenizer.json is a link to outside its folder"),
-        (_listed_type, "6 of 8 modules match"),
+        (_listed_type, "modules that match: 6 of 8"),
         (_cut, "acme/base: model.safetensors: truncated"),
         (_part_missing, "model-00001-of-00002.safetensors is missing"),
     ],

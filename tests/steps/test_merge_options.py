@@ -217,7 +217,7 @@ def test_sglang_is_served_with_the_line_that_its_server_reads() -> None:
         f"python -m sglang.launch_server --model-path acme/tiny --enable-lora --lora-paths served={Path.cwd()}/served"
     )
     assert line in told
-    assert "3 modules hold zeros: SGLang 0.5.23 fuses them with the others" in told
+    assert "zeros in 3 modules: SGLang 0.5.23 fuses them with the others" in told
     assert not set(norms("plain")) - set(norms("served"))
     close(deltas(Path("served")), deltas(Path("plain")), 1e-7)
 

@@ -88,7 +88,7 @@ def fetch(
 
 
 def _raise_if_not_all(report: "FetchReport") -> None:
-    done = f"{len(report.fetched) + len(report.here):,} are on this machine"
+    done = f"{len(report.fetched) + len(report.here):,} on this machine"
     if report.failed:
         adapter, reason = report.failed[0]
         raise Partial(

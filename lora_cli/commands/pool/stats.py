@@ -7,7 +7,7 @@ import typer
 
 from lora_cli.columns import Column
 from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
-from lora_cli.text import size
+from lora_cli.text import counted, size
 
 _COUNTS = (Column("COLUMN", "column"), Column("VALUE", "value", wide=True), Column("ADAPTERS", "adapters", "right"))
 
@@ -31,7 +31,8 @@ def stats(*, setup: Catalogued, listing: Annotated[Listing, _COUNTS]) -> None:
     totals = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
     screen.rows("lora.pool.stats/1", _COUNTS, rows, identity="value", extra=totals)
     screen.say(
-        f"{totals['adapters']:,} adapters of {totals['authors']:,} known authors · {totals['usable']:,} usable · "
+        f"{counted(totals['adapters'], 'adapter')} of {counted(totals['authors'], 'known author')} · "
+        f"{totals['usable']:,} usable · "
         f"{size(totals['bytes'])} of weights · last sync {totals['last_sync'] or 'never'}"
     )
 

@@ -176,7 +176,7 @@ def _copies(judged: Sequence["Judged"]) -> list[str]:
     first = near[0]
     named = f"{first.verdict.adapter.id} and {first.copy.id}" if first.copy else ""
     return [
-        f"{len(near):,} of {len(judged):,} have a near copy (cosine {NEAR:g} and above, estimated from sketches), "
+        f"near copies (cosine {NEAR:g} and above, estimated from sketches): {len(near):,} of {len(judged):,}, "
         f"{same:,} of them the same weights, such as {named}; lora select --dedupe {NEAR:g} takes one of each"
     ]
 

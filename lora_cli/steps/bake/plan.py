@@ -30,6 +30,7 @@ from lora_cli.names import layer_of, leaf
 from lora_cli.precision import CHOICES, FLOATS, STORED, spoken
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bases import skeleton_at
+from lora_cli.text import counted
 
 # Models of transformers whose attention and MLP are Conv1D, which stores (in, out), and the names of these modules.
 _CONV1D_MODELS = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"))
@@ -249,7 +250,7 @@ def _demand_all(adapter: OpenAdapter | OpenDelta, base: Base, missing: Sequence[
         total = len(adapter.modules)
         raise Refused(
             f"{adapter.ref.id} does not fit {base.name}: no module {missing[0]}; "
-            f"{total - len(missing)} of {total} modules match",
+            f"modules that match: {total - len(missing)} of {total}",
             hint="use the adapter with the base model it was trained on",
         )
 
@@ -340,7 +341,7 @@ def _of_squares(
     because = f"the base is a {model}" if model else "the adapter sets fan_in_fan_out"
     though = f", although the adapter sets fan_in_fan_out {str(flag).lower()}" if set(assumed) != {flag} else ""
     how = "(in, out)" if all(assumed) else "(out, in)" if not any(assumed) else "(in, out) where they are Conv1D"
-    return f"{len(assumed)} square weights are read as {how}: {because}{though}"
+    return f"{counted(len(assumed), 'square weight')} read as {how}: {because}{though}"
 
 
 def _of_absent(checkpoint: Checkpoint) -> list[str]:

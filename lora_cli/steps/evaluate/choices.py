@@ -8,6 +8,7 @@ from lora_cli.errors import DataError
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.records import Example
+from lora_cli.text import counted
 
 ValuesOf = Callable[..., Sequence[Sequence[float]]]
 """A metric of kind choice, with its knobs: the value of each option of each example as the answer."""
@@ -37,9 +38,9 @@ def demand_choices(examples: Sequence[Example], *, file: str = "") -> None:
     """Raise DataError, with the name of the file, if an example brings no options."""
     lacking = [example.id for example in examples if not example.choices]
     if lacking:
-        more = f", nor have {len(lacking) - 1:,} others of {len(examples):,}" if len(lacking) > 1 else ""
         raise DataError(
-            f"{file and f'{file}: '}example {lacking[0]} has no choices{more}",
+            f"{file and f'{file}: '}no choices in {len(lacking):,} of {counted(len(examples), 'example')}, "
+            f"first in {lacking[0]}",
             hint='add "choices": ["…", "…"] to each line, the completion among them, or take --metric exact or nll',
         )
 
@@ -52,7 +53,8 @@ def read_choices(base: BaseModel, examples: Sequence[Example]) -> dict[str, Choi
         texts = tuple(dict.fromkeys(example.choices))
         right = texts.index(example.completion)
         read = [example if place == right else replace(example, completion=text) for place, text in enumerate(texts)]
-        found[example.id] = Choices(texts, tuple(base.encode_all(read)), right)
+        found[example.id] = Choices(texts, tuple(base.encoder.read_all(read)), right)
+    base.encoder.demand_room({id: max(len(one.ids) for one in options.encoded) for id, options in found.items()})
     return found
 
 

@@ -129,9 +129,9 @@ def evaluate(
     [itself] = [system.name for system in systems if system.updates is None]
     for system in systems:
         base.check(system.shapes, system.name)
-    encoded = dict(zip((example.id for example in examples), base.encode_all(examples), strict=True))
-    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     choices = read_choices(base, examples) if metric.kind == "choice" else {}
+    encoded = _read(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
+    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
     keys = {
@@ -163,6 +163,14 @@ def evaluate(
         for name in names
     ]
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
+
+
+def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
+    """The examples as the base reads them, by id; each has room for `new` tokens behind its prompt."""
+    encoded = {one.id: one for one in base.encoder.read_all(examples)}
+    lengths = {id: max(len(one.ids), len(one.opening.ids) + new) for id, one in encoded.items()}
+    base.encoder.demand_room(lengths, new=new)
+    return encoded
 
 
 def demand_systems(names: Sequence[str], *, baseline: str) -> None:

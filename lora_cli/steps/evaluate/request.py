@@ -1,6 +1,6 @@
 """From the user's request for an evaluation to scores, recorded as a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -9,19 +9,19 @@ from typing import Any
 from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME
-from lora_cli.formats.run_record import RECORD_FILE, key_of, read_record
+from lora_cli.formats.run_record import key_of
 from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.evaluate.answers import unchanged
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.evaluate.evaluate import System, Updates, demand_systems, evaluate
+from lora_cli.steps.evaluate.learnt import learnt, trained_on
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, summary_of
-from lora_cli.task import Task, read_task, split
+from lora_cli.task import Task, read_task
 from lora_cli.text import counted
 
 
@@ -42,7 +42,7 @@ class EvaluateRequest:
         prompting: Prompting | None = None,
     ) -> None:
         self.pool, self.settings, self.options = pool, settings, options or EvalOptions()
-        base, systems = base_of(settings), _distinct(names)
+        base, systems = base_of(settings), distinct(names)
         demand_systems(["base", *systems], baseline=self.options.baseline)
         self.task = test_data(settings)
         if METRICS.get(self.options.metric).kind == "choice":
@@ -66,6 +66,8 @@ class EvaluateRequest:
             System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
             for name, adapter in zip(systems, gathered.adapters, strict=True)
         ]
+        refs, files = [adapter.ref for adapter in gathered.adapters], [settings.data, settings.test]
+        self.trained = dict(zip(systems, trained_on(refs, self.task, files), strict=True))
 
     @cached_property
     def run_settings(self) -> dict[str, Any]:
@@ -90,7 +92,8 @@ class EvaluateRequest:
         with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows(out)) as run:
             run.device = self.ref.device
             loaded = self.ref.load(progress)
-            for line in summary_of(look(self.task.examples, loaded.encoder)):
+            self.facts = look(self.task.examples, loaded.encoder)
+            for line in [*summary_of(self.facts), *self.familiar()]:
                 self.pool.announce(line)
             scores = evaluate(
                 loaded,
@@ -101,9 +104,24 @@ class EvaluateRequest:
                 rows_path=self.rows(out),
                 progress=progress,
             )
+            scores = [self._with_what_was_learnt(score) for score in scores]
             versions = {system.name: [system.version] for system in self.systems[1:]}
             runs.add_scores(db, run, scores, versions, self.task.sha256)
         return scores
+
+    def familiar(self) -> Iterator[str]:
+        """A line for each system that was trained on examples of the task, or on data that is gone."""
+        for name, trained in self.trained.items():
+            if trained is not None and trained.examples is None:
+                yield f"note: {trained.name}, on which {name} was trained, is not here to be compared with this data"
+            elif trained is not None and trained.examples:
+                of = counted(len(self.task.examples), "example")
+                was = "was" if trained.examples == 1 else "were"
+                yield f"warning: {trained.examples:,} of {of} {was} trained on by {name}, which flatters its score"
+
+    def _with_what_was_learnt(self, score: Score) -> Score:
+        trained = self.trained.get(score.system)
+        return score if trained is None else replace(score, details={**score.details, "trained_on": trained.examples})
 
 
 def last_written(db: Path) -> list[str]:
@@ -128,22 +146,19 @@ def test_data(settings: Settings) -> Task:
     last = runs.latest_output(settings.db, ["fit"])
     if last is None:
         raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
-    record = read_record(last[1])
     try:
-        name, seed = str(record["settings"]["data"]), int(record["settings"]["seed"])
-        sha256 = record["inputs"][name]
-    except (KeyError, TypeError, ValueError):
+        data = learnt(last[1])
+    except DataError as error:
+        raise DataError(error.message, hint="give --data FILE.jsonl") from None
+    parts = data.parts([settings.data])
+    if parts is None:
         raise DataError(
-            f"{last[1] / RECORD_FILE} does not name the data of the last fit",
-            hint="give --data FILE.jsonl",
-        ) from None
-    task = unchanged(name, sha256, [settings.data])
-    if task is not None:
-        return replace(task, examples=split(task.examples, seed=seed)[1])
-    raise DataError(f"{name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl")
+            f"{data.name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl"
+        )
+    return parts[1]
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
+def distinct(names: Sequence[str]) -> list[str]:
     """Names for the systems: as given, a full path by its last part, numbered where two are alike."""
     short = [Path(name).name if Path(name).is_absolute() else name for name in names]
     return [

@@ -20,7 +20,7 @@ from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
-from lora_cli.task import Task
+from lora_cli.task import Task, demand_two
 from lora_cli.text import counted
 
 
@@ -73,7 +73,7 @@ class FitRequest:
     """The user's request for a fit: adapters, task, how coefficients are learnt and compared.
 
     Raises:
-        UsageError: an unknown control, or no base model.
+        UsageError: an unknown control, or no base model. DataError: a task of one example.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class FitRequest:
         self.shape, self.options = shape or Shape(), options or FitOptions()
         self.recipe = replace(recipe or Recipe(), seed=settings.seed)
         self.base = base_of(settings)
+        demand_two(task.examples)
         demand_sane(l1=self.options.l1, controls=self.options.controls)
         self.merging = checked_options(
             MergeOptions(method="linear", rank=self.options.rank, energy=self.options.energy)

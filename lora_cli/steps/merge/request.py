@@ -32,7 +32,7 @@ from lora_cli.steps.merge.stream import MergePlan, MergeReport, identical, merge
 from lora_cli.steps.opened_pool import Chosen, Gathered, Pool
 from lora_cli.steps.pool.compare import near_copies
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.text import in_words
+from lora_cli.text import counted, in_words
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,5 +247,5 @@ def _weights(spelled: str, chosen: Chosen) -> list[float]:
     except ValueError:
         raise UsageError(f"--weights takes average, sum or numbers with commas, not {spelled!r}") from None
     if len(numbers) != n:
-        raise UsageError(f"--weights gives {len(numbers)} numbers for {n} adapters")
+        raise UsageError(f"--weights gives {counted(len(numbers), 'number')} for {counted(n, 'adapter')}")
     return numbers

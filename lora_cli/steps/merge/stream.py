@@ -31,7 +31,7 @@ from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge.plan import MergePlan, identical, plan
 from lora_cli.steps.pool.licences import Stated
-from lora_cli.text import percent
+from lora_cli.text import counted, percent
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
 
@@ -272,9 +272,9 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
         "",
         f"# {title}",
         "",
-        f"{len(plan.adapters)} adapters of {base} merged by `{plan.options.method}`"
+        f"{counted(len(plan.adapters), 'adapter')} of {base} merged by `{plan.options.method}`"
         + (f" ({', '.join(f'{k} {v}' for k, v in plan.options.knobs.items())})" if plan.options.knobs else "")
-        + f": {len(report.modules)} modules, {made}.",
+        + f": {counted(len(report.modules), 'module')}, {made}.",
         "",
         "| parent | commit | weight | licence |",
         "|---|---|---|---|",

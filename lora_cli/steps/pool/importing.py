@@ -93,7 +93,7 @@ def _demand_known(file: Path, counts: ImportCounts) -> None:
         raise DataError(f"{file}: no score in it", hint="every cell is empty, or there is no row below the names")
     few = ", ".join(map(shortened, (counts.unknown_ids + counts.elsewhere_ids)[:3]))
     raise NothingMatched(
-        f"{file}: none of its {counted(counts.unknown + counts.elsewhere, 'adapter')} is in the catalogue ({few})",
+        f"{file}: {counted(counts.unknown + counts.elsewhere, 'adapter')}, none in the catalogue ({few})",
         hint="run lora pool sync first, or name the column of the ids with --id-column",
     )
 

@@ -64,8 +64,9 @@ class Parts:
     @classmethod
     def of(cls, base: BaseModel, examples: Sequence[Example], *, fraction: float, seed: int) -> "Parts":
         """The examples split and encoded; `fraction` of them is for validation."""
+        encoded = {one.id: one for one in base.encode_all(examples)}
         training, validation = split(examples, fraction=fraction, seed=seed)
-        return cls(base.encode_all(training), base.encode_all(validation))
+        return cls([encoded[example.id] for example in training], [encoded[example.id] for example in validation])
 
 
 @dataclass(frozen=True, slots=True)

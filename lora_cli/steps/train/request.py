@@ -18,7 +18,7 @@ from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
 from lora_cli.steps.train.train import TrainResult, run_settings, train_and_write
-from lora_cli.task import Task
+from lora_cli.task import Task, demand_two
 from lora_cli.text import counted
 
 
@@ -84,8 +84,9 @@ def train_job(
 
     Raises:
         UsageError: no base model.
-        DataError: a malformed task.
+        DataError: a task of one example.
     """
+    demand_two(task.examples)
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
     described = run_settings(options=options, recipe=recipe, data=task.file.name)
     base = base_of(settings)

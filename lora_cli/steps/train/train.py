@@ -17,6 +17,7 @@ from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
 from lora_cli.steps.train.descent import Learnt, Parts, learn
 from lora_cli.task import HELD_OUT
+from lora_cli.text import counted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +128,8 @@ def _card(base: str, result: TrainResult) -> str:
         "",
         "# LoRA",
         "",
-        f"A LoRA of {named} trained on {result.n_train} examples. Validation loss on {result.n_validation} others: "
+        f"A LoRA of {named} trained on {counted(result.n_train, 'example')}. "
+        f"Validation loss on {counted(result.n_validation, 'other')}: "
         f"{learnt.loss_before:.3f} before, {learnt.loss_after:.3f} after, best at step {learnt.best_step}.",
         "",
         "`run.json` holds the settings, versions and hashes that made this folder.",

@@ -1,0 +1,70 @@
+"""What adapters in folders learnt from, as their records tell, and which examples are evaluated that they learnt."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from lora_cli.errors import DataError
+from lora_cli.formats.run_record import RECORD_FILE, read_record
+from lora_cli.records import AdapterRef
+from lora_cli.steps.evaluate.answers import unchanged
+from lora_cli.steps.task_view import repeated
+from lora_cli.task import Task, split
+
+
+class Learnt(NamedTuple):
+    """The data of a fit or a training: the file's name and SHA-256, and the seed of its split."""
+
+    name: str
+    sha256: str
+    seed: int
+
+    def parts(self, files: Sequence[Path | None]) -> tuple[Task, Task] | None:
+        """The training and the validation part. None if neither `files` nor the working folder hold the data."""
+        task = unchanged(self.name, self.sha256, files)
+        if task is None:
+            return None
+        training, validation = split(task.examples, seed=self.seed)
+        return replace(task, examples=training), replace(task, examples=validation)
+
+
+def learnt(folder: Path) -> Learnt:
+    """The data of the fit or training that wrote `folder`. DataError if its record does not name it."""
+    record = read_record(folder)
+    try:
+        if record["command"] in ("fit", "train"):
+            name = str(record["settings"]["data"])
+            # A record may be a stranger's: a name is one of a file, never a way to it.
+            return Learnt(Path(name).name, str(record["inputs"][name]), int(record["settings"]["seed"]))
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise DataError(f"{folder / RECORD_FILE} names no data that was learnt")
+
+
+class Trained(NamedTuple):
+    """The examples of a task with a prompt on which an adapter was trained; None if its data, `name`, is gone."""
+
+    name: str
+    examples: int | None
+
+
+def trained_on(adapters: Sequence[AdapterRef], task: Task, files: Sequence[Path | None]) -> list[Trained | None]:
+    """What each adapter learnt of a task; None for one that is no fit or training of this tool.
+
+    Args:
+        files: the places where training data may be, besides the folder of the task.
+    """
+    counted: dict[Learnt, int | None] = {}
+    found: list[Trained | None] = []
+    for adapter in adapters:
+        try:
+            data = learnt(Path(adapter.repo, adapter.subfolder))
+        except DataError:
+            found.append(None)
+            continue
+        if data not in counted:
+            parts = data.parts([*files, task.file, task.file.parent / data.name])
+            counted[data] = None if parts is None else repeated(parts[0].examples, task.examples)
+        found.append(Trained(data.name, counted[data]))
+    return found
