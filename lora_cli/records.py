@@ -331,3 +331,30 @@ class Score:
             return False
         p = self.p if self.p_holm is None else self.p_holm
         return p < LEVEL and not self.delta_low <= 0 <= self.delta_high
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskScore:
+    """One system's value of one metric of one task, as lm-evaluation-harness computes it.
+
+    `stderr` is the harness's; where it has none it is None, and so are `low` and `high`, the 95 % interval. `higher`
+    tells whether a higher value is better, None if the harness does not say. `delta` with its interval is the paired
+    difference to `baseline`, `p` that of "no difference", and `p_holm` the same corrected for the number of systems;
+    None where the metric is no mean over examples.
+    """
+
+    system: str
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    n: int
+    higher: bool | None
+    baseline: str = ""
+    delta: float | None = None
+    delta_low: float | None = None
+    delta_high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None

@@ -13,7 +13,7 @@ from lora_cli.catalogue.database import open_for_reading, open_for_writing, writ
 from lora_cli.catalogue.rows import text
 from lora_cli.errors import NothingMatched, OutputError
 from lora_cli.formats.run_record import Run, key_of
-from lora_cli.records import Score
+from lora_cli.records import Score, TaskScore
 from lora_cli.redaction import redacted
 
 
@@ -67,17 +67,27 @@ def new_run(now: datetime, command: str, settings: Mapping[str, Any], inputs: Ma
     )
 
 
-def add_scores(db: Path, run: Run, scores: Sequence[Score], adapters: Mapping[str, Sequence[str]], task: str) -> None:
+def add_scores(
+    db: Path,
+    run: Run,
+    scores: Sequence[Score | TaskScore],
+    adapters: Mapping[str, Sequence[str]],
+    task: str,
+    *,
+    called: str = "",
+) -> None:
     """Store the scores of an evaluation. `adapters` maps a system to its `id@commit`s; `task` is the data's SHA-256.
 
-    The task is called by its file and the first digits of its hash. A system of one adapter is a score of this adapter.
+    The task is `called` so, else by its file and the first digits of its hash. A system of one adapter is a score of
+    this adapter.
     """
+    called = called or f"{run.settings['data']}@{task[:8]}"
     rows = []
     for score in scores:
         values, pinned = asdict(score), list(adapters.get(score.system, ()))
         id, _, commit = pinned[0].rpartition("@") if len(pinned) == 1 else ("", "", "")
         rows.append(
-            {"run_id": run.id, "task_sha256": task, "task": f"{run.settings['data']}@{task[:8]}"}
+            {"run_id": run.id, "task_sha256": task, "task": called}
             | {"adapters": json.dumps(pinned), "adapter": id, "commit": commit}
             | {name: values.pop(name) for name in ("system", "metric", "value", "low", "high", "n")}
             | {"details": json.dumps(values)}

@@ -9,11 +9,12 @@ import typer
 from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import chosen_or_last
+from lora_cli.commands.eval_harness import demand_nothing_else, evaluate_by_harness
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
-from lora_cli.recipes import EvalOptions
+from lora_cli.recipes import EvalOptions, HarnessOptions
 from lora_cli.records import Score
 from lora_cli.screen import Screen, near
 from lora_cli.settings import base_of
@@ -67,6 +68,7 @@ def evaluate(
     *,
     setup: Tested,
     options: EvalOptions,
+    harness: HarnessOptions,
     listing: Annotated[DrawnListing, _COLUMNS],
     prompts: Prompts,
 ) -> None:
@@ -74,8 +76,15 @@ def evaluate(
 
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
-    `lora runs answers` shows the wrong answers, and what changes from one system to another.
+    `lora runs answers` shows the wrong answers, and what changes from one system to another. With --harness the tasks
+    are those of lm-evaluation-harness, which computes the scores.
     """
+    if harness.tasks:
+        own = EvalOptions(baseline=options.baseline, batch_size=options.batch_size)
+        demand_nothing_else(setup.test or listing.plot or prompts != Prompts() or options != own)
+        evaluate_by_harness(adapters, out, setup, options, harness, listing)
+        return
+
     from dataclasses import asdict
 
     from lora_cli.steps.evaluate.request import EvaluateRequest

@@ -71,6 +71,7 @@ KEEPERS = {
     ),
     "transformers": ("models", "world"),
     "peft": ("models", "world"),
+    "lm_eval": ("models.harness",),
     "re2": ("formats.targets",),
     "tokenizers": ("world",),
     "msgspec": ("options", "recipes", "merge_options", "steps", "commands"),
