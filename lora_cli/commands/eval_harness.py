@@ -17,14 +17,14 @@ from lora_cli.settings import base_of
 from lora_cli.text import interval
 
 COLUMNS = (
-    Column("SYSTEM", "system", wide=True, least=18),
-    Column("TASK", "task"),
-    Column("METRIC", "metric"),
-    Column("SCORE", "value", "right", show=lambda row: f"{row['value']:.4f}"),
-    Column("STDERR", "stderr", "right", show=lambda row: None if row["stderr"] is None else f"{row['stderr']:.4f}"),
-    Column("95 % CI", "interval", "right", show=lambda row: _interval(row)),
+    Column("SYSTEM", "system", wide=True, least=12),
+    Column("TASK", "task", wide=True, least=8),
+    Column("METRIC", "metric", wide=True, least=6),
+    Column("SCORE", "value", "right", show=lambda row: f"{row['value']:.3f}"),
+    Column("STDERR", "stderr", "right", show=lambda row: None if row["stderr"] is None else f"{row['stderr']:.3f}"),
     Column("N", "n", "right"),
     Column("DELTA", "difference", "right", of="delta", show=lambda row: _difference(row)),
+    Column("95 % CI", "interval", "right", minor=True, show=lambda row: _interval(row)),
     Column("P", "p", "right", minor=True),
     Column("P HOLM", "p_holm", "right", minor=True),
     *on_request("low", "high", "delta", "delta_low", "delta_high", "higher", "baseline"),
@@ -93,4 +93,4 @@ def _interval(row: Mapping[str, Any]) -> str | None:
 def _difference(row: Mapping[str, Any]) -> str | None:
     if row["delta"] is None:
         return None
-    return f"{row['delta']:+.4f} {interval(row['delta_low'], row['delta_high'], signed=True)}"
+    return f"{row['delta']:+.3f} {interval(row['delta_low'], row['delta_high'], signed=True)}"

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, NothingMatched, Refused, UsageError
+from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
 from lora_cli.hashes import file_sha256
+from lora_cli.hub.session import prepare
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.hf import quiet
 from lora_cli.recipes import HarnessOptions
@@ -74,9 +75,10 @@ def load_tasks(options: HarnessOptions) -> list[HarnessTask]:
     Raises:
         UsageError: the harness is not installed, a file without `trust_task`, or two files of one task.
         NothingMatched: a name that the harness does not know. DataError: a file that is missing.
-        Refused: the harness cannot load a task.
+        NetworkError: the data of a task cannot be downloaded. Refused: the harness cannot load a task.
     """
     _harness("")
+    prepare()
     for name in options.tasks:
         if not _is_file(name):
             continue
@@ -231,6 +233,8 @@ def _named(task: str) -> Iterator[None]:
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
             raise
         said = shortened(next(iter(str(error).splitlines()), ""))
+        if isinstance(error, ConnectionError):
+            raise NetworkError(f"the data of {task}: {said}", hint="check the network, and HF_HUB_OFFLINE") from error
         raise Refused(
             f"lm-evaluation-harness fails on {task}: {type(error).__name__}: {said}",
             hint=f"lm_eval run --tasks {task} has the details",

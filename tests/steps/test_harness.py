@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lora_cli.models.harness import load_tasks
+from lora_cli.errors import NetworkError
+from lora_cli.models.harness import _named, load_tasks
 from lora_cli.models.ref import BaseRef
 from lora_cli.recipes import HarnessOptions
 from lora_cli.scores import paired_difference, wilson
@@ -212,3 +213,8 @@ def test_without_the_harness_the_extra_is_named(here: Path, monkeypatch: pytest.
 def test_a_name_that_the_harness_does_not_know(here: Path) -> None:
     told = refused(3, "eval", "one", "--harness", "helaswag")
     assert "lm-evaluation-harness has no task 'helaswag'\n  did you mean 'hellaswag'?" in told
+
+
+def test_data_that_cannot_be_downloaded_is_a_matter_of_the_network() -> None:
+    with pytest.raises(NetworkError, match=r"^the data of hellaswag: Couldn't reach it$"), _named("hellaswag"):
+        raise ConnectionError("Couldn't reach it")
