@@ -130,7 +130,7 @@ def evaluate(
     for system in systems:
         base.check(system.shapes, system.name)
     choices = read_choices(base, examples) if metric.kind == "choice" else {}
-    encoded = _read(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
+    encoded = read_for(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
@@ -165,8 +165,9 @@ def evaluate(
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
 
 
-def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
-    """The examples as the base reads them, by id; each has room for `new` tokens behind its prompt."""
+def read_for(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
+    """The examples as the base reads them, by id. DataError, which counts them, for those without room for `new` more
+    tokens behind their prompt."""
     encoded = {one.id: one for one in base.encoder.read_all(examples)}
     lengths = {id: max(len(one.ids), len(one.opening.ids) + new) for id, one in encoded.items()}
     base.encoder.demand_room(lengths, new=new)
