@@ -66,7 +66,7 @@ def test_a_dry_run_says_what_it_would_download_and_downloads_nothing(fake: FakeH
     assert plan["out"] is None
     assert plan["fetch"] == [f"{id}@{fake.repos[id].sha}" for id in ("alice/sql", "bob/math")]
     assert plan["fetch_bytes"] == sum(len(fake.repos[id].files[WEIGHTS]) for id in ("alice/sql", "bob/math"))
-    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     plan = json.loads(ok("fit", "alice/sql", "--data", "task.jsonl", "--base", BASE, "--dry-run", "--json").out)
     assert (plan["schema"], len(plan["fetch"])) == ("lora.fit.plan/1", 1)
     assert list(tmp_path.rglob(WEIGHTS)) == []
@@ -212,7 +212,7 @@ def test_wrong_options_are_refused_before_the_hub_is_asked(fake: FakeHub, words:
 
 
 def test_a_fit_with_wrong_options_is_refused_before_the_hub_is_asked(fake: FakeHub) -> None:
-    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     for words in (("--rank", "x"), ("--control", "nobody"), ("--l1", "-1")):
         refused(2, "fit", "alice/sql", "--data", "task.jsonl", "--base", "acme/tiny", *words)
     assert fake.asked == []

@@ -266,7 +266,7 @@ def test_a_task_that_is_not_there(own_home: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "eval"])
 def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
-    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     line = f"{command} --data task.jsonl --base acme/tiny"
     with FakeHub() as hub:
         hub.add("acme/tiny", {"config.json": b"{}", "model.safetensors": b""}, gated="manual")
@@ -285,7 +285,7 @@ def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
 
 @pytest.mark.parametrize("command", ["eval", "fit", "train"])
 def test_a_base_that_the_hub_does_not_have(own_home: Path, fake: FakeHub, command: str) -> None:
-    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     words = [command, "--data", "task.jsonl", "--base", "acme/nope", *_some_adapter(own_home, command)]
     told = refused(3, *words)
     assert "lora: no base model acme/nope\n" in told
