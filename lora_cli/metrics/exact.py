@@ -1,5 +1,6 @@
 """Outputs that are the expected answer."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from lora_cli.methods import method
@@ -20,3 +21,9 @@ def exact(outputs: Sequence[str], expected: Sequence[str]) -> list[bool]:
 def normalise(text: str) -> str:
     """The part of a text that is compared."""
     return text.split("####")[-1].replace(" ", "").strip().strip(".").lower()
+
+
+def usual(answers: Sequence[str]) -> tuple[str, float]:
+    """The most frequent answer, normalised, and its share: the score of a model that always gives it."""
+    [(answer, times)] = Counter(map(normalise, answers)).most_common(1)
+    return answer, times / len(answers)

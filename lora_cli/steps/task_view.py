@@ -2,12 +2,11 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from lora_cli.metrics.exact import normalise
+from lora_cli.metrics.exact import usual
 from lora_cli.models.encode import UNLIMITED, Encoder
 from lora_cli.models.forms import as_turns, content_of
 from lora_cli.records import Example
@@ -86,7 +85,7 @@ def look(
     """
     encoded = [] if encoder is None else encoder.read_all(examples)
     lengths = [len(one.ids) for one in encoded] or [len(_text(example)) for example in examples]
-    [(usual, times)] = Counter(normalise(example.completion) for example in examples).most_common(1)
+    answer, share = usual([example.completion for example in examples])
     facts = TaskFacts(
         examples=len(examples),
         unit="characters" if encoder is None else "tokens",
@@ -94,8 +93,8 @@ def look(
         duplicates=len(examples) - len({_identity(example, whole=True) for example in examples}),
         across_split=None if seed is None or len(examples) < 2 else repeated(*split(examples, seed=seed)),
         in_test=None if test is None else repeated(examples, test),
-        usual=usual,
-        usual_share=times / len(examples),
+        usual=answer,
+        usual_share=share,
     )
     if encoder is None:
         return facts

@@ -55,16 +55,22 @@ def trained_on(adapters: Sequence[AdapterRef], task: Task, files: Sequence[Path 
     Args:
         files: the places where training data may be, besides the folder of the task.
     """
-    counted: dict[Learnt, int | None] = {}
+    shared: dict[Learnt, int | None] = {}
     found: list[Trained | None] = []
     for adapter in adapters:
-        try:
-            data = learnt(Path(adapter.repo, adapter.subfolder))
-        except DataError:
-            found.append(None)
-            continue
-        if data not in counted:
+        data = _learnt_by(adapter)
+        if data is not None and data not in shared:
             parts = data.parts([*files, task.file, task.file.parent / data.name])
-            counted[data] = None if parts is None else repeated(parts[0].examples, task.examples)
-        found.append(Trained(data.name, counted[data]))
+            shared[data] = None if parts is None else repeated(parts[0].examples, task.examples)
+        found.append(None if data is None else Trained(data.name, shared[data]))
     return found
+
+
+def _learnt_by(adapter: AdapterRef) -> Learnt | None:
+    """The data of an adapter in a folder that a fit or a training wrote, else None."""
+    if adapter.source != "folder":
+        return None
+    try:
+        return learnt(Path(adapter.repo, adapter.subfolder))
+    except DataError:
+        return None
