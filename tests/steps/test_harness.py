@@ -69,12 +69,12 @@ def here(own_home: Path) -> Path:
     data = own_home / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in DOCUMENTS))
     for name, body in KINDS.items():
-        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
-        Path(f"{name}.yaml").write_text(f"{head}metadata: {{version: 1}}\n{body}")
+        head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+        Path(f"{name}.yaml").write_text(f"{head}test_split: test\nfewshot_split: test\n{body}")
     return own_home
 
 
-def by_the_harness_itself(task: str, model: Any) -> Mapping[str, Any]:
+def by_the_harness_itself(task: str, model: Any, fewshot: int | None = None) -> Mapping[str, Any]:
     """The results of `lm_eval` for a task file and a model that it loads or is given, without our classes."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -83,19 +83,22 @@ def by_the_harness_itself(task: str, model: Any) -> Mapping[str, Any]:
     given = {} if isinstance(model, str) else {"tokenizer": characters()}
     loaded = HFLM(pretrained=model, device="cpu", batch_size=3, **given)
     manager = TaskManager(include_defaults=False)
-    found = simple_evaluate(loaded, tasks=[f"{task}.yaml"], task_manager=manager)
+    found = simple_evaluate(loaded, tasks=[f"{task}.yaml"], task_manager=manager, num_fewshot=fewshot)
     return dict(found["results"][task])
 
 
-@pytest.mark.parametrize("task", ["pick", "read", pytest.param("write", marks=pytest.mark.slow)])
-def test_the_numbers_are_those_of_the_harness(here: Path, task: str) -> None:
-    told = ok("eval", "one", "--harness", f"{task}.yaml", "--trust-task", "--batch-size", "3", "--json")
+@pytest.mark.parametrize(
+    ("task", "fewshot"), [("pick", 2), ("read", None), pytest.param("write", None, marks=pytest.mark.slow)]
+)
+def test_the_numbers_are_those_of_the_harness(here: Path, task: str, fewshot: int | None) -> None:
+    words = [] if fewshot is None else ["--fewshot", str(fewshot)]
+    told = ok("eval", "one", "--harness", f"{task}.yaml", "--trust-task", "--batch-size", "3", "--json", *words)
     rows = json.loads(told.out)["rows"]
-    theirs = {"base": by_the_harness_itself(task, str(here / "base"))}
+    theirs = {"base": by_the_harness_itself(task, str(here / "base"), fewshot)}
     merged = tiny_llama()
     for name, (b, a) in random_factors(SHAPES, 4, seed=0).items():
         merged.get_submodule(name).weight.data += b @ a
-    theirs["one"] = by_the_harness_itself(task, merged)
+    theirs["one"] = by_the_harness_itself(task, merged, fewshot)
     assert {row["system"] for row in rows} == {"base", "one"}
     for row in rows:
         expected = theirs[row["system"]]
