@@ -94,6 +94,7 @@ def test_the_numbers_are_those_of_the_harness(here: Path, task: str, fewshot: in
     words = [] if fewshot is None else ["--fewshot", str(fewshot)]
     told = ok("eval", "one", "--harness", f"{task}.yaml", "--trust-task", "--batch-size", "3", "--json", *words)
     rows = json.loads(told.out)["rows"]
+    assert "it/s" not in told.err
     theirs = {"base": by_the_harness_itself(task, str(here / "base"), fewshot)}
     merged = tiny_llama()
     for name, (b, a) in random_factors(SHAPES, 4, seed=0).items():
