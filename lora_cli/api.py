@@ -13,7 +13,16 @@ from typing import Any
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.recipes import EvalOptions, FitOptions, Recipe, SelectOptions, Shape, TargetRecipe, TrainOptions
+from lora_cli.recipes import (
+    EvalOptions,
+    FitOptions,
+    Recipe,
+    SelectOptions,
+    Shape,
+    TargetRecipe,
+    TrainOptions,
+    TrialOptions,
+)
 from lora_cli.records import AdapterRow, Progress, Score, silent
 from lora_cli.settings import KEYS, Settings, load
 from lora_cli.steps.opened_pool import pool_of
@@ -59,18 +68,23 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         pandas = importlib.import_module("pandas")
         return pandas.DataFrame([asdict(row) for row in self.list(*where, sort=sort, limit=limit)])
 
-    def select(self, by: str = "random", k: int = 30, *where: str, target: Path | str | None = None) -> Names:
-        """The k best adapters by a selection method, as `id@commit`; remembered as the last selection."""
-        from lora_cli.steps.pool.select import select_and_remember
+    def select(
+        self, by: str = "random", k: int = 30, *where: str, target: Path | str | None = None, **options: Any
+    ) -> Names:
+        """The k best adapters by a selection method, as `id@commit`; remembered as the last selection.
 
-        chosen, _ = select_and_remember(
-            self._catalogue,
-            self.settings,
-            SelectOptions.of(by=by, k=k, where=where, target=_path(target)),
-            announce=self._pool.announce,
-            progress=self._pool.progress,
+        Args:
+            options: the other options of `lora select` with underscores: `data="task.jsonl"`, `metric="nll"`.
+        """
+        from lora_cli.steps.select.request import SelectRequest
+
+        given = {"by": by, "k": k, "where": where, "target": _path(target), **options}
+        choice, judging = _shared_out(given, SelectOptions, TrialOptions)
+        pool = self._pool
+        request = SelectRequest(
+            self._catalogue, self.settings, choice, judging, announce=pool.announce, progress=pool.progress
         )
-        return [row.ref.pinned for row, _ in chosen]
+        return [row.ref.pinned for row, _ in request.run()[0]]
 
     def merge(
         self,

@@ -74,7 +74,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
             _sweep(target)
             # Mode x neither follows a link nor takes a file of another process.
             with partial.open("xb") as file:
-                _locked(file.fileno(), without_locks=True)
+                hold(file.fileno(), without_locks=True)
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,7 +140,7 @@ def _put(partial: Path, target: Path, *, replace: bool) -> None:
     if target.exists():
         # Locked, it is no remains of a killed process, for the moment in which nothing stands at the target.
         held = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        _locked(held, without_locks=True)
+        hold(held, without_locks=True)
         target.rename(old)
     try:
         partial.rename(target)
@@ -169,7 +169,7 @@ def _sweep(target: Path) -> None:
         except OSError:
             continue
         try:
-            if not _locked(descriptor, without_locks=False):
+            if not hold(descriptor, without_locks=False):
                 continue
             if match[1] == "old" and not target.exists():
                 entry.rename(target)
@@ -187,13 +187,13 @@ def _made_and_locked(folder: Path) -> int:
         folder.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            if _locked(descriptor, without_locks=True) and folder.exists():
+            if hold(descriptor, without_locks=True) and folder.exists():
                 return descriptor
             os.close(descriptor)
         time.sleep(0.01)
 
 
-def _locked(descriptor: int, *, without_locks: bool) -> bool:
+def hold(descriptor: int, *, without_locks: bool) -> bool:
     """Lock an open file or folder until it is closed; False if another process holds it.
 
     without_locks: the answer on a disk that has no locks. There work goes on unlocked, and a sweep removes nothing.

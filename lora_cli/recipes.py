@@ -28,6 +28,8 @@ COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES, HARNESS = "The LoRA", "Scores", "Tasks of lm-evaluation-harness"
 
 Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
+MaxNewTokens = Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)]
+BatchSize = Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
 
 
@@ -104,8 +106,9 @@ class TargetRecipe(Recipe, frozen=True, kw_only=True):
 class SelectOptions(Options, frozen=True, kw_only=True):
     """The adapters to choose: the `k` best by a method, of those for which every condition of `where` holds.
 
-    `target` is the folder of the reference adapter, for methods that compare weights. The limit per author does not
-    apply to adapters without an author. `dedupe` takes cosines from sketches, which `pool verify --deep` makes.
+    `target` is the folder of the reference adapter, for methods that compare weights; without it, one is trained on
+    `data`. Methods that judge answers take `data`, or the stored scores of `task`. The limit per author does not apply
+    to adapters without an author. `dedupe` takes cosines from sketches, which `pool verify --deep` makes.
     """
 
     by: Annotated[By, Flag(help="How.")] = "random"
@@ -114,6 +117,20 @@ class SelectOptions(Options, frozen=True, kw_only=True):
         tuple[str, ...], Flag(help="Condition on a column, like 'rank<=16'; repeatable, all must hold.")
     ] = ()
     target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for methods that read weights.")] = None
+    data: Annotated[
+        Path | None,
+        Flag(help="Task file, for methods that judge answers; or to train the target on.", default="the setting data"),
+    ] = None
+    task: Annotated[
+        str | None, Flag(help="In place of a file: a task of which the catalogue has scores, for evaluation.")
+    ] = None
+    ties: Annotated[
+        Literal["likelihood", "file", "id"],
+        Flag(
+            help="Order of equal scores on a task: by the likelihood of the expected answers, as the scores came into "
+            "the catalogue, or by id."
+        ),
+    ] = "likelihood"
     max_per_author: Annotated[int | None, Flag(help="The most adapters of one author.", minimum=1)] = None
     dedupe: Annotated[
         float | None, Flag(help="Leave out copies of better ones: the same weights, or a cosine of this and above.")
@@ -190,8 +207,8 @@ class EvalOptions(_Metrics, frozen=True, kw_only=True):  # type: ignore[misc,cal
     """How a task is scored: the metric with its knobs, and these options."""
 
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
-    max_new_tokens: Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)] = 30
-    batch_size: Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)] = 16
+    max_new_tokens: MaxNewTokens = 30
+    batch_size: BatchSize = 16
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown metric, or a knob that the metric lacks."""
@@ -235,3 +252,21 @@ class HarnessOptions(Options, frozen=True, kw_only=True):
     def tasks(self) -> list[str]:
         """The tasks as the user names them."""
         return [part.strip() for part in self.harness.split(",") if part.strip()]
+
+
+_Knobs = _knobs("_Knobs", _knobs_of_metrics(), SCORES)
+
+
+class TrialOptions(_Knobs, frozen=True, kw_only=True):  # type: ignore[misc,call-arg,valid-type]
+    """How the adapters of a pool are judged on a task."""
+
+    metric: Annotated[
+        str | None, Flag(help="Metric, as of lora eval; of --task, any that it has.", default="exact", panel=SCORES)
+    ] = None
+    max_new_tokens: MaxNewTokens = 30
+    batch_size: BatchSize = 16
+
+    @property
+    def of_eval(self) -> EvalOptions:
+        """The same as the options of an evaluation. UsageError as `EvalOptions` raises it."""
+        return EvalOptions(**self.settings | {"metric": self.metric or "exact"})

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lora_cli.columns import Column, on_request
-from lora_cli.commands.options import Command, Listing, Seeded, examples, with_flags
-from lora_cli.recipes import SelectOptions
+from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
+from lora_cli.recipes import SelectOptions, TrialOptions
 from lora_cli.screen import Screen
 from lora_cli.text import counted
 
@@ -30,29 +30,27 @@ def select(
     ] = False,
     *,
     options: SelectOptions,
-    setup: Seeded,
+    judging: TrialOptions,
+    setup: Loaded,
     listing: Annotated[Listing, _COLUMNS],
+    prompts: Prompts,
 ) -> None:
     """Choose usable adapters of one base model and remember the choice.
 
     The ids go to stdout; merge and fit take the last selection if no adapters are named. random is the control: a
-    useful selection method has to beat it.
+    useful selection method has to beat it. evaluation takes the scores of a task: stored and imported ones count, and
+    only missing ones are measured, on one load of the base; race measures about a quarter of that.
     """
     from lora_cli.catalogue.adapters import Catalogue
-    from lora_cli.steps.pool.select import select_and_remember
+    from lora_cli.steps.select.request import SelectRequest
 
     found: list[Explanation] = []
-    screen, settings = listing.screen(), setup.load()
+    screen, settings, prompting = listing.screen(), setup.load(), prompts.prompting()
     with screen.progress() as progress, Catalogue(settings.db) as catalogue:
-        chosen, asked = select_and_remember(
-            catalogue,
-            settings,
-            options,
-            name=name,
-            announce=screen.say,
-            progress=progress,
-            explained=found.append if explain else None,
+        request = SelectRequest(
+            catalogue, settings, options, judging, prompting, announce=screen.say, progress=progress
         )
+        chosen, asked = request.run(name=name, explained=found.append if explain else None)
     rows = [
         {
             "id": adapter.id,
@@ -93,5 +91,6 @@ def register(root: typer.Typer) -> None:
             "lora select --by random -k 8 --seed 1",
             "lora select --by rank -k 5 --where 'licence=apache-2.0' --max-per-author 2 -q",
             "lora select --by recent -k 5 --explain",
+            "lora select --by evaluation --data task.jsonl --metric nll -k 3",
         ),
     )(with_flags(select))

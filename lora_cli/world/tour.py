@@ -26,6 +26,7 @@ from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.fit import fit as fitting
 from lora_cli.steps.merge import stream as merging
 from lora_cli.steps.opened_pool import Gathered, Pool
+from lora_cli.steps.pool.by_weights import scored_by_weights
 from lora_cli.steps.pool.select import select
 from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from lora_cli.steps.recorded import Job, run_once
@@ -141,12 +142,16 @@ class _Guide:
         )
 
     def _choose(self, by: str, *, where: Sequence[str] = (), target: Path | None = None) -> Gathered:
+        names, scorer = [self.world.base_name], None
+        if target is not None:
+            scorer = partial(scored_by_weights, self.catalogue, by, target, names, _nothing_to_fetch, silent)
         chosen = select(
             self.catalogue,
-            SelectOptions(by=by, k=self.k, where=tuple(where), target=target),
+            SelectOptions(by=by, k=self.k, where=tuple(where)),
             base=str(self.world.base),
             seed=self.world.seed,
             announce=_nothing_to_fetch,
+            scorer=scorer,
         )
         self.catalogue.selections.remember(f"{self.target.name}-{by}", chosen, by, {"k": self.k, "demo": True})
         pool = Pool(

@@ -55,7 +55,7 @@ FLOORS = (
     ("steps.evaluate", "steps.train", "steps.bake"),
     ("steps.merge",),
     ("steps.fit",),
-    ("steps.estimate",),
+    ("steps.estimate", "steps.select"),
     ("world", "api"),
     ("commands",),
     ("app",),

@@ -21,6 +21,8 @@ SUMMARIES = {
     "path": "Print the path of the catalogue's database.",
     "fetch": "Download the weights of adapters into the Hub client's cache and check them.",
     "verify": "Check adapters afresh, ignoring the catalogue, and show the share of modules that fit the base model.",
+    "evaluate": "Score usable adapters of the pool on a task, on one load of the base, and keep the scores in the "
+    "catalogue.",
     "similarity": "Compare all pairs of adapters by the cosine of their whole updates: clusters, and the nearest one "
     "of each.",
 }

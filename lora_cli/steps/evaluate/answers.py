@@ -44,8 +44,9 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         DataError: the data is missing or has changed. OutputError: the rows cannot be read.
     """
     settings = run["record"]["settings"]
-    if run["command"] != "eval" or METRICS.get(settings["metric"]).kind == "likelihood":
-        scored = "scored likelihoods alone" if run["command"] == "eval" else "is no evaluation"
+    evaluated = run["command"] in ("eval", "pool-evaluate")
+    if not evaluated or METRICS.get(settings["metric"]).kind == "likelihood":
+        scored = "scored likelihoods alone" if evaluated else "is no evaluation"
         raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact has some")
     name = settings["data"]
     task = unchanged(name, run["record"]["inputs"][name], files)

@@ -5,11 +5,15 @@ from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import LoraError, NothingMatched, Refused
+from lora_cli.formats.base_names import same_base
 from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.names import unpinned
+from lora_cli.recipes import SELECTION_METHODS
 from lora_cli.records import AdapterRow, Candidates, Progress
 from lora_cli.steps.pool.fetch import refused
+from lora_cli.steps.pool.lookup import names_of
+from lora_cli.steps.pool.select import Scored
 
 # Each group reads the target again; an adapter that cannot be read makes its companions be scored again.
 _TOGETHER = 16
@@ -17,17 +21,27 @@ _TOGETHER = 16
 
 def scored_by_weights(
     catalogue: Catalogue,
-    function: Callable[..., list[float]],
-    candidates: Candidates,
+    by: str,
     target: Path,
+    aliases: Sequence[str],
     announce: Callable[[str], None],
     progress: Progress,
-) -> tuple[dict[int, float], dict[str, str]]:
-    """The scores of candidates whose weights can be read, by place, and why the others by id cannot be.
+    candidates: Candidates,
+) -> Scored:
+    """The scores of candidates by a method of kind "weights", as far as their weights can be read.
 
-    NothingMatched where there is none.
+    aliases: other names of the candidates' base model.
+
+    Raises:
+        NothingMatched: no weights can be read, or no target. Refused: the target is for another base model.
     """
-    goal = _target(target)
+    goal, function = _target(target), SELECTION_METHODS.load(by)
+    [base] = candidates.bases
+    if goal.base and base and not same_base(goal.base, base, names_of(catalogue, base, aliases)):
+        raise Refused(
+            f"the target {goal.ref.id} is for {goal.base}, the candidates are for {base}",
+            hint="if these are one model, add the name to base_aliases in lora.toml",
+        )
     function([], goal)  # fail on a faulty target before any candidate is blamed
     ids = [unpinned(pinned) for pinned in candidates.pinned]
     rows = {row.id: row for row in catalogue.rows(ids)}
@@ -47,7 +61,7 @@ def scored_by_weights(
         progress("comparing weights", min(start + _TOGETHER, len(fit)), len(fit))
     if not scores:
         raise NothingMatched("no adapter whose weights can be read fits", hint="see lora pool verify")
-    return {place: scores[id] for place, id in enumerate(ids) if id in scores}, unfit
+    return Scored(scores={place: scores[id] for place, id in enumerate(ids) if id in scores}, unreadable=unfit)
 
 
 def _scored(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.names import unpinned
@@ -17,16 +17,18 @@ class Choice:
     """A choice that was made.
 
     Places are those of candidates: `pinned` holds `id@commit` of each. `ranked` are the places with a score, the best
-    first, `taken` those that were chosen. `passed` says why a place was passed over for a worse one, `unreadable` why
-    an id has no score.
+    first by `order`, `taken` those that were chosen. `passed` says why a place was passed over, `unreadable` why an id
+    has no score; `outside` counts further candidates without one, by what they lack.
     """
 
     pinned: Sequence[str]
     scores: Mapping[int, float]
+    order: Mapping[int, Any]
     ranked: Sequence[int]
     taken: Sequence[int]
     passed: Mapping[int, str]
     unreadable: Mapping[str, str]
+    outside: Mapping[str, int]
 
 
 class Explained(TypedDict):
@@ -65,7 +67,8 @@ def explain(catalogue: Catalogue, options: SelectOptions, base: str | None, choi
     ]
     for id, reason in choice.unreadable.items():
         rows.append({"place": None, "id": id, "score": None, "taken": False, "why": f"left out: {reason}"})
-    return Explanation(rows, _outside(catalogue, base, len(choice.pinned)))
+    outside = {**_outside(catalogue, base, len(choice.pinned)), **choice.outside}
+    return Explanation(rows, outside)
 
 
 def _why(choice: Choice, options: SelectOptions, at: int, place: int, taken: bool) -> str:
@@ -73,10 +76,12 @@ def _why(choice: Choice, options: SelectOptions, at: int, place: int, taken: boo
         return f"number {at:,} of {len(choice.ranked):,} by {options.by}"
     if place in choice.passed:
         return choice.passed[place]
-    least = choice.scores[choice.taken[-1]]
-    if choice.scores[place] == least:
+    last = choice.taken[-1]
+    if choice.order[place] == choice.order[last]:
         return "the score of the last one taken; a hash of the names decided"
-    return f"-k {options.k}: the last one taken has {least:.4g}"
+    if choice.scores[place] == choice.scores[last]:
+        return f"the score of the last one taken; --ties {options.ties} decided"
+    return f"-k {options.k}: the last one taken has {choice.scores[last]:.4g}"
 
 
 def _outside(catalogue: Catalogue, base: str | None, candidates: int) -> dict[str, int]:

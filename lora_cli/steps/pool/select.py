@@ -1,22 +1,41 @@
 """Choose adapters from the catalogue."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from inspect import signature
-from itertools import chain, groupby, islice
+from itertools import islice
 from typing import Any
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import unpinned
 from lora_cli.recipes import SELECTION_METHODS, SelectOptions
-from lora_cli.records import AdapterRow, Candidates, Progress, silent
-from lora_cli.settings import Settings
+from lora_cli.records import AdapterRow, Candidates
+from lora_cli.selection_methods._trials import best_first
 from lora_cli.steps.pool.dedupe import Copies
 from lora_cli.steps.pool.explain import Choice, Explanation, explain
 
 _BASES_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """The scores of candidates by place, and the order that they make.
+
+    `order` is the scores themselves where it is empty; the greater value comes first, equal ones by a hash of the name.
+    `unreadable` says why an adapter, by id, has no score; `why` why a place is where it is; `outside` counts candidates
+    without a score, by what they lack.
+    """
+
+    scores: Mapping[int, float]
+    order: Mapping[int, Any] = field(default_factory=dict)
+    unreadable: Mapping[str, str] = field(default_factory=dict)
+    why: Mapping[int, str] = field(default_factory=dict)
+    outside: Mapping[str, int] = field(default_factory=dict)
+
+
+Scorer = Callable[[Candidates], Scored]
 
 
 def select(
@@ -26,7 +45,7 @@ def select(
     base: str | None,
     seed: int,
     announce: Callable[[str], None],
-    progress: Progress = silent,
+    scorer: Scorer | None = None,
     explained: Callable[[Explanation], None] | None = None,
 ) -> list[tuple[AdapterRow, float]]:
     """The best usable adapters by a selection method, best first, each with its score.
@@ -37,19 +56,15 @@ def select(
     Args:
         base: the base model of the adapters; None if the catalogue has only one.
         seed: the seed of methods that draw.
-        announce: called with the number of adapters and bytes before a download, and with each adapter that is left
-            out because its weights cannot be read.
+        announce: called with what a user should know about the choice.
+        scorer: the scores of a method that reads more than the catalogue; None for one of kind "catalogue".
         explained: called with why adapters were taken or not.
 
     Raises:
-        UsageError: an unknown method, a bad condition, a target missing, or no base where there are several.
-        NothingMatched: no usable adapter fits.
-        LoraError: the target cannot be read.
+        UsageError: an unknown method, a bad condition, or no base where there are several.
+        NothingMatched: no usable adapter fits. Else as `scorer` raises.
     """
-    method, target = SELECTION_METHODS.get(options.by), options.target
-    if (target is None) == (method.kind == "weights"):
-        raise UsageError(f"--by {options.by} " + ("needs --target" if target is None else "takes no --target"))
-    asked = _columns(options.by) if method.kind == "catalogue" else []
+    asked = _columns(options.by) if scorer is None else []
     read = [name for name in asked if name not in ("pinned", "seed")]
     read += ["author"] if options.max_per_author is not None else []
     read += ["sha256", "hub_sha256"] if options.dedupe is not None else []
@@ -60,68 +75,38 @@ def select(
             f"no usable adapter of {base}" if base and not options.where else "no usable adapter fits these conditions",
             hint="see lora pool list, or run lora pool sync",
         )
-    unreadable: dict[str, str] = {}
-    if method.kind == "weights":
-        from lora_cli.steps.pool.by_weights import scored_by_weights
-
-        assert target is not None
-        function = SELECTION_METHODS.load(options.by)
-        scores, unreadable = scored_by_weights(catalogue, function, candidates, target, announce, progress)
-    else:
-        function = SELECTION_METHODS.load(options.by)
+    if scorer is None:
         given = {"pinned": candidates.pinned, "seed": seed, **candidates.facts}
-        scores = dict(enumerate(function(**{name: given[name] for name in asked})))
+        found = SELECTION_METHODS.load(options.by)(**{name: given[name] for name in asked})
+        scored = Scored(scores=dict(enumerate(found)))
+    else:
+        scored = scorer(candidates)
     copies = None if options.dedupe is None else Copies(catalogue, options.dedupe)
-    chosen, passed = _best(candidates, _ranked(candidates, scores), options, copies)
+    order = scored.order or scored.scores
+    chosen, passed = _best(candidates, best_first(order, candidates.pinned), options, copies)
     if copies is not None:
         announce(copies.told())
     if explained is not None:
-        ranked = [*_ranked(candidates, scores)]
         choice = Choice(
-            pinned=candidates.pinned, scores=scores, ranked=ranked, taken=chosen, passed=passed, unreadable=unreadable
+            pinned=candidates.pinned,
+            scores=scored.scores,
+            order=order,
+            ranked=[*best_first(order, candidates.pinned)],
+            taken=chosen,
+            passed={**scored.why, **passed},
+            unreadable=scored.unreadable,
+            outside=scored.outside,
         )
         explained(explain(catalogue, options, base, choice))
     rows = catalogue.rows([unpinned(candidates.pinned[place]) for place in chosen], base=base)
-    return list(zip(rows, (scores[place] for place in chosen), strict=True))
+    return list(zip(rows, (scored.scores[place] for place in chosen), strict=True))
 
 
-def select_and_remember(
-    catalogue: Catalogue,
-    settings: Settings,
-    options: SelectOptions,
-    *,
-    name: str = "",
-    announce: Callable[[str], None],
-    progress: Progress = silent,
-    explained: Callable[[Explanation], None] | None = None,
-) -> tuple[list[tuple[AdapterRow, float]], dict[str, Any]]:
-    """`select` for the base and the seed of the settings, kept as the last selection, also by `name`; and its settings.
-
-    Raises:
-        NothingMatched: no adapter fits. Else as `select` does.
-    """
-    chosen = select(
-        catalogue,
-        options,
-        base=settings.base,
-        seed=settings.seed,
-        announce=announce,
-        progress=progress,
-        explained=explained,
-    )
-    if not chosen:
-        raise NothingMatched("no adapter fits")
-    asked = {
-        "k": options.k,
-        "base": settings.base,
-        "where": [*options.where],
-        "seed": settings.seed,
-        "max_per_author": options.max_per_author,
-        "dedupe": options.dedupe,
-        "target": str(options.target.resolve()) if options.target else None,
-    }
-    catalogue.selections.remember(name, chosen, options.by, asked)
-    return chosen, asked
+def enough(catalogue: Catalogue, candidates: Candidates, options: SelectOptions, ranked: Sequence[int]) -> int:
+    """How many of the first of a ranking hold all adapters that these options take from it."""
+    copies = None if options.dedupe is None else Copies(catalogue, options.dedupe)
+    chosen, _ = _best(candidates, ranked, options, copies)
+    return ranked.index(chosen[-1]) + 1 if len(chosen) == options.k else len(ranked)
 
 
 def demand_one_base(counts: Mapping[str, int]) -> None:
@@ -140,14 +125,8 @@ def _columns(by: str) -> list[str]:
     return [*signature(SELECTION_METHODS.load(by)).parameters]
 
 
-def _ranked(candidates: Candidates, scores: Mapping[int, float]) -> Iterator[int]:
-    """The places with a score, the best first, equal scores in the order of a hash."""
-    groups = groupby(sorted(scores, key=scores.__getitem__, reverse=True), scores.__getitem__)
-    return chain.from_iterable(sorted(equal, key=lambda i: _hashed(candidates.pinned[i])) for _, equal in groups)
-
-
 def _best(
-    candidates: Candidates, ranked: Iterator[int], options: SelectOptions, copies: Copies | None
+    candidates: Candidates, ranked: Iterable[int], options: SelectOptions, copies: Copies | None
 ) -> tuple[list[int], dict[int, str]]:
     """The first k of `ranked` without copies and within the limit of each author; and why others were passed over."""
     most = options.max_per_author
@@ -173,7 +152,3 @@ def _best(
         taken[author] += 1
         chosen.append(place)
     return chosen, passed
-
-
-def _hashed(pinned: str) -> str:
-    return hashlib.sha256(pinned.encode()).hexdigest()

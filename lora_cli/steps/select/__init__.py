@@ -1,0 +1,1 @@
+"""Selections and evaluations of a whole pool that load the base."""
