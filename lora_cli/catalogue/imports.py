@@ -152,7 +152,10 @@ class Staging:
                 "INSERT INTO runs (id, command, status, started, ended, record) VALUES (?, 'import', ?, ?, ?, ?)",
                 [run.id, *ended],
             )
-            changed = """SELECT "commit", task, metric, value, n, id FROM judged WHERE verdict IN ('new', 'changed')"""
+            changed = """
+                SELECT "commit", task, metric, value, n, id FROM judged
+                WHERE verdict IN ('new', 'changed') ORDER BY line
+            """
             for batch in self._batches(changed):
                 db.conn.executemany(_STORE, [(run.id, *row) for row in batch])
         return run.id

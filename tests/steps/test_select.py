@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 
 from lora_cli.algebra.lowrank import inner
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.recipes import SelectOptions
 from lora_cli.records import Adapter
 from lora_cli.selection_methods.cosine import cosine
+from lora_cli.steps.pool.by_weights import scored_by_weights
 from lora_cli.steps.pool.select import select
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import lora, ok, refused
@@ -76,8 +78,6 @@ def test_restrictions_hold_together(catalogue: Catalogue) -> None:
     assert chosen(catalogue, by="rank", k=9, base="acme/tiny", where=["rank=7"]) == ["author1/lora7"]
     with pytest.raises(NothingMatched, match="no usable adapter of acme/other"):
         chosen(catalogue, base="acme/other")
-    with pytest.raises(UsageError, match="needs --target"):
-        chosen(catalogue, by="cosine")
 
 
 def test_cosine_finds_the_direction_and_not_the_size(own_home: Path) -> None:
@@ -133,11 +133,19 @@ def test_candidates_are_scored_in_groups_and_progress_is_told(own_home: Path) ->
     with Catalogue(own_home / "lora.db") as catalogue:
         found = select(
             catalogue,
-            SelectOptions.of(by="cosine", k=1, target=own_home / "pool/a17"),
+            SelectOptions.of(by="cosine", k=1),
             base=None,
             seed=0,
             announce=silent,
-            progress=lambda *done: told.append(done),
+            scorer=partial(
+                scored_by_weights,
+                catalogue,
+                "cosine",
+                own_home / "pool/a17",
+                (),
+                silent,
+                lambda *done: told.append(done),
+            ),
         )
     assert [(adapter.id, round(score, 6)) for adapter, score in found] == [("pool/a17", 1.0)]
     assert told == [("comparing weights", done, 18) for done in (0, 16, 18)]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from lora_cli.errors import OutputError
+from lora_cli.files import open_regular
 from lora_cli.outputs import hold, whole_file
 
 
@@ -32,17 +34,16 @@ class PoolRows:
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
         self._file: BinaryIO = os.fdopen(descriptor, "r+b")
-        if not hold(descriptor, without_locks=True):
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise OutputError(f"{self.path}: not a file", hint="move it away")
+            if not hold(descriptor, without_locks=True):
+                raise OutputError(f"{self.path}: another process evaluates the same task", hint="wait until it ends")
+            self._read()
+            self._take_back()
+        except BaseException:
             self._file.close()
-            raise OutputError(f"{self.path}: another process evaluates the same task", hint="wait until it ends")
-        whole = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):  # its writing was interrupted
-                self._file.truncate(whole)
-                break
-            self._know(line, whole)
-            whole += len(line)
-        self._take_back()
+            raise
         return self
 
     def __exit__(
@@ -62,8 +63,18 @@ class PoolRows:
         finally:
             self._take_back()
 
+    def _read(self) -> None:
+        """Note the places of all rows. Text after the last line break is a row whose writing was interrupted."""
+        place = 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                self._file.truncate(place)
+                break
+            self._know(line, place)
+            place += len(line)
+
     def _take_back(self) -> None:
-        with suppress(FileNotFoundError), self._lent.open("rb") as file:
+        with suppress(FileNotFoundError), open_regular(self._lent) as file:
             for line in file:
                 if line.endswith(b"\n"):
                     place = self._file.seek(0, os.SEEK_END)
