@@ -119,11 +119,15 @@ class SelectOptions(Options, frozen=True, kw_only=True):
     target: Annotated[Path | None, Flag(help="Adapter folder to compare with, for methods that read weights.")] = None
     data: Annotated[
         Path | None,
-        Flag(help="Task file, for methods that judge answers; or to train the target on.", default="the setting data"),
+        Flag(
+            help="Task file, for methods that judge answers or fit; or to train the target on.",
+            default="the setting data",
+        ),
     ] = None
     task: Annotated[
         str | None, Flag(help="In place of a file: a task of which the catalogue has scores, for evaluation.")
     ] = None
+    rank_by: Annotated[By, Flag(help="For scan: the method whose order is cut into segments.")] = "rank"
     ties: Annotated[
         Literal["likelihood", "file", "id"],
         Flag(
@@ -137,6 +141,8 @@ class SelectOptions(Options, frozen=True, kw_only=True):
     ] = None
 
     def __post_init__(self) -> None:
+        if SELECTION_METHODS.get(self.rank_by).kind == "fits":
+            raise UsageError(f"--rank-by {self.rank_by}: it ranks nothing by itself", hint="rank, downloads, cosine, …")
         if self.dedupe is not None and not 0 < self.dedupe <= 1:
             raise UsageError(f"--dedupe is a cosine in 0 < cosine <= 1, not {self.dedupe}")
 
@@ -261,7 +267,8 @@ class TrialOptions(_Knobs, frozen=True, kw_only=True):  # type: ignore[misc,call
     """How the adapters of a pool are judged on a task."""
 
     metric: Annotated[
-        str | None, Flag(help="Metric, as of lora eval; of --task, any that it has.", default="exact", panel=SCORES)
+        str | None,
+        Flag(help=f"{', '.join(METRICS.methods)}; stored scores may have others.", default="exact", panel=SCORES),
     ] = None
     max_new_tokens: MaxNewTokens = 30
     batch_size: BatchSize = 16

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lora_cli.recipes import SELECTION_METHODS
+from lora_cli.selection_methods._fits import Fits
 from lora_cli.selection_methods._trials import Standing, Trials
 
 N, EXAMPLES, K = 960, 100, 30
@@ -143,3 +144,45 @@ def test_more_examples_then_merit_then_likelihood_decide() -> None:
     trials = Simulated(np.zeros((5, 1), dtype=bool), np.zeros((5, 1))).trials()
     assert trials.ranked(dict(enumerate(ranked))) == [0, 1, 2, 3, 4]
     assert trials.ranked(dict(enumerate(ranked[::-1]))) == [4, 3, 2, 1, 0]
+
+
+class Fitted:
+    """Fits whose loss is 10 minus the worth of what is in them, and a price for each adapter."""
+
+    def __init__(self, worth: Sequence[float], most: int, price: float = 0.0) -> None:
+        self.worth, self.most, self.price = worth, most, price
+        self.tried: list[tuple[int, ...]] = []
+
+    def loss(self, places: Sequence[int]) -> float:
+        self.tried.append(tuple(places))
+        return 10 - sum(self.worth[place] - self.price for place in places)
+
+    def scan(self) -> tuple[list[int], float]:
+        names = [f"a/{place}@{place:040x}" for place in range(len(self.worth))]
+        found: tuple[list[int], float] = SELECTION_METHODS.load("scan")(
+            Fits(names=names, most=self.most, loss=self.loss)
+        )
+        return found
+
+
+def test_a_scan_goes_from_segments_to_single_adapters_and_joins_the_best() -> None:
+    worth = [0.0] * 27
+    worth[13], worth[14], worth[20] = 3.0, 1.0, 2.0
+    fitted = Fitted(worth, 9, price=0.5)
+    # Segments of 9, 3 and 1: the best pair of the best segment beats what is wider.
+    assert fitted.scan() == ([13, 14], 10 - 3.0)
+    segments = [tuple(range(start, start + 9)) for start in (0, 9, 18)]
+    finer = [(9, 10, 11), (12, 13, 14), (15, 16, 17), (12,), (13,), (14,)]
+    assert fitted.tried == [*segments, *finer, (13, 14), (13, 14, 12)]
+    # Where every adapter helps, the widest segment is the best.
+    assert Fitted([1.0] * 6, 3).scan() == ([0, 1, 2], 7.0)
+
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1), (1, 5), (2, 1), (4, 3), (7, 4), (30, 30)])
+def test_a_scan_fits_nothing_twice_and_never_too_many(count: int, most: int) -> None:
+    fitted = Fitted([1.0 + place for place in range(count)], most, price=2.0)
+    chosen, loss = fitted.scan()
+    assert len(fitted.tried) == len({*fitted.tried})
+    assert max(map(len, fitted.tried)) <= most
+    assert loss == min(fitted.loss(one) for one in [*fitted.tried])
+    assert 0 < len(chosen) <= most

@@ -16,6 +16,7 @@ from lora_cli.models import generate as generating
 from lora_cli.models.ref import load
 from lora_cli.recipes import EvalOptions, Recipe, TargetRecipe, TrainOptions
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
+from lora_cli.steps.fit.fit import Fitting, fit
 from lora_cli.steps.select import trial
 from lora_cli.steps.train.train import train
 from lora_cli.task import load_task
@@ -248,3 +249,31 @@ def test_a_target_is_trained_once_and_must_be_of_the_candidates_base(
     write_adapter(Path("other"), random_factors(SHAPES, 2, seed=1), base="acme/other-model")
     message = refused(5, "select", "--by", "cosine", "--target", "other")
     assert "is for acme/other-model, the candidates are for" in message
+
+
+def test_a_scan_fits_segments_once_and_leaves_out_what_cannot_be_read(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora_cli.steps.select.by_scan.Recipe", lambda seed: Recipe(steps=3, seed=seed))
+    Path("pool/b/adapter_model.safetensors").write_bytes(b"changed since the sync")
+    by = ["select", "--by", "scan", "--data", "task.jsonl", "-k", "2", "--explain", "--json"]
+    told = ok(*by)
+    found = json.loads(told.out)
+    assert "pool/skilled" in [row["id"] for row in found["rows"]]
+    assert len({row["score"] for row in found["rows"]}) == 1
+    assert "pool/b left out: not a safetensors file" in told.err
+    why = {row["id"]: row["why"] for row in found["explained"]}
+    assert why["pool/b"].startswith("left out: not a safetensors file")
+    assert found["outside"]["not in the best fit"] == 4 - len(found["rows"])
+    # The loss is that of `lora fit` over the same adapters.
+    pool = [opened(Path(row["id"]), row["id"]) for row in found["rows"]]
+    base, task = load("base", name="acme/tiny"), load_task(Path("task.jsonl"))
+    alone = fit(base, pool, task, Fitting(recipe=Recipe(steps=3))).learnt.loss_after
+    assert found["rows"][0]["score"] == pytest.approx(alone, rel=1e-5)
+    again = ok(*by)
+    assert again.out == told.out
+    assert "scan: 0 fits over segments by rank" in again.err
+    other = ok(*by, "--rank-by", "cosine", "--target", "pool/a")
+    assert "fits over segments by cosine" in other.err
+    assert "--by scan needs --data" in refused(2, "select", "--by", "scan")
+    assert "it ranks nothing by itself" in refused(2, *by, "--rank-by", "scan")

@@ -18,9 +18,11 @@ from lora_cli.task import Task, read_task
 
 if TYPE_CHECKING:
     from lora_cli.models.forms import Prompting
+    from lora_cli.steps.opened_pool import Pool
 
-_READS: Final = {"catalogue": (), "weights": ("target", "data"), "trials": ("data", "task")}
-"""What a method of each kind takes, one of these at a time."""
+_TAKEN: Final = ("target", "data", "task")
+_READS: Final = {"catalogue": (), "weights": _TAKEN[:2], "trials": _TAKEN[1:], "fits": _TAKEN[:2]}
+"""What a method of each kind takes of these: one at a time, but for fits, which need data and may take a target too."""
 Chosen = list[tuple[AdapterRow, float]]
 
 
@@ -46,31 +48,42 @@ class SelectRequest:
         self.judging, self.prompting = judging or TrialOptions(), prompting
         self.announce, self.progress = announce, progress
         self.kind = SELECTION_METHODS.get(options.by).kind
-        if self.kind == "trials" and options.task is None:
+        if self.kind in ("trials", "fits") and options.task is None:
             self.options = replace(options, data=options.data or settings.data)
         self._demand_fitting()
 
-    def run(
-        self, *, name: str = "", explained: Callable[[Explanation], None] | None = None
-    ) -> tuple[Chosen, dict[str, Any]]:
-        """The adapters, kept as the last selection, also by `name`; and the settings of the selection.
+    def chosen(self, explained: Callable[[Explanation], None] | None = None) -> Chosen:
+        """The adapters, the best first, each with its score.
 
         Raises:
-            NothingMatched: no adapter fits. Else as `select`, training and evaluation do.
+            NothingMatched: no adapter fits. Else as `select`, training, evaluation and fits do.
         """
-        settings, options = self.settings, self.options
-        scorers = {"weights": self._by_weights, "trials": self._by_task if options.task is None else self._by_stored}
+        scorers = {
+            "weights": self._by_weights,
+            "trials": self._by_task if self.options.task is None else self._by_stored,
+            "fits": self._by_fits,
+        }
         chosen = select(
             self.catalogue,
-            options,
-            base=settings.base,
-            seed=settings.seed,
+            self.options,
+            base=self.settings.base,
+            seed=self.settings.seed,
             announce=self.announce,
             scorer=scorers.get(self.kind),
             explained=explained,
         )
         if not chosen:
             raise NothingMatched("no adapter fits")
+        return chosen
+
+    def run(
+        self, *, name: str = "", explained: Callable[[Explanation], None] | None = None
+    ) -> tuple[Chosen, dict[str, Any]]:
+        """The adapters, kept as the last selection, also by `name`; and the settings of the selection.
+
+        Raises as `chosen` does.
+        """
+        chosen, settings, options = self.chosen(explained), self.settings, self.options
         asked = {
             "k": options.k,
             "base": settings.base,
@@ -106,20 +119,40 @@ class SelectRequest:
         )
 
     def _by_task(self, candidates: Candidates) -> Scored:
-        from lora_cli.steps.opened_pool import Pool
         from lora_cli.steps.select.by_trial import scored_by_trial
         from lora_cli.steps.select.trial import PoolTrial
 
-        settings, aliases = self.settings, self.settings.base_aliases
-        pool = Pool(
-            catalogue=self.catalogue,
-            base=settings.base,
-            aliases=aliases,
+        options = self.judging.of_eval
+        with PoolTrial(self._pool(), self._task(), self.settings, options, self.prompting) as trial:
+            return scored_by_trial(self.catalogue, trial, self.options, self.announce, candidates)
+
+    def _by_fits(self, candidates: Candidates) -> Scored:
+        from lora_cli.steps.select.by_scan import Scan
+
+        by, every = self.options.rank_by, len(candidates.pinned)
+        reads = _READS[SELECTION_METHODS.get(by).kind]
+        left_out = {name: None for name in _TAKEN if name not in reads or (name == "data" and self.options.target)}
+        ranking = SelectRequest(
+            self.catalogue,
+            self.settings,
+            replace(self.options, by=by, k=every, **left_out),
             announce=self.announce,
             progress=self.progress,
         )
-        with PoolTrial(pool, self._task(), settings, self.judging.of_eval, self.prompting) as trial:
-            return scored_by_trial(self.catalogue, trial, self.options, self.announce, candidates)
+        ranked = [row.ref.pinned for row, _ in ranking.chosen()]
+        scan = Scan(self._pool(), self._task(), self.settings, self.options, self.prompting)
+        return scan.scored(ranked, candidates)
+
+    def _pool(self) -> "Pool":
+        from lora_cli.steps.opened_pool import Pool
+
+        return Pool(
+            catalogue=self.catalogue,
+            base=self.settings.base,
+            aliases=self.settings.base_aliases,
+            announce=self.announce,
+            progress=self.progress,
+        )
 
     def _trained(self) -> Path:
         """The folder of a LoRA trained on the data, of an earlier run if there is one."""
@@ -143,14 +176,15 @@ class SelectRequest:
     def _demand_fitting(self) -> None:
         """UsageError for an option that the method does not take."""
         options, by = self.options, self.options.by
-        given = [name for name in ("target", "data", "task") if getattr(options, name) is not None]
+        given = [name for name in _TAKEN if getattr(options, name) is not None]
         for name in given:
             if name not in _READS[self.kind]:
                 raise UsageError(f"--by {by} takes no --{name}")
-        if not given and _READS[self.kind]:
-            takes = " or ".join(f"--{name}" for name in _READS[self.kind])
+        fits = self.kind == "fits"
+        if _READS[self.kind] and ("data" not in given if fits else not given):
+            takes = " or ".join(f"--{name}" for name in _READS[self.kind] if not fits or name == "data")
             raise UsageError(f"--by {by} needs {takes}")
-        if len(given) > 1:
+        if len(given) > 1 and not fits:
             raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
         usual, judging = TrialOptions().settings, self.judging.settings
         changed = [name for name in usual if judging[name] != usual[name]]
