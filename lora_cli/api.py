@@ -174,6 +174,23 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         request = EvaluateRequest(self._pool, names, settings, EvalOptions.of(**options))
         return request.run(self.settings.db, progress=self._pool.progress)
 
+    def evaluate_pool(
+        self, data: Path | str, *where: str, sample: int | None = None, **options: Any
+    ) -> dict[str, float]:
+        """The scores of the pool's usable adapters for which all conditions hold, by id, the best first.
+
+        They are kept in the catalogue, and what is there is not measured again. `options` are the metric, its knobs,
+        `max_new_tokens` and `batch_size`.
+        """
+        from lora_cli.steps.select.pool_evaluation import adapters_of, evaluate_pool
+        from lora_cli.steps.select.trial import PoolTrial
+
+        settings = self.settings
+        names = adapters_of(self._catalogue, base=settings.base, where=where, sample=sample, seed=settings.seed)
+        with PoolTrial(self._pool, read_task(Path(data)), settings, TrialOptions.of(**options).of_eval) as trial:
+            found = evaluate_pool(trial, names, k=len(names))
+        return {id: score.value for id, score in found.scores.items()}
+
     def bake(self, adapter: str, *, out: Path | str | None = None, force: bool = False, dtype: str = "auto") -> Path:
         """Add an adapter to its base model, and return the folder of the new model."""
         from lora_cli.steps.bake.request import BakeRequest
