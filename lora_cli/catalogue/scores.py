@@ -29,15 +29,28 @@ class StoredScore(NamedTuple):
     number: int
 
 
+_COLUMNS = (
+    's."commit", s.value, s.n, s.low, s.high, '
+    "CASE WHEN s.imported THEN NULL ELSE json_extract(s.details, '$.log_likelihood') END, s.imported, s.run_id, s.id"
+)
+
+
 def on_task(path: Path, task: str, metric: str) -> list[StoredScore]:
     """Every score of an adapter on a task by a metric, older ones and those of other versions too, the newest last."""
-    query = (
-        'SELECT a.id, s."commit", s.value, s.n, s.low, s.high, '
-        "CASE WHEN s.imported THEN NULL ELSE json_extract(s.details, '$.log_likelihood') END, "
-        "s.imported, s.run_id, s.id "
-        "FROM scores s JOIN adapters a ON a.key = s.adapter "
-        "WHERE s.task = ? AND s.metric = ? AND s.value IS NOT NULL ORDER BY s.id"
+    return _found(
+        path, f"SELECT a.id, {_COLUMNS} FROM scores s JOIN adapters a ON a.key = s.adapter WHERE 1", task, metric
     )
+
+
+def of_base(path: Path, task: str, metric: str) -> list[StoredScore]:
+    """Every score of the bare base on a task by a metric, the newest last; "" is its id."""
+    return _found(
+        path, f"SELECT '', {_COLUMNS} FROM scores s WHERE s.system = 'base' AND s.adapters = '[]'", task, metric
+    )
+
+
+def _found(path: Path, query: str, task: str, metric: str) -> list[StoredScore]:
+    query += " AND s.task = ? AND s.metric = ? AND s.value IS NOT NULL ORDER BY s.id"
     with closing(open_for_reading(path)) as db:
         return [StoredScore(*row)._replace(imported=bool(row[7])) for row in db.execute(query, clean([task, metric]))]
 
@@ -56,10 +69,10 @@ def tasks(path: Path) -> list[str]:
 
 
 def records_of(path: Path, task: str, metric: str) -> dict[str, Mapping[str, Any]]:
-    """Run → its record, of the runs that measured scores of adapters on a task by a metric."""
+    """Run → its record, of the runs that measured scores on a task by a metric."""
     query = (
         "SELECT id, record FROM runs WHERE id IN "
-        "(SELECT run_id FROM scores WHERE task = ? AND metric = ? AND adapter IS NOT NULL AND NOT imported)"
+        "(SELECT run_id FROM scores WHERE task = ? AND metric = ? AND NOT imported)"
     )
     with closing(open_for_reading(path)) as db:
         return {id: json.loads(record) for id, record in db.execute(query, clean([task, metric]))}

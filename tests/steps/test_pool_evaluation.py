@@ -95,7 +95,9 @@ def test_scores_are_those_of_single_evaluations_and_are_kept(home: Path, made: l
     assert (told["scored"], told["failed"], told["answers"]) == (5, {}, 5 * N)
     made.clear()
     again = json.loads(ok(*EVALUATE, "--json").out)
-    assert again["rows"] == told["rows"]
+    assert (again["rows"], again["base_score"]) == (told["rows"], told["base_score"])
+    record = json.loads(ok("runs", "show", json.loads(ok("runs", "list", "--json").out)["rows"][0]["id"], "--json").out)
+    assert [name.partition(":")[0] for name in record["record"]["inputs"]] == ["base", "task.jsonl"]
     assert ok(*BY, "evaluation", "-k", "2").out.split() == [row["id"] for row in told["rows"][:2]]
     assert ok(*BY, "race", "-k", "1").out.split() == ["pool/skilled"]  # nothing is left to ask
     assert made == []

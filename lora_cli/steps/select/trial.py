@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from lora_cli.catalogue import runs, scores
+from lora_cli.catalogue.scores import StoredScore
 from lora_cli.errors import AccessDenied, DataError, NothingMatched, Refused
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import Run, key_of
@@ -79,6 +80,7 @@ class PoolTrial:
         )
         self.failed: dict[str, str] = {}
         self.base: PoolScore | None = None
+        # Not the adapters: what a run names stays in the Hub's cache, and each score has its adapter's commit.
         self._inputs = {**self._ref.inputs, task.file.name: task.sha256}
         self._here: set[str] = set()
         self._known: dict[str, PoolScore] = {}
@@ -115,14 +117,14 @@ class PoolTrial:
         label, db = f"{self.task.file.name}@{self.task.sha256[:8]}", self._pool.catalogue.path
         records = scores.records_of(db, label, self.options.metric)
         alike = {run for run, record in records.items() if self._is_alike(record)}
+        for own in scores.of_base(db, label, self.options.metric):
+            self.base = _as_known(own) if own.run in alike else self.base
         commits = dict(name.rpartition("@")[::2] for name in names)
         for one in scores.on_task(db, label, self.options.metric):
             commit = commits.get(one.id)
             if commit is None or one.commit not in ("", commit) or not (one.imported or one.run in alike):
                 continue
-            self._known[f"{one.id}@{commit}"] = PoolScore(
-                one.value, one.n, one.low, one.high, one.log_likelihood, one.imported
-            )
+            self._known[f"{one.id}@{commit}"] = _as_known(one)
         return {name: self._known[name] for name in names if name in self._known}
 
     def judge(self, names: Sequence[str], count: int) -> dict[str, PoolScore]:
@@ -161,7 +163,7 @@ class PoolTrial:
 
     def _begin(self) -> None:
         """Load the base, record the run, open the rows, and see that the base itself can answer."""
-        key = key_of("pool-evaluate", self.settings, {**self._ref.inputs, self.task.file.name: self.task.sha256})
+        key = key_of("pool-evaluate", self.settings, self._inputs)
         path = self._settings.runs / f"pool-evaluate-{key[:8]}.jsonl"
         self._rows = self._stack.enter_context(PoolRows(path))
         db = self._pool.catalogue.path
@@ -225,7 +227,6 @@ class PoolTrial:
         for score in found:
             if not math.isfinite(score.value):
                 raise Refused(f"{score.system}: its score is not finite")
-        self._inputs |= gathered.inputs
         self._pinned |= ids
         return found
 
@@ -257,6 +258,10 @@ class _Counted:
         """The next calls are about other systems."""
         self._before += sum(self._done.values())
         self._done.clear()
+
+
+def _as_known(one: StoredScore) -> PoolScore:
+    return PoolScore(one.value, one.n, one.low, one.high, one.log_likelihood, one.imported)
 
 
 def _as_pool_score(score: Score) -> PoolScore:
