@@ -253,6 +253,7 @@ def test_a_target_is_trained_once_and_must_be_of_the_candidates_base(
     assert "is for acme/other-model, the candidates are for" in message
 
 
+@pytest.mark.slow
 def test_a_scan_fits_segments_once_and_leaves_out_what_cannot_be_read(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_options_that_a_method_does_not_take_are_named() -> None:
     assert "--by random takes no --task" in refused(2, "select", "--by", "random", "--task", "x")
     assert "--by rank takes no --metric" in refused(2, "select", "--by", "rank", "--metric", "nll")
     assert "--by rank takes no --ties" in refused(2, "select", "--by", "rank", "--ties", "id")
+    assert "--by rank takes no --rank-by" in refused(2, "select", "--by", "rank", "--rank-by", "downloads")
     assert "--by evaluation takes no --target" in refused(2, "select", "--by", "evaluation", "--target", "x")
     assert "--by race needs --data or --task" in refused(2, "select", "--by", "race")
     assert "--by cosine needs --target or --data" in refused(2, "select", "--by", "cosine")

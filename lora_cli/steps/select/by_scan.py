@@ -21,6 +21,7 @@ from lora_cli.selection_methods._fits import Fits
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.fit.fit import Fitting, fit
 from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.pool.fetch import refused
 from lora_cli.steps.pool.select import Scored
 from lora_cli.task import Task
 from lora_cli.text import counted
@@ -62,7 +63,8 @@ class Scan:
 
         NothingMatched if no adapter can be fitted.
         """
-        ranked = [name for name in ranked if self._opens(name)]
+        self._fetch(ranked)
+        ranked = [name for name in ranked if unpinned(name) not in self.failed and self._opens(name)]
         if not ranked:
             raise NothingMatched("no adapter can be fitted to this task", hint="see lora pool verify")
         with runs.recorded(self._db, "scan", self._settings, self._inputs, self._file) as run:
@@ -110,11 +112,19 @@ class Scan:
         try:
             self._quiet.adapters([name])
         except (Refused, DataError, NothingMatched, AccessDenied) as error:
-            id = unpinned(name)
-            self.failed[id] = error.message.removeprefix(f"{id}: ")
-            self._pool.announce(f"{id} left out: {self.failed[id]}")
+            self._leave_out(unpinned(name), error.message)
             return False
         return True
+
+    def _fetch(self, names: Sequence[str]) -> None:
+        """Bring the weights of all adapters to this machine."""
+        refs = [row.ref for row in self._pool.catalogue.rows([*map(unpinned, names)], base=self._pool.base)]
+        for adapter, reason in refused(self._pool.catalogue, refs, self._pool.announce, self._pool.progress):
+            self._leave_out(adapter.id, reason)
+
+    def _leave_out(self, id: str, reason: str) -> None:
+        self.failed[id] = reason.removeprefix(f"{id}: ")
+        self._pool.announce(f"{id} left out: {self.failed[id]}")
 
     def _stored(self) -> dict[str, float]:
         """The losses of earlier fits. Text after the last line break is one whose writing was interrupted."""

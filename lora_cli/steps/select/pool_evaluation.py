@@ -8,6 +8,7 @@ from functools import partial
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.names import unpinned
+from lora_cli.selection_methods._trials import best_first
 from lora_cli.steps.pool.select import demand_one_base
 from lora_cli.steps.select.by_trial import Judged, judged
 from lora_cli.steps.select.trial import PoolScore, PoolTrial
@@ -60,7 +61,7 @@ def evaluate_pool(trial: PoolTrial, names: Sequence[str], *, k: int, race: bool 
     found = judged(trial, "race" if race else "evaluation", names, partial(_first, k))
     if not found.standings:
         raise Refused("no adapter can be judged on this task", hint="lora pool verify says what is wrong with each")
-    ranked = sorted(found.standings, key=lambda place: (found.standings[place].order, names[place]), reverse=True)
+    ranked = best_first({place: one.order for place, one in found.standings.items()}, names)
     return PoolEvaluated(scores={unpinned(names[place]): found.scores[place] for place in ranked}, found=found)
 
 

@@ -91,8 +91,8 @@ class SelectRequest:
             "seed": settings.seed,
             "max_per_author": options.max_per_author,
             "dedupe": options.dedupe,
-            "target": _place(self.options.target),
-            "data": _place(self.options.data),
+            "target": _place(options.target),
+            "data": _place(options.data),
             "task": options.task,
             "metric": self.judging.metric,
         }
@@ -135,7 +135,8 @@ class SelectRequest:
         ranking = SelectRequest(
             self.catalogue,
             self.settings,
-            replace(self.options, by=by, k=every, **left_out),
+            replace(self.options, by=by, rank_by="rank", k=every, **left_out),
+            prompting=self.prompting,
             announce=self.announce,
             progress=self.progress,
         )
@@ -186,14 +187,14 @@ class SelectRequest:
             raise UsageError(f"--by {by} needs {takes}")
         if len(given) > 1 and not fits:
             raise UsageError(f"--{given[0]} and --{given[1]} exclude each other")
+        if options.rank_by != "rank" and not fits:
+            raise UsageError(f"--by {by} takes no --rank-by", hint="it is for scan")
         usual, judging = TrialOptions().settings, self.judging.settings
-        changed = [name for name in usual if judging[name] != usual[name]]
+        changed = [name.replace("_", "-") for name in usual if judging[name] != usual[name]]
         changed += ["ties"] if options.ties != "likelihood" else []
         if changed and self.kind != "trials":
-            raise UsageError(
-                f"--by {by} takes no --{changed[0].replace('_', '-')}", hint="it is for evaluation and race"
-            )
-        if options.ties == "file" and options.task is None and self.kind == "trials":
+            raise UsageError(f"--by {by} takes no --{changed[0]}", hint="it is for evaluation and race")
+        if options.ties == "file" and options.task is None:
             raise UsageError("--ties file is for stored scores", hint="name their task: --task NAME")
 
 
