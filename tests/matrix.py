@@ -388,7 +388,7 @@ KINDS = (
         "modules that the base does not have",
         "llama",
         _file({"model.layers.7.self_attn.q_proj": (32, 32)} | _Q, ["q_proj"]),
-        refused="not in the base: ",
+        refused="not in the base",
     ),
     Kind(
         "shapes that the base does not have",
