@@ -139,7 +139,8 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
         shape, recipe, fit = _shared_out(options, Shape, Recipe, FitOptions)
         names = self._pool.unweighted(adapters, verb="fit")
-        request = FitRequest(self._pool, names, read_task(Path(data)), self.settings, shape, recipe, fit)
+        task = read_task(Path(data), labelled=shape.labelled)
+        request = FitRequest(self._pool, names, task, self.settings, shape, recipe, fit)
         fitting = request.prepare(out=_path(out))
         fitting.run(self.settings.db, force=force, progress=self._pool.progress)
         self._tell(fitting.notice)

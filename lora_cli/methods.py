@@ -32,6 +32,7 @@ def method(
     needs: str = "",
     score: str = "",
     better: str = "",
+    lr: float = 0.0,
 ) -> Callable[[F], F]:
     """Mark the one public function of a method file.
 
@@ -43,6 +44,7 @@ def method(
         needs: further input of the method: "inputs".
         score: the score that a metric makes of its values: "share" of those that are true, or their "mean".
         better: the direction of a metric: "higher" or "lower".
+        lr: the usual learning rate of a fit by gradient descent.
     """
 
     def mark(function: F) -> F:
@@ -107,6 +109,7 @@ class Method:
     needs: str = ""
     score: str = ""
     better: str = ""
+    lr: float = 0.0
     module: str = ""
 
     @property
@@ -194,7 +197,7 @@ class MethodFolder:
     def load(self, name: str) -> Callable[..., Any]:
         """Import the method called `name` and return its function."""
         module = importlib.import_module(f"{self.package}.{self.get(name).module}")
-        function: Callable[..., Any] = getattr(module, name.replace("-", "_"))
+        function: Callable[..., Any] = getattr(module, self.get(name).module.rpartition(".")[2])
         return function
 
 
@@ -206,12 +209,13 @@ def file_names(package: str) -> tuple[str, ...]:
 
 def member(package: str, name: str) -> Any:
     """Import the file called `name` in an open folder, and return its object."""
-    stem = name.replace("-", "_")
+    stem = re.sub(r"[-.]", "_", name)
     return getattr(importlib.import_module(f"{package}.{stem}"), stem)
 
 
 def _name(file: Path) -> str:
-    return file.stem.replace("_", "-")
+    """The name of a file's member: `pi_tuning` is pi-tuning, and between digits stands a dot, as in arXiv numbers."""
+    return re.sub(r"(?<=\d)_(?=\d)", ".", file.stem).replace("_", "-")
 
 
 def _read(file: Path, module: str) -> Method:

@@ -1,7 +1,7 @@
 """The options of select, fit, train and eval."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,13 +17,15 @@ from lora_cli.records import ALL_LINEAR
 
 SELECTION_METHODS = MethodFolder("lora_cli.selection_methods", "selection method")
 
+FIT_METHODS = MethodFolder("lora_cli.fit_methods", "preset")
 if TYPE_CHECKING:
     Metric = str
     By = str
-else:  # one choice per file of metrics/ and selection_methods/
+    Preset = str
+else:  # one choice per file of metrics/, selection_methods/ and fit_methods/
     Metric = Literal[tuple(METRICS.methods)]
     By = Literal[tuple(SELECTION_METHODS.methods)]
-FIT_METHODS = MethodFolder("lora_cli.fit_methods", "fit method")
+    Preset = Literal[tuple(FIT_METHODS.methods)]
 COEFFICIENTS, TRAINING, CONTROLS = "Coefficients", "Training", "Comparison"
 LORA, SCORES, HARNESS = "The LoRA", "Scores", "Tasks of lm-evaluation-harness"
 
@@ -31,6 +33,32 @@ Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
 MaxNewTokens = Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)]
 BatchSize = Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
+
+
+def _usual(values: Mapping[str, Any]) -> str:
+    """The defaults of a knob in presets, as the help names them: the commonest one first, without names."""
+    by_value: dict[str, list[str]] = {}
+    for preset, value in values.items():
+        by_value.setdefault(f"{value:g}" if isinstance(value, float) else str(value), []).append(preset)
+    usual = max(by_value, key=lambda value: len(by_value[value]))
+    others = [f"{value} for {' and '.join(presets)}" for value, presets in by_value.items() if value != usual]
+    return "; ".join([usual, *others])
+
+
+def _knobs_of_presets() -> list[tuple[str, Any, None]]:
+    """The knobs of all presets as fields, None for the preset's own value."""
+    fields = []
+    for name, presets in FIT_METHODS.knobs.items():
+        [knob, *others] = presets.values()
+        choices = tuple(dict.fromkeys(choice for one in (knob, *others) for choice in one.choices))
+        kind: Any = Literal[choices] if choices else knob.type
+        lacking = [name for name in FIT_METHODS.methods if name not in presets]
+        own = f"Not for {', '.join(lacking)}: " if len(lacking) < len(presets) else f"For {', '.join(presets)}: "
+        usual = _usual({preset: one.default for preset, one in presets.items()})
+        fields.append(
+            (name, Annotated[kind | None, Flag(help=own + knob.help, default=usual, panel=COEFFICIENTS)], None)
+        )
+    return fields
 
 
 def _knobs(name: str, knobs: Iterable[Knob], panel: str, after: type[Options] = Options) -> Any:
@@ -56,11 +84,66 @@ def _knobs_of_metrics() -> list[Knob]:
     ]
 
 
-class Shape(_knobs("adaptive", FIT_METHODS.get("adaptive").knobs.values(), COEFFICIENTS)):  # type: ignore[misc]
-    """The coefficients, and their computation from θ; `fit_methods/adaptive.py` explains each option."""
+class _Preset(Options, frozen=True, kw_only=True):
+    """The preset."""
+
+    preset: Annotated[
+        Preset,
+        Flag(
+            help="; ".join(f"{name}: {one.summary[:-1]}" for name, one in FIT_METHODS.methods.items()) + ".",
+            panel=COEFFICIENTS,
+        ),
+    ] = "adaptive"
+
+
+_Shape = msgspec.defstruct("_Shape", _knobs_of_presets(), bases=(_Preset,), frozen=True, kw_only=True)
+
+
+class Shape(_Shape):  # type: ignore[misc,valid-type]
+    """The coefficients, and how they are found: a preset of `fit_methods/`, and knobs of it that are turned.
+
+    A knob that is None has the preset's own value.
+
+    Raises:
+        UsageError: a knob that the preset lacks, or a value out of range.
+    """
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        """Every knob of the preset."""
+        given = {name: getattr(self, name) for name in FIT_METHODS.knobs if getattr(self, name) is not None}
+        return FIT_METHODS.check(self.preset, given)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"preset": self.preset, **self.knobs}
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the fit learns from answers."""
+        return bool(self.knobs.get("objective") != "entropy")
+
+    def completed(self, recipe: "Recipe") -> "Recipe":
+        """A recipe with the preset's learning rate, unless it has one.
+
+        Raises:
+            UsageError: the preset searches without gradients, and the recipe has options of a descent.
+        """
+        preset = FIT_METHODS.get(self.preset)
+        if preset.kind == "gradient":
+            return recipe if recipe.lr is not None else msgspec.structs.replace(recipe, lr=preset.lr)
+        usual = Recipe()
+        for name in ("steps", "lr", "batch"):
+            if getattr(recipe, name) != getattr(usual, name):
+                raise UsageError(
+                    f"{self.preset} takes no --{name}: it searches without gradients, over all examples at once",
+                    hint=f"its options are {', '.join(f'--{knob}' for knob in preset.knobs)}",
+                )
+        return recipe
 
     def __post_init__(self) -> None:
-        if self.granularity == "rank" and self.activation == "softmax":
+        knobs = self.knobs
+        if knobs.get("granularity") == "rank" and knobs.get("activation") == "softmax":
             raise UsageError(
                 "--activation softmax cannot be used with --granularity rank: softmax compares adapters",
                 hint="use --activation leaky_relu",
@@ -70,14 +153,24 @@ class Shape(_knobs("adaptive", FIT_METHODS.get("adaptive").knobs.values(), COEFF
 class Recipe(Options, frozen=True, kw_only=True):
     """How to train: AdamW (0.9, 0.999) without decay, linear warm-up over `warmup` of the steps, then half a cosine.
 
-    `batch` examples make one step, in as many passes as memory requires; gradients are clipped to norm 1; every `every`
-    steps, and before the first one, the validation loss is taken, and the best parameters are kept.
+    The warm-up starts at a rate of 0, as transformers' schedules do: the first step only fills AdamW's moments. `lr` is
+    the peak; None is the preset's of a fit, 0.05 without one. `batch` examples make one step, in as many passes as
+    memory requires; gradients are clipped to norm 1; every `every` steps, and before the first one, the validation loss
+    is taken, and the best parameters are kept.
     """
 
     steps: Steps = 100
-    lr: LearningRate = 5e-2
+    lr: Annotated[
+        float | None,
+        Flag(
+            help="Peak learning rate.",
+            default=_usual({name: one.lr for name, one in FIT_METHODS.methods.items() if one.lr}),
+            panel=TRAINING,
+        ),
+    ] = None
     batch: Annotated[int, Flag(help="Examples per step.", panel=TRAINING)] = 8
     warmup: float = 0.1
+    schedule: Literal["cosine from 0"] = "cosine from 0"
     every: int = 10
     seed: int = 0
 
@@ -85,15 +178,17 @@ class Recipe(Options, frozen=True, kw_only=True):
         for name, low in (("steps", 1), ("batch", 1), ("every", 1), ("seed", 0)):
             if getattr(self, name) < low:
                 raise UsageError(f"--{name} must be at least {low}, not {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
+        if self.lr is not None and not (math.isfinite(self.lr) and self.lr > 0):
             raise UsageError(f"--lr must be above 0, not {self.lr}")
 
     def rate(self, step: int) -> float:
         """The learning rate of step 0, 1, …, steps − 1."""
-        warm = round(self.warmup * self.steps)
+        peak = 5e-2 if self.lr is None else self.lr
+        # At least one step must have a rate above 0.
+        warm = min(math.ceil(self.warmup * self.steps), self.steps - 1)
         if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+            return peak * step / warm
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
 
 class TargetRecipe(Recipe, frozen=True, kw_only=True):
@@ -150,7 +245,6 @@ class SelectOptions(Options, frozen=True, kw_only=True):
 class FitOptions(Options, frozen=True, kw_only=True):
     """The options of a fit besides coefficients and training; `rank` and `energy` reduce the result."""
 
-    l1: Annotated[float, Flag(help="Weight of an L1 penalty on the coefficients.", panel=COEFFICIENTS)] = 0.0
     rank: Rank = "auto"
     energy: Energy = None
     target: Annotated[

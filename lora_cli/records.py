@@ -281,7 +281,8 @@ class Coefficients:
     """The coefficients from `fit`: for each module, one factor per adapter, or per rank of each adapter.
 
     `values[module][i]` belongs to `adapters[i]` (`id@commit`): a tuple of one factor, or of one per rank. The factors
-    are final: the activation is already applied. `task_sha256` names the data they were learnt on.
+    are final: the activation is already applied. `task_sha256` names the data they were learnt on. `trained` is True if
+    they belong to factors that the fit trained too, and not to the adapters as they are.
     """
 
     adapters: tuple[str, ...]
@@ -290,11 +291,18 @@ class Coefficients:
     activation: str
     task_sha256: str
     base: str
+    trained: bool = False
+
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The coefficients as their file and their hash hold them."""
+        found = asdict(self)
+        return found if self.trained else {name: value for name, value in found.items() if name != "trained"}
 
     @property
     def sha256(self) -> str:
         """The hash of these coefficients, as 64 hex digits."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.stored, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,8 +32,8 @@ def load_task(path: Path) -> list[Example]:
     return read_task(path).examples
 
 
-def read_task(path: Path) -> Task:
-    """Every example of a task file, in file order.
+def read_task(path: Path, *, labelled: bool = True) -> Task:
+    """Every example of a task file, in file order. Without `labelled` a line may lack its completion.
 
     A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
     assistant's turn last. Further keys of messages are kept for the chat template, and so are `"tools"` and
@@ -44,10 +44,10 @@ def read_task(path: Path) -> Task:
         DataError: names the file, the line and the reason.
     """
     data = _bytes_of(path)
-    return Task(file=path, examples=_examples(path, data), sha256=hashlib.sha256(data).hexdigest())
+    return Task(file=path, examples=_examples(path, data, labelled), sha256=hashlib.sha256(data).hexdigest())
 
 
-def _examples(path: Path, data: bytes) -> list[Example]:
+def _examples(path: Path, data: bytes, labelled: bool) -> list[Example]:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,7 +62,7 @@ def _examples(path: Path, data: bytes) -> list[Example]:
     first_line: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            example = _example(line, number)
+            example = _example(line, number, labelled)
             if example.id in first_line:
                 raise _BadLine(f"id {example.id!r} is already used in line {first_line[example.id]}")
         except _BadLine as reason:
@@ -114,7 +114,7 @@ def _bytes_of(path: Path) -> bytes:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _example(line: str, number: int) -> Example:
+def _example(line: str, number: int, labelled: bool) -> Example:
     if not line.strip():
         raise _BadLine("the line is empty")
     try:
@@ -130,16 +130,18 @@ def _example(line: str, number: int) -> Example:
     if "messages" in row:
         if "prompt" in row or "completion" in row:
             raise _BadLine('"messages" and "prompt"/"completion" exclude each other')
-        prompt, completion, answer = _chat(row["messages"])
+        prompt, completion, answer = _chat(row["messages"], labelled)
     elif "prompt" in row and "completion" in row:
         prompt, completion = _text(row["prompt"], '"prompt"'), _text(row["completion"], '"completion"')
+    elif "prompt" in row and not labelled:
+        prompt, completion = _text(row["prompt"], '"prompt"'), ""
     else:
         raise _BadLine(f"neither of the two formats: {FORMATS}")
     return Example(
         id=_id(row.get("id"), number),
         prompt=prompt,
         completion=completion,
-        choices=_choices(row, completion),
+        choices=_choices(row, completion) if completion else (),
         answer=answer,
         extras=_extras(row),
     )
@@ -154,7 +156,7 @@ def _extras(row: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _chat(messages: Any) -> tuple[tuple[Mapping[str, Any], ...], str, Mapping[str, Any]]:
+def _chat(messages: Any, labelled: bool) -> tuple[tuple[Mapping[str, Any], ...], str, Mapping[str, Any]]:
     """The prompt, the text of the answer, and the other keys of the answer's message."""
     if not isinstance(messages, list):
         raise _BadLine(f'"messages" must be a list, not {_kind(messages)}')
@@ -166,6 +168,8 @@ def _chat(messages: Any) -> tuple[tuple[Mapping[str, Any], ...], str, Mapping[st
         if not (message.get("tool_calls") and message.get("content") in (None, "")):
             _text(message.get("content"), f'"content" of message {place}')
         turns.append(message)
+    if turns and turns[-1]["role"] != "assistant" and not labelled:
+        return tuple(turns), "", {}
     if not any(turn["role"] == "assistant" for turn in turns):
         raise _BadLine("no assistant turn")
     if turns[-1]["role"] != "assistant":

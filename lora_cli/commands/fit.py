@@ -1,4 +1,4 @@
-"""`lora fit`: learn a coefficient per adapter and module from data."""
+"""`lora fit`: fit coefficients of adapters to data."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,16 +47,17 @@ def fit(
     job: DrawnJob,
     prompts: Prompts,
 ) -> None:
-    """Fit one coefficient per adapter and module to a task, and merge with them.
+    """Fit coefficients of adapters to a task, and merge with them.
 
-    80 % of the examples train the coefficients, the others choose the best step. The result is a PEFT folder with
+    80 % of the examples train the coefficients, the others choose the best step. --preset names the method: the default
+    learns one coefficient per adapter and module, from the base upwards. The result is a PEFT folder with
     coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
     zero. A killed fit resumes where it stopped when it is run again.
     """
     screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
-    task = setup.task(settings)
+    task = setup.task(settings, labelled=shape.labelled)
 
     from lora_cli.steps.bake.plan import is_here
     from lora_cli.steps.estimate import of_fit
@@ -104,7 +105,7 @@ def outcome(report: "FitReport") -> str:
     """The one-line summary of a fit; it claims no more than the intervals support."""
     base, *controls = report.comparisons
     after = report.fit.learnt.loss_after
-    parts = [f"fit: validation loss {base.loss:.3f} → {after:.3f}"]
+    parts = [f"fit: validation {report.fit.measure} {base.loss:.3f} → {after:.3f}"]
     if abs(report.loss_merged - after) > 0.005 * after:
         parts.append(f"{report.loss_merged:.3f} after reduction to rank {report.merge.ranks[1]}")
     parts += [f"{_NAMES[one.against]} {one.loss:.3f}" for one in controls]
@@ -135,6 +136,7 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
+            "lora fit --data task.jsonl --preset lorahub",
             "lora fit --data task.jsonl --plot fit.svg",
         ),
     )(with_flags(fit))

@@ -1,1 +1,37 @@
-"""One file is one way to fit coefficients to a task."""
+"""One file is one preset: a named point of the family of fits, with the knobs that may be turned from there."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lora_cli.models.mixture import Parameters
+
+Measure = Literal["loss", "entropy"]
+Kept = Literal["best", "last"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Search:
+    """A search without gradients: at most `evaluations` of the objective, for θ within ±`bound`."""
+
+    evaluations: int
+    bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learning:
+    """A point of the family: the parameters of the mixture, and how they are found.
+
+    measure: what is minimised, a mean over examples: "loss" of their completions, or "entropy" of the next token after
+        their prompts.
+    l1: the weight of the penalty on θ, see `Mixture.penalty`. With `l1_per_example` it is added once for each example
+        of a step, else once.
+    kept: the parameters that a descent ends with: those of the "best" step by validation, or the "last" step's.
+    search: the search that finds θ; None for gradient descent.
+    """
+
+    parameters: Parameters
+    measure: Measure = "loss"
+    l1: float = 0.0
+    l1_per_example: bool = False
+    kept: Kept = "best"
+    search: Search | None = None

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ _SCHEMA = "lora.coefficients/1"
 
 def coefficients_text(coefficients: Coefficients) -> str:
     """The bytes of a coefficients.json."""
-    return json.dumps({"schema": _SCHEMA, **asdict(coefficients)}, indent=1) + "\n"
+    return json.dumps({"schema": _SCHEMA, **coefficients.stored}, indent=1) + "\n"
 
 
 def read_coefficients(file: Path) -> Coefficients:
@@ -30,6 +29,8 @@ def read_coefficients(file: Path) -> Coefficients:
         if not all(isinstance(found[key], str) for key in ("granularity", "activation", "task_sha256", "base")):
             raise TypeError("a text that is none")
         found["adapters"] = tuple(map(str, found["adapters"]))
+        if not isinstance(found.get("trained", False), bool):
+            raise TypeError("a truth that is none")
         if not found["adapters"]:
             raise ValueError("no adapters")
         found["values"] = {module: tuple(map(_numbers, rows)) for module, rows in found["values"].items()}
@@ -41,7 +42,12 @@ def read_coefficients(file: Path) -> Coefficients:
 
 
 def demand_fitting(coefficients: Coefficients, adapters: Sequence[OpenAdapter]) -> None:
-    """Refused unless the coefficients are for exactly these adapters, modules and ranks."""
+    """Refused unless the coefficients are for exactly these adapters, modules and ranks, as they are."""
+    if coefficients.trained:
+        raise Refused(
+            "the coefficients belong to factors that the fit trained, not to the adapters as they are",
+            hint="use the folder that the fit wrote",
+        )
     given, learnt = {adapter.ref.pinned for adapter in adapters}, set(coefficients.adapters)
     if extra := sorted(given - learnt):
         raise Refused(f"the coefficients have no entry for {extra[0]}", hint="leave it out, or fit with it")

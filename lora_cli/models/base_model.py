@@ -98,17 +98,30 @@ class BaseModel:
 
         Differentiable in the applied updates. Divide by `Encoded.tokens` for a mean per token.
         """
-        tokens = self.filled(batch)
-        labels = torch.full_like(tokens, _IGNORED)
-        for row, item in enumerate(batch):
-            labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
-        wanted = (labels[:, 1:] != _IGNORED).any(dim=0).nonzero().flatten()  # positions that predict a completion token
-        labels = labels[:, 1:][:, wanted].to(self.device)
-        logits = self._logits(tokens.to(self.device), wanted.to(self.device))  # (batch, wanted, vocabulary)
+        logits, labels = self._predictions(batch)
         flat = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
         )
         return flat.view(labels.shape).sum(dim=1)
+
+    def completion_entropies(self, batch: Sequence[Encoded]) -> Tensor:
+        """Entropy in nats of the distributions that predict each completion's tokens, summed: (len(batch),) float32.
+
+        The tokens themselves do not count, except as context of later ones. Differentiable as `completion_losses`.
+        """
+        logits, labels = self._predictions(batch)
+        logs = logits.float().log_softmax(dim=-1)
+        return torch.where(labels == _IGNORED, 0.0, -(logs.exp() * logs).sum(dim=-1)).sum(dim=1)
+
+    def _predictions(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        """Logits (batch, wanted, vocabulary) at the positions that predict a completion token, and these tokens."""
+        tokens = self.filled(batch)
+        labels = torch.full_like(tokens, _IGNORED)
+        for row, item in enumerate(batch):
+            labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
+        wanted = (labels[:, 1:] != _IGNORED).any(dim=0).nonzero().flatten()
+        labels = labels[:, 1:][:, wanted].to(self.device)
+        return self._logits(tokens.to(self.device), wanted.to(self.device)), labels
 
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
         """`mean_log_likelihoods` of examples that are not encoded yet."""

@@ -167,6 +167,16 @@ class Encoder:
             hint=f"{'lower --max-new-tokens, or ' if new else ''}shorten or remove {'it' if one else 'them'}",
         )
 
+    def prompts_of(self, examples: Sequence[Example]) -> list[Encoded]:
+        """The prompts of examples before any first token of an answer, which is the one token in their loss.
+
+        Raises:
+            DataError: as `encode`.
+        """
+        # Any answer will do: only what comes before it is kept.
+        found = self.encode_all([replace(example, completion="a", answer={}) for example in examples])
+        return [one._replace(ids=(*one.opening.ids, 0), start=len(one.opening.ids)) for one in found]
+
     def read_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """Examples as the model reads them, however long; see `read`."""
         return [self.read(example) for example in examples]

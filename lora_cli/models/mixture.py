@@ -27,17 +27,26 @@ from lora_cli.records import Progress, patient, silent
 class Parameters:
     """The parameters θ of a mixture, and the way from them to coefficients.
 
+    granularity, activation: their names in records.
     part: a module's name → the part of the model with which it shares its coefficients.
     per_rank: every rank of each adapter in each module has a coefficient of its own.
+    absent: adapters count also in parts where they have no module, in `coefficients` and in the penalty.
+    trained: the adapters' factors are learnt too, each beside its fixed scale.
+    fresh: an adapter that is kept as the target gets new factors, A ~ N(0, 0.01²) and B = 0.
     start: θ at the start, (size,), from its size and a generator.
     coefficients: called as coefficients(θ, present), both (parts, adapters), or (size,) with `per_rank`; `present` is
         False where an adapter has no module in a part. Returns the coefficients in the same shape.
     """
 
+    granularity: str
+    activation: str
     part: Callable[[str], str]
     start: Callable[[int, torch.Generator], Tensor]
     coefficients: Callable[[Tensor, Tensor], Tensor]
     per_rank: bool = False
+    absent: bool = False
+    trained: bool = False
+    fresh: bool = False
 
 
 class _Weighted(torch.autograd.Function):
@@ -59,15 +68,21 @@ class _Weighted(torch.autograd.Function):
 
 
 _weighted: Any = _Weighted.apply
+_FRESH = 0.01
+"""The deviation of the A of an adapter whose factors are drawn anew; its B is 0."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Block:
-    """One module: Â (R, in), B̂ (out, R), and for each adapter that touches it (place, rank)."""
+    """One module: Â (R, in), B̂ (out, R), and for each adapter that touches it (place, rank).
+
+    `scale` (R,) stands beside factors that are learnt; in others it is folded into B̂.
+    """
 
     a: Tensor
     b: Tensor
     parts: tuple[tuple[int, int], ...]
+    scale: Tensor | None = None
 
 
 class Mixture:
@@ -80,7 +95,7 @@ class Mixture:
         seed: the seed of a random start.
         reinit: replace the factors of all adapters from place `kept` on by noise of the same spread, as a control for
             their content. Normal, mean 0, with the deviation of the module's stacked A and B.
-        kept: the number of leading adapters that keep their factors under `reinit`.
+        kept: the number of leading adapters that are targets: they keep their factors under `reinit`.
 
     Raises:
         Refused: an adapter does not fit the base, or its values do not fit the base's precision.
@@ -108,12 +123,29 @@ class Mixture:
         modules, report = all_modules(adapters), patient(progress)
         for done, module in enumerate(modules, 1):
             generator = torch.Generator().manual_seed(_seed_of(seed, module)) if reinit else None
-            self._blocks[module] = _block(base, adapters, module, generator, kept)
+            drawn = torch.Generator().manual_seed(_seed_of(seed, f"fresh {module}")) if parameters.fresh else None
+            block = _block(adapters, module, kept, noise=generator, fresh=drawn)
+            if not all(torch.isfinite(factor.to(base.dtype)).all() for factor in (block.a, block.b)):
+                raise Refused(
+                    f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32"
+                )
+            scales = [adapter.scales.get(module, 0.0) for adapter in adapters] if parameters.trained else None
+            self._blocks[module] = _ready(block, base, scales)
             report("loading adapters", done, len(modules))
         self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
         generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
         self.theta = parameters.start(self._present.numel(), generator).to(base.device).requires_grad_()
+        self._dtype = base.dtype
+        self.tries_together = all(module in base.shapes and ".experts." not in module for module in self._blocks)
+        """Whether a pass can try several θ: rows keep their places in it, as in linear layers outside of experts."""
+        self._tried: Tensor | None = None
         self._current: dict[str, Tensor] = {}
+
+    @property
+    def learnt(self) -> list[Tensor]:
+        """The tensors to learn: θ, and the factors if they are learnt too."""
+        blocks = self._blocks.values() if self._parameters.trained else ()
+        return [self.theta, *(factor for block in blocks for factor in (block.a, block.b))]
 
     def _lay_out(self, device: torch.device, units: Mapping[str, str]) -> None:
         """The place in θ of the coefficient of each rank of each module; `units` maps matrices to their module."""
@@ -135,35 +167,61 @@ class Mixture:
             index.append((row * n + owners).repeat_interleave(torch.tensor([rank for _, rank in block.parts])))
         self._widths = [block.a.shape[0] for block in self._blocks.values()]
         self._index = torch.cat(index).to(device)
-        self._present = (torch.ones(used, dtype=torch.bool) if per_rank else present).to(device)
+        everywhere = present | self._parameters.absent
+        self._present = (torch.ones(used, dtype=torch.bool) if per_rank else everywhere).to(device)
         self._groups = len(groups)
 
     def penalty(self) -> Tensor:
         """Mean over the groups of Σ|θ|, the term for an L1 factor."""
-        return self.theta.abs()[self._present.flatten()].sum() / self._groups
+        return self.penalties(self.theta[None])[0]
 
-    def _factors(self) -> Tensor:
-        """One for every entry of θ, float32."""
-        return self._parameters.coefficients(self.theta.view(self._present.shape), self._present).flatten()
+    def penalties(self, thetas: Tensor) -> Tensor:
+        """The `penalty` of each of several θ, (K, size) → (K,)."""
+        return thetas.abs()[:, self._present.flatten()].sum(dim=1) / self._groups
+
+    def _spread(self, theta: Tensor) -> Tensor:
+        """The coefficient of each rank of each module, one module after another, float32."""
+        return self._parameters.coefficients(theta.view(self._present.shape), self._present).flatten()[self._index]
+
+    def _by_module(self, spread: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._blocks, spread.split_with_sizes(self._widths, dim=-1), strict=True))
 
     def _refresh(self) -> None:
         # Gather once for the whole model: a gather per module would cost more than a tiny module's product.
-        spread = self._factors()[self._index].split_with_sizes(self._widths)
-        self._current = dict(zip(self._blocks, spread, strict=True))
+        thetas = self.theta[None] if self._tried is None else self._tried
+        spread = torch.stack([self._spread(theta) for theta in thetas])
+        self._current = {
+            module: _scaled(c, self._blocks[module].scale)
+            for module, c in self._by_module(spread if len(spread) > 1 else spread[0]).items()
+        }
 
     def _factors_of(self, module: str) -> Factors:
         block = self._blocks[module]
-        return lambda: (block.b * self._current[module].to(block.b.dtype), block.a)
+        return lambda: ((block.b * self._current[module].to(block.b.dtype)).to(self._dtype), block.a.to(self._dtype))
 
     def _term(self, module: str) -> Term:
         block = self._blocks[module]
 
         def add(x: Tensor, y: Tensor) -> Tensor:
-            rows, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-            mixed: Tensor = _weighted(rows, inputs, block.a, block.b, self._current[module])
-            return mixed.view(y.shape)
+            rows, inputs, c = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._current[module]
+            if not (self._parameters.trained or c.dim() > 1):
+                mixed: Tensor = _weighted(rows, inputs, block.a, block.b, c)
+                return mixed.view(y.shape)
+            a, b = block.a.to(self._dtype), block.b.to(self._dtype)
+            hidden = (inputs @ a.T).view(*([-1] if c.dim() == 1 else [len(c), -1]), a.shape[0])
+            mixed = hidden * c.to(self._dtype).unsqueeze(-2)
+            return torch.addmm(rows, mixed.view(-1, a.shape[0]), b.T).view(y.shape)
 
         return add
+
+    @contextmanager
+    def trying(self, thetas: Tensor) -> Iterator[None]:
+        """While the block runs, a pass tries K of θ, (K, size), on one batch: copy k of the rows has `thetas[k]`."""
+        self._tried = thetas
+        try:
+            yield
+        finally:
+            self._tried = None
 
     @contextmanager
     def applied(self, base: BaseModel) -> Iterator[None]:
@@ -180,11 +238,23 @@ class Mixture:
     @torch.no_grad()
     def updates(self) -> dict[str, LowRank]:
         """The current mixture, one exact update per module, with the coefficients folded into B."""
-        spread = self._factors()[self._index].split_with_sizes(self._widths)
+        spread = self._by_module(self._spread(self.theta))
         return {
-            module: LowRank((block.b * factors.to(block.b)).cpu(), block.a.cpu())
-            for (module, block), factors in zip(self._blocks.items(), spread, strict=True)
+            module: LowRank((_scaled(block.b, block.scale) * spread[module].to(block.b)).cpu(), block.a.detach().cpu())
+            for module, block in self._blocks.items()
         }
+
+    @torch.no_grad()
+    def factors(self) -> list[dict[str, LowRank]]:
+        """The current factors of each adapter, by module, with the scale folded into B and without coefficients."""
+        found: list[dict[str, LowRank]] = [{} for _ in self.adapters]
+        for module, block in self._blocks.items():
+            ranks = [rank for _, rank in block.parts]
+            b = _scaled(block.b, block.scale).cpu().split_with_sizes(ranks, dim=1)
+            a = block.a.detach().cpu().split_with_sizes(ranks)
+            for (place, _), own_b, own_a in zip(block.parts, b, a, strict=True):
+                found[place][module] = LowRank(own_b, own_a)
+        return found
 
     @torch.no_grad()
     def values(self) -> dict[str, tuple[tuple[float, ...], ...]]:
@@ -193,12 +263,12 @@ class Mixture:
         A tuple holds one factor, or one per rank where each rank has its own; an adapter absent from a module has
         (0.0,), or () there.
         """
-        spread = self._factors()[self._index].cpu().split_with_sizes(self._widths)
+        spread = self._by_module(self._spread(self.theta).cpu())
         found = {}
-        for (module, block), factors in zip(self._blocks.items(), spread, strict=True):
+        for module, block in self._blocks.items():
             own: list[tuple[float, ...]] = [() if self._parameters.per_rank else (0.0,)] * len(self.adapters)
             for (place, _), part in zip(
-                block.parts, factors.split_with_sizes([rank for _, rank in block.parts]), strict=True
+                block.parts, spread[module].split_with_sizes([rank for _, rank in block.parts]), strict=True
             ):
                 own[place] = tuple(part.tolist()) if self._parameters.per_rank else (float(part[0]),)
             found[module] = tuple(own)
@@ -206,32 +276,48 @@ class Mixture:
 
 
 def _block(
-    base: BaseModel,
     adapters: Sequence[OpenAdapter],
     module: str,
-    generator: torch.Generator | None,
     kept: int,
+    *,
+    noise: torch.Generator | None,
+    fresh: torch.Generator | None,
 ) -> _Block:
+    """One module; `noise` draws all but the first `kept` adapters anew, `fresh` these."""
     parts = tuple((i, adapter.modules[module].rank) for i, adapter in enumerate(adapters) if module in adapter.modules)
-    width = sum(rank for _, rank in parts)
+    width, targets = sum(rank for _, rank in parts), sum(rank for place, rank in parts if place < kept)
     outputs, inputs = adapters[parts[0][0]].shape(module)
     a, b = torch.empty(width, inputs), torch.empty(outputs, width)
-    at = first_drawn = 0
+    at = 0
     for place, rank in parts:
         update = adapters[place].read(module)
         a[at : at + rank], b[:, at : at + rank] = update.A, update.B
         at += rank
-        if place < kept:
-            first_drawn = at
-    if generator is not None and first_drawn < width:
+    if noise is not None and targets < width:
         # Take the spread of the replaced adapters only: a kept one must not set the control's size.
-        drawn_a, drawn_b = a[first_drawn:], b[:, first_drawn:]
-        drawn_a.copy_(torch.randn(drawn_a.shape, generator=generator) * drawn_a.std())
-        drawn_b.copy_(torch.randn(drawn_b.shape, generator=generator) * drawn_b.std())
-    a, b = (factor.to(base.device, base.dtype) for factor in (a, b))
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise Refused(f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32")
+        drawn_a, drawn_b = a[targets:], b[:, targets:]
+        drawn_a.copy_(torch.randn(drawn_a.shape, generator=noise) * drawn_a.std())
+        drawn_b.copy_(torch.randn(drawn_b.shape, generator=noise) * drawn_b.std())
+    if fresh is not None:
+        a[:targets], b[:, :targets] = _FRESH * torch.randn(targets, inputs, generator=fresh), 0.0
     return _Block(a, b, parts)
+
+
+def _ready(block: _Block, base: BaseModel, scales: Sequence[float] | None) -> _Block:
+    """A block on the base's device: in its precision, or with `scales` of the adapters as factors that are learnt."""
+    if scales is None:
+        return _Block(block.a.to(base.device, base.dtype), block.b.to(base.device, base.dtype), block.parts)
+    # Small steps would be lost in bf16.
+    exact = torch.promote_types(base.dtype, torch.float32)
+    scale = torch.cat([torch.full((rank,), scales[place]) for place, rank in block.parts])
+    raw = torch.where(scale == 0, block.b, block.b / scale)
+    a, b = (factor.to(base.device, exact).requires_grad_() for factor in (block.a, raw))
+    return _Block(a, b, block.parts, scale.to(base.device))
+
+
+def _scaled(ranks: Tensor, scale: Tensor | None) -> Tensor:
+    """(…, R) with the scale of each rank, if there is one."""
+    return ranks if scale is None else ranks * scale
 
 
 def _unit(matrix: Matrix | None, module: str) -> str:

@@ -79,7 +79,7 @@ def pool(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int, **confi
 
 def wide_layer(folder: Path, repeats: int) -> None:
     base = LayerBase(OneLayer(4096))
-    mixture = Mixture(base, pool(folder, {"layer": (4096, 4096)}, 16), adaptive(ADAPTERS, init="average"))
+    mixture = Mixture(base, pool(folder, {"layer": (4096, 4096)}, 16), adaptive(ADAPTERS, init="average").parameters)
     for tokens in (512, 2048):
         x = torch.randn(8, tokens // 8, 4096, requires_grad=True)
         gradient = torch.randn(8, tokens // 8, 4096)
@@ -109,7 +109,7 @@ def demo_size(folder: Path, repeats: int) -> None:
     base = BaseModel("demo", model(), characters())
     shapes = {name: shape for name, shape in base.shapes.items() if name != "lm_head"}
     adapters = pool(folder, shapes, 8)
-    mixture = Mixture(base, adapters, adaptive(ADAPTERS, init="average"))
+    mixture = Mixture(base, adapters, adaptive(ADAPTERS, init="average").parameters)
     batch = [base.encode(example) for example in examples(8)]
 
     def ours() -> None:

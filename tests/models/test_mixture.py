@@ -53,7 +53,7 @@ def mixed(
     base: BaseModel, adapters: list[OpenAdapter], *, seed: int = 0, reinit: bool = False, kept: int = 0, **knobs: Any
 ) -> Mixture:
     """The mixture whose parameters the adaptive method chooses."""
-    return Mixture(base, adapters, adaptive(len(adapters), **knobs), seed=seed, reinit=reinit, kept=kept)
+    return Mixture(base, adapters, adaptive(len(adapters), **knobs).parameters, seed=seed, reinit=reinit, kept=kept)
 
 
 def group(module: str, granularity: str) -> Any:
@@ -111,7 +111,7 @@ def test_forward_and_gradient_equal_an_explicit_loop_over_adapters(
     base: BaseModel, adapters: list[OpenAdapter], granularity: Any, activation: Any
 ) -> None:
     shape = Shape(granularity=granularity, activation=activation, init="normal")
-    mixture = mixed(base, adapters, seed=4, **shape.settings)
+    mixture = mixed(base, adapters, seed=4, **shape.knobs)
     mixture.theta = mixture.theta.detach().double().requires_grad_()
     thetas = loop_thetas(mixture, adapters, granularity)
     expected = by_loop(base, adapters, shape, thetas)

@@ -81,6 +81,7 @@ KEEPERS = {
     "sqlite_utils": ("catalogue.sqlite",),
     "numba": ("algebra.kernels",),
     "scipy": ("steps", "checks.sketch"),
+    "cma": ("steps.fit.search",),
     "matplotlib": ("plots",),
     "rich": ("screen",),
     "pyarrow": ("formats.tables",),

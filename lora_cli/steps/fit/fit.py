@@ -1,17 +1,20 @@
-"""Learn a coefficient per adapter for a task: the adaptive merge of arXiv 2602.12323 and its random-weight control."""
+"""Fit coefficients to a task: the family of arXiv 2602.12323 by its presets, and the random-weight control."""
 
 import functools
 import hashlib
+import importlib.metadata
 import json
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, Refused, UsageError
+from lora_cli.fit_methods import Learning, Measure
 from lora_cli.formats.coefficients import COEFFICIENTS_FILE, coefficients_text
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter, open_adapter
@@ -23,8 +26,9 @@ from lora_cli.outputs import whole_folder
 from lora_cli.recipes import FIT_METHODS, Recipe, Shape, TargetRecipe, TrainOptions
 from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.scores import Difference, paired_difference
+from lora_cli.steps.fit.search import search
 from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
-from lora_cli.steps.train.descent import Checkpoint, Learnt, Parts, learn, losses
+from lora_cli.steps.train.descent import Checkpoint, Goal, Learnt, Parts, learn, losses
 from lora_cli.steps.train.train import train
 from lora_cli.task import HELD_OUT, split
 
@@ -36,10 +40,13 @@ class FitResult:
     """Coefficients and how they were found. `n_train` and `n_validation` count the two parts of the data.
 
     `updates` is the fitted mixture itself, one exact update per module (of noise, where the fit was over noise).
+    `trained` holds each adapter's factors by module, where the fit trained them. `measure` names what the losses are.
     """
 
     coefficients: Coefficients
     updates: Mapping[str, LowRank] = field(repr=False)
+    trained: Sequence[Mapping[str, LowRank]] = field(repr=False, default=())
+    measure: Measure = "loss"
     learnt: Learnt
     n_train: int
     n_validation: int
@@ -49,28 +56,32 @@ class FitResult:
 class Fitting:
     """How coefficients are learnt.
 
-    shape: granularity, activation and start of the coefficients; default per module, leaky ReLU, zero.
-    recipe: default 100 steps of 8 examples at a learning rate of 0.05.
-    l1: weight of the mean over groups of Σ|θ|.
+    shape: the preset, and its knobs that are turned; default `adaptive` as it is.
+    recipe: default 100 steps of 8 examples at the preset's learning rate.
     fraction: share of the examples held out to choose the best step.
     target: `id@commit` of the adapter that was trained on the task itself, if there is one; it joins in front of the
         others.
     controls: "random", the same fit over noise; "target", a new LoRA trained on the same data.
     task_sha256: SHA-256 of the task's file, which the coefficients name.
 
-    Raises UsageError for an L1 factor or a control that is not one.
+    Raises UsageError for an unknown control, or one that the preset has no use for.
     """
 
     shape: Shape = field(default_factory=Shape)
     recipe: Recipe = field(default_factory=Recipe)
-    l1: float = 0.0
     fraction: float = HELD_OUT
     target: str = ""
     controls: Sequence[str] = ()
     task_sha256: str = ""
 
     def __post_init__(self) -> None:
-        demand_sane(l1=self.l1, controls=self.controls)
+        demand_sane(self.shape, self.controls)
+
+    def parts(self, base: BaseModel, examples: Sequence[Example]) -> Parts:
+        """The examples split and encoded, or only their prompts, if the fit learns from no answers."""
+        encode = base.encode_all if self.shape.labelled else base.encoder.prompts_of
+        training, validation = split(examples, fraction=self.fraction, seed=self.recipe.seed)
+        return Parts(encode(training), encode(validation))
 
 
 def fit(
@@ -83,7 +94,7 @@ def fit(
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> FitResult:
-    """Fit one coefficient per adapter and module (or as `how.shape` says) on 80 % of the examples, by loss on the rest.
+    """Fit coefficients as `how.shape` says on 80 % of the examples, and measure them on the rest.
 
     Args:
         reinit: the control: noise of the same spread in place of every adapter's factors, the target's excepted.
@@ -94,44 +105,59 @@ def fit(
         DataError: the examples cannot be split, or one is too long. UsageError: settings out of range.
     """
     how = how or Fitting()
-    shape, recipe, l1 = how.shape, how.recipe, how.l1
+    shape, recipe = how.shape, how.shape.completed(how.recipe)
     if not adapters:
         raise NothingMatched("no adapters to fit", hint="choose some with 'lora select' or name them")
     together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
-    parts = Parts.of(base, examples, fraction=how.fraction, seed=recipe.seed)
+    parts = how.parts(base, examples)
     kept = 1 if together[0].ref.pinned == how.target else 0
-    parameters = FIT_METHODS.load("adaptive")(len(together), **shape.settings)
-    mixture = Mixture(base, together, parameters, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress)
+    learning: Learning = FIT_METHODS.load(shape.preset)(len(together), **shape.knobs)
+    mixture = Mixture(
+        base, together, learning.parameters, seed=recipe.seed, reinit=reinit, kept=kept, progress=progress
+    )
     key = json.dumps(
-        [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings, l1]
+        [base.pinned, str(base.dtype), base.encoder.prompting.settings, mixture.adapters, shape.settings]
         + [recipe.settings, how.fraction, kept, reinit]
         + [asdict(example) for example in examples]
     )
     state = None if checkpoint is None else Checkpoint(checkpoint, hashlib.sha256(key.encode()).hexdigest())
+    told = functools.partial(progress, "fit: random control" if reinit else "fit: adapters")
     with mixture.applied(base):
-        learnt = learn(
-            base,
-            [mixture.theta],
-            parts,
-            recipe,
-            penalty=(lambda: l1 * mixture.penalty()) if l1 else None,
-            checkpoint=state,
-            progress=functools.partial(progress, "fit: random control" if reinit else "fit: adapters"),
-        )
+        if learning.search is not None:
+            learnt = search(base, mixture, parts, learning, seed=recipe.seed, progress=told)
+        else:
+            goal = goal_of(learning, mixture, recipe)
+            learnt = learn(base, mixture.learnt, parts, recipe, goal=goal, checkpoint=state, progress=told)
     coefficients = Coefficients(
         adapters=mixture.adapters,
         values=mixture.values(),
-        granularity=shape.granularity,
-        activation=shape.activation,
+        granularity=learning.parameters.granularity,
+        activation=learning.parameters.activation,
         task_sha256=how.task_sha256,
         base=base.name,
+        trained=learning.parameters.trained,
     )
     return FitResult(
         coefficients=coefficients,
         updates=mixture.updates(),
+        trained=mixture.factors() if learning.parameters.trained else (),
+        measure=learning.measure,
         learnt=learnt,
         n_train=len(parts.training),
         n_validation=len(parts.validation),
+    )
+
+
+_MEASURES = {"loss": BaseModel.completion_losses, "entropy": BaseModel.completion_entropies}
+
+
+def goal_of(learning: Learning, mixture: Mixture, recipe: Recipe) -> Goal:
+    """What a descent minimises at one point of the family, and which parameters it keeps."""
+    l1 = learning.l1 * (recipe.batch if learning.l1_per_example else 1)
+    return Goal(
+        measure=_MEASURES[learning.measure],
+        penalty=(lambda: l1 * mixture.penalty()) if l1 else None,
+        last=learning.kept == "last",
     )
 
 
@@ -174,7 +200,6 @@ def run_settings(
     plan: MergePlan,
     *,
     shape: Shape,
-    l1: float = 0.0,
     recipe: Recipe,
     target: str = "",
     controls: Sequence[str] = (),
@@ -182,14 +207,19 @@ def run_settings(
 ) -> dict[str, Any]:
     """The settings of a run that fits, beside those of the base. `data` is the task file's name."""
     reduction = {"rank": plan.options.rank, "energy": plan.options.energy}
-    learning = {**shape.settings, "l1": l1, **recipe.settings, "target": target, "controls": list(controls)}
-    return {**learning, **reduction, "data": data}
+    if FIT_METHODS.get(shape.preset).kind == "search":
+        found = {"seed": recipe.seed, "cma": importlib.metadata.version("cma")}
+    else:
+        found = shape.completed(recipe).settings
+    return {**shape.settings, **found, "target": target, "controls": list(controls), **reduction, "data": data}
 
 
-def demand_sane(*, l1: float = 0.0, controls: Sequence[str] = ()) -> None:
-    """UsageError for an invalid L1 factor or an unknown control."""
-    if not 0 <= l1 < math.inf:
-        raise UsageError(f"--l1 must be 0 or more, not {l1}")
+def demand_sane(shape: Shape, controls: Sequence[str] = ()) -> None:
+    """UsageError for an unknown control, or a new LoRA beside a fit without answers."""
+    if "target" in controls and not shape.labelled:
+        raise UsageError(
+            "--control target trains on answers, which --objective entropy does not read", hint="leave it out"
+        )
     for control in controls:
         if control not in CONTROLS:
             raise UsageError(f"unknown control {control!r}", hint=f"one of {', '.join(CONTROLS)}")
@@ -226,22 +256,21 @@ def fit_and_write(
     if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
         raise Refused(
             f"no step lowers the validation loss of {result.learnt.loss_before:.3f}: the base alone is best",
-            hint="choose other adapters, or raise --steps",
+            hint="choose other adapters, or raise --steps (--evaluations of a search)",
         )
     found = _controls(base, plan.adapters, examples, how, states[1], progress)
-    _, held_out = split(examples, fraction=how.fraction, seed=how.recipe.seed)
-    validation = base.encode_all(held_out)
-    loss_base, each_base = losses(base, validation)
+    validation, goal = how.parts(base, examples).validation, Goal(measure=_MEASURES[result.measure])
+    loss_base, each_base = losses(base, validation, goal)
     ours, seed = result.learnt.each_after, how.recipe.seed
     comparisons = [_compared("base", loss_base, each_base, ours, seed)] + [
         _compared(name, learnt.loss_after, learnt.each_after, ours, seed) for name, learnt in found.items()
     ]
     with whole_folder(folder, replace=replace_folder) as partial:
-        report = _merged(plan, result.coefficients, partial, run, progress)
+        report = _merged(plan, result, partial, run, progress)
         written = AdapterFiles(folder_ref(partial), partial / CONFIG_NAME, partial / WEIGHTS_NAME)
         merged = open_adapter(written, base.skeleton)
         with base.applied({module: merged.read(module) for module in merged.modules}):
-            loss_merged, _ = losses(base, validation)
+            loss_merged, _ = losses(base, validation, goal)
         run.results.update(_results(result, loss_merged, comparisons))
         run.write(partial)
     for state in states:
@@ -273,9 +302,13 @@ def _controls(
     return found
 
 
-def _merged(plan: MergePlan, coefficients: Coefficients, folder: Path, run: Run, progress: Progress) -> MergeReport:
+def _merged(plan: MergePlan, result: FitResult, folder: Path, run: Run, progress: Progress) -> MergeReport:
     """Merge with the coefficients into `folder`, which exists, and write them beside the result."""
-    inner = folder / "merged"
+    inner, coefficients = folder / "merged", result.coefficients
+    if result.trained:
+        trained = dict(zip(coefficients.adapters, result.trained, strict=True))
+        adapters = tuple(_Trained.of(adapter, trained[adapter.ref.pinned]) for adapter in plan.adapters)
+        plan = replace(plan, adapters=adapters)
     report = merge(replace(plan, coefficients=coefficients), inner, run, progress=progress)
     for file in list(inner.iterdir()):
         file.rename(folder / file.name)
@@ -283,6 +316,22 @@ def _merged(plan: MergePlan, coefficients: Coefficients, folder: Path, run: Run,
     (folder / COEFFICIENTS_FILE).write_text(coefficients_text(coefficients), encoding="utf-8")
     run.outputs[COEFFICIENTS_FILE] = sha256_of(folder / COEFFICIENTS_FILE)
     return report
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Trained(OpenAdapter):
+    """An adapter whose factors a fit has trained."""
+
+    factors: Mapping[str, LowRank] = field(repr=False, kw_only=True)
+
+    @classmethod
+    def of(cls, adapter: OpenAdapter, factors: Mapping[str, LowRank]) -> "_Trained":
+        own = {one.name: getattr(adapter, one.name) for one in fields(adapter) if one.init}
+        return cls(**own, factors=factors)
+
+    def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+        """The trained factors, in place of those in the file."""
+        return self.factors[module].to(dtype)
 
 
 def _compared(name: str, loss: float, each: Sequence[float], ours: Sequence[float], seed: int) -> Comparison:

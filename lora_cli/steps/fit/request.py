@@ -41,7 +41,6 @@ class FitJob:
         how = Fitting(
             shape=request.shape,
             recipe=request.recipe,
-            l1=request.options.l1,
             target=self.target,
             controls=request.options.controls,
             task_sha256=task.sha256,
@@ -53,8 +52,9 @@ class FitJob:
                 f"split 80/20 by seed {request.recipe.seed}; base {request.base}"
             )
             loaded = self.ref.load(progress)
-            for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
-                request.pool.announce(line)
+            if request.shape.labelled:
+                for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
+                    request.pool.announce(line)
             return fit_and_write(
                 loaded,
                 self.plan,
@@ -73,7 +73,8 @@ class FitRequest:
     """The user's request for a fit: adapters, task, how coefficients are learnt and compared.
 
     Raises:
-        UsageError: an unknown control, or no base model. DataError: a task of one example.
+        UsageError: an unknown control, options that the preset has no use for, or no base model. DataError: a task of one
+            example.
     """
 
     def __init__(
@@ -88,10 +89,10 @@ class FitRequest:
     ) -> None:
         self.pool, self.task, self.settings = pool, task, settings
         self.shape, self.options = shape or Shape(), options or FitOptions()
-        self.recipe = replace(recipe or Recipe(), seed=settings.seed)
+        self.recipe = self.shape.completed(replace(recipe or Recipe(), seed=settings.seed))
         self.base = base_of(settings)
         demand_two(task.examples)
-        demand_sane(l1=self.options.l1, controls=self.options.controls)
+        demand_sane(self.shape, self.options.controls)
         self.merging = checked_options(
             MergeOptions(method="linear", rank=self.options.rank, energy=self.options.energy)
         )
@@ -131,7 +132,6 @@ class FitRequest:
         described = run_settings(
             planned,
             shape=self.shape,
-            l1=self.options.l1,
             recipe=self.recipe,
             target=target,
             controls=self.options.controls,

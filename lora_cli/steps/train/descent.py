@@ -69,6 +69,23 @@ class Parts:
         return cls([encoded[example.id] for example in training], [encoded[example.id] for example in validation])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goal:
+    """What a training minimises, and what it ends with.
+
+    measure: of a base and a batch, one sum per example, which is divided by the example's tokens.
+    penalty: added to the mean of the measure.
+    last: end with the last step's parameters, not the best ones.
+    """
+
+    measure: Callable[[BaseModel, Sequence[Encoded]], Tensor] = BaseModel.completion_losses
+    penalty: Callable[[], Tensor] | None = None
+    last: bool = False
+
+
+_LOSS = Goal()
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The file in which the state of a training is kept; `key` identifies the training."""
@@ -83,7 +100,7 @@ def learn(
     parts: Parts,
     recipe: Recipe,
     *,
-    penalty: Callable[[], Tensor] | None = None,
+    goal: Goal = _LOSS,
     while_training: Callable[[], AbstractContextManager[None]] = nullcontext,
     checkpoint: Checkpoint | None = None,
     progress: Callable[[int, int], None],
@@ -91,7 +108,7 @@ def learn(
     """Train `parameters`, through which `base` already runs; they end at their best values by validation loss.
 
     Args:
-        penalty: added to the loss.
+        goal: what is minimised, the loss unless given.
         while_training: entered around every training step (dropout).
         checkpoint: where the state is kept every `recipe.every` steps. A state with the same key is resumed, and the
             outcome is the same to the bit; any other is overwritten.
@@ -101,7 +118,7 @@ def learn(
         Refused: a loss that is not finite.
         OutputError: the checkpoint cannot be written.
     """
-    run = _Run(base, list(parameters), parts, recipe, penalty)
+    run = _Run(base, list(parameters), parts, recipe, goal)
     if checkpoint is None or not run.restore(checkpoint):
         run.evaluate()
     while run.step < recipe.steps:
@@ -116,7 +133,8 @@ def learn(
     with torch.no_grad():
         for parameter, best in zip(run.parameters, run.best, strict=True):
             parameter.copy_(best)
-    first, best_point = run.curve[0], min(run.curve, key=lambda point: point.validation)
+    first = run.curve[0]
+    best_point = run.curve[-1] if goal.last else min(run.curve, key=lambda point: point.validation)
     return Learnt(
         curve=tuple(run.curve),
         best_step=best_point.step,
@@ -128,11 +146,11 @@ def learn(
 
 
 @torch.no_grad()
-def losses(base: BaseModel, examples: Sequence[Encoded]) -> tuple[float, list[float]]:
+def losses(base: BaseModel, examples: Sequence[Encoded], goal: Goal = _LOSS) -> tuple[float, list[float]]:
     """(mean over examples, mean loss per completion token of each example), in nats, with the update now on `base`."""
     sums: list[float] = []
-    for part in _passes(examples):
-        sums += base.completion_losses(part).tolist()
+    for part in passes(examples):
+        sums += goal.measure(base, part).tolist()
     each = [total / item.tokens for total, item in zip(sums, examples, strict=True)]
     return math.fsum(each) / len(each), each
 
@@ -146,10 +164,10 @@ class _Run:
         parameters: list[Tensor],
         parts: Parts,
         recipe: Recipe,
-        penalty: Callable[[], Tensor] | None,
+        goal: Goal,
     ) -> None:
-        self.base, self.parameters, self.parts, self.recipe, self.penalty = base, parameters, parts, recipe, penalty
-        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, betas=(0.9, 0.999), weight_decay=0.0)
+        self.base, self.parameters, self.parts, self.recipe, self.goal = base, parameters, parts, recipe, goal
+        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.rate(0), betas=(0.9, 0.999), weight_decay=0.0)
         self.step = 0
         self.curve: list[Point] = []
         self.each_before: list[float] = []
@@ -167,12 +185,12 @@ class _Run:
         with torch.random.fork_rng(devices=cuda):
             # Each step has its own seed, so that a resumed run draws the same numbers as an unbroken one.
             torch.manual_seed(_number(f"{recipe.seed} dropout {self.step}"))
-            for part in _passes(batch):
-                loss = self.base.completion_losses(part).sum() / tokens
+            for part in passes(batch):
+                loss = self.goal.measure(self.base, part).sum() / tokens
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
-            if self.penalty is not None:
-                extra = self.penalty()
+            if self.goal.penalty is not None:
+                extra = self.goal.penalty()
                 extra.backward()  # type: ignore[no-untyped-call]
         self._demand_finite(total)
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -185,11 +203,11 @@ class _Run:
 
     def evaluate(self) -> None:
         """Take the validation loss and keep the parameters when they are the best so far."""
-        loss, each = losses(self.base, self.parts.validation)
+        loss, each = losses(self.base, self.parts.validation, self.goal)
         self._demand_finite(loss)
         if not self.curve:
             self.each_before = each
-        if not self.curve or loss < min(point.validation for point in self.curve):
+        if self.goal.last or not self.curve or loss < min(point.validation for point in self.curve):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
             self.each_best = each
         seen = math.fsum(self._seen) / len(self._seen) if self._seen else None
@@ -254,11 +272,12 @@ class _Run:
             )
 
 
-def _passes(batch: Sequence[Encoded]) -> Iterator[list[Encoded]]:
-    """The batch in parts that fit into memory, in order."""
+def passes(batch: Sequence[Encoded], copies: int = 1) -> Iterator[list[Encoded]]:
+    """The batch in parts of which so many `copies` fit into memory together, in order."""
     part: list[Encoded] = []
     for item in batch:
-        if part and (len(part) + 1) * max(len(item.ids), *(len(other.ids) for other in part)) > TOKENS_PER_PASS:
+        longest = max(len(item.ids), *(len(other.ids) for other in part)) if part else 0
+        if part and copies * (len(part) + 1) * longest > TOKENS_PER_PASS:
             yield part
             part = []
         part.append(item)

@@ -1,0 +1,53 @@
+"""The adaptive method as its paper's own code runs it."""
+
+from typing import Annotated, Literal
+
+from lora_cli.fit_methods import Learning
+from lora_cli.fit_methods._axes import along
+from lora_cli.methods import Knob, method
+
+
+@method("gradient", lr=5e-2)
+def paper_2602_12323(
+    adapters: int,
+    *,
+    granularity: Annotated[
+        Literal["adapter", "layer", "sublayer", "module", "rank"],
+        Knob("The parts of the model with a coefficient of their own."),
+    ] = "module",
+    activation: Annotated[
+        Literal["leaky_relu", "linear", "softmax", "sigmoid", "square"],
+        Knob("The function from learnt parameters to coefficients."),
+    ] = "leaky_relu",
+    init: Annotated[
+        Literal["zero", "average", "sqrt", "uniform", "normal"], Knob("Start: 0, 1/N, 1/sqrt N, or random.")
+    ] = "zero",
+    l1: Annotated[float, Knob("Weight of an L1 penalty on the coefficients.", low=0)] = 0.0,
+    checkpoint: Annotated[
+        Literal["best", "last"], Knob("The step whose coefficients are kept: the best by validation, or the last.")
+    ] = "last",
+) -> Learning:
+    """As the paper's own code runs it, the last step kept.
+
+    Three things differ from `adaptive`:
+
+    - The last step's coefficients are the result. The paper's code means to restore the best step and, with the
+      versions that it pins, restores nothing.
+    - `--l1` is added once for each example of a step, because its passes of one example each add it: with `--batch 8`
+      a weight of 0.01 counts as 0.08. The penalty also counts the θ of adapters that are absent from a part.
+    - With `--activation softmax` adapters that are absent from a part take their share of it, so that the others'
+      coefficients there sum to less than 1.
+
+    Four things of that code are not repeated: θ stays in fp32 where the code keeps it in the base's precision; a
+    validation loss is the mean over examples of each one's mean per token, not the mean over batches of four; the
+    examples held out are drawn by a hash of their ids; and no prompt gets the text that slipped into its template. The
+    base is bf16 in the paper: `--dtype bf16`.
+
+    Source: arXiv 2602.12323 and its code.
+    """
+    return Learning(
+        parameters=along(adapters, granularity, activation, init, absent=True),
+        l1=l1,
+        l1_per_example=True,
+        kept=checkpoint,
+    )
