@@ -15,6 +15,7 @@ from lora_cli.commands.completion import SHELLS, completion_script
 from lora_cli.commands.methods import CLASSES, DEFAULTS, METHODS, allowed, blocks, by_class, class_of, flag, inside
 from lora_cli.methods import Knob, Method
 from lora_cli.metrics import METRICS
+from lora_cli.recipes import FIT_METHODS
 from tests.architectures import SPECS
 from tests.matrix import KINDS, TEXT_BASES, Kind
 from tests.paths import ROOT
@@ -34,6 +35,12 @@ METRICS_INTRO = """# Metrics
 
 Made from `lora_cli/metrics/` by `python -m tests.generate`. A metric gives every example a value; the score is the mean
 over the examples, so that systems can be compared example by example.
+"""
+PRESETS_INTRO = """# Presets of `lora fit`
+
+Made from `lora_cli/fit_methods/` by `python -m tests.generate`. A preset is a named point of one family: which parts of
+the model have a coefficient of their own, the function from θ to coefficients, the start, what is minimised and how.
+Its options move away from that point. c is a coefficient, N the number of adapters.
 """
 SCORES = {
     "share": "a share, with Wilson's interval",
@@ -96,6 +103,23 @@ def metrics() -> str:
     found = METRICS.methods.values()
     rows = [[f"[{one.name}](#{one.name})", one.kind, SCORES[one.score], one.better] for one in found]
     parts = [METRICS_INTRO.rstrip(), _table(["metric", "judges each", "score", "better"], rows)]
+    return "\n\n".join([*parts, *(_section(one, "##") for one in found)]) + "\n"
+
+
+def presets() -> str:
+    """docs/presets.md."""
+    found = FIT_METHODS.methods.values()
+    ways = {"gradient": "gradient descent", "search": "search"}
+    rows = [
+        [
+            f"[{one.name}](#{one.name.replace('.', '')})",
+            ways[one.kind],
+            f"{one.lr:g}" if one.lr else "",
+            _escaped(one.summary),
+        ]
+        for one in found
+    ]
+    parts = [PRESETS_INTRO.rstrip(), _table(["preset", "by", "`--lr`", ""], rows)]
     return "\n\n".join([*parts, *(_section(one, "##") for one in found)]) + "\n"
 
 
@@ -175,7 +199,8 @@ def _escaped(text: str) -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with what it has to hold."""
     files = {ROOT / "docs" / "commands.md": reference(), ROOT / "docs" / "methods.md": methods()}
-    files |= {ROOT / "docs" / "metrics.md": metrics(), ROOT / "docs" / "adapters.md": adapters()}
+    files |= {ROOT / "docs" / "metrics.md": metrics(), ROOT / "docs" / "presets.md": presets()}
+    files |= {ROOT / "docs" / "adapters.md": adapters()}
     for shell in SHELLS:
         files[ROOT / "completions" / FILES[shell]] = completion_script(shell)
     return files

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lora_cli
 from lora_cli.errors import DataError, ExitCode
 from lora_cli.records import Example
-from lora_cli.task import load_task, split, task_sha256
+from lora_cli.task import load_task, read_task, split, task_sha256
 
 GOOD = '{"prompt": "2+2=", "completion": "4"}'
 
@@ -149,3 +149,16 @@ def test_split_does_not_depend_on_the_hash_seed() -> None:
         for seed in ("0", "1")
     }
     assert len(outputs) == 1
+
+
+def test_prompts_alone_are_read_where_no_answers_are_needed(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    answered = [*chat, {"role": "assistant", "content": "a"}]
+    rows = [{"prompt": "p"}, {"prompt": "p", "completion": "c"}, {"messages": chat}, {"messages": answered}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_task(file, labelled=False).examples
+    assert [one.completion for one in found] == ["", "c", "", "a"]
+    assert [one.prompt for one in found] == ["p", "p", tuple(chat), tuple(chat)]
+    with pytest.raises(DataError, match=r"prompts.jsonl:1: neither of the two formats"):
+        read_task(file)

@@ -110,9 +110,7 @@ def outcome(report: "FitReport") -> str:
         parts.append(f"{report.loss_merged:.3f} after reduction to rank {report.merge.ranks[1]}")
     parts += [f"{_NAMES[one.against]} {one.loss:.3f}" for one in controls]
     parts += [_verdict(one) for one in controls or [base]]
-    parts.append(
-        f"best at step {report.fit.learnt.best_step}, {counted(report.fit.n_validation, 'validation example')}"
-    )
+    parts.append(f"{report.fit.kept}, {counted(report.fit.n_validation, 'validation example')}")
     return " · ".join(parts)
 
 

@@ -35,3 +35,9 @@ class Learning:
     l1_per_example: bool = False
     kept: Kept = "best"
     search: Search | None = None
+
+    def told(self, step: int) -> str:
+        """The step whose parameters are kept, in words."""
+        if self.search is not None:
+            return f"best by evaluation {step}"
+        return f"best at step {step}" if self.kept == "best" else f"as of step {step}"

@@ -29,19 +29,21 @@ def paper_2602_12323(
 ) -> Learning:
     """As the paper's own code runs it, the last step kept.
 
-    Three things differ from `adaptive`:
+    Three things differ from `adaptive`.
 
-    - The last step's coefficients are the result. The paper's code means to restore the best step and, with the
-      versions that it pins, restores nothing.
-    - `--l1` is added once for each example of a step, because its passes of one example each add it: with `--batch 8`
-      a weight of 0.01 counts as 0.08. The penalty also counts the θ of adapters that are absent from a part.
-    - With `--activation softmax` adapters that are absent from a part take their share of it, so that the others'
-      coefficients there sum to less than 1.
+    checkpoint: the last step's coefficients are the result. The code means to restore the best step and, with the
+    versions that it pins, restores nothing.
 
-    Four things of that code are not repeated: θ stays in fp32 where the code keeps it in the base's precision; a
-    validation loss is the mean over examples of each one's mean per token, not the mean over batches of four; the
-    examples held out are drawn by a hash of their ids; and no prompt gets the text that slipped into its template. The
-    base is bf16 in the paper: `--dtype bf16`.
+    l1: the penalty is added once for each example of a step, because passes of one example each add it: with batches
+    of 8 a weight of 0.01 counts as 0.08. It also counts the θ of adapters that are absent from a part.
+
+    activation: in a `softmax` adapters that are absent from a part take their share of it, so that the others'
+    coefficients there sum to less than 1.
+
+    Four things of that code are not repeated. θ stays in fp32; the code keeps it in the base's precision. A validation
+    loss is the mean over examples of each one's mean per token, not the mean over batches of four. The examples held
+    out are drawn by a hash of their ids. No prompt gets the text that slipped into one of its templates. The base is
+    bf16 in the paper: `--dtype bf16`.
 
     Source: arXiv 2602.12323 and its code.
     """

@@ -289,10 +289,10 @@ class _Lengths(NamedTuple):
     examples: int
 
 
-def _lengths(ref: BaseRef, examples: Sequence[Example]) -> _Lengths:
-    """Lengths by the first examples of a task."""
+def _lengths(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> _Lengths:
+    """Lengths by the first examples of a task, or by their prompts."""
     encoder = load_encoder(ref.place, prompting=ref.prompting)
-    found = encoder.encode_all(examples[:_SAMPLE])
+    found = (encoder.encode_all if labelled else encoder.prompts_of)(examples[:_SAMPLE])
     lengths = [len(one.ids) for one in found]
     return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), len(examples))
 
@@ -324,15 +324,15 @@ def of_fit(request: FitRequest, ref: BaseRef) -> Estimate | None:
     model = _model(ref)
     if model is None:
         return None
-    options, recipe = request.options, request.recipe
-    known = outlines(request.pool, request.names)
-    lengths, stacks = _lengths(ref, request.task.examples), _stacks(known)
+    options, known = request.options, outlines(request.pool, request.names)
+    recipe, copies = request.work(len(known))
+    lengths, stacks = _lengths(ref, request.task.examples, labelled=request.shape.labelled), _stacks(known)
     numbers = sum(stack.numbers for stack in stacks)
     learning = _of_learning(ref, model, lengths, recipe, beside=numbers)
     merge = of_merge(known, request.merging)
     seconds = learning.seconds * (2 if "random" in options.controls else 1) + merge.seconds
     # The factors are held in the base's precision, those of the result in fp32.
-    held = learning.memory_bytes + numbers * (model.width + FP32)
+    held = learning.memory_bytes + numbers * (model.width + FP32 + copies * FP32)
     if "target" in options.controls:
         long = _of_new(ref, model, lengths, TrainOptions(), TargetRecipe())
         seconds, held = seconds + long.seconds, max(held, long.memory_bytes)

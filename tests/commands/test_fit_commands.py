@@ -129,7 +129,9 @@ def test_no_gain_is_claimed_that_interval_and_p_do_not_support(low: float, high:
 
     delta = -0.2 if low < 0 else 0.2
     report = SimpleNamespace(
-        fit=SimpleNamespace(measure="loss", learnt=SimpleNamespace(loss_after=0.874, best_step=90), n_validation=20),
+        fit=SimpleNamespace(
+            measure="loss", kept="best at step 90", learnt=SimpleNamespace(loss_after=0.874), n_validation=20
+        ),
         loss_merged=0.874,
         comparisons=[
             Comparison(against="base", loss=1.212, difference=Difference(delta=-0.3, low=-0.4, high=-0.2, p=0.01)),

@@ -40,13 +40,15 @@ class FitResult:
     """Coefficients and how they were found. `n_train` and `n_validation` count the two parts of the data.
 
     `updates` is the fitted mixture itself, one exact update per module (of noise, where the fit was over noise).
-    `trained` holds each adapter's factors by module, where the fit trained them. `measure` names what the losses are.
+    `trained` holds each adapter's factors by module, where the fit trained them. `measure` names what the losses are,
+    `kept` the step whose parameters they belong to.
     """
 
     coefficients: Coefficients
     updates: Mapping[str, LowRank] = field(repr=False)
     trained: Sequence[Mapping[str, LowRank]] = field(repr=False, default=())
-    measure: Measure = "loss"
+    measure: Measure
+    kept: str
     learnt: Learnt
     n_train: int
     n_validation: int
@@ -142,6 +144,7 @@ def fit(
         updates=mixture.updates(),
         trained=mixture.factors() if learning.parameters.trained else (),
         measure=learning.measure,
+        kept=learning.told(learnt.best_step),
         learnt=learnt,
         n_train=len(parts.training),
         n_validation=len(parts.validation),
@@ -256,7 +259,7 @@ def fit_and_write(
     if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
         raise Refused(
             f"no step lowers the validation loss of {result.learnt.loss_before:.3f}: the base alone is best",
-            hint="choose other adapters, or raise --steps (--evaluations of a search)",
+            hint="choose other adapters, or raise --steps (of a search --evaluations)",
         )
     found = _controls(base, plan.adapters, examples, how, states[1], progress)
     validation, goal = how.parts(base, examples).validation, Goal(measure=_MEASURES[result.measure])

@@ -1,17 +1,19 @@
 """From the user's request for a fit to a job that is ready to run."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec.structs import replace
 
+from lora_cli.fit_methods import Learning
 from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import BaseRef, pin
-from lora_cli.recipes import FitOptions, Recipe, Shape
+from lora_cli.recipes import FIT_METHODS, FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.fit.fit import FitReport, Fitting, demand_sane, fit_and_write, run_settings
@@ -20,7 +22,7 @@ from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
-from lora_cli.task import Task, demand_two
+from lora_cli.task import HELD_OUT, Task, demand_two
 from lora_cli.text import counted
 
 
@@ -101,6 +103,17 @@ class FitRequest:
     def absent(self) -> list[Adapter]:
         """The adapters whose weights would have to be downloaded."""
         return self.pool.absent(self.names)
+
+    def work(self, adapters: int) -> tuple[Recipe, int]:
+        """The recipe of a descent that takes as long as this fit, and how often fp32 copies of the factors are held."""
+        way: Learning = FIT_METHODS.load(self.shape.preset)(adapters, **self.shape.knobs)
+        # Trained factors have gradients, two moments and the best values beside them.
+        copies = 5 if way.parameters.trained else 0
+        if way.search is None:
+            return self.recipe, copies
+        # An evaluation goes forward over all training examples, a step of a descent forward and back over its batch.
+        tried, batch = way.search.evaluations, math.ceil((1 - HELD_OUT) * len(self.task.examples) / 2)
+        return replace(self.recipe, steps=tried, every=tried, batch=batch), copies
 
     def ref(self, prompting: Prompting | None = None) -> BaseRef:
         """The base model, pinned."""

@@ -30,8 +30,8 @@ def search(
 ) -> Learnt:
     """Find θ of the lowest `objective` on the training part; `base` already runs through `mixture`.
 
-    The start is the first evaluation. A step of the result is an evaluation; its training loss is the lowest objective
-    so far. The same seed gives the same result.
+    The start is the first evaluation. The steps of the result count evaluations, generation by generation; a training
+    loss is the lowest objective so far. The same seed gives the same result.
 
     Args:
         how: with a `search`.
@@ -57,11 +57,11 @@ def search(
         if len(tried) == strategy.popsize:
             strategy.tell(tried, found)
         first = min(range(len(found)), key=found.__getitem__)
+        done += len(tried)
         if found[first] < lowest:
-            lowest, best, at = found[first], thetas[first], done + first + 1
+            lowest, best, at = found[first], thetas[first], done
             with mixture.trying(best[None]):
                 loss, each = losses(base, parts.validation)
-        done += len(tried)
         curve.append(Point(step=done, training=lowest, validation=loss))
     progress(done, space.evaluations)
     with torch.no_grad():
