@@ -22,7 +22,8 @@ def pi_tuning(
 
     c = softmax(θ) over the adapters that touch the module, from equal shares (in the paper's comparison absent adapters
     take a share too); θ and all A_i and B_i are trained at one rate, 1e-4. The scale alpha/rank stays fixed beside B_i.
-    The result is an ordinary LoRA, Σ c_i s_i B_i A_i with the trained factors; its coefficients.json fits no other adapters, and `lora merge --coef` refuses it.
+    The result is an ordinary LoRA, Σ c_i s_i B_i A_i with the trained factors. Its coefficients.json fits no other
+    adapters, and `lora merge --coef` refuses it.
 
     redraw: the adapter of `--target` comes first. By default it only lends its rank and modules: A ~ N(0, 0.01²) and
     B = 0 are drawn in place of its factors. `none` starts from them. Without `--target` nothing is drawn.
