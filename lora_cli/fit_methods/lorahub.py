@@ -22,8 +22,8 @@ def lorahub(
     deviations of bound/3. All weights of a generation are tried in one batch.
 
     The combination is Σ w_i ΔW_i of the updates. LoraHub's code sums A and B apart, which needs equal shapes and adds
-    cross terms w_i w_j B_i A_j, and searches with NGOpt of Nevergrad. The examples held out choose nothing: they measure
-    the result. The paper evaluates 100 times, its code 40.
+    cross terms w_i w_j B_i A_j, and searches with NGOpt of Nevergrad. The examples held out choose nothing: they only
+    measure the result. The paper evaluates 100 times, its code 40.
 
     Source: LoraHub, Huang et al. 2023, arXiv 2307.13269; CMA-ES, Hansen 2016, arXiv 1604.00772.
     """
