@@ -204,13 +204,13 @@ class Mixture:
 
         def add(x: Tensor, y: Tensor) -> Tensor:
             rows, inputs, c = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._current[module]
-            if not (self._parameters.trained or c.dim() > 1):
+            if c.dim() > 1:
+                return _tried(rows, inputs, block, c).view(y.shape)
+            if not self._parameters.trained:
                 mixed: Tensor = _weighted(rows, inputs, block.a, block.b, c)
                 return mixed.view(y.shape)
             a, b = block.a.to(self._dtype), block.b.to(self._dtype)
-            hidden = (inputs @ a.T).view(*([-1] if c.dim() == 1 else [len(c), -1]), a.shape[0])
-            mixed = hidden * c.to(self._dtype).unsqueeze(-2)
-            return torch.addmm(rows, mixed.view(-1, a.shape[0]), b.T).view(y.shape)
+            return torch.addmm(rows, (inputs @ a.T) * c.to(self._dtype), b.T).view(y.shape)
 
         return add
 
@@ -273,6 +273,15 @@ class Mixture:
                 own[place] = tuple(part.tolist()) if self._parameters.per_rank else (float(part[0]),)
             found[module] = tuple(own)
         return found
+
+
+def _tried(rows: Tensor, inputs: Tensor, block: _Block, c: Tensor) -> Tensor:
+    """y + B̂ (c_k ∘ (Â x)) for K copies of rows of tokens, c (K, R)."""
+    (width, into), out, c = block.a.shape, len(block.b), c.to(block.a.dtype)
+    x, y = inputs.view(len(c), -1, into), rows.view(len(c), -1, out)
+    if width * (into + out) > into * out:  # a whole update is smaller than its factors
+        return torch.baddbmm(y, x, ((block.b * c[:, None]) @ block.a).mT)
+    return y + ((x @ block.a.T) * c[:, None]) @ block.b.T
 
 
 def _block(

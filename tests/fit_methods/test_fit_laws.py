@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +20,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
 from lora_cli.recipes import FIT_METHODS, Recipe, Shape
+from lora_cli.records import Coefficients
 from lora_cli.steps.fit.fit import FitResult, Fitting, fit, goal_of
 from lora_cli.steps.fit.search import objective
 from lora_cli.task import split
@@ -313,3 +316,27 @@ def test_a_pad_row_does_not_count_in_an_entropy(base: BaseModel) -> None:
     alone = [float(base.completion_entropies([one])[0]) for one in mixed]
     assert base.completion_entropies(mixed).tolist() == pytest.approx(alone, abs=1e-5)
     assert {one.tokens for one in mixed} == {1}
+
+
+def test_wide_pools_are_tried_as_whole_updates(base: BaseModel, tmp_path: Path) -> None:
+    pool = [
+        opened(write_adapter(tmp_path / f"wide{i}", {m: (0.1 * b, a) for m, (b, a) in factors.items()}))
+        for i, factors in enumerate(random_factors(SHAPES, 14, seed=i) for i in range(3))
+    ]
+    mixture = Mixture(base, pool, FIT_METHODS.load("lorahub")(3).parameters)
+    given = torch.tensor([[0.0, 0.0, 0.0], [1.5, -0.5, 0.2], [-1.0, 1.0, 1.5]])
+    with mixture.applied(base):
+        together = objective(base, mixture, base.encode_all(TASK), given, 0.1)
+        alone = [objective(base, mixture, base.encode_all(TASK), one[None], 0.1)[0] for one in given]
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert len({round(value, 3) for value in together}) == 3
+
+
+def test_the_hash_of_coefficients_for_adapters_as_they_are_names_nothing_new() -> None:
+    facts: dict[str, Any] = {
+        "adapters": ("a@1",), "values": {"m": ((1.0,),)}, "granularity": "module", "activation": "linear",
+        "task_sha256": "", "base": "b",
+    }  # fmt: skip
+    plain = Coefficients(**facts)
+    assert plain.sha256 == hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    assert dataclasses.replace(plain, trained=True).sha256 != plain.sha256
