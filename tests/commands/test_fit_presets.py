@@ -71,3 +71,11 @@ def test_a_preset_refuses_what_it_has_no_use_for(here: World) -> None:
     assert "lorahub takes no --steps" in refused(2, "fit", "--preset", "lorahub", "--steps", "10")
     assert "preset cat takes no --init" in refused(2, "fit", "--preset", "cat", "--init", "zero")
     assert "did you mean 'lorahub'" in refused(2, "fit", "--preset", "lorahubs")
+
+
+def test_a_target_that_was_drawn_anew_for_nothing_is_said(here: World) -> None:
+    ok("train", "--rank", "2", "--steps", "2", "-o", "mine")
+    options = ("--preset", "pi-tuning", "--target", "mine", "--steps", "2", "--lr", "100")
+    told = refused(5, "fit", "pool/tarn/mirror", *options)
+    assert "the target's new factors stay 0" in told
+    assert "--redraw none" in told

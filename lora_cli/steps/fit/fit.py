@@ -256,11 +256,7 @@ def fit_and_write(
         with base.new_adapter(**TrainOptions().shape, seed=how.recipe.seed):
             pass
     result = fit(base, plan.adapters, examples, how, checkpoint=states[0], progress=progress)
-    if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
-        raise Refused(
-            f"no step lowers the validation loss of {result.learnt.loss_before:.3f}: the base alone is best",
-            hint="choose other adapters, or raise --steps (of a search --evaluations)",
-        )
+    _demand_effect(result)
     found = _controls(base, plan.adapters, examples, how, states[1], progress)
     validation, goal = how.parts(base, examples).validation, Goal(measure=_MEASURES[result.measure])
     loss_base, each_base = losses(base, validation, goal)
@@ -284,6 +280,21 @@ def fit_and_write(
         loss_merged=loss_merged,
         comparisons=tuple(comparisons),
     )
+
+
+def _demand_effect(result: FitResult) -> None:
+    """Refused if the fit ended where it began, and that is the base or has an adapter that adds nothing."""
+    start = f"no step lowers the validation {result.measure} of {result.learnt.loss_before:.3f}"
+    if not any(c for values in result.coefficients.values.values() for per_rank in values for c in per_rank):
+        raise Refused(
+            f"{start}: the base alone is best",
+            hint="choose other adapters, or raise --steps (of a search --evaluations)",
+        )
+    if not all(any(update.B.any() for update in factors.values()) for factors in result.trained):
+        raise Refused(
+            f"{start}: the target's new factors stay 0",
+            hint="lower --lr, or start from the target's own factors with --redraw none",
+        )
 
 
 def _controls(
