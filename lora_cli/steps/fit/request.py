@@ -75,8 +75,8 @@ class FitRequest:
     """The user's request for a fit: adapters, task, how coefficients are learnt and compared.
 
     Raises:
-        UsageError: an unknown control, options that the preset has no use for, or no base model. DataError: a task of one
-            example.
+        UsageError: an unknown control, options that the preset has no use for, or no base model.
+        DataError: a task of one example.
     """
 
     def __init__(
