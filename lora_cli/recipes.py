@@ -31,7 +31,12 @@ LORA, SCORES, HARNESS = "The LoRA", "Scores", "Tasks of lm-evaluation-harness"
 
 Steps = Annotated[int, Flag(help="Steps of the optimiser.", panel=TRAINING)]
 MaxNewTokens = Annotated[int, Flag(help="Longest output.", minimum=1, panel=SCORES)]
-BatchSize = Annotated[int, Flag(help="Prompts per batch.", minimum=1, panel=SCORES)]
+BatchSize = Annotated[
+    int | None,
+    Flag(
+        help="The most prompts at once, over all adapters.", minimum=1, panel=SCORES, default="as many as memory takes"
+    ),
+]
 LearningRate = Annotated[float, Flag(help="Peak learning rate.", panel=TRAINING)]
 
 
@@ -308,7 +313,7 @@ class EvalOptions(_Metrics, frozen=True, kw_only=True):  # type: ignore[misc,cal
 
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"
     max_new_tokens: MaxNewTokens = 30
-    batch_size: BatchSize = 16
+    batch_size: BatchSize = None
 
     def __post_init__(self) -> None:
         """Raise UsageError for an unknown metric, or a knob that the metric lacks."""
@@ -365,7 +370,7 @@ class TrialOptions(_Knobs, frozen=True, kw_only=True):  # type: ignore[misc,call
         Flag(help=f"{', '.join(METRICS.methods)}; stored scores may have others.", default="exact", panel=SCORES),
     ] = None
     max_new_tokens: MaxNewTokens = 30
-    batch_size: BatchSize = 16
+    batch_size: BatchSize = None
 
     @property
     def of_eval(self) -> EvalOptions:

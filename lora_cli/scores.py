@@ -52,7 +52,14 @@ class Chance:
 
 def interval(score: str, values: Sequence[float], *, seed: int = 0) -> Interval:
     """The 95 % interval of the mean of `values`: Wilson's for the "share" of those that are 1, else the bootstrap's."""
-    return wilson(round(math.fsum(values)), len(values)) if score == "share" else mean_interval(values, seed=seed)
+    return intervals(score, [values], seed=seed)[0]
+
+
+def intervals(score: str, table: Sequence[Sequence[float]], *, seed: int = 0) -> list[Interval]:
+    """The `interval` of each of several systems' values of the same examples."""
+    if score == "share":
+        return [wilson(round(math.fsum(values)), len(values)) for values in table]
+    return _mean_intervals(_columns(table), seed)
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -68,8 +75,7 @@ def wilson(successes: int, n: int) -> Interval:
 
 def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
     """The percentile bootstrap's 95 % interval of a mean. The same seed gives the same interval."""
-    low, high = np.quantile(_resampled_means(_column(values), seed), (0.025, 0.975))
-    return Interval(float(low), float(high))
+    return _mean_intervals(_columns([values]), seed)[0]
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Difference:
@@ -79,15 +85,24 @@ def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: i
     values it comes from random sign flips, below 1e-4 from Hoeffding's bound on their p. Raises ValueError when the
     lengths differ or are 0.
     """
-    if len(ours) != len(theirs):
-        raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)}")
-    differences = _column(ours) - _column(theirs)
-    low, high = np.quantile(_resampled_means(differences, seed), (0.025, 0.975))
-    if np.isin(differences, (-1.0, 0.0, 1.0)).all():
-        p = sign_test(int((differences > 0).sum()), int((differences < 0).sum()))
-    else:
-        p = _sign_flip_p(differences, seed)
-    return Difference(delta=float(differences.mean()), low=float(low), high=float(high), p=p)
+    return paired_differences([ours], theirs, seed=seed)[0]
+
+
+def paired_differences(table: Sequence[Sequence[float]], theirs: Sequence[float], *, seed: int = 0) -> list[Difference]:
+    """The `paired_difference` of each of several systems' values to `theirs`; they share their resamples."""
+    for ours in table:
+        if len(ours) != len(theirs):
+            raise ValueError(f"{len(ours)} values cannot be paired with {len(theirs)}")
+    if not table:
+        return []
+    differences = _columns(table) - _columns([theirs])
+    exact = np.asarray(np.isin(differences, (-1.0, 0.0, 1.0)).all(axis=0))
+    p_values = iter(_sign_flip_p(differences[:, ~exact], seed))
+    found = []
+    for column, low_high, is_exact in zip(differences.T, _mean_intervals(differences, seed), exact, strict=True):
+        p = sign_test(int((column > 0).sum()), int((column < 0).sum())) if is_exact else float(next(p_values))
+        found.append(Difference(delta=float(column.mean()), low=low_high.low, high=low_high.high, p=p))
+    return found
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -134,30 +149,40 @@ def best_by_chance(values: Sequence[Sequence[float]], *, better: str, seed: int 
     return Chance(expected=sign * float(best.mean()), p=(reached + 1) / (left + 1))
 
 
-def _column(values: Sequence[float]) -> NDArray[np.float64]:
-    column = np.asarray(values, dtype=np.float64)
-    if column.size == 0:
+def _columns(table: Sequence[Sequence[float]]) -> NDArray[np.float64]:
+    """(examples, systems)."""
+    columns = np.asarray(table, dtype=np.float64).T
+    if columns.size == 0:
         raise ValueError("no values")
-    return column
+    return columns
 
 
-def _resampled_means(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    rng, n = np.random.default_rng(seed), len(values)
+def _mean_intervals(columns: NDArray[np.float64], seed: int) -> list[Interval]:
+    bounds = np.quantile(_resampled_means(columns, seed), (0.025, 0.975), axis=0)
+    return [Interval(float(low), float(high)) for low, high in bounds.T]
+
+
+def _resampled_means(columns: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """(RESAMPLES, systems): the means of every column over the same resamples of the examples."""
+    rng, n, means = np.random.default_rng(seed), len(columns), []
     rows = max(1, _CELLS_AT_ONCE // n)
-    means = [
-        values[rng.integers(0, n, size=(min(rows, RESAMPLES - start), n))].mean(axis=1)
-        for start in range(0, RESAMPLES, rows)
-    ]
+    for start in range(0, RESAMPLES, rows):
+        drawn = rng.integers(0, n, size=(min(rows, RESAMPLES - start), n))
+        places = drawn + n * np.arange(len(drawn))[:, None]
+        counts = np.bincount(places.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        means.append(counts.astype(np.float64) @ columns / n)
     return np.concatenate(means)
 
 
-def _sign_flip_p(differences: NDArray[np.float64], seed: int) -> float:
+def _sign_flip_p(differences: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """One p per column."""
     rng, n = np.random.default_rng(seed), len(differences)
-    observed, rows, as_extreme = abs(float(differences.sum())), max(1, _CELLS_AT_ONCE // n), 0
-    for start in range(0, RESAMPLES, rows):
-        signs = rng.integers(0, 2, size=(min(rows, RESAMPLES - start), n)) * 2 - 1
-        as_extreme += int((np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum())
+    observed, rows = np.abs(differences.sum(axis=0)), max(1, _CELLS_AT_ONCE // n)
+    as_extreme = np.zeros(differences.shape[1])
+    for start in range(0, RESAMPLES if observed.size else 0, rows):
+        signs = rng.integers(0, 2, size=(min(rows, RESAMPLES - start), n)) * 2.0 - 1.0
+        as_extreme += (np.abs(signs @ differences) >= observed * (1 - 1e-12)).sum(axis=0)
     # Draws cannot show a p below 1e-4, which a correction for hundreds of systems needs; Hoeffding's bound on the
     # exact p can.
-    bound = 2 * math.exp(-(observed**2) / (2 * float(differences @ differences)))
-    return min(bound, (as_extreme + 1) / (RESAMPLES + 1))
+    bound = 2 * np.exp(-(observed**2) / (2 * (differences**2).sum(axis=0)))
+    return np.asarray(np.minimum(bound, (as_extreme + 1) / (RESAMPLES + 1)), dtype=np.float64)

@@ -22,7 +22,7 @@ from lora_cli.models.skeleton import skeleton_of
 from lora_cli.precision import dtype_name
 from lora_cli.records import Example, Prompt
 
-_IGNORED = -100
+IGNORED = -100
 
 
 class BaseModel:
@@ -100,7 +100,7 @@ class BaseModel:
         """
         logits, labels = self._predictions(batch)
         flat = nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=_IGNORED, reduction="none"
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
         )
         return flat.view(labels.shape).sum(dim=1)
 
@@ -111,17 +111,17 @@ class BaseModel:
         """
         logits, labels = self._predictions(batch)
         logs = logits.float().log_softmax(dim=-1)
-        return torch.where(labels == _IGNORED, 0.0, -(logs.exp() * logs).sum(dim=-1)).sum(dim=1)
+        return torch.where(labels == IGNORED, 0.0, -(logs.exp() * logs).sum(dim=-1)).sum(dim=1)
 
     def _predictions(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         """Logits (batch, wanted, vocabulary) at the positions that predict a completion token, and these tokens."""
         tokens = self.filled(batch)
-        labels = torch.full_like(tokens, _IGNORED)
+        labels = torch.full_like(tokens, IGNORED)
         for row, item in enumerate(batch):
             labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
-        wanted = (labels[:, 1:] != _IGNORED).any(dim=0).nonzero().flatten()
+        wanted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
         labels = labels[:, 1:][:, wanted].to(self.device)
-        return self._logits(tokens.to(self.device), wanted.to(self.device)), labels
+        return self.logits(tokens.to(self.device), wanted.to(self.device), use_cache=False), labels
 
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
         """`mean_log_likelihoods` of examples that are not encoded yet."""
@@ -153,10 +153,11 @@ class BaseModel:
             tokens[row, : len(item.ids)] = torch.tensor(item.ids)
         return tokens
 
-    def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, positions: Tensor, **options: Any) -> Tensor:
+        """The logits at these positions of each row: (rows, positions, vocabulary). `options` are the model's own."""
         if self._keeps_logits:
-            return self.model(input_ids=tokens, use_cache=False, logits_to_keep=positions).logits  # type: ignore[no-any-return]
-        return self.model(input_ids=tokens, use_cache=False).logits[:, positions]  # type: ignore[no-any-return]
+            return self.model(input_ids=tokens, logits_to_keep=positions, **options).logits  # type: ignore[no-any-return]
+        return self.model(input_ids=tokens, **options).logits[:, positions]  # type: ignore[no-any-return]
 
     @cached_property
     def _keeps_logits(self) -> bool:

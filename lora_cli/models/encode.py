@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lora_cli.errors import DataError, Refused, UsageError
@@ -107,6 +108,10 @@ class Encoder:
         self.ends: list[int] = sorted({*ends, tokenizer.eos_token_id})
         self._known: dict[int, tuple[Example, Encoded]] = {}
         self._ends_by_closing: dict[str, _End] = {}
+        # Many adapters answer the same examples, and often alike.
+        self._text_of = lru_cache(1 << 12)(
+            lambda ids: str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        )
 
     def _chosen_form(self) -> Form:
         there_is_one = (self.prompting.template, self._tokenizer.chat_template) != (None, None)
@@ -340,7 +345,7 @@ class Encoder:
         return both.removeprefix(head) if both.startswith(head) else self._decoded(ids)
 
     def _decoded(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+        return self._text_of(tuple(ids))
 
 
 def encoder_of(name: str, tokenizer: Any, config: Any, generation: Any, prompting: Prompting | None = None) -> Encoder:

@@ -10,13 +10,13 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, NothingMatched, OutputError, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.metrics.exact import exact
-from lora_cli.models import generate as generating
+from lora_cli.models.answering import Asked, Told, _Answering
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.encode import Opening
-from lora_cli.models.generate import Generation, generate
+from lora_cli.models.generate import generate
 from lora_cli.recipes import EvalOptions, Recipe, TrainOptions
 from lora_cli.records import Example, Score
 from lora_cli.scores import paired_difference, wilson
+from lora_cli.steps.evaluate import groups as grouped
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.train.train import train
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -111,7 +111,7 @@ def test_an_adapter_too_weak_to_change_an_output_moves_the_likelihood(base: Base
 def test_nll_generates_nothing_and_lower_is_better(
     base: BaseModel, skilled: System, idle: System, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", None)
+    monkeypatch.setattr(_Answering, "_write", None)
     scores = run(base, BASE, skilled, idle, metric="nll")
     with base.applied(skilled.updates):
         expected = -sum(base.log_likelihoods(examples(N))) / N
@@ -144,16 +144,16 @@ def without_speed(scores: dict[str, Score]) -> list[tuple[Any, ...]]:
     return [(s.system, s.value, s.low, s.high, s.delta, s.p, s.changed, s.log_likelihood) for s in scores.values()]
 
 
-def count(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each pass through the model generates for."""
+def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many examples each group of systems is asked."""
     made: list[int] = []
-    greedy = generating._greedy
+    real = grouped.answers
 
-    def counted(base: BaseModel, prompts: Any, max_new_tokens: int) -> list[list[int]]:
-        made.append(len(prompts))
-        return greedy(base, prompts, max_new_tokens)
+    def counted(base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any) -> Iterator[tuple[int, Told]]:
+        made.append(len(asked))
+        return real(base, asked, *rest, **options)
 
-    monkeypatch.setattr(generating, "_greedy", counted)
+    monkeypatch.setattr(grouped, "answers", counted)
     return made
 
 
@@ -161,7 +161,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
     base: BaseModel, skilled: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill(what: str, done: int, total: int) -> None:
-        if (what, done) == ("skilled", 10):
+        if (what, done) == ("2 systems", N + 10):
             raise Killed
 
     rows = tmp_path / "rows.jsonl"
@@ -170,7 +170,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(
         run(base, BASE, skilled, rows_path=rows, progress=kill)
     with rows.open("a") as file:
         file.write('{"system": "skilled", "id"')
-    made = count(base, monkeypatch)
+    made = count(monkeypatch)
     resumed = run(base, BASE, skilled, rows_path=rows)
     assert sum(made) == N - 10
     assert [row[:7] for row in without_speed(resumed)] == [row[:7] for row in without_speed(whole)]
@@ -185,7 +185,7 @@ def test_rows_of_another_version_or_setting_are_not_taken_up(
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     run(base, BASE, skilled, rows_path=rows)
-    made = count(base, monkeypatch)
+    made = count(monkeypatch)
     newer = System(name="skilled", updates=skilled.updates, version="skilled@1")
     run(base, BASE, newer, rows_path=rows)
     assert sum(made) == N
@@ -206,7 +206,7 @@ def test_rows_of_a_file_from_before_they_held_a_value_are_taken_up(
         del row["value"]
         row["correct"] = verdicts[place % 2]
     rows.write_text("".join(json.dumps(row) + "\n" for row in older))
-    monkeypatch.setattr(BaseModel, "mean_log_likelihoods", None)
+    monkeypatch.setattr(grouped, "answers", None)
     value = run(base, BASE, metric=metric, rows_path=rows)["base"].value
     assert value == (0.5 if metric == "exact" else pytest.approx(-sum(row["log_likelihood"] for row in older) / N))
 
@@ -219,7 +219,7 @@ def test_rows_of_systems_that_are_not_asked_for_stay(
     run(base, BASE, idle, rows_path=rows, max_new_tokens=3)
     stored = [json.loads(line)["system"] for line in rows.read_text().splitlines()]
     assert {name: stored.count(name) for name in stored} == {"base": N, "skilled": N, "idle": N}
-    made = count(base, monkeypatch)
+    made = count(monkeypatch)
     again = run(base, BASE, skilled, rows_path=rows)
     assert sum(made) == N
     assert again["skilled"].value == first["skilled"].value
@@ -282,13 +282,11 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 def test_an_output_that_does_not_continue_the_prompt_is_judged_as_an_empty_one(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch, continues: bool
 ) -> None:
-    right = {base.encode(example).opening: example.completion for example in examples(N)}
+    def told(base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any) -> Iterator[tuple[int, Told]]:
+        for place, one in enumerate(asked):
+            yield place, Told(-1.0, True, 0.1, one.encoded.answer, 2, continues)
 
-    def written(base: BaseModel, openings: Sequence[Opening], **options: Any) -> Iterator[tuple[int, Generation]]:
-        for place, opening in enumerate(openings):
-            yield place, Generation(right[opening], 2, 0.1, continues)
-
-    monkeypatch.setattr("lora_cli.steps.evaluate.evaluate.stream", written)
+    monkeypatch.setattr(grouped, "answers", told)
     assert run(base, BASE)["base"].value == float(continues)
 
 

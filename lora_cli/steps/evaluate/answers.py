@@ -20,7 +20,10 @@ _KINDS: tuple[ChangeKind, ...] = ("broken", "fixed", "different", "same")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One system's answer to one example; `log_likelihood` is that of the expected answer, per token in nats."""
+    """One system's answer to one example; `log_likelihood` is that of the expected answer, per token in nats.
+
+    It is None if a number of the model was not finite.
+    """
 
     id: str
     system: str
@@ -28,7 +31,7 @@ class Answer:
     expected: str
     given: str
     correct: bool
-    log_likelihood: float
+    log_likelihood: float | None
     tokens: int
 
 
@@ -89,8 +92,8 @@ class Change:
     after: str
     before_correct: bool
     after_correct: bool
-    before_log_likelihood: float
-    after_log_likelihood: float
+    before_log_likelihood: float | None
+    after_log_likelihood: float | None
 
 
 def changes(answers: Sequence[Answer], before: str, after: str) -> list[Change]:

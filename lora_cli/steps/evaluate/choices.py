@@ -1,6 +1,6 @@
 """Examples with options to choose from: their encodings, and the option that the model takes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -58,15 +58,11 @@ def read_choices(base: BaseModel, examples: Sequence[Example]) -> dict[str, Choi
     return found
 
 
-def chosen(base: BaseModel, asked: Sequence[Choices], values_of: ValuesOf, *, batch_size: int) -> Iterator[Chosen]:
-    """The option that the model takes of each example, in their order. Refused for a likelihood that is not finite."""
-    every = [option for one in asked for option in one.encoded]
-    means = iter(base.mean_log_likelihoods(every, batch_size=batch_size))
-    likelihoods = [[next(means) for _ in one.encoded] for one in asked]
-    tokens = [[option.tokens for option in one.encoded] for one in asked]
-    sums = [[m * n for m, n in zip(*pair, strict=True)] for pair in zip(likelihoods, tokens, strict=True)]
-    found = values_of(sums, tokens, [one.texts for one in asked])
-    for one, mean, values in zip(asked, likelihoods, found, strict=True):
-        best = max(values)
-        taken = one.texts[values.index(best)] if values.count(best) == 1 else ""
-        yield Chosen(mean[one.right], float(values[one.right]), taken)
+def judged(asked: Choices, likelihoods: Sequence[float], values_of: ValuesOf) -> Chosen:
+    """The option that the model takes of an example, by the mean log-likelihoods per token of its options."""
+    tokens = [option.tokens for option in asked.encoded]
+    sums = [mean * count for mean, count in zip(likelihoods, tokens, strict=True)]
+    [values] = values_of([sums], [tokens], [asked.texts])
+    best = max(values)
+    taken = asked.texts[values.index(best)] if values.count(best) == 1 else ""
+    return Chosen(likelihoods[asked.right], float(values[asked.right]), taken)

@@ -4,86 +4,46 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import NothingMatched, OutputError, UsageError
+from lora_cli.errors import NothingMatched, OutputError, Refused, UsageError
 from lora_cli.files import read_regular
-from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.encode import Encoded
-from lora_cli.models.generate import stream
+from lora_cli.models.generate import demand_space
+from lora_cli.models.together import NotByRow
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
-from lora_cli.scores import interval, paired_difference
+from lora_cli.scores import Difference, Interval, intervals, paired_differences
 from lora_cli.steps.evaluate.beside import beside_others
-from lora_cli.steps.evaluate.choices import Choices, chosen, read_choices
+from lora_cli.steps.evaluate.choices import read_choices
+from lora_cli.steps.evaluate.groups import Judging, System, Updates, groups
+from lora_cli.text import counted
 
+__all__ = ["Row", "System", "Updates", "demand_systems", "evaluate", "read_rows"]
 _SAME_LIKELIHOOD = 1e-6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class System:
-    """Something to evaluate: the base itself (`updates` None) or the base with one update per module applied.
-
-    `version` names the exact adapter (`id@commit`, or any text that changes when the adapter does); rows of another
-    version are not reused.
-    """
-
-    name: str
-    updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
-    version: str = ""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each module that the system changes."""
-        if isinstance(self.updates, Updates):
-            return self.updates.shapes
-        return {module: update.shape for module, update in (self.updates or {}).items()}
-
-
-class Updates(Mapping[str, LowRank]):
-    """The updates of an adapter, each read on access: of many systems only the current one is in memory."""
-
-    def __init__(self, adapter: OpenAdapter) -> None:
-        self._adapter = adapter
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each update; reads none of them."""
-        return {name: (module.out_features, module.in_features) for name, module in self._adapter.modules.items()}
-
-    def __getitem__(self, module: str) -> LowRank:
-        return self._adapter.read(module)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._adapter.modules)
-
-    def __len__(self) -> int:
-        return len(self._adapter.modules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One system's answer to one example. `key` identifies all that decides the answer.
 
-    `log_likelihood` is the mean per completion token in nats, `value` the metric's. `text` is the output or the choice,
-    None if the metric judges likelihoods.
+    `log_likelihood` is the mean per completion token in nats, None if a number of the model was not finite, `value` the
+    metric's. `text` is the output or the choice, None if the metric judges likelihoods.
     """
 
     system: str
     id: str
     key: str
-    log_likelihood: float
+    log_likelihood: float | None
     value: float
     text: str | None = None
     tokens: int = 0
@@ -105,19 +65,22 @@ def evaluate(
     A metric that judges outputs has them generated greedily; one that judges likelihoods or choices generates nothing.
     Differences to `baseline` are paired. `changed` counts the examples on which a system's output or choice, or else
     its likelihood, differs from the base's own; `details["moved"]` counts those on which its likelihood differs. 0 of
-    both means that an adapter has no effect.
+    both means that an adapter has no effect. `details["not_finite"]` counts those on which a number of the model is not
+    finite: they count as failures, with a likelihood of the least number of fp32 or an empty answer.
+
+    Adapters are asked together, in groups; see `groups`.
 
     Args:
         systems: distinct names; one of them is the base itself (`updates` None).
-        options: metric (a file of `metrics`), baseline (the name of a system), the longest output, prompts per batch.
+        options: metric (a file of `metrics`), baseline (the name of a system), the longest output, prompts at once.
         rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again, and
             those of other systems stay.
 
     Raises:
         UsageError: an unknown metric, two systems of one name.
         NothingMatched: no system called `baseline`, no examples.
-        Refused: an adapter does not fit. DataError: an example or a prompt is too long, or lacks the choices that the
-            metric judges.
+        Refused: an adapter does not fit, or a likelihood of the base itself is not finite.
+        DataError: an example or a prompt is too long, or lacks the choices that the metric judges.
         OutputError: the rows cannot be written, or the file holds something else.
     """
     options = options or EvalOptions()
@@ -134,27 +97,22 @@ def evaluate(
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
-    keys = {
-        (system.name, example.id): _key([*common, system.version, system.updates is None, *measured, asdict(example)])
-        for system in systems
-        for example in examples
-    }
+    if metric.kind == "output":
+        demand_space(base, [one.opening for one in encoded.values()], max_new_tokens)
+    keys = _keys(systems, examples, common, measured)
+    judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
     with _Rows(rows_path, keys) as rows:
-        for system in systems:
-            left = [example for example in examples if (system.name, example.id) not in rows.found]
-            done = len(examples) - len(left)
-            progress(system.name, done, len(examples))
-            # All rows are stored already: do not load this system's weights.
-            with base.applied(system.updates if left else None, who=system.name):
-                for at in range(0, len(left), 4 * options.batch_size):
-                    part = [encoded[example.id] for example in left[at : at + 4 * options.batch_size]]
-                    for row in _answers(base, system.name, part, keys, choices, metric, values_of, options):
-                        rows.add(row)
-                        done += 1
-                        progress(system.name, done, len(examples))
+        # All rows of a system may be stored already: do not load its weights.
+        waiting = [system for system in systems if any((system.name, id) not in rows.found for id in encoded)]
+        for group in groups(base, waiting, generates=metric.kind == "output"):
+            try:
+                _fill(rows, group, judging, progress)
+            except NotByRow:
+                for system in group:
+                    _fill(rows, [system], judging, progress)
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
-    alone = [_score(found, name, metric, baseline, itself, seed) for name in names]
     values = {name: [row.value for row in rows] for name, rows in found.items()}
+    alone = _scores(found, values, metric, baseline, itself, seed)
     scores = beside_others(alone, values, metric, itself=itself, seed=seed)
     if metric.kind != "output":
         return scores
@@ -182,66 +140,76 @@ def demand_systems(names: Sequence[str], *, baseline: str) -> None:
         raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
 
 
-def _answers(
-    base: BaseModel,
-    name: str,
-    examples: Sequence[Encoded],
-    keys: Mapping[tuple[str, str], str],
-    choices: Mapping[str, Choices],
-    metric: Method,
-    values_of: Callable[..., Sequence[Any]],
-    options: EvalOptions,
-) -> Iterator[Row]:
-    batch_size = options.batch_size
-    if metric.kind == "choice":
-        taken = chosen(base, [choices[example.id] for example in examples], values_of, batch_size=batch_size)
-        for example, one in zip(examples, taken, strict=True):
-            yield Row(system=name, id=example.id, key=keys[name, example.id], **one._asdict())
-        return
-    likelihoods = base.mean_log_likelihoods(examples, batch_size=batch_size)
-    if metric.kind == "likelihood":
-        for example, likelihood, value in zip(examples, likelihoods, values_of(likelihoods), strict=True):
-            yield Row(
-                system=name, id=example.id, key=keys[name, example.id], log_likelihood=likelihood, value=float(value)
+def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, progress: Progress) -> None:
+    """Have the systems answer all that is not among the rows. Refused if the base itself cannot."""
+    left = {system.name: [id for id in judging.encoded if (system.name, id) not in rows.found] for system in group}
+    what = group[0].name if len(group) == 1 else counted(len(group), "system")
+    total = len(group) * len(judging.encoded)
+    done = total - sum(map(len, left.values()))
+    progress(what, done, total)
+    for system, id, outcome in judging.outcomes(group, left):
+        if outcome.log_likelihood is None and system.updates is None:
+            raise Refused(
+                f"the likelihood of example {id} is not finite in {judging.base.dtype_name}",
+                hint="evaluate with --dtype fp32 or bf16",
             )
-        return
-    openings = [example.opening for example in examples]
-    for place, written in stream(base, openings, max_new_tokens=options.max_new_tokens, batch_size=batch_size):
-        example = examples[place]
-        [value] = values_of([written.text if written.continues else ""], [example.answer])
-        yield Row(
-            system=name,
-            id=example.id,
-            key=keys[name, example.id],
-            log_likelihood=likelihoods[place],
-            value=float(value),
-            text=written.text,
-            tokens=written.tokens,
-            seconds=written.seconds,
-        )
+        rows.add(Row(system=system.name, id=id, key=rows.keys[system.name, id], **outcome._asdict()))
+        done += 1
+        progress(what, done, total)
+
+
+def _keys(
+    systems: Sequence[System], examples: Sequence[Example], common: Sequence[Any], measured: Sequence[Any]
+) -> dict[tuple[str, str], str]:
+    """By system and example the first 16 digits of the SHA-256 of all that decides the answer, as JSON."""
+    last = {example.id: json.dumps(asdict(example), sort_keys=True) for example in examples}
+    found = {}
+    for system in systems:
+        first = json.dumps([*common, system.version, system.updates is None, *measured], sort_keys=True)[:-1]
+        for id, text in last.items():
+            found[system.name, id] = hashlib.sha256(f"{first}, {text}]".encode()).hexdigest()[:16]
+    return found
+
+
+def _scores(
+    found: Mapping[str, Sequence[Row]],
+    values: Mapping[str, Sequence[float]],
+    metric: Method,
+    baseline: str,
+    itself: str,
+    seed: int,
+) -> list[Score]:
+    bounds = intervals(metric.score, list(values.values()), seed=seed)
+    compared = [name for name in found if name != baseline]
+    differences = paired_differences([values[name] for name in compared], values[baseline], seed=seed)
+    by_name = dict(zip(compared, differences, strict=True))
+    return [
+        _score(found, name, metric, baseline, itself, interval, by_name.get(name))
+        for name, interval in zip(found, bounds, strict=True)
+    ]
 
 
 def _score(
-    found: Mapping[str, Sequence[Row]], name: str, metric: Method, baseline: str, itself: str, seed: int
+    found: Mapping[str, Sequence[Row]],
+    name: str,
+    metric: Method,
+    baseline: str,
+    itself: str,
+    interval: Interval,
+    difference: Difference | None,
 ) -> Score:
     rows, of_base = found[name], found[itself]
-    values = [row.value for row in rows]
     n = len(rows)
-    low, high = interval(metric.score, values, seed=seed)
-    others = [row.value for row in found[baseline]]
-    difference = None if name == baseline else paired_difference(values, others, seed=seed)
-    moved = sum(
-        abs(row.log_likelihood - other.log_likelihood) > _SAME_LIKELIHOOD * max(1.0, abs(other.log_likelihood))
-        for row, other in zip(rows, of_base, strict=True)
-    )
+    moved = sum(_differ(row.log_likelihood, other.log_likelihood) for row, other in zip(rows, of_base, strict=True))
+    finite = [row.log_likelihood for row in rows if row.log_likelihood is not None]
     rewritten = sum(row.text != other.text for row, other in zip(rows, of_base, strict=True))
     seconds = math.fsum(row.seconds for row in rows)
     return Score(
         system=name,
         metric=metric.name,
-        value=math.fsum(values) / n,
-        low=low,
-        high=high,
+        value=math.fsum(row.value for row in rows) / n,
+        low=interval.low,
+        high=interval.high,
         n=n,
         baseline="" if difference is None else baseline,
         delta=None if difference is None else difference.delta,
@@ -249,15 +217,18 @@ def _score(
         delta_high=None if difference is None else difference.high,
         p=None if difference is None else difference.p,
         changed=None if name == itself else moved if metric.kind == "likelihood" else rewritten,
-        log_likelihood=math.fsum(row.log_likelihood for row in rows) / n,
+        log_likelihood=math.fsum(finite) / n if len(finite) == n else None,
         tokens_per_second=sum(row.tokens for row in rows) / seconds if seconds else None,
-        details={} if name == itself else {"moved": moved},
+        details=({} if name == itself else {"moved": moved})
+        | ({} if len(finite) == n else {"not_finite": n - len(finite)}),
     )
 
 
-def _key(deciding: Sequence[Any]) -> str:
-    """The first 16 digits of the SHA-256 of all that decides an answer."""
-    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+def _differ(one: float | None, other: float | None) -> bool:
+    """Whether two likelihoods differ by more than rounding does."""
+    if one is None or other is None:
+        return one is not other
+    return abs(one - other) > _SAME_LIKELIHOOD * max(1.0, abs(other))
 
 
 class _Rows:
@@ -267,16 +238,16 @@ class _Rows:
         self.found: dict[tuple[str, str], Row] = {}
         self._others: list[Row] = []
         self._path = path
-        self._keys = keys
+        self.keys = keys
         self._file: Any = None
 
     def __enter__(self) -> "_Rows":
         if self._path is not None:
-            systems = {system for system, _ in self._keys}
+            systems = {system for system, _ in self.keys}
             for row in read_rows(self._path):
                 if row.system not in systems:
                     self._others.append(row)
-                elif self._keys.get((row.system, row.id)) == row.key:
+                elif self.keys.get((row.system, row.id)) == row.key:
                     self.found[row.system, row.id] = row
             self._file = self._rewritten(self._path)
         return self
@@ -329,4 +300,4 @@ def _row(fields: Any) -> Row:
 
 
 def _line(row: Row) -> str:
-    return json.dumps(asdict(row)) + "\n"
+    return msgspec.json.encode(row).decode() + "\n"

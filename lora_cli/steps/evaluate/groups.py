@@ -1,0 +1,190 @@
+"""Systems that a model answers together: which ones go in a group, and what becomes of their examples."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lora_cli.algebra.lowrank import LowRank
+from lora_cli.formats.reader import OpenAdapter
+from lora_cli.methods import Method
+from lora_cli.models.answering import Asked, Told, answers
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.encode import Encoded
+from lora_cli.models.kept import can_keep
+from lora_cli.models.room import free_memory
+from lora_cli.models.together import Together, by_row
+from lora_cli.recipes import EvalOptions
+from lora_cli.steps.evaluate.choices import Choices, judged
+
+MOST_TOGETHER = 32
+# The share of free memory that the factors of a group may take: generation has up to two more copies of them.
+_SHARE = 0.08
+LEAST_LOG_LIKELIHOOD = -149 * 0.6931471805599453
+"""The logarithm of the least positive number of fp32: what counts for a likelihood that is not finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class System:
+    """Something to evaluate: the base itself (`updates` None) or the base with one update per module applied.
+
+    `version` names the exact adapter (`id@commit`, or any text that changes when the adapter does); rows of another
+    version are not reused.
+    """
+
+    name: str
+    updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
+    version: str = ""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each module that the system changes."""
+        if isinstance(self.updates, Updates):
+            return self.updates.shapes
+        return {module: update.shape for module, update in (self.updates or {}).items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each update."""
+        if isinstance(self.updates, Updates):
+            return self.updates.ranks
+        return {module: update.rank for module, update in (self.updates or {}).items()}
+
+
+class Updates(Mapping[str, LowRank]):
+    """The updates of an adapter, each read on access: of many systems only the current ones are in memory."""
+
+    def __init__(self, adapter: OpenAdapter) -> None:
+        self._adapter = adapter
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each update; reads none of them."""
+        return {name: (module.out_features, module.in_features) for name, module in self._adapter.modules.items()}
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each update; reads none of them."""
+        return {name: module.rank for name, module in self._adapter.modules.items()}
+
+    def __getitem__(self, module: str) -> LowRank:
+        return self._adapter.read(module)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.modules)
+
+    def __len__(self) -> int:
+        return len(self._adapter.modules)
+
+
+class Outcome(NamedTuple):
+    """What became of one example; the fields are those of `Row`."""
+
+    log_likelihood: float | None
+    value: float
+    text: str | None = None
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judging:
+    """What decides about answers: the examples as the base reads them, by id, and the metric with its knobs."""
+
+    base: BaseModel
+    encoded: Mapping[str, Encoded]
+    choices: Mapping[str, Choices]
+    metric: Method
+    values_of: Callable[..., Sequence[Any]]
+    options: EvalOptions
+
+    @property
+    def most(self) -> int:
+        """The most tokens that are generated."""
+        return self.options.max_new_tokens if self.metric.kind == "output" else 0
+
+    def outcomes(
+        self, group: Sequence[System], left: Mapping[str, Sequence[str]]
+    ) -> Iterator[tuple[System, str, Outcome]]:
+        """(system, example, what became of it) for the ids in `left`, by the name of the system, as they end.
+
+        Raises:
+            NotByRow: the systems of the group have to be asked one by one.
+        """
+        asked, names = [], []
+        wanted = {name: set(ids) for name, ids in left.items()}
+        # The rows of one example are as long as one another, so it comes first.
+        for id in self.encoded:
+            for owner, system in enumerate(group):
+                if id in wanted[system.name]:
+                    options = self.choices[id].encoded if self.choices else (self.encoded[id],)
+                    asked += [Asked(owner, option) for option in options]
+                    names += [(owner, id, number) for number in range(len(options))]
+        found: dict[tuple[int, str], dict[int, Told]] = {}
+        with _applied(self.base, group) as together:
+            told = answers(self.base, asked, together, most=self.most, limit=self.options.batch_size)
+            for place, one in told:
+                owner, id, number = names[place]
+                parts = found.setdefault((owner, id), {})
+                parts[number] = one
+                if len(parts) == (len(self.choices[id].encoded) if self.choices else 1):
+                    del found[owner, id]
+                    yield group[owner], id, self._outcome(id, [parts[number] for number in range(len(parts))])
+
+    def _outcome(self, id: str, parts: Sequence[Told]) -> Outcome:
+        finite = all(part.finite for part in parts)
+        if self.metric.kind == "choice":
+            asked = self.choices[id]
+            likelihoods = [part.log_likelihood for part in parts]
+            if not finite:
+                likelihoods = [LEAST_LOG_LIKELIHOOD * (place == asked.right) for place in range(len(parts))]
+            likelihood, value, text = judged(asked, likelihoods, self.values_of)
+            return Outcome(likelihood, value, text) if finite else Outcome(None, value, "")
+        [one] = parts
+        if self.metric.kind == "likelihood":
+            [value] = self.values_of([one.log_likelihood if finite else LEAST_LOG_LIKELIHOOD])
+            return Outcome(one.log_likelihood if finite else None, float(value))
+        text = one.text if finite else ""
+        [value] = self.values_of([text if one.continues else ""], [self.encoded[id].answer])
+        return Outcome(
+            one.log_likelihood if finite else None, float(value), text, one.tokens if finite else 0, one.seconds
+        )
+
+
+@contextmanager
+def _applied(base: BaseModel, group: Sequence[System]) -> Iterator[Together | None]:
+    """While the block runs, the systems are on the base: all of several, or the only one."""
+    if len(group) == 1:
+        with base.applied(group[0].updates, who=group[0].name):
+            yield None
+        return
+    together = Together(base, [system.updates for system in group])
+    with together.applied():
+        yield together
+
+
+def groups(base: BaseModel, systems: Sequence[System], *, generates: bool) -> list[list[System]]:
+    """The systems in groups to be asked together: up to 32 adapters, as far as memory takes their factors.
+
+    Alone is a system with an update that cannot differ from row to row, and all are if the base cannot generate so.
+    Those of like ranks share a group, as all updates of a module are filled up to the highest rank.
+    """
+    together = not generates or can_keep(base)
+    alone = [one for one in systems if not together or not by_row(base.skeleton, list(one.ranks))]
+    most = _SHARE * free_memory(base.device) / base.dtype.itemsize
+    found: list[list[System]] = []
+    ranks: dict[str, int] = {}
+    sizes = {name: sum(shape) for one in systems for name, shape in one.shapes.items()}
+    # The base goes first: without it nothing can be compared.
+    for system in sorted(systems, key=lambda one: (one.updates is not None, -max(one.ranks.values(), default=0))):
+        if system in alone:
+            continue
+        joined = {name: max(ranks.get(name, 0), system.ranks.get(name, 0)) for name in {*ranks, *system.ranks}}
+        numbers = sum(rank * sizes[name] for name, rank in joined.items())
+        adapters = sum(one.updates is not None for one in found[-1]) if found else MOST_TOGETHER
+        if adapters == MOST_TOGETHER or (len(found[-1]) + 1) * numbers > most:
+            found.append([])
+            joined = system.ranks
+        found[-1].append(system)
+        ranks = joined
+    return found + [[one] for one in alone]
