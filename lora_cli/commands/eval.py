@@ -130,6 +130,11 @@ def _tell(screen: Screen, scores: list[Score], options: EvalOptions, facts: "Tas
         screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {counted(score.n, 'prompt')}")
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
+        if failed := score.details.get("not_finite"):
+            screen.warn(
+                f"{score.system}: numbers of the model are not finite on {failed} of {score.n} prompts, which count as "
+                "failures; try --dtype fp32 or bf16, or leave it out"
+            )
     screen.say(verdict(scores, options))
     for note in flattery(scores):
         screen.say(f"note: {note}")

@@ -182,7 +182,7 @@ def groups(base: BaseModel, systems: Sequence[System], *, generates: bool) -> li
         joined = {name: max(ranks.get(name, 0), system.ranks.get(name, 0)) for name in {*ranks, *system.ranks}}
         numbers = sum(rank * sizes[name] for name, rank in joined.items())
         adapters = sum(one.updates is not None for one in found[-1]) if found else MOST_TOGETHER
-        if adapters == MOST_TOGETHER or (len(found[-1]) + 1) * numbers > most:
+        if adapters >= MOST_TOGETHER or (len(found[-1]) + 1) * numbers > most:
             found.append([])
             joined = system.ranks
         found[-1].append(system)
