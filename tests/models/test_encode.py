@@ -279,6 +279,7 @@ def test_a_token_across_the_boundary_is_the_completions() -> None:
 
 
 def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lora_cli.models.answering import Told
     from lora_cli.steps.evaluate.evaluate import System, evaluate
 
     made = tokenizer("pieces", post="<s> $A")
@@ -288,7 +289,9 @@ def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pyt
 
     def value(text: str) -> float:
         written = made(text, add_special_tokens=False)["input_ids"]
-        monkeypatch.setattr("lora_cli.models.generate._greedy", lambda base, openings, max_new_tokens: [written])
+        ended, continues = base.encoder.written(base.encode(one).opening, written)
+        told = Told(-1.0, True, 0.1, ended, len(written), continues)
+        monkeypatch.setattr("lora_cli.steps.evaluate.groups.answers", lambda *given, **options: [(0, told)])
         return evaluate(base, [System(name="base")], [one])[0].value
 
     assert value("Lily") == 1

@@ -102,8 +102,12 @@ def evaluate(
     keys = _keys(systems, examples, common, measured)
     judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
     with _Rows(rows_path, keys) as rows:
-        # All rows of a system may be stored already: do not load its weights.
-        waiting = [system for system in systems if any((system.name, id) not in rows.found for id in encoded)]
+        waiting = []
+        for system in systems:
+            if any((system.name, id) not in rows.found for id in encoded):
+                waiting.append(system)
+            else:  # all its rows are stored already: its weights are not loaded
+                progress(system.name, len(encoded), len(encoded))
         for group in groups(base, waiting, generates=metric.kind == "output"):
             try:
                 _fill(rows, group, judging, progress)
