@@ -57,7 +57,7 @@ def evaluate_by_harness(
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         names = chosen_or_last(pool, adapters, settings)
-        baseline, batch_size = options.baseline, options.batch_size
+        baseline, batch_size = options.baseline, options.batch_size or 16
         request = HarnessRequest(pool, names, settings, harness, baseline=baseline, batch_size=batch_size)
         scores = request.run(settings.db, out=out, progress=progress)
     screen.rows(

@@ -49,7 +49,6 @@ def stream(
 
     Openings that end alike share batches, the longest first. The caller has asked for room: `Encoder.demand_room`.
     """
-    demand_space(base, openings, max_new_tokens)
     lengths = [len(opening.ids) for opening in openings]
     for rows in by_length(lengths, batch_size, [opening.ends for opening in openings]):
         began = time.perf_counter()
@@ -58,17 +57,6 @@ def stream(
         for row, output in zip(rows, outputs, strict=True):
             text, continues = base.encoder.written(openings[row], output)
             yield row, Generation(text, len(output), seconds, continues)
-
-
-def demand_space(base: BaseModel, openings: Sequence[Opening], max_new_tokens: int) -> None:
-    """Raise DataError for an opening that is longer than the model takes with `max_new_tokens` more."""
-    for row, opening in enumerate(openings):
-        if len(opening.ids) + max_new_tokens > base.encoder.longest:
-            raise DataError(
-                f"prompt {row + 1} has {len(opening.ids)} tokens and wants {max_new_tokens} new ones, "
-                f"{base.name} takes {base.encoder.longest} in all",
-                hint="lower --max-new-tokens or shorten the prompt",
-            )
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from lora_cli.files import read_regular
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.generate import demand_space
+from lora_cli.models.encode import Encoded
 from lora_cli.models.together import NotByRow
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
@@ -93,12 +93,10 @@ def evaluate(
     for system in systems:
         base.check(system.shapes, system.name)
     choices = read_choices(base, examples) if metric.kind == "choice" else {}
-    encoded = read_for(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
+    encoded = _read(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
     values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
-    if metric.kind == "output":
-        demand_space(base, [one.opening for one in encoded.values()], max_new_tokens)
     keys = _keys(systems, examples, common, measured)
     judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
     with _Rows(rows_path, keys) as rows:
@@ -127,7 +125,7 @@ def evaluate(
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
 
 
-def read_for(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
+def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
     """The examples as the base reads them, by id. DataError, which counts them, for those without room for `new` more
     tokens behind their prompt."""
     encoded = {one.id: one for one in base.encoder.read_all(examples)}
