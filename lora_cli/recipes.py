@@ -258,16 +258,41 @@ class FitOptions(Options, frozen=True, kw_only=True):
     control: Annotated[
         str,
         Flag(
-            help="Compare with: random (the same fit over noise), target (a new LoRA), or both.",
-            metavar="random|target|random,target",
+            help="Compare with, by commas: random (the same fit over noise that keeps the norm of each update), "
+            "random-pooled (over noise of the spread of all factors), target (a new LoRA), base (always compared).",
+            metavar="random,target,base",
             panel=CONTROLS,
         ),
     ] = ""
+    seeds: Annotated[
+        int,
+        Flag(
+            help="Fit by so many seeds, from --seed on, and show the spread; the result is that of the first.",
+            minimum=1,
+            panel=CONTROLS,
+        ),
+    ] = 1
+    time_limit: Annotated[
+        float | None,
+        Flag(
+            help="Stop after so many minutes with the best so far, and exit code 6; run again to go on.",
+            metavar="MINUTES",
+            panel=TRAINING,
+        ),
+    ] = None
+    grad_checkpointing: Annotated[
+        bool, Flag(help="Compute the values of each layer twice and keep none: less memory, more time.", panel=TRAINING)
+    ] = False
+
+    def __post_init__(self) -> None:
+        if self.time_limit is not None and not 0 < self.time_limit < math.inf:
+            raise UsageError(f"--time-limit is in minutes, above 0, not {self.time_limit}")
 
     @property
     def controls(self) -> list[str]:
-        """The controls by name."""
-        return [part.strip() for part in self.control.split(",") if part.strip()]
+        """The controls by name, but for the base, which every fit is compared with."""
+        names = [part.strip() for part in self.control.split(",") if part.strip()]
+        return [name for name in dict.fromkeys(names) if name != "base"]
 
 
 class TrainOptions(Options, frozen=True, kw_only=True):

@@ -303,6 +303,17 @@ def test_a_column_is_a_part_with_coefficients_of_its_own(
     assert "-3.00" in words
 
 
+def test_many_modules_are_named_once_below_their_layers(tmp_path: Path) -> None:
+    names = tuple(f"owner/adapter-{i}" for i in range(3))
+    draw_fit(tmp_path / "x.svg", LOSSES, coefficients(names, layers=32))
+    words = words_of(tmp_path / "x.svg")
+    assert {"0", "31", "layer, and in each from the left: q, k, up"} <= set(words)
+    uneven = coefficients(names, layers=32)
+    less = {module: rows for module, rows in uneven.values.items() if module != "model.layers.3.attn.k"}
+    draw_fit(tmp_path / "x.svg", LOSSES, replace(uneven, values={**less, "lm_head": less["model.layers.0.attn.q"]}))
+    assert {"31", "–", "layer"} <= set(words_of(tmp_path / "x.svg"))
+
+
 def test_of_coefficients_per_rank_the_mean_is_shown(tmp_path: Path) -> None:
     many = {"layers.0.q": ((0.5, 0.7), ()), "layers.0.k": ((0.1, 0.3), (0.4,))}
     per_rank = replace(coefficients(("one/a", "two/b"), granularity="rank"), values=many)

@@ -1,7 +1,8 @@
 """`lora fit`: fit coefficients of adapters to data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -27,7 +28,8 @@ from lora_cli.settings import base_of
 from lora_cli.text import counted, interval
 
 if TYPE_CHECKING:
-    from lora_cli.steps.fit.fit import Comparison, FitReport
+    from lora_cli.steps.fit.controls import Comparison, Trial
+    from lora_cli.steps.fit.write import FitReport
 
 
 class Licensed(OnTask, frozen=True, kw_only=True):
@@ -51,8 +53,8 @@ def fit(
 
     80 % of the examples train the coefficients, the others choose the best step. --preset names the method: the default
     learns one coefficient per adapter and module, from the base upwards. The result is a PEFT folder with
-    coefficients.json and run.json; its path goes to stdout. A gain is claimed only where its 95 % interval excludes
-    zero. A killed fit resumes where it stopped when it is run again.
+    coefficients.json, trace.jsonl (a line per step) and run.json; its path goes to stdout. A gain is claimed only where
+    its 95 % interval excludes zero. A killed fit, or one that the time limit stopped, goes on when it is run again.
     """
     screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
@@ -81,7 +83,8 @@ def fit(
     if job.plot is not None:
         draw(job.plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())
-    screen.say(f"fit: {near(folder)} is up to date" if done.report is None else outcome(done.report))
+    for line in [f"fit: {near(folder)} is up to date"] if done.report is None else outcome(done.report):
+        screen.say(line)
     if fitting.notice:
         screen.say(f"  {fitting.notice}")
     if job.plot is not None:
@@ -96,35 +99,59 @@ def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:
     losses = Losses(
         points=[(point["step"], point["training"], point["validation"]) for point in results["curve"]],
         best_step=results["best_step"],
-        others={_NAMES[one["against"]]: one["loss"] for one in results["comparisons"]},
+        others={_NAMES[one["against"]].removeprefix("the "): one["loss"] for one in results["comparisons"]},
     )
     draw_fit(file, losses, read_coefficients(folder / COEFFICIENTS_FILE))
 
 
-def outcome(report: "FitReport") -> str:
-    """The one-line summary of a fit; it claims no more than the intervals support."""
-    base, *controls = report.comparisons
-    after = report.fit.learnt.loss_after
-    parts = [f"fit: validation {report.fit.measure} {base.loss:.3f} → {after:.3f}"]
-    if abs(report.loss_merged - after) > 0.005 * after:
+def outcome(report: "FitReport") -> list[str]:
+    """The summary of a fit: a line on its loss, and one on each comparison, which claims no more than is measurable."""
+    first = report.trials[0]
+    base, learnt = first.comparisons[0], first.result.learnt
+    parts = [f"fit: validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"]
+    if abs(report.loss_merged - learnt.loss_after) > 0.005 * learnt.loss_after:
         parts.append(f"{report.loss_merged:.3f} after reduction to rank {report.merge.ranks[1]}")
-    parts += [f"{_NAMES[one.against]} {one.loss:.3f}" for one in controls]
-    parts += [_verdict(one) for one in controls or [base]]
-    parts.append(f"{report.fit.kept}, {counted(report.fit.n_validation, 'validation example')}")
-    return " · ".join(parts)
-
-
-_NAMES = {"base": "base", "random": "random-LoRA control", "target": "target LoRA"}
-_SHORT = {"base": "the base", "random": "the control", "target": "the target LoRA"}
+    parts.append(f"{first.result.kept}, {counted(first.result.n_validation, 'validation example')}")
+    if learnt.speed:
+        parts.append(f"{learnt.speed:,.0f} tokens/s")
+    lines = [*map(_verdict, first.comparisons), *(_spread(report.trials) if len(report.trials) > 1 else [])]
+    return [" · ".join(parts), *(f"  {line}" for line in lines)]
 
 
 def _verdict(one: "Comparison") -> str:
-    difference = one.difference
+    """Whether the gain over one other system is separable from zero, as a sentence."""
+    difference, other = one.difference, f"{_NAMES[one.against]}, whose loss is {one.loss:.3f}"
+    gained = f"{-difference.delta:.3f} {interval(0 - difference.high, 0 - difference.low)}"
     if one.gain:
-        return f"gain over {_SHORT[one.against]} {-difference.delta:.3f} {interval(-difference.high, -difference.low)}"
+        return f"gain over {other}: {gained}, separable from zero"
     if one.worse:
-        return f"worse than {_SHORT[one.against]} by {difference.delta:.3f} {interval(difference.low, difference.high)}"
-    return f"no measurable gain over {_SHORT[one.against]}"
+        return f"worse than {other}: by {difference.delta:.3f} {interval(difference.low, difference.high)}"
+    return f"no measurable gain over {other}: {gained}, not separable from zero"
+
+
+def _spread(trials: Sequence["Trial"]) -> list[str]:
+    """Mean and standard deviation of the losses over the seeds, and of the gains of each seed."""
+    ours = [trial.result.learnt.loss_after for trial in trials]
+    lines = [
+        f"over {len(trials)} seeds (mean ± standard deviation): fit {_about(ours)}; the folder is that of the first"
+    ]
+    for place, one in enumerate(trials[0].comparisons):
+        theirs = [trial.comparisons[place].loss for trial in trials]
+        gains = [other - own for own, other in zip(ours, theirs, strict=True)]
+        lines.append(f"  {_NAMES[one.against]} {_about(theirs)}, gain of the fit over it {_about(gains)}")
+    return lines
+
+
+def _about(values: Sequence[float]) -> str:
+    return f"{fmean(values):.3f} ± {stdev(values):.3f}"
+
+
+_NAMES = {
+    "base": "the base",
+    "random": "the random-LoRA control",
+    "random-pooled": "the pooled random-LoRA control",
+    "target": "the target LoRA",
+}
 
 
 def register(root: typer.Typer) -> None:
@@ -135,6 +162,7 @@ def register(root: typer.Typer) -> None:
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
             "lora fit --data task.jsonl --preset lorahub",
+            "lora fit --data task.jsonl --control random,base --seeds 2 --steps 20",
             "lora fit --data task.jsonl --plot fit.svg",
         ),
     )(with_flags(fit))

@@ -379,11 +379,10 @@ def show_plan(screen: Screen, schema: str, plan: Mapping[str, Any], needs: "Esti
         screen.document(schema, {**plan, "estimate": asdict(needs)})
         return
     screen.document(schema, plan)
-    amounts = {"read": needs.read_bytes, "written": needs.written_bytes, "memory": needs.memory_bytes}
-    rows = [
-        *({"needed": name, "amount": count, "words": size(count)} for name, count in amounts.items()),
-        {"needed": "time", "amount": float(f"{needs.seconds:.3g}"), "words": about(needs.seconds)},
-    ]
+    amounts = {f"memory: {name}": count for name, count in needs.parts.items()}
+    amounts |= {"read": needs.read_bytes, "written": needs.written_bytes, "memory": needs.memory_bytes}
+    rows = [{"needed": name, "amount": count, "words": size(count)} for name, count in amounts.items()]
+    rows.append({"needed": "time", "amount": float(f"{needs.seconds:.3g}"), "words": about(needs.seconds)})
     screen.rows(schema, _NEEDS, rows)
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lora_cli.errors import DataError, OutputError
 from lora_cli.files import read_given
@@ -22,7 +22,10 @@ _PACKAGES = ("lora-cli", "torch", "safetensors", "numpy", "numba", "transformers
 
 @dataclass(slots=True)
 class Run:
-    """A running run: inputs, outputs and results are added to its record during the work."""
+    """A running run: inputs, outputs and results are added to its record during the work.
+
+    `unfinished` says where the work stopped before its end; a rerun goes on from there, and replaces the output.
+    """
 
     id: str
     command: str
@@ -33,6 +36,7 @@ class Run:
     outputs: dict[str, str] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     lock: dict[str, Any] = field(default_factory=dict)
+    unfinished: str = ""
 
     def take(self, folder: Path) -> None:
         """Take outputs and results from `folder`, where this run was finished before."""
@@ -60,6 +64,7 @@ class Run:
             "outputs": self.outputs,
             "results": self.results,
             **({"merge.lock": self.lock} if self.lock else {}),
+            **({"unfinished": self.unfinished} if self.unfinished else {}),
         }
 
 
@@ -95,12 +100,15 @@ def key_of(command: str, settings: Mapping[str, Any], inputs: Mapping[str, str])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def finished(folder: Path, key: str) -> bool:
-    """True if `folder` holds the finished output of a run with this key."""
+def made_by(folder: Path, key: str) -> Literal["", "unfinished", "finished"]:
+    """Whether `folder` holds the output of a run with this key, and whether its work came to its end."""
     try:
-        return bool(read_record(folder)["key"] == key)
+        record = read_record(folder)
     except DataError:
-        return False
+        return ""
+    if record["key"] != key:
+        return ""
+    return "unfinished" if record.get("unfinished") else "finished"
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _is_plain(name: str) -> bool:
 
 
 def claim(folder: Path, key: str, *, force: bool, replace: bool = False, progress: Progress = silent) -> bool:
-    """Is this run's result already in `folder`? True: reuse it. False: the folder is free, do the work.
+    """Is this run's result already in `folder`? True: reuse it. False: do the work, which may replace what is there.
 
     Args:
         force: redo the work in any case; whatever output the folder holds may be replaced.
@@ -143,12 +151,12 @@ def claim(folder: Path, key: str, *, force: bool, replace: bool = False, progres
     try:
         if folder.is_symlink():
             raise OutputError(f"{folder}: a link; outputs are never written through links")
-        if finished(folder, key):
+        if made := made_by(folder, key):
             if not force and (changed := _changed(folder, progress)):
                 raise OutputError(
                     f"{folder / changed} has changed since it was written", hint="replace the folder with --force"
                 )
-            return not force
+            return made == "finished" and not force
         if not folder.exists():
             return False
         if not (force or replace):

@@ -20,6 +20,7 @@ from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.noise import Noise, drawn
 from lora_cli.records import Progress, patient, silent
 
 
@@ -73,7 +74,7 @@ _FRESH = 0.01
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Block:
+class Block:
     """One module: Â (R, in), B̂ (out, R), and for each adapter that touches it (place, rank).
 
     `scale` (R,) stands beside factors that are learnt; in others it is folded into B̂.
@@ -93,8 +94,7 @@ class Mixture:
         adapters: of any ranks and target modules; an adapter that lacks a module counts as zero there.
         parameters: those that a fit method chose.
         seed: the seed of a random start.
-        reinit: replace the factors of all adapters from place `kept` on by noise of the same spread, as a control for
-            their content. Normal, mean 0, with the deviation of the module's stacked A and B.
+        reinit: the noise that replaces the factors of all adapters from place `kept` on: a control for their content.
         kept: the number of leading adapters that are targets: they keep their factors under `reinit`.
 
     Raises:
@@ -108,7 +108,7 @@ class Mixture:
         parameters: Parameters,
         *,
         seed: int = 0,
-        reinit: bool = False,
+        reinit: Noise | None = None,
         kept: int = 0,
         progress: Progress = silent,
     ) -> None:
@@ -119,18 +119,20 @@ class Mixture:
                 {name: (module.out_features, module.in_features) for name, module in adapter.modules.items()},
                 adapter.ref.id,
             )
-        self._blocks: dict[str, _Block] = {}
+        self._blocks: dict[str, Block] = {}
         modules, report = all_modules(adapters), patient(progress)
         for done, module in enumerate(modules, 1):
-            generator = torch.Generator().manual_seed(_seed_of(seed, module)) if reinit else None
-            drawn = torch.Generator().manual_seed(_seed_of(seed, f"fresh {module}")) if parameters.fresh else None
-            block = _block(adapters, module, kept, noise=generator, fresh=drawn)
-            if not all(torch.isfinite(factor.to(base.dtype)).all() for factor in (block.a, block.b)):
-                raise Refused(
-                    f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32"
-                )
-            scales = [adapter.scales.get(module, 0.0) for adapter in adapters] if parameters.trained else None
-            self._blocks[module] = _ready(block, base, scales)
+            updates = {place: one.read(module) for place, one in enumerate(adapters) if module in one.modules}
+            if reinit is not None and (replaced := [place for place in updates if place >= kept]):
+                scales = [adapters[place].scales[module] for place in replaced]
+                generator = torch.Generator().manual_seed(_seed_of(seed, module))
+                noise = drawn(reinit, [updates[place] for place in replaced], scales, generator)
+                updates |= dict(zip(replaced, noise, strict=True))
+            if parameters.fresh:
+                generator = torch.Generator().manual_seed(_seed_of(seed, f"fresh {module}"))
+                updates |= {place: _fresh(one, generator) for place, one in updates.items() if place < kept}
+            own = {place: adapters[place].scales[module] for place in updates} if parameters.trained else None
+            self._blocks[module] = _block(base, updates, module, own)
             report("loading adapters", done, len(modules))
         self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
         generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
@@ -200,19 +202,7 @@ class Mixture:
         return lambda: ((block.b * self._current[module].to(block.b.dtype)).to(self._dtype), block.a.to(self._dtype))
 
     def _term(self, module: str) -> Term:
-        block = self._blocks[module]
-
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            rows, inputs, c = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self._current[module]
-            if c.dim() > 1:
-                return _tried(rows, inputs, block, c).view(y.shape)
-            if not self._parameters.trained:
-                mixed: Tensor = _weighted(rows, inputs, block.a, block.b, c)
-                return mixed.view(y.shape)
-            a, b = block.a.to(self._dtype), block.b.to(self._dtype)
-            return torch.addmm(rows, (inputs @ a.T) * c.to(self._dtype), b.T).view(y.shape)
-
-        return add
+        return term_of(self._blocks[module], lambda: self._current[module])
 
     @contextmanager
     def trying(self, thetas: Tensor) -> Iterator[None]:
@@ -275,7 +265,26 @@ class Mixture:
         return found
 
 
-def _tried(rows: Tensor, inputs: Tensor, block: _Block, c: Tensor) -> Tensor:
+def term_of(block: Block, coefficients: Callable[[], Tensor]) -> Term:
+    """The term for a linear layer's output, with the coefficients of that moment.
+
+    They are (R,), or (K, R) for K copies of the rows of tokens.
+    """
+
+    def add(x: Tensor, y: Tensor) -> Tensor:
+        rows, inputs, c = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), coefficients()
+        if c.dim() > 1:
+            return _tried(rows, inputs, block, c).view(y.shape)
+        if block.scale is None:
+            mixed: Tensor = _weighted(rows, inputs, block.a, block.b, c)
+            return mixed.view(y.shape)
+        a, b = block.a.to(inputs.dtype), block.b.to(inputs.dtype)
+        return torch.addmm(rows, (inputs @ a.T) * c.to(inputs.dtype), b.T).view(y.shape)
+
+    return add
+
+
+def _tried(rows: Tensor, inputs: Tensor, block: Block, c: Tensor) -> Tensor:
     """y + B̂ (c_k ∘ (Â x)) for K copies of rows of tokens, c (K, R)."""
     (width, into), out, c = block.a.shape, len(block.b), c.to(block.a.dtype)
     x, y = inputs.view(len(c), -1, into), rows.view(len(c), -1, out)
@@ -284,44 +293,26 @@ def _tried(rows: Tensor, inputs: Tensor, block: _Block, c: Tensor) -> Tensor:
     return y + ((x @ block.a.T) * c[:, None]) @ block.b.T
 
 
-def _block(
-    adapters: Sequence[OpenAdapter],
-    module: str,
-    kept: int,
-    *,
-    noise: torch.Generator | None,
-    fresh: torch.Generator | None,
-) -> _Block:
-    """One module; `noise` draws all but the first `kept` adapters anew, `fresh` these."""
-    parts = tuple((i, adapter.modules[module].rank) for i, adapter in enumerate(adapters) if module in adapter.modules)
-    width, targets = sum(rank for _, rank in parts), sum(rank for place, rank in parts if place < kept)
-    outputs, inputs = adapters[parts[0][0]].shape(module)
-    a, b = torch.empty(width, inputs), torch.empty(outputs, width)
-    at = 0
-    for place, rank in parts:
-        update = adapters[place].read(module)
-        a[at : at + rank], b[:, at : at + rank] = update.A, update.B
-        at += rank
-    if noise is not None and targets < width:
-        # Take the spread of the replaced adapters only: a kept one must not set the control's size.
-        drawn_a, drawn_b = a[targets:], b[:, targets:]
-        drawn_a.copy_(torch.randn(drawn_a.shape, generator=noise) * drawn_a.std())
-        drawn_b.copy_(torch.randn(drawn_b.shape, generator=noise) * drawn_b.std())
-    if fresh is not None:
-        a[:targets], b[:, :targets] = _FRESH * torch.randn(targets, inputs, generator=fresh), 0.0
-    return _Block(a, b, parts)
+def _fresh(update: LowRank, generator: torch.Generator) -> LowRank:
+    """New factors in the shape of an update, which change nothing yet."""
+    return LowRank(torch.zeros_like(update.B), _FRESH * torch.randn(update.A.shape, generator=generator))
 
 
-def _ready(block: _Block, base: BaseModel, scales: Sequence[float] | None) -> _Block:
-    """A block on the base's device: in its precision, or with `scales` of the adapters as factors that are learnt."""
+def _block(base: BaseModel, updates: Mapping[int, LowRank], module: str, scales: Mapping[int, float] | None) -> Block:
+    """One module's updates, by the place of their adapter, in the base's precision; with `scales` to be learnt."""
+    a, b = torch.cat([one.A for one in updates.values()]), torch.cat([one.B for one in updates.values()], dim=1)
+    parts = tuple((place, one.rank) for place, one in updates.items())
+    used_a, used_b = (factor.to(base.device, base.dtype) for factor in (a, b))
+    if not (torch.isfinite(used_a).all() and torch.isfinite(used_b).all()):
+        raise Refused(f"{module}: an adapter's values overflow {base.dtype_name}", hint="use --dtype bf16 or fp32")
     if scales is None:
-        return _Block(block.a.to(base.device, base.dtype), block.b.to(base.device, base.dtype), block.parts)
+        return Block(used_a, used_b, parts)
     # Small steps would be lost in bf16.
     exact = torch.promote_types(base.dtype, torch.float32)
-    scale = torch.cat([torch.full((rank,), scales[place]) for place, rank in block.parts])
-    raw = torch.where(scale == 0, block.b, block.b / scale)
-    a, b = (factor.to(base.device, exact).requires_grad_() for factor in (block.a, raw))
-    return _Block(a, b, block.parts, scale.to(base.device))
+    scale = torch.cat([torch.full((rank,), scales[place]) for place, rank in parts])
+    raw = torch.where(scale == 0, b, b / scale)
+    a, b = (factor.to(base.device, exact).requires_grad_() for factor in (a, raw))
+    return Block(a, b, parts, scale.to(base.device))
 
 
 def _scaled(ranks: Tensor, scale: Tensor | None) -> Tensor:

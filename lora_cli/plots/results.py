@@ -23,7 +23,7 @@ _LONGEST = 0.05 * _MOST_ROWS
 _MOST_LABELS = 60
 _MOST_VALUES = 20
 _OURS, _THEIRS = "#1f5fa8", "#d1661c"
-_LEVELS = ("#d1661c", "#7a7a7a", "#3f8f4f")
+_LEVELS = (("#d1661c", "--"), ("#7a7a7a", "-."), ("#8c5fa8", ":"), ("#3f8f4f", "--"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def draw_fit(file: Path, losses: Losses, coefficients: Coefficients) -> None:
         if below:
             axes.set_xticks(range(len(columns)), below, rotation=90)
         else:
-            _name_layers(axes, [layer for layer, _ in columns])
+            _name_layers(axes, columns)
         _name_rows(axes, adapters)
         parts = counted(len(columns), _PARTS[coefficients.granularity])
         axes.set_title(f"{counted(n, 'adapter')}, the largest coefficients first · {parts}")
@@ -130,8 +130,8 @@ def _draw_losses(figure: Any, losses: Losses) -> None:
     axes.plot(steps, validation, color=_OURS, linewidth=1.6, marker=".", label="validation")
     best = validation[steps.index(losses.best_step)]
     axes.plot([losses.best_step], [best], "o", color=_OURS, markersize=7, label=f"best: {best:.3f}")
-    for (name, loss), colour in zip(losses.others.items(), _LEVELS, strict=False):
-        axes.axhline(loss, color=colour, linewidth=1.0, linestyle="--", label=f"{name}: {loss:.3f}")
+    for (name, loss), (colour, dashes) in zip(losses.others.items(), _LEVELS, strict=False):
+        axes.axhline(loss, color=colour, linewidth=1.2, linestyle=dashes, label=f"{name}: {loss:.3f}")
     axes.set(xlabel="step", ylabel="loss per token (nats)")
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3)
@@ -174,17 +174,26 @@ def _numbers(grid: Sequence[Sequence[float]]) -> list[list[str]] | None:
     return [[f"{round(c, digits) + 0.0:.{digits}f}" for c in row] for row in grid]
 
 
-def _name_layers(axes: Any, layers: Sequence[str]) -> None:
-    """Label columns by their layers: one tick at the middle of each, as many as have room."""
-    runs, start = [], 0
-    for layer, run in groupby(layers):
-        end = start + len([*run])
-        runs.append((layer, (start + end - 1) / 2))
-        start = end
+def _name_layers(axes: Any, columns: Sequence[tuple[str, str]]) -> None:
+    """Label columns (layer, part) by their layers: one tick at the middle of each, as many as have room.
+
+    A line stands between two layers; the parts are named once, if all layers have the same ones.
+    """
+    runs, parts, start = list[tuple[str, float]](), set[tuple[str, ...]](), 0
+    for layer, run in groupby(columns, key=lambda column: column[0]):
+        own = tuple(part.rpartition(".")[2] for _, part in run)
+        runs.append((layer, start + (len(own) - 1) / 2))
+        start += len(own)
+        if layer != NO_LAYER:
+            parts.add(own)
+        if any(own) and start < len(columns):
+            axes.axvline(start - 0.5, color="#555555", linewidth=0.4)
     step = 1 + (len(runs) - 1) // _MOST_LABELS
     names = [label(layer, 24) for layer, _ in runs[::step]]
     axes.set_xticks([middle for _, middle in runs[::step]], names, rotation=90 if room_for(names) > _COLUMN else 0)
-    axes.set_xlabel("layer")
+    [same] = parts if len(parts) == 1 else [()]
+    within = f", and in each from the left: {', '.join(label(part, 24) for part in same)}" if len(same) > 1 else ""
+    axes.set_xlabel(f"layer{within}" if len(same) <= _MOST_VALUES else "layer")
 
 
 def _name_rows(axes: Any, names: Sequence[str]) -> None:

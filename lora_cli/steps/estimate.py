@@ -4,13 +4,13 @@ Nothing is downloaded, loaded or written: sizes come from headers, and for adapt
 catalogue. Seconds are counted operations at a measured rate, so they are right within a small factor at best.
 """
 
-import hashlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from statistics import mean, median
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import peak_bytes
 from lora_cli.formats.store import locate
 from lora_cli.merge_options import MergeOptions
+from lora_cli.models.encode import Encoded
 from lora_cli.models.ref import BaseRef, load_encoder
 from lora_cli.names import leaf
 from lora_cli.precision import torch_dtype
@@ -28,12 +29,15 @@ from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import ALL_LINEAR, Adapter, Example
 from lora_cli.settings import folder_of
 from lora_cli.steps.bases import skeleton_at
+from lora_cli.steps.fit.fit import NOISES
 from lora_cli.steps.fit.request import FitRequest
+from lora_cli.steps.memory import held_by_fit
 from lora_cli.steps.merge.inputs import ModuleInputs
 from lora_cli.steps.merge.module import held_dense, modules_at_once
 from lora_cli.steps.merge.plan import MergePlan, rank_choice
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.pool.gather import files_of, opened
+from lora_cli.steps.speed import rates_of
 from lora_cli.steps.train.descent import TOKENS_PER_PASS
 from lora_cli.steps.train.request import TrainJob
 from lora_cli.task import HELD_OUT, load_task
@@ -55,18 +59,24 @@ _KEPT, _KEPT_BY_LORA = 1.5, 2.0
 # Copies of the logits, and small operations of a linear layer's surroundings in a forward and a backward pass.
 _LOGITS, _CALLS = 4, 60
 _SAMPLE = 256
+_GAPS = {"cpu": 0.65}
+"""Freed memory that glibc does not use again, per byte of the values of a pass: tests/bench/bench_memory.py."""
 _FIRST_PASS = 20e6
 """Memory of a first pass through torch, in bytes: its threads' buffers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a job needs: bytes to read, bytes to write, the peak of its memory in bytes, and seconds."""
+    """What a job needs: bytes to read, bytes to write, the peak of its memory in bytes, and seconds.
+
+    `parts` are the bytes of that memory by what holds them, where that is known.
+    """
 
     read_bytes: int
     written_bytes: int
     memory_bytes: int
     seconds: float
+    parts: Mapping[str, int] = field(default_factory=dict)
 
 
 class Stack(NamedTuple):
@@ -123,43 +133,6 @@ def outlines(pool: Pool, names: Sequence[str]) -> list[Outline]:
     return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rates:
-    """The speed of this machine: multiplications a second, bytes hashed a second, seconds of a small operation."""
-
-    products: float
-    hashed: float
-    call: float
-
-
-@cache
-def _rates(device: str, dtype: str, threads: int) -> _Rates:
-    """The rates on a device by a tenth of a second of work, on so many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        side = 512 if device == "cpu" else 4096
-        one = torch.ones(side, side, dtype=torch_dtype(dtype), device=device)
-        tiny, block = torch.ones(8, 8, device=device), bytes(1 << 22)
-        return _Rates(
-            products=side**3 / _time(lambda: (one @ one)[0, 0].item()),
-            hashed=len(block) / _time(lambda: hashlib.sha256(block).digest()),
-            call=_time(lambda: [tiny @ tiny for _ in range(100)]) / 100,
-        )
-    finally:
-        torch.set_num_threads(before)
-
-
-def _time(work: Callable[[], object]) -> float:
-    """The median of five times, after a first one: other processes may slow this one down."""
-    times = []
-    for _ in range(6):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return median(times[1:])
-
-
 def of_merge(outlines: Sequence[Outline], options: MergeOptions, modules: Sequence[str] | None = None) -> Estimate:
     """A merge of these adapters, of `modules` only where some are named."""
     stacks = _stacks(outlines, modules)
@@ -176,7 +149,7 @@ def of_merge(outlines: Sequence[Outline], options: MergeOptions, modules: Sequen
     written = math.ceil(sum(numbers) * width)
     read = sum(one.bytes for one in outlines)
     workers = modules_at_once(options, math.ceil(max(stack.numbers for stack in stacks)))
-    rates = _rates(options.device, "fp32", 1)
+    rates = rates_of(options.device, "fp32", 1)
     products = sum(_products(stack, options) for stack in stacks)
     return Estimate(
         read_bytes=read,
@@ -194,8 +167,9 @@ def of_plan(plan: MergePlan) -> Estimate:
     if not isinstance(plan.inputs, ModuleInputs) or (model := _model(plan.inputs.base)) is None:
         return found
     ref, files = plan.inputs.base, plan.inputs.files
-    rates = _rates(ref.device, ref.dtype, torch.get_num_threads())
-    tokens = sum(one.tokens * one.examples for one in (_lengths(ref, load_task(file)) for file in files.values()))
+    rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
+    tasks = [load_task(file) for file in files.values()]
+    tokens = sum(len(task) * _lengths(_encoded(ref, task), len(task)).tokens for task in tasks)
     return replace(
         found,
         read_bytes=found.read_bytes + model.bytes,
@@ -263,8 +237,7 @@ class _Model:
 
 def _model(ref: BaseRef) -> _Model | None:
     """The base model, None if it is not on this machine."""
-    place = folder_of(ref.place) or cached_model(ref.place, ref.version)
-    if place is None:
+    if (place := _place(ref)) is None:
         return None
     checkpoint, skeleton = open_checkpoint(place, ref.name), skeleton_at(place)
     layers = {} if skeleton is None else skeleton.layers
@@ -274,6 +247,11 @@ def _model(ref: BaseRef) -> _Model | None:
         layers=layers,
         vocabulary=layers[skeleton.head][0] if skeleton is not None and skeleton.head in layers else 0,
     )
+
+
+def _place(ref: BaseRef) -> Path | None:
+    """The folder of the base model's files, None if they are not on this machine."""
+    return folder_of(ref.place) or cached_model(ref.place, ref.version)
 
 
 def _numbers(checkpoint: Checkpoint) -> int:
@@ -289,12 +267,16 @@ class _Lengths(NamedTuple):
     examples: int
 
 
-def _lengths(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> _Lengths:
-    """Lengths by the first examples of a task, or by their prompts."""
+def _encoded(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> list[Encoded]:
+    """The first examples of a task, or their prompts, as the base reads them."""
     encoder = load_encoder(ref.place, prompting=ref.prompting)
-    found = (encoder.encode_all if labelled else encoder.prompts_of)(examples[:_SAMPLE])
+    return (encoder.encode_all if labelled else encoder.prompts_of)(examples[:_SAMPLE])
+
+
+def _lengths(found: Sequence[Encoded], examples: int) -> _Lengths:
+    """Lengths by the first examples of a task, which holds so many."""
     lengths = [len(one.ids) for one in found]
-    return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), len(examples))
+    return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), examples)
 
 
 def of_train(job: TrainJob) -> Estimate | None:
@@ -302,7 +284,8 @@ def of_train(job: TrainJob) -> Estimate | None:
     model = _model(job.ref)
     if model is None:
         return None
-    return _of_new(job.ref, model, _lengths(job.ref, job.task.examples), job.options, job.recipe)
+    lengths = _lengths(_encoded(job.ref, job.task.examples), len(job.task.examples))
+    return _of_new(job.ref, model, lengths, job.options, job.recipe)
 
 
 def _of_new(ref: BaseRef, model: _Model, lengths: _Lengths, options: TrainOptions, recipe: Recipe) -> Estimate:
@@ -326,29 +309,50 @@ def of_fit(request: FitRequest, ref: BaseRef) -> Estimate | None:
         return None
     options, known = request.options, outlines(request.pool, request.names)
     recipe, copies = request.work(len(known))
-    lengths, stacks = _lengths(ref, request.task.examples, labelled=request.shape.labelled), _stacks(known)
-    numbers = sum(stack.numbers for stack in stacks)
+    found = _encoded(ref, request.task.examples, labelled=request.shape.labelled)
+    lengths, numbers = _lengths(found, len(request.task.examples)), sum(stack.numbers for stack in _stacks(known))
     learning = _of_learning(ref, model, lengths, recipe, beside=numbers)
     merge = of_merge(known, request.merging)
-    seconds = learning.seconds * (2 if "random" in options.controls else 1) + merge.seconds
-    # The factors are held in the base's precision, those of the result in fp32.
-    held = learning.memory_bytes + numbers * (model.width + FP32 + copies * FP32)
+    fits = options.seeds * (1 + sum(name in NOISES for name in options.controls))
+    seconds = fits * learning.seconds + merge.seconds
+    parts = _parts(ref, known, found, recipe.batch, options.grad_checkpointing)
+    held: float = sum(parts.values()) or learning.memory_bytes + numbers * model.width
+    held += numbers * copies * FP32
     if "target" in options.controls:
         long = _of_new(ref, model, lengths, TrainOptions(), TargetRecipe())
-        seconds, held = seconds + long.seconds, max(held, long.memory_bytes)
+        seconds, held = seconds + options.seeds * long.seconds, max(held, long.memory_bytes)
     return Estimate(
         read_bytes=learning.read_bytes + merge.read_bytes,
         written_bytes=merge.written_bytes,
         memory_bytes=math.ceil(max(held, merge.memory_bytes + model.bytes)),
         seconds=seconds,
+        parts=parts,
     )
+
+
+def _parts(
+    ref: BaseRef, known: Sequence[Outline], examples: Sequence[Encoded], batch: int, recompute: bool
+) -> dict[str, int]:
+    """The memory of a fit by what holds it, {} where its pass cannot be counted."""
+    place, ranks = _place(ref), Counter[str]()
+    for one in known:
+        ranks.update({name: round(rank) for name, (_, _, rank) in one.modules.items()})
+    if place is None:
+        return {}
+    count = partial(held_by_fit, place, torch_dtype(ref.dtype), ranks, examples, batch=batch)
+    held = count(recompute=recompute)
+    made = count(recompute=False) if recompute else held
+    if held is None or made is None:
+        return {}
+    gaps = _GAPS.get(torch.device(ref.device).type, 0.0)
+    return {**held, "gaps": round(gaps * made["values"]), "program": math.ceil(peak_bytes() + _FIRST_PASS)}
 
 
 def _of_learning(
     ref: BaseRef, model: _Model, lengths: _Lengths, recipe: Recipe, *, beside: float, kept: float = 0
 ) -> Estimate:
     """A training through a frozen base, and `beside` numbers of adapters; `kept` bytes are kept per token for these."""
-    rates = _rates(ref.device, ref.dtype, torch.get_num_threads())
+    rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
     validation = math.ceil(HELD_OUT * lengths.examples)
     evaluations = math.ceil(recipe.steps / recipe.every) + 2
     learnt = recipe.steps * recipe.batch * lengths.tokens
@@ -382,7 +386,7 @@ def of_bake(checkpoint: Checkpoint, outline: Outline, dtype: str) -> Estimate:
     written = read if dtype == "auto" else _numbers(checkpoint) * _width(dtype)
     largest = max((out + into) * rank for out, into, rank in outline.modules.values())
     entries = sum(out * into for out, into, _ in outline.modules.values())
-    rates, workers = _rates("cpu", "fp32", 1), torch.get_num_threads()
+    rates, workers = rates_of("cpu", "fp32", 1), torch.get_num_threads()
     blocks = 3 * (workers + 1) * BLOCK
     return Estimate(
         read_bytes=read + outline.bytes,

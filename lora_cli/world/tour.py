@@ -24,6 +24,7 @@ from lora_cli.records import Progress, Score, silent
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.fit import fit as fitting
+from lora_cli.steps.fit.write import fit_and_write
 from lora_cli.steps.merge import stream as merging
 from lora_cli.steps.opened_pool import Gathered, Pool
 from lora_cli.steps.pool.by_weights import scored_by_weights
@@ -192,7 +193,7 @@ class _Guide:
         described = fitting.run_settings(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
 
         def work(job: Job, run: Run) -> None:
-            fitting.fit_and_write(
+            fit_and_write(
                 self.base,
                 plan,
                 self.train,
@@ -220,10 +221,10 @@ class _Guide:
         return _opened(job.folder)
 
     def _noise(self, chosen: Gathered) -> System:
-        """The same fit over noise of the same spread: a control that uses none of the adapters' weights."""
+        """The same fit over noise of the same norms: a control that uses none of the adapters' weights."""
         recipe = Recipe(seed=self.world.seed)
         how = fitting.Fitting(recipe=recipe)
-        result = fitting.fit(self.base, chosen.adapters, self.train, how, reinit=True, progress=self.progress)
+        result = fitting.fit(self.base, chosen.adapters, self.train, how, reinit="norm", progress=self.progress)
         version = " ".join([f"noise, seed {recipe.seed}", *(a.ref.pinned for a in chosen.adapters)])
         return System(name=_NOISE, updates=result.updates, version=version)
 

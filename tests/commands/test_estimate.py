@@ -58,8 +58,12 @@ def test_a_dry_run_states_what_a_job_needs_and_makes_nothing(here: Path, job: st
     document = json.loads(ok(*JOBS[job], "--dry-run", "--json").out)
     assert document["schema"] == f"lora.{JOBS[job][0]}.plan/1"
     needs = document["estimate"]
+    parts = needs.pop("parts")
     assert set(needs) == {"read_bytes", "written_bytes", "memory_bytes", "seconds"}
     assert all(value > 0 for value in needs.values())
+    if job == "fit":
+        assert set(parts) == {"base", "adapters", "values", "gaps", "program"}
+        assert sum(parts.values()) == needs["memory_bytes"]
     lines = dict(line.split("\t")[:2] for line in ok(*JOBS[job], "--dry-run").out.splitlines()[-4:])
     assert list(lines) == ["read", "written", "memory", "time"]
     assert int(lines["read"]) == needs["read_bytes"]

@@ -50,7 +50,7 @@ def adapters(tmp_path: Path) -> list[OpenAdapter]:
 
 
 def mixed(
-    base: BaseModel, adapters: list[OpenAdapter], *, seed: int = 0, reinit: bool = False, kept: int = 0, **knobs: Any
+    base: BaseModel, adapters: list[OpenAdapter], *, seed: int = 0, reinit: Any = None, kept: int = 0, **knobs: Any
 ) -> Mixture:
     """The mixture whose parameters the adaptive method chooses."""
     return Mixture(base, adapters, adaptive(len(adapters), **knobs).parameters, seed=seed, reinit=reinit, kept=kept)
@@ -204,22 +204,66 @@ def test_the_penalty_is_the_mean_over_groups_of_what_is_there(base: BaseModel, a
     assert float(mixture.penalty().detach()) == pytest.approx(present / 3 / len(SHAPES))
 
 
-def test_the_control_keeps_ranks_and_spread_but_not_the_content(tmp_path: Path) -> None:
-    base = llama()
-    big = opened(write_adapter(tmp_path / "big", random_factors({UP0: (48, 32)}, 24, seed=1), lora_alpha=72))
-    small = opened(write_adapter(tmp_path / "small", random_factors({UP0: (48, 32)}, 8, seed=2)))
-    real = mixed(base, [big, small])._blocks[UP0]
-    drawn = mixed(base, [big, small], seed=3, reinit=True)._blocks[UP0]
-    again = mixed(base, [big, small], seed=3, reinit=True)._blocks[UP0]
-    assert drawn.parts == real.parts
-    assert torch.equal(drawn.a, again.a)
-    assert torch.equal(drawn.b, again.b)
-    for one, other in ((drawn.a, real.a), (drawn.b, real.b)):
-        assert float(one.std()) == pytest.approx(float(other.std()), rel=0.1)
-        assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.1
-    kept = mixed(base, [big, small], seed=3, reinit=True, kept=1)._blocks[UP0]
-    assert torch.equal(kept.a[:24], real.a[:24])
-    assert float(kept.b[:, 24:].std()) == pytest.approx(float(real.b[:, 24:].std()), rel=0.1)
+@pytest.fixture
+def uneven(tmp_path: Path) -> list[OpenAdapter]:
+    """Two adapters of one module, with scales of 3 and 0.5 and factors of very different sizes."""
+    made = []
+    for place, (rank, alpha, size) in enumerate(((24, 72, 1.0), (8, 4, 5.0))):
+        factors = random_factors({UP0: (48, 32)}, rank, seed=place + 1)
+        grown = {module: (size * b, 0.1 * a) for module, (b, a) in factors.items()}
+        made.append(opened(write_adapter(tmp_path / f"uneven{place}", grown, lora_alpha=alpha)))
+    return made
+
+
+def halves(mixture: Mixture, width: int) -> list[tuple[Tensor, Tensor]]:
+    """(B, A) of the first `width` ranks of the module, and of the others."""
+    block = mixture._blocks[UP0]
+    return [(block.b[:, :width], block.a[:width]), (block.b[:, width:], block.a[width:])]
+
+
+def test_noise_keeps_the_norm_of_each_adapters_own_update(uneven: list[OpenAdapter]) -> None:
+    real, drawn, again = (
+        halves(mixed(llama(), uneven, seed=3, reinit=reinit), 24) for reinit in (None, "norm", "norm")
+    )
+    for (b, a), (b_drawn, a_drawn), (b_again, a_again) in zip(real, drawn, again, strict=True):
+        assert float((b_drawn.double() @ a_drawn.double()).norm()) == pytest.approx(
+            float((b.double() @ a.double()).norm()), rel=1e-5
+        )
+        assert abs(float(torch.corrcoef(torch.stack([(b @ a).flatten(), (b_drawn @ a_drawn).flatten()]))[0, 1])) < 0.1
+        assert torch.equal(b_drawn, b_again)
+        assert torch.equal(a_drawn, a_again)
+
+
+def test_pooled_noise_has_the_spread_of_all_raw_factors_and_each_adapters_own_scale(uneven: list[OpenAdapter]) -> None:
+    real = halves(mixed(llama(), uneven), 24)
+    raw_b = torch.cat([(real[0][0] / 3).flatten(), (real[1][0] / 0.5).flatten()])
+    raw_a = torch.cat([a.flatten() for _, a in real])
+    for (b, a), scale in zip(halves(mixed(llama(), uneven, seed=3, reinit="pooled"), 24), (3, 0.5), strict=True):
+        assert float(b.std()) == pytest.approx(scale * float(raw_b.std()), rel=0.1)
+        assert float(a.std()) == pytest.approx(float(raw_a.std()), rel=0.1)
+        assert abs(float(b.mean())) < 0.2 * float(b.std())
+
+
+@pytest.mark.parametrize("reinit", ["norm", "pooled"])
+def test_an_adapter_that_is_kept_stays_and_does_not_set_the_noise_of_the_others(
+    uneven: list[OpenAdapter], reinit: str
+) -> None:
+    (b, a), (b_other, a_other) = halves(mixed(llama(), uneven), 24)
+    (b_kept, a_kept), (b_drawn, a_drawn) = halves(mixed(llama(), uneven, seed=3, reinit=reinit, kept=1), 24)
+    assert torch.equal(b_kept, b)
+    assert torch.equal(a_kept, a)
+    norms = [float((one @ other).norm()) for one, other in ((b_other, a_other), (b_drawn, a_drawn))]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5 if reinit == "norm" else 0.2)
+
+
+@pytest.mark.parametrize("reinit", ["norm", "pooled"])
+def test_the_noise_of_an_update_of_zero_is_zero(tmp_path: Path, reinit: str) -> None:
+    b, a = random_factors({UP0: (48, 32)}, 2, seed=0)[UP0]
+    still = opened(write_adapter(tmp_path / "still", {UP0: (0 * b, a)}))
+    mute = opened(write_adapter(tmp_path / "mute", {UP0: (b, a)}, lora_alpha=0))
+    for pool in ([still], [mute], [still, mute]):
+        block = mixed(llama(), pool, reinit=reinit)._blocks[UP0]
+        assert not (block.b @ block.a).any()
 
 
 def test_factors_are_held_in_the_bases_precision_and_coefficients_in_fp32(adapters: list[OpenAdapter]) -> None:

@@ -55,6 +55,7 @@ FLOORS = (
     ("steps.evaluate", "steps.train", "steps.bake"),
     ("steps.merge",),
     ("steps.fit",),
+    ("steps.memory", "steps.speed"),
     ("steps.estimate", "steps.select"),
     ("world", "api"),
     ("commands",),

@@ -2,21 +2,24 @@
 
 import dataclasses
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from msgspec.structs import replace
 
+from lora_cli.errors import UsageError
 from lora_cli.fit_methods import Learning
-from lora_cli.formats.run_record import Run
+from lora_cli.formats.run_record import Run, made_by
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import FIT_METHODS, FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.fit.fit import FitReport, Fitting, demand_sane, fit_and_write, run_settings
+from lora_cli.steps.fit.fit import Fitting, demand_sane, run_settings
+from lora_cli.steps.fit.write import FitReport, fit_and_write
 from lora_cli.steps.merge.plan import checked_options
 from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
@@ -38,14 +41,21 @@ class FitJob:
     notice: str
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
-        """Fit, unless the result is there; see `run_once` and `steps.fit.fit_and_write`."""
-        request, task = self.request, self.request.task
+        """Fit, unless the result is there; see `run_once` and `steps.fit.write.fit_and_write`.
+
+        Raises Partial where the time limit, which begins here, came before the end.
+        """
+        request, task, options = self.request, self.request.task, self.request.options
+        minutes = math.inf if options.time_limit is None else options.time_limit
         how = Fitting(
             shape=request.shape,
             recipe=request.recipe,
             target=self.target,
-            controls=request.options.controls,
+            controls=options.controls,
             task_sha256=task.sha256,
+            seeds=options.seeds,
+            recompute=options.grad_checkpointing,
+            deadline=time.monotonic() + 60 * minutes,
         )
 
         def work(run: Run) -> FitReport:
@@ -64,7 +74,7 @@ class FitJob:
                 self.job.folder,
                 run,
                 how,
-                replace_folder=force,
+                replace_folder=force or made_by(self.job.folder, self.job.key) == "unfinished",
                 progress=progress,
             )
 
@@ -95,6 +105,11 @@ class FitRequest:
         self.base = base_of(settings)
         demand_two(task.examples)
         demand_sane(self.shape, self.options.controls)
+        if self.options.time_limit is not None and FIT_METHODS.get(self.shape.preset).kind == "search":
+            raise UsageError(
+                f"--time-limit: the search of {self.shape.preset} keeps no state to go on from",
+                hint="lower --evaluations",
+            )
         self.merging = checked_options(
             MergeOptions(method="linear", rank=self.options.rank, energy=self.options.energy)
         )
@@ -148,6 +163,7 @@ class FitRequest:
             recipe=self.recipe,
             target=target,
             controls=self.options.controls,
+            seeds=self.options.seeds,
             data=self.task.file.name,
         )
         job = Job(

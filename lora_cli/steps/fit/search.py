@@ -68,6 +68,9 @@ def search(
         mixture.theta.copy_(best)
     return Learnt(
         curve=tuple(curve),
+        trace=(),
+        steps=0,
+        speed=0.0,
         best_step=at,
         loss_before=curve[0].validation,
         loss_after=loss,
@@ -86,7 +89,8 @@ def objective(base: BaseModel, mixture: Mixture, examples: Sequence[Encoded], th
     for group in torch.split(thetas, len(thetas) if mixture.tries_together else 1):
         with mixture.trying(group):
             sums = torch.zeros(len(group), dtype=torch.float64)
-            for part in passes(examples, copies=len(group)):
+            for rows in passes([len(item.ids) for item in examples], copies=len(group)):
+                part = [examples[row] for row in rows]
                 totals = base.completion_losses(part * len(group)).view(len(group), len(part)).double().cpu()
                 sums += (totals / torch.tensor([item.tokens for item in part])).sum(dim=1)
         values = sums / len(examples) + l1 * mixture.penalties(group).double().cpu()

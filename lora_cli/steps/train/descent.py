@@ -3,12 +3,14 @@
 import hashlib
 import json
 import math
+import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +25,10 @@ from lora_cli.recipes import Recipe
 from lora_cli.records import Example
 from lora_cli.task import split
 
+TRACE_FILE = "trace.jsonl"
 TOKENS_PER_PASS = 8192
+_PADDING_PER_PASS = 512
+"""The most padding in a pass, in tokens: more of it costs more than a pass of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,20 +43,43 @@ class Point:
     validation: float
 
 
+class Step(NamedTuple):
+    """One step of the optimiser.
+
+    `loss` is the mean per token over its batch, in nats, without a penalty; `gradient` the norm of the gradient before
+    it is clipped; `tokens` counts those that were read, without padding.
+    """
+
+    lr: float
+    loss: float
+    gradient: float
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
     """The outcome of a training.
 
     The tuples hold the loss of each validation example, a mean over its completion tokens in nats; the two losses are
-    their means, so that every example counts the same, here as in the intervals.
+    their means, so that every example counts the same, here as in the intervals. `trace` holds every step in order.
+    `steps` are those of the recipe: a time limit may come before the last one. `speed` is the number of tokens that
+    this process read in a second of training.
     """
 
     curve: tuple[Point, ...]
+    trace: tuple[Step, ...]
+    steps: int
+    speed: float = field(compare=False)
     best_step: int
     loss_before: float
     loss_after: float
     each_before: tuple[float, ...]
     each_after: tuple[float, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was done."""
+        return len(self.trace) == self.steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +90,16 @@ class Parts:
     validation: list[Encoded]
 
     @classmethod
-    def of(cls, base: BaseModel, examples: Sequence[Example], *, fraction: float, seed: int) -> "Parts":
-        """The examples split and encoded; `fraction` of them is for validation."""
-        encoded = {one.id: one for one in base.encode_all(examples)}
+    def of(
+        cls,
+        encode: Callable[[Sequence[Example]], Sequence[Encoded]],
+        examples: Sequence[Example],
+        *,
+        fraction: float,
+        seed: int,
+    ) -> "Parts":
+        """The examples encoded and split; `fraction` of them is for validation."""
+        encoded = {one.id: one for one in encode(examples)}
         training, validation = split(examples, fraction=fraction, seed=seed)
         return cls([encoded[example.id] for example in training], [encoded[example.id] for example in validation])
 
@@ -88,10 +123,14 @@ _LOSS = Goal()
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The file in which the state of a training is kept; `key` identifies the training."""
+    """The file in which the state of a training is kept; `key` identifies the training.
+
+    The training stops at the first step after `deadline`, on the clock of `time.monotonic`; its state is kept.
+    """
 
     file: Path
     key: str
+    deadline: float = math.inf
 
 
 def learn(
@@ -121,15 +160,19 @@ def learn(
     run = _Run(base, list(parameters), parts, recipe, goal)
     if checkpoint is None or not run.restore(checkpoint):
         run.evaluate()
-    while run.step < recipe.steps:
+    late = False
+    while run.step < recipe.steps and not late:
         progress(run.step, recipe.steps)
         with while_training():
             run.advance()
-        if run.step % recipe.every == 0 or run.step == recipe.steps:
+        judged = run.step % recipe.every == 0 or run.step == recipe.steps
+        if judged:
             run.evaluate()
-            if checkpoint is not None:
+        if checkpoint is not None:
+            late = time.monotonic() >= checkpoint.deadline
+            if judged or late:
                 run.keep(checkpoint)
-    progress(recipe.steps, recipe.steps)
+    progress(run.step, recipe.steps)
     with torch.no_grad():
         for parameter, best in zip(run.parameters, run.best, strict=True):
             parameter.copy_(best)
@@ -137,6 +180,9 @@ def learn(
     best_point = run.curve[-1] if goal.last else min(run.curve, key=lambda point: point.validation)
     return Learnt(
         curve=tuple(run.curve),
+        trace=tuple(run.trace),
+        steps=recipe.steps,
+        speed=run.tokens / run.seconds if run.seconds else 0.0,
         best_step=best_point.step,
         loss_before=first.validation,
         loss_after=best_point.validation,
@@ -145,13 +191,37 @@ def learn(
     )
 
 
+def identity(base: BaseModel, examples: Sequence[Example], *settings: object) -> str:
+    """The key of a training: a SHA-256 of the base, the prompts' form, the examples, and the settings given."""
+    about = [base.pinned, str(base.dtype), base.encoder.prompting.settings, *settings]
+    return hashlib.sha256(json.dumps([about, [asdict(example) for example in examples]]).encode()).hexdigest()
+
+
+def write_trace(learnt: Learnt, folder: Path) -> str:
+    """Write `trace.jsonl`, a line per step of a training, into `folder`; returns its SHA-256.
+
+    Times are left out, so that equal work gives equal bytes.
+    """
+    judged = {point.step: {"validation_loss": point.validation} for point in learnt.curve}
+    rows: list[dict[str, float | None]] = [{"step": 0, **judged[0]}]
+    for number, step in enumerate(learnt.trace, 1):
+        done = {"lr": step.lr, "training_loss": step.loss, "gradient_norm": step.gradient, "tokens": step.tokens}
+        rows.append({"step": number, **done, **judged.get(number, {})})
+    for point in () if learnt.trace else learnt.curve[1:]:  # a search, which has generations and no steps
+        rows.append({"step": point.step, "training_loss": point.training, **judged[point.step]})
+    data = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+    (folder / TRACE_FILE).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
+
+
 @torch.no_grad()
 def losses(base: BaseModel, examples: Sequence[Encoded], goal: Goal = _LOSS) -> tuple[float, list[float]]:
     """(mean over examples, mean loss per completion token of each example), in nats, with the update now on `base`."""
-    sums: list[float] = []
-    for part in passes(examples):
-        sums += goal.measure(base, part).tolist()
-    each = [total / item.tokens for total, item in zip(sums, examples, strict=True)]
+    each = [0.0] * len(examples)
+    for rows in passes([len(item.ids) for item in examples]):
+        sums = goal.measure(base, [examples[row] for row in rows]).tolist()
+        for row, total in zip(rows, sums, strict=True):
+            each[row] = total / examples[row].tokens
     return math.fsum(each) / len(each), each
 
 
@@ -168,16 +238,21 @@ class _Run:
     ) -> None:
         self.base, self.parameters, self.parts, self.recipe, self.goal = base, parameters, parts, recipe, goal
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.rate(0), betas=(0.9, 0.999), weight_decay=0.0)
-        self.step = 0
+        self.trace: list[Step] = []
+        self.tokens, self.seconds = 0, 0.0
         self.curve: list[Point] = []
         self.each_before: list[float] = []
         self.each_best: list[float] = []
         self.best: list[Tensor] = []
-        self._seen: list[float] = []
+
+    @property
+    def step(self) -> int:
+        """The steps done."""
+        return len(self.trace)
 
     def advance(self) -> None:
         """One step of the optimiser."""
-        recipe = self.recipe
+        recipe, began = self.recipe, time.perf_counter()
         batch = [self.parts.training[row] for row in self._rows()]
         tokens = sum(item.tokens for item in batch)
         total = 0.0
@@ -185,21 +260,22 @@ class _Run:
         with torch.random.fork_rng(devices=cuda):
             # Each step has its own seed, so that a resumed run draws the same numbers as an unbroken one.
             torch.manual_seed(_number(f"{recipe.seed} dropout {self.step}"))
-            for part in passes(batch):
-                loss = self.goal.measure(self.base, part).sum() / tokens
+            for rows in passes([len(item.ids) for item in batch]):
+                loss = self.goal.measure(self.base, [batch[row] for row in rows]).sum() / tokens
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
             if self.goal.penalty is not None:
                 extra = self.goal.penalty()
                 extra.backward()  # type: ignore[no-untyped-call]
         self._demand_finite(total)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        norm, lr = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0), recipe.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(self.step)
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._seen.append(total)
-        self.step += 1
+        read = sum(len(item.ids) for item in batch)
+        self.trace.append(Step(lr=lr, loss=total, gradient=float(norm), tokens=read))
+        self.tokens, self.seconds = self.tokens + read, self.seconds + time.perf_counter() - began
 
     def evaluate(self) -> None:
         """Take the validation loss and keep the parameters when they are the best so far."""
@@ -210,15 +286,15 @@ class _Run:
         if self.goal.last or not self.curve or loss < min(point.validation for point in self.curve):
             self.best = [parameter.detach().clone() for parameter in self.parameters]
             self.each_best = each
-        seen = math.fsum(self._seen) / len(self._seen) if self._seen else None
+        since = [step.loss for step in self.trace[self.curve[-1].step if self.curve else 0 :]]
+        seen = math.fsum(since) / len(since) if since else None
         self.curve.append(Point(step=self.step, training=seen, validation=loss))
-        self._seen = []
 
     def keep(self, checkpoint: Checkpoint) -> None:
         """Write the state, whole or not at all."""
         notes = {
             "key": checkpoint.key,
-            "step": self.step,
+            "trace": self.trace,
             "curve": [[point.step, point.training, point.validation] for point in self.curve],
             "before": self.each_before,
             "best": self.each_best,
@@ -241,7 +317,7 @@ class _Run:
                 state = {name: torch.from_numpy(file[name]).to(self.base.device) for name in file.files[1:]}
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return False
-        self.step = notes["step"]
+        self.trace = [Step(*step) for step in notes["trace"]]
         self.curve = [Point(step=step, training=seen, validation=loss) for step, seen, loss in notes["curve"]]
         self.each_before, self.each_best = notes["before"], notes["best"]
         self.best = [state[f"{place}.best"] for place in range(len(self.parameters))]
@@ -272,16 +348,21 @@ class _Run:
             )
 
 
-def passes(batch: Sequence[Encoded], copies: int = 1) -> Iterator[list[Encoded]]:
-    """The batch in parts of which so many `copies` fit into memory together, in order."""
-    part: list[Encoded] = []
-    for item in batch:
-        longest = max(len(item.ids), *(len(other.ids) for other in part)) if part else 0
-        if part and copies * (len(part) + 1) * longest > TOKENS_PER_PASS:
-            yield part
-            part = []
-        part.append(item)
-    yield part
+def passes(lengths: Sequence[int], copies: int = 1) -> list[list[int]]:
+    """Examples of so many tokens, by place, in passes with little padding, the longest first.
+
+    So many `copies` of a pass fit into memory together.
+    """
+    found: list[list[int]] = []
+    longest = padding = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        padding += longest - lengths[row]
+        full = found and copies * (len(found[-1]) + 1) * longest > TOKENS_PER_PASS
+        if not found or full or padding > _PADDING_PER_PASS:
+            found.append([])
+            longest, padding = lengths[row], 0
+        found[-1].append(row)
+    return found
 
 
 @lru_cache(maxsize=4)

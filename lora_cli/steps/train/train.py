@@ -15,7 +15,7 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
-from lora_cli.steps.train.descent import Learnt, Parts, learn
+from lora_cli.steps.train.descent import TRACE_FILE, Checkpoint, Learnt, Parts, learn, write_trace
 from lora_cli.task import HELD_OUT
 from lora_cli.text import counted
 
@@ -42,6 +42,7 @@ def train(
     options: TrainOptions | None = None,
     recipe: Recipe | None = None,
     fraction: float = HELD_OUT,
+    checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
     """Train a LoRA on 80 % of the examples, keep the best step by loss on the rest, and save it into `folder`.
@@ -51,13 +52,14 @@ def train(
     Args:
         options: the LoRA; `models.new_adapter.choose` finds its target modules.
         recipe: the paper's, unless given.
+        checkpoint: see `learn`.
 
     Raises:
         Refused: modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
-    parts = Parts.of(base, examples, fraction=fraction, seed=recipe.seed)
+    parts = Parts.of(base.encode_all, examples, fraction=fraction, seed=recipe.seed)
     with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
         parameters = adapter.parameters
         learnt = learn(
@@ -66,6 +68,7 @@ def train(
             parts,
             recipe,
             while_training=adapter.dropout,
+            checkpoint=checkpoint,
             progress=functools.partial(progress, "train: new LoRA"),
         )
         adapter.save(folder)
@@ -102,6 +105,7 @@ def train_and_write(
     with whole_folder(folder, replace=replace) as partial:
         result = train(base, examples, partial, options=options, recipe=recipe, progress=progress)
         run.outputs[WEIGHTS_NAME] = sha256_of(partial / WEIGHTS_NAME)
+        run.outputs[TRACE_FILE] = write_trace(result.learnt, partial)
         run.results.update(
             loss_before=result.learnt.loss_before,
             loss=result.learnt.loss_after,

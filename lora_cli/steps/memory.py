@@ -1,0 +1,69 @@
+"""The memory of a fit by what holds it, from a step of it that is made without data."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora_cli.models.base_model import BaseModel
+from lora_cli.models.counted import most_held, without_data
+from lora_cli.models.encode import Encoded
+from lora_cli.models.mixture import Block, term_of
+from lora_cli.models.recompute import recomputed
+from lora_cli.steps.train.descent import passes
+
+
+def held_by_fit(
+    folder: Path,
+    dtype: torch.dtype,
+    ranks: Mapping[str, int],
+    examples: Sequence[Encoded],
+    *,
+    batch: int,
+    recompute: bool,
+) -> dict[str, int] | None:
+    """The bytes of the base, of the adapters' factors, and of the values that the largest pass holds, by these names.
+
+    They are those of the tensors; gaps between them come on top. The largest pass is that of the longest examples.
+    None for a model whose pass depends on its data.
+
+    Args:
+        folder: of the base; its configuration and its tokenizer are read.
+        ranks: the sum of the adapters' ranks in each module.
+        examples: those of the task.
+        batch: examples per step.
+    """
+    try:
+        base = without_data(folder, dtype, named=folder.name)
+        factors = {name: rank for name, rank in ranks.items() if name in base.shapes}
+        longest = sorted(examples, key=lambda example: -len(example.ids))
+        values = most_held(_step(base, factors, longest[:batch], recompute))
+    except Exception:  # each class fails in its own way where it asks for data that are not there
+        return None
+    numbers = sum(rank * sum(base.shapes[name]) for name, rank in factors.items())
+    return {
+        "base": sum(parameter.numel() for parameter in base.model.parameters()) * dtype.itemsize,
+        "adapters": numbers * dtype.itemsize,
+        "values": values,
+    }
+
+
+def _step(base: BaseModel, ranks: Mapping[str, int], batch: Sequence[Encoded], recompute: bool) -> Callable[[], object]:
+    """The forward and backward passes of one step, through factors and coefficients without data."""
+    blocks, coefficients = dict[str, Block](), dict[str, Tensor]()
+    for name, rank in ranks.items():
+        out, into = base.shapes[name]
+        a, b = (torch.empty(shape, device="meta", dtype=base.dtype) for shape in ((rank, into), (out, rank)))
+        blocks[name] = Block(a, b, ())
+        coefficients[name] = torch.zeros(rank, device="meta", requires_grad=True)
+    terms = {name: term_of(block, lambda name=name: coefficients[name]) for name, block in blocks.items()}  # type: ignore[misc]
+
+    def work() -> None:
+        with base.attach({}, terms), recomputed(base.model) if recompute else nullcontext():
+            for rows in passes([len(example.ids) for example in batch]):
+                loss = base.completion_losses([batch[row] for row in rows]).sum()
+                loss.backward()  # type: ignore[no-untyped-call]
+
+    return work
