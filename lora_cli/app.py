@@ -28,7 +28,7 @@ SUMMARIES = {
     "select": "Choose usable adapters of one base model and remember the choice.",
     "methods": "List the merge methods, or explain one: its formula, its options, its cost and when to use it.",
     "merge": "Merge adapters into one LoRA, by their updates and not factor by factor.",
-    "fit": "Fit one coefficient per adapter and module to a task, and merge with them.",
+    "fit": "Fit coefficients of adapters to a task, and merge with them.",
     "train": "Train a new LoRA on a task: the baseline that every fit has to beat.",
     "eval": "Evaluate adapters and the bare base on a task, with intervals, on one load of the base.",
     "bake": "Add an adapter to its base model, and report how much of the update survived.",

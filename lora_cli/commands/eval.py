@@ -12,9 +12,10 @@ from lora_cli.commands.chosen import chosen_or_last
 from lora_cli.commands.eval_harness import demand_nothing_else, evaluate_by_harness
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
+from lora_cli.harness_options import HarnessOptions
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
-from lora_cli.recipes import EvalOptions, HarnessOptions
+from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.screen import Screen, near
 from lora_cli.settings import base_of

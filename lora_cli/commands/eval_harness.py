@@ -11,7 +11,8 @@ from lora_cli.columns import Column, on_request
 from lora_cli.commands.chosen import chosen_or_last
 from lora_cli.commands.options import DrawnListing, Loaded
 from lora_cli.errors import UsageError
-from lora_cli.recipes import EvalOptions, HarnessOptions
+from lora_cli.harness_options import HarnessOptions
+from lora_cli.recipes import EvalOptions
 from lora_cli.records import TaskScore
 from lora_cli.settings import base_of
 from lora_cli.text import interval

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.harness_options import HarnessOptions
 from lora_cli.hashes import file_sha256
 from lora_cli.hub.session import prepare
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.hf import quiet
-from lora_cli.recipes import HarnessOptions
 from lora_cli.records import Progress, silent
 from lora_cli.text import nearest, shortened
 

@@ -106,7 +106,7 @@ def test_one_example_is_refused_before_the_base_is_loaded(here: Path) -> None:
 
 def test_two_examples_are_enough(here: Path) -> None:
     write("two.jsonl", {"prompt": "p", "completion": "c"}, {"prompt": "q", "completion": "d"})
-    assert "1 validation example\n" in ok("fit", "some", "--data", "two.jsonl", "--steps", "1", "-o", "fitted").err
+    assert "1 validation example ·" in ok("fit", "some", "--data", "two.jsonl", "--steps", "1", "-o", "fitted").err
     ok("train", "--data", "two.jsonl", "--steps", "1", "--rank", "1", "-o", "trained")
     card = Path("trained/README.md").read_text()
     assert "trained on 1 example. Validation loss on 1 other: " in card

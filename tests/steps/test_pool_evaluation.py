@@ -12,9 +12,9 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.catalogue.sql import query
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.store import folder_ref
-from lora_cli.models import generate as generating
 from lora_cli.models.ref import load
 from lora_cli.recipes import EvalOptions, Recipe, TargetRecipe, TrainOptions
+from lora_cli.steps.evaluate import groups as grouped
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.fit.fit import Fitting, fit
 from lora_cli.steps.select import trial
@@ -57,15 +57,15 @@ def home(place: Path, own_home: Path) -> Path:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many prompts each pass through the model generates for."""
+    """How many answers each call asks for."""
     found: list[int] = []
-    greedy = generating._greedy
+    answers = grouped.answers
 
-    def counted(base: Any, prompts: Any, max_new_tokens: int) -> Any:
-        found.append(len(prompts))
-        return greedy(base, prompts, max_new_tokens)
+    def counted(base: Any, asked: Any, *rest: Any, **options: Any) -> Any:
+        found.append(len(asked))
+        return answers(base, asked, *rest, **options)
 
-    monkeypatch.setattr(generating, "_greedy", counted)
+    monkeypatch.setattr(grouped, "answers", counted)
     return found
 
 
@@ -121,7 +121,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(home: Path, made: list[int], m
 
     def killed(self: Any, what: str, done: int, total: int) -> None:
         whole(self, what, done, total)
-        if self._before + sum(self._done.values()) >= most:
+        if self._before + self._now >= most:
             raise Killed
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -160,7 +160,7 @@ def test_adapters_that_cannot_be_judged_are_named_and_the_others_go_on(
     sound = {*NAMES} - {"pool/b", "pool/c"}
     assert {row["id"] for row in found["rows"]} == {*stored()} == sound
     assert {*found["failed"]} == {"pool/b", "pool/c"}
-    assert "pool/c left out: the likelihood of example" in told.err
+    assert "pool/c left out: not finite in fp32 on 20 examples of 20" in told.err
     assert "not a safetensors file" in found["failed"]["pool/b"]
     assert " · 2 failed · " in told.err
     only = ["--where", "id=pool/b"]
@@ -168,7 +168,7 @@ def test_adapters_that_cannot_be_judged_are_named_and_the_others_go_on(
     assert "no candidate can be judged" in refused(3, *BY, "evaluation", *only)
     chosen = json.loads(ok(*BY[:-2], "--json", "--explain", "--by", "race", "-k", "1").out)
     why = {row["id"]: row["why"] for row in chosen["explained"]}
-    assert why["pool/c"].startswith("left out: the likelihood of example")
+    assert why["pool/c"] == "left out: not finite in fp32 on 5 examples of 5"
 
 
 def test_scores_of_another_option_or_base_are_not_taken_and_imported_ones_are(home: Path, made: list[int]) -> None:

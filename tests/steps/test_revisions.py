@@ -162,6 +162,7 @@ def test_a_catalogue_of_before_learns_the_revisions_at_the_next_sync(
     connection = sqlite3.connect(database)
     for view in ("usable", "selected_adapters", "adapter_scores", "run_inputs", "adapter_modules"):
         connection.execute(f"DROP VIEW {view}")
+    connection.execute("DROP INDEX adapters_hashes")
     for column in ("revision", "notes", "datasets", "hub_sha256"):
         connection.execute(f"ALTER TABLE adapters DROP COLUMN {column}")
     for table in ("spreads", "home", "verdicts", "listings", "sketches"):

@@ -65,7 +65,7 @@ def test_examples_of_mixed_lengths_give_the_loss_and_gradient_of_each_alone(
     learnt = fit(base, pool, uneven, Fitting(recipe=recipe)).learnt
     training, validation = split(uneven, seed=0)
     # All sixteen are the only batch: Σ of losses over Σ of tokens, and a validation loss per example.
-    mixture = Mixture(base, pool, adaptive(2))
+    mixture = Mixture(base, pool, adaptive(2).parameters)
     with mixture.applied(base):
         losses = [base.completion_losses([base.encode(one)]).sum() for one in training]
         total = torch.stack(losses).sum() / sum(base.encode(one).tokens for one in training)
@@ -115,7 +115,7 @@ def test_a_training_that_stops_at_every_step_ends_as_one_that_never_stops(
 def test_layers_computed_again_give_the_same_bits_and_keep_less(made: Any, tmp_path: Path) -> None:
     base = made()
     adapters = two_adapters(base, tmp_path, fan_in_fan_out=made is gpt2)
-    mixture = Mixture(base, adapters, adaptive(2, init="normal"))
+    mixture = Mixture(base, adapters, adaptive(2, init="normal").parameters)
     batch = base.encode_all(examples(8))
     found, kept = [], []
 

@@ -37,6 +37,7 @@ FLOORS = (
         "metrics",
         "recipes",
         "merge_options",
+        "harness_options",
         "outputs",
         "task",
         "scores",

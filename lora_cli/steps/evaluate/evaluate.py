@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -100,18 +100,16 @@ def evaluate(
     keys = _keys(systems, examples, common, measured)
     judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
     with _Rows(rows_path, keys) as rows:
-        waiting = []
-        for system in systems:
-            if any((system.name, id) not in rows.found for id in encoded):
-                waiting.append(system)
-            else:  # all its rows are stored already: its weights are not loaded
-                progress(system.name, len(encoded), len(encoded))
+        # The weights of a system whose rows are all stored already are not loaded.
+        waiting = [system for system in systems if any((system.name, id) not in rows.found for id in encoded)]
+        report = partial(progress, counted(len(systems), "system"))
+        report(len(rows.found), len(keys))
         for group in groups(base, waiting, generates=metric.kind == "output"):
             try:
-                _fill(rows, group, judging, progress)
+                _fill(rows, group, judging, report)
             except NotByRow:
                 for system in group:
-                    _fill(rows, [system], judging, progress)
+                    _fill(rows, [system], judging, report)
         found = {name: [rows.found[name, example.id] for example in examples] for name in names}
     values = {name: [row.value for row in rows] for name, rows in found.items()}
     alone = _scores(found, values, metric, baseline, itself, seed)
@@ -142,13 +140,9 @@ def demand_systems(names: Sequence[str], *, baseline: str) -> None:
         raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
 
 
-def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, progress: Progress) -> None:
+def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, report: Callable[[int, int], None]) -> None:
     """Have the systems answer all that is not among the rows. Refused if the base itself cannot."""
     left = {system.name: [id for id in judging.encoded if (system.name, id) not in rows.found] for system in group}
-    what = group[0].name if len(group) == 1 else counted(len(group), "system")
-    total = len(group) * len(judging.encoded)
-    done = total - sum(map(len, left.values()))
-    progress(what, done, total)
     for system, id, outcome in judging.outcomes(group, left):
         if outcome.log_likelihood is None and system.updates is None:
             raise Refused(
@@ -156,8 +150,7 @@ def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, progress: Pr
                 hint="evaluate with --dtype fp32 or bf16",
             )
         rows.add(Row(system=system.name, id=id, key=rows.keys[system.name, id], **outcome._asdict()))
-        done += 1
-        progress(what, done, total)
+        report(len(rows.found), len(rows.keys))
 
 
 def _keys(

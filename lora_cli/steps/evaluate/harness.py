@@ -12,11 +12,11 @@ from lora_cli.catalogue import runs
 from lora_cli.errors import OutputError
 from lora_cli.files import read_regular
 from lora_cli.formats.run_record import key_of
+from lora_cli.harness_options import HarnessOptions
 from lora_cli.models import harness
 from lora_cli.models.harness import Harness, HarnessTask, Measured
 from lora_cli.models.ref import BaseRef, pin
 from lora_cli.outputs import whole_file
-from lora_cli.recipes import HarnessOptions
 from lora_cli.records import Progress, TaskScore, silent
 from lora_cli.scores import Z95, holm, interval, paired_difference
 from lora_cli.settings import Settings, base_of

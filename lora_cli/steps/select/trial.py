@@ -1,7 +1,6 @@
 """The adapters of a pool on one task: judged in groups on one load of the base, each score kept in the catalogue."""
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,6 +28,7 @@ from lora_cli.steps.pool.lookup import names_of
 from lora_cli.steps.select.rows import PoolRows
 from lora_cli.steps.task_view import look, summary_of
 from lora_cli.task import Task
+from lora_cli.text import counted
 
 _TOGETHER = 32
 """Adapters that are open at a time; the engine may put them into one batch."""
@@ -143,13 +143,12 @@ class PoolTrial:
             self._begin()
         self._fetch(missing)
         missing = [name for name in missing if unpinned(name) not in self.failed]
-        report = _Counted(self._pool.progress, len(missing) * count)
+        report = _Counted(self._pool.progress, len(missing) * count, count)
         for start in range(0, len(missing), _TOGETHER):
             group = self._scored(missing[start : start + _TOGETHER], count, report)
             if whole:
                 self._keep(group)
             found |= {self._pinned[score.system]: _as_pool_score(score) for score in group}
-            report.end_group()
         self._known |= found if whole else {}
         return found
 
@@ -224,11 +223,15 @@ class PoolTrial:
                 rows_path=lent,
                 progress=report,
             )
-        for score in found:
-            if not math.isfinite(score.value):
-                raise Refused(f"{score.system}: its score is not finite")
+        report.end_group()
         self._pinned |= ids
-        return found
+        for score in found:
+            if failures := score.details.get("not_finite"):
+                precision = self._loaded.dtype_name
+                self._leave_out(
+                    score.system, f"not finite in {precision} on {counted(failures, 'example')} of {score.n}"
+                )
+        return [score for score in found if score.system not in self.failed]
 
     def _keep(self, group: Sequence[Score]) -> None:
         """Store scores on all examples."""
@@ -243,21 +246,22 @@ class PoolTrial:
 
 
 class _Counted:
-    """The Progress of evaluations, system by system, as one of all their answers."""
+    """The Progress of evaluations of some adapters beside the base as one of all their answers, `total`.
 
-    def __init__(self, progress: Progress, total: int) -> None:
-        self._progress, self._total, self._before = progress, total, 0
-        self._done: dict[str, int] = {}
+    The base's own `own` answers are there before each evaluation.
+    """
+
+    def __init__(self, progress: Progress, total: int, own: int) -> None:
+        self._progress, self._total, self._own = progress, total, own
+        self._before = self._now = 0
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what != BASE:
-            self._done[what] = done
-        self._progress("evaluating adapters", min(self._total, self._before + sum(self._done.values())), self._total)
+        self._now = done - self._own
+        self._progress("evaluating adapters", self._before + self._now, self._total)
 
     def end_group(self) -> None:
-        """The next calls are about other systems."""
-        self._before += sum(self._done.values())
-        self._done.clear()
+        """The next calls are about other adapters."""
+        self._before, self._now = self._before + self._now, 0
 
 
 def _as_known(one: StoredScore) -> PoolScore:
