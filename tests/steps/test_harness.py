@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from lora_cli.errors import NetworkError
+from lora_cli.harness_options import HarnessOptions
 from lora_cli.models.harness import _named, load_tasks
 from lora_cli.models.ref import BaseRef
-from lora_cli.recipes import HarnessOptions
 from lora_cli.scores import paired_difference, wilson
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused

@@ -102,7 +102,7 @@ def evaluate(
     with _Rows(rows_path, keys) as rows:
         # The weights of a system whose rows are all stored already are not loaded.
         waiting = [system for system in systems if any((system.name, id) not in rows.found for id in encoded)]
-        report = partial(progress, counted(len(systems), "system"))
+        report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
         report(len(rows.found), len(keys))
         for group in groups(base, waiting, generates=metric.kind == "output"):
             try:
