@@ -34,7 +34,7 @@ VERBS: Mapping[str, tuple[str, ...]] = {
     "sync": ("pool", "sync", "acme/tiny-llama"),
     "merge": ("merge", "../a", "../b", "../c", "-m", "ties", "-o", "out"),
     "bake": ("bake", "../a", "--base", "../base", "-o", "out"),
-    "fit": ("fit", "../a", "../b", "../c", *TASK, "--steps", "40", "--lr", "1", "-o", "out"),
+    "fit": ("fit", "../a", "../b", "../c", *TASK, "--steps", "40", "--checkpoint", "last", "-o", "out"),
     "train": ("train", *TASK, "--steps", "12", "--rank", "2", "-o", "out"),
     "eval": ("eval", "../a", "../b", *TASK, "--max-new-tokens", "6", "--batch-size", "2", "-o", "scores.jsonl"),
 }

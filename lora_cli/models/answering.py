@@ -51,8 +51,8 @@ class Told(NamedTuple):
 
 def answers(
     base: BaseModel, asked: Sequence[Asked], together: Together | None, *, most: int, limit: int | None
-) -> Iterator[tuple[int, Told]]:
-    """(place in `asked`, what became of the example), as they end.
+) -> Iterator[list[tuple[int, Told]]]:
+    """(place in `asked`, what became of the example), those together that end together.
 
     Args:
         together: the adapters, applied now; None for one owner, with whatever is applied now.
@@ -66,11 +66,11 @@ def answers(
     if not alone:
         yield from _Answering(base, asked, together, most, limit).run()
         return
-    likelihoods = dict(_Answering(base, asked, together, 0, limit).run())
+    likelihoods = dict(one for ended in _Answering(base, asked, together, 0, limit).run() for one in ended)
     openings = [one.encoded.opening for one in asked]
     for place, made in stream(base, openings, max_new_tokens=most, batch_size=limit or 16):
         told = likelihoods[place]
-        yield place, Told(told.log_likelihood, told.finite, made.seconds, made.text, made.tokens, made.continues)
+        yield [(place, Told(told.log_likelihood, told.finite, made.seconds, made.text, made.tokens, made.continues))]
 
 
 @dataclass(slots=True, eq=False)
@@ -160,7 +160,7 @@ class _Answering:
         self._begin = 0
 
     @torch.no_grad()
-    def run(self) -> Iterator[tuple[int, Told]]:
+    def run(self) -> Iterator[list[tuple[int, Told]]]:
         """The outcomes as the rows end. When memory runs out, what was under way begins again with half the rows."""
         if can_keep(self._base):
             self._managed(self._share)
@@ -169,8 +169,8 @@ class _Answering:
                 self._writing = None
                 self._waiting = [row for row in self._rows if not row.done]
             ended, self._ended = self._ended, []
-            for row in ended:
-                yield row.place, self._told(row)
+            if ended:
+                yield [(row.place, self._told(row)) for row in ended]
 
     def _managed(self, work: Callable[[], None]) -> bool:
         """Do some work; False if memory runs out and fewer rows can be tried."""
@@ -185,7 +185,7 @@ class _Answering:
     def _told(self, row: _Row) -> Told:
         assert row.loss is not None
         text, continues = self._base.encoder.written(row.encoded.opening, row.written) if self._most else ("", True)
-        likelihood = -row.loss / row.encoded.tokens
+        likelihood = -row.loss / (len(row.encoded.ids) - row.encoded.start)
         return Told(likelihood, math.isfinite(row.loss), row.seconds, text, len(row.written), continues)
 
     def _share(self) -> None:

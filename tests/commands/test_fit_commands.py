@@ -43,7 +43,7 @@ def test_the_literal_lines_of_the_tour(here: World) -> None:
     assert "100 examples of task.jsonl, split 80/20 by seed 0" in fitted.err
     assert "gain over the base" in fitted.err
     assert sorted(file.name for file in folder.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "coefficients.json", "run.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "coefficients.json", "run.json", "trace.jsonl",
     ]  # fmt: skip
     assert not list(folder.parent.glob(".*"))
     coefficients = json.loads((folder / "coefficients.json").read_text())

@@ -336,7 +336,10 @@ def test_one_new_file_is_a_new_metric_of_the_command(own_world: World, monkeypat
     assert "eval: pool/kestrel/outer changed the output on" in told.stderr
     assert "answers cut at --max-new-tokens 2" in told.stderr
     assert "wrong answers" not in told.stderr
-    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    # The file has the rows as they ended, a score takes them in the order of the task.
+    rows = sorted(
+        map(json.loads, Path("rows.jsonl").read_text().splitlines()), key=lambda row: int(row["id"].rpartition("/")[2])
+    )
     for system, score in scores.items():
         own = [row["value"] for row in rows if row["system"] == system]
         assert any(0 < value < 1 for value in own)

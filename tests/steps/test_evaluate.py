@@ -282,9 +282,8 @@ def test_wrong_answers_that_were_cut_are_counted(base: BaseModel, skilled: Syste
 def test_an_output_that_does_not_continue_the_prompt_is_judged_as_an_empty_one(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch, continues: bool
 ) -> None:
-    def told(base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any) -> Iterator[tuple[int, Told]]:
-        for place, one in enumerate(asked):
-            yield place, Told(-1.0, True, 0.1, one.encoded.answer, 2, continues)
+    def told(base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any) -> Iterator[list[tuple[int, Told]]]:
+        yield [(place, Told(-1.0, True, 0.1, one.encoded.answer, 2, continues)) for place, one in enumerate(asked)]
 
     monkeypatch.setattr(grouped, "answers", told)
     assert run(base, BASE)["base"].value == float(continues)

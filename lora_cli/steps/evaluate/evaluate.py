@@ -143,14 +143,15 @@ def demand_systems(names: Sequence[str], *, baseline: str) -> None:
 def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, report: Callable[[int, int], None]) -> None:
     """Have the systems answer all that is not among the rows. Refused if the base itself cannot."""
     left = {system.name: [id for id in judging.encoded if (system.name, id) not in rows.found] for system in group}
-    for system, id, outcome in judging.outcomes(group, left):
-        if outcome.log_likelihood is None and system.updates is None:
-            raise Refused(
-                f"the likelihood of example {id} is not finite in {judging.base.dtype_name}",
-                hint="evaluate with --dtype fp32 or bf16",
-            )
-        rows.add(Row(system=system.name, id=id, key=rows.keys[system.name, id], **outcome._asdict()))
-        report(len(rows.found), len(rows.keys))
+    for ended in judging.outcomes(group, left):
+        for system, id, outcome in ended:
+            if outcome.log_likelihood is None and system.updates is None:
+                raise Refused(
+                    f"the likelihood of example {id} is not finite in {judging.base.dtype_name}",
+                    hint="evaluate with --dtype fp32 or bf16",
+                )
+            rows.add(Row(system=system.name, id=id, key=rows.keys[system.name, id], **outcome._asdict()))
+            report(len(rows.found), len(rows.keys))
 
 
 def _keys(

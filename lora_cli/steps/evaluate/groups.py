@@ -105,7 +105,7 @@ class Judging:
 
     def outcomes(
         self, group: Sequence[System], left: Mapping[str, Sequence[str]]
-    ) -> Iterator[tuple[System, str, Outcome]]:
+    ) -> Iterator[list[tuple[System, str, Outcome]]]:
         """(system, example, what became of it) for the ids in `left`, by the name of the system, as they end.
 
         Raises:
@@ -123,32 +123,42 @@ class Judging:
         found: dict[tuple[int, str], dict[int, Told]] = {}
         with _applied(self.base, group) as together:
             told = answers(self.base, asked, together, most=self.most, limit=self.options.batch_size)
-            for place, one in told:
-                owner, id, number = names[place]
-                parts = found.setdefault((owner, id), {})
-                parts[number] = one
-                if len(parts) == (len(self.choices[id].encoded) if self.choices else 1):
-                    del found[owner, id]
-                    yield group[owner], id, self._outcome(id, [parts[number] for number in range(len(parts))])
+            for ended in told:
+                whole = []
+                for place, one in ended:
+                    owner, id, number = names[place]
+                    parts = found.setdefault((owner, id), {})
+                    parts[number] = one
+                    if len(parts) == (len(self.choices[id].encoded) if self.choices else 1):
+                        del found[owner, id]
+                        whole.append((owner, id, [parts[number] for number in range(len(parts))]))
+                outcomes = self._outcomes([(id, parts) for _, id, parts in whole])
+                yield [(group[owner], id, one) for (owner, id, _), one in zip(whole, outcomes, strict=True)]
 
-    def _outcome(self, id: str, parts: Sequence[Told]) -> Outcome:
-        finite = all(part.finite for part in parts)
+    def _outcomes(self, ended: Sequence[tuple[str, Sequence[Told]]]) -> list[Outcome]:
+        """What became of some examples, each with the answers to its parts: its options, or itself."""
         if self.metric.kind == "choice":
-            asked = self.choices[id]
-            likelihoods = [part.log_likelihood for part in parts]
-            if not finite:
-                likelihoods = [LEAST_LOG_LIKELIHOOD * (place == asked.right) for place in range(len(parts))]
-            likelihood, value, text = judged(asked, likelihoods, self.values_of)
-            return Outcome(likelihood, value, text) if finite else Outcome(None, value, "")
-        [one] = parts
+            return [self._chosen(self.choices[id], parts) for id, parts in ended]
+        told = [(id, one) for id, [one] in ended]
+        likelihoods = [one.log_likelihood if one.finite else None for _, one in told]
         if self.metric.kind == "likelihood":
-            [value] = self.values_of([one.log_likelihood if finite else LEAST_LOG_LIKELIHOOD])
-            return Outcome(one.log_likelihood if finite else None, float(value))
-        text = one.text if finite else ""
-        [value] = self.values_of([text if one.continues else ""], [self.encoded[id].answer])
-        return Outcome(
-            one.log_likelihood if finite else None, float(value), text, one.tokens if finite else 0, one.seconds
-        )
+            values = self.values_of([LEAST_LOG_LIKELIHOOD if one is None else one for one in likelihoods])
+            return [Outcome(one, float(value)) for one, value in zip(likelihoods, values, strict=True)]
+        texts = [one.text if one.finite else "" for _, one in told]
+        judged_texts = [text if one.continues else "" for (_, one), text in zip(told, texts, strict=True)]
+        values = self.values_of(judged_texts, [self.encoded[id].answer for id, _ in told])
+        return [
+            Outcome(likelihood, float(value), text, one.tokens if one.finite else 0, one.seconds)
+            for (_, one), likelihood, text, value in zip(told, likelihoods, texts, values, strict=True)
+        ]
+
+    def _chosen(self, asked: Choices, parts: Sequence[Told]) -> Outcome:
+        finite = all(part.finite for part in parts)
+        likelihoods = [part.log_likelihood for part in parts]
+        if not finite:
+            likelihoods = [LEAST_LOG_LIKELIHOOD * (place == asked.right) for place in range(len(parts))]
+        likelihood, value, text = judged(asked, likelihoods, self.values_of)
+        return Outcome(likelihood, value, text) if finite else Outcome(None, value, "")
 
 
 @contextmanager
