@@ -19,7 +19,7 @@ from lora_cli.models.recompute import recomputed
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example
 from lora_cli.steps.fit.fit import Fitting, fit
-from lora_cli.steps.train.descent import TOKENS_PER_PASS, passes, write_trace
+from lora_cli.steps.train.descent import TOKENS_PER_PASS, Checkpoint, Parts, learn, passes, write_trace
 from lora_cli.task import split
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import examples, gpt2, llama, opened
@@ -109,6 +109,32 @@ def test_a_training_that_stops_at_every_step_ends_as_one_that_never_stops(
         assert learnt.loss_after == min(point.validation for point in learnt.curve)
     assert learnt == whole.learnt
     assert part.coefficients == whole.coefficients
+
+
+def test_what_no_pass_has_used_yet_is_kept_with_the_state(
+    base: BaseModel, pool: list[OpenAdapter], tmp_path: Path
+) -> None:
+    def trained(checkpoint: Checkpoint | None) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        mixture, unused = Mixture(base, pool, adaptive(2).parameters), torch.ones(3, requires_grad=True)
+        parts = Parts.of(base.encode_all, examples(10), fraction=0.2, seed=0)
+        with mixture.applied(base):
+            learnt = learn(
+                base,
+                [mixture.theta, unused],
+                parts,
+                Recipe(steps=4, every=2, lr=5e-2),
+                checkpoint=checkpoint,
+                progress=lambda done, total: None,
+            )
+        return learnt.finished, mixture.theta.detach(), unused.detach()
+
+    _, theta, unused = trained(None)
+    assert torch.equal(unused, torch.ones(3))
+    always_late = Checkpoint(tmp_path / "state.npz", "key", deadline=0.0)
+    runs = [trained(always_late) for _ in range(4)]
+    assert [finished for finished, *_ in runs] == [False, False, False, True]
+    assert torch.equal(runs[-1][1], theta)
+    assert torch.equal(runs[-1][2], unused)
 
 
 @pytest.mark.parametrize("made", [llama, gpt2])

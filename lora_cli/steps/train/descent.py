@@ -267,6 +267,9 @@ class _Run:
             if self.goal.penalty is not None:
                 extra = self.goal.penalty()
                 extra.backward()  # type: ignore[no-untyped-call]
+        for parameter in self.parameters:
+            if parameter.grad is None:  # of an expert to which no token went
+                parameter.grad = torch.zeros_like(parameter)
         self._demand_finite(total)
         norm, lr = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0), recipe.rate(self.step)
         for group in self.optimizer.param_groups:
