@@ -291,7 +291,7 @@ def test_an_answer_that_rewrites_the_end_of_the_prompt_is_wrong(monkeypatch: pyt
         written = made(text, add_special_tokens=False)["input_ids"]
         ended, continues = base.encoder.written(base.encode(one).opening, written)
         told = Told(-1.0, True, 0.1, ended, len(written), continues)
-        monkeypatch.setattr("lora_cli.steps.evaluate.groups.answers", lambda *given, **options: [(0, told)])
+        monkeypatch.setattr("lora_cli.steps.evaluate.groups.answers", lambda *given, **options: [[(0, told)]])
         return evaluate(base, [System(name="base")], [one])[0].value
 
     assert value("Lily") == 1
