@@ -149,7 +149,9 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     real = grouped.answers
 
-    def counted(base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any) -> Iterator[list[tuple[int, Told]]]:
+    def counted(
+        base: BaseModel, asked: Sequence[Asked], *rest: Any, **options: Any
+    ) -> Iterator[list[tuple[int, Told]]]:
         made.append(len(asked))
         return real(base, asked, *rest, **options)
 
