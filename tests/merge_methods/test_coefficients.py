@@ -202,9 +202,9 @@ def test_a_thousand_adapters_take_no_time(name: str) -> None:
     items = tuple(LowRank(x[:, None], y[None]) for x, y in zip(b, a, strict=True))
     updates = Updates(items, keys=(0,) * 1000, scales=(1.0,) * 1000)
     weights = torch.rand(1000, generator=g, dtype=torch.float64)
-    started = time.monotonic()
+    started = time.process_time()
     c = METHODS.load(name)(updates, weights)
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
     products = (b @ b.T) * (a @ a.T)
     if name != "model-stock":
         mean_norm = float(weights @ products.diagonal().sqrt())
