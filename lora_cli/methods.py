@@ -7,6 +7,7 @@ when the member is used.
 
 import ast
 import importlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class Knob:
         )
         if outside:
             raise UsageError(f"{method_name}: {flag} {value} is out of range: {self.range()}")
+        if self.type is float and not math.isfinite(value):
+            raise UsageError(f"{method_name}: {flag} takes a finite number, not {value}")
         return value
 
     def range(self) -> str:

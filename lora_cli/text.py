@@ -40,6 +40,11 @@ def interval(low: float, high: float, *, places: int = 3, signed: bool = False) 
     return f"[{low:{sign}.{places}f}, {high:{sign}.{places}f}]"
 
 
+def difference(delta: float, low: float, high: float, *, places: int = 3) -> str:
+    """A difference with its interval, all with their signs."""
+    return f"{delta:+.{places}f} {interval(low, high, places=places, signed=True)}"
+
+
 def size(count: float) -> str:
     """A number of bytes, to a tenth of its unit."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -119,11 +119,10 @@ def fresh(folder: Path) -> Path:
 
 
 def _rows(file: Path) -> bytes:
-    """An evaluation's whole rows in one order, without times, with likelihoods to the digits that batches share."""
+    """The whole rows of an evaluation in one order, without times: those asked again end in another order."""
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    kept = [{**row, "seconds": 0, "log_likelihood": round(row["log_likelihood"], 4)} for row in rows]
-    return json.dumps(sorted(kept, key=lambda row: (row["system"], row["id"]))).encode()
+    rows = [{**json.loads(line), "seconds": 0} for line in lines if line.endswith("\n")]
+    return json.dumps(sorted(rows, key=lambda row: (row["system"], row["id"]))).encode()
 
 
 def files(folder: Path) -> dict[str, object]:

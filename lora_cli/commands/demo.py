@@ -11,7 +11,7 @@ from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Document, examples, with_flags
 from lora_cli.screen import Screen, near
 from lora_cli.settings import load
-from lora_cli.text import interval
+from lora_cli.text import difference, interval
 
 if TYPE_CHECKING:
     from lora_cli.records import Score
@@ -98,7 +98,7 @@ def _row(task: str, score: "Score") -> dict[str, Any]:
 def _difference(score: "Score") -> str | None:
     if score.delta is None or score.delta_low is None or score.delta_high is None:
         return None
-    return f"{score.delta:+.2f} {interval(score.delta_low, score.delta_high, places=2, signed=True)}"
+    return difference(score.delta, score.delta_low, score.delta_high, places=2)
 
 
 def _tell(screen: Screen, chapter: "Chapter") -> None:

@@ -19,7 +19,7 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.screen import Screen, near
 from lora_cli.settings import base_of
-from lora_cli.text import counted, interval, shortened
+from lora_cli.text import counted, difference, interval, shortened
 
 if TYPE_CHECKING:
     from lora_cli.steps.task_view import TaskFacts
@@ -187,9 +187,7 @@ def _demand_effect(scores: list[Score]) -> None:
 
 
 def _difference(row: Mapping[str, Any]) -> str | None:
-    if row["delta"] is None:
-        return None
-    return f"{row['delta']:+.3f} {interval(row['delta_low'], row['delta_high'], signed=True)}"
+    return None if row["delta"] is None else difference(row["delta"], row["delta_low"], row["delta_high"])
 
 
 def _changed(row: Mapping[str, Any]) -> str | None:

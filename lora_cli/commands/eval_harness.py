@@ -15,7 +15,7 @@ from lora_cli.harness_options import HarnessOptions
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import TaskScore
 from lora_cli.settings import base_of
-from lora_cli.text import interval
+from lora_cli.text import difference, interval
 
 COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=12),
@@ -58,8 +58,8 @@ def evaluate_by_harness(
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         names = chosen_or_last(pool, adapters, settings)
-        baseline, batch_size = options.baseline, options.batch_size or 16
-        request = HarnessRequest(pool, names, settings, harness, baseline=baseline, batch_size=batch_size)
+        baseline, size = options.baseline, options.batch_size
+        request = HarnessRequest(pool, names, settings, harness, baseline=baseline, batch_size=size)
         scores = request.run(settings.db, out=out, progress=progress)
     screen.rows(
         "lora.eval.harness/1",
@@ -92,6 +92,4 @@ def _interval(row: Mapping[str, Any]) -> str | None:
 
 
 def _difference(row: Mapping[str, Any]) -> str | None:
-    if row["delta"] is None:
-        return None
-    return f"{row['delta']:+.3f} {interval(row['delta_low'], row['delta_high'], signed=True)}"
+    return None if row["delta"] is None else difference(row["delta"], row["delta_low"], row["delta_high"])

@@ -28,7 +28,7 @@ def pi_tuning(
     redraw: the adapter of `--target` comes first. By default it only lends its rank and modules: A ~ N(0, 0.01²) and
     B = 0 are drawn in place of its factors. `none` starts from them. Without `--target` nothing is drawn.
 
-    The paper chooses the adapters, 20 of them, as `lora select --by quasi_fim -k 20` does.
+    The paper chooses the adapters, 20 of them, as `lora select --by quasi-fim -k 20` does.
 
     Source: π-Tuning, Wu et al. 2023, arXiv 2304.14381, as arXiv 2602.12323 compares it.
     """

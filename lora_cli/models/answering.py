@@ -68,7 +68,7 @@ def answers(
         return
     likelihoods = dict(one for ended in _Answering(base, asked, together, 0, limit).run() for one in ended)
     openings = [one.encoded.opening for one in asked]
-    for place, made in stream(base, openings, max_new_tokens=most, batch_size=limit or 16):
+    for place, made in stream(base, openings, max_new_tokens=most, batch_size=limit):
         told = likelihoods[place]
         yield [(place, Told(told.log_likelihood, told.finite, made.seconds, made.text, made.tokens, made.continues))]
 
@@ -185,8 +185,7 @@ class _Answering:
     def _told(self, row: _Row) -> Told:
         assert row.loss is not None
         text, continues = self._base.encoder.written(row.encoded.opening, row.written) if self._most else ("", True)
-        likelihood = -row.loss / (len(row.encoded.ids) - row.encoded.start)
-        return Told(likelihood, math.isfinite(row.loss), row.seconds, text, len(row.written), continues)
+        return Told(-row.loss, math.isfinite(row.loss), row.seconds, text, len(row.written), continues)
 
     def _share(self) -> None:
         """Read the tokens with which all texts begin, once per owner."""
@@ -264,7 +263,10 @@ class _Answering:
         return cache, [(row, Place(0, slot, row.next, row.next)) for row, slot in going]
 
     def _judge(self, read: Sequence[_Read], logits: Tensor, first: int) -> None:
-        """Find the losses of expected answers. A row ends if its loss is not finite, or if nothing is to be written."""
+        """Find the losses of expected answers, each a mean per token.
+
+        A row ends if its loss is not finite, or if nothing is to be written.
+        """
         labels = torch.full(logits.shape[:2], IGNORED)
         for row, slot, ids in read:
             start = row.encoded.start
@@ -272,7 +274,8 @@ class _Answering:
         flat = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none"
         )
-        losses = flat.view(labels.shape).sum(dim=1).tolist()
+        sums = flat.view(labels.shape).sum(dim=1).double().cpu()
+        losses = (sums / (labels != IGNORED).sum(dim=1)).tolist()
         for row, slot, _ in read:
             row.loss = losses[slot]
             row.done = not self._most or not math.isfinite(losses[slot])

@@ -11,6 +11,8 @@ from lora_cli.models.encode import Opening, until_end
 from lora_cli.models.hf import quiet
 from lora_cli.records import Prompt
 
+PROMPTS_AT_ONCE = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
@@ -26,7 +28,7 @@ class Generation:
 
 
 def generate(
-    base: BaseModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = 16
+    base: BaseModel, prompts: Sequence[Prompt], *, max_new_tokens: int = 30, batch_size: int = PROMPTS_AT_ONCE
 ) -> list[str]:
     """The greedy continuation of each prompt, in the order of the prompts.
 
@@ -43,14 +45,15 @@ def generate(
 
 
 def stream(
-    base: BaseModel, openings: Sequence[Opening], *, max_new_tokens: int = 30, batch_size: int = 16
+    base: BaseModel, openings: Sequence[Opening], *, max_new_tokens: int = 30, batch_size: int | None = None
 ) -> Iterator[tuple[int, Generation]]:
     """Greedy continuations as (index of the opening, Generation), batch by batch.
 
     Openings that end alike share batches, the longest first. The caller has asked for room: `Encoder.demand_room`.
+    `batch_size` is None for the usual size.
     """
     lengths = [len(opening.ids) for opening in openings]
-    for rows in by_length(lengths, batch_size, [opening.ends for opening in openings]):
+    for rows in by_length(lengths, batch_size or PROMPTS_AT_ONCE, [opening.ends for opening in openings]):
         began = time.perf_counter()
         outputs = _greedy(base, [openings[row] for row in rows], max_new_tokens)
         seconds = (time.perf_counter() - began) / len(rows)

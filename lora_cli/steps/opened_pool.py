@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,11 @@ class Pool:
     announce: Callable[[str], None]
     progress: Progress = silent
     policy: Policy = "warn"
+
+    @property
+    def quiet(self) -> "Pool":
+        """The same pool that announces nothing and reports no progress."""
+        return replace(self, announce=_unheard, progress=silent)
 
     def chosen(self, texts: Sequence[str], selection: str | None = None, recorded: Iterable[str] = ()) -> Chosen:
         """The adapters meant by texts ADAPTER[=WEIGHT]; without any, a selection or every usable adapter.
@@ -323,6 +328,10 @@ def open_pool(settings: Settings, announce: Callable[[str], None], progress: Pro
     pool = pool_of(settings, announce, progress)
     with pool.catalogue:
         yield pool
+
+
+def _unheard(text: str) -> None:
+    """Announce nothing."""
 
 
 def _split(text: str, catalogued: Collection[str]) -> tuple[str, float | None]:

@@ -9,30 +9,17 @@ import sys
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
 
 import pytest
 
 from lora_cli.world import World
 from tests.cli import lora, ok, refused
+from tests.commands.test_fit_commands import here, record
 from tests.paths import ROOT
 
+__all__ = ["here"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = ("pool/kestrel/outer", "pool/tarn/mirror")
-
-
-@pytest.fixture
-def here(own_world: World, monkeypatch: pytest.MonkeyPatch) -> World:
-    """The user stands in a world of their own, whose pool is catalogued."""
-    monkeypatch.chdir(own_world.folder)
-    monkeypatch.delenv("LORA_DB")
-    ok("pool", "sync")
-    return own_world
-
-
-def record(folder: str | Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(Path(folder, "run.json").read_text())
-    return found
 
 
 def contents(folder: str) -> dict[str, bytes]:

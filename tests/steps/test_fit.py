@@ -180,7 +180,7 @@ def test_what_cannot_be_fitted_is_said(base: BaseModel, pool: list[OpenAdapter])
         fit(base, pool, examples(1))
     with pytest.raises(DataError, match="1 of 6 examples has more: long"):
         fit(base, pool, [*examples(5), Example(id="long", prompt="x" * 80, completion="y")])
-    for l1 in (-1.0, math.nan):
+    for l1 in (-1.0, math.nan, math.inf):
         with pytest.raises(UsageError, match="--l1"):
             Shape(l1=l1)
 

@@ -14,6 +14,7 @@ from lora_cli.files import read_regular
 from lora_cli.formats.run_record import key_of
 from lora_cli.harness_options import HarnessOptions
 from lora_cli.models import harness
+from lora_cli.models.generate import PROMPTS_AT_ONCE
 from lora_cli.models.harness import Harness, HarnessTask, Measured
 from lora_cli.models.ref import BaseRef, pin
 from lora_cli.outputs import whole_file
@@ -52,10 +53,10 @@ class HarnessRequest:
         options: HarnessOptions,
         *,
         baseline: str = "base",
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> None:
         self.pool, self.settings, self.options = pool, settings, options
-        self.baseline, self.batch_size = baseline, batch_size
+        self.baseline, self.batch_size = baseline, batch_size or PROMPTS_AT_ONCE
         base, systems = base_of(settings), distinct(names)
         demand_systems(["base", *systems], baseline=baseline)
         pool.progress("tasks of lm-evaluation-harness", 0, 0)

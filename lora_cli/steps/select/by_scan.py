@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 
 from lora_cli.catalogue import runs
@@ -16,7 +15,7 @@ from lora_cli.models.ref import pin
 from lora_cli.names import unpinned
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import SELECTION_METHODS, Recipe, SelectOptions
-from lora_cli.records import Candidates, silent
+from lora_cli.records import Candidates
 from lora_cli.selection_methods._fits import Fits
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.fit.fit import Fitting, fit
@@ -55,7 +54,7 @@ class Scan:
         self._file = settings.runs / f"scan-{key_of('scan', described, self._inputs)[:8]}.jsonl"
         self._losses = self._stored()
         self._loaded: BaseModel | None = None
-        self._quiet = replace(pool, announce=_nothing, progress=silent)
+        self._quiet = pool.quiet  # an adapter's notes are those of its check
         self.fitted, self.failed = 0, dict[str, str]()
 
     def scored(self, ranked: Sequence[str], candidates: Candidates) -> Scored:
@@ -141,7 +140,3 @@ class Scan:
         lines = [json.dumps([key, loss]) + "\n" for key, loss in self._losses.items()]
         with whole_file(self._file) as file:
             file.write("".join(lines).encode())
-
-
-def _nothing(text: str) -> None:
-    """Announce nothing: an adapter's notes are those of its check."""

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -18,7 +17,7 @@ from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
 from lora_cli.names import unpinned
 from lora_cli.recipes import EvalOptions
-from lora_cli.records import Example, Progress, Score, silent
+from lora_cli.records import Example, Progress, Score
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
@@ -206,8 +205,7 @@ class PoolTrial:
 
     def _evaluated(self, names: Sequence[str], examples: Sequence[Example], report: "_Counted") -> list[Score]:
         assert self._loaded is not None
-        quiet = replace(self._pool, announce=_nothing, progress=silent)
-        gathered = quiet.adapters(names)
+        gathered = self._pool.quiet.adapters(names)  # an adapter's notes are those of its check
         ids = {unpinned(name): name for name in names}
         systems = [
             System(name=id, updates=Updates(adapter), version=adapter.ref.pinned)
@@ -270,7 +268,3 @@ def _as_known(one: StoredScore) -> PoolScore:
 
 def _as_pool_score(score: Score) -> PoolScore:
     return PoolScore(score.value, score.n, score.low, score.high, score.log_likelihood)
-
-
-def _nothing(text: str) -> None:
-    """Announce nothing: an adapter's notes are those of its check."""
