@@ -20,6 +20,8 @@ os.environ.update(
     HF_HUB_DISABLE_TELEMETRY="1",
     NO_PROXY="127.0.0.1",
     TOKENIZERS_PARALLELISM="false",
+    # Tests run beside each other: a thread that waits must not take a core from another test.
+    OMP_WAIT_POLICY="PASSIVE",
 )
 for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ.pop(_name, None)

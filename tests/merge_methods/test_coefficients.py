@@ -195,6 +195,8 @@ def test_karcher_refuses_what_lies_opposite_to_the_mean() -> None:
         merged("karcher", of(axis(0), axis(0, -1.0)), [0.9, 0.1])
 
 
+# One thread: the others would wait for each other in a loop, which is CPU time where other tests run beside this one.
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ANY_NUMBER)
 def test_a_thousand_adapters_take_no_time(name: str) -> None:
     g = torch.Generator().manual_seed(0)
