@@ -330,10 +330,11 @@ class _Judged(Options, frozen=True, kw_only=True):
     ] = "exact"
 
 
-_Metrics = _knobs("_Metrics", _knobs_of_metrics(), SCORES, after=_Judged)
+Metrics = _knobs("Metrics", _knobs_of_metrics(), SCORES, after=_Judged)
+"""The metric with its knobs."""
 
 
-class EvalOptions(_Metrics, frozen=True, kw_only=True):  # type: ignore[misc,call-arg,valid-type]
+class EvalOptions(Metrics, frozen=True, kw_only=True):  # type: ignore[misc,call-arg,valid-type]
     """How a task is scored: the metric with its knobs, and these options."""
 
     baseline: Annotated[str, Flag(help="The system for differences: base, or an adapter.", panel=SCORES)] = "base"

@@ -13,6 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lora_cli.columns import Column, chosen
 from lora_cli.commands import completing
+from lora_cli.commands.panels import write_panels
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS
 from lora_cli.models.forms import Prompting, read_template
@@ -231,18 +232,7 @@ class Command(TyperCommand):
         return {}
 
     def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
-        hidden = self.left_out(ctx)
-        panels = {heading: [*rows] for heading, rows in self.added(ctx).items()}
-        for parameter in self.get_params(ctx):
-            row = None if parameter.name in hidden else parameter.get_help_record(ctx)
-            if row is not None:
-                argument = parameter.param_type_name == "argument"
-                heading = "Arguments" if argument else getattr(parameter, "rich_help_panel", None) or "Options"
-                panels.setdefault(heading, []).append(row)
-        # Options without a panel come last: they are the same for every command.
-        for heading in sorted(panels, key=lambda heading: heading == "Options"):
-            with formatter.section(heading):
-                formatter.write_dl(panels[heading])
+        write_panels(self.get_params(ctx), ctx, formatter, self.left_out(ctx), self.added(ctx))
 
 
 class Group(TyperGroup):

@@ -1,5 +1,8 @@
 """A base model at one version: pinned before it is loaded, and loaded as it was pinned."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,18 @@ from lora_cli.records import Progress, silent
 from lora_cli.settings import folder_of
 
 _LOADING = "loading the base"
+_Parts = tuple[Any, Any]
+_held: ContextVar[dict[object, _Parts] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def loaded_once() -> Iterator[None]:
+    """While the block runs, the last base that was loaded is kept, and lent to every load of the same version."""
+    token = _held.set({})
+    try:
+        yield
+    finally:
+        _held.reset(token)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +69,28 @@ class BaseRef:
             AccessDenied, NetworkError: the model cannot be downloaded.
             Refused: the model cannot be loaded, or its weights are incomplete.
         """
+        held, key = _held.get(), (self.place, self.version, self.device, self.dtype)
+        parts = None if held is None else held.get(key)
+        if parts is None:
+            if held is not None:
+                held.clear()  # before the next one takes as much memory
+            parts = self._parts(progress)
+            if held is not None:
+                held[key] = parts
+        model, tokenizer = parts
+        return BaseModel(self.name, model, tokenizer, self.version, self.prompting)
+
+    def _parts(self, progress: Progress) -> _Parts:
+        """The model on its device, and its tokenizer."""
         # Use a copy on this machine as it is: no request, and the same base in later runs.
         folder = folder_of(self.place) or cached_model(self.place, self.version)
         if folder is None:
             folder = download_base(Hub(progress=progress), self.place, self.version, progress=progress)
         progress(_LOADING, 0, 0)
         model, tokenizer = load_model(folder, torch_dtype(self.dtype), named=self.name)
-        base = BaseModel(self.name, model.to(self.device), tokenizer, self.version, self.prompting)
+        model = model.to(self.device)
         progress(_LOADING, 1, 1)
-        return base
+        return model, tokenizer
 
 
 def pin(

@@ -38,6 +38,7 @@ FLOORS = (
         "recipes",
         "merge_options",
         "harness_options",
+        "study_options",
         "outputs",
         "task",
         "scores",
@@ -58,25 +59,27 @@ FLOORS = (
     ("steps.fit",),
     ("steps.memory", "steps.speed"),
     ("steps.estimate", "steps.select"),
+    ("steps.study",),
+    ("executors",),
     ("world", "api"),
     ("commands",),
     ("app",),
     ("__main__",),
 )  # fmt: skip
 OPEN_FOLDERS = (
-    "merge_methods/", "selection_methods/", "fit_methods/", "sources/", "exports/", "metrics/", "world/",
+    "merge_methods/", "selection_methods/", "fit_methods/", "sources/", "exports/", "metrics/", "executors/", "world/",
 )  # fmt: skip
 KEEPERS = {
     "torch": (
         "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
-        "models", "merge_methods", "selection_methods", "fit_methods", "steps", "world",
+        "models", "merge_methods", "selection_methods", "fit_methods", "steps", "executors", "world",
     ),
     "transformers": ("models", "world"),
     "peft": ("models", "world"),
     "lm_eval": ("models.harness",),
     "re2": ("formats.targets",),
     "tokenizers": ("world",),
-    "msgspec": ("options", "recipes", "merge_options", "steps", "commands"),
+    "msgspec": ("options", "recipes", "merge_options", "study_options", "steps", "commands"),
     "rapidfuzz": ("catalogue.adapters",),
     "safetensors": ("world", "models.new_adapter"),
     "huggingface_hub": ("hub",),

@@ -28,7 +28,7 @@ from lora_cli.steps.evaluate.choices import read_choices
 from lora_cli.steps.evaluate.groups import Judging, System, Updates, groups
 from lora_cli.text import counted
 
-__all__ = ["Row", "System", "Updates", "demand_systems", "evaluate", "read_rows"]
+__all__ = ["Row", "System", "Updates", "answered", "demand_systems", "evaluate", "read_rows"]
 _SAME_LIKELIHOOD = 1e-6
 
 
@@ -87,30 +87,8 @@ def evaluate(
     metric, baseline, max_new_tokens = METRICS.get(options.metric), options.baseline, options.max_new_tokens
     names = [system.name for system in systems]
     demand_systems(names, baseline=baseline)
-    if not examples:
-        raise NothingMatched("no examples to evaluate on")
     [itself] = [system.name for system in systems if system.updates is None]
-    for system in systems:
-        base.check(system.shapes, system.name)
-    choices = read_choices(base, examples) if metric.kind == "choice" else {}
-    encoded = _read(base, examples, new=max_new_tokens if metric.kind == "output" else 0)
-    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
-    values_of = partial(METRICS.load(metric.name), **options.knobs)
-    measured = [metric.name, max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
-    keys = _keys(systems, examples, common, measured)
-    judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
-    with _Rows(rows_path, keys) as rows:
-        # The weights of a system whose rows are all stored already are not loaded.
-        waiting = [system for system in systems if any((system.name, id) not in rows.found for id in encoded)]
-        report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
-        report(len(rows.found), len(keys))
-        for group in groups(base, waiting, generates=metric.kind == "output"):
-            try:
-                _fill(rows, group, judging, report)
-            except NotByRow:
-                for system in group:
-                    _fill(rows, [system], judging, report)
-        found = {name: [rows.found[name, example.id] for example in examples] for name in names}
+    found = answered(base, systems, examples, options, rows_path=rows_path, progress=progress)
     values = {name: [row.value for row in rows] for name, rows in found.items()}
     alone = _scores(found, values, metric, baseline, itself, seed)
     scores = beside_others(alone, values, metric, itself=itself, seed=seed)
@@ -121,6 +99,57 @@ def evaluate(
         for name in names
     ]
     return [replace(score, cut=count) for score, count in zip(scores, cut, strict=True)]
+
+
+def answered(
+    base: BaseModel,
+    systems: Sequence[System],
+    examples: Sequence[Example],
+    options: EvalOptions,
+    *,
+    rows_path: Path | None = None,
+    part: int | None = None,
+    progress: Progress = silent,
+) -> dict[str, list[Row]]:
+    """The row of every system for every example, in the order of both.
+
+    Args:
+        rows_path: as in `evaluate`.
+        part: so many examples are asked together, and again together where rows of them are missing. What stands in
+            one batch moves the last bit of a likelihood: with parts and a `batch_size`, a resumed evaluation ends with
+            the same bits.
+
+    Raises as `evaluate` does about examples, adapters and rows.
+    """
+    if not examples:
+        raise NothingMatched("no examples to evaluate on")
+    metric, names = METRICS.get(options.metric), [system.name for system in systems]
+    for system in systems:
+        base.check(system.shapes, system.name)
+    choices = read_choices(base, examples) if metric.kind == "choice" else {}
+    encoded = _read(base, examples, new=options.max_new_tokens if metric.kind == "output" else 0)
+    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
+    values_of = partial(METRICS.load(metric.name), **options.knobs)
+    measured = [metric.name, options.max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
+    keys = _keys(systems, examples, common, measured)
+    judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
+    ids = [*encoded]
+    with _Rows(rows_path, keys) as rows:
+        report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
+        report(len(rows.found), len(keys))
+        for start in range(0, len(ids), part or len(ids)):
+            together = ids[start : start + (part or len(ids))]
+            if part is not None:
+                rows.keep_whole(names, together)
+            # The weights of a system whose rows are all stored already are not loaded.
+            waiting = [system for system in systems if any((system.name, id) not in rows.found for id in together)]
+            for group in groups(base, waiting, generates=metric.kind == "output"):
+                try:
+                    _fill(rows, group, judging, together, report)
+                except NotByRow:
+                    for system in group:
+                        _fill(rows, [system], judging, together, report)
+        return {name: [rows.found[name, example.id] for example in examples] for name in names}
 
 
 def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
@@ -140,9 +169,15 @@ def demand_systems(names: Sequence[str], *, baseline: str) -> None:
         raise NothingMatched(f"no system {baseline!r} to be the baseline", hint=f"one of {', '.join(names)}")
 
 
-def _fill(rows: "_Rows", group: Sequence[System], judging: Judging, report: Callable[[int, int], None]) -> None:
-    """Have the systems answer all that is not among the rows. Refused if the base itself cannot."""
-    left = {system.name: [id for id in judging.encoded if (system.name, id) not in rows.found] for system in group}
+def _fill(
+    rows: "_Rows",
+    group: Sequence[System],
+    judging: Judging,
+    ids: Sequence[str],
+    report: Callable[[int, int], None],
+) -> None:
+    """Have the systems answer all of `ids` that is not among the rows. Refused if the base itself cannot."""
+    left = {system.name: [id for id in ids if (system.name, id) not in rows.found] for system in group}
     for ended in judging.outcomes(group, left):
         for system, id, outcome in ended:
             if outcome.log_likelihood is None and system.updates is None:
@@ -258,6 +293,13 @@ class _Rows:
         if self._file is not None:
             self._file.write(_line(row))
             self._file.flush()
+
+    def keep_whole(self, systems: Sequence[str], ids: Sequence[str]) -> None:
+        """Forget the rows of each system that lacks one of `ids`."""
+        for name in systems:
+            if any((name, id) not in self.found for id in ids):
+                for id in ids:
+                    self.found.pop((name, id), None)
 
     def _rewritten(self, path: Path) -> Any:
         """The file opened for appending, without the outdated rows of these systems."""

@@ -1,0 +1,145 @@
+"""`lora study`: is it worth to recycle the pool's adapters for a task? Its subcommands are files beside this one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from lora_cli.commands.lazy import LazyGroup
+from lora_cli.commands.options import OUTPUT, Listing, Loaded, Prompts, examples, with_flags
+from lora_cli.commands.panels import write_panels
+from lora_cli.commands.study.shown import LINES, says, show_cells, show_table
+from lora_cli.errors import Partial, UsageError
+from lora_cli.licences import PolicyFlag
+from lora_cli.methods import file_names
+from lora_cli.options import Flag, Options
+from lora_cli.study_options import Asked, asked_options
+from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from typer._click import Context, HelpFormatter
+
+    ExecutorName = str
+else:  # one choice per file of executors/
+    ExecutorName = Literal[file_names("lora_cli.executors")]
+WHERE = "Where cells are done"
+SUMMARIES = {
+    "collect": "Bring the folders of a study's shards together, and write its table.",
+}
+
+
+class Study(LazyGroup):
+    """The `lora study` command, which runs a study without a subcommand."""
+
+    package = "lora_cli.commands.study"
+    summaries = SUMMARIES
+
+    def format_options(self, ctx: "Context", formatter: "HelpFormatter") -> None:
+        write_panels(self.get_params(ctx), ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+
+class OnData(Loaded, frozen=True, kw_only=True):
+    """`Loaded`, for a command that learns from some data and tests on others."""
+
+    data: Annotated[Path | None, Flag(help="Task file, one JSON example per line.", default="the setting")] = None
+    test: Annotated[
+        Path | None, Flag(help="Task file for testing.", default="the setting, else a part of the data")
+    ] = None
+    license_policy: PolicyFlag = None
+
+
+class Execution(Options, frozen=True, kw_only=True):
+    """Where a study's cells are done."""
+
+    out: Annotated[
+        Path | None, Flag(help="The study's folder.", short="-o", default="below ./lora-runs", panel=OUTPUT)
+    ] = None
+    dry_run: Annotated[bool, Flag(help="Print the cells and change nothing.", panel=OUTPUT)] = False
+    executor: Annotated[ExecutorName, Flag(help="local: processes on this machine.", panel=WHERE)] = "local"
+    jobs: Annotated[
+        int | None, Flag(help="Cells at once.", minimum=1, default="one per GPU, or per core", panel=WHERE)
+    ] = None
+    shard: Annotated[
+        str | None,
+        Flag(help="Do every n-th cell from the i-th on, i from 0; collect brings shards together.", metavar="I/N",
+             panel=WHERE),
+    ] = None  # fmt: skip
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """(i, n) of the shard, (0, 1) for all cells. UsageError for a malformed one."""
+        if self.shard is None:
+            return 0, 1
+        place, _, of = self.shard.partition("/")
+        if place.isdecimal() and of.isdecimal() and int(place) < int(of):
+            return int(place), int(of)
+        raise UsageError(f"--shard is I/N with I from 0 to N − 1, such as 0/3, not {self.shard!r}")
+
+
+def study(
+    ctx: typer.Context,
+    *,
+    setup: OnData,
+    asked: Asked,
+    execution: Execution,
+    listing: Annotated[Listing, LINES],
+    prompts: Prompts,
+) -> None:
+    """Compare ways to recycle a pool's adapters for a task, with the controls that keep the answer honest.
+
+    Each system is made from each pool by each seed, and scored on the same test examples: one cell. Cells have names
+    that hold the hash of what decides them, so that done ones are never done again: a killed study goes on when it is
+    run again, and systems or seeds that are added to it share what is there. A cell that fails is named, and the
+    others go on (exit code 6).
+    """
+    if ctx.invoked_subcommand is not None:
+        return
+    screen, shard = listing.screen(), execution.part
+    options, from_file = asked_options(asked)
+    settings = setup.load(**{name: value for name, value in from_file.items() if getattr(setup, name, None) is None})
+
+    from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.steps.study.plan import shard_of
+    from lora_cli.steps.study.request import StudyRequest
+
+    with screen.progress() as progress:
+        with Catalogue(settings.db) as catalogue:
+            request = StudyRequest(
+                catalogue, settings, options, prompts.prompting(), announce=screen.say, progress=progress
+            )
+            planned = request.planned(execution.out)
+        cells = shard_of(planned.cells, shard)
+        if execution.dry_run:
+            show_cells(screen, planned, cells)
+            return
+        planned.write()
+
+        from lora_cli.executors import executor
+        from lora_cli.steps.study.collect import collect
+
+        folder = planned.folder
+        run = executor(execution.executor)
+        failed = [
+            one for one in map(says(screen), run(folder, cells, jobs=execution.jobs, progress=progress)) if one.error
+        ]
+        table = collect([folder.path], progress=progress)
+    show_table(screen, table)
+    if failed:
+        raise Partial(
+            f"{counted(len(failed), 'cell')} of {len(cells):,} failed, first {failed[0].name}: {failed[0].error}",
+            hint="run the same command again to try these cells again; done ones are kept",
+        )
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora study` to the command tree."""
+    app = typer.Typer(cls=Study, invoke_without_command=True)
+    app.callback(
+        epilog=examples(
+            "lora study --data task.jsonl --quick --dry-run",
+            "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
+            "lora study collect study",
+        ),
+    )(with_flags(study))
+    root.add_typer(app, name="study")

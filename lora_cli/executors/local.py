@@ -1,0 +1,185 @@
+"""Cells on this machine: in this process, or in one process for each GPU or core."""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import torch
+
+from lora_cli.records import Progress, silent
+from lora_cli.steps.study.folder import FAILED_FILE, StudyFolder, write_json
+from lora_cli.steps.study.order import Order
+from lora_cli.steps.study.plan import Cell
+from lora_cli.steps.study.work import Outcome, Worker
+
+_WORKER = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors.local import serve; serve()"
+_TRIES = 2
+"""How often a piece of work may end its worker before it is given up."""
+
+
+def local(
+    folder: StudyFolder, cells: Sequence[Cell], *, jobs: int | None = None, progress: Progress = silent
+) -> Iterator[Outcome]:
+    """Do the cells by workers on this machine, and yield the outcome of each that was not done before.
+
+    One worker is this process itself. A worker that dies is replaced, and its work is done again; work that ends two
+    workers fails. Every worker ends with this process.
+
+    Args:
+        jobs: the number of workers; by default one per GPU, or per core without GPUs.
+    """
+    order = Order(folder, cells)
+    count = len(order.cells)
+    workers = min(jobs or _places(folder), count)
+    progress("cells", 0, count)
+    outcomes = _alone(folder, order) if workers <= 1 else _together(folder, order, workers)
+    for done, outcome in enumerate(outcomes, 1):
+        progress("cells", done, count)
+        yield outcome
+
+
+def _places(folder: StudyFolder) -> int:
+    """The workers that this machine has room for."""
+    if folder.study.base.device.startswith("cuda"):
+        return torch.cuda.device_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _alone(folder: StudyFolder, order: Order) -> Iterator[Outcome]:
+    with Worker(folder.path) as worker:
+        while (name := order.take()) is not None:
+            yield from order.ended(worker.run(name))
+
+
+def _together(folder: StudyFolder, order: Order, workers: int) -> Iterator[Outcome]:
+    told: queue.SimpleQueue[list[Outcome] | BaseException | None] = queue.SimpleQueue()
+    started: list[_Process] = []
+    tries: dict[str, int] = {}
+
+    def serve_one(number: int) -> None:
+        process = _Process(folder, number)
+        started.append(process)
+        try:
+            while (name := order.take()) is not None:
+                try:
+                    told.put(order.ended(process.ask(name)))
+                except _Died as death:
+                    tries[name] = tries.get(name, 0) + 1
+                    if tries[name] < _TRIES:
+                        order.back(name)
+                    else:
+                        told.put(order.ended(_given_up(folder, name, str(death))))
+        except BaseException as error:
+            told.put(error)
+        finally:
+            process.end()
+            told.put(None)
+
+    threads = [threading.Thread(target=serve_one, args=(number,), daemon=True) for number in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        left = workers
+        while left:
+            found = told.get()
+            if isinstance(found, BaseException):
+                raise found
+            if found is None:
+                left -= 1
+            else:
+                yield from found
+    finally:
+        order.stop()
+        for process in started:
+            process.end()
+
+
+def _given_up(folder: StudyFolder, name: str, why: str) -> Outcome:
+    """The outcome of work that ended its workers."""
+    error = f"its worker died {_TRIES} times ({why})"
+    place = folder.cell(name)
+    if place.is_dir():
+        write_json(place / FAILED_FILE, {"cell": name, "error": error, "hint": ""})
+    return Outcome(name=name, error=error, hint="it may need more memory: give fewer --jobs")
+
+
+class _Died(Exception):
+    """A worker ended before it answered."""
+
+
+class _Process:
+    """A worker in a process of its own, which is started when it is asked, and again when it has died."""
+
+    def __init__(self, folder: StudyFolder, number: int) -> None:
+        self._folder, self._number = folder, number
+        self._process: subprocess.Popen[str] | None = None
+        self._ended = False
+
+    def ask(self, name: str) -> Outcome:
+        """Have it do some work. _Died if it ends before it answers."""
+        if self._ended:
+            raise _Died("stopped")
+        process = self._process or self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(name + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except (OSError, ValueError):
+            answer = ""
+        if not answer:
+            code = process.wait()
+            self._process = None
+            raise _Died(f"signal {-code}" if code < 0 else f"exit code {code}")
+        return Outcome(**json.loads(answer))
+
+    def end(self) -> None:
+        """End the process; the end of its input ends it where it has not ended."""
+        self._ended = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _start(self) -> "subprocess.Popen[str]":
+        places = json.dumps([str(Path(place).absolute()) for place in sys.path])
+        environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+        if self._folder.study.base.device.startswith("cuda"):
+            known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            ours = known if known != [""] else [str(place) for place in range(torch.cuda.device_count())]
+            environment["CUDA_VISIBLE_DEVICES"] = ours[self._number % len(ours)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-c", _WORKER, places, str(self._folder.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env=environment,
+            start_new_session=True,  # Ctrl-C is for this process, which ends the others
+        )
+        return self._process
+
+
+def serve() -> None:
+    """Do the work whose names come line by line on stdin, and answer each with its outcome on stdout."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    names: queue.SimpleQueue[str] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(sys.stdin, names), daemon=True).start()
+    with Worker(Path(sys.argv[2])) as worker:
+        while True:
+            outcome = worker.run(names.get())
+            answers.write(json.dumps({name: getattr(outcome, name) for name in outcome.__slots__}) + "\n")
+            answers.flush()
+
+
+def _listen(lines: IO[str], names: "queue.SimpleQueue[str]") -> None:
+    """Pass lines on. Their end is that of the process that asks: nobody waits for what is under way."""
+    for line in lines:
+        names.put(line.rstrip("\n"))
+    os._exit(1)

@@ -1,0 +1,174 @@
+"""The folder of a study: where its plan, its data, its cells and their shared work are."""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from lora_cli.errors import DataError, OutputError
+from lora_cli.files import read_given, read_regular
+from lora_cli.outputs import hold, whole_file
+from lora_cli.records import Adapter
+from lora_cli.steps.study.plan import Cell, Study, read_study, study_text
+
+STUDY_FILE, TABLE_FILE = "study.json", "table.jsonl"
+RESULT_FILE, COST_FILE, FAILED_FILE, ROWS_FILE = "result.json", "cost.json", "failed.json", "rows.jsonl"
+DATA_FILE, TEST_FILE, CANDIDATES_FILE = "train.jsonl", "test.jsonl", "adapters.jsonl"
+ADAPTER_FOLDER = "adapter"
+_PATIENCE = 0.05
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a cell could not be done."""
+
+    cell: str
+    error: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class StudyFolder:
+    """A study's folder, which holds all that its cells need but the weights of base and adapters."""
+
+    path: Path
+
+    @cached_property
+    def study(self) -> Study:
+        """The plan. DataError if there is none, or another file in its place."""
+        file = self.path / STUDY_FILE
+        try:
+            return read_study(read_given(file), str(file))
+        except OSError as error:
+            raise DataError(f"{self.path}: no folder of a study ({error.strerror})") from None
+
+    @property
+    def data(self) -> Path:
+        """The examples that adapters are chosen, fitted and trained on."""
+        return self.path / DATA_FILE
+
+    @property
+    def test(self) -> Path:
+        """The examples that cells are scored on."""
+        return self.path / TEST_FILE
+
+    @property
+    def shared(self) -> Path:
+        """The folder of the work that cells share."""
+        return self.path / "shared"
+
+    @property
+    def cells(self) -> Path:
+        """The folder of the cells."""
+        return self.path / "cells"
+
+    def cell(self, name: str) -> Path:
+        """The folder of a cell."""
+        return self.cells / name
+
+    def cost(self, name: str) -> Path:
+        """The file about what a need took."""
+        return self.shared / f"{name}.{COST_FILE}"
+
+    def selection(self, name: str) -> Path:
+        """The file of a pool's adapters."""
+        return self.shared / f"{name}.json"
+
+    def target(self, name: str) -> Path:
+        """The folder of a LoRA trained on the data."""
+        return self.shared / name
+
+    def is_made(self, name: str) -> bool:
+        """Whether a need is there: outputs are whole or absent."""
+        return self.selection(name).is_file() or self.target(name).is_dir()
+
+    def done(self, cells: Iterable[Cell]) -> set[str]:
+        """The names of the cells that have a result."""
+        return {cell.name for cell in cells if (self.cell(cell.name) / RESULT_FILE).is_file()}
+
+    def result(self, name: str) -> dict[str, Any]:
+        """The result of a cell. DataError if it is no result of this cell."""
+        return parsed_result(self.result_bytes(name), self.cell(name) / RESULT_FILE, name)
+
+    def result_bytes(self, name: str) -> bytes:
+        """The bytes of a cell's result. FileNotFoundError where there is none."""
+        return read_regular(self.cell(name) / RESULT_FILE)
+
+    def failure(self, name: str) -> Failure | None:
+        """Why a cell could not be done, None if it was not tried or is done."""
+        try:
+            return msgspec.json.decode(read_regular(self.cell(name) / FAILED_FILE), type=Failure)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def chosen(self, name: str) -> list[str]:
+        """The adapters of a selection, as `id@commit`, the best first."""
+        found: list[str] = json.loads(read_regular(self.selection(name)))["adapters"]
+        return found
+
+    def candidates(self) -> Iterator[Adapter]:
+        """The adapters that pools are chosen from, with all their facts."""
+        for line in read_regular(self.path / CANDIDATES_FILE).splitlines():
+            yield msgspec.json.decode(line, type=Adapter)
+
+    def scratch(self, name: str) -> Path:
+        """The folder of unfinished work on a need; nobody but its holder touches it."""
+        return self.shared / f".{name}"
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it while the block runs; wait while another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        while not hold(descriptor, without_locks=True):
+            time.sleep(_PATIENCE)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def parsed_result(data: bytes, file: Path, name: str) -> dict[str, Any]:
+    """The result of the cell `name` in the bytes of a file. DataError for anything else."""
+    try:
+        found: dict[str, Any] = json.loads(data)
+        if found["schema"] == "lora.study.cell/1" and found["cell"] == name:
+            return found
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a value as JSON, whole or not at all, in the same bytes whatever the order of its keys was."""
+    with whole_file(file) as opened:
+        opened.write(json.dumps(value, sort_keys=True, ensure_ascii=False).encode() + b"\n")
+
+
+def write_plan(folder: StudyFolder, study: Study, adapters: Sequence[Adapter], data: bytes, test: bytes) -> None:
+    """Write a new study's folder; study.json comes last, so that a folder that has it has all."""
+    lines = b"".join(msgspec.json.encode(one, order="sorted") + b"\n" for one in adapters)
+    for name, text in ((CANDIDATES_FILE, lines), (DATA_FILE, data), (TEST_FILE, test), (STUDY_FILE, study_text(study))):
+        with whole_file(folder.path / name) as file:
+            file.write(text)
+
+
+def demand_free(path: Path) -> None:
+    """OutputError for a folder that holds anything but the beginning of a study."""
+    if path.is_symlink():
+        raise OutputError(f"{path}: a link; outputs are never written through links")
+    try:
+        found = {entry.name for entry in path.iterdir() if not entry.name.startswith(".")}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read ({error.strerror})", hint="choose another folder with -o") from None
+    if found - {CANDIDATES_FILE, DATA_FILE, TEST_FILE}:
+        raise OutputError(f"{path} exists, and is no study", hint="choose another folder with -o")

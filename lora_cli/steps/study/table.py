@@ -1,0 +1,88 @@
+"""The results of a study: each system on each pool, in the mean over its seeds, beside its controls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from lora_cli.metrics import METRICS
+from lora_cli.scores import Difference, interval, paired_differences
+from lora_cli.steps.study.folder import StudyFolder
+from lora_cli.steps.study.plan import Cell, Study
+
+Values = Mapping[str, float]
+"""By the id of a test example: the value of an answer, or its mean over seeds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A system on a pool ("" for none): its score in the mean over `cells`, which differ in their seeds.
+
+    `low`..`high` is the 95 % interval over the `n` test examples, each first averaged over the seeds. `against` holds
+    the paired difference to each control: "base", "target", and "noise", which is this system on the noise pool.
+    `wins` and `losses` count the examples on which it is better or worse than the base.
+    """
+
+    system: str
+    pool: str
+    cells: tuple[Cell, ...]
+    n: int
+    value: float
+    low: float
+    high: float
+    against: Mapping[str, Difference]
+    wins: int | None
+    losses: int | None
+
+
+def lines(folder: StudyFolder, *, seed: int = 0) -> list[Line]:
+    """A line for each system on each pool of which at least one cell is done, in the plan's order."""
+    study, groups = folder.study, dict[tuple[str, str], list[Cell]]()
+    done = folder.done(study.cells())
+    for cell in study.cells():
+        if cell.name in done:
+            groups.setdefault((cell.system, cell.pool), []).append(cell)
+    values = {key: mean_values([folder.result(cell.name) for cell in cells]) for key, cells in groups.items()}
+    return [_line(study, *key, cells, values, seed) for key, cells in groups.items()]
+
+
+def mean_values(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean value of each test example over the results of cells that differ in their seeds."""
+    found = [{answer["id"]: answer["value"] for answer in result["answers"]} for result in results]
+    return {id: fmean(values[id] for values in found) for id in found[0]}
+
+
+def controls(study: Study, system: str, pool: str) -> dict[str, tuple[str, str]]:
+    """The controls of a system on a pool, by name: (system, pool) of each."""
+    noises = [name for name, rule in study.pools.items() if rule.noise]
+    found = {"base": ("base", ""), "target": ("target", "")}
+    if noises and pool and not study.pools[pool].noise:
+        found["noise"] = system, noises[0]
+    return {name: key for name, key in found.items() if key != (system, pool)}
+
+
+def _line(
+    study: Study, system: str, pool: str, cells: Sequence[Cell], values: Mapping[tuple[str, str], Values], seed: int
+) -> Line:
+    metric, ours = METRICS.get(study.evaluation["metric"]), values[system, pool]
+    score = metric.score if len(cells) == 1 else "mean"
+    bounds = interval(score, [*ours.values()], seed=seed)
+    others = {name: values[key] for name, key in controls(study, system, pool).items() if key in values}
+    against = {
+        name: paired_differences([[*ours.values()]], [theirs[id] for id in ours], seed=seed)[0]
+        for name, theirs in others.items()
+    }
+    sign = -1 if metric.better == "lower" else 1
+    moved = [sign * (ours[id] - others["base"][id]) for id in ours] if "base" in others else None
+    return Line(
+        system=system,
+        pool=pool,
+        cells=tuple(cells),
+        n=len(ours),
+        value=fmean(ours.values()),
+        low=bounds.low,
+        high=bounds.high,
+        against=against,
+        wins=None if moved is None else sum(one > 0 for one in moved),
+        losses=None if moved is None else sum(one < 0 for one in moved),
+    )
