@@ -1,5 +1,6 @@
 """The model of a cell: how each kind of system is made, by the steps that the other commands run."""
 
+import dataclasses
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -195,10 +196,13 @@ class Maker:
 
 
 def add_candidates(catalogue: Catalogue, folder: StudyFolder) -> None:
-    """Store a study's candidates, unless they are there: an interrupted worker leaves all or none."""
+    """Store a study's candidates, unless they are there: an interrupted worker leaves all or none.
+
+    They are usable with the study's base, wherever it is now.
+    """
     base = folder.study.base.place
     if not catalogue.candidates(base=base).pinned:
-        catalogue.add(folder.candidates(), base=base)
+        catalogue.add((dataclasses.replace(one, base=base) for one in folder.candidates()), base=base)
 
 
 def _trained(folder: Path) -> dict[str, Any]:
