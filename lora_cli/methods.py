@@ -34,6 +34,7 @@ def method(
     score: str = "",
     better: str = "",
     lr: float = 0.0,
+    ordered: bool = False,
 ) -> Callable[[F], F]:
     """Mark the one public function of a method file.
 
@@ -46,6 +47,7 @@ def method(
         score: the score that a metric makes of its values: "share" of those that are true, or their "mean".
         better: the direction of a metric: "higher" or "lower".
         lr: the usual learning rate of a fit by gradient descent.
+        ordered: whether the result of a merge depends on the order in which the adapters are given.
     """
 
     def mark(function: F) -> F:
@@ -113,6 +115,7 @@ class Method:
     score: str = ""
     better: str = ""
     lr: float = 0.0
+    ordered: bool = False
     module: str = ""
 
     @property

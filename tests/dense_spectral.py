@@ -126,3 +126,20 @@ def pico(case: Case, inside: str = "linear", **knobs: object) -> Dense:
     merged = run(inside, calmed, weights, keys, **knobs)
     target = np.average([np.linalg.norm(delta) for delta in deltas], weights=np.abs(weights))
     return merged * target / np.linalg.norm(merged)
+
+
+def orthogonal(case: Case, share: float = 0.5) -> Dense:
+    out, inn = case.deltas[0].shape
+    total = np.zeros((out, inn))
+    for delta, weight in zip(case.deltas, case.weights, strict=True):
+        left, right = np.eye(out), np.eye(inn)
+        if total.any():
+            u, s, v = triplets(total)
+            taken = 0
+            while sum(s[:taken]) < share * sum(s) * (1 - 1e-12):
+                taken += 1
+            for j in range(taken):
+                left -= np.outer(u[:, j], u[:, j])
+                right -= np.outer(v[:, j], v[:, j])
+        total = total + weight * left @ delta @ right
+    return total

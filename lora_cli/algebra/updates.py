@@ -24,7 +24,8 @@ class Whole(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Updates(Sequence[LowRank]):
-    """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user.
+    """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user
+    but for an `ordered` method.
 
     keys: one integer per adapter, from its place, its commit and the module: the key for random numbers.
     scales: the alpha/rank that is folded into each B, for the per-factor methods, which reproduce others' results.

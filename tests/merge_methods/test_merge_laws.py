@@ -78,6 +78,7 @@ LAWS = {
     "multislerp": Laws(identity={}, copies={}),
     "norm-matched": Laws(identity={}, copies={}),
     "nuslerp": Laws(identity={}, copies={}, takes=2),
+    "orthogonal": Laws(identity={}, copies={"share": 1.0}),
     "peft-dare-linear": Laws(identity={"density": 1.0}, gauge=False, padding=False, equal_ranks=True),
     "peft-dare-ties": Laws(
         identity={"density": 1.0},
@@ -193,10 +194,14 @@ def test_equals_the_dense_reference_on_mixed_ranks(name: str, weights: list[floa
 
 @pytest.mark.slow
 @every_method
-def test_the_order_of_adapters_does_not_matter(name: str) -> None:
+def test_the_order_of_adapters_matters_only_where_it_is_declared(name: str) -> None:
     updates, weights = case_of(name)
     order = [2, 0, 3, 1][: len(updates)] if len(updates) == 4 else [1, 0]
-    same(merged(name, taken(updates, order), [weights[i] for i in order]), merged(name, updates, weights), 1e-8)
+    once, again = merged(name, updates, weights), merged(name, taken(updates, order), [weights[i] for i in order])
+    if METHODS.get(name).ordered:
+        assert float((again - once).norm()) > 0.01 * float(once.norm()), "declared as ordered"
+    else:
+        same(again, once, 1e-8)
 
 
 @every_method
@@ -291,3 +296,20 @@ def test_ties_keeps_all_entries_that_tie_at_the_border() -> None:
     ones = LowRank(torch.ones(OUT, 1, dtype=torch.float64), torch.ones(1, IN, dtype=torch.float64))
     alone = replace(taken(MIXED, [0]), items=(ones,))
     same(merged("ties", alone, [1.0], density=0.1), torch.ones(OUT, IN, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_orthogonal_leaves_what_came_before_in_place(share: float) -> None:
+    first, whole = MIXED[1].dense(), merged("orthogonal", taken(MIXED, [1, 2]), [1.0, 1.0], share=share)
+    same(whole, expected("orthogonal", taken(MIXED, [1, 2]), [1.0, 1.0], share=share))
+    u, s, vt = torch.linalg.svd(first)
+    kept = int((s.cumsum(0) < share * s.sum() * (1 - 1e-12)).sum()) + 1
+    same(whole @ vt[:kept].T, first @ vt[:kept].T)
+    same(u[:, :kept].T @ whole, u[:, :kept].T @ first)
+    assert float((whole - first).norm()) > 0.1
+
+
+def test_orthogonal_in_two_merges_is_orthogonal_in_one() -> None:
+    running = LowRank(merged("orthogonal", taken(MIXED, [0, 1, 2]), WEIGHTS[:3]), torch.eye(IN, dtype=torch.float64))
+    later = replace(taken(MIXED, [0, 3]), items=(running, MIXED[3]))
+    same(merged("orthogonal", later, [1.0, WEIGHTS[3]]), merged("orthogonal", MIXED, WEIGHTS))

@@ -36,6 +36,7 @@ class _Settings(MergeOptions, frozen=True, kw_only=True):
     weights: dict[str, float]
     coefficients: str | None
     module_inputs: Any = msgspec.UNSET
+    order: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +71,11 @@ class Lock:
     def weights(self, pinned: Sequence[str]) -> list[float]:
         """The weight of each parent of `pinned`."""
         return [self.settings["weights"][name] for name in pinned]
+
+    def in_order(self, adapters: Sequence[OpenAdapter]) -> list[OpenAdapter]:
+        """The parents in the order of the locked merge, if its method has one."""
+        order = self.settings.get("order", [])
+        return sorted(adapters, key=lambda one: order.index(one.ref.pinned)) if order else list(adapters)
 
 
 def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[str, Any]:
@@ -248,6 +254,8 @@ def _settings(found: Any, parents: Collection[str]) -> dict[str, Any]:
     settings = _Settings.of_settings({**_BEFORE, **found})
     if settings.weights.keys() != _not_empty(parents):
         raise ValueError("weights of other adapters than the parents")
+    if settings.order and sorted(settings.order) != sorted(settings.weights):
+        raise ValueError("an order of other adapters than the parents")
     return settings.settings
 
 

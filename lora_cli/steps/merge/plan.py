@@ -34,7 +34,8 @@ Inputs = Callable[[OpenAdapter, str], Tensor]
 class MergePlan:
     """A merge that passed every check which needs no weights.
 
-    `adapters` and `weights` are in canonical order, not in the order given. `options` hold all knobs of the method.
+    `adapters` and `weights` are in canonical order, and in the order given only if the method is `ordered`. `options`
+    hold all knobs of the method.
     `coefficients`, if given, replace the weights: per adapter, or per rank of each adapter, module by module. `zeros`
     are the shapes (out, in) of modules that the result holds as zeros, because the program of --for cannot load the
     others without them. `terms` maps each `id@commit`, and "" for the base, to what its card states.
@@ -100,11 +101,13 @@ class MergePlan:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that decide the result besides the adapters themselves."""
+        ordered = METHODS.get(self.options.method).ordered
         return {
             **self.options.settings,
             "base": self.base,
             "weights": {a.ref.pinned: w for a, w in zip(self.adapters, self.weights, strict=True)},
             "coefficients": None if self.coefficients is None else self.coefficients.sha256,
+            **({"order": [adapter.ref.pinned for adapter in self.adapters]} if ordered else {}),
         }
 
     def rank_choice(self, ranks: Sequence[int]) -> RankChoice:
@@ -151,7 +154,9 @@ def plan(
             hint="give --data FILE.jsonl",
         )
     _check_weights(weights, coefficients, options)
-    order = sorted(range(len(adapters)), key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
+    order = [*range(len(adapters))]
+    if not METHODS.get(options.method).ordered:
+        order.sort(key=lambda i: (adapters[i].ref.commit, adapters[i].ref.id))
     ordered = tuple(adapters[i] for i in order)
     modules = modules_in_scope(ordered, options.scope)
     demand_same_shapes(ordered, modules)

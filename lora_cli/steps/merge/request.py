@@ -170,6 +170,7 @@ class MergeRequest:
         if self.lock is not None:
             adapters, inputs = under_locked_names(self.lock, adapters, inputs)
             demand_same_parents(self.lock, inputs)
+            adapters = self.lock.in_order(adapters)
             weights = self.lock.weights([adapter.ref.pinned for adapter in adapters])
         elif self.coefficients is not None:
             demand_fitting(self.coefficients, adapters)
