@@ -302,6 +302,9 @@ class TrainOptions(Options, frozen=True, kw_only=True):
     alpha: Annotated[float, Flag(help="Alpha; the update is scaled by alpha/rank.", panel=LORA)] = 16.0
     dropout: Annotated[float, Flag(help="Dropout on the LoRA's input.", panel=LORA)] = 0.1
     target_modules: Annotated[str, Flag(help="Names of modules with commas, or all-linear.", panel=LORA)] = ALL_LINEAR
+    start: Annotated[
+        Path | None, Flag(help="Go on from the LoRA in this folder, trained with the same options.", panel=LORA)
+    ] = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 <= self.dropout < 1 or not 0 < self.alpha < math.inf:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
 from lora_cli.models.hf import quiet
 from lora_cli.names import leaf, leaves
@@ -113,6 +115,26 @@ class NewAdapter:
             yield
         finally:
             self._wrapped.eval()
+
+    def start_from(self, adapter: OpenAdapter) -> None:
+        """Take over the factors of an adapter of this form, so that training goes on from there.
+
+        Raises:
+            Refused: the adapter is for another base, or has other modules, ranks or scales than this LoRA.
+        """
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        if adapter.base != self._base:
+            raise Refused(f"{adapter.ref.id} is an adapter of {adapter.base}, not of {self._base}")
+        ours, theirs = get_peft_model_state_dict(self._wrapped), load_file(adapter.files.weights)
+        config = self._wrapped.peft_config["default"]
+        same = {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
+        if not same or {*adapter.scales.values()} != {config.lora_alpha / config.r}:
+            raise Refused(
+                f"{adapter.ref.id} has other modules, another rank or another alpha than the LoRA to be trained",
+                hint="train with the options that it was trained with",
+            )
+        set_peft_model_state_dict(self._wrapped, theirs)
 
     def save(self, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors as PEFT does; the card is left to the caller."""

@@ -123,6 +123,11 @@ def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse:
         raise type(error)(f"{files.ref.id}: {error.message}", hint=error.hint) from error
 
 
+def opened_folder(folder: Path) -> "OpenAdapter":
+    """The adapter in a folder. NothingMatched, Refused: there is none, or it cannot be used."""
+    return opened(files_of(folder_ref(folder)), None, whole=False)
+
+
 def sha256_of_weights(files: AdapterFiles, row: Adapter | None) -> str:
     """SHA-256 of the weights. Refused if they differ from the catalogued weights."""
     ref = files.ref

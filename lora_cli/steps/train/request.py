@@ -8,6 +8,7 @@ from msgspec.structs import replace
 
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import Run
+from lora_cli.formats.store import sha256_of
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
 from lora_cli.models.ref import BaseRef, pin
@@ -15,6 +16,7 @@ from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import config_here, skeleton_at
+from lora_cli.steps.pool.gather import opened_folder
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
 from lora_cli.steps.train.train import TrainResult, run_settings, train_and_write
@@ -85,6 +87,7 @@ def train_job(
     Raises:
         UsageError: no base model.
         DataError: a task of one example.
+        NothingMatched, Refused: no adapter in the folder to go on from, or one that cannot be used.
     """
     demand_two(task.examples)
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
@@ -98,10 +101,15 @@ def train_job(
         prompting=prompting or Prompting(),
         progress=progress,
     )
+    start = None if options.start is None else opened_folder(options.start)
     job = Job(
         verb="train",
         settings=ref.settings | described,
-        inputs={**ref.inputs, task.file.name: task.sha256},
+        inputs={
+            **ref.inputs,
+            task.file.name: task.sha256,
+            **({} if start is None else {start.ref.pinned: sha256_of(start.files.weights)}),
+        },
         runs=settings.runs,
         out=out,
         device=ref.device,

@@ -15,6 +15,7 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
+from lora_cli.steps.pool.gather import opened_folder
 from lora_cli.steps.train.descent import TRACE_FILE, Checkpoint, Learnt, Parts, learn, write_trace
 from lora_cli.task import HELD_OUT
 from lora_cli.text import counted
@@ -50,17 +51,19 @@ def train(
     `folder` must be empty (`outputs.whole_folder` makes one); the two PEFT files go into it.
 
     Args:
-        options: the LoRA; `models.new_adapter.choose` finds its target modules.
+        options: the LoRA, fresh or the one to go on from; `models.new_adapter.choose` finds its target modules.
         recipe: the paper's, unless given.
         checkpoint: see `learn`.
 
     Raises:
-        Refused: modules that this base lacks, or a loss that is not finite.
+        Refused: a LoRA to go on from that is of another form, modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
     parts = Parts.of(base.encode_all, examples, fraction=fraction, seed=recipe.seed)
     with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
+        if options.start is not None:
+            adapter.start_from(opened_folder(options.start))
         parameters = adapter.parameters
         learnt = learn(
             base,
