@@ -38,6 +38,11 @@ class Column:
         return row.get(self.key) if self.show is None else self.show(row)
 
 
+def cells_of(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    """The cells for programs, row by row."""
+    return [[column.value(row) for column in columns] for row in rows]
+
+
 def on_request(*keys: str) -> tuple[Column, ...]:
     """Columns that are shown only if they are asked for."""
     return tuple(Column(key.replace("_", " ").upper(), key, wide=True, asked=True) for key in keys)

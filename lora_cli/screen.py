@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from itertools import chain, groupby
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from lora_cli.columns import Column, chosen, on_request, usual
+from lora_cli.columns import Column, cells_of, chosen, on_request, usual
 from lora_cli.escapes import as_line, csv_cell, safe
 from lora_cli.records import Progress
 
@@ -66,7 +66,8 @@ class Screen:
         """
         shown = chosen(columns, self.columns) if self.columns else usual(columns, sorted_by)
         if self.columns and self._form != "quiet":
-            found = [{column.key: column.value(row) for column in shown} for row in rows]
+            keys = [column.key for column in shown]
+            found = [dict(zip(keys, cells, strict=True)) for cells in cells_of(shown, rows)]
         else:
             found = [dict(row) for row in rows]
         match self._form:
@@ -85,8 +86,8 @@ class Screen:
             case "table":
                 self._table(shown, rows, caption)
             case _:
-                for row in rows:
-                    _out("\t".join(_plain(column.value(row)) for column in shown))
+                for cells in cells_of(shown, rows):
+                    _out("\t".join(map(_plain, cells)))
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
@@ -142,7 +143,7 @@ class Screen:
     def say(self, text: str) -> None:
         """Print one line on stderr. A closed or full stderr is ignored: the work and its exit code matter more."""
         try:
-            print(safe(text), file=sys.stderr, flush=True)
+            _write(sys.stderr, f"{safe(text)}\n")
         except OSError:
             # Unwritten text stays in the buffer, and flushing it at exit would fail.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
@@ -224,8 +225,13 @@ class Screen:
 
 
 def _out(text: str, end: str = "\n") -> None:
-    # Flush, so that results and messages keep their order in a log.
-    print(text, end=end, flush=True)
+    _write(sys.stdout, text + end)
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write a text at once, so that lines of several threads stay whole, and results and messages keep their order."""
+    stream.write(text)
+    stream.flush()
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:

@@ -5,7 +5,7 @@ import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ import platformdirs
 
 from lora_cli.errors import UsageError
 from lora_cli.files import read_given
-from lora_cli.licences import POLICIES
-from lora_cli.precision import CHOICES
+from lora_cli.licences import POLICIES, Policy
+from lora_cli.precision import CHOICES, Precision
 from lora_cli.text import nearest
 
 PROJECT_FILE = "lora.toml"
@@ -161,25 +161,30 @@ KEYS: dict[str, Key] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Every setting with its origin. Attributes give the values: `settings.base`, `settings.db`, …"""
+    """Every setting, see `KEYS`, and by name the origin of each value."""
 
-    found: Mapping[str, Setting]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.found[name].value
-        except KeyError:
-            raise AttributeError(name) from None
+    base: str | None
+    base_aliases: tuple[str, ...]
+    pool: Path | None
+    db: Path
+    data: Path | None
+    test: Path | None
+    device: str
+    dtype: Precision
+    runs: Path
+    license_policy: Policy
+    seed: int
+    origins: Mapping[str, str]
 
     def with_values(self, **values: Any) -> "Settings":
         """These settings with some values replaced."""
-        return Settings({**self.found, **{name: Setting(value, "argument") for name, value in values.items()}})
+        return replace(self, **values, origins={**self.origins, **dict.fromkeys(values, "argument")})
 
     def origin(self, name: str) -> str:
         """The origin of the value of `name`."""
-        return self.found[name].origin
+        return self.origins[name]
 
 
 def user_file() -> Path:
@@ -222,7 +227,10 @@ def load(flags: Mapping[str, Any] | None = None) -> Settings:
         if _first("base", layers[place:]).value not in (None, found["base"].value):
             origin = f"default: that of {found[name].origin} is for another base"
             found[name] = Setting(KEYS[name].default(), origin)
-    return Settings(found)
+    return Settings(
+        **{name: setting.value for name, setting in found.items()},
+        origins={name: setting.origin for name, setting in found.items()},
+    )
 
 
 def _first(name: str, layers: Sequence[_Layer]) -> Setting:

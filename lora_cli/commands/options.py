@@ -278,14 +278,15 @@ def with_flags(function: Callable[..., None]) -> Callable[..., None]:
             records[name] = kind
             tables[name] = next(iter(getattr(one.annotation, "__metadata__", ())), ())
     parameters = [one for name, one in signature.parameters.items() if name not in records]
+    flags = {place: record.flags() for place, record in records.items()}
     for place, record in records.items():
         completed = {**_COMPLETED, "columns": completing.columns([one.key for one in tables[place]])}
-        parameters += [_parameter(name, *flag, record, completed.get(name)) for name, flag in record.flags().items()]
+        parameters += [_parameter(name, *flag, record, completed.get(name)) for name, flag in flags[place].items()]
 
     @functools.wraps(function)
     def command(**values: object) -> None:
         for name, record in records.items():
-            taken = {field: values.pop(field) for field in record.flags()}
+            taken = {field: values.pop(field) for field in flags[name]}
             given = {field: tuple(v) if isinstance(v, list) else v for field, v in taken.items() if v is not None}
             values[name] = record(**given, **({"table": tables[name]} if tables[name] else {}))
         function(**values)

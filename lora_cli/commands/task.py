@@ -9,7 +9,6 @@ import typer
 from lora_cli.commands.options import Command, Document, Group, Prompts, Seeded, examples, with_flags
 from lora_cli.errors import UsageError
 from lora_cli.screen import Screen, near
-from lora_cli.settings import Settings
 from lora_cli.task import load_task
 from lora_cli.text import counted
 
@@ -62,15 +61,15 @@ def show(
         encoder = load_encoder(settings.base, prompting=prompting)
     facts = task_view.look(rows, encoder, seed=settings.seed, test=tested)
     shown = [task_view.read(row, encoder) for row in rows[:n]]
-    _show(screen, settings, facts, shown)
+    _show(screen, settings.data, settings.base, facts, shown)
     for line in task_view.summary_of(facts):
         screen.say(line)
 
 
-def _show(screen: Screen, settings: Settings, facts: "TaskFacts", shown: "Sequence[ReadExample]") -> None:
+def _show(screen: Screen, file: Path, base: str | None, facts: "TaskFacts", shown: "Sequence[ReadExample]") -> None:
     from dataclasses import asdict
 
-    values = {"file": near(settings.data), "base": settings.base, **asdict(facts)}
+    values = {"file": near(file), "base": base, **asdict(facts)}
     if screen.format == "json":
         screen.document("lora.task.show/1", {**values, "shown": [asdict(one) for one in shown]})
         return
