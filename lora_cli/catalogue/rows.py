@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
+from sys import intern
 from typing import Any, NamedTuple
 
 from lora_cli.records import Adapter
@@ -61,7 +62,7 @@ def row_of(adapter: Adapter) -> list[Any]:
 def parsed(values: dict[str, Any]) -> dict[str, Any]:
     """The fields of a record from what SQLite stored of them."""
     if "ranks" in values:
-        values["ranks"] = json.loads(values["ranks"])
+        values["ranks"] = {intern(name): rank for name, rank in json.loads(values["ranks"]).items()}
     values |= {name: tuple(json.loads(values[name])) for name in _LISTS if name in values}
     if "rslora" in values:
         values["rslora"] = bool(values["rslora"])

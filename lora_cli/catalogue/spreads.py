@@ -3,6 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping
+from sys import intern
 
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import clean
@@ -81,6 +82,6 @@ def _unpacked(packed: bytes) -> Modules | None:
     nan = float("nan")
     try:
         found = json.loads(zlib.decompress(packed))
-        return {name: tuple(nan if x is None else float(x) for x in values) for name, values in found.items()}
+        return {intern(name): tuple(nan if x is None else float(x) for x in values) for name, values in found.items()}
     except (zlib.error, ValueError, TypeError, AttributeError):
         return None

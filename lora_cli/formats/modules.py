@@ -8,6 +8,7 @@ only one meaning is possible, with a note; all others are refused by name. Rules
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from sys import intern
 
 from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
 from lora_cli.formats.facts import LoraConfigFacts
@@ -146,7 +147,8 @@ class _Locating:
 
     def place(self, pairs: Mapping[str, Pair]) -> None:
         """Give every pair its name, or record why it has none."""
-        plain = {place: place.removeprefix(PREFIX) for place in pairs if place.startswith(PREFIX)}
+        # One text for a module's name in all adapters: a thousand of them would hold it a thousand times.
+        plain = {place: intern(place.removeprefix(PREFIX)) for place in pairs if place.startswith(PREFIX)}
         bare = [place for place in pairs if place not in plain]
         names = self._direct(plain)
         odd = {place: pairs[place] for place in pairs if place not in names}
