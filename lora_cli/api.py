@@ -123,7 +123,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
     def fit(
         self,
-        data: Path | str,
+        data: Path | str | None,
         adapters: Sequence[str] = (),
         *,
         out: Path | str | None = None,
@@ -133,14 +133,25 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         """Fit coefficients to the task file `data`, and return the folder of the merge with them.
 
         Args:
+            data: None is for presets that make a router, which are measured if there is a file.
             options: the options of `lora fit` with underscores: `steps=50`, `granularity="layer"`, `control="random"`.
+
+        Raises:
+            UsageError: no data for a preset that learns. Else as `lora fit` fails.
         """
         from lora_cli.steps.fit.request import FitRequest
+        from lora_cli.steps.fit.route import RouteRequest
 
         shape, recipe, fit = _shared_out(options, Shape, Recipe, FitOptions)
         names = self._pool.unweighted(adapters, verb="fit")
-        task = read_task(Path(data), labelled=shape.labelled)
-        request = FitRequest(self._pool, names, task, self.settings, shape, recipe, fit)
+        task = None if data is None else read_task(Path(data), labelled=shape.labelled)
+        request: FitRequest | RouteRequest
+        if shape.routes:
+            request = RouteRequest(self._pool, names, self.settings, shape, recipe, fit, task=task)
+        elif task is None:
+            raise UsageError(f"{shape.preset} learns from data", hint="name a task file")
+        else:
+            request = FitRequest(self._pool, names, task, self.settings, shape, recipe, fit)
         fitting = request.prepare(out=_path(out))
         fitting.run(self.settings.db, force=force, progress=self._pool.progress)
         self._tell(fitting.notice)

@@ -124,6 +124,11 @@ class Shape(_Shape):  # type: ignore[misc,valid-type]
         return {"preset": self.preset, **self.knobs}
 
     @property
+    def routes(self) -> bool:
+        """Whether the preset makes a router, which learns nothing and is no LoRA."""
+        return FIT_METHODS.get(self.preset).kind == "routing"
+
+    @property
     def labelled(self) -> bool:
         """Whether the fit learns from answers."""
         return bool(self.knobs.get("objective") != "entropy")
@@ -132,16 +137,17 @@ class Shape(_Shape):  # type: ignore[misc,valid-type]
         """A recipe with the preset's learning rate, unless it has one.
 
         Raises:
-            UsageError: the preset searches without gradients, and the recipe has options of a descent.
+            UsageError: the preset does not descend by gradients, and the recipe has options of a descent.
         """
         preset = FIT_METHODS.get(self.preset)
         if preset.kind == "gradient":
             return recipe if recipe.lr is not None else msgspec.structs.replace(recipe, lr=preset.lr)
         usual = Recipe()
+        why = "it learns nothing" if self.routes else "it searches without gradients, over all examples at once"
         for name in ("steps", "lr", "batch"):
             if getattr(recipe, name) != getattr(usual, name):
                 raise UsageError(
-                    f"{self.preset} takes no --{name}: it searches without gradients, over all examples at once",
+                    f"{self.preset} takes no --{name}: {why}",
                     hint=f"its options are {', '.join(f'--{knob}' for knob in preset.knobs)}",
                 )
         return recipe

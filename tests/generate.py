@@ -40,7 +40,8 @@ PRESETS_INTRO = """# Presets of `lora fit`
 
 Made from `lora_cli/fit_methods/` by `python -m tests.generate`. A preset is a named point of one family: which parts of
 the model have a coefficient of their own, the function from θ to coefficients, the start, what is minimised and how.
-Its options move away from that point. c is a coefficient, N the number of adapters.
+Its options move away from that point. c is a coefficient, N the number of adapters. Two presets learn nothing and make
+a router, which is no LoRA: [fitting.md](fitting.md#routers) says what can be done with it.
 """
 SCORES = {
     "share": "a share, with Wilson's interval",
@@ -109,7 +110,7 @@ def metrics() -> str:
 def presets() -> str:
     """docs/presets.md."""
     found = FIT_METHODS.methods.values()
-    ways = {"gradient": "gradient descent", "search": "search"}
+    ways = {"gradient": "gradient descent", "search": "search", "routing": "no learning: a router"}
     rows = [
         [
             f"[{one.name}](#{one.name.replace('.', '')})",

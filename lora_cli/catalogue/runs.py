@@ -140,15 +140,15 @@ def remove(db: Path, ids: Sequence[str]) -> None:
             table.execute("DELETE FROM runs WHERE id = ?", [id])
 
 
-def latest_output(db: Path, commands: Sequence[str], holding: str = "") -> tuple[str, Path] | None:
+def latest_output(db: Path, commands: Sequence[str], *holding: str) -> tuple[str, Path] | None:
     """Command and folder of the newest finished run of one of `commands` whose output still exists.
 
-    holding: a file that must be in the output.
+    holding: files, one of which must be in the output.
     """
     with closing(open_for_reading(db)) as connection:
         marks = ", ".join("?" * len(commands))
         where = f"status = 'done' and out is not null and command in ({marks})"
         for row in connection["runs"].rows_where(where, list(commands), order_by="started desc, rowid desc"):
-            if Path(row["out"], holding).exists():
+            if any(Path(row["out"], name).exists() for name in holding or ("",)):
                 return row["command"], Path(row["out"])
     return None

@@ -55,7 +55,15 @@ def fit(
     learns one coefficient per adapter and module, from the base upwards. The result is a PEFT folder with
     coefficients.json, trace.jsonl (a line per step) and run.json; its path goes to stdout. A gain is claimed only where
     its 95 % interval excludes zero. A killed fit, or one that the time limit stopped, goes on when it is run again.
+
+    The presets arrow and spectr learn nothing and need no data: they write a router, which is no LoRA and which
+    `lora eval` applies.
     """
+    if shape.routes:
+        from lora_cli.commands.fit_router import fit_router
+
+        fit_router(adapters, selection, setup, shape, recipe, options, job, prompts)
+        return
     screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
@@ -114,11 +122,11 @@ def outcome(report: "FitReport") -> list[str]:
     parts.append(f"{first.result.kept}, {counted(first.result.n_validation, 'validation example')}")
     if learnt.speed:
         parts.append(f"{learnt.speed:,.0f} tokens/s")
-    lines = [*map(_verdict, first.comparisons), *(_spread(report.trials) if len(report.trials) > 1 else [])]
+    lines = [*map(verdict, first.comparisons), *(_spread(report.trials) if len(report.trials) > 1 else [])]
     return [" · ".join(parts), *(f"  {line}" for line in lines)]
 
 
-def _verdict(one: "Comparison") -> str:
+def verdict(one: "Comparison") -> str:
     """Whether the gain over one other system is separable from zero, as a sentence."""
     difference, other = one.difference, f"{_NAMES[one.against]}, whose loss is {one.loss:.3f}"
     gained = f"{-difference.delta:.3f} {interval(0 - difference.high, 0 - difference.low)}"
@@ -164,5 +172,6 @@ def register(root: typer.Typer) -> None:
             "lora fit --data task.jsonl --preset lorahub",
             "lora fit --data task.jsonl --control random,base --seeds 2 --steps 20",
             "lora fit --data task.jsonl --plot fit.svg",
+            "lora fit --preset arrow pool/tarn/mirror pool/mossy/double -o router",
         ),
     )(with_flags(fit))

@@ -127,12 +127,17 @@ def read_record(folder: Path) -> dict[str, Any]:
     wanted = {"key": str, "device": str, "settings": dict, "inputs": dict, "outputs": dict, "results": dict}
     if not all(isinstance(record.get(name), kind) for name, kind in wanted.items()):
         raise DataError(f"{file}: a damaged record")
-    if not isinstance(record.get("merge.lock", {}), dict) or not all(map(_is_plain, record["outputs"])):
+    if not isinstance(record.get("merge.lock", {}), dict) or not all(map(_is_inside, record["outputs"])):
         raise DataError(f"{file}: a damaged record")
     return record
 
 
-def _is_plain(name: str) -> bool:
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in a folder or below it."""
+    return all(map(is_plain, name.split("/")))
+
+
+def is_plain(name: str) -> bool:
     """Whether a name is a plain file name, without folders."""
     return name not in ("", ".", "..") and "/" not in name and "\0" not in name
 

@@ -4,7 +4,6 @@ y = W₀x + B̂ (c ∘ (Â x)), where Â (R, in) and B̂ (out, R) stack the froz
 into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arXiv 2602.12323 and the methods it compares.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
 from lora_cli.models.apply import Factors, Term
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.noise import Noise, drawn
+from lora_cli.models.noise import Noise, drawn, seed_of
 from lora_cli.records import Progress, patient, silent
 
 
@@ -125,17 +124,17 @@ class Mixture:
             updates = {place: one.read(module) for place, one in enumerate(adapters) if module in one.modules}
             if reinit is not None and (replaced := [place for place in updates if place >= kept]):
                 scales = [adapters[place].scales[module] for place in replaced]
-                generator = torch.Generator().manual_seed(_seed_of(seed, module))
+                generator = torch.Generator().manual_seed(seed_of(seed, module))
                 noise = drawn(reinit, [updates[place] for place in replaced], scales, generator)
                 updates |= dict(zip(replaced, noise, strict=True))
             if parameters.fresh:
-                generator = torch.Generator().manual_seed(_seed_of(seed, f"fresh {module}"))
+                generator = torch.Generator().manual_seed(seed_of(seed, f"fresh {module}"))
                 updates |= {place: _fresh(one, generator) for place, one in updates.items() if place < kept}
             own = {place: adapters[place].scales[module] for place in updates} if parameters.trained else None
             self._blocks[module] = _block(base, updates, module, own)
             report("loading adapters", done, len(modules))
         self._lay_out(base.device, {module: _unit(base.skeleton.get(module), module) for module in self._blocks})
-        generator = torch.Generator().manual_seed(_seed_of(seed, "coefficients"))
+        generator = torch.Generator().manual_seed(seed_of(seed, "coefficients"))
         self.theta = parameters.start(self._present.numel(), generator).to(base.device).requires_grad_()
         self._dtype = base.dtype
         self.tries_together = all(module in base.shapes and ".experts." not in module for module in self._blocks)
@@ -323,7 +322,3 @@ def _scaled(ranks: Tensor, scale: Tensor | None) -> Tensor:
 def _unit(matrix: Matrix | None, module: str) -> str:
     """The parameter that holds the matrices of all experts; else the module itself."""
     return module if matrix is None or matrix.expert is None else matrix.parameter
-
-
-def _seed_of(seed: int, what: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed}\n{what}".encode()).digest()[:7], "big")

@@ -1,5 +1,6 @@
 """Noise in place of adapters: the control that shows what a fit owes to their content."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -33,3 +34,8 @@ def drawn(
     of_a = torch.cat([one.A.flatten() for one in updates]).std()
     of_b = torch.cat([(one.B / (scale or 1.0)).flatten() for one, scale in zip(updates, scales, strict=True)]).std()
     return [LowRank(one.B * (of_b * scale), one.A * of_a) for one, scale in zip(noise, scales, strict=True)]
+
+
+def seed_of(seed: int, what: str) -> int:
+    """The seed of one module's noise, or of something else that is called `what`."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\n{what}".encode()).digest()[:7], "big")

@@ -131,7 +131,9 @@ def lines(base: BaseModel) -> tuple[list[dense_fit.Line], list[dense_fit.Line]]:
 
 def test_every_preset_has_a_law() -> None:
     kinds = {name: one.kind for name, one in FIT_METHODS.methods.items()}
-    assert kinds == {**dict.fromkeys(GRADIENT, "gradient"), "lorahub": "search"}
+    # Those of routers are in tests/algebra/test_routing.py.
+    routing = dict.fromkeys(("arrow", "spectr"), "routing")
+    assert kinds == {**dict.fromkeys(GRADIENT, "gradient"), "lorahub": "search", **routing}
 
 
 @pytest.mark.parametrize(("preset", "law"), CASES)

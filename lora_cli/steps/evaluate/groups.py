@@ -13,6 +13,7 @@ from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.kept import can_keep
 from lora_cli.models.room import free_memory
+from lora_cli.models.router import Router
 from lora_cli.models.together import Together, by_row
 from lora_cli.recipes import EvalOptions
 from lora_cli.steps.evaluate.choices import Choices, judged
@@ -26,29 +27,47 @@ LEAST_LOG_LIKELIHOOD = -149 * 0.6931471805599453
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class System:
-    """Something to evaluate: the base itself (`updates` None) or the base with one update per module applied.
+    """Something to evaluate: the base itself (`updates` None), the base with one update per module, or with a router.
 
     `version` names the exact adapter (`id@commit`, or any text that changes when the adapter does); rows of another
     version are not reused.
     """
 
     name: str
-    updates: Mapping[str, LowRank] | None = field(default=None, repr=False)
+    updates: "Mapping[str, LowRank] | Router | None" = field(default=None, repr=False)
     version: str = ""
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each module that the system changes."""
-        if isinstance(self.updates, Updates):
+        if isinstance(self.updates, Updates | Router):
             return self.updates.shapes
         return {module: update.shape for module, update in (self.updates or {}).items()}
 
     @property
     def ranks(self) -> dict[str, int]:
-        """The rank of each update."""
+        """The rank of each update; {} for a router."""
+        if isinstance(self.updates, Router):
+            return {}
         if isinstance(self.updates, Updates):
             return self.updates.ranks
         return {module: update.rank for module, update in (self.updates or {}).items()}
+
+    @contextmanager
+    def applied(self, base: BaseModel) -> Iterator[None]:
+        """While the block runs, the system is on the base."""
+        if isinstance(self.updates, Router):
+            with self.updates.applied(base):
+                yield
+        else:
+            with base.applied(self.updates, who=self.name):
+                yield
+
+    @property
+    def by_row(self) -> Mapping[str, LowRank] | None:
+        """The updates of a system that is no router."""
+        assert not isinstance(self.updates, Router)
+        return self.updates
 
 
 class Updates(Mapping[str, LowRank]):
@@ -165,10 +184,10 @@ class Judging:
 def _applied(base: BaseModel, group: Sequence[System]) -> Iterator[Together | None]:
     """While the block runs, the systems are on the base: all of several, or the only one."""
     if len(group) == 1:
-        with base.applied(group[0].updates, who=group[0].name):
+        with group[0].applied(base):
             yield None
         return
-    together = Together(base, [system.updates for system in group])
+    together = Together(base, [system.by_row for system in group])
     with together.applied():
         yield together
 
@@ -176,11 +195,16 @@ def _applied(base: BaseModel, group: Sequence[System]) -> Iterator[Together | No
 def groups(base: BaseModel, systems: Sequence[System], *, generates: bool) -> list[list[System]]:
     """The systems in groups to be asked together: up to 32 adapters, as far as memory takes their factors.
 
-    Alone is a system with an update that cannot differ from row to row, and all are if the base cannot generate so.
+    Alone is a router, a system with an update that cannot differ from row to row, and all are if the base cannot
+    generate so.
     Those of like ranks share a group, as all updates of a module are filled up to the highest rank.
     """
     together = not generates or can_keep(base)
-    alone = [one for one in systems if not together or not by_row(base.skeleton, list(one.ranks))]
+    alone = [
+        one
+        for one in systems
+        if not together or isinstance(one.updates, Router) or not by_row(base.skeleton, list(one.ranks))
+    ]
     most = _SHARE * free_memory(base.device) / base.dtype.itemsize
     found: list[list[System]] = []
     ranks: dict[str, int] = {}

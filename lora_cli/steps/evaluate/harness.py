@@ -1,6 +1,7 @@
 """From the user's request for tasks of lm-evaluation-harness to scores, recorded as a run."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,8 +22,8 @@ from lora_cli.outputs import whole_file
 from lora_cli.records import Progress, TaskScore, silent
 from lora_cli.scores import Z95, holm, interval, paired_difference
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.evaluate.evaluate import System, Updates, demand_systems
-from lora_cli.steps.evaluate.request import distinct
+from lora_cli.steps.evaluate.evaluate import System, demand_systems
+from lora_cli.steps.evaluate.systems import distinct, opened_systems
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.text import counted
 
@@ -66,13 +67,10 @@ class HarnessRequest:
             f"baseline {baseline}; base {base}"
         )
         ref = pin(base, device=settings.device, dtype=settings.dtype, progress=pool.progress)
-        gathered = pool.adapters(names)
-        self.ref: BaseRef = replace(ref, name=gathered.base)
-        self.inputs = {**self.ref.inputs, **gathered.inputs, **{task.name: task.sha256 for task in self.tasks}}
-        self.systems = [System(name="base")] + [
-            System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
-            for name, adapter in zip(systems, gathered.adapters, strict=True)
-        ]
+        found = opened_systems(pool, names)
+        self.ref: BaseRef = replace(ref, name=found.base)
+        self.inputs = {**self.ref.inputs, **found.inputs, **{task.name: task.sha256 for task in self.tasks}}
+        self.systems = [System(name="base"), *found.systems]
 
     @cached_property
     def run_settings(self) -> dict[str, Any]:
@@ -119,7 +117,7 @@ class HarnessRequest:
         model = Harness(base, batch_size=self.batch_size, progress=progress)
         for system in self.systems:
             left = [task for task in self.tasks if (system.name, task.name) not in found]
-            with base.applied(system.updates if left else None, who=system.name):
+            with system.applied(base) if left else nullcontext():
                 for task in left:
                     measured = model.measure(task, limit=self.options.limit, who=system.name)
                     key = keys[system.name, task.name]

@@ -9,6 +9,7 @@ from typing import Any
 from lora_cli.catalogue import runs
 from lora_cli.errors import DataError, NothingMatched, UsageError
 from lora_cli.formats.kinds import CONFIG_NAME
+from lora_cli.formats.router import ROUTER_FILE
 from lora_cli.formats.run_record import key_of
 from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
@@ -17,8 +18,9 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
-from lora_cli.steps.evaluate.evaluate import System, Updates, demand_systems, evaluate
+from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate
 from lora_cli.steps.evaluate.learnt import learnt, trained_on
+from lora_cli.steps.evaluate.systems import distinct, opened_systems
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.task_view import look, summary_of
 from lora_cli.task import Task, read_task
@@ -59,15 +61,13 @@ class EvaluateRequest:
             prompting=prompting or Prompting(),
             progress=pool.progress,
         )
-        gathered = pool.adapters(names)
-        self.ref = replace(ref, name=gathered.base)
-        self.inputs = {**self.ref.inputs, **gathered.inputs, self.task.file.name: self.task.sha256}
-        self.systems = [System(name="base")] + [
-            System(name=name, updates=Updates(adapter), version=adapter.ref.pinned)
-            for name, adapter in zip(systems, gathered.adapters, strict=True)
-        ]
-        refs, files = [adapter.ref for adapter in gathered.adapters], [settings.data, settings.test]
-        self.trained = dict(zip(systems, trained_on(refs, self.task, files), strict=True))
+        found = opened_systems(pool, names)
+        self.ref = replace(ref, name=found.base)
+        self.inputs = {**self.ref.inputs, **found.inputs, self.task.file.name: self.task.sha256}
+        self.systems = [System(name="base"), *found.systems]
+        self.trained = dict(
+            zip(systems, trained_on(found.refs, self.task, [settings.data, settings.test]), strict=True)
+        )
 
     @cached_property
     def run_settings(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class EvaluateRequest:
 
 def last_written(db: Path) -> list[str]:
     """The adapters that merge, fit and train wrote last; NothingMatched if there are none."""
-    found = [runs.latest_output(db, [command], CONFIG_NAME) for command in ("merge", "fit", "train")]
+    found = [runs.latest_output(db, [command], CONFIG_NAME, ROUTER_FILE) for command in ("merge", "fit", "train")]
     names = [str(output[1]) for output in found if output is not None]
     if not names:
         raise NothingMatched("no adapters named, and none written yet", hint="run lora merge or lora fit, or name some")
@@ -143,7 +143,7 @@ def test_data(settings: Settings) -> Task:
     if settings.test is not None:
         return read_task(settings.test)
 
-    last = runs.latest_output(settings.db, ["fit"])
+    last = runs.latest_output(settings.db, ["fit"], CONFIG_NAME)
     if last is None:
         raise UsageError("no test data", hint="give --data FILE.jsonl, or set test in lora.toml")
     try:
@@ -156,12 +156,3 @@ def test_data(settings: Settings) -> Task:
             f"{data.name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl"
         )
     return parts[1]
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Names for the systems: as given, a full path by its last part, numbered where two are alike."""
-    short = [Path(name).name if Path(name).is_absolute() else name for name in names]
-    return [
-        name if short.count(name) == 1 and name != "base" else f"{name}#{short[: place + 1].count(name)}"
-        for place, name in enumerate(short)
-    ]

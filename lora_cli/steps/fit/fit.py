@@ -186,7 +186,9 @@ def run_settings(
 
 
 def demand_sane(shape: Shape, controls: Sequence[str] = ()) -> None:
-    """UsageError for an unknown control, or a new LoRA beside a fit without answers."""
+    """UsageError for an unknown control, a new LoRA beside a fit without answers, or a preset that fits nothing."""
+    if shape.routes:
+        raise UsageError(f"{shape.preset} makes a router and fits nothing", hint="use steps.fit.route")
     if "target" in controls and not shape.labelled:
         raise UsageError(
             "--control target trains on answers, which --objective entropy does not read", hint="leave it out"

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import OutputError, Refused
-from lora_cli.escapes import safe
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
@@ -23,10 +22,10 @@ from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
-from lora_cli.licences import terms_of, together
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import STORED, dtype_name, torch_dtype
 from lora_cli.records import Progress, patient, silent
+from lora_cli.steps.merge.card import code, licence_of_all, stated
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge.plan import MergePlan, identical, plan
@@ -133,7 +132,7 @@ def _write_factors(
 ) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
     reports, kept, total = [], 0.0, 0.0
-    with AdapterWriter(folder, plan.layout, _dtype(plan), _saved(plan)) as writer:
+    with AdapterWriter(folder, plan.layout, dtype_of(plan), _saved(plan)) as writer:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, LowRank)
             writer.add(module, merged.update)
@@ -143,7 +142,7 @@ def _write_factors(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
         _demand_effect(plan, effect, writer.empty)
-        writer.finish(_config(plan), compact=plan.options.compact)
+        writer.finish(config_of(plan), compact=plan.options.compact)
     return reports, kept, total
 
 
@@ -154,7 +153,7 @@ def _write_dense(
     reports, total = [], 0.0
     names = [weight_of(module) for module in plan.modules]
     says = metadata(fan_in_fan_out=plan.fan_in_fan_out)
-    with TensorStream(folder / DENSE_FILE, names, _dtype(plan), says) as stream:
+    with TensorStream(folder / DENSE_FILE, names, dtype_of(plan), says) as stream:
         for module, merged in _merged(plan, effect, progress):
             assert isinstance(merged.update, Tensor)
             stream.add(weight_of(module), merged.update)
@@ -191,7 +190,7 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
             hint="change the weights or the method",
         )
     if empty:
-        precision = dtype_name(_dtype(plan))
+        precision = dtype_name(dtype_of(plan))
         raise Refused(f"the merged update underflows to zero in {precision}", hint="write it with --dtype fp32")
 
 
@@ -205,7 +204,8 @@ def _share(kept: float, total: float) -> float:
     return min(1.0, kept / total) if total else 1.0
 
 
-def _dtype(plan: MergePlan) -> torch.dtype:
+def dtype_of(plan: MergePlan) -> torch.dtype:
+    """The precision of the result: that of the options, else the common one of the adapters, else fp32."""
     if plan.options.dtype != "auto":
         return torch_dtype(plan.options.dtype)
     found = set().union(*(adapter.dtypes for adapter in plan.adapters))
@@ -216,7 +216,8 @@ def _saved(plan: MergePlan) -> Saved | None:
     return None if plan.saved is None else Saved(plan.saved.files.weights, plan.saved.stamp, plan.saved.saved)
 
 
-def _config(plan: MergePlan) -> dict[str, Any]:
+def config_of(plan: MergePlan) -> dict[str, Any]:
+    """The result's configuration of PEFT, but for ranks and alpha."""
     return {
         **base_entries(plan.base),
         "fan_in_fan_out": plan.fan_in_fan_out,
@@ -254,9 +255,9 @@ def rank_in_words(plan: MergePlan, report: MergeReport) -> str:
 def _card(plan: MergePlan, report: MergeReport) -> str:
     """The model card: front matter the Hub reads, and every parent at its commit with its weight."""
     name, revision = split_revision(plan.base)
-    base = _code(name) + (f" at revision {_code(revision)}" if revision else "")
+    base = code(name) + (f" at revision {code(revision)}" if revision else "")
     parents = [plan.terms.get(adapter.ref.pinned, Stated()) for adapter in plan.adapters]
-    front: dict[str, Any] = {"base_model": name, "tags": ["merge"], **_licence_of_all(parents)}
+    front: dict[str, Any] = {"base_model": name, "tags": ["merge"], **licence_of_all(parents)}
     if datasets := sorted({dataset for one in parents for dataset in one.datasets}):
         front["datasets"] = datasets
     if plan.options.dense:
@@ -281,26 +282,8 @@ def _card(plan: MergePlan, report: MergeReport) -> str:
     ]
     for adapter, weight, one in zip(plan.adapters, plan.weights, parents, strict=True):
         shown = "learnt, see run.json" if plan.coefficients is not None else f"{weight:g}"
-        lines.append(f"| {_code(adapter.ref.id)} | `{adapter.ref.commit}` | {shown} | {_stated(one.licence)} |")
+        lines.append(f"| {code(adapter.ref.id)} | `{adapter.ref.commit}` | {shown} | {stated(one.licence)} |")
     if "" in plan.terms:
-        lines += ["", f"Licence of the base: {_stated(plan.terms[''].licence)}."]
+        lines += ["", f"Licence of the base: {stated(plan.terms[''].licence)}."]
     lines += ["", "`run.json` holds the settings, versions and hashes that made this folder.", ""]
     return "\n".join(lines)
-
-
-def _licence_of_all(parents: Sequence[Stated]) -> dict[str, str]:
-    """The licence of the result in the Hub's metadata: that of all parents, or a name made of theirs."""
-    name = together(one.licence for one in parents)
-    if not name:
-        return {}
-    known = terms_of(name).names == {name}
-    return {"license": name} if known else {"license": "other", "license_name": name}
-
-
-def _stated(licence: str) -> str:
-    return _code(licence) if licence else "not stated"
-
-
-def _code(text: str) -> str:
-    """A stranger's text as a code span that it cannot leave."""
-    return "`" + safe(text).replace("`", "'").replace("|", "/") + "`"

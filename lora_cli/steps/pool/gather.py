@@ -10,6 +10,7 @@ from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.formats.base_names import same_base, split_revision
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.kinds import kind_in
+from lora_cli.formats.router import NO_LORA, router_folder
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
 from lora_cli.names import leaf
@@ -47,6 +48,8 @@ def files_of(ref: AdapterRef) -> AdapterFiles:
 
     if dense_folder(ref.repo) is not None:
         raise Refused(f"{ref.id}: {_NOTHING}", hint="a dense result: lora bake takes it")
+    if router_folder(ref.repo) is not None:
+        raise Refused(f"{ref.id} is {NO_LORA}", hint="lora eval applies it; its adapters are in folders of it")
     folder = folder_of(ref.repo) if ref.source == "folder" else None
     kind = "" if folder is None else kind_in(folder, [file.name for file in folder.iterdir()])
     raise Refused(f"{ref.id}: {kind or _NOTHING}")
