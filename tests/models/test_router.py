@@ -14,10 +14,12 @@ from lora_cli.algebra.routing import Routing
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.router import Router
-from lora_cli.recipes import FIT_METHODS
+from lora_cli.models.router import Router, demand_by_token
+from lora_cli.recipes import FIT_METHODS, EvalOptions
+from lora_cli.steps.evaluate.evaluate import System, evaluate, read_rows
+from tests import architectures
 from tests.adapters_on_disk import Factors, random_factors, write_adapter
-from tests.tiny_bases import characters, opened, tiny_llama
+from tests.tiny_bases import characters, examples, gpt2, opened, tiny_llama
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -114,6 +116,67 @@ def test_a_router_of_one_adapter_is_that_adapter(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(base), base.model(input_ids=IDS).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_embeddings_are_routed_by_their_tokens(tmp_path: Path, preset: str) -> None:
+    base = BaseModel("acme/tiny", tiny_llama().double(), characters())
+    pool, updates = [], dict[str, list[Tensor]]()
+    for place in range(2):
+        [(b, a)] = random_factors({"model.embed_tokens": (32, 104)}, 3, seed=place).values()
+        named = {"model.embed_tokens.lora_embedding_A": a * 10, "model.embed_tokens.lora_embedding_B": b}
+        folder = architectures.saved_adapter(tmp_path / f"a{place}", named, ["embed_tokens"], r=3, lora_alpha=3)
+        pool.append(opened(folder))
+        updates.setdefault("model.embed_tokens", []).append(10 * b.double() @ a.double())
+    found = logits(base, router(pool, preset))
+    torch.testing.assert_close(found, by_hand(base, updates, preset), rtol=1e-5, atol=1e-5)
+    assert (found - logits(base)).abs().max() > 0.1
+
+
+def test_a_base_that_stores_its_weights_transposed(tmp_path: Path) -> None:
+    base = gpt2()
+    shapes = {"transformer.h.1.attn.c_attn": (96, 32), "transformer.h.0.mlp.c_proj": (32, 128)}
+    one = opened(write_adapter(tmp_path / "one", random_factors(shapes, 3, seed=1), fan_in_fan_out=True))
+    with base.applied({module: one.read(module) for module in one.modules}):
+        alone = logits(base)
+    torch.testing.assert_close(logits(base, router([one, one])), alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_generation_routes_every_new_token(tmp_path: Path, preset: str) -> None:
+    base = BaseModel("acme/tiny", tiny_llama(), characters())
+    pool = [opened(write_adapter(tmp_path / f"a{i}", random_factors(LAYERS, 3, seed=i))) for i in range(3)]
+    found, task, new = router(pool, preset), examples(5), 6
+    wanted = []
+    with found.applied(base), torch.no_grad():
+        for example in task:
+            ids = base.prompt_ids(example.prompt)
+            for _ in range(new):
+                # Without a cache: the whole text is read for each token.
+                best = int(base.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                if best in base.ends:
+                    break
+                ids = [*ids, best]
+            wanted.append(base.tokenizer.decode(ids[len(base.prompt_ids(example.prompt)) :], skip_special_tokens=True))
+    systems = [System(name="base"), System(name="router", updates=found, version="1")]
+    alone = System(name="one", updates={module: pool[0].read(module) for module in LAYERS}, version="2")
+    options = EvalOptions(metric="exact", max_new_tokens=new)
+    evaluate(base, [*systems, alone], task, options, rows_path=tmp_path / "rows.jsonl")
+    texts = {row.id: row.text for row in read_rows(tmp_path / "rows.jsonl") if row.system == "router"}
+    assert [texts[example.id] for example in task] == wanted
+
+
+def test_noise_of_one_seed_is_the_same_noise(tmp_path: Path) -> None:
+    base = BaseModel("acme/tiny", tiny_llama(), characters())
+    pool = [opened(write_adapter(tmp_path / f"a{i}", random_factors(LAYERS, 3, seed=i))) for i in range(2)]
+
+    def over_noise(seed: int) -> Tensor:
+        with router(pool).applied(base, noise="norm", seed=seed):
+            return logits(base)
+
+    torch.testing.assert_close(over_noise(1), over_noise(1), rtol=0, atol=0)
+    assert (over_noise(1) - over_noise(2)).abs().max() > 0.01
+    assert (over_noise(1) - logits(base, router(pool))).abs().max() > 0.01
+
+
 @pytest.mark.parametrize(("top_k", "temperature"), [(4, 1.0), (2, 0.5), (1, 1.0)])
 def test_arrow_is_that_of_peft_where_power_iterations_converge(tmp_path: Path, top_k: int, temperature: float) -> None:
     folders = [write_adapter(tmp_path / f"a{i}", decaying(LAYERS, 3, i), lora_alpha=6) for i in range(4)]
@@ -150,3 +213,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     adapter = opened(write_adapter(tmp_path / "loud", loud))
     with pytest.raises(Refused, match="overflow fp16"), router([adapter]).applied(half):
         pass
+    for module in ("model.layers.0.mlp.experts.1.down_proj", "model.layers.0.mlp.gate"):
+        with pytest.raises(Refused, match=f"{module} is no linear layer or embedding"):
+            demand_by_token(architectures.skeleton("mixtral"), ["lm_head", module])
