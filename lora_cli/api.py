@@ -126,6 +126,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         data: Path | str | None,
         adapters: Sequence[str] = (),
         *,
+        valid: Path | str | None = None,
         out: Path | str | None = None,
         force: bool = False,
         **options: Any,
@@ -134,6 +135,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
         Args:
             data: None is for presets that make a router, which are measured if there is a file.
+            valid: a task file whose examples choose the best step, in place of a part of `data`.
             options: the options of `lora fit` with underscores: `steps=50`, `granularity="layer"`, `control="random"`.
 
         Raises:
@@ -144,7 +146,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
 
         shape, recipe, fit = _shared_out(options, Shape, Recipe, FitOptions)
         names = self._pool.unweighted(adapters, verb="fit")
-        task = None if data is None else read_task(Path(data), labelled=shape.labelled)
+        task = None if data is None else read_task(Path(data), labelled=shape.labelled, valid=_path(valid))
         request: FitRequest | RouteRequest
         if shape.routes:
             request = RouteRequest(self._pool, names, self.settings, shape, recipe, fit, task=task)
@@ -157,13 +159,26 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         self._tell(fitting.notice)
         return fitting.job.folder
 
-    def train(self, data: Path | str, *, out: Path | str | None = None, force: bool = False, **options: Any) -> Path:
-        """Train a new LoRA on the task file `data`, and return its folder. `options` are those of `lora train`."""
+    def train(
+        self,
+        data: Path | str,
+        *,
+        valid: Path | str | None = None,
+        out: Path | str | None = None,
+        force: bool = False,
+        **options: Any,
+    ) -> Path:
+        """Train a new LoRA on the task file `data`, and return its folder.
+
+        Args:
+            valid: a task file whose examples choose the best step, in place of a part of `data`.
+            options: those of `lora train`.
+        """
         from lora_cli.steps.train.request import train_job
 
         lora, recipe = _shared_out(options, TrainOptions, TargetRecipe)
         training = train_job(
-            read_task(Path(data)),
+            read_task(Path(data), valid=_path(valid)),
             self.settings,
             options=lora,
             recipe=recipe,

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import DataError
 from lora_cli.files import read_given
 from lora_cli.records import Example, Prompt
+from lora_cli.text import counted
 
 FORMATS = '{"prompt": "…", "completion": "…"} or {"messages": [{"role": "user", …}, {"role": "assistant", …}]}'
 
@@ -20,11 +22,44 @@ class _BadLine(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A task file as it was read: its examples in file order, and the SHA-256 of its bytes."""
+    """A task file as it was read: its examples in file order, and the SHA-256 of its bytes.
+
+    `valid` is the user's own file of validation examples, None where a part of the task is held out.
+    """
 
     file: Path
     examples: list[Example]
     sha256: str
+    valid: "Task | None" = None
+
+    @property
+    def held(self) -> "HeldOut":
+        """The examples that choose the best step."""
+        return HeldOut() if self.valid is None else HeldOut(own=tuple(self.valid.examples), file=self.valid.file.name)
+
+    @property
+    def validated(self) -> int:
+        """The number of these examples."""
+        return self.held.count(len(self.examples))
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The SHA-256 of each file by its name in the record of a run."""
+        valid = {} if self.valid is None else {f"{VALID}{self.valid.file.name}": self.valid.sha256}
+        return {self.file.name: self.sha256, **valid}
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The names of the files in the record of a run."""
+        valid = {} if self.valid is None else {"valid": self.valid.file.name}
+        return {"data": self.file.name, **valid}
+
+    def parts_in_words(self, seed: int) -> str:
+        """What is learnt and what chooses the best step, for the line that a command begins with."""
+        learnt = f"{counted(len(self.examples), 'example')} of {self.file.name}"
+        if self.valid is None:
+            return f"{learnt}, split 80/20 by seed {seed}"
+        return f"{learnt} to learn from, {len(self.valid.examples):,} of {self.valid.file.name} to choose the best step"
 
 
 def load_task(path: Path) -> list[Example]:
@@ -32,8 +67,10 @@ def load_task(path: Path) -> list[Example]:
     return read_task(path).examples
 
 
-def read_task(path: Path, *, labelled: bool = True) -> Task:
+def read_task(path: Path, *, labelled: bool = True, valid: Path | None = None) -> Task:
     """Every example of a task file, in file order. Without `labelled` a line may lack its completion.
+
+    `valid` is a file of the same kind, whose examples choose the best step of a training.
 
     A line is `{"prompt": str, "completion": str}` or `{"messages": [{"role": str, "content": str}, …]}` with the
     assistant's turn last. Further keys of messages are kept for the chat template, and so are `"tools"` and
@@ -44,7 +81,9 @@ def read_task(path: Path, *, labelled: bool = True) -> Task:
         DataError: names the file, the line and the reason.
     """
     data = _bytes_of(path)
-    return Task(file=path, examples=_examples(path, data, labelled), sha256=hashlib.sha256(data).hexdigest())
+    own = None if valid is None else read_task(valid, labelled=labelled)
+    examples, sha256 = _examples(path, data, labelled), hashlib.sha256(data).hexdigest()
+    return Task(file=path, examples=examples, sha256=sha256, valid=own)
 
 
 def _examples(path: Path, data: bytes, labelled: bool) -> list[Example]:
@@ -79,6 +118,35 @@ def task_sha256(path: Path) -> str:
 
 HELD_OUT = 0.2
 """The share of a task's examples that choose the best step, and are not learnt."""
+VALID = "valid:"
+"""The beginning of a validation file's name among the inputs of a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The examples that choose the best step and are not learnt: a share of a task's, or the user's `own` of a file."""
+
+    share: float = HELD_OUT
+    own: tuple[Example, ...] = ()
+    file: str = ""
+
+    def parts(self, examples: Sequence[Example], *, seed: int) -> tuple[list[Example], list[Example]]:
+        """(training, validation); see `split`, which raises likewise."""
+        return ([*examples], [*self.own]) if self.own else split(examples, fraction=self.share, seed=seed)
+
+    def count(self, examples: int) -> int:
+        """The number of validation examples beside so many in the task."""
+        return len(self.own) or math.ceil(self.share * examples)
+
+    @property
+    def settings(self) -> list[Any]:
+        """What decides about the parts, beside the task and the seed."""
+        return [self.share, [asdict(example) for example in self.own]]
+
+    def demand_parts(self, examples: Sequence[Example]) -> None:
+        """Raise DataError where the examples do not suffice for both parts."""
+        if not self.own:
+            demand_two(examples)
 
 
 def split(
@@ -101,7 +169,8 @@ def demand_two(examples: Sequence[Example]) -> None:
     """Raise DataError for fewer examples than a split needs."""
     if len(examples) < 2:
         raise DataError(
-            "one example cannot be split into a training and a validation part", hint="give at least two examples"
+            "one example cannot be split into a training and a validation part",
+            hint="give at least two examples, or --valid FILE",
         )
 
 

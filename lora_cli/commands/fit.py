@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lora_cli.commands.chosen import expand
+from lora_cli.commands.learning import Validation
 from lora_cli.commands.options import (
     Adapters,
     Command,
@@ -21,6 +22,7 @@ from lora_cli.commands.options import (
     show_plan,
     with_flags,
 )
+from lora_cli.errors import UsageError
 from lora_cli.licences import PolicyFlag
 from lora_cli.recipes import FitOptions, Recipe, Shape
 from lora_cli.screen import near
@@ -43,6 +45,7 @@ def fit(
     selection: Selection = None,
     *,
     setup: Licensed,
+    held: Validation,
     shape: Shape,
     recipe: Recipe,
     options: FitOptions,
@@ -51,15 +54,20 @@ def fit(
 ) -> None:
     """Fit coefficients of adapters to a task, and merge with them.
 
-    80 % of the examples train the coefficients, the others choose the best step. --preset names the method: the default
-    learns one coefficient per adapter and module, from the base upwards. The result is a PEFT folder with
-    coefficients.json, trace.jsonl (a line per step) and run.json; its path goes to stdout. A gain is claimed only where
-    its 95 % interval excludes zero. A killed fit, or one that the time limit stopped, goes on when it is run again.
+    80 % of the examples train the coefficients; the others, or those of --valid, choose the best step. --preset names
+    the method: the default learns one coefficient per adapter and module, from the base upwards. The result is a PEFT
+    folder with coefficients.json, trace.jsonl (a line per step) and run.json; its path goes to stdout. A gain is
+    claimed only where its 95 % interval excludes zero. A killed fit, or one that the time limit stopped, goes on when
+    it is run again.
 
     The presets arrow and spectr learn nothing and need no data: they write a router, which is no LoRA and which
     `lora eval` applies.
     """
     if shape.routes:
+        if held.valid is not None:
+            raise UsageError(
+                f"{shape.preset} takes no --valid: it learns nothing", hint="--data names the examples to measure it on"
+            )
         from lora_cli.commands.fit_router import fit_router
 
         fit_router(adapters, selection, setup, shape, recipe, options, job, prompts)
@@ -67,7 +75,7 @@ def fit(
     screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
-    task = setup.task(settings, labelled=shape.labelled)
+    task = setup.task(settings, labelled=shape.labelled, valid=held.valid)
 
     from lora_cli.steps.bake.plan import is_here
     from lora_cli.steps.estimate import of_fit

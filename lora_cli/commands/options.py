@@ -103,11 +103,11 @@ class OnTask(Loaded, frozen=True, kw_only=True):
 
     data: Annotated[Path | None, Flag(help="Task file, one JSON example per line.", default="the setting")] = None
 
-    def task(self, settings: Settings, *, labelled: bool = True) -> Task:
+    def task(self, settings: Settings, *, labelled: bool = True, valid: Path | None = None) -> Task:
         """The task, see `read_task`; DataError for a malformed one. UsageError if no option and no setting names it."""
         if settings.data is None:
             raise UsageError("no task file", hint="give --data FILE.jsonl, or set data in lora.toml")
-        return read_task(settings.data, labelled=labelled)
+        return read_task(settings.data, labelled=labelled, valid=valid)
 
 
 class Listing(Options, frozen=True, kw_only=True):

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from lora_cli.commands.learning import Validation
 from lora_cli.commands.options import (
     Command,
     JobOptions,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 def train(
     *,
     setup: OnTask,
+    held: Validation,
     options: TrainOptions,
     recipe: TargetRecipe,
     job: JobOptions,
@@ -32,13 +34,13 @@ def train(
 ) -> None:
     """Train a new LoRA on a task: the baseline that every fit has to beat.
 
-    80 % of the examples train it, the others choose the best step. The result is a PEFT folder with run.json; its path
-    goes to stdout.
+    80 % of the examples train it; the others, or those of --valid, choose the best step. The result is a PEFT folder
+    with run.json; its path goes to stdout.
     """
     screen, settings, prompting = job.screen(), setup.load(), prompts.prompting()
     # Report a missing base or a faulty task before importing libraries, which takes seconds.
     base_of(settings)
-    task = setup.task(settings)
+    task = setup.task(settings, valid=held.valid)
 
     from lora_cli.steps.estimate import of_train
     from lora_cli.steps.train.request import train_job

@@ -40,7 +40,7 @@ from lora_cli.steps.pool.gather import files_of, opened
 from lora_cli.steps.speed import rates_of
 from lora_cli.steps.train.descent import TOKENS_PER_PASS
 from lora_cli.steps.train.request import TrainJob
-from lora_cli.task import HELD_OUT, load_task
+from lora_cli.task import load_task
 
 FP32 = 4
 # The work of a weighted sum by QR and SVD, in multiplications per (out + in) R² and per R³; R is the sum of the ranks.
@@ -169,7 +169,7 @@ def of_plan(plan: MergePlan) -> Estimate:
     ref, files = plan.inputs.base, plan.inputs.files
     rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
     tasks = [load_task(file) for file in files.values()]
-    tokens = sum(len(task) * _lengths(_encoded(ref, task), len(task)).tokens for task in tasks)
+    tokens = sum(len(task) * _lengths(_encoded(ref, task)).tokens for task in tasks)
     return replace(
         found,
         read_bytes=found.read_bytes + model.bytes,
@@ -259,12 +259,15 @@ def _numbers(checkpoint: Checkpoint) -> int:
 
 
 class _Lengths(NamedTuple):
-    """The examples of a task in tokens, and how many of them are learnt, on average and at most."""
+    """The examples of a task in tokens, and how many of them are learnt, on average and at most.
+
+    `held` is the number of validation examples.
+    """
 
     tokens: float
     longest: int
     learnt: float
-    examples: int
+    held: int = 0
 
 
 def _encoded(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> list[Encoded]:
@@ -273,10 +276,10 @@ def _encoded(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True
     return (encoder.encode_all if labelled else encoder.prompts_of)(examples[:_SAMPLE])
 
 
-def _lengths(found: Sequence[Encoded], examples: int) -> _Lengths:
-    """Lengths by the first examples of a task, which holds so many."""
+def _lengths(found: Sequence[Encoded], held: int = 0) -> _Lengths:
+    """Lengths by the first examples of a task, of which so many are for validation."""
     lengths = [len(one.ids) for one in found]
-    return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), examples)
+    return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), held)
 
 
 def of_train(job: TrainJob) -> Estimate | None:
@@ -284,7 +287,7 @@ def of_train(job: TrainJob) -> Estimate | None:
     model = _model(job.ref)
     if model is None:
         return None
-    lengths = _lengths(_encoded(job.ref, job.task.examples), len(job.task.examples))
+    lengths = _lengths(_encoded(job.ref, job.task.examples), job.task.validated)
     return _of_new(job.ref, model, lengths, job.options, job.recipe)
 
 
@@ -310,7 +313,7 @@ def of_fit(request: FitRequest, ref: BaseRef) -> Estimate | None:
     options, known = request.options, outlines(request.pool, request.names)
     recipe, copies = request.work(len(known))
     found = _encoded(ref, request.task.examples, labelled=request.shape.labelled)
-    lengths, numbers = _lengths(found, len(request.task.examples)), sum(stack.numbers for stack in _stacks(known))
+    lengths, numbers = _lengths(found, request.task.validated), sum(stack.numbers for stack in _stacks(known))
     learning = _of_learning(ref, model, lengths, recipe, beside=numbers)
     merge = of_merge(known, request.merging)
     fits = options.seeds * (1 + sum(name in NOISES for name in options.controls))
@@ -353,14 +356,13 @@ def _of_learning(
 ) -> Estimate:
     """A training through a frozen base, and `beside` numbers of adapters; `kept` bytes are kept per token for these."""
     rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
-    validation = math.ceil(HELD_OUT * lengths.examples)
     evaluations = math.ceil(recipe.steps / recipe.every) + 2
     learnt = recipe.steps * recipe.batch * lengths.tokens
-    judged = evaluations * validation * lengths.tokens
+    judged = evaluations * lengths.held * lengths.tokens
     # Forward, and backward to the input; of the adapters' factors to their own values as well.
     products = learnt * (2 * model.products + 3 * beside) + judged * (model.products + beside)
     passes: float = recipe.steps * math.ceil(recipe.batch * lengths.longest / TOKENS_PER_PASS)
-    passes += evaluations * math.ceil(validation * lengths.longest / TOKENS_PER_PASS) / 3
+    passes += evaluations * math.ceil(lengths.held * lengths.longest / TOKENS_PER_PASS) / 3
     rows = min(recipe.batch, max(1, TOKENS_PER_PASS // lengths.longest))
     width = sum(map(sum, model.layers.values()))
     in_pass = rows * lengths.longest * (_KEPT * width * model.width + kept)
@@ -368,7 +370,7 @@ def _of_learning(
         _LOGITS
         * FP32
         * model.vocabulary
-        * max(rows * lengths.learnt, min(validation, TOKENS_PER_PASS // lengths.longest) * lengths.learnt / 2)
+        * max(rows * lengths.learnt, min(lengths.held, TOKENS_PER_PASS // lengths.longest) * lengths.learnt / 2)
     )
     return Estimate(
         read_bytes=model.bytes,

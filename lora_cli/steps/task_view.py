@@ -10,7 +10,7 @@ from lora_cli.metrics.exact import usual
 from lora_cli.models.encode import UNLIMITED, Encoder
 from lora_cli.models.forms import as_turns, content_of
 from lora_cli.records import Example
-from lora_cli.task import split
+from lora_cli.task import HeldOut
 from lora_cli.text import counted, percent, shortened
 
 _ONE_CLASS = 0.95
@@ -71,6 +71,7 @@ def look(
     encoder: Encoder | None = None,
     *,
     seed: int | None = None,
+    held: HeldOut | None = None,
     test: Sequence[Example] | None = None,
 ) -> TaskFacts:
     """The facts of a task, at least one example.
@@ -78,6 +79,7 @@ def look(
     Args:
         encoder: the base's encoder; None uses the text alone.
         seed: the seed of the split into training and validation part, which is checked for repeated prompts.
+        held: the validation part, the usual one unless given.
         test: test data, which is checked for prompts of the task.
 
     Raises:
@@ -91,7 +93,7 @@ def look(
         unit="characters" if encoder is None else "tokens",
         lengths=_lengths(lengths),
         duplicates=len(examples) - len({_identity(example, whole=True) for example in examples}),
-        across_split=None if seed is None or len(examples) < 2 else repeated(*split(examples, seed=seed)),
+        across_split=None if seed is None else _across(examples, held or HeldOut(), seed),
         in_test=None if test is None else repeated(examples, test),
         usual=answer,
         usual_share=share,
@@ -139,6 +141,11 @@ def repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
     """The number of examples in `others` whose prompt is also in `these`."""
     prompts = {_identity(example) for example in these}
     return sum(_identity(example) in prompts for example in others)
+
+
+def _across(examples: Sequence[Example], held: HeldOut, seed: int) -> int | None:
+    """The number of validation prompts that are also training prompts, None without two parts."""
+    return repeated(*held.parts(examples, seed=seed)) if held.own or len(examples) > 1 else None
 
 
 def _lengths(lengths: Sequence[int]) -> Lengths:

@@ -32,7 +32,7 @@ from lora_cli.steps.pool.select import select
 from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from lora_cli.steps.recorded import Job, run_once
 from lora_cli.steps.train import train as training
-from lora_cli.task import load_task, task_sha256
+from lora_cli.task import load_task, read_task, task_sha256
 from lora_cli.world.layout import Size, Target, World
 
 CHOSEN: dict[Size, int] = {"small": 5, "test": 3}
@@ -164,12 +164,14 @@ class _Guide:
         return pool.adapters([adapter.ref.pinned for adapter, _ in chosen])
 
     def _new_lora(self) -> OpenAdapter:
-        described = training.run_settings(options=NEW_LORA, recipe=NEW_LORA_RECIPE, data=self.target.train.name)
+        described = training.run_settings(
+            options=NEW_LORA, recipe=NEW_LORA_RECIPE, data={"data": self.target.train.name}
+        )
 
         def work(job: Job, run: Run) -> None:
             training.train_and_write(
                 self.base,
-                self.train,
+                read_task(self.target.train),
                 job.folder,
                 run,
                 options=NEW_LORA,
@@ -190,7 +192,7 @@ class _Guide:
 
     def _fitted(self, name: str, chosen: Gathered) -> OpenAdapter:
         plan, recipe = _plan(chosen, 1.0, "linear"), Recipe(seed=self.world.seed)
-        described = fitting.run_settings(plan, shape=Shape(), recipe=recipe, data=self.target.train.name)
+        described = fitting.run_settings(plan, shape=Shape(), recipe=recipe, data={"data": self.target.train.name})
 
         def work(job: Job, run: Run) -> None:
             fit_and_write(

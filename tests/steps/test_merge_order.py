@@ -39,7 +39,9 @@ def test_the_order_given_is_the_order_of_the_merge() -> None:
 
 
 def test_another_method_has_no_order() -> None:
-    there, back = (merged(out, *names, method="linear") for out, names in (("a", ("one", "two")), ("b", ("two", "one"))))
+    there, back = (
+        merged(out, *names, method="linear") for out, names in (("a", ("one", "two")), ("b", ("two", "one")))
+    )
     assert "order" not in there["settings"]
     assert there == back
 

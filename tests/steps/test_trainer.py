@@ -20,7 +20,7 @@ from lora_cli.recipes import Recipe
 from lora_cli.records import Example
 from lora_cli.steps.fit.fit import Fitting, fit
 from lora_cli.steps.train.descent import TOKENS_PER_PASS, Checkpoint, Parts, learn, passes, write_trace
-from lora_cli.task import split
+from lora_cli.task import HeldOut, split
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import examples, gpt2, llama, opened
 
@@ -116,7 +116,7 @@ def test_what_no_pass_has_used_yet_is_kept_with_the_state(
 ) -> None:
     def trained(checkpoint: Checkpoint | None) -> tuple[bool, torch.Tensor, torch.Tensor]:
         mixture, unused = Mixture(base, pool, adaptive(2).parameters), torch.ones(3, requires_grad=True)
-        parts = Parts.of(base.encode_all, examples(10), fraction=0.2, seed=0)
+        parts = Parts.of(base.encode_all, examples(10), held=HeldOut(), seed=0)
         with mixture.applied(base):
             learnt = learn(
                 base,

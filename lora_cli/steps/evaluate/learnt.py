@@ -7,26 +7,36 @@ from typing import NamedTuple
 
 from lora_cli.errors import DataError
 from lora_cli.formats.run_record import RECORD_FILE, read_record
-from lora_cli.records import AdapterRef
+from lora_cli.records import AdapterRef, Example
 from lora_cli.steps.evaluate.answers import unchanged
 from lora_cli.steps.task_view import repeated
-from lora_cli.task import Task, split
+from lora_cli.task import VALID, Task, split
 
 
 class Learnt(NamedTuple):
-    """The data of a fit or a training: the file's name and SHA-256, and the seed of its split."""
+    """The data of a fit or a training: the file's name and SHA-256, and the seed of its split.
+
+    `valid` is the name and SHA-256 of the validation file, ("", "") if a part of the data was held out.
+    """
 
     name: str
     sha256: str
     seed: int
+    valid: tuple[str, str] = ("", "")
 
-    def parts(self, files: Sequence[Path | None]) -> tuple[Task, Task] | None:
-        """The training and the validation part. None if neither `files` nor the working folder hold the data."""
+    def training(self, files: Sequence[Path | None]) -> list[Example] | None:
+        """The training part. None if neither `files` nor the working folder hold the data."""
         task = unchanged(self.name, self.sha256, files)
-        if task is None:
-            return None
-        training, validation = split(task.examples, seed=self.seed)
-        return replace(task, examples=training), replace(task, examples=validation)
+        if task is None or self.valid[0]:
+            return None if task is None else task.examples
+        return split(task.examples, seed=self.seed)[0]
+
+    def validation(self, files: Sequence[Path | None]) -> Task | None:
+        """The task of the validation part alone; None as for `training`."""
+        if self.valid[0]:
+            return unchanged(*self.valid, files)
+        task = unchanged(self.name, self.sha256, files)
+        return None if task is None else replace(task, examples=split(task.examples, seed=self.seed)[1])
 
 
 def learnt(folder: Path) -> Learnt:
@@ -34,9 +44,12 @@ def learnt(folder: Path) -> Learnt:
     record = read_record(folder)
     try:
         if record["command"] in ("fit", "train"):
-            name = str(record["settings"]["data"])
+            settings, inputs = record["settings"], record["inputs"]
+            name, valid, own = str(settings["data"]), str(settings.get("valid", "")), ("", "")
             # A record may be a stranger's: a name is one of a file, never a way to it.
-            return Learnt(Path(name).name, str(record["inputs"][name]), int(record["settings"]["seed"]))
+            if valid:
+                own = Path(valid).name, str(inputs[f"{VALID}{valid}"])
+            return Learnt(Path(name).name, str(inputs[name]), int(settings["seed"]), own)
     except (KeyError, TypeError, ValueError):
         pass
     raise DataError(f"{folder / RECORD_FILE} names no data that was learnt")
@@ -60,8 +73,8 @@ def trained_on(adapters: Sequence[AdapterRef], task: Task, files: Sequence[Path 
     for adapter in adapters:
         data = _learnt_by(adapter)
         if data is not None and data not in shared:
-            parts = data.parts([*files, task.file, task.file.parent / data.name])
-            shared[data] = None if parts is None else repeated(parts[0].examples, task.examples)
+            training = data.training([*files, task.file, task.file.parent / data.name])
+            shared[data] = None if training is None else repeated(training, task.examples)
         found.append(None if data is None else Trained(data.name, shared[data]))
     return found
 

@@ -150,9 +150,10 @@ def test_data(settings: Settings) -> Task:
         data = learnt(last[1])
     except DataError as error:
         raise DataError(error.message, hint="give --data FILE.jsonl") from None
-    parts = data.parts([settings.data])
-    if parts is None:
+    task = data.validation([settings.data])
+    if task is None:
         raise DataError(
-            f"{data.name}, the data of the last fit, is missing or has changed", hint="give --data FILE.jsonl"
+            f"{data.valid[0] or data.name}, the data of the last fit, is missing or has changed",
+            hint="give --data FILE.jsonl",
         )
-    return parts[1]
+    return task

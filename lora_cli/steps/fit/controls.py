@@ -87,7 +87,7 @@ def compared(
 def _new_lora(base: BaseModel, examples: Sequence[Example], how: Fitting, state: Path, progress: Progress) -> Learnt:
     """What a new LoRA learns from the same examples by the paper's recipe; its weights are not kept."""
     recipe = TargetRecipe(seed=how.recipe.seed)
-    key = identity(base, examples, "target", TrainOptions().shape, recipe.settings, how.fraction)
+    key = identity(base, examples, "target", TrainOptions().shape, recipe.settings, how.held.settings)
     checkpoint = Checkpoint(state, key, how.deadline)
     with tempfile.TemporaryDirectory() as scratch:
         return train(
@@ -95,7 +95,7 @@ def _new_lora(base: BaseModel, examples: Sequence[Example], how: Fitting, state:
             examples,
             Path(scratch),
             recipe=recipe,
-            fraction=how.fraction,
+            held=how.held,
             checkpoint=checkpoint,
             progress=progress,
         ).learnt

@@ -20,7 +20,7 @@ from lora_cli.records import Coefficients, Example, Progress, silent
 from lora_cli.steps.fit.search import search
 from lora_cli.steps.merge.stream import MergePlan
 from lora_cli.steps.train.descent import Checkpoint, Goal, Learnt, Parts, identity, learn
-from lora_cli.task import HELD_OUT
+from lora_cli.task import HeldOut
 
 NOISES: Mapping[str, Noise] = {"random": "norm", "random-pooled": "pooled"}
 """The controls that fit noise, and the noise of each."""
@@ -57,7 +57,7 @@ class Fitting:
 
     shape: the preset, and its knobs that are turned; default `adaptive` as it is.
     recipe: default 100 steps of 8 examples at the preset's learning rate.
-    fraction: share of the examples held out to choose the best step.
+    held: the examples held out to choose the best step.
     target: `id@commit` of the adapter that was trained on the task itself, if there is one; it joins in front of the
         others.
     controls: of `NOISES`, the same fit over noise; "target", a new LoRA trained on the same data; "base", which is
@@ -72,7 +72,7 @@ class Fitting:
 
     shape: Shape = field(default_factory=Shape)
     recipe: Recipe = field(default_factory=Recipe)
-    fraction: float = HELD_OUT
+    held: HeldOut = field(default_factory=HeldOut)
     target: str = ""
     controls: Sequence[str] = ()
     task_sha256: str = ""
@@ -86,7 +86,7 @@ class Fitting:
     def parts(self, base: BaseModel, examples: Sequence[Example]) -> Parts:
         """The examples split and encoded, or only their prompts, if the fit learns from no answers."""
         encode = base.encode_all if self.shape.labelled else base.encoder.prompts_of
-        return Parts.of(encode, examples, fraction=self.fraction, seed=self.recipe.seed)
+        return Parts.of(encode, examples, held=self.held, seed=self.recipe.seed)
 
 
 def fit(
@@ -99,7 +99,7 @@ def fit(
     checkpoint: Path | None = None,
     progress: Progress = silent,
 ) -> FitResult:
-    """Fit coefficients as `how.shape` says on 80 % of the examples, and measure them on the rest.
+    """Fit coefficients as `how.shape` says on 80 % of the examples, and measure them on those held out.
 
     Args:
         reinit: the control: noise in place of every adapter's factors, the target's excepted.
@@ -122,7 +122,9 @@ def fit(
     )
     state = None
     if checkpoint is not None:
-        key = identity(base, examples, mixture.adapters, shape.settings, recipe.settings, how.fraction, kept, reinit)
+        key = identity(
+            base, examples, mixture.adapters, shape.settings, recipe.settings, how.held.settings, kept, reinit
+        )
         state = Checkpoint(checkpoint, key, how.deadline)
     told = functools.partial(progress, f"fit: noise, {reinit}" if reinit else "fit: adapters")
     with mixture.applied(base):
@@ -173,16 +175,16 @@ def run_settings(
     target: str = "",
     controls: Sequence[str] = (),
     seeds: int = 1,
-    data: str,
+    data: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The settings of a run that fits, beside those of the base. `data` is the task file's name."""
+    """The settings of a run that fits, beside those of the base. `data` are the names of the task's files."""
     reduction = {"rank": plan.options.rank, "energy": plan.options.energy}
     if FIT_METHODS.get(shape.preset).kind == "search":
         found = {"seed": recipe.seed, "cma": importlib.metadata.version("cma")}
     else:
         found = shape.completed(recipe).settings
     learning = {**shape.settings, **found, "target": target}
-    return {**learning, "controls": list(controls), "seeds": seeds, **reduction, "data": data}
+    return {**learning, "controls": list(controls), "seeds": seeds, **reduction, **data}
 
 
 def demand_sane(shape: Shape, controls: Sequence[str] = ()) -> None:

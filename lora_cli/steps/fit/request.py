@@ -25,8 +25,7 @@ from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
-from lora_cli.task import HELD_OUT, Task, demand_two
-from lora_cli.text import counted
+from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +49,7 @@ class FitJob:
         how = Fitting(
             shape=request.shape,
             recipe=request.recipe,
+            held=task.held,
             target=self.target,
             controls=options.controls,
             task_sha256=task.sha256,
@@ -59,13 +59,10 @@ class FitJob:
         )
 
         def work(run: Run) -> FitReport:
-            request.pool.announce(
-                f"fit: {counted(len(task.examples), 'example')} of {task.file.name}, "
-                f"split 80/20 by seed {request.recipe.seed}; base {request.base}"
-            )
+            request.pool.announce(f"fit: {task.parts_in_words(request.recipe.seed)}; base {request.base}")
             loaded = self.ref.load(progress)
             if request.shape.labelled:
-                for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed)):
+                for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed, held=task.held)):
                     request.pool.announce(line)
             return fit_and_write(
                 loaded,
@@ -103,7 +100,7 @@ class FitRequest:
         self.shape, self.options = shape or Shape(), options or FitOptions()
         self.recipe = self.shape.completed(replace(recipe or Recipe(), seed=settings.seed))
         self.base = base_of(settings)
-        demand_two(task.examples)
+        task.held.demand_parts(task.examples)
         demand_sane(self.shape, self.options.controls)
         if self.options.time_limit is not None and FIT_METHODS.get(self.shape.preset).kind == "search":
             raise UsageError(
@@ -127,7 +124,8 @@ class FitRequest:
         if way.search is None:
             return self.recipe, copies
         # An evaluation goes forward over all training examples, a step of a descent forward and back over its batch.
-        tried, batch = way.search.evaluations, math.ceil((1 - HELD_OUT) * len(self.task.examples) / 2)
+        learnt = len(self.task.examples) - (0 if self.task.valid else self.task.validated)
+        tried, batch = way.search.evaluations, math.ceil(learnt / 2)
         return replace(self.recipe, steps=tried, every=tried, batch=batch), copies
 
     def ref(self, prompting: Prompting | None = None) -> BaseRef:
@@ -164,12 +162,12 @@ class FitRequest:
             target=target,
             controls=self.options.controls,
             seeds=self.options.seeds,
-            data=self.task.file.name,
+            data=self.task.settings,
         )
         job = Job(
             verb="fit",
             settings=ref.settings | described,
-            inputs={**ref.inputs, **gathered.inputs, self.task.file.name: self.task.sha256},
+            inputs={**ref.inputs, **gathered.inputs, **self.task.inputs},
             runs=settings.runs,
             out=out,
             device=ref.device,

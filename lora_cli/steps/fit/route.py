@@ -20,7 +20,7 @@ from lora_cli.steps.fit.write_router import Measuring, RoutePlan, RouteReport, w
 from lora_cli.steps.merge.stream import plan
 from lora_cli.steps.opened_pool import Gathered, Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
-from lora_cli.task import Task, demand_two
+from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ class RouteRequest:
         self.controls = _checked(shape, recipe or Recipe(), options or FitOptions(), measured=task is not None)
         if task is not None:
             base_of(settings)
-            demand_two(task.examples)
+            task.held.demand_parts(task.examples)
 
     def absent(self) -> list[Adapter]:
         """The adapters whose weights would have to be downloaded."""

@@ -33,7 +33,7 @@ from lora_cli.steps.merge.card import code, licence_of_all, stated
 from lora_cli.steps.merge.stream import MergePlan, config_of, dtype_of, plan
 from lora_cli.steps.pool.licences import Stated
 from lora_cli.steps.train.descent import Parts, losses
-from lora_cli.task import HELD_OUT, Task
+from lora_cli.task import Task
 from lora_cli.text import counted
 
 
@@ -100,12 +100,12 @@ class Measuring:
     @property
     def inputs(self) -> dict[str, str]:
         """Its part of a run's inputs."""
-        return {**self.ref.inputs, self.task.file.name: self.task.sha256}
+        return {**self.ref.inputs, **self.task.inputs}
 
     def of(self, router: Router, progress: Progress) -> "Measured":
         """The loss of the router beside the base, and beside routers over noise."""
         base = self.ref.load(progress)
-        validation = Parts.of(base.encode_all, self.task.examples, fraction=HELD_OUT, seed=self.seed).validation
+        validation = Parts.of(base.encode_all, self.task.examples, held=self.task.held, seed=self.seed).validation
         with router.applied(base, progress=progress):
             loss, ours = losses(base, validation)
         others = {"base": losses(base, validation)}

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from lora_cli.errors import DataError, OutputError
+from lora_cli.licences import Policy
+from lora_cli.precision import Precision
 from lora_cli.steps.study.ways import Rule, Way
 from lora_cli.text import shortened
 
@@ -54,9 +56,9 @@ class Base(msgspec.Struct, frozen=True, kw_only=True):
     place: str
     aliases: tuple[str, ...]
     device: str
-    dtype: str
+    dtype: Precision
     prompting: Mapping[str, Any]
-    license_policy: str
+    license_policy: Policy
 
 
 class Study(msgspec.Struct, frozen=True, kw_only=True):

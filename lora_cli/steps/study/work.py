@@ -18,7 +18,7 @@ from lora_cli.formats.run_record import peak_bytes
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import loaded_once, pin
 from lora_cli.recipes import EvalOptions
-from lora_cli.settings import KEYS, Setting, Settings
+from lora_cli.settings import KEYS, Settings
 from lora_cli.steps.evaluate.evaluate import Row, answered
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.study.folder import COST_FILE, FAILED_FILE, RESULT_FILE, ROWS_FILE, StudyFolder, held, write_json
@@ -73,7 +73,7 @@ class Worker:
             folder=self._folder,
             pool=pool,
             settings=settings,
-            ref=pin(settings.base, name=study.shared["base"], device=settings.device, dtype=settings.dtype,
+            ref=pin(study.base.place, name=study.shared["base"], device=settings.device, dtype=settings.dtype,
                     prompting=prompting),
             prompting=prompting,
             task=read_task(self._folder.data),
@@ -191,16 +191,17 @@ class Worker:
 def settings_of(folder: StudyFolder, home: Path) -> Settings:
     """The settings of a worker, from the study alone; its catalogue and runs are below `home`."""
     base = folder.study.base
-    values = {
-        "base": base.place,
-        "base_aliases": tuple(base.aliases),
-        "data": folder.data,
-        "test": folder.test,
-        "db": home / "lora.db",
-        "runs": home / "runs",
-        "device": base.device,
-        "dtype": base.dtype,
-        "license_policy": base.license_policy,
-        "seed": 0,
-    }
-    return Settings({name: Setting(values.get(name), "study") for name in KEYS})
+    return Settings(
+        base=base.place,
+        base_aliases=base.aliases,
+        pool=None,
+        db=home / "lora.db",
+        data=folder.data,
+        test=folder.test,
+        device=base.device,
+        dtype=base.dtype,
+        runs=home / "runs",
+        license_policy=base.license_policy,
+        seed=0,
+        origins=dict.fromkeys(KEYS, "study"),
+    )

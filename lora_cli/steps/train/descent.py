@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_cli.errors import Refused
+from lora_cli.errors import DataError, Refused
 from lora_cli.files import open_regular
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import Recipe
 from lora_cli.records import Example
-from lora_cli.task import split
+from lora_cli.task import HeldOut
 
 TRACE_FILE = "trace.jsonl"
 TOKENS_PER_PASS = 8192
@@ -95,13 +95,25 @@ class Parts:
         encode: Callable[[Sequence[Example]], Sequence[Encoded]],
         examples: Sequence[Example],
         *,
-        fraction: float,
+        held: HeldOut,
         seed: int,
     ) -> "Parts":
-        """The examples encoded and split; `fraction` of them is for validation."""
+        """The examples encoded, and split as `held` says. DataError for examples that the base cannot take."""
+        training, validation = held.parts(examples, seed=seed)
+        if held.own:
+            return cls([*encode(training)], _of_file(held.file, encode, validation))
         encoded = {one.id: one for one in encode(examples)}
-        training, validation = split(examples, fraction=fraction, seed=seed)
         return cls([encoded[example.id] for example in training], [encoded[example.id] for example in validation])
+
+
+def _of_file(
+    name: str, encode: Callable[[Sequence[Example]], Sequence[Encoded]], examples: Sequence[Example]
+) -> list[Encoded]:
+    """The examples encoded; an error begins with the file's name."""
+    try:
+        return [*encode(examples)]
+    except DataError as error:
+        raise DataError(f"{name}: {error.message}", hint=error.hint) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,8 +20,7 @@ from lora_cli.steps.pool.gather import opened_folder
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
 from lora_cli.steps.train.train import TrainResult, run_settings, train_and_write
-from lora_cli.task import Task, demand_two
-from lora_cli.text import counted
+from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +49,13 @@ class TrainJob:
 
         def work(run: Run) -> TrainResult:
             task, seed = self.task, self.recipe.seed
-            self.announce(
-                f"train: {counted(len(task.examples), 'example')} of {task.file.name}, split 80/20 by seed {seed}; "
-                f"base {self.base}"
-            )
+            self.announce(f"train: {task.parts_in_words(seed)}; base {self.base}")
             loaded = self.ref.load(progress)
-            for line in summary_of(look(task.examples, loaded.encoder, seed=seed)):
+            for line in summary_of(look(task.examples, loaded.encoder, seed=seed, held=task.held)):
                 self.announce(line)
             return train_and_write(
                 loaded,
-                task.examples,
+                task,
                 self.job.folder,
                 run,
                 options=self.options,
@@ -89,9 +85,9 @@ def train_job(
         DataError: a task of one example.
         NothingMatched, Refused: no adapter in the folder to go on from, or one that cannot be used.
     """
-    demand_two(task.examples)
+    task.held.demand_parts(task.examples)
     options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
-    described = run_settings(options=options, recipe=recipe, data=task.file.name)
+    described = run_settings(options=options, recipe=recipe, data=task.settings)
     base = base_of(settings)
     ref = pin(
         base,
@@ -107,7 +103,7 @@ def train_job(
         settings=ref.settings | described,
         inputs={
             **ref.inputs,
-            task.file.name: task.sha256,
+            **task.inputs,
             **({} if start is None else {start.ref.pinned: sha256_of(start.files.weights)}),
         },
         runs=settings.runs,

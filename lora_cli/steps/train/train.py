@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
 from lora_cli.steps.pool.gather import opened_folder
 from lora_cli.steps.train.descent import TRACE_FILE, Checkpoint, Learnt, Parts, learn, write_trace
-from lora_cli.task import HELD_OUT
+from lora_cli.task import HeldOut, Task
 from lora_cli.text import counted
 
 
@@ -42,17 +42,18 @@ def train(
     *,
     options: TrainOptions | None = None,
     recipe: Recipe | None = None,
-    fraction: float = HELD_OUT,
+    held: HeldOut | None = None,
     checkpoint: Checkpoint | None = None,
     progress: Progress = silent,
 ) -> TrainResult:
-    """Train a LoRA on 80 % of the examples, keep the best step by loss on the rest, and save it into `folder`.
+    """Train a LoRA on 80 % of the examples, keep the best step by loss on those held out, and save it into `folder`.
 
     `folder` must be empty (`outputs.whole_folder` makes one); the two PEFT files go into it.
 
     Args:
         options: the LoRA, fresh or the one to go on from; `models.new_adapter.choose` finds its target modules.
         recipe: the paper's, unless given.
+        held: the examples that choose the best step, a share of these unless given.
         checkpoint: see `learn`.
 
     Raises:
@@ -60,7 +61,7 @@ def train(
         DataError: the examples cannot be split, or one is too long.
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
-    parts = Parts.of(base.encode_all, examples, fraction=fraction, seed=recipe.seed)
+    parts = Parts.of(base.encode_all, examples, held=held or HeldOut(), seed=recipe.seed)
     with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
         if options.start is not None:
             adapter.start_from(opened_folder(options.start))
@@ -84,14 +85,14 @@ def train(
     )
 
 
-def run_settings(*, options: TrainOptions, recipe: Recipe, data: str) -> dict[str, Any]:
-    """The settings of a run that trains, beside those of the base."""
-    return {**options.shape, **recipe.settings, "data": data}
+def run_settings(*, options: TrainOptions, recipe: Recipe, data: Mapping[str, str]) -> dict[str, Any]:
+    """The settings of a run that trains, beside those of the base. `data` are the names of its files."""
+    return {**options.shape, **recipe.settings, **data}
 
 
 def train_and_write(
     base: BaseModel,
-    examples: Sequence[Example],
+    task: Task,
     folder: Path,
     run: Run,
     *,
@@ -106,7 +107,7 @@ def train_and_write(
         OutputError: `folder` exists (and `replace` is false) or cannot be written. Also the errors of `train`.
     """
     with whole_folder(folder, replace=replace) as partial:
-        result = train(base, examples, partial, options=options, recipe=recipe, progress=progress)
+        result = train(base, task.examples, partial, options=options, recipe=recipe, held=task.held, progress=progress)
         run.outputs[WEIGHTS_NAME] = sha256_of(partial / WEIGHTS_NAME)
         run.outputs[TRACE_FILE] = write_trace(result.learnt, partial)
         run.results.update(
