@@ -26,7 +26,8 @@ SUMMARIES = {
     "demo": "Build a miniature world and run sync, select, merge, fit and eval on it; no network, no download.",
     "pool": "The adapters of the catalogue: find them, list them, fetch and check them.",
     "select": "Choose usable adapters of one base model and remember the choice.",
-    "methods": "List the merge methods, or explain one: its formula, its options, its cost and when to use it.",
+    "methods": "List the merge methods and the presets of fit, or explain one: its formula, its options, and when to "
+    "use it.",
     "merge": "Merge adapters into one LoRA, by their updates and not factor by factor.",
     "fit": "Fit coefficients of adapters to a task, and merge with them.",
     "train": "Train a new LoRA on a task: the baseline that every fit has to beat.",

@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from lora_cli.commands.methods import CLASSES, METHODS, class_of, facts_of, page
+from lora_cli.commands.methods import CLASSES, METHODS, by_class, class_of, facts_of, page
 from lora_cli.methods import MethodFolder
+from lora_cli.recipes import FIT_METHODS
 from tests import generate
 from tests.cli import ok, refused
 
 
 def test_the_list_has_every_method_with_its_class_weights_paper_and_first_line() -> None:
     rows = {line.split("\t")[0]: line.split("\t") for line in ok("methods").out.splitlines()}
-    assert rows.keys() == METHODS.methods.keys()
+    assert [*rows][: len(METHODS.methods)] == [one.name for one in by_class(METHODS)]
+    assert [*rows][len(METHODS.methods) :] == [f"fit:{name}" for name in FIT_METHODS.methods]
     assert rows["linear"] == [
         "linear",
         "exact low rank",
@@ -31,11 +33,12 @@ def test_the_list_has_every_method_with_its_class_weights_paper_and_first_line()
     assert rows["cat"][1::2] == ["exact low rank", "average"]
     assert rows["ties"][1] == "elementwise"
     assert rows["peft-ties"][1::2] == ["A and B apart", "sum"]
+    assert rows["fit:lorahub"][1:] == ["preset of fit", FIT_METHODS.get("lorahub").summary, "-", "2307.13269"]
 
 
 def test_the_list_goes_from_the_simplest_class_to_what_is_there_for_comparison() -> None:
     classes = [line.split("\t")[1] for line in ok("methods").out.splitlines()]
-    places = [CLASSES.index(name) for name in classes]
+    places = [[*CLASSES, "preset of fit"].index(name) for name in classes]
     assert places == sorted(places)
 
 
@@ -60,6 +63,33 @@ def test_every_method_is_explained_within_80_columns(name: str) -> None:
     labelled = [f"{label} {words}" for label, words in one.sections.items()]
     for words in (one.summary, one.formula, *labelled, *(knob.help for knob in one.knobs.values())):
         assert " ".join(words.split()) in told
+
+
+@pytest.mark.parametrize("name", sorted(FIT_METHODS.methods))
+def test_every_preset_is_explained_within_80_columns(name: str) -> None:
+    one, text = FIT_METHODS.get(name), ok("methods", f"fit:{name}").out
+    assert text.startswith(f"{name} · preset of fit · by {'search' if one.kind == 'search' else 'gradient'} ")
+    assert max(len(line) for line in text.splitlines()) <= 80
+    told = " ".join(text.split())
+    for words in (one.summary, one.formula, one.sections["Source"], *(knob.help for knob in one.knobs.values())):
+        assert " ".join(words.split()) in told
+
+
+def test_a_name_of_a_preset_alone_needs_no_prefix_and_one_of_both_names_the_other_page() -> None:
+    assert ok("methods", "adamerging").out == ok("methods", "fit:adamerging").out
+    both = ok("methods", "cat").out
+    assert both.startswith("cat · exact low rank")
+    assert both.endswith("lora methods fit:cat explains the preset of the same name.\n")
+    assert ok("methods", "fit:cat").out.startswith("cat · preset of fit")
+    document = json.loads(ok("methods", "adamerging", "--json").out)
+    assert (document["method"], document["class"], document["arxiv"]) == (
+        "fit:adamerging",
+        "preset of fit",
+        "2310.02575",
+    )
+    assert [option["option"] for option in document["options"]] == ["--objective", "--granularity", "--checkpoint"]
+    assert "did you mean 'lorahub'?" in refused(2, "methods", "lorahubs")
+    assert "unknown preset 'ties'" in refused(2, "methods", "fit:ties")
 
 
 def test_the_options_of_a_method_are_told_with_defaults_and_ranges() -> None:
@@ -113,11 +143,11 @@ def test_the_page_in_the_docs_reads_as_the_docstrings() -> None:
 
 def test_an_unknown_method_is_met_with_the_nearest_name() -> None:
     told = refused(2, "methods", "tise")
-    assert "unknown merge method 'tise'" in told
+    assert "unknown method 'tise'" in told
     assert "did you mean 'ties'?" in told
 
 
-@pytest.mark.parametrize("words", [[], ["ties"]])
+@pytest.mark.parametrize("words", [[], ["ties"], ["lorahub"]])
 def test_methods_are_told_of_without_torch(words: list[str]) -> None:
     code = (
         "import sys\nfrom lora_cli.app import app\n"
