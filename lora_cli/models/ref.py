@@ -17,7 +17,7 @@ from lora_cli.models.download import copy_of, download_base
 from lora_cli.models.encode import Encoder, encoder_of
 from lora_cli.models.forms import Prompting
 from lora_cli.models.loading import demand_causal, load_model, load_tokenizer
-from lora_cli.precision import CHOICES, torch_dtype
+from lora_cli.precision import CHOICES, Precision, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.settings import folder_of
 
@@ -49,7 +49,7 @@ class BaseRef:
     name: str
     version: str
     device: str
-    dtype: str
+    dtype: Precision
     prompting: Prompting = field(default_factory=Prompting)
 
     @property
@@ -98,7 +98,7 @@ def pin(
     *,
     name: str = "",
     device: str = "auto",
-    dtype: str = "auto",
+    dtype: Precision = "auto",
     prompting: Prompting | None = None,
     progress: Progress = silent,
 ) -> BaseRef:
@@ -130,7 +130,7 @@ def pin(
     )
 
 
-def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: str = "auto") -> BaseModel:
+def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: Precision = "auto") -> BaseModel:
     """`pin` and load at once."""
     return pin(name_or_path, name=name, device=device, dtype=dtype).load()
 
@@ -151,7 +151,7 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
     return encoder_of(public_base(name_or_path), tokenizer, config, generation, prompting)
 
 
-def resolve(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+def resolve(device: str = "auto", dtype: Precision = "auto") -> tuple[str, Precision]:
     """The device and the precision on this machine.
 
     Args:

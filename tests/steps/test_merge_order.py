@@ -1,4 +1,4 @@
-"""A merge whose method depends on the order of the adapters: the order is kept, recorded, locked, and part of the key."""
+"""A merge whose method depends on the order of adapters: the order is kept, recorded, locked, and part of the key."""
 
 import json
 from pathlib import Path

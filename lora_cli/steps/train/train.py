@@ -57,7 +57,7 @@ def train(
         checkpoint: see `learn`.
 
     Raises:
-        Refused: a LoRA to go on from that is of another form, modules that this base lacks, or a loss that is not finite.
+        Refused: a LoRA of another form to go on from, modules that this base lacks, or a loss that is not finite.
         DataError: the examples cannot be split, or one is too long.
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
