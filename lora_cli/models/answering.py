@@ -19,7 +19,7 @@ from lora_cli.models.encode import Encoded
 from lora_cli.models.generate import stream
 from lora_cli.models.kept import Place, as_argument, begun, can_keep, empty, gathered
 from lora_cli.models.room import Room, is_out_of_memory
-from lora_cli.models.together import Together, blocks
+from lora_cli.models.together import Arranged, blocks
 
 _SPARE = 8
 # A shared beginning of fewer tokens costs more than it saves.
@@ -50,7 +50,7 @@ class Told(NamedTuple):
 
 
 def answers(
-    base: BaseModel, asked: Sequence[Asked], together: Together | None, *, most: int, limit: int | None
+    base: BaseModel, asked: Sequence[Asked], together: Arranged | None, *, most: int, limit: int | None
 ) -> Iterator[list[tuple[int, Told]]]:
     """(place in `asked`, what became of the example), those together that end together.
 
@@ -141,7 +141,7 @@ class _Answering:
     """The way of some examples through a model; the arguments are those of `answers`."""
 
     def __init__(
-        self, base: BaseModel, asked: Sequence[Asked], together: Together | None, most: int, limit: int | None
+        self, base: BaseModel, asked: Sequence[Asked], together: Arranged | None, most: int, limit: int | None
     ) -> None:
         self._base, self._together, self._most = base, together, most
         self._rows = [_Row(place, *one) for place, one in enumerate(asked)]

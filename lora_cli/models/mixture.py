@@ -140,6 +140,7 @@ class Mixture:
         self.tries_together = all(module in base.shapes and ".experts." not in module for module in self._blocks)
         """Whether a pass can try several θ: rows keep their places in it, as in linear layers outside of experts."""
         self._tried: Tensor | None = None
+        self._candidates = self.theta.detach()[None]
         self._current: dict[str, Tensor] = {}
 
     @property
@@ -205,12 +206,19 @@ class Mixture:
 
     @contextmanager
     def trying(self, thetas: Tensor) -> Iterator[None]:
-        """While the block runs, a pass tries K of θ, (K, size), on one batch: copy k of the rows has `thetas[k]`."""
-        self._tried = thetas
+        """While the block runs, a pass tries K of θ, (K, size), on one batch: copy k of the rows has `thetas[k]`.
+
+        `arrange` gives the rows of the next passes to others of them.
+        """
+        self._tried = self._candidates = thetas
         try:
             yield
         finally:
             self._tried = None
+
+    def arrange(self, owners: tuple[int, ...], rows: int, tokens: int) -> None:
+        """The next pass has its rows in blocks of these θ, by place among those that are tried; see `Arranged`."""
+        self._tried = self._candidates[list(owners)]
 
     @contextmanager
     def applied(self, base: BaseModel) -> Iterator[None]:

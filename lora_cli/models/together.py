@@ -7,7 +7,7 @@ R ranks, and those of adapters without the module, are filled up with zeros, whi
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,14 @@ def by_row(skeleton: Skeleton, modules: Sequence[str]) -> bool:
     """Whether updates of these modules can differ from row to row: those of linear layers and embeddings can."""
     matrices = (skeleton.get(name) for name in modules)
     return all(matrix is not None and matrix.kind in ("linear", "embedding") for matrix in matrices)
+
+
+class Arranged(Protocol):
+    """Something on a base in which each block of rows has its own owner, by place."""
+
+    def arrange(self, owners: tuple[int, ...], rows: int, tokens: int) -> None:
+        """The next pass has `rows` rows of `tokens` tokens, in blocks of these owners."""
+        ...
 
 
 class _Factors(NamedTuple):

@@ -17,14 +17,12 @@ from lora_cli.files import read_regular
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.encode import Encoded
 from lora_cli.models.together import NotByRow
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import Difference, Interval, intervals, paired_differences
 from lora_cli.steps.evaluate.beside import beside_others
-from lora_cli.steps.evaluate.choices import read_choices
 from lora_cli.steps.evaluate.groups import Judging, System, Updates, groups
 from lora_cli.text import counted
 
@@ -126,14 +124,11 @@ def answered(
     metric, names = METRICS.get(options.metric), [system.name for system in systems]
     for system in systems:
         base.check(system.shapes, system.name)
-    choices = read_choices(base, examples) if metric.kind == "choice" else {}
-    encoded = _read(base, examples, new=options.max_new_tokens if metric.kind == "output" else 0)
+    judging = Judging.of(base, examples, options)
     common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
-    values_of = partial(METRICS.load(metric.name), **options.knobs)
     measured = [metric.name, options.max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
     keys = _keys(systems, examples, common, measured)
-    judging = Judging(base=base, encoded=encoded, choices=choices, metric=metric, values_of=values_of, options=options)
-    ids = [*encoded]
+    ids = [*judging.encoded]
     with _Rows(rows_path, keys) as rows:
         report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
         report(len(rows.found), len(keys))
@@ -150,15 +145,6 @@ def answered(
                     for system in group:
                         _fill(rows, [system], judging, together, report)
         return {name: [rows.found[name, example.id] for example in examples] for name in names}
-
-
-def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
-    """The examples as the base reads them, by id. DataError, which counts them, for those without room for `new` more
-    tokens behind their prompt."""
-    encoded = {one.id: one for one in base.encoder.read_all(examples)}
-    lengths = {id: max(len(one.ids), len(one.opening.ids) + new) for id, one in encoded.items()}
-    base.encoder.demand_room(lengths, new=new)
-    return encoded
 
 
 def demand_systems(names: Sequence[str], *, baseline: str) -> None:

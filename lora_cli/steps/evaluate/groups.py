@@ -1,22 +1,25 @@
 """Systems that a model answers together: which ones go in a group, and what becomes of their examples."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.methods import Method
+from lora_cli.metrics import METRICS
 from lora_cli.models.answering import Asked, Told, answers
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.kept import can_keep
 from lora_cli.models.room import free_memory
 from lora_cli.models.router import Router
-from lora_cli.models.together import Together, by_row
+from lora_cli.models.together import Arranged, Together, by_row
 from lora_cli.recipes import EvalOptions
-from lora_cli.steps.evaluate.choices import Choices, judged
+from lora_cli.records import Example
+from lora_cli.steps.evaluate.choices import Choices, judged, read_choices
 
 MOST_TOGETHER = 32
 # The share of free memory that the factors of a group may take: generation has up to two more copies of them.
@@ -117,6 +120,24 @@ class Judging:
     values_of: Callable[..., Sequence[Any]]
     options: EvalOptions
 
+    @classmethod
+    def of(cls, base: BaseModel, examples: Sequence[Example], options: EvalOptions) -> "Judging":
+        """The examples as the base reads them, and the metric of the options.
+
+        DataError, which counts them, for examples that are too long or have no room for an answer, and for those that
+        lack the choices that the metric judges.
+        """
+        metric = METRICS.get(options.metric)
+        new = options.max_new_tokens if metric.kind == "output" else 0
+        return cls(
+            base=base,
+            choices=read_choices(base, examples) if metric.kind == "choice" else {},
+            encoded=_read(base, examples, new=new),
+            metric=metric,
+            values_of=partial(METRICS.load(metric.name), **options.knobs),
+            options=options,
+        )
+
     @property
     def most(self) -> int:
         """The most tokens that are generated."""
@@ -130,29 +151,47 @@ class Judging:
         Raises:
             NotByRow: the systems of the group have to be asked one by one.
         """
+        wanted = [set(left[system.name]) for system in group]
+        with _applied(self.base, group) as together:
+            for ended in self._answered(wanted, together):
+                yield [(group[owner], id, one) for owner, id, one in ended]
+
+    def values(self, owners: int, together: Arranged | None) -> list[list[float]]:
+        """The metric's value of each example, in their order, by each of so many owners of rows.
+
+        Args:
+            together: what is applied now, for several owners.
+        """
+        found: list[dict[str, float]] = [{} for _ in range(owners)]
+        for ended in self._answered([self.encoded] * owners, together if owners > 1 else None):
+            for owner, id, one in ended:
+                found[owner][id] = one.value
+        return [[own[id] for id in self.encoded] for own in found]
+
+    def _answered(
+        self, wanted: Sequence[Container[str]], together: Arranged | None
+    ) -> Iterator[list[tuple[int, str, Outcome]]]:
+        """(owner, example, what became of it) for the wanted ids of each owner, as they end."""
         asked, names = [], []
-        wanted = {name: set(ids) for name, ids in left.items()}
         # The rows of one example are as long as one another, so it comes first.
         for id in self.encoded:
-            for owner, system in enumerate(group):
-                if id in wanted[system.name]:
+            for owner, ids in enumerate(wanted):
+                if id in ids:
                     options = self.choices[id].encoded if self.choices else (self.encoded[id],)
                     asked += [Asked(owner, option) for option in options]
                     names += [(owner, id, number) for number in range(len(options))]
         found: dict[tuple[int, str], dict[int, Told]] = {}
-        with _applied(self.base, group) as together:
-            told = answers(self.base, asked, together, most=self.most, limit=self.options.batch_size)
-            for ended in told:
-                whole = []
-                for place, one in ended:
-                    owner, id, number = names[place]
-                    parts = found.setdefault((owner, id), {})
-                    parts[number] = one
-                    if len(parts) == (len(self.choices[id].encoded) if self.choices else 1):
-                        del found[owner, id]
-                        whole.append((owner, id, [parts[number] for number in range(len(parts))]))
-                outcomes = self._outcomes([(id, parts) for _, id, parts in whole])
-                yield [(group[owner], id, one) for (owner, id, _), one in zip(whole, outcomes, strict=True)]
+        for ended in answers(self.base, asked, together, most=self.most, limit=self.options.batch_size):
+            whole = []
+            for place, one in ended:
+                owner, id, number = names[place]
+                parts = found.setdefault((owner, id), {})
+                parts[number] = one
+                if len(parts) == (len(self.choices[id].encoded) if self.choices else 1):
+                    del found[owner, id]
+                    whole.append((owner, id, [parts[number] for number in range(len(parts))]))
+            outcomes = self._outcomes([(id, parts) for _, id, parts in whole])
+            yield [(owner, id, one) for (owner, id, _), one in zip(whole, outcomes, strict=True)]
 
     def _outcomes(self, ended: Sequence[tuple[str, Sequence[Told]]]) -> list[Outcome]:
         """What became of some examples, each with the answers to its parts: its options, or itself."""
@@ -178,6 +217,14 @@ class Judging:
             likelihoods = [LEAST_LOG_LIKELIHOOD * (place == asked.right) for place in range(len(parts))]
         likelihood, value, text = judged(asked, likelihoods, self.values_of)
         return Outcome(likelihood, value, text) if finite else Outcome(None, value, "")
+
+
+def _read(base: BaseModel, examples: Sequence[Example], *, new: int) -> dict[str, Encoded]:
+    """The examples as the base reads them, by id. DataError for those without room for `new` more tokens."""
+    encoded = {one.id: one for one in base.encoder.read_all(examples)}
+    lengths = {id: max(len(one.ids), len(one.opening.ids) + new) for id, one in encoded.items()}
+    base.encoder.demand_room(lengths, new=new)
+    return encoded
 
 
 @contextmanager
