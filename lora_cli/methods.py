@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lora_cli.errors import UsageError
-from lora_cli.text import nearest
+from lora_cli.text import in_words, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -197,7 +197,8 @@ class MethodFolder:
             if knob not in knobs:
                 flag = f"--{knob.replace('_', '-')}"
                 takes = ", ".join(f"--{k.replace('_', '-')}" for k in knobs) or "no options of its own"
-                raise UsageError(f"{self.what} {name} takes no {flag}", hint=f"{name} takes {takes}")
+                others = f"; {flag} is an option of {in_words([*self.knobs[knob]])}" if knob in self.knobs else ""
+                raise UsageError(f"{self.what} {name} takes no {flag}", hint=f"{name} takes {takes}{others}")
         return {key: knob.check(name, given[key]) if key in given else knob.default for key, knob in knobs.items()}
 
     def load(self, name: str) -> Callable[..., Any]:

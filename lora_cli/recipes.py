@@ -10,7 +10,7 @@ import msgspec
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import Energy, Rank
-from lora_cli.methods import Knob, MethodFolder
+from lora_cli.methods import Knob, Method, MethodFolder
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag, Options
 from lora_cli.records import ALL_LINEAR
@@ -54,15 +54,16 @@ def _knobs_of_presets() -> list[tuple[str, Any, None]]:
     """The knobs of all presets as fields, None for the preset's own value."""
     fields = []
     for name, presets in FIT_METHODS.knobs.items():
-        [knob, *others] = presets.values()
-        choices = tuple(dict.fromkeys(choice for one in (knob, *others) for choice in one.choices))
-        kind: Any = Literal[choices] if choices else knob.type
+        knobs = [*presets.values()]
+        choices = tuple(dict.fromkeys(choice for one in knobs for choice in one.choices))
+        kind: Any = Literal[choices] if all(one.choices for one in knobs) else knobs[0].type
         lacking = [name for name in FIT_METHODS.methods if name not in presets]
         own = f"Not for {', '.join(lacking)}: " if len(lacking) < len(presets) else f"For {', '.join(presets)}: "
+        help = own + knobs[0].help
+        if len({one.help for one in knobs}) > 1:
+            help = " ".join(f"For {preset}: {one.help}" for preset, one in presets.items())
         usual = _usual({preset: one.default for preset, one in presets.items()})
-        fields.append(
-            (name, Annotated[kind | None, Flag(help=own + knob.help, default=usual, panel=COEFFICIENTS)], None)
-        )
+        fields.append((name, Annotated[kind | None, Flag(help=help, default=usual, panel=COEFFICIENTS)], None))
     return fields
 
 
@@ -151,6 +152,18 @@ class Shape(_Shape):  # type: ignore[misc,valid-type]
                     hint=f"its options are {', '.join(f'--{knob}' for knob in preset.knobs)}",
                 )
         return recipe
+
+    @property
+    def metric(self) -> Method | None:
+        """The metric that is the objective of a search, None for none."""
+        searches = FIT_METHODS.get(self.preset).kind == "search"
+        return METRICS.methods.get(self.knobs["objective"]) if searches else None
+
+    @property
+    def command(self) -> str:
+        """The user's command that is the objective of a search, "" for none."""
+        searches = FIT_METHODS.get(self.preset).kind == "search"
+        return str(self.knobs["objective"]) if searches and self.metric is None else ""
 
     def __post_init__(self) -> None:
         knobs = self.knobs
@@ -286,6 +299,10 @@ class FitOptions(Options, frozen=True, kw_only=True):
             panel=TRAINING,
         ),
     ] = None
+    command_timeout: Annotated[
+        float | None,
+        Flag(help="The most minutes for one run of the command of --objective.", metavar="MINUTES", panel=TRAINING),
+    ] = None
     grad_checkpointing: Annotated[
         bool, Flag(help="Compute the values of each layer twice and keep none: less memory, more time.", panel=TRAINING)
     ] = False
@@ -293,6 +310,8 @@ class FitOptions(Options, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.time_limit is not None and not 0 < self.time_limit < math.inf:
             raise UsageError(f"--time-limit is in minutes, above 0, not {self.time_limit}")
+        if self.command_timeout is not None and not 0 < self.command_timeout < math.inf:
+            raise UsageError(f"--command-timeout is in minutes, above 0, not {self.command_timeout}")
 
     @property
     def controls(self) -> list[str]:

@@ -31,6 +31,8 @@ from lora_cli.text import counted, interval
 
 if TYPE_CHECKING:
     from lora_cli.steps.fit.controls import Comparison, Trial
+    from lora_cli.steps.fit.fit import FitResult
+    from lora_cli.steps.fit.objective import Judged
     from lora_cli.steps.fit.write import FitReport
 
 
@@ -112,8 +114,10 @@ def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:
     from lora_cli.formats.coefficients import COEFFICIENTS_FILE, read_coefficients
     from lora_cli.plots.results import Losses, draw_fit
 
+    # The cost of a search may be in other units than the losses.
+    in_nats = results.get("objective", {"name": "nll"})["name"] == "nll"
     losses = Losses(
-        points=[(point["step"], point["training"], point["validation"]) for point in results["curve"]],
+        points=[(one["step"], one["training"] if in_nats else None, one["validation"]) for one in results["curve"]],
         best_step=results["best_step"],
         others={_NAMES[one["against"]].removeprefix("the "): one["loss"] for one in results["comparisons"]},
     )
@@ -124,38 +128,71 @@ def outcome(report: "FitReport") -> list[str]:
     """The summary of a fit: a line on its loss, and one on each comparison, which claims no more than is measurable."""
     first = report.trials[0]
     base, learnt = first.comparisons[0], first.result.learnt
-    parts = [f"fit: validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"]
+    judged, parts = (
+        first.result.judged,
+        [f"validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"],
+    )
+    if judged is not None:  # the loss that is held out is the nll held out
+        parts = [_by_objective(judged), *(parts if judged.name != "nll" else [])]
     if abs(report.loss_merged - learnt.loss_after) > 0.005 * learnt.loss_after:
         parts.append(f"{report.loss_merged:.3f} after reduction to rank {report.merge.ranks[1]}")
     parts.append(f"{first.result.kept}, {counted(first.result.n_validation, 'validation example')}")
     if learnt.speed:
         parts.append(f"{learnt.speed:,.0f} tokens/s")
     lines = [*map(verdict, first.comparisons), *(_spread(report.trials) if len(report.trials) > 1 else [])]
-    return [" · ".join(parts), *(f"  {line}" for line in lines)]
+    return [f"fit: {' · '.join(parts)}", *(f"  {line}" for line in lines)]
+
+
+def _by_objective(judged: "Judged") -> str:
+    """What a search did for its objective, on the examples that it learnt from and on those held out."""
+    training = f"{judged.training[0]:.3f} → {judged.training[1]:.3f}"
+    if not judged.before:
+        return f"the command's number {training}, {judged.better} is better"
+    held = f"{fmean(judged.before):.3f} → {fmean(judged.after):.3f}"
+    return f"{judged.name} {training} on the training examples, {held} on those held out"
 
 
 def verdict(one: "Comparison") -> str:
-    """Whether the gain over one other system is separable from zero, as a sentence."""
-    difference, other = one.difference, f"{_NAMES[one.against]}, whose loss is {one.loss:.3f}"
-    gained = f"{-difference.delta:.3f} {interval(0 - difference.high, 0 - difference.low)}"
+    """Whether the gain over one other system is separable from zero, as a sentence; by the objective of a search."""
+    of, name, value, difference = one.objective, "loss", one.loss, one.difference
+    if of is not None:
+        name, value = of.name, of.value
+        if of.difference is None:  # a command gives one number, from which no interval follows
+            return f"beside {_NAMES[one.against]}: the command gives {value:.3f}"
+        difference = of.difference
+    sign = 1 if of is not None and of.better == "higher" else -1
+    low, high = sorted((sign * difference.low, sign * difference.high))
+    other = f"{_NAMES[one.against]}, whose {name} is {value:.3f}"
+    gained = f"{0 + sign * difference.delta:.3f} {interval(0 + low, 0 + high)}"
     if one.gain:
         return f"gain over {other}: {gained}, separable from zero"
     if one.worse:
-        return f"worse than {other}: by {difference.delta:.3f} {interval(difference.low, difference.high)}"
+        return f"worse than {other}: by {-sign * difference.delta:.3f} {interval(0 - high, 0 - low)}"
     return f"no measurable gain over {other}: {gained}, not separable from zero"
 
 
 def _spread(trials: Sequence["Trial"]) -> list[str]:
-    """Mean and standard deviation of the losses over the seeds, and of the gains of each seed."""
-    ours = [trial.result.learnt.loss_after for trial in trials]
-    lines = [
-        f"over {len(trials)} seeds (mean ± standard deviation): fit {_about(ours)}; the folder is that of the first"
-    ]
+    """Mean and standard deviation over the seeds of the losses or the objective, and of the gains of each seed."""
+    judged = trials[0].result.judged
+    ours = [_value(trial.result) for trial in trials]
+    what = "" if judged is None else f"{judged.name} of the " if judged.before else "the command's number of the "
+    heading = f"over {len(trials)} seeds (mean ± standard deviation)"
+    lines = [f"{heading}: {what}fit {_about(ours)}; the folder is that of the first"]
+    sign = 1 if judged is not None and judged.better == "higher" else -1
     for place, one in enumerate(trials[0].comparisons):
-        theirs = [trial.comparisons[place].loss for trial in trials]
-        gains = [other - own for own, other in zip(ours, theirs, strict=True)]
+        beside = [trial.comparisons[place] for trial in trials]
+        theirs = [other.loss if other.objective is None else other.objective.value for other in beside]
+        gains = [sign * (own - other) for own, other in zip(ours, theirs, strict=True)]
         lines.append(f"  {_NAMES[one.against]} {_about(theirs)}, gain of the fit over it {_about(gains)}")
     return lines
+
+
+def _value(result: "FitResult") -> float:
+    """The loss of a fit on the validation examples, or its value by the objective, there or by the command."""
+    judged = result.judged
+    if judged is None:
+        return result.learnt.loss_after
+    return fmean(judged.after) if judged.after else judged.training[1]
 
 
 def _about(values: Sequence[float]) -> str:
@@ -178,6 +215,7 @@ def register(root: typer.Typer) -> None:
             "lora fit --data task.jsonl",
             "lora fit --data task.jsonl pool/tarn/mirror pool/mossy/double --granularity layer --steps 20 -o fitted",
             "lora fit --data task.jsonl --preset lorahub",
+            "lora fit --data task.jsonl --preset lorahub --objective exact --max-new-tokens 8",
             "lora fit --data task.jsonl --control random,base --seeds 2 --steps 20",
             "lora fit --data task.jsonl --plot fit.svg",
             "lora fit --preset arrow pool/tarn/mirror pool/mossy/double -o router",

@@ -11,10 +11,18 @@ Kept = Literal["best", "last"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """A search without gradients: at most `evaluations` of the objective, for θ within ±`bound`."""
+    """A search without gradients: at most `evaluations` of the objective, for θ within ±`bound`.
+
+    objective: the name of a metric, with `max_new_tokens` and `normalise` for those that take them; or a command.
+    better: of a command, whether a "higher" or a "lower" number is better; of a metric "metric".
+    """
 
     evaluations: int
     bound: float
+    objective: str
+    better: str
+    max_new_tokens: int
+    normalise: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,10 +21,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lora_cli.fit_methods.lorahub import lorahub
+from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.mixture import Mixture
-from lora_cli.steps.fit.search import objective
+from lora_cli.steps.fit.objective import ByLikelihood
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, examples, opened, tiny_llama
 
@@ -41,10 +42,11 @@ def ours(folders: Sequence[Path], batch: Sequence[Encoded], weights: Tensor) -> 
     """Every weight by one mixture, a generation of CMA-ES at a time."""
     base, adapters = model(), [opened(folder) for folder in folders]
     mixture = Mixture(base, adapters, lorahub(len(adapters)).parameters)
+    objective = ByLikelihood(base, mixture, batch, METRICS.get("nll"))
     found: list[float] = []
     with mixture.applied(base):
         for generation in weights.split(4 + int(3 * torch.tensor(float(len(adapters))).log())):
-            found += objective(base, mixture, batch, generation, 0.0)
+            found += objective.values(generation)
     return found
 
 

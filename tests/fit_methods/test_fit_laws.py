@@ -17,12 +17,14 @@ from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import UsageError
 from lora_cli.fit_methods import Learning
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
 from lora_cli.recipes import FIT_METHODS, Recipe, Shape
 from lora_cli.records import Coefficients
 from lora_cli.steps.fit.fit import FitResult, Fitting, fit, goal_of
-from lora_cli.steps.fit.search import objective
+from lora_cli.steps.fit.objective import ByLikelihood
+from lora_cli.steps.fit.search import costs
 from lora_cli.task import split
 from tests import dense_fit
 from tests.adapters_on_disk import random_factors, write_adapter
@@ -207,8 +209,9 @@ def test_the_search_of_lorahub_judges_weights_as_a_plain_loop_does(
     given = torch.tensor([[0.0, 0.0, 0.0], [1.5, -0.5, 0.2], [-1.0, 1.0, 1.5], [0.3, 0.3, 0.3]])
     assert mixture.tries_together
     with mixture.applied(base):
-        together = objective(base, mixture, training, given, learning.l1)
-        alone = [objective(base, mixture, training, one[None], learning.l1)[0] for one in given]
+        objective = ByLikelihood(base, mixture, training, METRICS.get("nll"))
+        together = costs(objective.values(given), given, mixture, learning)
+        alone = [costs(objective.values(one[None]), one[None], mixture, learning)[0] for one in given]
     reference = plain(base, raw, {"phi": "linear", "start": 0.0})
     every = [dense_fit.Line(list(one.ids), one.start) for one in training]
     expected = [dense_fit.hub_objective(reference, one, every, 0.05) for one in given.tolist()]
@@ -328,8 +331,9 @@ def test_wide_pools_are_tried_as_whole_updates(base: BaseModel, tmp_path: Path) 
     mixture = Mixture(base, pool, FIT_METHODS.load("lorahub")(3).parameters)
     given = torch.tensor([[0.0, 0.0, 0.0], [1.5, -0.5, 0.2], [-1.0, 1.0, 1.5]])
     with mixture.applied(base):
-        together = objective(base, mixture, base.encode_all(TASK), given, 0.1)
-        alone = [objective(base, mixture, base.encode_all(TASK), one[None], 0.1)[0] for one in given]
+        objective = ByLikelihood(base, mixture, base.encode_all(TASK), METRICS.get("nll"))
+        together = objective.values(given)
+        alone = [objective.values(one[None])[0] for one in given]
     assert together == pytest.approx(alone, abs=1e-6)
     assert len({round(value, 3) for value in together}) == 3
 

@@ -3,24 +3,40 @@
 import functools
 import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import NothingMatched, UsageError
-from lora_cli.fit_methods import Learning, Measure
+from lora_cli.fit_methods import Learning, Measure, Search
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
-from lora_cli.models.mixture import Mixture
+from lora_cli.models.mixture import Mixture, Parameters
 from lora_cli.models.noise import Noise
 from lora_cli.recipes import FIT_METHODS, Recipe, Shape
 from lora_cli.records import Coefficients, Example, Progress, silent
+from lora_cli.steps.evaluate.groups import Judging
+from lora_cli.steps.fit.candidate import write_candidate
+from lora_cli.steps.fit.command import Command
+from lora_cli.steps.fit.objective import (
+    ByAnswers,
+    ByCommand,
+    ByLikelihood,
+    Held,
+    Judged,
+    Objective,
+    Outside,
+    direction,
+    options_of,
+)
 from lora_cli.steps.fit.search import search
 from lora_cli.steps.merge.stream import MergePlan
 from lora_cli.steps.train.descent import Checkpoint, Goal, Learnt, Parts, identity, learn
 from lora_cli.task import HeldOut
+from lora_cli.text import nearest, shortened
 
 NOISES: Mapping[str, Noise] = {"random": "norm", "random-pooled": "pooled"}
 """The controls that fit noise, and the noise of each."""
@@ -33,7 +49,7 @@ class FitResult:
 
     `updates` is the fitted mixture itself, one exact update per module (of noise, where the fit was over noise).
     `trained` holds each adapter's factors by module, where the fit trained them. `measure` names what the losses are,
-    `kept` the step whose parameters they belong to.
+    `kept` the step whose parameters they belong to. `judged` is the objective of a search, None for a descent.
     """
 
     coefficients: Coefficients
@@ -42,6 +58,7 @@ class FitResult:
     measure: Measure
     kept: str
     learnt: Learnt
+    judged: Judged | None = None
     n_train: int
     n_validation: int
 
@@ -65,6 +82,7 @@ class Fitting:
     task_sha256: SHA-256 of the task's file, which the coefficients name.
     seeds: the number of fits, each with its controls, by the seed of the recipe and those that follow.
     recompute: layers are computed again for their gradients, and their values are not kept.
+    command: the user's command, where it is the objective of a search, and `plan`: how its candidates are written.
     deadline: on the clock of `time.monotonic`: a training stops at its next step, and its state is kept.
 
     Raises UsageError for an unknown control, or one that the preset has no use for.
@@ -78,15 +96,31 @@ class Fitting:
     task_sha256: str = ""
     seeds: int = 1
     recompute: bool = False
+    command: Command | None = None
+    plan: MergePlan | None = None
     deadline: float = math.inf
 
     def __post_init__(self) -> None:
         demand_sane(self.shape, self.controls)
+        if self.shape.command and (self.command is None or self.plan is None):
+            raise UsageError("an objective that is a command needs the command, and the plan of the merge")
 
     def parts(self, base: BaseModel, examples: Sequence[Example]) -> Parts:
         """The examples split and encoded, or only their prompts, if the fit learns from no answers."""
         encode = base.encode_all if self.shape.labelled else base.encoder.prompts_of
         return Parts.of(encode, examples, held=self.held, seed=self.recipe.seed)
+
+    def coefficients(self, base: BaseModel, mixture: Mixture, parameters: Parameters) -> Coefficients:
+        """The current coefficients of a mixture on a base."""
+        return Coefficients(
+            adapters=mixture.adapters,
+            values=mixture.values(),
+            granularity=parameters.granularity,
+            activation=parameters.activation,
+            task_sha256=self.task_sha256,
+            base=base.name,
+            trained=parameters.trained,
+        )
 
 
 def fit(
@@ -125,33 +159,82 @@ def fit(
         key = identity(
             base, examples, mixture.adapters, shape.settings, recipe.settings, how.held.settings, kept, reinit
         )
-        state = Checkpoint(checkpoint, key, how.deadline)
+        of_search = learning.search is not None
+        state = Checkpoint(checkpoint.with_suffix(".json") if of_search else checkpoint, key, how.deadline)
     told = functools.partial(progress, f"fit: noise, {reinit}" if reinit else "fit: adapters")
     with mixture.applied(base):
+        judged = None
         if learning.search is not None:
-            learnt = search(base, mixture, parts, learning, seed=recipe.seed, progress=told)
+            searched = _Searched(base, mixture, examples, parts, how, learning, noise=reinit is not None)
+            learnt, judged = searched.found(state, told)
         else:
             goal = goal_of(learning, mixture, recipe)
             learnt = learn(base, mixture.learnt, parts, recipe, goal=goal, checkpoint=state, progress=told)
-    coefficients = Coefficients(
-        adapters=mixture.adapters,
-        values=mixture.values(),
-        granularity=learning.parameters.granularity,
-        activation=learning.parameters.activation,
-        task_sha256=how.task_sha256,
-        base=base.name,
-        trained=learning.parameters.trained,
-    )
     return FitResult(
-        coefficients=coefficients,
+        coefficients=how.coefficients(base, mixture, learning.parameters),
         updates=mixture.updates(),
         trained=mixture.factors() if learning.parameters.trained else (),
         measure=learning.measure,
         kept=learning.told(learnt.best_step),
         learnt=learnt,
+        judged=judged,
         n_train=len(parts.training),
         n_validation=len(parts.validation),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Searched:
+    """A search by the objective of a preset; `base` already runs through `mixture`, of noise if `noise` says so."""
+
+    base: BaseModel
+    mixture: Mixture
+    examples: Sequence[Example]
+    parts: Parts
+    how: Fitting
+    learning: Learning
+    noise: bool = field(kw_only=True)
+
+    def found(self, state: Checkpoint | None, progress: Callable[[int, int], None]) -> tuple[Learnt, Judged]:
+        """What the search found, and the objective's values of it."""
+        way, seed = self.learning.search, self.how.recipe.seed
+        assert way is not None
+        training, validation = self.how.held.parts(self.examples, seed=seed)
+        command = self.how.command
+        held = Held(self.base, validation, options_of(way)) if command is None else Outside(command)
+        before = held.each()
+        learnt, start, best = search(
+            self.base,
+            self.mixture,
+            self.parts,
+            self.learning,
+            self._objective(way, training, state),
+            seed=seed,
+            checkpoint=state,
+            progress=progress,
+        )
+        return learnt, Judged(
+            name=way.objective if command is None else "command",
+            better=direction(way),
+            training=(start, best),
+            before=before,
+            after=held.each(),
+            of_folder=held.of_folder,
+        )
+
+    def _objective(self, way: Search, training: Sequence[Example], state: Checkpoint | None) -> Objective:
+        if self.how.command is not None:
+            return ByCommand(self.mixture, self.how.command, self._write, None if state is None else state.file)
+        metric = METRICS.get(way.objective)
+        if metric.kind == "likelihood":
+            return ByLikelihood(self.base, self.mixture, self.parts.training, metric)
+        return ByAnswers(self.base, self.mixture, Judging.of(self.base, training, options_of(way)))
+
+    def _write(self, folder: Path) -> None:
+        """The candidate of the current coefficients as a folder."""
+        assert self.how.plan is not None
+        coefficients = self.how.coefficients(self.base, self.mixture, self.learning.parameters)
+        write_candidate(self.how.plan, coefficients, self.mixture.factors() if self.noise else (), folder)
 
 
 _MEASURES = {"loss": BaseModel.completion_losses, "entropy": BaseModel.completion_entropies}
@@ -188,9 +271,11 @@ def run_settings(
 
 
 def demand_sane(shape: Shape, controls: Sequence[str] = ()) -> None:
-    """UsageError for an unknown control, a new LoRA beside a fit without answers, or a preset that fits nothing."""
+    """UsageError for an unknown control, a new LoRA beside a fit without answers, a command of unknown direction, or a
+    preset that fits nothing."""
     if shape.routes:
         raise UsageError(f"{shape.preset} makes a router and fits nothing", hint="use steps.fit.route")
+    _demand_direction(shape)
     if "target" in controls and not shape.labelled:
         raise UsageError(
             "--control target trains on answers, which --objective entropy does not read", hint="leave it out"
@@ -198,3 +283,15 @@ def demand_sane(shape: Shape, controls: Sequence[str] = ()) -> None:
     for control in controls:
         if control not in CONTROLS:
             raise UsageError(f"unknown control {control!r}", hint=f"one of {', '.join(CONTROLS)}")
+
+
+def _demand_direction(shape: Shape) -> None:
+    """UsageError for a command of which nothing says which numbers are better, and for a metric with its own."""
+    names, directed = ", ".join(METRICS.methods), shape.knobs.get("better", "metric") != "metric"
+    if shape.command and not directed:
+        raise UsageError(
+            f"--objective {shortened(shape.command)} is a command: say which of its numbers are better",
+            hint=nearest(shape.command, METRICS.methods, f"--better higher or --better lower; the metrics are {names}"),
+        )
+    if directed and not shape.command:
+        raise UsageError("--better is for an --objective that is a command", hint=f"{names} have their own direction")

@@ -18,6 +18,8 @@ from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import FIT_METHODS, FitOptions, Recipe, Shape
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
+from lora_cli.steps.evaluate.choices import demand_choices
+from lora_cli.steps.fit.command import Command
 from lora_cli.steps.fit.fit import Fitting, demand_sane, run_settings
 from lora_cli.steps.fit.write import FitReport, fit_and_write
 from lora_cli.steps.merge.plan import checked_options
@@ -55,6 +57,8 @@ class FitJob:
             task_sha256=task.sha256,
             seeds=options.seeds,
             recompute=options.grad_checkpointing,
+            command=request.command,
+            plan=self.plan,
             deadline=time.monotonic() + 60 * minutes,
         )
 
@@ -102,15 +106,27 @@ class FitRequest:
         self.base = base_of(settings)
         task.held.demand_parts(task.examples)
         demand_sane(self.shape, self.options.controls)
-        if self.options.time_limit is not None and FIT_METHODS.get(self.shape.preset).kind == "search":
-            raise UsageError(
-                f"--time-limit: the search of {self.shape.preset} keeps no state to go on from",
-                hint="lower --evaluations",
-            )
+        self.command = self._command()
         self.merging = checked_options(
             MergeOptions(method="linear", rank=self.options.rank, energy=self.options.energy)
         )
         self.names = [*names, *([] if self.options.target is None else [self.options.target])]
+
+    def _command(self) -> Command | None:
+        """The command that is the objective, None for none.
+
+        UsageError for one that cannot be run, or a time limit of none. DataError for examples without the choices that
+        the metric judges.
+        """
+        text, minutes = self.shape.command, self.options.command_timeout
+        if text:
+            return Command(text=text, seconds=math.inf if minutes is None else 60 * minutes)
+        if minutes is not None:
+            raise UsageError("--command-timeout is for an --objective that is a command", hint="leave it out")
+        if self.shape.metric is not None and self.shape.metric.kind == "choice":
+            for task in filter(None, (self.task, self.task.valid)):
+                demand_choices(task.examples, file=task.file.name)
+        return None
 
     def absent(self) -> list[Adapter]:
         """The adapters whose weights would have to be downloaded."""
@@ -124,8 +140,9 @@ class FitRequest:
         if way.search is None:
             return self.recipe, copies
         # An evaluation goes forward over all training examples, a step of a descent forward and back over its batch.
+        # The work of a command is not known.
         learnt = len(self.task.examples) - (0 if self.task.valid else self.task.validated)
-        tried, batch = way.search.evaluations, math.ceil(learnt / 2)
+        tried, batch = way.search.evaluations, 1 if self.command else math.ceil(learnt / 2)
         return replace(self.recipe, steps=tried, every=tried, batch=batch), copies
 
     def ref(self, prompting: Prompting | None = None) -> BaseRef:

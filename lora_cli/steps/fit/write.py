@@ -1,19 +1,19 @@
 """A fit, its controls and its merge as one folder."""
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import torch
 from msgspec import structs
 
-from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import Partial, Refused
-from lora_cli.formats.coefficients import COEFFICIENTS_FILE, coefficients_text
+from lora_cli.formats.coefficients import COEFFICIENTS_FILE
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.formats.reader import OpenAdapter, open_adapter
+from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
 from lora_cli.models.base_model import BaseModel
@@ -21,8 +21,10 @@ from lora_cli.models.recompute import recomputed
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import TrainOptions
 from lora_cli.records import Example, Progress, silent
-from lora_cli.steps.fit.controls import Trial, compared
+from lora_cli.steps.fit.candidate import with_coefficients, write_coefficients
+from lora_cli.steps.fit.controls import Comparison, Trial, compared
 from lora_cli.steps.fit.fit import FitResult, Fitting, fit
+from lora_cli.steps.fit.objective import Judged
 from lora_cli.steps.merge.stream import MergePlan, MergeReport, merge
 from lora_cli.steps.train.descent import TRACE_FILE, losses, write_trace
 
@@ -83,12 +85,15 @@ def fit_and_write(
     if run.unfinished:
         learnt = first.result.learnt
         raise Partial(
-            f"{folder}: the time limit came in {run.unfinished}; the folder holds the best so far, of step "
+            f"{folder}: the time limit came in {run.unfinished}; the folder holds the best so far, of {learnt.unit} "
             f"{learnt.best_step}, with a validation loss of {learnt.loss_after:.3f}",
             hint="run the same command again to go on from there",
         )
-    for state in folder.absolute().parent.glob(f"{_state(run)}*.npz"):
-        state.unlink(missing_ok=True)
+    for state in folder.absolute().parent.glob(f"{_state(run)}*"):
+        if state.is_dir():  # the candidate of a killed search
+            shutil.rmtree(state, ignore_errors=True)
+        else:
+            state.unlink(missing_ok=True)
     return FitReport(trials=tuple(trials), merge=replace(report, folder=folder), loss_merged=loss_merged)
 
 
@@ -132,14 +137,17 @@ def _demand_effect(result: FitResult) -> None:
     if not (is_base or adds_nothing):
         return
     start = f"lowers the validation {result.measure} of {learnt.loss_before:.3f}"
+    if (judged := result.judged) is not None:
+        verb, what = "raises" if judged.better == "higher" else "lowers", _number_of(judged)
+        start = f"{verb} {what}, {judged.training[0]:.3f}"
     if not learnt.finished:
         raise Partial(
-            f"the time limit came at step {len(learnt.trace)} of {learnt.steps}, and no step so far {start}",
+            f"the time limit came at {learnt.place}, and no {learnt.unit} so far {start}",
             hint="run the same command again to go on from there",
         )
     if is_base:
         raise Refused(
-            f"no step {start}: the base alone is best",
+            f"no {learnt.unit} {start}: the base alone is best",
             hint="choose other adapters, or raise --steps (of a search --evaluations)",
         )
     raise Refused(
@@ -148,37 +156,19 @@ def _demand_effect(result: FitResult) -> None:
     )
 
 
+def _number_of(judged: Judged) -> str:
+    return "the number of the command" if not judged.before else f"{judged.name} on the training examples"
+
+
 def _merged(plan: MergePlan, result: FitResult, folder: Path, run: Run, progress: Progress) -> MergeReport:
     """Merge with the coefficients into `folder`, which exists, and write them beside the result."""
     inner, coefficients = folder / "merged", result.coefficients
-    if result.trained:
-        trained = dict(zip(coefficients.adapters, result.trained, strict=True))
-        adapters = tuple(_Trained.of(adapter, trained[adapter.ref.pinned]) for adapter in plan.adapters)
-        plan = replace(plan, adapters=adapters)
-    report = merge(replace(plan, coefficients=coefficients), inner, run, progress=progress)
+    report = merge(with_coefficients(plan, coefficients, result.trained), inner, run, progress=progress)
     for file in list(inner.iterdir()):
         file.rename(folder / file.name)
     inner.rmdir()
-    (folder / COEFFICIENTS_FILE).write_text(coefficients_text(coefficients), encoding="utf-8")
-    run.outputs[COEFFICIENTS_FILE] = sha256_of(folder / COEFFICIENTS_FILE)
+    run.outputs[COEFFICIENTS_FILE] = sha256_of(write_coefficients(coefficients, folder))
     return report
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Trained(OpenAdapter):
-    """An adapter whose factors a fit has trained."""
-
-    factors: Mapping[str, LowRank] = field(repr=False, kw_only=True)
-
-    @classmethod
-    def of(cls, adapter: OpenAdapter, factors: Mapping[str, LowRank]) -> "_Trained":
-        """The adapter with these factors by module, scale folded into B."""
-        own = {one.name: getattr(adapter, one.name) for one in fields(adapter) if one.init}
-        return cls(**own, factors=factors)
-
-    def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
-        """The trained factors, in place of those in the file."""
-        return self.factors[module].to(dtype)
 
 
 def _results(trials: Sequence[Trial], loss_merged: float) -> dict[str, Any]:
@@ -191,13 +181,32 @@ def _results(trials: Sequence[Trial], loss_merged: float) -> dict[str, Any]:
         "n_train": first.result.n_train,
         "n_validation": first.result.n_validation,
         "curve": [asdict(point) for point in learnt.curve],
-        "comparisons": [asdict(comparison) for comparison in first.comparisons],
+        "comparisons": [_stored(comparison) for comparison in first.comparisons],
     }
+    if (judged := first.result.judged) is not None:
+        found["objective"] = _of_objective(judged)
     if len(trials) > 1:
         found["seeds"] = [
             {"seed": trial.seed, "loss": trial.result.learnt.loss_after, "best_step": trial.result.learnt.best_step}
             | {"others": {one.against: one.loss for one in trial.comparisons}}
+            | ({} if trial.result.judged is None else {"objective": _of_objective(trial.result.judged)})
             for trial in trials
             if not trial.stopped
         ]
     return found
+
+
+def _stored(comparison: Comparison) -> dict[str, Any]:
+    found = asdict(comparison)
+    return found if comparison.objective is not None else {k: v for k, v in found.items() if k != "objective"}
+
+
+def _of_objective(judged: Judged) -> dict[str, Any]:
+    """The values of an objective at the start and of what was found."""
+    found = {"name": judged.name, "better": judged.better, "training": dict(zip(_ENDS, judged.training, strict=True))}
+    if not judged.before:
+        return found
+    return found | {"validation": dict(zip(_ENDS, map(fmean, (judged.before, judged.after)), strict=True))}
+
+
+_ENDS = ("start", "best")

@@ -127,6 +127,18 @@ def merge(
     return report
 
 
+def write_files(plan: MergePlan, folder: Path) -> None:
+    """The two files of a merge in a folder, without a record of it, and also where it changes nothing."""
+    with (
+        closing(ModuleMerger(plan).each()) as results,
+        AdapterWriter(folder, plan.layout, dtype_of(plan), _saved(plan)) as writer,
+    ):
+        for module, merged in results:
+            assert isinstance(merged.update, LowRank)
+            writer.add(module, merged.update)
+        writer.finish(config_of(plan), compact=plan.options.compact)
+
+
 def _write_factors(
     plan: MergePlan, effect: Effect, folder: Path, progress: Progress
 ) -> tuple[list[ModuleReport], float, float]:

@@ -62,12 +62,15 @@ class Learnt:
 
     The tuples hold the loss of each validation example, a mean over its completion tokens in nats; the two losses are
     their means, so that every example counts the same, here as in the intervals. `trace` holds every step in order.
-    `steps` are those of the recipe: a time limit may come before the last one. `speed` is the number of tokens that
-    this process read in a second of training.
+    `done` of `steps` were done: a time limit may come before the last one; `unit` is the word for one of them, a step
+    or an evaluation of a search, which has no trace. `speed` is the number of tokens that this process read in a second
+    of training.
     """
 
     curve: tuple[Point, ...]
     trace: tuple[Step, ...]
+    unit: str = "step"
+    done: int
     steps: int
     speed: float = field(compare=False)
     best_step: int
@@ -79,7 +82,12 @@ class Learnt:
     @property
     def finished(self) -> bool:
         """Whether every step was done."""
-        return len(self.trace) == self.steps
+        return self.done == self.steps
+
+    @property
+    def place(self) -> str:
+        """How far it came, in words."""
+        return f"{self.unit} {self.done:,} of {self.steps:,}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +201,7 @@ def learn(
     return Learnt(
         curve=tuple(run.curve),
         trace=tuple(run.trace),
+        done=run.step,
         steps=recipe.steps,
         speed=run.tokens / run.seconds if run.seconds else 0.0,
         best_step=best_point.step,
@@ -210,7 +219,7 @@ def identity(base: BaseModel, examples: Sequence[Example], *settings: object) ->
 
 
 def write_trace(learnt: Learnt, folder: Path) -> str:
-    """Write `trace.jsonl`, a line per step of a training, into `folder`; returns its SHA-256.
+    """Write `trace.jsonl`, a line per step or generation of a training, into `folder`; returns its SHA-256.
 
     Times are left out, so that equal work gives equal bytes.
     """
@@ -220,7 +229,7 @@ def write_trace(learnt: Learnt, folder: Path) -> str:
         done = {"lr": step.lr, "training_loss": step.loss, "gradient_norm": step.gradient, "tokens": step.tokens}
         rows.append({"step": number, **done, **judged.get(number, {})})
     for point in () if learnt.trace else learnt.curve[1:]:  # a search, which has generations and no steps
-        rows.append({"step": point.step, "training_loss": point.training, **judged[point.step]})
+        rows.append({"step": point.step, "lowest_cost": point.training, **judged[point.step]})
     data = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
     (folder / TRACE_FILE).write_bytes(data)
     return hashlib.sha256(data).hexdigest()

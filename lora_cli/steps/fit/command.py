@@ -1,0 +1,111 @@
+"""The user's own command as the objective of a search: it gets a candidate as a PEFT folder and prints a number."""
+
+import contextlib
+import math
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from lora_cli.errors import Refused, UsageError
+from lora_cli.metrics import METRICS
+from lora_cli.text import duration, nearest, shortened
+
+CANDIDATE = "LORA_CANDIDATE"
+"""The variable of the environment in which a command finds the candidate's folder."""
+PLACE = "{}"
+"""What stands for the candidate's folder in the words of a command."""
+_MOST_OUTPUT = 1 << 20
+_LINES_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A program and its arguments, quoted as in a shell, which does not run.
+
+    seconds: the time that it may take; it and its children are killed then.
+
+    Raises UsageError for a command that ends inside quotes, an empty one, or a program that is not there.
+    """
+
+    text: str
+    seconds: float = math.inf
+
+    def __post_init__(self) -> None:
+        words = self.words
+        if not words:
+            raise UsageError("--objective is empty", hint=_OTHERS)
+        if shutil.which(words[0]) is None:
+            hint = nearest(words[0], METRICS.methods, _OTHERS)
+            raise UsageError(f"--objective {shortened(self.text)}: no program {shortened(words[0])!r}", hint=hint)
+
+    @property
+    def words(self) -> list[str]:
+        """The program and its arguments."""
+        try:
+            return shlex.split(self.text)
+        except ValueError as error:
+            raise UsageError(f"--objective {shortened(self.text)}: {error}", hint="close the quotes") from None
+
+    def number(self, folder: Path) -> float:
+        """The number in the last line that the command prints about the adapter in `folder`; it may be NaN.
+
+        Raises:
+            Refused: the command cannot be run, fails, takes too long, or prints no number.
+        """
+        called = f"the objective {shortened(self.text)}"
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            code = self._run(folder, out, err, called)
+            said, complaint = _end(out, 1), _end(err, _LINES_SHOWN)
+        if code:
+            why = f"by signal {-code}" if code < 0 else f"with code {code}"
+            raise Refused(f"{called} ended {why}: {complaint or said or 'it said nothing'}", hint=_GOES_ON)
+        try:
+            return float(said)
+        except ValueError:
+            more = f"; on stderr: {complaint}" if complaint else ""
+            raise Refused(
+                f"{called} printed {said!r}, not a number{more}", hint=f"in its last line; {_GOES_ON}"
+            ) from None
+
+    def _run(self, folder: Path, out: IO[bytes], err: IO[bytes], called: str) -> int:
+        """The code with which the command ends. What it started in the background ends with it."""
+        words = [word.replace(PLACE, str(folder)) for word in self.words]
+        environment = {**os.environ, CANDIDATE: str(folder)}
+        try:
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            raise Refused(f"{called} cannot be run: {error.strerror}", hint="a pipe needs sh -c '…'") from None
+        try:
+            return process.wait(timeout=None if math.isinf(self.seconds) else self.seconds)
+        except subprocess.TimeoutExpired:
+            complaint = _end(err, _LINES_SHOWN)
+            raise Refused(
+                f"{called} takes more than {duration(self.seconds)}" + (f": {complaint}" if complaint else ""),
+                hint=f"raise --command-timeout; {_GOES_ON}",
+            ) from None
+        finally:
+            # Also where it is interrupted.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+_OTHERS = f"one of {', '.join(METRICS.methods)}, or a command that prints a number"
+_GOES_ON = "the evaluations so far are kept, and the same lora command goes on from there"
+
+
+def _end(file: IO[bytes], lines: int) -> str:
+    """The last lines with text in a file, as one."""
+    file.seek(0, os.SEEK_END)
+    file.seek(max(0, file.tell() - _MOST_OUTPUT))
+    found: Sequence[str] = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    return " / ".join(map(shortened, found[-lines:]))
