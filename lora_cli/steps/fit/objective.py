@@ -108,6 +108,7 @@ class ByCommand:
     """The number that a command prints about the folder of each candidate.
 
     write: makes the folder of the mixture's current coefficients, which does not exist before.
+    beside: the state of the search; None for folders in the usual place of temporary files.
     """
 
     at_once = 1
@@ -122,8 +123,10 @@ class ByCommand:
     def _number(self, theta: Tensor) -> float:
         with torch.no_grad():
             self._mixture.theta.copy_(theta)
-        place = None if self._beside is None else self._beside.parent
-        prefix = "lora-candidate-" if self._beside is None else f"{self._beside.stem}-"
+        place, prefix = None, "lora-candidate-"
+        if self._beside is not None:  # from where the end of the fit sweeps what a killed one left
+            place, prefix = self._beside.parent, f"{self._beside.stem}-"
+            place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as made:
             folder = Path(made, "adapter")
             self._write(folder)
