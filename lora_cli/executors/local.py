@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -135,7 +136,7 @@ class _Process:
         except (OSError, ValueError):
             answer = ""
         if not answer:
-            code = process.wait()
+            code = _ended(process)
             self._process = None
             raise _Died(f"signal {-code}" if code < 0 else f"exit code {code}")
         return Outcome(**json.loads(answer))
@@ -145,7 +146,7 @@ class _Process:
         self._ended = True
         if self._process is not None:
             self._process.kill()
-            self._process.wait()
+            _ended(self._process)
 
     def _start(self) -> "subprocess.Popen[str]":
         places = json.dumps([str(Path(place).absolute()) for place in sys.path])
@@ -163,6 +164,16 @@ class _Process:
             start_new_session=True,  # Ctrl-C is for this process, which ends the others
         )
         return self._process
+
+
+def _ended(process: "subprocess.Popen[str]") -> int:
+    """The exit code of a process that ends now, whose pipes are closed."""
+    code = process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with suppress(OSError, ValueError):
+            assert pipe is not None
+            pipe.close()
+    return code
 
 
 def serve() -> None:
