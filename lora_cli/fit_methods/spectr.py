@@ -20,9 +20,9 @@ def spectr(
     """A router by the whole spectrum of each adapter, without learning.
 
     For each token x and module, y = W₀x + Σ_i g_i ΔW_i x with g = softmax(‖ΔW_i x‖ / T) over the adapters that have
-    the module. ‖ΔW_i x‖ = ‖Σ_i V_iᵀ x‖: all projections on right singular vectors, times their singular values. So the
-    scale of an adapter counts, which it does not in `arrow`. No data is needed. The result is a router and no LoRA.
-    PEFT has no router of this kind: `lora eval` applies it.
+    the module. ‖ΔW_i x‖ = ‖S_i V_iᵀ x‖: the projections on all right singular vectors V_i, times the singular values
+    S_i. So the scale of an adapter counts, which it does not in `arrow`. No data is needed. The result is a router and
+    no LoRA. PEFT has no router of this kind: `lora eval` applies it.
 
     An adapter that lacks the module, or whose update there is zero, has no share of it.
 

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import lora_cli
 from lora_cli.catalogue import runs
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.errors import UsageError
 from lora_cli.models.ref import pin
 from lora_cli.steps.evaluate.systems import opened_systems
 from lora_cli.steps.opened_pool import Pool
@@ -64,14 +68,19 @@ def test_a_router_needs_no_data_and_is_made_once(bare: World) -> None:
     assert ranks == {8}
     assert "up to date" in ok("fit", "--preset", "arrow", *TWO[::-1], "--top-k", "1", "-o", "routed").err
     assert "routed exists" in refused(1, "fit", "--preset", "arrow", *TWO, "-o", "routed")
-    weights = Path("routed", folders[0], WEIGHTS)
+
+
+def test_an_adapter_that_was_changed_since_is_not_used(bare: World) -> None:
+    ok("fit", "--preset", "arrow", *TWO, "-o", "routed")
+    own = router("routed")["adapters"][0]["folder"]
+    weights = Path("routed", own, WEIGHTS)
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
-    changed = refused(1, "fit", "--preset", "arrow", *TWO, "--top-k", "1", "-o", "routed")
-    assert f"{folders[0]}/{WEIGHTS} has changed" in changed
-    assert "have changed since they were written" in refused(5, "eval", "routed")
-    ok("fit", "--preset", "arrow", *TWO, "--top-k", "1", "-o", "routed", "--force")
-    shutil.rmtree(Path("routed", folders[0]))
-    assert folders[0] in refused(3, "eval", "routed")
+    changed = refused(1, "fit", "--preset", "arrow", *TWO, "-o", "routed")
+    assert f"{own}/{WEIGHTS} has changed" in changed
+    assert f"the weights of {own} have changed since they were written" in refused(5, "eval", "routed")
+    ok("fit", "--preset", "arrow", *TWO, "-o", "routed", "--force")
+    shutil.rmtree(Path("routed", own))
+    assert own in refused(3, "eval", "routed")
 
 
 def test_eval_applies_routers_beside_other_systems(here: World) -> None:
@@ -134,8 +143,6 @@ def test_the_example_of_the_page_loads_the_same_router_in_peft(bare: World) -> N
     with torch.no_grad():
         theirs = names["model"].eval()(input_ids=ids).logits
     base = pin("base", device="cpu").load()
-    from lora_cli.catalogue.adapters import Catalogue
-
     with Catalogue(Path("lora.db")) as catalogue:
         pool = Pool(catalogue=catalogue, base="base", aliases=[bare.base_name], announce=lambda text: None)
         [system] = opened_systems(pool, ["router"]).systems
@@ -169,6 +176,29 @@ def test_what_a_router_cannot_be_is_said_in_one_line(here: World) -> None:
     }.items():
         assert told in refused(2, "fit", "--preset", "arrow", *TWO, *options)
     assert "adaptive takes no --top-k" in refused(2, "fit", *TWO, "--top-k", "1")
+
+
+def test_python_makes_the_same_router_as_the_command(here: World) -> None:
+    with lora_cli.open_pool() as pool:
+        folder = pool.fit(None, TWO, preset="arrow", top_k=1, out="routed")
+        [base, routed] = pool.evaluate("task.jsonl", [str(folder)], metric="nll")
+        assert (base.system, routed.details["moved"]) == ("base", 100)
+        with pytest.raises(UsageError, match="adaptive learns from data"):
+            pool.fit(None, TWO)
+    assert "loss" not in record(folder)["results"]
+
+
+def test_a_router_is_not_written_over_its_own_adapters(bare: World) -> None:
+    ok("fit", "--preset", "arrow", *TWO, "-o", "routed")
+    own = f"routed/{router('routed')['adapters'][0]['folder']}"
+    assert "holds one of the adapters" in refused(1, "fit", "--preset", "spectr", own, "-o", "routed", "--force")
+    assert Path(own, WEIGHTS).is_file()
+    shutil.copytree("pool/mossy/double", "still")
+    factors = load_file(Path("still", WEIGHTS))
+    save_file({name: 0 * one if "lora_B" in name else one for name, one in factors.items()}, Path("still", WEIGHTS))
+    told = refused(5, "fit", "--preset", "arrow", TWO[0], "still", "-o", "other")
+    assert "still: no effect, because lora_B or lora_alpha is zero" in told
+    assert not list(Path().glob("*other*"))
 
 
 def test_a_control_or_a_prompt_needs_a_task(bare: World) -> None:

@@ -19,7 +19,7 @@ from lora_cli.recipes import FIT_METHODS, EvalOptions
 from lora_cli.steps.evaluate.evaluate import System, evaluate, read_rows
 from tests import architectures
 from tests.adapters_on_disk import Factors, random_factors, write_adapter
-from tests.tiny_bases import characters, examples, gpt2, opened, tiny_llama
+from tests.tiny_bases import characters, examples, gpt2, opened, tiny_gpt2, tiny_llama
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -184,6 +184,15 @@ def test_arrow_is_that_of_peft_where_power_iterations_converge(tmp_path: Path, t
     ours = logits(base, router([opened(one) for one in folders], temperature=temperature, top_k=top_k))
     config = ArrowConfig(top_k=top_k, router_temperature=temperature)
     peft = create_arrow_model(tiny_llama(), [str(one) for one in folders], config).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours, peft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_arrow_is_that_of_peft_on_transposed_weights(tmp_path: Path) -> None:
+    shapes = {f"transformer.h.{layer}.attn.c_attn": (96, 32) for layer in range(2)}
+    folders = [write_adapter(tmp_path / f"a{i}", decaying(shapes, 3, i), fan_in_fan_out=True) for i in range(2)]
+    ours = logits(gpt2(), router([opened(one) for one in folders]))
+    peft = create_arrow_model(tiny_gpt2(), [str(one) for one in folders], ArrowConfig(top_k=2)).eval()
     with torch.no_grad():
         torch.testing.assert_close(ours, peft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
 
