@@ -25,9 +25,10 @@ def arrow(
 
     top_k: with K the softmax is over the K highest scores. Arrow's own code keeps 4, PEFT's ArrowConfig 3.
 
-    An adapter that lacks the module, or whose update there is zero, has no share of it; in Arrow's own code it takes
-    the share of a score of 0. v_i comes from a singular value decomposition; PEFT makes 15 power iterations, which stop
-    short of it where the two strongest directions are alike in strength. There v_i itself says little.
+    An adapter that lacks the module, or whose update there is zero, has no share of it; in Arrow's own code, and for
+    zeros in PEFT, it takes the share of a score of 0. v_i comes from a singular value decomposition; PEFT makes 15
+    power iterations, which stop short of it where the two strongest directions are alike in strength. There v_i itself
+    says little.
 
     Source: Arrow, Ostapenko et al. 2024, arXiv 2405.11157.
     """

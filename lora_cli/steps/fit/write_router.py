@@ -36,6 +36,8 @@ from lora_cli.steps.train.descent import Parts, losses
 from lora_cli.task import Task
 from lora_cli.text import counted
 
+_LONGEST_NAME = 96
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutePlan:
@@ -158,22 +160,13 @@ def write_router(
         raise OutputError(f"{folder} holds one of the adapters", hint="choose another folder with -o")
     why_not = plan.why_not
     rank = 0 if why_not else max(one.rank for adapter in plan.adapters for one in adapter.modules.values())
-    width = len(str(len(plan.adapters) - 1))
     with whole_folder(folder, replace=replace) as partial:
-        members = []
-        for place, adapter in enumerate(plan.adapters):
-            progress("writing adapters", place, len(plan.adapters))
-            own = partial / f"{place:0{width}}-{re.sub(r'[^A-Za-z0-9._-]', '-', adapter.ref.id.rpartition('/')[2])}"
-            own.mkdir()
-            _write_adapter(plan.of_one(adapter), own, rank)
-            run.outputs |= {f"{own.name}/{name}": sha256_of(own / name) for name in (CONFIG_NAME, WEIGHTS_NAME)}
-            sha256 = run.outputs[f"{own.name}/{WEIGHTS_NAME}"]
-            members.append(Member(folder=own.name, adapter=adapter.ref.pinned, sha256=sha256))
+        members = _write_adapters(plan, partial, run, rank, progress)
         router = RouterFile(
             preset=plan.preset,
             knobs=plan.knobs,
             base=plan.merging.base,
-            adapters=tuple(members),
+            adapters=members,
             peft=None if why_not else _of_peft(plan.routing, len(members)),
             why_not=why_not,
         )
@@ -188,6 +181,21 @@ def write_router(
         run.write(partial)
         (partial / "README.md").write_text(_card(plan, router), encoding="utf-8")
     return RouteReport(router=router, modules=len(plan.merging.modules), measured=measured)
+
+
+def _write_adapters(plan: RoutePlan, folder: Path, run: Run, rank: int, progress: Progress) -> tuple[Member, ...]:
+    """Write each adapter into a folder of its own, named by its place and its name."""
+    members, width = [], len(str(len(plan.adapters) - 1))
+    for place, adapter in enumerate(plan.adapters):
+        progress("writing adapters", place, len(plan.adapters))
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", adapter.ref.id.rpartition("/")[2])[:_LONGEST_NAME]
+        own = folder / f"{place:0{width}}-{name}"
+        own.mkdir()
+        _write_adapter(plan.of_one(adapter), own, rank)
+        run.outputs |= {f"{own.name}/{file}": sha256_of(own / file) for file in (CONFIG_NAME, WEIGHTS_NAME)}
+        sha256 = run.outputs[f"{own.name}/{WEIGHTS_NAME}"]
+        members.append(Member(folder=own.name, adapter=adapter.ref.pinned, sha256=sha256))
+    return tuple(members)
 
 
 def _write_adapter(own: MergePlan, folder: Path, rank: int) -> None:
