@@ -16,7 +16,7 @@ from lora_cli.recipes import SCORES, TRAINING, MaxNewTokens, Metrics
 from lora_cli.settings import KEYS
 from lora_cli.text import nearest
 
-WHAT, TARGET = "What is compared", "The target LoRA"
+WHAT, TARGET, SEQUENCE = "What is compared", "The target LoRA", "Tasks one after another"
 USUAL = "base,single,average,norm-matched,ties,tsv,lego,adaptive,adaptive+target,lorahub,target"
 OF_SETTINGS = ("base", "base_aliases", "data", "test", "db", "seed", "device", "dtype", "license_policy")
 """The settings that a study file may have beside the options of a study."""
@@ -71,6 +71,26 @@ class StudyOptions(Metrics, frozen=True, kw_only=True):  # type: ignore[misc,cal
     batch_size: Annotated[
         int, Flag(help="The most prompts at once; it moves the last bit of a likelihood.", minimum=1, panel=SCORES)
     ] = 16
+    sequence: Annotated[
+        str,
+        Flag(
+            help="Task files by commas, in order: a LoRA is trained on each, and merged into the running one. In place "
+            "of --data, systems and pools.",
+            metavar="T1,T2,…",
+            panel=SEQUENCE,
+        ),
+    ] = ""
+    sequence_test: Annotated[
+        str, Flag(help="Their test files, in the same order.", metavar="V1,V2,…", default="parts", panel=SEQUENCE)
+    ] = ""
+    rules: Annotated[
+        str,
+        Flag(
+            help="How a LoRA joins the running one, by commas; sequential trains one LoRA on and merges nothing.",
+            metavar="A,B,…",
+            panel=SEQUENCE,
+        ),
+    ] = "average,ties,lego,orthogonal,sequential"
     own_systems: Mapping[str, Mapping[str, Any]] = {}
     own_pools: Mapping[str, Mapping[str, Any]] = {}
 
@@ -175,6 +195,9 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             hint = nearest(name, known, f"keys are {', '.join(known)}")
             raise UsageError(f"{file}: unknown key {name!r}", hint=hint)
     settings = {name: _setting(file, name, values.pop(name)) for name in OF_SETTINGS if name in values}
+    for what in ("sequence", "sequence_test"):
+        if what in values:
+            values[what] = _files(file, what, values[what])
     for what in ("systems", "pools"):
         if isinstance(values.get(what), list):
             values[what], values[f"own_{what}"] = _defined(file, what, values[what])
@@ -184,6 +207,14 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def names_in(text: str) -> list[str]:
     """The names in a text with commas, each once."""
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _files(file: Path, what: str, value: Any) -> str:
+    """The task files that a study file names, in a list or with commas, as paths from here."""
+    names = names_in(value) if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"{file}: {what} takes names of files, not {value!r}")
+    return ",".join(str(file.parent / name) for name in names)
 
 
 def _defined(file: Path, what: str, entries: list[Any]) -> tuple[str, dict[str, dict[str, Any]]]:

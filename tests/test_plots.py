@@ -14,6 +14,7 @@ from lora_cli.errors import LoraError, OutputError, Refused, UsageError
 from lora_cli.plots.compare import ModulePair, draw_diff, draw_similarity
 from lora_cli.plots.figure import Colours, colours_for
 from lora_cli.plots.results import Losses, draw_fit, draw_scores
+from lora_cli.plots.sequence import draw_sequence
 from lora_cli.records import Coefficients, Score
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
@@ -104,7 +105,13 @@ def scored(file: Path) -> None:
     draw_scores(file, [score("base", 0.3), *(score(name, 0.1, delta=-0.2) for name in HOSTILE)], "$\\frac.jsonl")
 
 
-PICTURES = [similarity, diff, fitted, scored]
+def learnt_in_sequence(file: Path) -> None:
+    n = len(HOSTILE)
+    grid = [[i / n if j <= i else 0.1 * j for j in range(n)] for i in range(n)]
+    draw_sequence(file, HOSTILE, {"average": grid, HOSTILE[1]: grid, "ties": grid, "lego": grid}, "exact match")
+
+
+PICTURES = [similarity, diff, fitted, scored, learnt_in_sequence]
 
 
 @pytest.mark.slow

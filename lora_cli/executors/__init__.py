@@ -1,7 +1,7 @@
 """Places where the cells of a study are done, for `lora study --executor NAME`. One file is one of them.
 
 A file holds a function of its name, `Executor`. It does the cells that have no result yet in the folder of the study,
-each by `steps.study.work.Worker`, and yields the outcome of each as it ends.
+each by a worker of `steps.study.workers`, and yields the outcome of each as it ends.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,21 +9,20 @@ from typing import Protocol
 
 from lora_cli.methods import file_names, member
 from lora_cli.records import Progress
-from lora_cli.steps.study.folder import StudyFolder
-from lora_cli.steps.study.plan import Cell
+from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.work import Outcome
 
 PACKAGE = "lora_cli.executors"
 
 
 class Executor(Protocol):
-    """Does the cells of a study.
+    """Does the cells of a study or of a sequence.
 
     jobs: how many at once, None for as many as the place has room for.
     """
 
     def __call__(
-        self, folder: StudyFolder, cells: Sequence[Cell], *, jobs: int | None, progress: Progress
+        self, folder: WorkFolder, cells: Sequence[Piece], *, jobs: int | None, progress: Progress
     ) -> Iterator[Outcome]: ...
 
 

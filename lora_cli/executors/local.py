@@ -14,10 +14,10 @@ from typing import IO
 import torch
 
 from lora_cli.records import Progress, silent
-from lora_cli.steps.study.folder import FAILED_FILE, StudyFolder, write_json
+from lora_cli.steps.study.folder import FAILED_FILE, Piece, WorkFolder, write_json
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.plan import Cell
-from lora_cli.steps.study.work import Outcome, Worker
+from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.workers import worker_in
 
 _WORKER = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors.local import serve; serve()"
 _TRIES = 2
@@ -25,7 +25,7 @@ _TRIES = 2
 
 
 def local(
-    folder: StudyFolder, cells: Sequence[Cell], *, jobs: int | None = None, progress: Progress = silent
+    folder: WorkFolder, cells: Sequence[Piece], *, jobs: int | None = None, progress: Progress = silent
 ) -> Iterator[Outcome]:
     """Do the cells by workers on this machine, and yield the outcome of each that was not done before.
 
@@ -45,20 +45,20 @@ def local(
         yield outcome
 
 
-def _places(folder: StudyFolder) -> int:
+def _places(folder: WorkFolder) -> int:
     """The workers that this machine has room for."""
-    if folder.study.base.device.startswith("cuda"):
+    if folder.device.startswith("cuda"):
         return torch.cuda.device_count()
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _alone(folder: StudyFolder, order: Order) -> Iterator[Outcome]:
-    with Worker(folder.path) as worker:
+def _alone(folder: WorkFolder, order: Order) -> Iterator[Outcome]:
+    with worker_in(folder.path) as worker:
         while (name := order.take()) is not None:
             yield from order.ended(worker.run(name))
 
 
-def _together(folder: StudyFolder, order: Order, workers: int) -> Iterator[Outcome]:
+def _together(folder: WorkFolder, order: Order, workers: int) -> Iterator[Outcome]:
     told: queue.SimpleQueue[list[Outcome] | BaseException | None] = queue.SimpleQueue()
     started: list[_Process] = []
     tries: dict[str, int] = {}
@@ -101,7 +101,7 @@ def _together(folder: StudyFolder, order: Order, workers: int) -> Iterator[Outco
             process.end()
 
 
-def _given_up(folder: StudyFolder, name: str, why: str) -> Outcome:
+def _given_up(folder: WorkFolder, name: str, why: str) -> Outcome:
     """The outcome of work that ended its workers."""
     error = f"its worker died {_TRIES} times ({why})"
     place = folder.cell(name)
@@ -117,7 +117,7 @@ class _Died(Exception):
 class _Process:
     """A worker in a process of its own, which is started when it is asked, and again when it has died."""
 
-    def __init__(self, folder: StudyFolder, number: int) -> None:
+    def __init__(self, folder: WorkFolder, number: int) -> None:
         self._folder, self._number = folder, number
         self._process: subprocess.Popen[str] | None = None
         self._ended = False
@@ -151,7 +151,7 @@ class _Process:
     def _start(self) -> "subprocess.Popen[str]":
         places = json.dumps([str(Path(place).absolute()) for place in sys.path])
         environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-        if self._folder.study.base.device.startswith("cuda"):
+        if self._folder.device.startswith("cuda"):
             known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             ours = known if known != [""] else [str(place) for place in range(torch.cuda.device_count())]
             environment["CUDA_VISIBLE_DEVICES"] = ours[self._number % len(ours)]
@@ -182,7 +182,7 @@ def serve() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, names), daemon=True).start()
-    with Worker(Path(sys.argv[2])) as worker:
+    with worker_in(Path(sys.argv[2])) as worker:
         while True:
             outcome = worker.run(names.get())
             answers.write(json.dumps({name: getattr(outcome, name) for name in outcome.__slots__}) + "\n")

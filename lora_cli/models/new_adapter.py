@@ -126,7 +126,8 @@ class NewAdapter:
 
         if adapter.base != self._base:
             raise Refused(f"{adapter.ref.id} is an adapter of {adapter.base}, not of {self._base}")
-        ours, theirs = get_peft_model_state_dict(self._wrapped), load_file(adapter.files.weights)
+        ours = get_peft_model_state_dict(self._wrapped, save_embedding_layers=False)
+        theirs = load_file(adapter.files.weights)
         config = self._wrapped.peft_config["default"]
         same = {name: tensor.shape for name, tensor in ours.items()} == {n: t.shape for n, t in theirs.items()}
         if not same or {*adapter.scales.values()} != {config.lora_alpha / config.r}:

@@ -98,6 +98,13 @@ def study(
     screen, shard = listing.screen(), execution.part
     options, from_file = asked_options(asked)
     settings = setup.load(**{name: value for name, value in from_file.items() if getattr(setup, name, None) is None})
+    if options.sequence:
+        from lora_cli.commands.study.sequence import sequence
+
+        if setup.data or setup.test or execution.shard:
+            raise UsageError("--sequence takes no --data, --test or --shard", hint="its tests are --sequence-test")
+        sequence(screen, settings, options, execution, prompts.prompting())
+        return
 
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.steps.study.plan import shard_of
@@ -140,6 +147,7 @@ def register(root: typer.Typer) -> None:
             "lora study --data task.jsonl --quick --dry-run",
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
             "lora study collect study",
+            "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",
         ),
     )(with_flags(study))
     root.add_typer(app, name="study")

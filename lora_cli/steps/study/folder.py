@@ -3,12 +3,12 @@
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -16,13 +16,41 @@ from lora_cli.errors import DataError, OutputError
 from lora_cli.files import read_given, read_regular
 from lora_cli.outputs import hold, whole_file
 from lora_cli.records import Adapter
-from lora_cli.steps.study.plan import Cell, Study, read_study, study_text
+from lora_cli.steps.study.plan import Need, Study, read_study, study_text
 
 STUDY_FILE, TABLE_FILE = "study.json", "table.jsonl"
 RESULT_FILE, COST_FILE, FAILED_FILE, ROWS_FILE = "result.json", "cost.json", "failed.json", "rows.jsonl"
 DATA_FILE, TEST_FILE, CANDIDATES_FILE = "train.jsonl", "test.jsonl", "adapters.jsonl"
 ADAPTER_FOLDER = "adapter"
 _PATIENCE = 0.05
+
+
+class Piece(Protocol):
+    """Some work by its name, and the work that has to be done before it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+
+
+class WorkFolder(Protocol):
+    """A folder in which cells are done by workers: a study's, or that of a sequence."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def device(self) -> str:
+        """The device on which its workers compute."""
+
+    def cell(self, name: str) -> Path:
+        """The folder of a cell."""
+
+    def done(self, cells: Iterable[Piece]) -> set[str]:
+        """The names of the cells that have a result."""
+
+    def open_needs(self, cells: Iterable[Piece]) -> Sequence[Piece]:
+        """The work that these cells need, beside cells, and that is not done."""
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +75,11 @@ class StudyFolder:
             return read_study(read_given(file), str(file))
         except OSError as error:
             raise DataError(f"{self.path}: no folder of a study ({error.strerror})") from None
+
+    @property
+    def device(self) -> str:
+        """The device on which its workers compute."""
+        return self.study.base.device
 
     @property
     def data(self) -> Path:
@@ -88,9 +121,15 @@ class StudyFolder:
         """Whether a need is there: outputs are whole or absent."""
         return self.selection(name).is_file() or self.target(name).is_dir()
 
-    def done(self, cells: Iterable[Cell]) -> set[str]:
+    def done(self, cells: Iterable[Piece]) -> set[str]:
         """The names of the cells that have a result."""
         return {cell.name for cell in cells if (self.cell(cell.name) / RESULT_FILE).is_file()}
+
+    def open_needs(self, cells: Iterable[Piece]) -> list[Need]:
+        """The shared work that these cells need and that is not done."""
+        names = {cell.name for cell in cells}
+        needs = self.study.needs(cell for cell in self.study.cells() if cell.name in names)
+        return [need for need in needs.values() if not self.is_made(need.name)]
 
     def result(self, name: str) -> dict[str, Any]:
         """The result of a cell. DataError if it is no result of this cell."""
@@ -160,8 +199,10 @@ def write_plan(folder: StudyFolder, study: Study, adapters: Sequence[Adapter], d
             file.write(text)
 
 
-def demand_free(path: Path) -> None:
-    """OutputError for a folder that holds anything but the beginning of a study."""
+def demand_free(
+    path: Path, *, beside: Collection[str] = (CANDIDATES_FILE, DATA_FILE, TEST_FILE), what: str = "study"
+) -> None:
+    """OutputError for a folder that holds anything but the beginning of a study, `beside` which its plan comes last."""
     if path.is_symlink():
         raise OutputError(f"{path}: a link; outputs are never written through links")
     try:
@@ -170,5 +211,5 @@ def demand_free(path: Path) -> None:
         return
     except OSError as error:
         raise OutputError(f"{path}: cannot be read ({error.strerror})", hint="choose another folder with -o") from None
-    if found - {CANDIDATES_FILE, DATA_FILE, TEST_FILE}:
-        raise OutputError(f"{path} exists, and is no study", hint="choose another folder with -o")
+    if found - {*beside}:
+        raise OutputError(f"{path} exists, and is no {what}", hint="choose another folder with -o")

@@ -3,21 +3,19 @@
 from collections.abc import Sequence
 from threading import Condition
 
-from lora_cli.steps.study.folder import StudyFolder
-from lora_cli.steps.study.plan import Cell
+from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.work import Outcome
 
 
 class Order:
     """What is left of some cells and their needs. Workers in threads take from it, and say what became of it."""
 
-    def __init__(self, folder: StudyFolder, cells: Sequence[Cell]) -> None:
+    def __init__(self, folder: WorkFolder, cells: Sequence[Piece]) -> None:
         done = folder.done(cells)
         left = [cell for cell in cells if cell.name not in done]
-        needs = {name: need for name, need in folder.study.needs(left).items() if not folder.is_made(name)}
         self._cells = [cell.name for cell in left]
-        wants = {name: need.needs for name, need in needs.items()} | {cell.name: cell.needs for cell in left}
-        self._waits = {name: {*wanted} & needs.keys() for name, wanted in wants.items()}
+        wants = {piece.name: piece.needs for piece in [*folder.open_needs(left), *left]}
+        self._waits = {name: {*wanted} & wants.keys() for name, wanted in wants.items()}
         self._changed = Condition()
         self._under_way: set[str] = set()
 

@@ -1,0 +1,124 @@
+"""The part of `lora study` for --sequence: tasks that come one after another."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lora_cli.columns import Column, on_request
+from lora_cli.commands.study.shown import says
+from lora_cli.errors import Partial
+from lora_cli.metrics import METRICS
+from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
+from lora_cli.screen import Screen, near
+from lora_cli.settings import Settings
+from lora_cli.study_options import StudyOptions, names_in
+from lora_cli.text import counted
+
+if TYPE_CHECKING:
+    from lora_cli.commands.study import Execution
+    from lora_cli.models.forms import Prompting
+    from lora_cli.steps.study.sequence.folder import SequenceFolder
+    from lora_cli.steps.study.sequence.request import PlannedSequence
+
+CELLS = (
+    Column("CELL", "cell", wide=True),
+    Column("STATE", "state"),
+    Column("NEEDS", "needs", show=lambda row: ", ".join(row["needs"])),
+    *on_request("rule", "seed", "step"),
+)
+MEASURES = (
+    Column("RULE", "rule", wide=True, least=10),
+    Column("FINAL", "final", "right", show=lambda row: f"{row['final']:.3f}"),
+    Column("FORGETTING", "forgetting", "right", show=lambda row: f"{row['forgetting']:.3f}"),
+    Column("BACKWARD", "backward_transfer", "right", show=lambda row: f"{row['backward_transfer']:+.3f}"),
+    Column("BACKWARD/T", "backward_transfer_by_t", "right", show=lambda row: f"{row['backward_transfer_by_t']:+.3f}"),
+    Column("FORWARD", "forward_transfer", "right", show=lambda row: f"{row['forward_transfer']:+.3f}"),
+    Column("SEEDS", "seeds", "right", minor=True),
+)
+
+
+def sequence(
+    screen: Screen, settings: Settings, options: StudyOptions, execution: "Execution", prompting: "Prompting"
+) -> None:
+    """Plan a sequence, do its cells, and show its measures."""
+    from lora_cli.executors import executor
+    from lora_cli.steps.study.sequence.request import SequenceRequest
+
+    request = SequenceRequest(
+        tasks=[Path(name) for name in names_in(options.sequence)],
+        tests=[Path(name) for name in names_in(options.sequence_test)],
+        held_out=options.held_out,
+        rules=options.rules,
+        seeds=options.seeds,
+        rank=options.rank,
+        lora=TrainOptions(rank=options.target_rank, alpha=options.target_alpha, dropout=options.target_dropout),
+        recipe=TargetRecipe(steps=options.target_steps, lr=options.target_lr),
+        evaluation=_scored(options),
+    )
+    with screen.progress() as progress:
+        planned = request.planned(settings, prompting, execution.out, announce=screen.say, progress=progress)
+        if execution.dry_run:
+            _show_cells(screen, planned)
+            return
+        folder, cells = planned.write(), planned.plan.cells()
+        run = executor(execution.executor)
+        ended = run(folder, cells, jobs=execution.jobs, progress=progress)
+        failed = [one for one in map(says(screen), ended) if one.error]
+    _show_measures(screen, folder)
+    if failed:
+        raise Partial(
+            f"{counted(len(failed), 'cell')} of {len(cells):,} failed, first {failed[0].name}: {failed[0].error}",
+            hint="run the same command again to try these cells again; done ones are kept",
+        )
+
+
+def _scored(options: StudyOptions) -> EvalOptions:
+    knobs = {name: getattr(options, name) for name in METRICS.get(options.metric).knobs}
+    found: EvalOptions = EvalOptions.of(
+        metric=options.metric, max_new_tokens=options.max_new_tokens, batch_size=options.batch_size, **knobs
+    )
+    return found
+
+
+def _show_cells(screen: Screen, planned: "PlannedSequence") -> None:
+    """The cells of a plan, and what is there of each."""
+    cells, path = planned.plan.cells(), planned.folder.path
+    done = planned.folder.done(cells)
+    rows = [
+        {
+            "cell": cell.name,
+            "rule": cell.rule,
+            "seed": cell.seed,
+            "step": cell.step,
+            "needs": [*cell.needs],
+            "state": "done" if cell.name in done else "open",
+        }
+        for cell in cells
+    ]
+    screen.rows("lora.sequence.plan/1", CELLS, rows, identity="cell", extra={"out": str(path)})
+    screen.say(f"study: {counted(len(cells), 'cell')} in {near(path)}, {len(done):,} done")
+
+
+def _show_measures(screen: Screen, folder: "SequenceFolder") -> None:
+    """The measures of each rule so far, as means over seeds."""
+    from lora_cli.steps.study.sequence.table import PICTURE, TABLE_FILE, write_table
+
+    table, count = write_table(folder), len(folder.plan.cells())
+    metric = METRICS.get(table.metric)
+    screen.rows(
+        "lora.sequence/1",
+        MEASURES,
+        table.rows(),
+        identity="rule",
+        caption=f"{metric.name}, {metric.better} is better, {counted(len(table.tasks), 'task')}, means over seeds",
+        extra={
+            "out": str(folder.path),
+            "table": str(folder.path / TABLE_FILE),
+            "metric": metric.name,
+            "tasks": [*table.tasks],
+            "a": {rule: table.mean(rule)[0] for rule, runs in table.runs.items() if runs},
+            "cells": count,
+            "done": count - len(table.missing),
+        },
+    )
+    done = f"{count - len(table.missing):,} of {counted(count, 'cell')} done"
+    screen.say(f"study: {done}, {near(folder.path / TABLE_FILE)}, {near(folder.path / PICTURE)}")

@@ -1,0 +1,187 @@
+"""The plan of a sequence: its tasks, and a cell for each rule, seed and task, named by the hash of what decides it."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from lora_cli.errors import OutputError, UsageError
+from lora_cli.merge_options import METHODS, MergeOptions
+from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
+from lora_cli.steps.study.plan import Base
+from lora_cli.text import nearest, shortened
+
+SCHEMA = "lora.sequence/1"
+BASE, ALONE, SEQUENTIAL = "base", "alone", "sequential"
+
+
+class Rule(NamedTuple):
+    """How the LoRA of a new task joins the running one: a merge method, and whether every task counts the same.
+
+    If it does, the running LoRA has the weight (t-1)/t at task t, and the new one 1/t. Else both have 1.
+    """
+
+    method: str
+    mean: bool
+
+
+MERGES: Mapping[str, Rule] = {
+    "average": Rule("linear", mean=True),
+    "ties": Rule("ties", mean=True),
+    "lego": Rule("lego", mean=True),
+    "orthogonal": Rule("orthogonal", mean=False),
+}
+RULES = (*MERGES, SEQUENTIAL)
+"""Every rule; `sequential` merges nothing: one LoRA is trained on."""
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One task: its name, and the SHA-256 of its training and of its test data, which lie beside the plan."""
+
+    name: str
+    train: str
+    test: str
+
+
+class Cell(NamedTuple):
+    """One LoRA and its scores on every task: by a rule and a seed, after so many tasks.
+
+    The rule `base` is the bare base model, and `alone` a LoRA trained on one task, the one at `step`. `needs` are the
+    cells whose LoRAs it is made of: the running one, then the new one.
+    """
+
+    name: str
+    rule: str
+    seed: int
+    step: int
+    needs: tuple[str, ...] = ()
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """A planned sequence, as sequence.json holds it.
+
+    `shared` is what decides the results of all cells beside the options: versions, and the base at its version. Results
+    depend on nothing in `base` but through `shared`.
+    """
+
+    schema: str = SCHEMA
+    tasks: tuple[Stage, ...]
+    rules: tuple[str, ...]
+    seed: int
+    seeds: int
+    rank: str
+    lora: Mapping[str, Any]
+    recipe: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    shared: Mapping[str, Any]
+    base: Base
+
+    @property
+    def every_seed(self) -> range:
+        """The seeds."""
+        return range(self.seed, self.seed + self.seeds)
+
+    @property
+    def options(self) -> EvalOptions:
+        """How the tasks are scored."""
+        options: EvalOptions = EvalOptions.of_settings(self.evaluation)
+        return options
+
+    @property
+    def train_options(self) -> TrainOptions:
+        """The LoRA that is trained on each task."""
+        return TrainOptions.of_settings(self.lora)
+
+    def trained_by(self, seed: int) -> TargetRecipe:
+        """How it is trained."""
+        return TargetRecipe.of_settings({**self.recipe, "seed": seed})
+
+    def merge(self, rule: str, seed: int) -> MergeOptions:
+        """The options with which a rule merges. LEGO keeps the rank of one LoRA."""
+        method = MERGES[rule].method
+        given = {"clusters": self.train_options.rank} if rule == "lego" else {}
+        drawn = {"seed": seed} if "seed" in METHODS.get(method).knobs else {}
+        return MergeOptions.of(method=method, knobs=given | drawn, rank=self.rank)
+
+    @property
+    def digest(self) -> str:
+        """8 hex digits of a hash of all that decides the results, but for rules and seeds."""
+        return _hash([self.shared, self.evaluation, self.lora, self.recipe, self.rank, msgspec.to_builtins(self.tasks)])
+
+    def cells(self) -> list[Cell]:
+        """Every cell, each behind those that it needs."""
+        found = [self._cell(BASE, 0, 0)]
+        for seed in self.every_seed:
+            found += self.row(ALONE, seed)
+            for rule in self.rules:
+                found += self.row(rule, seed)[1:]
+        return found
+
+    def row(self, rule: str, seed: int) -> list[Cell]:
+        """The cells of one rule and seed, task by task. After the first task, every rule has the LoRA of this task."""
+        alone = [self._cell(ALONE, seed, step) for step in range(1, len(self.tasks) + 1)]
+        if rule == ALONE:
+            return alone
+        cells = alone[:1]
+        for new in alone[1:]:
+            needs = (cells[-1].name,) if rule == SEQUENTIAL else (cells[-1].name, new.name)
+            cells.append(self._cell(rule, seed, new.step, needs))
+        return cells
+
+    def _cell(self, rule: str, seed: int, step: int, needs: tuple[str, ...] = ()) -> Cell:
+        tests = [[stage.name, stage.test] for stage in self.tasks]
+        decisive = [self.shared, self.evaluation, tests, rule, needs, *self._made(rule, seed, step)]
+        digest = _hash(decisive)
+        name = f"{rule}-{digest}" if rule == BASE else f"{rule}-s{seed}-{step}-{digest}"
+        return Cell(name, rule, seed, step, needs)
+
+    def _made(self, rule: str, seed: int, step: int) -> list[Any]:
+        """What decides the LoRA of a cell, beside the cells that it needs."""
+        if rule == BASE:
+            return []
+        if rule in MERGES:
+            return [self.merge(rule, seed).settings, weights_of(rule, step)]
+        stage = self.tasks[step - 1]
+        return [self.lora, self.recipe, seed, stage.name, stage.train]
+
+    def extended(self, other: "Plan") -> "Plan":
+        """This plan with the rules and the seeds of another one of the same sequence.
+
+        Raises:
+            OutputError: the other differs in anything else.
+        """
+        for name, ours, theirs in _fields(self, other):
+            if name not in ("rules", "seeds", "base") and ours != theirs:
+                raise OutputError(
+                    f"another sequence: {name} is {shortened(ours)} there and {shortened(theirs)} here",
+                    hint="choose another folder with -o",
+                )
+        rules = tuple(dict.fromkeys([*self.rules, *other.rules]))
+        return msgspec.structs.replace(self, rules=rules, seeds=max(self.seeds, other.seeds), base=other.base)
+
+
+def weights_of(rule: str, step: int) -> tuple[float, float]:
+    """The weights of the running and of the new LoRA at task `step`, the first being 1."""
+    return ((step - 1) / step, 1 / step) if MERGES[rule].mean else (1.0, 1.0)
+
+
+def named_rules(text: str) -> tuple[str, ...]:
+    """The rules in a text with commas, each once. UsageError for an unknown one, or for none."""
+    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in names:
+        if name not in RULES:
+            raise UsageError(f"unknown rule {name!r}", hint=nearest(name, RULES, f"there are {', '.join(RULES)}"))
+    if not names:
+        raise UsageError("a sequence needs a rule", hint=f"there are {', '.join(RULES)}")
+    return names
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _fields(one: Plan, other: Plan) -> Iterator[tuple[str, Any, Any]]:
+    here, there = msgspec.to_builtins(one), msgspec.to_builtins(other)
+    return ((name, here[name], there[name]) for name in here)

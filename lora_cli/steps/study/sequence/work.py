@@ -1,0 +1,247 @@
+"""A worker of a sequence: holds one loaded base, trains, merges and scores cell by cell."""
+
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.errors import DataError, LoraError
+from lora_cli.formats.run_record import peak_bytes
+from lora_cli.merge_options import MergeSources
+from lora_cli.models.forms import Prompting
+from lora_cli.models.ref import BaseRef, loaded_once, pin
+from lora_cli.settings import KEYS, Setting, Settings
+from lora_cli.steps.evaluate.evaluate import Row, System, Updates, answered
+from lora_cli.steps.merge.request import MergeRequest
+from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, RESULT_FILE, held, write_json
+from lora_cli.steps.study.sequence.data import read_data
+from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
+from lora_cli.steps.study.sequence.plan import BASE, MERGES, SEQUENTIAL, Cell, Plan, Stage, weights_of
+from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.train.request import train_job
+
+_PART = 64
+"""Test examples that are asked together: a killed cell asks at most so many again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Made:
+    """The LoRA of a cell in its folder, the parents that it is made of, `id@commit` → SHA-256, and its bytes."""
+
+    system: System
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    results: Mapping[str, Any] = field(default_factory=dict)
+
+
+class SequenceWorker:
+    """Does the cells of the sequence in a folder; use it in a `with` statement.
+
+    The cells that a cell needs are done first where nobody has done them. The catalogue is the worker's own, so that
+    workers share nothing but the folder. On a CPU one thread computes: then every worker gives the same bytes.
+
+    Entering raises DataError for a folder without a sequence, and the errors of `pin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._folder = SequenceFolder(path)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        self.plan = plan = self._folder.plan
+        self._cells, stack = {cell.name: cell for cell in plan.cells()}, self._stack
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sequence-")))
+        if plan.base.device == "cpu":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
+        stack.enter_context(loaded_once())
+        self._settings = _settings(plan, home)
+        self._prompting = Prompting(**plan.base.prompting)
+        self._pool = Pool(
+            catalogue=stack.enter_context(Catalogue(self._settings.db)),
+            base=plan.base.place,
+            aliases=plan.base.aliases,
+            announce=_unheard,
+            policy=self._settings.license_policy,
+        )
+        self._ref: BaseRef = pin(
+            plan.base.place,
+            name=plan.shared["base"]["base"],
+            device=plan.base.device,
+            dtype=plan.base.dtype,
+            prompting=self._prompting,
+        )
+        if {**self._ref.settings, **self._ref.inputs} != plan.shared["base"]:
+            raise DataError(f"{plan.base.place}: another version of the base than the sequence was planned for")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def run(self, name: str) -> Outcome:
+        """Do a cell by its name, unless it is done. A failure is the outcome, and is noted in the cell's folder.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        began = time.monotonic()
+        try:
+            made = self._cell(self._cells[name])
+        except LoraError as error:
+            return self._failed(name, error.message, error.hint)
+        except (MemoryError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+            # A fault of one cell, even a bug, does not end the others.
+            return self._failed(name, f"{type(error).__name__}: {error}", "")
+        return Outcome(name=name, seconds=time.monotonic() - began if made else 0.0)
+
+    def _failed(self, name: str, error: str, hint: str) -> Outcome:
+        write_json(self._folder.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
+        return Outcome(name=name, error=error, hint=hint)
+
+    def _cell(self, cell: Cell) -> bool:
+        """Do a cell, after those that it needs; False if it is done."""
+        place = self._folder.cell(cell.name)
+        if (place / RESULT_FILE).is_file():
+            return False
+        for need in cell.needs:
+            self._cell(self._cells[need])
+        with held(place):
+            if (place / RESULT_FILE).is_file():
+                return False
+            began = time.monotonic()
+            made = self._made(cell, place / ADAPTER_FOLDER)
+            trained = time.monotonic()
+            answers = {stage.name: self._answers(made.system, stage, place) for stage in self.plan.tasks}
+            write_json(place / COST_FILE, self._cost(trained - began, time.monotonic() - trained, answers))
+            write_json(place / RESULT_FILE, self._result(cell, made, answers))
+            (place / FAILED_FILE).unlink(missing_ok=True)
+        return True
+
+    def _made(self, cell: Cell, out: Path) -> _Made:
+        if cell.rule == BASE:
+            return _Made(system=System(name=cell.name))
+        if cell.rule in MERGES:
+            return self._merged(cell, out)
+        return self._trained(cell, out)
+
+    def _trained(self, cell: Cell, out: Path) -> _Made:
+        """A LoRA trained on the cell's task: a fresh one, or the one of the task before trained on."""
+        stage, options = self.plan.tasks[cell.step - 1], self.plan.train_options
+        if cell.rule == SEQUENTIAL:
+            options = options.of_settings({**options.settings, "start": str(self._adapter(cell.needs[0]))})
+        job = train_job(
+            read_data(self._folder.path, stage.name, "train", stage.train),
+            self._settings.with_values(seed=cell.seed),
+            options=options,
+            recipe=self.plan.trained_by(cell.seed),
+            prompting=self._prompting,
+            out=out,
+            announce=_unheard,
+        )
+        run = job.run(self._settings.db).run
+        learnt = {name: run.results[name] for name in ("loss_before", "loss", "best_step", "n_train", "n_validation")}
+        return self._opened(cell, out, job.job.inputs, run.outputs, learnt)
+
+    def _merged(self, cell: Cell, out: Path) -> _Made:
+        """The running LoRA and the new one as one, the running one first."""
+        names = [str(self._adapter(need)) for need in cell.needs]
+        weights = ",".join(map(repr, weights_of(cell.rule, cell.step)))
+        options, settings = self.plan.merge(cell.rule, cell.seed), self._settings
+        job = MergeRequest(self._pool, names, options, MergeSources(weights=weights), settings).prepare(out=out)
+        run = job.run(settings.db).run
+        kept = {name: run.results[name] for name in ("rank", "norm", "energy")}
+        return self._opened(cell, out, job.job.inputs, run.outputs, kept)
+
+    def _opened(
+        self,
+        cell: Cell,
+        out: Path,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        results: Mapping[str, Any],
+    ) -> _Made:
+        [adapter] = self._pool.adapters([str(out)]).adapters
+        system = System(name=cell.name, updates=Updates(adapter), version=adapter.ref.pinned)
+        return _Made(system=system, inputs=inputs, outputs=dict(outputs), results=results)
+
+    def _adapter(self, name: str) -> Path:
+        return self._folder.cell(name) / ADAPTER_FOLDER
+
+    def _answers(self, system: System, stage: Stage, place: Path) -> list[Row]:
+        """The answers to a task's test examples; those that a killed cell had are kept."""
+        return answered(
+            self._ref.load(),
+            [system],
+            read_data(self._folder.path, stage.name, "test", stage.test).examples,
+            self.plan.options,
+            rows_path=place / f"{stage.name}.rows.jsonl",
+            part=_PART,
+        )[system.name]
+
+    def _result(self, cell: Cell, made: _Made, answers: Mapping[str, list[Row]]) -> dict[str, Any]:
+        """The contents of result.json: nothing in it depends on the machine, the time or the place."""
+        return {
+            "schema": CELL_SCHEMA,
+            "cell": cell.name,
+            "rule": cell.rule,
+            "seed": cell.seed,
+            "step": cell.step,
+            "needs": [*cell.needs],
+            "inputs": dict(made.inputs),
+            "outputs": dict(made.outputs),
+            "results": dict(made.results),
+            "metric": self.plan.options.metric,
+            "tasks": {
+                name: {
+                    "value": sum(row.value for row in rows) / len(rows),
+                    "n": len(rows),
+                    "answers": [
+                        {"id": row.id, "value": row.value, "log_likelihood": row.log_likelihood, "text": row.text}
+                        for row in rows
+                    ],
+                }
+                for name, rows in answers.items()
+            },
+        }
+
+    def _cost(self, made: float, scored: float, answers: Mapping[str, list[Row]]) -> dict[str, Any]:
+        """What work took in this process, which may have gone on from where a killed one stopped."""
+        device = self.plan.base.device
+        name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+        return {
+            "seconds": {"made": made, "scored": scored},
+            "tokens": sum(row.tokens for rows in answers.values() for row in rows),
+            "peak_bytes": peak_bytes(),
+            "device": f"{device} ({name})",
+        }
+
+
+def _settings(plan: Plan, home: Path) -> Settings:
+    """The settings of a worker, from the plan alone; its catalogue and runs are below `home`."""
+    base = plan.base
+    values = {
+        "base": base.place,
+        "base_aliases": tuple(base.aliases),
+        "db": home / "lora.db",
+        "runs": home / "runs",
+        "device": base.device,
+        "dtype": base.dtype,
+        "license_policy": base.license_policy,
+        "seed": plan.seed,
+    }
+    return Settings({name: Setting(values.get(name), "study") for name in KEYS})
+
+
+def _unheard(text: str) -> None:
+    """Announce nothing: a sequence tells of its cells."""

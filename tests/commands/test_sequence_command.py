@@ -1,0 +1,90 @@
+"""`lora study --sequence`: planned, done, shown and refused as a user types it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli import lora, ok, refused
+from tests.steps.study.test_sequence import NAMES, task_files
+from tests.tiny_bases import saved
+
+TASKS = ",".join(f"{name}.jsonl" for name in NAMES)
+TINY = ("--seeds", "2", "--target-rank", "4", "--target-steps", "4", "--metric", "nll", "--rules", "average,sequential")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_with_tasks(own_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_BASE", str(saved(own_home / "tiny")))
+    monkeypatch.setenv("LORA_DEVICE", "cpu")
+    task_files(own_home)
+
+
+def test_a_dry_run_lists_the_cells_and_writes_nothing() -> None:
+    told = ok("study", "--sequence", TASKS, *TINY, "-o", "s", "--dry-run", "--json")
+    document = json.loads(told.out)
+    assert document["schema"] == "lora.sequence.plan/1"
+    assert [row["rule"] for row in document["rows"]].count("alone") == 6
+    assert len(document["rows"]) == 1 + 2 * (3 + 2 * 2)
+    assert {row["state"] for row in document["rows"]} == {"open"}
+    assert not Path("s").exists()
+
+
+@pytest.mark.slow
+def test_it_is_done_by_two_workers_and_shown() -> None:
+    told = ok("study", "--sequence", TASKS, *TINY, "-o", "s", "--jobs", "2", "--json")
+    document = json.loads(told.out)
+    assert [row["rule"] for row in document["rows"]] == ["average", "sequential"]
+    assert {row["seeds"] for row in document["rows"]} == {2}
+    assert (document["cells"], document["done"]) == (15, 15)
+    table = json.loads(Path("s/table.json").read_text())
+    for row in document["rows"]:
+        mean = table["rules"][row["rule"]]["mean"]
+        assert mean == {"a": document["a"][row["rule"]], **{name: row[name] for name in mean if name != "a"}}
+    before = Path("s/table.json").read_bytes()
+    again = ok("study", "--sequence", TASKS, *TINY, "-o", "s", "--jobs", "1")
+    assert "s2" not in again.err
+    assert "15 of 15 cells done" in again.err
+    assert "BACKWARD/T" in again.out
+    ok("study", "--sequence", TASKS, *TINY, "-o", "alone", "--jobs", "1")
+    assert Path("alone/table.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_cell_that_fails_is_named_and_the_others_go_on() -> None:
+    rows = [json.loads(line) for line in Path("third.jsonl").read_text().splitlines()]
+    rows[0]["prompt"] = "a" * 70  # longer than the base reads
+    Path("third.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 1))
+    failed = lora("study", "--sequence", TASKS, *TINY, "--seeds", "1", "-o", "s", "--jobs", "1")
+    assert failed.code == 6
+    assert "cells of 8 failed, first " in failed.err
+    assert json.loads(Path("s/table.json").read_text())["missing"] != []
+
+
+def test_a_study_file_names_the_tasks_beside_it(own_home: Path) -> None:
+    (own_home / "below").mkdir()
+    for name in NAMES:
+        (own_home / f"{name}.jsonl").rename(own_home / "below" / f"{name}.jsonl")
+    (own_home / "below/study.toml").write_text(
+        f'sequence = {json.dumps([f"{name}.jsonl" for name in NAMES])}\nrules = "ties"\nseeds = 1\ntarget-rank = 4\n'
+    )
+    told = ok("study", "--file", "below/study.toml", "--dry-run", "--json")
+    assert {row["rule"] for row in json.loads(told.out)["rows"]} == {"base", "alone", "ties"}
+    (own_home / "below/study.toml").write_text("sequence = 3\n")
+    assert "sequence takes names of files" in refused(2, "study", "--file", "below/study.toml", "--dry-run")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("--sequence", "first.jsonl"), 2, "a sequence needs two tasks or more"),
+        (("--sequence", "first.jsonl,absent.jsonl"), 1, "no such file: absent.jsonl"),
+        (("--sequence", TASKS, "--data", "first.jsonl"), 2, "--sequence takes no --data, --test or --shard"),
+        (("--sequence", TASKS, "--shard", "0/2"), 2, "--sequence takes no --data, --test or --shard"),
+        (("--sequence", TASKS, "--rules", "orthgonal"), 2, "unknown rule 'orthgonal'"),
+        (("--sequence", TASKS, "--sequence-test", "first.jsonl"), 2, "1 test file for 3 tasks"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: tuple[str, ...], code: int, said: str) -> None:
+    assert said in refused(code, "study", *words, "-o", "s")
+    assert not Path("s").exists()
