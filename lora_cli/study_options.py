@@ -86,7 +86,8 @@ class StudyOptions(Metrics, frozen=True, kw_only=True):  # type: ignore[misc,cal
     rules: Annotated[
         str,
         Flag(
-            help="How a LoRA joins the running one, by commas; sequential trains one LoRA on and merges nothing.",
+            help="How a LoRA joins the running one, by commas; lego-K is LEGO with K clusters. sequential trains one "
+            "LoRA on and merges nothing.",
             metavar="A,B,…",
             panel=SEQUENCE,
         ),

@@ -178,6 +178,7 @@ def test_a_folder_takes_more_rules_and_seeds_but_no_other_sequence(
     [
         ({"rules": "averge"}, UsageError, "unknown rule 'averge'"),
         ({"rules": " , "}, UsageError, "needs a rule"),
+        ({"rules": "lego-9"}, UsageError, "lego-9: two LoRAs of rank 4 have no more than 8 clusters"),
         ({"rank": "many"}, UsageError, "--rank is a number"),
         ({"held_out": 1.0}, UsageError, "--held-out is a share"),
         ({"held_out": 0.97}, DataError, "leave one to learn from"),
@@ -257,6 +258,16 @@ def test_lego_keeps_the_rank_of_one_lora_and_orthogonal_its_first_directions(fin
 
 
 @pytest.mark.slow
+def test_lego_takes_another_number_of_clusters(base: Path, files: list[Path], tmp_path: Path) -> None:
+    planned(tmp_path / "s", base, files[:2], rules="lego-2,lego-6")
+    run(tmp_path / "s")
+    for clusters in (2, 6):
+        cell = plan_in(tmp_path / "s").row(f"lego-{clusters}", 0)[1]
+        merged = opened(cell_folder(tmp_path / "s", cell.name) / "adapter")
+        assert {module.rank for module in merged.modules.values()} == {clusters}
+
+
+@pytest.mark.slow
 def test_plain_training_goes_on_from_the_lora_of_the_task_before(finished: Path) -> None:
     plan = plan_in(finished)
     first, second = plan.row("sequential", 0)[:2]
@@ -324,9 +335,9 @@ def test_killed_at_random_moments_it_ends_with_the_undisturbed_bytes(
     finished: Path, base: Path, files: list[Path], tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "peft", "transformers.models.llama.modeling_llama"])
     draw, kills, folder, most = random.Random(0), 0, 0, 1.0
-    while kills < 20:
+    while kills < 20:  # a folder is usually enough
         out = tmp_path / str(folder)
         planned(out, base, files)
         ended = False
@@ -334,7 +345,7 @@ def test_killed_at_random_moments_it_ends_with_the_undisturbed_bytes(
             process = context.Process(target=_run, args=(str(out),))
             began = time.monotonic()
             process.start()
-            process.join(draw.uniform(0.0, most))
+            process.join(draw.uniform(0.0, most) if kills < 20 else None)
             process.kill()
             process.join()
             ended = process.exitcode == 0

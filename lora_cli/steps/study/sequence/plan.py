@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ BASE, ALONE, SEQUENTIAL = "base", "alone", "sequential"
 class Rule(NamedTuple):
     """How the LoRA of a new task joins the running one: a merge method, and whether every task counts the same.
 
-    If it does, the running LoRA has the weight (t-1)/t at task t, and the new one 1/t. Else both have 1.
+    If it does, the running LoRA has the weight (t-1)/t at task t, and the new one 1/t. Else both have 1. `clusters` are
+    those of LEGO, 0 for as many as one LoRA has ranks.
     """
 
     method: str
     mean: bool
+    clusters: int = 0
 
 
 MERGES: Mapping[str, Rule] = {
@@ -34,7 +37,8 @@ MERGES: Mapping[str, Rule] = {
     "orthogonal": Rule("orthogonal", mean=False),
 }
 RULES = (*MERGES, SEQUENTIAL)
-"""Every rule; `sequential` merges nothing: one LoRA is trained on."""
+"""Every rule; `sequential` merges nothing: one LoRA is trained on. `lego-K` is LEGO with K clusters."""
+_LEGO = re.compile(r"lego-([1-9]\d{0,4})", re.ASCII)
 
 
 class Stage(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,9 +103,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         return TargetRecipe.of_settings({**self.recipe, "seed": seed})
 
     def merge(self, rule: str, seed: int) -> MergeOptions:
-        """The options with which a rule merges. LEGO keeps the rank of one LoRA."""
-        method = MERGES[rule].method
-        given = {"clusters": self.train_options.rank} if rule == "lego" else {}
+        """The options with which a rule merges."""
+        method, _, clusters = rule_of(rule)
+        given = {"clusters": clusters or self.train_options.rank} if method == "lego" else {}
         drawn = {"seed": seed} if "seed" in METHODS.get(method).knobs else {}
         return MergeOptions.of(method=method, knobs=given | drawn, rank=self.rank)
 
@@ -141,7 +145,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
         """What decides the LoRA of a cell, beside the cells that it needs."""
         if rule == BASE:
             return []
-        if rule in MERGES:
+        if rule not in (ALONE, SEQUENTIAL):
             return [self.merge(rule, seed).settings, weights_of(rule, step)]
         stage = self.tasks[step - 1]
         return [self.lora, self.recipe, seed, stage.name, stage.train]
@@ -164,15 +168,28 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 def weights_of(rule: str, step: int) -> tuple[float, float]:
     """The weights of the running and of the new LoRA at task `step`, the first being 1."""
-    return ((step - 1) / step, 1 / step) if MERGES[rule].mean else (1.0, 1.0)
+    return ((step - 1) / step, 1 / step) if rule_of(rule).mean else (1.0, 1.0)
 
 
-def named_rules(text: str) -> tuple[str, ...]:
-    """The rules in a text with commas, each once. UsageError for an unknown one, or for none."""
+def rule_of(name: str) -> Rule:
+    """The rule that merges so. KeyError for a name that is none."""
+    found = _LEGO.fullmatch(name)
+    return MERGES[name] if found is None else Rule("lego", mean=True, clusters=int(found[1]))
+
+
+def named_rules(text: str, rank: int) -> tuple[str, ...]:
+    """The rules in a text with commas, each once. UsageError for an unknown one, or for none.
+
+    Args:
+        rank: of one LoRA; two of them have at most twice as many clusters.
+    """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in RULES:
-            raise UsageError(f"unknown rule {name!r}", hint=nearest(name, RULES, f"there are {', '.join(RULES)}"))
+        if name not in RULES and _LEGO.fullmatch(name) is None:
+            known = f"there are {', '.join(RULES)}, and lego-K for K clusters"
+            raise UsageError(f"unknown rule {name!r}", hint=nearest(name, RULES, known))
+        if name != SEQUENTIAL and rule_of(name).clusters > 2 * rank:
+            raise UsageError(f"{name}: two LoRAs of rank {rank} have no more than {2 * rank} clusters")
     if not names:
         raise UsageError("a sequence needs a rule", hint=f"there are {', '.join(RULES)}")
     return names

@@ -69,7 +69,7 @@ class SequenceRequest:
             DataError: a malformed task, or one too small for its split.
             OutputError: the folder holds another sequence or something else.
         """
-        rules = named_rules(self.rules)
+        rules = named_rules(self.rules, self.lora.rank)
         if len(self.tasks) < 2:
             raise UsageError("a sequence needs two tasks or more", hint="give --sequence T1.jsonl,T2.jsonl")
         if self.tests and len(self.tests) != len(self.tasks):

@@ -25,7 +25,7 @@ from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, RESULT_FILE, held, write_json
 from lora_cli.steps.study.sequence.data import read_data
 from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
-from lora_cli.steps.study.sequence.plan import BASE, MERGES, SEQUENTIAL, Cell, Plan, Stage, weights_of
+from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Plan, Stage, weights_of
 from lora_cli.steps.study.work import Outcome
 from lora_cli.steps.train.request import train_job
 
@@ -131,9 +131,9 @@ class SequenceWorker:
     def _made(self, cell: Cell, out: Path) -> _Made:
         if cell.rule == BASE:
             return _Made(system=System(name=cell.name))
-        if cell.rule in MERGES:
-            return self._merged(cell, out)
-        return self._trained(cell, out)
+        if cell.rule in (ALONE, SEQUENTIAL):
+            return self._trained(cell, out)
+        return self._merged(cell, out)
 
     def _trained(self, cell: Cell, out: Path) -> _Made:
         """A LoRA trained on the cell's task: a fresh one, or the one of the task before trained on."""
