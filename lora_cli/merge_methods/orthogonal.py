@@ -38,11 +38,12 @@ def orthogonal(
     Use: for tasks that come one after another, where later ones should leave earlier ones alone. The norm grows with
     the number of adapters; `--norm-match` brings it to that of one.
 
-    Source: the projection of OPCM, Tang et al. 2025, arXiv 2501.09522, with its share of 0.5. Its other two steps are
-    left out: it also removes the components along the same pair u_i v_iᵀ beyond r, which depend on an arbitrary choice
-    of vectors where M_{t-1} is not of full rank, and it scales the whole sum to the mean norm of the updates. A plain
-    sum of updates that are orthogonal is what O-LoRA trains, Wang et al. 2023, arXiv 2310.14152. FusionBench's code of
-    OPCM clears only the block of u_i and v_j that both are among the first r, and so keeps half-sided components.
+    Source: after OPCM, Tang et al. 2025, arXiv 2501.09522, whose share is 0.5 too. Three steps of its code in
+    FusionBench are not taken over: that code clears of ΔW_t only the block in which u_i and v_j are both among the
+    first r, and so keeps one-sided components; it removes the components along each pair u_i v_iᵀ beyond r, which
+    depend on an arbitrary choice of vectors where M_{t-1} is not of full rank; and it scales the sum to the mean norm
+    of the updates. A plain sum of updates whose spaces are orthogonal is what O-LoRA trains, Wang et al. 2023, arXiv
+    2310.14152.
     """
     running = updates[0].scaled(float(weights[0]))
     for update, weight in zip(updates[1:], weights.tolist()[1:], strict=True):
