@@ -76,7 +76,7 @@ def test_work_that_ends_every_worker_is_given_up_and_named(place: Path) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (lost / "failed.json").exists():
             for process in workers():
-                if os.readlink(f"/proc/{process}/fd/0") and holds(process, lost):
+                if Path(f"/proc/{process}/fd/0").readlink() and holds(process, lost):
                     os.kill(process, signal.SIGKILL)
             time.sleep(0.001)
 
@@ -94,7 +94,7 @@ def test_work_that_ends_every_worker_is_given_up_and_named(place: Path) -> None:
 def holds(process: int, folder: Path) -> bool:
     """Whether a process has a folder open."""
     try:
-        links = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+        links = [str(link.readlink()) for link in Path(f"/proc/{process}/fd").iterdir()]
     except OSError:
         return False
     return str(folder) in links

@@ -23,7 +23,7 @@ from lora_cli.steps.evaluate.evaluate import Row, answered
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.study.folder import COST_FILE, FAILED_FILE, RESULT_FILE, ROWS_FILE, StudyFolder, held, write_json
 from lora_cli.steps.study.make import Made, Maker, add_candidates
-from lora_cli.steps.study.plan import Cell, Need
+from lora_cli.steps.study.plan import Base, Cell, Need
 from lora_cli.task import read_task
 
 _PART = 64
@@ -58,7 +58,7 @@ class Worker:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         stack.enter_context(loaded_once())
-        settings = settings_of(self._folder, home)
+        settings = settings_of(study.base, home, data=self._folder.data, test=self._folder.test)
         catalogue = stack.enter_context(Catalogue(settings.db))
         add_candidates(catalogue, self._folder)
         prompting = Prompting(**study.base.prompting)
@@ -188,20 +188,21 @@ class Worker:
         }
 
 
-def settings_of(folder: StudyFolder, home: Path) -> Settings:
-    """The settings of a worker, from the study alone; its catalogue and runs are below `home`."""
-    base = folder.study.base
+def settings_of(
+    base: Base, home: Path, *, data: Path | None = None, test: Path | None = None, seed: int = 0
+) -> Settings:
+    """The settings of a worker, from its study alone; its catalogue and runs are below `home`."""
     return Settings(
         base=base.place,
         base_aliases=base.aliases,
         pool=None,
         db=home / "lora.db",
-        data=folder.data,
-        test=folder.test,
+        data=data,
+        test=test,
         device=base.device,
         dtype=base.dtype,
         runs=home / "runs",
         license_policy=base.license_policy,
-        seed=0,
+        seed=seed,
         origins=dict.fromkeys(KEYS, "study"),
     )

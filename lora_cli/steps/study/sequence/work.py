@@ -18,15 +18,14 @@ from lora_cli.formats.run_record import peak_bytes
 from lora_cli.merge_options import MergeSources
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import BaseRef, loaded_once, pin
-from lora_cli.settings import KEYS, Setting, Settings
 from lora_cli.steps.evaluate.evaluate import Row, System, Updates, answered
 from lora_cli.steps.merge.request import MergeRequest
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, RESULT_FILE, held, write_json
 from lora_cli.steps.study.sequence.data import read_data
 from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
-from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Plan, Stage, weights_of
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Stage, weights_of
+from lora_cli.steps.study.work import Outcome, settings_of
 from lora_cli.steps.train.request import train_job
 
 _PART = 64
@@ -64,7 +63,7 @@ class SequenceWorker:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
         stack.enter_context(loaded_once())
-        self._settings = _settings(plan, home)
+        self._settings = settings_of(plan.base, home, seed=plan.seed)
         self._prompting = Prompting(**plan.base.prompting)
         self._pool = Pool(
             catalogue=stack.enter_context(Catalogue(self._settings.db)),
@@ -225,22 +224,6 @@ class SequenceWorker:
             "peak_bytes": peak_bytes(),
             "device": f"{device} ({name})",
         }
-
-
-def _settings(plan: Plan, home: Path) -> Settings:
-    """The settings of a worker, from the plan alone; its catalogue and runs are below `home`."""
-    base = plan.base
-    values = {
-        "base": base.place,
-        "base_aliases": tuple(base.aliases),
-        "db": home / "lora.db",
-        "runs": home / "runs",
-        "device": base.device,
-        "dtype": base.dtype,
-        "license_policy": base.license_policy,
-        "seed": plan.seed,
-    }
-    return Settings({name: Setting(values.get(name), "study") for name in KEYS})
 
 
 def _unheard(text: str) -> None:
