@@ -86,8 +86,7 @@ class Screen:
             case "table":
                 self._table(shown, rows, caption)
             case _:
-                for cells in cells_of(shown, rows):
-                    _out("\t".join(map(_plain, cells)))
+                _out("".join("\t".join(map(_plain, cells)) + "\n" for cells in cells_of(shown, rows)), end="")
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
@@ -229,9 +228,8 @@ def _out(text: str, end: str = "\n") -> None:
 
 
 def _write(stream: TextIO, text: str) -> None:
-    """Write a text at once, so that lines of several threads stay whole, and results and messages keep their order."""
-    stream.write(text)
-    stream.flush()
+    # In one piece, so that lines of several threads stay whole; at once, so that results and messages keep their order.
+    print(text, end="", file=stream, flush=True)
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:

@@ -6,15 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from lora_cli.errors import DataError, Refused, UsageError
-from lora_cli.models.forms import (
-    Chat,
-    Control,
-    Form,
-    Plain,
-    Prompting,
-    has_system,
-    one_line,
-)
+from lora_cli.models.forms import Chat, Control, Form, Frame, Plain, Prompting, demand_no_system, one_line
 from lora_cli.records import Example, Prompt
 from lora_cli.text import counted
 
@@ -134,7 +126,7 @@ class Encoder:
 
     def opening(self, prompt: Prompt) -> Opening:
         """The start of generation for a prompt: everything before a plain answer. Raises as `prompt_ids`."""
-        frame = self._form.frame(_unanswered(prompt))
+        [frame] = self._form.frames([_unanswered(prompt)])
         end, ids = self._end(frame.closing), self._ids(frame.lead)
         self._demand_known(ids)
         return Opening(tuple(ids), self._ends_with(end), until=end.until, tail=end.tail)
@@ -151,8 +143,7 @@ class Encoder:
         Raises:
             DataError: longer than the model takes, or as `read`.
         """
-        [encoded] = self.encode_all([example])
-        return encoded
+        return self.encode_all([example])[0]
 
     def demand_room(self, lengths: Mapping[str, int], *, new: int = 0) -> None:
         """Raise DataError, which counts and names them, if examples are longer than the model takes.
@@ -183,11 +174,7 @@ class Encoder:
         return [one._replace(ids=(*one.opening.ids, 0), start=len(one.opening.ids)) for one in found]
 
     def read_all(self, examples: Sequence[Example]) -> list[Encoded]:
-        """Examples as the model reads them, however long; see `read`."""
-        return [self.read(example) for example in examples]
-
-    def read(self, example: Example) -> Encoded:
-        """An example as the model reads it, however long.
+        """Examples as the model reads them, however long.
 
         Raises:
             DataError: a chat, but there is no chat template; a template that refuses it, or whose finished turn does
@@ -195,21 +182,32 @@ class Encoder:
                 tokenizer cannot read, or a token that the base does not know.
         """
         # Commands look at a task's examples before they use them, so each is held with its tokens.
-        held, encoded = self._known.get(id(example), (None, None))
-        if held is example and encoded is not None:
-            return encoded
+        new = [*{id(example): example for example in examples if id(example) not in self._known}.values()]
         try:
-            encoded = self._read(example)
-        except DataError as error:
-            raise DataError(f"example {example.id}: {error.message}", hint=error.hint) from error
-        self._known[id(example)] = example, encoded
-        return encoded
+            found = self._read_new(new) if new else []
+        except DataError:
+            for example in new:  # to name the one at fault
+                try:
+                    self._read_new([example])
+                except DataError as error:
+                    raise DataError(f"example {example.id}: {error.message}", hint=error.hint) from error
+            raise
+        self._known |= {id(example): (example, encoded) for example, encoded in zip(new, found, strict=True)}
+        return [self._known[id(example)][1] for example in examples]
 
-    def _read(self, example: Example) -> Encoded:
-        self._demand_one_system(example)
-        frame = self._form.frame(example)
-        example, own_end = self._without_end(example, self._end(frame.closing))
-        whole = self._form.finished(example)
+    def read(self, example: Example) -> Encoded:
+        """An example as the model reads it, however long; see `read_all`."""
+        return self.read_all([example])[0]
+
+    def _read_new(self, examples: Sequence[Example]) -> list[Encoded]:
+        if self.prompting.system:
+            demand_no_system(examples)
+        frames = self._form.frames(examples)
+        bare, own_ends = self._without_ends(examples, [self._end(frame.closing) for frame in frames])
+        wholes, marks = self._form.finished(bare), self._form.marked(bare, frames, self._control)
+        return [self._read(*parts) for parts in zip(bare, own_ends, frames, wholes, marks, strict=True)]
+
+    def _read(self, example: Example, own_end: int | None, frame: Frame, whole: str, marked: bool) -> Encoded:
         # The template's text after an answer may depend on the answer's end.
         closing = whole[len(whole) - _shared(whole[::-1], frame.closing[::-1]) :]
         end = self._end(closing)
@@ -235,7 +233,7 @@ class Encoder:
             opening=opening,
             answer=answer,
             parted=fault is not None,
-            marked=self._form.is_marked(example, frame, self._control),
+            marked=marked,
             early=start > 0 and generated.strip() != answer.strip(),
         )
 
@@ -280,12 +278,18 @@ class Encoder:
             return text[len(lead) :]
         return self._after(opening.ids, ids[len(opening.ids) :]).removeprefix(opening.left)
 
-    def _without_end(self, example: Example, end: _End) -> tuple[Example, int | None]:
-        """An example without the end of turn at its completion's end, and that end's token."""
-        text, token = self._control.without_end(example.completion, self._ends_with(end))
-        if end.until and text.rstrip().endswith(end.until.rstrip()):
-            text = text.rstrip().removesuffix(end.until.rstrip())
-        return replace(example, completion=text), token
+    def _without_ends(
+        self, examples: Sequence[Example], ends: Sequence[_End]
+    ) -> tuple[list[Example], list[int | None]]:
+        """Examples without the end of turn at their completions' ends, and the tokens of those ends."""
+        texts = [example.completion for example in examples]
+        found = self._control.without_ends(texts, [self._ends_with(end) for end in ends])
+        bare = []
+        for example, end, (text, _) in zip(examples, ends, found, strict=True):
+            if end.until and text.rstrip().endswith(end.until.rstrip()):
+                text = text.rstrip().removesuffix(end.until.rstrip())
+            bare.append(replace(example, completion=text))
+        return bare, [token for _, token in found]
 
     def _ends_with(self, end: _End) -> tuple[int, ...]:
         return tuple(self.ends) if end.token is None else tuple(sorted({*self.ends, end.token}))
@@ -333,10 +337,6 @@ class Encoder:
                 f"token {text!r} has id {unknown}, but {self.name} has a vocabulary of {self.vocabulary}",
                 hint="the tokenizer does not belong to these weights: restore the base's own tokenizer files",
             )
-
-    def _demand_one_system(self, example: Example) -> None:
-        if self.prompting.system and has_system(example):
-            raise DataError("the example has its own system turn", hint="leave out --system, or remove that turn")
 
     def _after(self, before: Sequence[int], ids: Sequence[int]) -> str:
         """The text that `ids` add behind `before`: a token's text depends on the few before it."""

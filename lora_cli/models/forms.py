@@ -3,7 +3,7 @@
 import hashlib
 import re
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -112,17 +112,17 @@ class Form(Protocol):
     def prompt(self, example: Example) -> str:
         """The text before the generated text."""
 
-    def frame(self, example: Example) -> Frame:
-        """The text around an answer to the example's prompt."""
+    def frames(self, examples: Sequence[Example]) -> list[Frame]:
+        """The text around an answer to each example's prompt."""
 
-    def finished(self, example: Example) -> str:
-        """The whole text."""
+    def finished(self, examples: Sequence[Example]) -> list[str]:
+        """The whole text of each."""
 
     def unread(self, examples: Sequence[Example]) -> set[str]:
         """The input without effect on the text of an example: further keys of messages and lines, `--system`."""
 
-    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
-        """Whether a prompt contains control tokens that the chat template itself writes around prompts."""
+    def marked(self, examples: Sequence[Example], frames: Sequence[Frame], control: "Control") -> list[bool]:
+        """Whether each prompt contains control tokens that the chat template itself writes around prompts."""
 
 
 class Plain:
@@ -142,18 +142,17 @@ class Plain:
             )
         return example.prompt
 
-    def frame(self, example: Example) -> Frame:
-        text = self.prompt(example)
-        return Frame(text, text, "")
+    def frames(self, examples: Sequence[Example]) -> list[Frame]:
+        return [Frame(text, text, "") for text in map(self.prompt, examples)]
 
-    def finished(self, example: Example) -> str:
-        return self.prompt(example) + example.completion
+    def finished(self, examples: Sequence[Example]) -> list[str]:
+        return [self.prompt(example) + example.completion for example in examples]
 
     def unread(self, examples: Sequence[Example]) -> set[str]:
         return set()
 
-    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
-        return False
+    def marked(self, examples: Sequence[Example], frames: Sequence[Frame], control: "Control") -> list[bool]:
+        return [False] * len(examples)
 
 
 class Chat:
@@ -170,9 +169,15 @@ class Chat:
     def prompt(self, example: Example) -> str:
         return self._rendered(example, self._turns(example), add_generation_prompt=True)
 
-    def frame(self, example: Example) -> Frame:
+    def frames(self, examples: Sequence[Example]) -> list[Frame]:
+        return [self._frame(example) for example in examples]
+
+    def finished(self, examples: Sequence[Example]) -> list[str]:
+        return [self._finished(example) for example in examples]
+
+    def _frame(self, example: Example) -> Frame:
         plain = replace(example, completion=_ANSWER, answer={})
-        lead, found, closing = self.finished(plain).rpartition(_ANSWER)
+        lead, found, closing = self._finished(plain).rpartition(_ANSWER)
         if not found:
             raise DataError(
                 f"{self._whose} does not write an assistant's text",
@@ -180,7 +185,7 @@ class Chat:
             )
         return Frame(self.prompt(example), lead, closing)
 
-    def finished(self, example: Example) -> str:
+    def _finished(self, example: Example) -> str:
         # The template itself writes the end of a turn.
         answer = {"role": "assistant", "content": example.completion, **example.answer}
         return self._rendered(example, [*self._turns(example), answer])
@@ -188,7 +193,10 @@ class Chat:
     def unread(self, examples: Sequence[Example]) -> set[str]:
         return {name for example in examples for name in self._unread(example)}
 
-    def is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
+    def marked(self, examples: Sequence[Example], frames: Sequence[Frame], control: "Control") -> list[bool]:
+        return [self._is_marked(*pair, control) for pair in zip(examples, frames, strict=True)]
+
+    def _is_marked(self, example: Example, frame: Frame, control: "Control") -> bool:
         texts = "\n".join(content_of(turn) for turn in as_turns(example))
         around = frame.lead + frame.closing
         found = control.inside(texts) - {self._tokenizer.bos_token}
@@ -199,12 +207,12 @@ class Chat:
         if self._prompting.system:
             silent = Chat(self._tokenizer, replace(self._prompting, system=""), "")
             left_out.append(("--system", silent, example))
-        whole = self.finished(example) if left_out else ""
+        whole = self._finished(example) if left_out else ""
         return [name for name, form, without in left_out if form._writes(without, whole)]
 
     def _writes(self, example: Example, whole: str) -> bool:
         try:
-            return self.finished(example) == whole
+            return self._finished(example) == whole
         except DataError:
             return False
 
@@ -254,14 +262,20 @@ def as_turns(example: Example) -> list[dict[str, Any]]:
     return [dict(turn) for turn in example.prompt]
 
 
+def turns_of(examples: Iterable[Example]) -> list[list[dict[str, Any]]]:
+    """`as_turns` of each example."""
+    return [as_turns(example) for example in examples]
+
+
 def content_of(turn: Mapping[str, Any]) -> str:
     """The text of a turn, "" if it only calls tools."""
     return turn.get("content") or ""
 
 
-def has_system(example: Example) -> bool:
-    """Whether an example has its own system turn."""
-    return any(turn["role"] in _OWN_SYSTEM for turn in as_turns(example))
+def demand_no_system(examples: Iterable[Example]) -> None:
+    """DataError for an example that has its own system turn."""
+    if any(turn["role"] in _OWN_SYSTEM for turns in turns_of(examples) for turn in turns):
+        raise DataError("the example has its own system turn", hint="leave out --system, or remove that turn")
 
 
 def one_line(error: Exception) -> str:
@@ -312,8 +326,11 @@ class Control:
         """The control tokens in a text."""
         return set(self._any.findall(text))
 
-    def without_end(self, text: str, ends: Collection[int]) -> tuple[str, int | None]:
-        """A text without the tokens `ends` at its end, and the first of those removed, None for none."""
+    def without_ends(self, texts: Iterable[str], ends: Iterable[Collection[int]]) -> list[tuple[str, int | None]]:
+        """Each text without its tokens `ends` at its end, and the first of those removed, None for none."""
+        return [self._without_end(*pair) for pair in zip(texts, ends, strict=True)]
+
+    def _without_end(self, text: str, ends: Collection[int]) -> tuple[str, int | None]:
         marks = "|".join(re.escape(mark) for mark, token in self.ids.items() if token in ends)
         found = re.search(rf"({marks})(?:\s|{marks})*\Z", text) if marks else None
         return (text, None) if found is None else (text[: found.start()], self.ids[found[1]])

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_cli.metrics.exact import usual
 from lora_cli.models.encode import UNLIMITED, Encoder
-from lora_cli.models.forms import as_turns, content_of
+from lora_cli.models.forms import as_turns, content_of, turns_of
 from lora_cli.records import Example
 from lora_cli.task import HeldOut
 from lora_cli.text import counted, percent, shortened
@@ -92,7 +92,7 @@ def look(
         examples=len(examples),
         unit="characters" if encoder is None else "tokens",
         lengths=_lengths(lengths),
-        duplicates=len(examples) - len({_identity(example, whole=True) for example in examples}),
+        duplicates=len(examples) - len({*_identities(examples, whole=True)}),
         across_split=None if seed is None else _across(examples, held or HeldOut(), seed),
         in_test=None if test is None else repeated(examples, test),
         usual=answer,
@@ -127,10 +127,12 @@ def read(example: Example, encoder: Encoder | None = None) -> ReadExample:
     )
 
 
-def _identity(example: Example, *, whole: bool = False) -> str:
-    """A text that is the same for the same prompt, however it is written, or for the same example."""
-    answer = [example.completion, example.answer] if whole else []
-    return json.dumps([as_turns(example), example.extras, answer], sort_keys=True)
+def _identities(examples: Sequence[Example], *, whole: bool = False) -> list[str]:
+    """Of each example a text that is the same for the same prompt, however it is written, or for the same example."""
+    return [
+        json.dumps([turns, one.extras, [one.completion, one.answer] if whole else []], sort_keys=True)
+        for one, turns in zip(examples, turns_of(examples), strict=True)
+    ]
 
 
 def _text(example: Example) -> str:
@@ -139,8 +141,8 @@ def _text(example: Example) -> str:
 
 def repeated(these: Sequence[Example], others: Sequence[Example]) -> int:
     """The number of examples in `others` whose prompt is also in `these`."""
-    prompts = {_identity(example) for example in these}
-    return sum(_identity(example) in prompts for example in others)
+    prompts = {*_identities(these)}
+    return sum(prompt in prompts for prompt in _identities(others))
 
 
 def _across(examples: Sequence[Example], held: HeldOut, seed: int) -> int | None:
