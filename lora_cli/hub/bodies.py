@@ -41,13 +41,8 @@ def json_list(response: "httpx2.Response") -> Iterator[Any]:
 def json_object(response: "httpx2.Response") -> Any:
     """A body that is one object."""
 
-    def as_list() -> Iterator[bytes]:
-        yield b"["
-        yield from _unpacked(response, _LONGEST_PAGE)
-        yield b"]"
-
     try:
-        [found] = items(as_list())
+        [found] = items([b"[", *_unpacked(response, _LONGEST_PAGE), b"]"])
     except ValueError as error:
         raise Unfit("the Hub's answer is no JSON object", hint="check HF_ENDPOINT and proxies") from error
     return found

@@ -134,8 +134,6 @@ class Connection:
                     # The limit applies to the account, so every thread waits.
                     pause = self._asked_wait(error.response, what) or wait
                     self._pause_until = max(self._pause_until, time.monotonic() + pause)
-            finally:
-                self._patience.hide_wait()
         raise AssertionError("unreachable")
 
     def _give_up(self, error: Exception, what: str, begin: float) -> Never:

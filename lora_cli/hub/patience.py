@@ -117,6 +117,14 @@ def running() -> Attempt | None:
     return found
 
 
+def answered() -> Attempt | None:
+    """The attempt of this thread, for which the head of an answer has come."""
+    attempt = running()
+    if attempt is not None:
+        attempt.patience.answered()
+    return attempt
+
+
 @contextlib.contextmanager
 def attempting(patience: Patience) -> Iterator[None]:
     """A block that is one attempt: every read from the network in this thread keeps its time."""
@@ -125,6 +133,7 @@ def attempting(patience: Patience) -> Iterator[None]:
         yield
     finally:
         _running.attempt = None
+        patience.hide_wait()
 
 
 def keep_time(client: "httpx2.Client") -> None:

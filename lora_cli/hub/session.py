@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, keep_time, running
+from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, answered, keep_time
 from lora_cli.hub.problems import Busy, Unfit
 from lora_cli.redaction import hide
 
@@ -111,10 +111,9 @@ def _before(request: "httpx2.Request") -> None:
 def _after(response: "httpx2.Response") -> None:
     head = sum(len(name) + len(value) + 4 for name, value in response.headers.raw)
     meter.add(received=head + len(response.reason_phrase) + 17)
-    attempt = running()
+    attempt = answered()
     refused = attempt is not None and response.status_code >= 400
     if attempt is not None:
-        attempt.patience.answered()
         _expect(attempt, response)
     largest = _LONGEST_REFUSAL if refused else None if attempt is None else attempt.largest
     if refused or response.request.headers.get("accept-encoding") == "identity":
