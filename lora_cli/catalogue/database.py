@@ -103,7 +103,7 @@ def open_for_reading(path: Path) -> Database:
     """
     if not _refuse_other_files(path):
         db = _connect(":memory:", path)
-        schema.migrations().apply(db)
+        schema.bring_up_to_date(db)
         return db
     db = _connect_read_only(path)
     try:
@@ -270,29 +270,27 @@ def _pending(db: Database, path: Path) -> bool:
     tables = set(db.table_names())
     if not tables:
         return True
-    steps = schema.migrations()
-    applied = {migration.name for migration in steps.applied(db)}
+    applied = schema.applied(db)
     if not applied:
         raise DataError(f"{path}: a database of another program", hint=_ELSEWHERE)
-    unknown = applied - {step.__name__ for step in schema.STEPS}
-    if unknown:
+    ours = {step.__name__ for step in schema.STEPS}
+    if unknown := applied - ours:
         raise DataError(
             f"{path}: written by a newer version of lora ({', '.join(sorted(unknown))})",
             hint="upgrade lora, or give another file with --db",
         )
-    return bool(steps.pending(db))
+    return applied != ours
 
 
 def _migrate(db: Database, path: Path) -> None:
-    steps = schema.migrations()
-    if steps.applied(db) and steps.pending(db):
+    if schema.applied(db):
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         copy = path.with_name(f"{path.name}.{stamp}.backup")
         with whole_file(copy) as file, explained(copy), contextlib.closing(sqlite3.connect(file.name)) as backup:
             db.conn.backup(backup)
     db.execute("BEGIN IMMEDIATE")
     try:
-        steps.apply(db)
+        schema.bring_up_to_date(db)
     except BaseException:
         db.rollback()
         raise

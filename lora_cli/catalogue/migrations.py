@@ -205,6 +205,16 @@ STEPS = (
 )
 
 
+def applied(db: Database) -> set[str]:
+    """The names of the steps that a database has taken; those of a newer version are not in `STEPS`."""
+    return {step.name for step in migrations().applied(db)}
+
+
+def bring_up_to_date(db: Database) -> None:
+    """Take the steps that a database has not taken yet."""
+    migrations().apply(db)
+
+
 def migrations() -> Migrations:
     """The steps, in their order."""
     ordered = Migrations("lora")
