@@ -3,8 +3,12 @@
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+
+from lora_cli.errors import DataError
 
 # The places where a process finds what its caller opened for it, such as a shell's `<(…)`.
 _HANDED_OVER = ("/dev/fd", "/proc/self/fd")
@@ -37,10 +41,24 @@ def read_given(path: Path) -> bytes:
         return file.read()
 
 
-def read_regular(path: Path) -> bytes:
-    """All bytes of a stranger's file. Raises OSError."""
+def read_regular(path: Path, most: int = -1) -> bytes:
+    """The first `most` bytes of a stranger's file, by default all. Raises OSError."""
     with open_regular(path) as file:
-        return file.read()
+        return file.read(most)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the system's errors while reading a user's file into DataErrors with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The error for a user's file that the system could not read."""
+    return DataError(f"{path}: cannot be read ({error.strerror})")
 
 
 def special_kind(path: Path) -> str:

@@ -1,10 +1,14 @@
-"""SHA-256 of files, each read once as long as it stays as it is."""
+"""Files that stay as they are: their identity, and their SHA-256, for which each is read once."""
 
 import hashlib
 import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 
-from lora_cli.files import open_regular
+from lora_cli.errors import Refused
+from lora_cli.files import open_regular, unreadable
 from lora_cli.records import Progress, silent
 
 Stamp = tuple[int, int, int, int]
@@ -17,6 +21,43 @@ _known: dict[tuple[Path, Stamp], str] = {}
 def stamp(status: os.stat_result) -> Stamp:
     """The identity of a file, which changes if the file is written to or replaced."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of the file at `path`. DataError where it cannot be read."""
+    try:
+        return stamp(path.stat())
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+@contextmanager
+def opened_as(path: Path, before: Stamp, whose: str) -> Iterator[BufferedReader]:
+    """A file open for reading, which still has the stamp `before`; `whose` it is begins the message if it has not.
+
+    Raises:
+        Refused: another file, or one that was written to. DataError: it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            if stamp(os.fstat(file.fileno())) != before:
+                raise Refused(f"{whose} changed while they were used", hint="run this again")
+            yield file
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def sha256_of(path: Path, progress: Progress = silent) -> str:
+    """As `file_sha256`, but DataError where the file cannot be read."""
+    try:
+        return file_sha256(path, progress)
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def sha256_of_all(paths: Iterable[Path], progress: Progress = silent) -> list[str]:
+    """`sha256_of` each file."""
+    return [sha256_of(path, progress) for path in paths]
 
 
 def file_sha256(path: Path, progress: Progress = silent) -> str:

@@ -50,6 +50,11 @@ def layer_of(module: str) -> Layer | None:
     return None
 
 
+def layers_of(modules: Iterable[str]) -> set[tuple[str, str]]:
+    """Stack and number of every layer that holds one of the modules."""
+    return {layer[:2] for layer in map(layer_of, modules) if layer}
+
+
 def leaf(module: str) -> str:
     """The last part of a module's name, such as "q_proj"."""
     return module.rpartition(".")[2]
@@ -58,6 +63,14 @@ def leaf(module: str) -> str:
 def leaves(modules: Iterable[str]) -> set[str]:
     """The last parts of modules' names."""
     return {module.rpartition(".")[2] for module in modules}
+
+
+def by_leaf(modules: Iterable[str]) -> dict[str, list[str]]:
+    """Modules by the last parts of their names."""
+    found: dict[str, list[str]] = {}
+    for module in modules:
+        found.setdefault(module.rpartition(".")[2], []).append(module)
+    return found
 
 
 def parent(module: str) -> str:

@@ -102,10 +102,10 @@ def squared_norm(delta: Tensor) -> float:
 
 def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor) -> LowRank:
     """Σ w_i · update_i, exactly, with rank Σ r_i; P2. Weights go into B."""
-    factors = [float(w) for w in weights]
+    terms = [*zip(updates, map(float, weights), strict=True)]
     return LowRank(
-        torch.cat([u.B * w for u, w in zip(updates, factors, strict=True)], dim=1),  # (out, R)
-        torch.cat([u.A for u in updates], dim=0),  # (R, in)
+        torch.cat([u.B * w for u, w in terms], dim=1),  # (out, R)
+        torch.cat([u.A for u, _ in terms], dim=0),  # (R, in)
     )
 
 

@@ -7,13 +7,13 @@ from typing import Final, TypedDict
 from lora_cli.errors import ConfigError, HeaderError
 from lora_cli.formats.base_names import canonical_base, is_hub_id, same_base, split_revision
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.factors import whole_reason
+from lora_cli.formats.factors import parts_of, whole_reason
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.modules import Located, locate_modules
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.names import layer_of, leaves
+from lora_cli.names import layers_of, leaves
 from lora_cli.records import BaseMatch, Status
 from lora_cli.text import shortened
 
@@ -78,7 +78,7 @@ def examine(
     base_match, base, base_problem = _judge_base(settings, located.conflict, base_name, base_aliases, known, vouched)
     # Modules saved whole come last: the update can be compared and merged in spite of them.
     problems.extend(filter(None, [base_problem, whole_reason(located.whole)]))
-    factors = [part for found in located.modules.values() for part in found.parts]
+    factors = parts_of(located.modules.values())
     ranks = {part.adapted: part.rank for part in factors}
     entries = {entry.name: entry for part in factors for entry in (part.a, part.b)}
     return Facts(
@@ -94,7 +94,7 @@ def examine(
         ranks=ranks,
         target_modules=_targets(said, ranks),
         modules=len(ranks),
-        layers=len({layer[:2] for layer in map(layer_of, ranks) if layer}),
+        layers=len(layers_of(ranks)),
         dtype="+".join(sorted({entry.dtype for entry in entries.values()})),
         parameters=sum(math.prod(entry.shape) for entry in entries.values()),
         bytes=header.file_size if isinstance(header, Header) else 0,
@@ -147,7 +147,7 @@ def _common_scale(config: LoraConfigFacts, ranks: Mapping[str, int]) -> float | 
     if config.peft_type != "LORA":
         return None
     try:
-        scales = {config.scale(name, rank) for name, rank in ranks.items()}
+        scales = {*config.scales(ranks.items())}
     except ConfigError:
         return None
     return scales.pop() if len(scales) == 1 else None

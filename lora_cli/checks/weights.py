@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.files import open_regular
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.factors import AnyFactors, ModuleFactors
+from lora_cli.formats.factors import AnyFactors, ModuleFactors, parts_of
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.precision import BITS, FACTORS, FLOATS8
 from lora_cli.records import Adapter, Status
 from lora_cli.text import shortened
@@ -102,7 +102,8 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
     ConfigError.
     """
     located = locate_modules(config, header, skeleton)
-    stored = stored_factors(located.modules.values())
+    stored = [*stored_factors(located.modules.values()).values()]
+    scales = config.scales((factors.pattern, factors.rank) for factors in stored)
     square = 0.0
     zero_b = True
     nonfinite: str | None = None
@@ -110,13 +111,12 @@ def scan_weights(path: Path, header: Header, config: LoraConfigFacts, skeleton: 
         if file.seek(0, 2) != header.file_size:
             raise Refused(f"{path.name} has changed: its header was read from a file of {header.file_size:,} bytes")
         sha256 = sha256_of(path)
-        for factors in stored.values():
+        for factors, scale in zip(stored, scales, strict=True):
             grams = grams_of(file, factors)
             if grams is None:
                 nonfinite = factors.adapted
                 break
             zero_b = zero_b and grams.untrained
-            scale = config.scale(factors.pattern, factors.rank)
             # A product of floats overflows to Inf, a power raises.
             square += grams.square * scale * scale
     if nonfinite is not None:
@@ -147,7 +147,7 @@ class Grams:
 
 def stored_factors(modules: Iterable[AnyFactors]) -> Mapping[str, ModuleFactors]:
     """The factors of `modules` by their places in the file. Refused for factors above the safety limit."""
-    stored = {part.a.name: part for factors in modules for part in factors.parts}
+    stored = {part.a.name: part for part in parts_of(modules)}
     for factors in stored.values():
         if (size := math.prod(factors.a.shape)) > _MAX_FACTOR_ELEMENTS:
             raise Refused(f"lora_A of {shortened(factors.adapted)} has {size:,} entries, over the safety limit")

@@ -78,19 +78,22 @@ def merge(
     if sources.locked is not None:
         _demand_no_others(context, sources.locked)
 
-    from lora_cli.steps.estimate import of_merge, of_plan, outlines
     from lora_cli.steps.merge.request import MergeRequest
     from lora_cli.steps.opened_pool import open_pool
 
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         request = MergeRequest(pool, expand(adapters or []), options, sources, settings)
         if job.dry_run and (absent := request.absent()):
+            from lora_cli.steps.estimate import of_merge, outlines
+
             found = {"out": None, "method": request.options.method, **downloads(absent)}
             show_plan(screen, "lora.merge.plan/1", found, of_merge(outlines(pool, request.names), request.options))
             return
         merging = request.prepare(prompting, out=job.out)
         plan, folder = merging.plan, merging.job.folder
         if job.dry_run:
+            from lora_cli.steps.estimate import of_plan
+
             found = {"out": str(folder), "modules": len(plan.written), **merging.job.settings}
             show_plan(screen, "lora.merge.plan/1", found, of_plan(plan))
             return

@@ -6,7 +6,7 @@ from pathlib import Path
 from lora_cli.errors import Refused
 from lora_cli.exports import Export, Shape, named_path
 from lora_cli.formats.reader import natural
-from lora_cli.names import layer_of, leaf, leaves
+from lora_cli.names import by_leaf, layer_of, leaf, leaves
 from lora_cli.text import in_words
 
 # The modules that it fuses into one layer, and those of them that it cannot load without another.
@@ -57,10 +57,9 @@ class Sglang(Export):
 def _fused_parts_missing(modules: Collection[str]) -> list[str]:
     """The modules that are fused with some of `modules` and that `modules` lacks."""
     beside = set()
-    for module in modules:
-        last = leaf(module)
-        stem = module.removesuffix(last)
-        beside |= {stem + part for group in _FUSED if last in group for part in group}
+    for last, found in by_leaf(modules).items():
+        fused = {part for group in _FUSED if last in group for part in group}
+        beside |= {module.removesuffix(last) + part for module in found for part in fused}
     return natural(beside - set(modules))
 
 

@@ -2,13 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from lora_cli.errors import Refused
-from lora_cli.files import open_regular
-from lora_cli.formats.header import reading
+from lora_cli.files import read_regular, unreadable
 from lora_cli.text import shortened
 
 CONFIG: Final = "config.json"
@@ -28,6 +27,7 @@ _READ: Final = frozenset(
 )
 # Mistral's tokenizers carry their version as a suffix.
 _NUMBERED: Final = "tokenizer.model."
+_TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
 _MOST_BYTES: Final = {CONFIG: 4_000_000}
 _MOST_BYTES_OF_OTHERS: Final = 1 << 28
 _DEEPEST: Final = 32
@@ -47,7 +47,7 @@ _LEAST: Final = dict.fromkeys(
 _NO_SIZES: Final = frozenset(("quantization_config", "label2id", "id2label", "task_specific_params"))
 
 
-def is_read(file: Path) -> bool:
+def _is_read(file: Path) -> bool:
     """Whether loading a base may read a file of this name: neither an adapter beside the base nor a hidden file."""
     known = file.suffix in _READ or file.name.startswith(_NUMBERED)
     return known and not file.name.startswith(("adapter_", "."))
@@ -60,19 +60,50 @@ def base_files(folder: Path, name: str = "") -> list[Path]:
         Refused: one that is no file, or a link to outside the folder. DataError: the folder cannot be read.
     """
     templates = folder / TEMPLATES
-    with reading(folder):
+    try:
         found = [*folder.iterdir(), *(templates.glob("*.jinja") if templates.is_dir() else ())]
-    return demand_inside(folder, sorted(file for file in found if is_read(file)), name)
+    except OSError as error:
+        raise unreadable(folder, error) from error
+    return _demand_inside(folder, sorted(file for file in found if _is_read(file)), name)
 
 
-def demand_inside(folder: Path, files: list[Path], name: str = "") -> list[Path]:
+def files_beside(folder: Path, name: str) -> tuple[Path, ...]:
+    """The files beside the weights, sorted: configuration, tokenizer, template, licence. Raises as `base_files`."""
+    terms = [file for file in files_in(folder) if file.stem.upper() in _TERMS]
+    return tuple(sorted(going_along({*base_files(folder, name), *_demand_inside(folder, terms, name)})))
+
+
+def going_along(files: Iterable[Path]) -> list[Path]:
+    """Those of a base's `files`, relative or not, that belong to its weights."""
+    return [file for file in files if _goes_along(file)]
+
+
+def _goes_along(file: Path) -> bool:
+    if file.parent.name == TEMPLATES:
+        return file.suffix == ".jinja"
+    # Skip weight indices, which are written anew, and the record of an earlier run.
+    foreign = file.name.endswith(".index.json") or file.name == "run.json"
+    return file.stem.upper() in _TERMS or (_is_read(file) and file.suffix != ".safetensors" and not foreign)
+
+
+def files_in(folder: Path) -> list[Path]:
+    """The files in a folder, sorted by name. DataError where it cannot be read."""
+    try:
+        return sorted(file for file in folder.iterdir() if file.is_file())
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _demand_inside(folder: Path, files: list[Path], name: str) -> list[Path]:
     """`files` of a base. Refused for one that is no file, or a link to outside the folder."""
     here = folder.resolve()
     # In the Hub client's cache every file is a link to a blob.
     blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
     for file in files:
-        with reading(file):
+        try:
             is_file = file.is_file()  # false for a link to itself, which cannot be resolved
+        except OSError as error:
+            raise unreadable(file, error) from error
         if not is_file:
             raise Refused(f"{name or folder}: {file.name} is no file", hint=AGAIN)
         target = file.resolve()
@@ -90,8 +121,10 @@ def json_object(path: Path, name: str) -> dict[str, Any]:
         Refused: too long, not JSON, not an object, or nested too deep. DataError: it cannot be read.
     """
     most = _MOST_BYTES.get(path.name, _MOST_BYTES_OF_OTHERS)
-    with reading(path), open_regular(path) as file:
-        data = file.read(most + 1)
+    try:
+        data = read_regular(path, most + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
     if len(data) > most:
         raise Refused(f"{name}: {path.name} has more than {most:,} bytes", hint=AGAIN)
     try:

@@ -22,14 +22,15 @@ from lora_cli.formats.base_files import (
     CONFIG,
     TEMPLATES,
     base_files,
-    demand_inside,
-    is_read,
+    files_beside,
+    files_in,
+    going_along,
     json_object,
     read_config,
 )
 from lora_cli.formats.base_names import MAIN, at_revision, split_revision
-from lora_cli.formats.header import Header, TensorEntry, read_header, reading
-from lora_cli.formats.store import sha256_of
+from lora_cli.formats.header import Header, TensorEntry, read_header
+from lora_cli.hashes import sha256_of_all
 from lora_cli.hub.cache import cached_file
 from lora_cli.names import is_model, is_revision
 from lora_cli.precision import BITS, torch_dtype
@@ -42,7 +43,6 @@ INDEX: Final = "model.safetensors.index.json"
 BLOCK: Final = 1 << 20
 """Entries per block; a longer row is a block of its own."""
 
-_TERMS: Final = frozenset(("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY"))
 _PICKLES: Final = frozenset((".bin", ".ckpt", ".pt", ".pth"))
 
 
@@ -74,14 +74,13 @@ def open_checkpoint(folder: Path, name: str) -> Checkpoint:
         HeaderError: a malformed safetensors file, with the model's name.
         DataError: a file that cannot be read.
     """
-    config, beside = read_config(folder, name), _beside(folder, name)
+    config, beside = read_config(folder, name), files_beside(folder, name)
     index = None
-    with reading(folder):
-        single, split = (folder / WEIGHTS).is_file(), (folder / INDEX).is_file()
-    if single:
+    names = {file.name for file in files_in(folder)}
+    if WEIGHTS in names:
         headers = {WEIGHTS: _part(folder / WEIGHTS, name)}
         tensors = dict.fromkeys(headers[WEIGHTS].tensors, WEIGHTS)
-    elif split:
+    elif INDEX in names:
         index = json_object(folder / INDEX, name)
         tensors = _weight_map(index, name)
         headers = {part: _part(folder / part, name) for part in sorted(set(tensors.values()))}
@@ -178,7 +177,8 @@ def wanted_files(files: Collection[str], index: Path | None, name: str) -> list[
         index: the model's index, if its weights are split.
         name: the model's name in messages.
     """
-    other = sorted(file for file in files if str(Path(file).parent) in (".", TEMPLATES) and _goes_along(Path(file)))
+    top = [file for file in map(Path, files) if str(file.parent) in (".", TEMPLATES)]
+    other = sorted(map(str, going_along(top)))
     if index is None:
         return [*other, WEIGHTS] if WEIGHTS in files else other
     return [*other, INDEX, *sorted(set(_weight_map(json_object(index, name), name).values()))]
@@ -191,7 +191,8 @@ def version_of_folder(folder: Path, progress: Progress = silent) -> str:
     """
     report = patient(progress)
     files = base_files(folder)
-    text = "".join(f"{file.relative_to(folder).as_posix()}\n{sha256_of(file, report)}\n" for file in files)
+    hashes = zip(files, sha256_of_all(files, report), strict=True)
+    text = "".join(f"{file.relative_to(folder).as_posix()}\n{sha256}\n" for file, sha256 in hashes)
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:40]
 
 
@@ -270,26 +271,6 @@ def _header_text(like: Header, dtypes: Mapping[str, str]) -> tuple[bytes, int]:
     return text.ljust(-(-len(text) // 8) * 8), position
 
 
-def _goes_along(file: Path) -> bool:
-    if file.parent.name == TEMPLATES:
-        return file.suffix == ".jinja"
-    # Skip weight indices, which are written anew, and the record of an earlier run.
-    foreign = file.name.endswith(".index.json") or file.name == "run.json"
-    return file.stem.upper() in _TERMS or (is_read(file) and file.suffix != ".safetensors" and not foreign)
-
-
-def _beside(folder: Path, name: str) -> tuple[Path, ...]:
-    """The files beside the weights."""
-    terms = [file for file in _files(folder) if file.stem.upper() in _TERMS]
-    found = {*base_files(folder, name), *demand_inside(folder, terms, name)}
-    return tuple(sorted(file for file in found if _goes_along(file)))
-
-
-def _files(folder: Path) -> list[Path]:
-    with reading(folder):
-        return sorted(file for file in folder.iterdir() if file.is_file())
-
-
 def _weight_map(index: Mapping[str, Any], name: str) -> dict[str, str]:
     """Tensor → file of an index; Refused unless every file is a plain name, so that none is outside the folder."""
     found = index.get("weight_map")
@@ -311,7 +292,7 @@ def _part(path: Path, name: str) -> Header:
 
 
 def _without_weights(folder: Path, name: str) -> Refused:
-    if pickled := [file.name for file in _files(folder) if file.suffix in _PICKLES]:
+    if pickled := [file.name for file in files_in(folder) if file.suffix in _PICKLES]:
         return Refused(
             f"{name} has its weights as {pickled[0]} only, a pickle, which could run code when it is opened",
             hint="use a base that has safetensors weights",

@@ -1,6 +1,5 @@
 """Whole updates on the disk, as `lora merge --dense` writes them: tensors (out, in) by the names of their weights."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_cli.errors import HeaderError, Refused
-from lora_cli.files import open_regular
-from lora_cli.formats.header import TensorEntry, read_header, reading
+from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.reader import read_tensor
 from lora_cli.formats.run_record import read_record
-from lora_cli.formats.store import sha256_of
-from lora_cli.hashes import Stamp, stamp
+from lora_cli.hashes import Stamp, opened_as, sha256_of, stamp_of
 from lora_cli.precision import FLOATS
 from lora_cli.records import AdapterRef, Progress, patient, silent
 from lora_cli.settings import folder_of
@@ -53,9 +50,7 @@ class OpenDelta:
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The update of one module, (out, in). Refused where it holds NaN or Inf, or where the file was written to."""
-        with reading(self.file), open_regular(self.file) as file:
-            if stamp(os.fstat(file.fileno())) != self.stamp:
-                raise Refused(f"{self.ref.id}: its updates changed while they were used", hint="run this again")
+        with opened_as(self.file, self.stamp, f"{self.ref.id}: its updates") as file:
             update = read_tensor(file.fileno(), self.modules[module], dtype)
         if not torch.isfinite(update).all():
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="merge again")
@@ -86,8 +81,7 @@ def open_delta(folder: Path, progress: Progress = silent) -> OpenDelta:
         Refused: the file differs from its record.
     """
     record, file = read_record(folder), folder / DENSE_FILE
-    with reading(file):
-        opened = stamp(file.stat())
+    opened = stamp_of(file)
     name = "/".join(folder.resolve().parts[-2:]).lstrip("/")
     sha256 = sha256_of(file, patient(progress))
     try:

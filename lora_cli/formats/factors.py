@@ -1,7 +1,7 @@
 """The factors in an adapter's file: the pairs of tensors, and the kinds of the other tensors."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_cli.errors import HeaderError
@@ -16,7 +16,8 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two factors as stored. `place` is their tensors' name up to ".lora_"; `embedding`: as of an embedding.
+    """Two factors as stored. `place` is their tensors' name up to ".lora_"; `embedding`: as of an embedding;
+    `convolution`: with a kernel.
 
     A is (r, in), or (r, in, kernel…) of a convolution; B is (out, r), or (out, r, 1…).
     """
@@ -25,16 +26,12 @@ class Pair:
     a: TensorEntry
     b: TensorEntry
     embedding: bool = False
+    convolution: bool = False
 
     @property
     def rank(self) -> int:
         """Rows of A."""
         return self.a.shape[0]
-
-    @property
-    def convolution(self) -> bool:
-        """Whether the factors have a kernel."""
-        return len(self.a.shape) > 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,21 +53,17 @@ class ModuleFactors:
     rank: int = field(init=False)
     out_features: int = field(init=False)
     in_features: int = field(init=False)
+    adapted: str = field(init=False)
+    """The module or the stacked parameter that the pair in the file is for."""
+    kernel: tuple[int, ...] = field(init=False)
+    """The kernel size of a convolution, else ()."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.a.shape[0] // self.experts)
         object.__setattr__(self, "out_features", self.b.shape[0])
         object.__setattr__(self, "in_features", math.prod(self.a.shape[1:]))
-
-    @property
-    def adapted(self) -> str:
-        """The module or the stacked parameter that the pair in the file is for."""
-        return self.pattern.removesuffix(WEIGHT)
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The kernel size of a convolution, else ()."""
-        return self.a.shape[2:]
+        object.__setattr__(self, "adapted", self.pattern.removesuffix(WEIGHT))
+        object.__setattr__(self, "kernel", self.a.shape[2:])
 
     @property
     def form(self) -> str:
@@ -121,6 +114,11 @@ class FusedFactors:
 
 
 AnyFactors = ModuleFactors | FusedFactors
+
+
+def parts_of(modules: Iterable[AnyFactors]) -> list[ModuleFactors]:
+    """The factors that are stored, of all modules."""
+    return [part for factors in modules for part in factors.parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +233,7 @@ def _pair(place: str, sides: Mapping[str, TensorEntry]) -> Pair:
         raise HeaderError(f"{shortened(shown(place))} has an empty factor")
     if len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
         raise HeaderError(f"{shortened(shown(place))} has a kernel in lora_A that does not go with lora_B")
-    return Pair(place, a, b, embedding)
+    return Pair(place, a, b, embedding, convolution=len(a.shape) > 2)
 
 
 _HEADS = frozenset(("score", "classifier", "pre_classifier", "lm_head", "qa_outputs", "v_head"))

@@ -6,7 +6,7 @@ Rules of scale and of variants: PEFT 0.21 (`peft/tuners/lora/layer.py`, `variant
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
@@ -80,7 +80,7 @@ class LoraConfigFacts:
     init: str = "true"
     unknown: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def pinned_base(self) -> str:
         """The base as a user names it: `base@revision`, or `base` alone for the main branch and for a path."""
         return at_revision(self.base, self.revision)
@@ -122,6 +122,10 @@ class LoraConfigFacts:
         found = self._ranks.find(module)
         return (self.rank or DEFAULT_RANK) if found is None else int(found)
 
+    def ranks_of(self, modules: Iterable[str]) -> list[int]:
+        """`rank_of` each module."""
+        return [self.rank_of(module) for module in modules]
+
     def scale(self, module: str, rank: int) -> float:
         """The factor s of s·B·A in `module` (its name in the base model), whose A has `rank` rows.
 
@@ -136,6 +140,10 @@ class LoraConfigFacts:
         if rank <= 0:
             raise ConfigError(f"rank {rank} in {module}")
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def scales(self, modules: Iterable[tuple[str, int]]) -> list[float]:
+        """`scale` of each module and its rank."""
+        return [self.scale(module, rank) for module, rank in modules]
 
     def refusals(self) -> tuple[str, ...]:
         """The reasons why the update is not s·B·A per module of the declared base; empty if it is.

@@ -4,17 +4,16 @@ Stricter than the safetensors library: all that it rejects is rejected here, and
 50,000 tensors, repeated names and extra keys. Format: https://github.com/huggingface/safetensors (README, "Format").
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from lora_cli.errors import DataError, HeaderError
-from lora_cli.files import open_regular
+from lora_cli.errors import HeaderError
+from lora_cli.files import open_regular, unreadable
 from lora_cli.hashes import Stamp, stamp
 from lora_cli.precision import BITS
 from lora_cli.text import shortened
@@ -104,8 +103,10 @@ def read_header(path: Path) -> Header:
 
     A file that is as it was when this process read its header is not read again.
     """
-    with reading(path):
+    try:
         return _header_of(path.absolute(), stamp(path.stat()))
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 @lru_cache(maxsize=16)
@@ -115,15 +116,6 @@ def _header_of(path: Path, state: Stamp) -> Header:
         file.seek(0)
         first8 = file.read(8)
         return parse_header(first8 + file.read(header_length(first8, file_size)), file_size)
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn the system's errors while reading a user's file into DataErrors with the file's name."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _top_level(raw: bytes) -> Iterable[tuple[str, bytes]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lora_cli.formats.factors import PREFIX, AnyFactors, ModuleFactors
 from lora_cli.formats.modules import EXPERT_PARAMETERS
 from lora_cli.formats.readings import INNER
-from lora_cli.formats.skeleton import WEIGHT, Kind, Skeleton, Spelling
+from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Skeleton, Spelling
 from lora_cli.names import leaf, leaves, parent
 
 Shape = tuple[int, int]
@@ -73,6 +73,8 @@ class Layout:
 
     def spelled(self, spelling: Spelling) -> "Layout":
         """The same in another class of the base."""
+        if spelling == OWN:
+            return self
         places = {place: place.spelled(spelling) for place in self.places}
         return Layout(tuple(places.values()), frozenset(places[place] for place in self.singles))
 

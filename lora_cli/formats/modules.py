@@ -5,7 +5,7 @@ only one meaning is possible, with a note; all others are refused by name. Rules
 (`peft/utils/save_and_load.py`, `utils/transformers_weight_conversion.py`, `tuners/lora/layer.py:ParamWrapper`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from sys import intern
@@ -13,7 +13,7 @@ from sys import intern
 from lora_cli.formats.factors import PREFIX, AnyFactors, FusedFactors, ModuleFactors, Pair, shown, sort_tensors
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
-from lora_cli.formats.peft_omissions import experts_of, left_out_by_peft
+from lora_cli.formats.peft_omissions import left_out_by_peft
 from lora_cli.formats.readings import INNER, rules
 from lora_cli.formats.skeleton import OWN, WEIGHT, Kind, Matrix, Skeleton, Spelling, Stack
 from lora_cli.names import leaf, parent
@@ -225,36 +225,32 @@ class _Locating:
             self.ignored.append(f"{len(places)} {why} (such as {shortened(shown(places[0]))})")
 
     def _keep(self, pairs: Mapping[str, Pair], names: Mapping[str, str]) -> None:
+        """Keep the pairs that the configuration targets, by the base's name of their module or by the file's."""
+        both = {place: {name, _unwrapped(place)[0]} for place, name in names.items()}
+        every = set().union(*both.values())
+        targeted, by_weight = self._config.targets.modules(every), self._config.targets.by_weight(every)
+        patterns = [name + WEIGHT if both[place] & by_weight else name for place, name in names.items()]
+        ranks = self._config.ranks_of(patterns)
         outside = []
-        for place, name in names.items():
+        for (place, name), pattern, rank in zip(names.items(), patterns, ranks, strict=True):
             container = name.replace(INNER, "")
             if self._is_stack(container, name, pairs[place]):
                 self._keep_stack(pairs[place], container, (len(name) - len(container)) // len(INNER))
-            elif not self._meant(name, place):
-                outside.append(place)
+            elif both[place] & (targeted | by_weight) or self._by_its_tie(name):
+                self._keep_matrix(pairs[place], name, pattern, rank)
             else:
-                pattern = name + WEIGHT if self._by_parameter(name, place) else name
-                self._keep_matrix(pairs[place], name, pattern)
+                outside.append(place)
         if self._config.targets.undecided:
             self.notes.append("target_modules is a regular expression that is not evaluated here: all modules count")
         self._note_ignored(outside, "outside target_modules")
 
-    def _meant(self, name: str, place: str) -> bool:
-        """Whether the configuration targets this module, by the base's name or by its name in the file."""
-        targeted = any(map(self._config.targets.module, _both(name, place)))
-        return targeted or self._by_parameter(name, place) or self._by_its_tie(name)
-
     def _by_its_tie(self, name: str) -> bool:
-        """Whether it means a module through one that shares the weight: PEFT then gives the two one update."""
+        """Whether it is targeted through one that shares its weight: PEFT then gives the two one update."""
         if not self._config.ties_weights:
             return False
         if self._base is None:
             return leaf(name) in _TIED
-        return any(map(self._config.targets.module, self._base.ties.get(name, ())))
-
-    def _by_parameter(self, name: str, place: str) -> bool:
-        """Whether it means the weight of this module, as a parameter."""
-        return any(map(self._config.targets.weight_of, _both(name, place)))
+        return bool(self._config.targets.modules(self._base.ties.get(name, ())))
 
     def _is_stack(self, container: str, name: str, pair: Pair) -> bool:
         if self._base is not None:
@@ -290,7 +286,7 @@ class _Locating:
         names = [f"{container}.{last}" for last in EXPERT_PARAMETERS]
         return [(name, None) for name in names if targets.parameter(name)]
 
-    def _keep_matrix(self, pair: Pair, name: str, pattern: str) -> None:
+    def _keep_matrix(self, pair: Pair, name: str, pattern: str, rank: int) -> None:
         matrix = None if self._base is None else self._base.get(name)
         if matrix is not None and matrix.kind in ("embedding", "conv") and pattern != name:
             self._refuse(
@@ -301,8 +297,8 @@ class _Locating:
         if matrix is not None and matrix.kind != kind and not (matrix.kind == "parameter" and kind == "linear"):
             self.misfits.append(f"{shortened(name)} takes factors of another kind than those there")
         factors = ModuleFactors(name, pair.a, pair.b, kind if matrix is None else matrix.kind, pattern)
-        if (wanted := self._config.rank_of(pattern)) != factors.rank:
-            self._refuse_rank(name, factors.rank, wanted)
+        if rank != factors.rank:
+            self._refuse_rank(name, factors.rank, rank)
         self._add(factors, matrix)
 
     def _refuse_rank(self, name: str, rank: int, wanted: int) -> None:
@@ -325,7 +321,7 @@ class _Locating:
     def _demand_whole_experts(self, base: Skeleton) -> None:
         """Of a stack either all experts are adapted or none: PEFT fuses them into one."""
         seen: dict[tuple[str, int], set[int]] = {}
-        for _, matrix in experts_of(base, self.modules):
+        for matrix in base.experts(self.modules).values():
             assert matrix.expert is not None
             seen.setdefault((matrix.parameter, matrix.row), set()).add(matrix.expert)
         for (parameter, _), experts in seen.items():
@@ -333,11 +329,6 @@ class _Locating:
                 self._refuse(
                     "expert", f"expert {left[0]} of {shortened(parameter)} has no factors: PEFT cannot load it"
                 )
-
-
-def _both(name: str, place: str) -> Iterable[str]:
-    """The base's name of a module and the one that it was saved under."""
-    return dict.fromkeys((name, _unwrapped(place)[0]))
 
 
 def _unwrapped(place: str) -> tuple[str, bool]:

@@ -1,17 +1,17 @@
 """The modules of an adapter that PEFT itself leaves out, or applies otherwise than they were trained."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 
 from lora_cli.formats.factors import AnyFactors
 from lora_cli.formats.facts import LoraConfigFacts
-from lora_cli.formats.skeleton import Matrix, Skeleton
-from lora_cli.names import leaf, leaves, parent
+from lora_cli.formats.skeleton import Skeleton
+from lora_cli.names import by_leaf, leaf, leaves, parent
 from lora_cli.text import shortened
 
 
 def left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> list[str]:
     """Where PEFT does not apply factors of single experts, or of modules it takes for such, as they were trained."""
-    singles = {name: matrix for name, matrix in experts_of(base, modules) if modules[name].parts[0].experts == 1}
+    singles = {name: matrix for name, matrix in base.experts(modules).items() if modules[name].parts[0].experts == 1}
     last = leaves(singles)
     notes = []
     if last - base.retargeted:
@@ -24,8 +24,10 @@ def left_out_by_peft(base: Skeleton, config: LoraConfigFacts, modules: Mapping[s
             notes.append("PEFT does not apply the experts' factors without those of down_proj")
     if bare := [name for name, factors in modules.items() if _is_no_layer(base, name, factors)]:
         notes.append(f"PEFT does not take {shortened(bare[0])} for a layer: read as a parameter")
-    taken = [name for name in modules if name not in singles and leaf(name) in base.retargeted]
-    if taken := [name for name in taken if modules[name].kind == "linear" and not config.targets.weight_of(name)]:
+    named = [name for last, found in by_leaf(modules).items() if last in base.retargeted for name in found]
+    taken = [name for name in named if name not in singles and modules[name].kind == "linear"]
+    by_weight = config.targets.by_weight(taken)
+    if taken := [name for name in taken if name not in by_weight]:
         notes.append(f"PEFT takes {shortened(taken[0])} for a part of the experts and does not apply it")
     return notes
 
@@ -34,10 +36,3 @@ def _is_no_layer(base: Skeleton, name: str, factors: AnyFactors) -> bool:
     """Whether the configuration names a parameter of the base as a layer."""
     bare = factors.kind == "parameter" and name in base.matrices and factors.parts[0].pattern == name
     return bare and leaf(name) not in base.retargeted
-
-
-def experts_of(base: Skeleton, modules: Iterable[str]) -> Iterator[tuple[str, Matrix]]:
-    """The modules that are matrices of experts, or parts of them."""
-    for name in modules:
-        if (matrix := base.get(name)) is not None and matrix.expert is not None:
-            yield name, matrix

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, bound
 from lora_cli.errors import Refused
-from lora_cli.files import open_regular, read_regular
+from lora_cli.files import read_regular
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, ModuleFactors, whole_reason
+from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, FusedFactors, ModuleFactors, parts_of, whole_reason
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
-from lora_cli.formats.header import TensorEntry, read_header, reading
+from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.modules import fused, locate_modules
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
-from lora_cli.hashes import Stamp, stamp
+from lora_cli.hashes import Stamp, opened_as, stamp_of
 from lora_cli.precision import torch_dtype
 from lora_cli.records import AdapterRef
 
@@ -79,12 +79,7 @@ class OpenAdapter:
     @property
     def dtypes(self) -> set[torch.dtype]:
         """The precisions its factors are stored in."""
-        return {
-            torch_dtype(entry.dtype)
-            for one in self.modules.values()
-            for part in one.parts
-            for entry in (part.a, part.b)
-        }
+        return {torch_dtype(entry.dtype) for part in parts_of(self.modules.values()) for entry in (part.a, part.b)}
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
@@ -96,9 +91,7 @@ class OpenAdapter:
             KeyError: the adapter does not touch `module`.
         """
         factors = self.modules[module]
-        with reading(self.files.weights), open_regular(self.files.weights) as file:
-            if stamp(os.fstat(file.fileno())) != self.stamp:
-                raise Refused(f"{self.ref.id}: its weights changed while they were used", hint="run this again")
+        with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
             parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
         update = parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
         scale = self.scales[module]
@@ -107,7 +100,8 @@ class OpenAdapter:
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
         if not largest * abs(scale) <= torch.finfo(dtype).max / HEADROOM:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        return LowRank(update.B.mul_(scale), update.A)
+        update.B.mul_(scale)
+        return update
 
 
 class _Stacks:
@@ -167,8 +161,7 @@ def open_adapter(
             the base; each reason by name.
     """
     name = files.ref.id
-    with reading(files.weights):
-        opened = stamp(files.weights.stat())
+    opened = stamp_of(files.weights)
     config = parse_config(_bytes(files.config, name))
     located = locate_modules(config, read_header(files.weights), base)
     reasons = [*config.refusals(), *located.refusals]
@@ -188,7 +181,7 @@ def open_adapter(
         files,
         config,
         located.modules,
-        {module: _scale(config, factors) for module, factors in located.modules.items()},
+        _scales(config, located.modules),
         opened,
         saved=located.saved,
         notes=located.notes,
@@ -197,9 +190,9 @@ def open_adapter(
     )
 
 
-def _scale(config: LoraConfigFacts, factors: AnyFactors) -> float:
-    part = factors.parts[0]
-    return config.scale(part.pattern, part.rank)
+def _scales(config: LoraConfigFacts, modules: Mapping[str, AnyFactors]) -> dict[str, float]:
+    firsts = [one.parts[0] if isinstance(one, FusedFactors) else one for one in modules.values()]
+    return dict(zip(modules, config.scales((one.pattern, one.rank) for one in firsts), strict=True))
 
 
 def all_modules(adapters: Iterable[OpenAdapter]) -> list[str]:

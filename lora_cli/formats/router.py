@@ -9,7 +9,7 @@ from typing import Any, Final
 from lora_cli.errors import DataError, UsageError
 from lora_cli.files import read_given
 from lora_cli.formats.run_record import is_plain
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.recipes import FIT_METHODS
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of

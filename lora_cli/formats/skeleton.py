@@ -6,7 +6,7 @@ expert of a stacked parameter: `layers.0.mlp.experts.3.gate_up_proj` is the four
 transformers kept as a module of that name.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Final, Literal, NamedTuple
@@ -134,6 +134,11 @@ class Skeleton:
     def layers(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every linear layer, by name."""
         return {name: matrix.shape for name, matrix in self.matrices.items() if matrix.kind == "linear"}
+
+    def experts(self, names: Iterable[str]) -> dict[str, Matrix]:
+        """Those of the modules `names` that are matrices of experts, or parts of them."""
+        found = {name: self.get(name) for name in names}
+        return {name: matrix for name, matrix in found.items() if matrix is not None and matrix.expert is not None}
 
     def in_attention(self, name: str) -> bool:
         """Whether a name belongs to one of `attentions` or to a part of one."""

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora_cli.errors import NothingMatched
-from lora_cli.files import open_regular
+from lora_cli.files import read_regular, unreadable
 from lora_cli.formats.config import MAX_CONFIG_BYTES
-from lora_cli.formats.header import reading
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
-from lora_cli.hashes import file_sha256
-from lora_cli.records import AdapterRef, Progress, silent
+from lora_cli.hashes import sha256_of
+from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of
 
 
@@ -25,21 +24,22 @@ class AdapterFiles:
 
 def locate(ref: AdapterRef) -> AdapterFiles | None:
     """The files of `ref` where both are on this machine, else None. DataError for a folder that is locked."""
-    found = [_file(ref, name) for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    config, weights = found
-    if config is None or weights is None:
-        return None
-    return AdapterFiles(ref, config, weights)
-
-
-def _file(ref: AdapterRef, name: str) -> Path | None:
+    names = [f"{ref.subfolder}/{name}" if ref.subfolder else name for name in (CONFIG_NAME, WEIGHTS_NAME)]
     if ref.source == "hub":
         from lora_cli.hub import cache as hub
 
-        return hub.cached_file(ref.repo, f"{ref.subfolder}/{name}" if ref.subfolder else name, ref.commit)
-    path = Path(ref.repo, ref.subfolder, name)
-    with reading(path):
+        config, weights = hub.cached_files(ref.repo, names, ref.commit)
+    else:
+        config, weights = (_if_there(Path(ref.repo, name)) for name in names)
+    return None if config is None or weights is None else AdapterFiles(ref, config, weights)
+
+
+def _if_there(path: Path) -> Path | None:
+    """`path` if it is that of a file. DataError for one in a folder that is locked."""
+    try:
         return path if path.is_file() else None
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def folder_ref(path: Path, id: str = "") -> AdapterRef:
@@ -70,17 +70,7 @@ def read_config(folder: Path) -> bytes | None:
     Raises DataError for one that cannot be read.
     """
     path = folder / CONFIG_NAME
-    with reading(path):
-        if not path.is_file():
-            return None
-        with open_regular(path) as file:
-            return file.read(MAX_CONFIG_BYTES + 1)
-
-
-def sha256_of(path: Path, progress: Progress = silent) -> str:
-    """The SHA-256 of a file's bytes, as 64 hex digits. DataError where they cannot be read.
-
-    An unchanged file that this process has hashed already is not read again.
-    """
-    with reading(path):
-        return file_sha256(path, progress)
+    try:
+        return read_regular(path, MAX_CONFIG_BYTES + 1) if path.is_file() else None
+    except OSError as error:
+        raise unreadable(path, error) from error

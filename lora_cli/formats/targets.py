@@ -8,7 +8,7 @@ operator (look-around, back-references), or the time budget is spent, the patter
 import functools
 import re
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_cli.formats.skeleton import WEIGHT
@@ -76,6 +76,10 @@ class Targets:
             return not self._only_parameters
         return self._holds(name)
 
+    def modules(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are modules on which PEFT puts an adapter."""
+        return {name for name in names if self.module(name)}
+
     def _tested(self, name: str) -> bool:
         begin = time.thread_time()
         held = self._meant(name) and not any(test(name) for test in self._excluded)
@@ -88,9 +92,9 @@ class Targets:
         """Whether PEFT puts an adapter on the parameter `name`."""
         return any(ending in self._parameters for ending in endings(name))
 
-    def weight_of(self, name: str) -> bool:
-        """Whether PEFT adapts the module `name` through its weight, as a parameter."""
-        return self.parameter(name + WEIGHT)
+    def by_weight(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are modules which PEFT adapts through their weight, as a parameter."""
+        return {name for name in names if self.parameter(name + WEIGHT)}
 
     def _targets(self, config: "LoraConfigFacts") -> Test:
         targets = config.target_modules

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import struct
 from collections import Counter
@@ -15,14 +14,13 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import DataError, Refused
-from lora_cli.files import open_regular
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.factors import PREFIX
-from lora_cli.formats.header import TensorEntry, read_header, reading
+from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
 from lora_cli.formats.reader import read_tensor
-from lora_cli.hashes import Stamp, stamp
+from lora_cli.hashes import Stamp, opened_as
 from lora_cli.precision import dtype_name, stored_as
 
 _CHUNK_BYTES = 1 << 22
@@ -44,7 +42,7 @@ class TensorStream:
     def __init__(
         self, path: Path, names: Sequence[str], dtype: torch.dtype, says: Mapping[str, str] | None = None
     ) -> None:
-        self.dtype = dtype
+        self.dtype, self._stored = dtype, stored_as(dtype)
         self.empty = True
         """Whether only zeros were written."""
         metadata = {"format": "pt", **(says or {})}
@@ -66,7 +64,7 @@ class TensorStream:
         # Of a factor with one row or column the strides may be anything, and a view as bytes minds them.
         data = cast.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
         self._entries[name] = {
-            "dtype": stored_as(self.dtype),
+            "dtype": self._stored,
             "shape": list(tensor.shape),
             "data_offsets": [self._position, self._position + data.nbytes],
         }
@@ -135,8 +133,8 @@ class AdapterWriter:
         self._layout = layout
         self._dtype = dtype
         self._saved = saved
-        names = [name for module, place in layout.of.items() for name in _apart(module, place)]
-        self._stream = self._stream_of(names)
+        self._apart = {module: _apart(module, place) for module, place in layout.of.items()}
+        self._stream = self._stream_of([name for pair in self._apart.values() for name in pair])
 
     def add(self, module: str, update: LowRank) -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
@@ -150,7 +148,7 @@ class AdapterWriter:
             update, rank = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features)), 1
         self.ranks[module] = rank
         place = self._layout.of[module]
-        name_a, name_b = _apart(module, place)
+        name_a, name_b = self._apart[module]
         written = [
             self._stream.add(name_a, _with_kernel(update.A, place.kernel)),
             self._stream.add(name_b, _with_kernel(update.B, (1,) * len(place.kernel))),
@@ -204,7 +202,7 @@ class AdapterWriter:
 
             for place, rank in ranks.items():
                 name_a, name_b = place.names
-                every_a, every_b = zip(*(_apart(module, place) for module in place.modules), strict=True)
+                every_a, every_b = zip(*(self._apart[module] for module in place.modules), strict=True)
                 out_features, in_features = place.shape
                 stream.add(name_a, _a_of([_filled_up(read(one), (rank, in_features), dim=0) for one in every_a]))
                 stream.add(name_b, _b_of([_filled_up(read(one), (out_features, rank), dim=1) for one in every_b]))
@@ -218,9 +216,7 @@ class AdapterWriter:
 
     def _add_saved(self, stream: TensorStream) -> None:
         if self._saved is not None:
-            with reading(self._saved.file), open_regular(self._saved.file) as file:
-                if stamp(os.fstat(file.fileno())) != self._saved.stamp:
-                    raise Refused(f"{self._saved.file}: changed while it was used", hint="run this again")
+            with opened_as(self._saved.file, self._saved.stamp, f"{self._saved.file}: its tensors") as file:
                 for name, entry in self._saved.tensors.items():
                     stream.copy(PREFIX + name, entry, file)
 

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,6 +35,11 @@ def cached_file(repo: str, filename: str, commit: str = "main") -> Path | None:
     except Exception as error:
         raise_translated(error, repo)
     return Path(found) if isinstance(found, str) and Path(found).is_file() else None
+
+
+def cached_files(repo: str, filenames: Iterable[str], commit: str) -> list[Path | None]:
+    """`cached_file` of each name."""
+    return [cached_file(repo, name, commit) for name in filenames]
 
 
 def hash_in_cache(path: Path) -> str:

@@ -31,7 +31,7 @@ def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, An
     """
     checkpoint = open_checkpoint(folder, named)
     demand_filled(folder, checkpoint, named)
-    with staged(folder, named, weights=checkpoint.headers) as place:
+    with staged(folder, named, weights=checkpoint.headers) as place, quiet():
         tokenizer, config = _tokenizer_and_config(place, named)
         with _translated("weights", place, named):
             model, report = class_of(config).from_pretrained(
@@ -57,7 +57,7 @@ def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, An
 
 def load_tokenizer(folder: Path, *, named: str) -> tuple[Any, Any, Any]:
     """A model's tokenizer, configuration and generation configuration; `named` is the model in messages."""
-    with staged(folder, named) as place:
+    with staged(folder, named) as place, quiet():
         tokenizer, config = _tokenizer_and_config(place, named)
         with _translated("generation_config.json", place, named):
             try:
@@ -69,7 +69,7 @@ def load_tokenizer(folder: Path, *, named: str) -> tuple[Any, Any, Any]:
 
 def demand_causal(folder: Path, name: str) -> None:
     """Refused for a model that cannot continue a text, or whose configuration cannot be read."""
-    with staged(folder, name, config_alone=True) as place, _translated("config.json", place, name):
+    with staged(folder, name, config_alone=True) as place, quiet(), _translated("config.json", place, name):
         config = config_of(place)
         cls = class_of(config)
         if cls is None or not cls.can_generate() or getattr(config, "is_encoder_decoder", False):
@@ -93,8 +93,7 @@ def _tokenizer_and_config(place: Path, named: str) -> tuple[Any, Any]:
 def _translated(what: str, place: Path, named: str) -> Iterator[None]:
     """Turn a failure of loading inside the block into an error for the user: a base's files may hold anything."""
     try:
-        with quiet():
-            yield
+        yield
     except LoraError:
         raise
     except Exception as error:

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_cli.errors import LoraError, Refused
 from lora_cli.formats.base_files import AGAIN, CONFIG
 from lora_cli.formats.checkpoint import Checkpoint
-from lora_cli.formats.header import reading
 from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
+from lora_cli.hashes import Stamp, stamp_of
 from lora_cli.models.hf import hf, quiet
 from lora_cli.models.staged import staged
 from lora_cli.models.stored import stored
@@ -41,20 +41,20 @@ def skeleton(folder: Path) -> Skeleton | None:
         Refused, DataError: a configuration that cannot be read, with sizes that no model has, or with too many modules.
     """
     # The file itself may be a link to a blob of the Hub client's cache.
-    with reading(folder / CONFIG):
-        return _built(folder.resolve(), (folder / CONFIG).stat().st_mtime_ns)
+    return _built(folder.resolve(), stamp_of(folder / CONFIG))
 
 
 @functools.lru_cache(maxsize=8)
-def _built(folder: Path, changed: int) -> Skeleton | None:
+def _built(folder: Path, state: Stamp) -> Skeleton | None:
     with staged(folder, folder.name, config_alone=True) as place:
         try:
-            config = config_of(place)
-            cls = class_of(config)
-            if cls is None:
-                return None
-            with quiet(), torch.device("meta"), _few_modules(folder.name):
-                return skeleton_of(cls(config))
+            with quiet():
+                config = config_of(place)
+                cls = class_of(config)
+                if cls is None:
+                    return None
+                with torch.device("meta"), _few_modules(folder.name):
+                    return skeleton_of(cls(config))
         except LoraError:
             raise
         except Exception:  # a configuration may hold anything, and each class fails in its own way
@@ -63,8 +63,7 @@ def _built(folder: Path, changed: int) -> Skeleton | None:
 
 def config_of(place: Path) -> Any:
     """The configuration in a staged folder, as transformers has it; any exception if it cannot be read."""
-    with quiet():
-        return hf.AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
+    return hf.AutoConfig.from_pretrained(str(place), trust_remote_code=False, local_files_only=True)
 
 
 @contextmanager

@@ -4,14 +4,14 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import platformdirs
 
-from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError
+from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError, UsageError
 from lora_cli.files import read_regular
 from lora_cli.formats.base_names import MAIN, split_revision
 from lora_cli.hub.cache import cached_file
@@ -28,6 +28,7 @@ _ABSENT: Final = "absent"
 _BELIEVED = 86_400.0
 _MAX_CONFIG_BYTES = 4_000_000
 _PATIENCE = 5.0
+_BASES_NAMED = 5
 
 
 def config_here(base: str) -> Path | None:
@@ -125,3 +126,14 @@ def _age(file: Path) -> float:
 
 def _own_copy(base: str) -> Path:
     return Path(platformdirs.user_cache_dir("lora", appauthor=False)) / "configs" / base.replace("/", "--")
+
+
+def demand_one_base(counts: Mapping[str, int]) -> None:
+    """UsageError where adapters are for several base models. `counts` has the adapters of each."""
+    if len(counts) > 1:
+        named = ", ".join(f"{name} ({count:,})" for name, count in [*counts.items()][:_BASES_NAMED])
+        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
+        raise UsageError(
+            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
+            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
+        )

@@ -16,7 +16,7 @@ from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits, unpinned
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
 from lora_cli.settings import Settings, folder_of
-from lora_cli.steps.bases import skeleton_of
+from lora_cli.steps.bases import demand_one_base, skeleton_of
 from lora_cli.steps.pool.fetch import bring
 from lora_cli.steps.pool.gather import (
     Declared,
@@ -32,7 +32,6 @@ from lora_cli.steps.pool.gather import (
 )
 from lora_cli.steps.pool.licences import Stated, stated_of, stated_of_base
 from lora_cli.steps.pool.lookup import look_up, names_of, usable
-from lora_cli.steps.pool.select import demand_one_base
 
 if TYPE_CHECKING:
     from lora_cli.formats.delta import OpenDelta

@@ -17,7 +17,8 @@ from lora_cli.errors import HeaderError, NothingMatched, Refused
 from lora_cli.formats.base_names import same_base
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.header import Header, parse_header, read_header
-from lora_cli.formats.store import AdapterFiles, folder_ref, locate, sha256_of
+from lora_cli.formats.store import AdapterFiles, folder_ref, locate
+from lora_cli.hashes import sha256_of
 from lora_cli.records import Adapter
 from tests.architectures import linear_skeleton
 from tests.hostile.corpus import GOOD_CONFIG, MODULE, good_weights, safetensors, tensor, write_corpus

@@ -11,7 +11,8 @@ import pytest
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks import weights
 from lora_cli.errors import DataError, NothingMatched
-from lora_cli.formats.store import folder_ref, sha256_of
+from lora_cli.formats.store import folder_ref
+from lora_cli.hashes import sha256_of
 from lora_cli.sources import folder as sources
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync

@@ -10,7 +10,7 @@ import torch
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.pairs import all_pairs, cosines
 from lora_cli.errors import DataError, OutputError, Refused
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.records import Example

@@ -8,7 +8,7 @@ from lora_cli.algebra.routing import Routing
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.router import ROUTER_FILE, RouterFile, read_router, router_folder, router_ref
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.models.router import Router
 from lora_cli.recipes import FIT_METHODS
 from lora_cli.records import AdapterRef

@@ -15,7 +15,8 @@ from lora_cli.formats.coefficients import COEFFICIENTS_FILE
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.run_record import Run
-from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
+from lora_cli.formats.store import AdapterFiles, folder_ref
+from lora_cli.hashes import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.recompute import recomputed
 from lora_cli.outputs import whole_folder

@@ -18,8 +18,9 @@ from lora_cli.formats.reader import OpenAdapter, open_adapter
 from lora_cli.formats.router import NO_LORA, ROUTER_FILE, Member, RouterFile
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import AdapterFiles, folder_ref, sha256_of
+from lora_cli.formats.store import AdapterFiles, folder_ref
 from lora_cli.formats.writer import AdapterWriter
+from lora_cli.hashes import sha256_of
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.ref import BaseRef
 from lora_cli.models.router import Router

@@ -17,7 +17,7 @@ from lora_cli.files import read_given
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import versions
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.merge_options import MergeOptions
 from lora_cli.options import setting
 from lora_cli.settings import folder_of

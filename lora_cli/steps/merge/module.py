@@ -3,7 +3,7 @@
 import hashlib
 import math
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -74,10 +74,12 @@ class MergedModule:
 
 
 class ModuleMerger:
-    """Merges the modules of a plan, and holds the measures over all of them."""
+    """Merges the modules of a plan, and holds the measures over all of them; `effect` is that of the modules so far."""
 
     def __init__(self, plan: MergePlan) -> None:
         self.plan = plan
+        self.effect = Effect(plan.adapters)
+        self._pinned = [*self.effect.squared]
         threads = torch.get_num_threads() if plan.options.device == "cpu" else 1
         self._workers = modules_at_once(plan.options, _largest_module(plan))
         self._tile_workers = threads // self._workers
@@ -92,6 +94,11 @@ class ModuleMerger:
         The result therefore does not depend on the number of threads.
         """
         work = self.merge_dense if self.plan.options.dense else self.merge
+        for module, merged in self._in_order(work):
+            self.effect.see(merged)
+            yield module, merged
+
+    def _in_order(self, work: Callable[[str], MergedModule]) -> Generator[tuple[str, MergedModule], None, None]:
         if self.plan.options.device != "cpu":
             yield from ((module, work(module)) for module in self.plan.modules)
             return
@@ -161,7 +168,7 @@ class ModuleMerger:
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise Refused(f"{module}: {plan.options.method} failed numerically in this module ({error})") from error
         demand_room(module, bound(merged))
-        pinned = [adapter.ref.pinned for adapter in adapters]
+        pinned = [self._pinned[i] for i in places]
         return _Merged(merged, pinned, updates.ranks, squares, weights, sum(map(abs, updates.absent)))
 
     def _absent(self, places: Sequence[int]) -> tuple[float, ...]:
@@ -204,9 +211,9 @@ class ModuleMerger:
 def _largest_module(plan: MergePlan) -> int:
     """The numbers in all factors of the module with the most of them."""
     sizes = [
-        sum(sum(adapter.shape(module)) * adapter.modules[module].rank for adapter in having)
+        sum((one.out_features + one.in_features) * one.rank for one in having)
         for module in plan.modules
-        if (having := [adapter for adapter in plan.adapters if module in adapter.modules])
+        if (having := [adapter.modules[module] for adapter in plan.adapters if module in adapter.modules])
     ]
     return max(sizes)
 

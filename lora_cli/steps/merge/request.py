@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
@@ -14,10 +15,8 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import Run
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.models.forms import Prompting
-from lora_cli.models.ref import pin
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.merge.inputs import ModuleInputs, data_of
 from lora_cli.steps.merge.lock import (
     Lock,
     demand_same_outputs,
@@ -34,6 +33,9 @@ from lora_cli.steps.pool.compare import near_copies
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.text import counted, in_words
 
+if TYPE_CHECKING:
+    from lora_cli.steps.merge.inputs import ModuleInputs
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeJob:
@@ -44,7 +46,7 @@ class MergeJob:
     unchecked: str
     notice: str
     lock: Lock | None
-    samples: ModuleInputs | None
+    samples: "ModuleInputs | None"
 
     def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[MergeReport]:
         """Merge, unless the result is there; see `run_once` and `steps.merge.merge`."""
@@ -203,7 +205,7 @@ class MergeRequest:
                 return replace(self.options, saved_modules=adapter.ref.pinned)
         raise UsageError(f"--saved-modules takes refuse, drop or one of the adapters, not {what!r}")
 
-    def _samples(self, prompting: Prompting, adapters: Sequence[OpenAdapter]) -> ModuleInputs | None:
+    def _samples(self, prompting: Prompting, adapters: Sequence[OpenAdapter]) -> "ModuleInputs | None":
         """Samples of each module's activations for a method that needs them; None for the others."""
         method, data = self.options.method, self.sources.data
         if METHODS.get(method).needs != "inputs":
@@ -218,6 +220,9 @@ class MergeRequest:
                 f"--method {method} needs examples, to record the activations of each module",
                 hint="give --data FILE.jsonl",
             )
+        from lora_cli.models.ref import pin
+        from lora_cli.steps.merge.inputs import ModuleInputs, data_of
+
         settings = self.settings
         ref = pin(
             base_of(settings),

@@ -1,14 +1,13 @@
 """The modules of a merge: those in --scope, and those that their names mean in the base."""
 
 import fnmatch
-from collections import defaultdict
 from collections.abc import Collection, Sequence, Set
 from itertools import pairwise
 
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.reader import OpenAdapter, all_modules, shapes_of
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.names import layer_of, leaf, leaves
+from lora_cli.names import by_leaf, layer_of, leaf, leaves
 
 
 def modules_in_scope(adapters: Sequence[OpenAdapter], scope: Sequence[str]) -> tuple[str, ...]:
@@ -64,14 +63,12 @@ def modules_meant(
     An adapter whose configuration names targets by their last parts, and no layers, has all modules of these names.
     """
     names = leaves(modules)
-    if base is not None:
-        return None if names & base.others else {module for module in base.matrices if leaf(module) in names}
-    known: defaultdict[str, set[str]] = defaultdict(set)
-    for module in shapes_of(adapters):
-        known[leaf(module)].add(module)
-    if not all(_all_there(name, known[name], adapters) for name in names):
+    if base is not None and names & base.others:
         return None
-    return set().union(*(known[name] for name in names))
+    known = {name: {*found} for name, found in by_leaf(shapes_of(adapters) if base is None else base.matrices).items()}
+    if base is None and not all(_all_there(name, known.get(name, set()), adapters) for name in names):
+        return None
+    return {module for name in names for module in known.get(name, ())}
 
 
 def _all_there(name: str, known: Set[str], adapters: Sequence[OpenAdapter]) -> bool:

@@ -20,8 +20,8 @@ from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
-from lora_cli.formats.store import sha256_of
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
+from lora_cli.hashes import sha256_of
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import STORED, dtype_name, torch_dtype
 from lora_cli.records import Progress, patient, silent
@@ -95,8 +95,8 @@ def merge(
     if any(adapter.folder.resolve().is_relative_to(folder.resolve()) for adapter in plan.adapters):
         raise OutputError(f"{folder} holds one of the adapters to be merged", hint="choose another folder with -o")
     with whole_folder(folder, replace=replace) as partial:
-        effect = Effect(plan.adapters)
-        reports, kept, total = (_write_dense if plan.options.dense else _write_factors)(plan, effect, partial, progress)
+        merger = ModuleMerger(plan)
+        reports, kept, total = (_write_dense if plan.options.dense else _write_factors)(merger, partial, progress)
         weights = DENSE_FILE if plan.options.dense else WEIGHTS_NAME
         sha256 = sha256_of(partial / weights, patient(progress))
         report = MergeReport(
@@ -104,7 +104,7 @@ def merge(
             modules=tuple(reports),
             energy=_share(kept, total),
             norm=math.sqrt(kept),
-            mean_norm=_mean_norm(plan, effect),
+            mean_norm=_mean_norm(plan, merger.effect),
             sha256=sha256,
             seconds=time.monotonic() - started,
             peak_bytes=peak_bytes(),
@@ -139,13 +139,12 @@ def write_files(plan: MergePlan, folder: Path) -> None:
         writer.finish(config_of(plan), compact=plan.options.compact)
 
 
-def _write_factors(
-    plan: MergePlan, effect: Effect, folder: Path, progress: Progress
-) -> tuple[list[ModuleReport], float, float]:
+def _write_factors(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module; also the squared norms of the whole result, kept and before reduction."""
+    plan = merger.plan
     reports, kept, total = [], 0.0, 0.0
     with AdapterWriter(folder, plan.layout, dtype_of(plan), _saved(plan)) as writer:
-        for module, merged in _merged(plan, effect, progress):
+        for module, merged in _merged(merger, progress):
             assert isinstance(merged.update, LowRank)
             writer.add(module, merged.update)
             kept, total = kept + merged.kept, total + merged.total
@@ -153,39 +152,38 @@ def _write_factors(
             reports.append(
                 ModuleReport(module=module, rank=writer.ranks[module], norm=math.sqrt(merged.kept), energy=share)
             )
-        _demand_effect(plan, effect, writer.empty)
+        _demand_effect(plan, merger.effect, writer.empty)
         writer.finish(config_of(plan), compact=plan.options.compact)
     return reports, kept, total
 
 
-def _write_dense(
-    plan: MergePlan, effect: Effect, folder: Path, progress: Progress
-) -> tuple[list[ModuleReport], float, float]:
+def _write_dense(merger: ModuleMerger, folder: Path, progress: Progress) -> tuple[list[ModuleReport], float, float]:
     """Merge and write every module's whole update, under the name of its weight."""
+    plan = merger.plan
     reports, total = [], 0.0
     names = [weight_of(module) for module in plan.modules]
     says = metadata(fan_in_fan_out=plan.fan_in_fan_out)
     with TensorStream(folder / DENSE_FILE, names, dtype_of(plan), says) as stream:
-        for module, merged in _merged(plan, effect, progress):
+        for module, merged in _merged(merger, progress):
             assert isinstance(merged.update, Tensor)
             stream.add(weight_of(module), merged.update)
             total += merged.total
             reports.append(
                 ModuleReport(module=module, rank=min(merged.update.shape), norm=math.sqrt(merged.total), energy=1.0)
             )
-        _demand_effect(plan, effect, stream.empty)
+        _demand_effect(plan, merger.effect, stream.empty)
         stream.finish()
     return reports, total, total
 
 
-def _merged(plan: MergePlan, effect: Effect, progress: Progress) -> Iterator[tuple[str, MergedModule]]:
-    """Merge every module, record its norms and report progress."""
-    progress("merge", 0, len(plan.modules))
-    with closing(ModuleMerger(plan).each()) as results:
+def _merged(merger: ModuleMerger, progress: Progress) -> Iterator[tuple[str, MergedModule]]:
+    """Merge every module and report progress."""
+    total = len(merger.plan.modules)
+    progress("merge", 0, total)
+    with closing(merger.each()) as results:
         for done, (module, merged) in enumerate(results, start=1):
-            effect.see(merged)
             yield module, merged
-            progress("merge", done, len(plan.modules))
+            progress("merge", done, total)
 
 
 def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:

@@ -12,8 +12,9 @@ from lora_cli.formats.config import parse_config
 from lora_cli.formats.kinds import kind_in
 from lora_cli.formats.router import NO_LORA, router_folder
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config, sha256_of
-from lora_cli.names import leaf
+from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config
+from lora_cli.hashes import sha256_of
+from lora_cli.names import by_leaf, leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.lookup import NAME_THE_BASE
@@ -78,12 +79,11 @@ def needs_fusing(adapters: Sequence["OpenAdapter"], skeleton: Skeleton) -> bool:
     """
     parts, whole = set[str](), False
     for adapter in adapters:
-        for name, factors in adapter.modules.items():
-            matrix = skeleton.get(name)
-            if matrix is not None and matrix.expert is not None:
-                whole |= factors.parts[0].experts > 1
-                if factors.parts[0].experts == 1:
-                    parts.add(leaf(name))
+        for name in skeleton.experts(adapter.modules):
+            if adapter.modules[name].parts[0].experts > 1:
+                whole = True
+            else:
+                parts.add(leaf(name))
     return bool(parts) and (whole or not parts <= skeleton.retargeted)
 
 
@@ -110,10 +110,10 @@ def demand_common_names(adapters: Sequence[Named]) -> None:
 
 def _kinds_of_names(modules: Collection[str]) -> dict[str, set[str]]:
     """Last name → the names that end with it, whatever the numbers of their layers."""
-    found: dict[str, set[str]] = {}
-    for name in modules:
-        found.setdefault(leaf(name), set()).add(re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:])
-    return found
+    return {
+        last: {re.sub(r"(?<=\.)\d+(?=\.)", "N", f".{name}")[1:] for name in names}
+        for last, names in by_leaf(modules).items()
+    }
 
 
 def opened(files: AdapterFiles, skeleton: Skeleton | None, *, whole: bool, fuse: bool = False) -> "OpenAdapter":

@@ -8,15 +8,14 @@ from itertools import islice
 from typing import Any
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.errors import NothingMatched
 from lora_cli.names import unpinned
 from lora_cli.recipes import SELECTION_METHODS, SelectOptions
 from lora_cli.records import AdapterRow, Candidates
 from lora_cli.selection_methods._trials import best_first
+from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.pool.dedupe import Copies
 from lora_cli.steps.pool.explain import Choice, Explanation, explain
-
-_BASES_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,17 +106,6 @@ def enough(catalogue: Catalogue, candidates: Candidates, options: SelectOptions,
     copies = None if options.dedupe is None else Copies(catalogue, options.dedupe)
     chosen, _ = _best(candidates, ranked, options, copies)
     return ranked.index(chosen[-1]) + 1 if len(chosen) == options.k else len(ranked)
-
-
-def demand_one_base(counts: Mapping[str, int]) -> None:
-    """UsageError where adapters are for several base models. `counts` has the adapters of each."""
-    if len(counts) > 1:
-        named = ", ".join(f"{name} ({count:,})" for name, count in [*counts.items()][:_BASES_NAMED])
-        more = f" and {len(counts) - _BASES_NAMED:,} more" if len(counts) > _BASES_NAMED else ""
-        raise UsageError(
-            f"the usable adapters are for {len(counts):,} base models: {named}{more}",
-            hint="choose one: --base NAME, LORA_BASE, or base in lora.toml",
-        )
 
 
 def _columns(by: str) -> list[str]:

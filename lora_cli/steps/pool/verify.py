@@ -10,13 +10,15 @@ from lora_cli.catalogue.sketches import StoredSketch
 from lora_cli.checks.examine import examine
 from lora_cli.checks.weights import MAX_NORM
 from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
+from lora_cli.files import reading
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
-from lora_cli.formats.header import Header, read_header, reading
+from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import locate, read_config, sha256_of
+from lora_cli.formats.store import locate, read_config
+from lora_cli.hashes import sha256_of
 from lora_cli.hub.cache import hash_in_cache
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import MissingFile

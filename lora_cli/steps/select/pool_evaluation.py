@@ -9,7 +9,7 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.names import unpinned
 from lora_cli.selection_methods._trials import best_first
-from lora_cli.steps.pool.select import demand_one_base
+from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.select.by_trial import Judged, judged
 from lora_cli.steps.select.trial import PoolScore, PoolTrial
 

@@ -23,9 +23,9 @@ from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
+from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.pool.lookup import names_of
-from lora_cli.steps.pool.select import demand_one_base
 from lora_cli.steps.study.folder import STUDY_FILE, StudyFolder, demand_free, write_plan
 from lora_cli.steps.study.plan import BEST, Base, Cell, Grid, Study, completed, study_text
 from lora_cli.steps.study.ways import rule_of, way_of

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import Run
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.models.forms import Prompting
 from lora_cli.models.new_adapter import choose
 from lora_cli.models.ref import BaseRef, pin

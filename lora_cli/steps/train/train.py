@@ -10,7 +10,7 @@ from typing import Any
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.formats.run_record import Run
-from lora_cli.formats.store import sha256_of
+from lora_cli.hashes import sha256_of
 from lora_cli.models.base_model import BaseModel
 from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
