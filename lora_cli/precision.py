@@ -9,6 +9,10 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 """A user's choice; each command says what "auto" means there."""
 CHOICES: Final[tuple[str, ...]] = get_args(Precision)
+Loading = Literal["auto", "fp32", "bf16", "fp16", "4bit"]
+"""The same for a base that is loaded: its linear layers may be held in 4 bits."""
+LOADED: Final[tuple[str, ...]] = get_args(Loading)
+FOUR_BIT: Final = "4bit"
 
 STORED: Final = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 """The name in a safetensors file of each precision that a user can choose."""

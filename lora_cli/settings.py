@@ -15,7 +15,7 @@ import platformdirs
 from lora_cli.errors import UsageError
 from lora_cli.files import read_given
 from lora_cli.licences import POLICIES, Policy
-from lora_cli.precision import CHOICES, Precision
+from lora_cli.precision import LOADED, Loading
 from lora_cli.text import nearest
 
 PROJECT_FILE = "lora.toml"
@@ -154,7 +154,7 @@ KEYS: dict[str, Key] = {
     "data": Key(_path, lambda: None, "task file for fit and train"),
     "test": Key(_path, lambda: None, "task file for eval"),
     "device": Key(_device, lambda: "auto", "auto, cpu, cuda, cuda:N or mps"),
-    "dtype": Key(_one_of(*CHOICES), lambda: "auto", f"precision of the base model: {', '.join(CHOICES)}"),
+    "dtype": Key(_one_of(*LOADED), lambda: "auto", f"precision of the base model: {', '.join(LOADED)}"),
     "runs": Key(_path, lambda: Path.cwd() / "lora-runs", "folder that collects the outputs of merge, fit and train"),
     "license_policy": Key(_one_of(*POLICIES), lambda: "warn", f"what restricted licences do: {', '.join(POLICIES)}"),
     "seed": Key(_seed, lambda: 0, "seed of everything random"),
@@ -172,7 +172,7 @@ class Settings:
     data: Path | None
     test: Path | None
     device: str
-    dtype: Precision
+    dtype: Loading
     runs: Path
     license_policy: Policy
     seed: int

@@ -19,7 +19,7 @@ from lora_cli.merge_options import METHODS
 from lora_cli.models.forms import Prompting, read_template
 from lora_cli.options import Flag, Options, setting
 from lora_cli.plots.figure import demand_plottable
-from lora_cli.precision import Precision
+from lora_cli.precision import Loading
 from lora_cli.records import Adapter
 from lora_cli.screen import Form, Format, Screen, near
 from lora_cli.settings import Settings, load
@@ -94,7 +94,7 @@ class Computed(Catalogued, frozen=True, kw_only=True):
 class Loaded(Computed, frozen=True, kw_only=True):
     """`Computed`, for a command that loads the base model."""
 
-    dtype: Annotated[Precision | None, Flag(help="Precision in which the base is loaded.", default="auto")] = None
+    dtype: Annotated[Loading | None, Flag(help="Precision in which the base is loaded.", default="auto")] = None
     seed: SeedFlag = None
 
 

@@ -16,10 +16,11 @@ from lora_cli.formats.skeleton import Matrix, Skeleton
 from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
 from lora_cli.models.encode import Encoded, encoder_of
 from lora_cli.models.forms import Prompting
+from lora_cli.models.four_bit import is_four_bit
 from lora_cli.models.hf import hf
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import skeleton_of
-from lora_cli.precision import dtype_name
+from lora_cli.precision import FOUR_BIT, dtype_name
 from lora_cli.records import Example, Prompt
 
 IGNORED = -100
@@ -34,12 +35,19 @@ class BaseModel:
         tokenizer: its tokenizer.
         version: identifies the model, whatever its name; see `BaseRef`.
         prompting: the form of prompts.
+        shapes: the skeleton of a quantised model, whose own weights have lost their shapes.
     """
 
     def __init__(
-        self, name: str, model: Any, tokenizer: Any, version: str = "", prompting: Prompting | None = None
+        self,
+        name: str,
+        model: Any,
+        tokenizer: Any,
+        version: str = "",
+        prompting: Prompting | None = None,
+        shapes: Skeleton | None = None,
     ) -> None:
-        self.name, self.version = name, version
+        self.name, self.version, self._shapes = name, version, shapes
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.encoder = encoder_of(name, tokenizer, model.config, model.generation_config, prompting)
@@ -62,19 +70,24 @@ class BaseModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights."""
+        """Precision of the arithmetic, and of the weights but for those in 4 bits."""
         dtype: torch.dtype = self.model.dtype
         return dtype
 
     @property
     def dtype_name(self) -> str:
-        """`dtype` as users spell it."""
-        return dtype_name(self.dtype)
+        """The precision of the weights as users spell it."""
+        return FOUR_BIT if is_four_bit(self.model) else dtype_name(self.dtype)
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision of weights and arithmetic, in keys for results."""
+        return f"{self.dtype} {FOUR_BIT}" if is_four_bit(self.model) else str(self.dtype)
 
     @cached_property
     def skeleton(self) -> Skeleton:
         """Every matrix that can take an update, by name."""
-        return skeleton_of(self.model)
+        return self._shapes or skeleton_of(self.model)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

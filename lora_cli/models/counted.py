@@ -12,17 +12,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.four_bit import quantise_without_data
 from lora_cli.models.hf import quiet
 from lora_cli.models.loading import load_tokenizer
-from lora_cli.models.skeleton import class_of
+from lora_cli.models.skeleton import class_of, skeleton_of
 
 
-def without_data(folder: Path, dtype: torch.dtype, *, named: str) -> BaseModel:
+def without_data(folder: Path, dtype: torch.dtype, *, named: str, four_bit: bool = False) -> BaseModel:
     """The base model in `folder` on the meta device: its shapes and its code, and no weights."""
     tokenizer, config, _ = load_tokenizer(folder, named=named)
     with quiet(), torch.device("meta"):
         model = class_of(config)(config).to(dtype)
-    return BaseModel(named, model, tokenizer)
+        shapes = skeleton_of(model)
+        if four_bit:
+            quantise_without_data(model, shapes, dtype)
+    return BaseModel(named, model, tokenizer, shapes=shapes)
 
 
 def most_held(work: Callable[[], object]) -> int:

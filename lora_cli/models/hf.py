@@ -1,5 +1,7 @@
-"""transformers, whose annotations do not bear strict checking, without its remarks about itself."""
+"""transformers and PEFT, whose annotations do not bear strict checking, without their remarks about themselves."""
 
+import importlib
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,9 +9,18 @@ from typing import Any
 
 import transformers
 
+from lora_cli.hub.cache import offline
+
 hf: Any = transformers
 hf.utils.logging.set_verbosity_error()
 hf.utils.logging.disable_progress_bar()
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def peft(part: str = "") -> Any:
+    """A module of PEFT. Where bitsandbytes is installed PEFT imports it, and that would ask the Hub for code."""
+    with offline():
+        return importlib.import_module(f"peft{part}")
 
 
 @contextmanager

@@ -14,23 +14,38 @@ import torch
 from lora_cli.errors import LoraError, Refused
 from lora_cli.formats.base_files import AGAIN, OBJECTS, json_object
 from lora_cli.formats.checkpoint import open_checkpoint
+from lora_cli.models.four_bit import keep_layout, quantisation
 from lora_cli.models.hf import hf, quiet
-from lora_cli.models.skeleton import class_of, config_of, demand_filled
+from lora_cli.models.skeleton import class_of, config_of, demand_filled, skeleton
 from lora_cli.models.staged import staged
 from lora_cli.text import counted
 
 _OWN: Mapping[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer; `named` is the model in messages.
+def load_model(
+    folder: Path, dtype: torch.dtype, *, named: str, device: str = "cpu", four_bit: bool = False
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Args:
+        named: the model in messages.
+        device: that of a quantised model; others are on the CPU.
+        four_bit: hold its linear layers in 4 bits; see `models.four_bit`.
 
     Raises:
-        Refused: the model cannot be loaded, or its weights are incomplete.
+        Refused: the model cannot be loaded, its weights are incomplete, or it is quantised already.
         DataError: a file that cannot be read.
     """
     checkpoint = open_checkpoint(folder, named)
     demand_filled(folder, checkpoint, named)
+    stored = checkpoint.config.get("quantization_config")
+    if four_bit and stored:
+        raise Refused(f"{named} is stored quantised already", hint="leave out --dtype 4bit")
+    # Layers are quantised one by one as they are read, on the device: the whole model is never there in full.
+    how: dict[str, Any] = {"device_map": {"": device}} if four_bit or stored else {}
+    if four_bit and (built := skeleton(folder)) is not None:
+        how["quantization_config"] = quantisation(built, dtype)
     with staged(folder, named, weights=checkpoint.headers) as place, quiet():
         tokenizer, config = _tokenizer_and_config(place, named)
         with _translated("weights", place, named):
@@ -41,11 +56,13 @@ def load_model(folder: Path, dtype: torch.dtype, *, named: str) -> tuple[Any, An
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
+                **how,
                 **_OWN,
             )
-    for name, stored, wanted in sorted(report["mismatched_keys"])[:1]:
+    keep_layout(model, named)
+    for name, found, wanted in sorted(report["mismatched_keys"])[:1]:
         raise Refused(
-            f"{named}: {name} is {list(stored)} in its weights and {list(wanted)} by its config.json", hint=AGAIN
+            f"{named}: {name} is {list(found)} in its weights and {list(wanted)} by its config.json", hint=AGAIN
         )
     missing = sorted(report["missing_keys"])
     if missing:

@@ -17,7 +17,7 @@ from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.skeleton import WEIGHT, Skeleton
-from lora_cli.models.hf import quiet
+from lora_cli.models.hf import peft, quiet
 from lora_cli.names import leaf, leaves
 from lora_cli.records import ALL_LINEAR
 
@@ -68,19 +68,17 @@ def adapted(
     Raises:
         Refused: no module of the base has one of the names, or PEFT cannot adapt one of them.
     """
-    from peft import LoraConfig, get_peft_model
-
     with quiet():
-        config = LoraConfig(
+        config = peft().LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]
+            lora_alpha=alpha,
             lora_dropout=dropout,
             target_modules=chosen.modules,
             target_parameters=chosen.parameters or None,
             task_type="CAUSAL_LM",
         )
         try:
-            wrapped: Any = get_peft_model(model, config)
+            wrapped: Any = peft().get_peft_model(model, config)
         except ValueError as error:
             hint = "name modules of this base with --target-modules"
             if "lora_dropout" in str(error):

@@ -11,18 +11,21 @@ from lora_cli.algebra.devices import resolve_device
 from lora_cli.errors import UsageError
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.checkpoint import cached_model, folder_or_hub, open_checkpoint, version_of_folder
+from lora_cli.formats.skeleton import Skeleton
 from lora_cli.hub.client import Hub
+from lora_cli.models import four_bit
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.download import copy_of, download_base
 from lora_cli.models.encode import Encoder, encoder_of
 from lora_cli.models.forms import Prompting
 from lora_cli.models.loading import demand_causal, load_model, load_tokenizer
-from lora_cli.precision import CHOICES, Precision, torch_dtype
+from lora_cli.models.skeleton import skeleton
+from lora_cli.precision import FOUR_BIT, LOADED, Loading, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.settings import folder_of
 
 _LOADING = "loading the base"
-_Parts = tuple[Any, Any]
+_Parts = tuple[Any, Any, Skeleton | None]
 _held: ContextVar[dict[object, _Parts] | None] = ContextVar("held", default=None)
 
 
@@ -49,13 +52,24 @@ class BaseRef:
     name: str
     version: str
     device: str
-    dtype: Precision
+    dtype: Loading
     prompting: Prompting = field(default_factory=Prompting)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The base's part of a run's settings."""
-        return {"base": self.name, "device": self.device, "dtype": self.dtype, **self.prompting.settings}
+        quantiser = {"bitsandbytes": four_bit.version()} if self.four_bit else {}
+        return {"base": self.name, "device": self.device, "dtype": self.dtype, **quantiser, **self.prompting.settings}
+
+    @property
+    def four_bit(self) -> bool:
+        """Whether its linear layers are held in 4 bits."""
+        return self.dtype == FOUR_BIT
+
+    @property
+    def compute(self) -> str:
+        """The precision of its arithmetic, and of what is not held in 4 bits."""
+        return _usual(self.device) if self.four_bit else self.dtype
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -77,8 +91,8 @@ class BaseRef:
             parts = self._parts(progress)
             if held is not None:
                 held[key] = parts
-        model, tokenizer = parts
-        return BaseModel(self.name, model, tokenizer, self.version, self.prompting)
+        model, tokenizer, shapes = parts
+        return BaseModel(self.name, model, tokenizer, self.version, self.prompting, shapes)
 
     def _parts(self, progress: Progress) -> _Parts:
         """The model on its device, and its tokenizer."""
@@ -87,10 +101,12 @@ class BaseRef:
         if folder is None:
             folder = download_base(Hub(progress=progress), self.place, self.version, progress=progress)
         progress(_LOADING, 0, 0)
-        model, tokenizer = load_model(folder, torch_dtype(self.dtype), named=self.name)
+        dtype = torch_dtype(self.compute)
+        model, tokenizer = load_model(folder, dtype, named=self.name, device=self.device, four_bit=self.four_bit)
+        shapes = skeleton(folder) if four_bit.is_four_bit(model) else None
         model = model.to(self.device)
         progress(_LOADING, 1, 1)
-        return model, tokenizer
+        return model, tokenizer, shapes
 
 
 def pin(
@@ -98,7 +114,7 @@ def pin(
     *,
     name: str = "",
     device: str = "auto",
-    dtype: Precision = "auto",
+    dtype: Loading = "auto",
     prompting: Prompting | None = None,
     progress: Progress = silent,
 ) -> BaseRef:
@@ -130,7 +146,7 @@ def pin(
     )
 
 
-def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: Precision = "auto") -> BaseModel:
+def load(name_or_path: str, *, name: str = "", device: str = "auto", dtype: Loading = "auto") -> BaseModel:
     """`pin` and load at once."""
     return pin(name_or_path, name=name, device=device, dtype=dtype).load()
 
@@ -151,19 +167,23 @@ def load_encoder(name_or_path: str, *, prompting: Prompting | None = None) -> En
     return encoder_of(public_base(name_or_path), tokenizer, config, generation, prompting)
 
 
-def resolve(device: str = "auto", dtype: Precision = "auto") -> tuple[str, Precision]:
+def resolve(device: str = "auto", dtype: Loading = "auto") -> tuple[str, Loading]:
     """The device and the precision on this machine.
 
     Args:
         device: cpu, cuda, cuda:N or mps; "auto" is cuda if there is one, else cpu.
-        dtype: fp32, bf16 or fp16; "auto" is bf16 on cuda and fp32 elsewhere.
+        dtype: fp32, bf16, fp16 or 4bit; "auto" is bf16 on cuda and fp32 elsewhere.
 
     Raises:
-        UsageError: an unknown name. Refused: this machine lacks the device.
+        UsageError: an unknown name, or 4bit without bitsandbytes. Refused: this machine lacks the device.
     """
-    if dtype not in CHOICES:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(CHOICES)}")
+    if dtype not in LOADED:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(LOADED)}")
     device = resolve_device(device)
-    if dtype == "auto":
-        dtype = "bf16" if device.startswith("cuda") else "fp32"
-    return device, dtype
+    if dtype == FOUR_BIT:
+        four_bit.version()
+    return device, _usual(device) if dtype == "auto" else dtype
+
+
+def _usual(device: str) -> Loading:
+    return "bf16" if device.startswith("cuda") else "fp32"

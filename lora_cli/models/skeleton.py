@@ -22,7 +22,7 @@ from lora_cli.formats.base_files import AGAIN, CONFIG
 from lora_cli.formats.checkpoint import Checkpoint
 from lora_cli.formats.skeleton import WEIGHT, Kind, Matrix, Skeleton, Stack
 from lora_cli.hashes import Stamp, stamp_of
-from lora_cli.models.hf import hf, quiet
+from lora_cli.models.hf import hf, peft, quiet
 from lora_cli.models.staged import staged
 from lora_cli.models.stored import stored
 from lora_cli.names import leaves
@@ -228,9 +228,7 @@ def _renamed(model: Any, names: Collection[str], ending: str) -> dict[str, str]:
 
 def _peft_tables(model_type: str) -> tuple[bool, frozenset[str]]:
     """Whether PEFT renames adapters of this kind of model, and the target names it takes for parts of the experts."""
-    from peft.utils import transformers_weight_conversion
-
-    tables: Any = transformers_weight_conversion
+    tables = peft(".utils.transformers_weight_conversion")
     if tables.get_checkpoint_conversion_mapping(model_type) is None:
         return False, frozenset()
     kind = tables._MODEL_TO_CONVERSION_PATTERN.get(model_type, "")

@@ -22,6 +22,7 @@ from lora_cli.formats.run_record import peak_bytes
 from lora_cli.formats.store import locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.encode import Encoded
+from lora_cli.models.four_bit import packed, quantised
 from lora_cli.models.ref import BaseRef, load_encoder
 from lora_cli.names import leaf
 from lora_cli.precision import torch_dtype
@@ -167,7 +168,7 @@ def of_plan(plan: MergePlan) -> Estimate:
     if not isinstance(plan.inputs, ModuleInputs) or (model := _model(plan.inputs.base)) is None:
         return found
     ref, files = plan.inputs.base, plan.inputs.files
-    rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
+    rates = rates_of(ref.device, ref.compute, torch.get_num_threads())
     tasks = [load_task(file) for file in files.values()]
     tokens = sum(len(task) * _lengths(_encoded(ref, task)).tokens for task in tasks)
     return replace(
@@ -218,16 +219,13 @@ def _products(stack: Stack, options: MergeOptions) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Model:
-    """A base model: the numbers in its weights, bytes of one in memory, and the shapes of its linear layers."""
+    """A base model: its numbers, bytes of one in the arithmetic and of all in memory, shapes of its linear layers."""
 
     numbers: int
     width: int
+    bytes: int
     layers: Mapping[str, tuple[int, int]]
     vocabulary: int
-
-    @property
-    def bytes(self) -> int:
-        return self.numbers * self.width
 
     @property
     def products(self) -> int:
@@ -241,9 +239,12 @@ def _model(ref: BaseRef) -> _Model | None:
         return None
     checkpoint, skeleton = open_checkpoint(place, ref.name), skeleton_at(place)
     layers = {} if skeleton is None else skeleton.layers
+    numbers, width = _numbers(checkpoint), torch_dtype(ref.compute).itemsize
+    small = [math.prod(layers[name]) for name in quantised(skeleton)] if ref.four_bit and skeleton is not None else []
     return _Model(
-        numbers=_numbers(checkpoint),
-        width=torch_dtype(ref.dtype).itemsize,
+        numbers=numbers,
+        width=width,
+        bytes=(numbers - sum(small)) * width + sum(map(packed, small)),
         layers=layers,
         vocabulary=layers[skeleton.head][0] if skeleton is not None and skeleton.head in layers else 0,
     )
@@ -342,7 +343,7 @@ def _parts(
         ranks.update({name: round(rank) for name, (_, _, rank) in one.modules.items()})
     if place is None:
         return {}
-    count = partial(held_by_fit, place, torch_dtype(ref.dtype), ranks, examples, batch=batch)
+    count = partial(held_by_fit, place, torch_dtype(ref.compute), ranks, examples, batch=batch, four_bit=ref.four_bit)
     held = count(recompute=recompute)
     made = count(recompute=False) if recompute else held
     if held is None or made is None:
@@ -355,7 +356,7 @@ def _of_learning(
     ref: BaseRef, model: _Model, lengths: _Lengths, recipe: Recipe, *, beside: float, kept: float = 0
 ) -> Estimate:
     """A training through a frozen base, and `beside` numbers of adapters; `kept` bytes are kept per token for these."""
-    rates = rates_of(ref.device, ref.dtype, torch.get_num_threads())
+    rates = rates_of(ref.device, ref.compute, torch.get_num_threads())
     evaluations = math.ceil(recipe.steps / recipe.every) + 2
     learnt = recipe.steps * recipe.batch * lengths.tokens
     judged = evaluations * lengths.held * lengths.tokens

@@ -10,6 +10,7 @@ from torch import Tensor
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.counted import most_held, without_data
 from lora_cli.models.encode import Encoded
+from lora_cli.models.four_bit import held
 from lora_cli.models.mixture import Block, term_of
 from lora_cli.models.recompute import recomputed
 from lora_cli.steps.train.descent import passes
@@ -23,6 +24,7 @@ def held_by_fit(
     *,
     batch: int,
     recompute: bool,
+    four_bit: bool = False,
 ) -> dict[str, int] | None:
     """The bytes of the base, of the adapters' factors, and of the values that the largest pass holds, by these names.
 
@@ -34,9 +36,10 @@ def held_by_fit(
         ranks: the sum of the adapters' ranks in each module.
         examples: those of the task.
         batch: examples per step.
+        four_bit: the base's linear layers are held in 4 bits.
     """
     try:
-        base = without_data(folder, dtype, named=folder.name)
+        base = without_data(folder, dtype, named=folder.name, four_bit=four_bit)
         factors = {name: rank for name, rank in ranks.items() if name in base.shapes}
         longest = sorted(examples, key=lambda example: -len(example.ids))
         values = most_held(_step(base, factors, longest[:batch], recompute))
@@ -44,7 +47,7 @@ def held_by_fit(
         return None
     numbers = sum(rank * sum(base.shapes[name]) for name, rank in factors.items())
     return {
-        "base": sum(parameter.numel() for parameter in base.model.parameters()) * dtype.itemsize,
+        "base": held(base.model),
         "adapters": numbers * dtype.itemsize,
         "values": values,
     }

@@ -125,7 +125,7 @@ def answered(
     for system in systems:
         base.check(system.shapes, system.name)
     judging = Judging.of(base, examples, options)
-    common = [base.pinned, str(base.dtype), base.encoder.prompting.settings]
+    common = [base.pinned, base.arithmetic, base.encoder.prompting.settings]
     measured = [metric.name, options.max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
     keys = _keys(systems, examples, common, measured)
     ids = [*judging.encoded]

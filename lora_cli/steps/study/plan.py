@@ -9,7 +9,7 @@ import msgspec
 
 from lora_cli.errors import DataError, OutputError
 from lora_cli.licences import Policy
-from lora_cli.precision import Precision
+from lora_cli.precision import Loading
 from lora_cli.steps.study.ways import Rule, Way
 from lora_cli.text import shortened
 
@@ -56,7 +56,7 @@ class Base(msgspec.Struct, frozen=True, kw_only=True):
     place: str
     aliases: tuple[str, ...]
     device: str
-    dtype: Precision
+    dtype: Loading
     prompting: Mapping[str, Any]
     license_policy: Policy
 

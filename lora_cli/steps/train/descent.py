@@ -214,7 +214,7 @@ def learn(
 
 def identity(base: BaseModel, examples: Sequence[Example], *settings: object) -> str:
     """The key of a training: a SHA-256 of the base, the prompts' form, the examples, and the settings given."""
-    about = [base.pinned, str(base.dtype), base.encoder.prompting.settings, *settings]
+    about = [base.pinned, base.arithmetic, base.encoder.prompting.settings, *settings]
     return hashlib.sha256(json.dumps([about, [asdict(example) for example in examples]]).encode()).hexdigest()
 
 
