@@ -123,3 +123,24 @@ def test_prompts_of_both_files_are_counted(here: World, files: tuple[Path, Path]
     write("overlap.jsonl", rows[28:40])
     told = ok(*ONE, "--data", "learn.jsonl", "--valid", "overlap.jsonl", "-o", "own")
     assert "warning: 2 validation prompts are also training prompts" in told.err
+
+
+def test_what_a_search_tells_of_each_file_is_what_eval_finds(here: World, files: tuple[Path, Path]) -> None:
+    two = (
+        "fit",
+        "pool/kestrel/outer",
+        "pool/tarn/mirror",
+        "--preset",
+        "lorahub",
+        "--evaluations",
+        "8",
+        "--rank",
+        "sum",
+    )
+    ok(*two, "--data", "learn.jsonl", "--valid", "valid.jsonl", "-o", "own")
+    objective = record("own")["results"]["objective"]
+    for part, file in (("training", "learn.jsonl"), ("validation", "valid.jsonl")):
+        rows = json.loads(ok("eval", "own", "--data", file, "--metric", "nll", "--json").out)["rows"]
+        assert [row["value"] for row in rows] == pytest.approx(
+            [objective[part]["start"], objective[part]["best"]], rel=1e-3
+        )
