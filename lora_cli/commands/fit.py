@@ -127,11 +127,8 @@ def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:
 def outcome(report: "FitReport") -> list[str]:
     """The summary of a fit: a line on its loss, and one on each comparison, which claims no more than is measurable."""
     first = report.trials[0]
-    base, learnt = first.comparisons[0], first.result.learnt
-    judged, parts = (
-        first.result.judged,
-        [f"validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"],
-    )
+    base, learnt, judged = first.comparisons[0], first.result.learnt, first.result.judged
+    parts = [f"validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"]
     if judged is not None:  # the loss that is held out is the nll held out
         parts = [_by_objective(judged), *(parts if judged.name != "nll" else [])]
     if abs(report.loss_merged - learnt.loss_after) > 0.005 * learnt.loss_after:

@@ -121,7 +121,7 @@ def test_no_gain_is_claimed_that_interval_and_p_do_not_support(low: float, high:
     found = Difference(delta=-0.2 if low < 0 else 0.2, low=low, high=high, p=p)
     learnt = SimpleNamespace(loss_after=0.874, speed=1234.5)
     trial = SimpleNamespace(
-        result=SimpleNamespace(measure="loss", kept="best at step 90", learnt=learnt, n_validation=20),
+        result=SimpleNamespace(measure="loss", kept="best at step 90", learnt=learnt, judged=None, n_validation=20),
         comparisons=[
             Comparison(against=name, loss=loss, difference=found)
             for name, loss in (("base", 1.212), ("random", 0.881), ("target", 0.802))
