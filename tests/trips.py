@@ -1,6 +1,7 @@
 """How far an adapter travels through the tool: what is derived again, and hand-overs between rooms.
 
 python -m tests.trips          prints the counts of `lora merge` of one adapter that only the Hub knows
+python -m tests.trips eval     those of `lora eval` of 100 examples by likelihood
 """
 
 import json
@@ -22,7 +23,7 @@ PACKAGE = str(ROOT / "lora_cli") + os.sep
 
 
 class Trip:
-    """Counts of one piece of work: calls by function, and hand-overs from one file to another."""
+    """Counts of one piece of work: calls by function, and hand-overs from a function to one of another file."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -32,6 +33,14 @@ class Trip:
     def rooms(self) -> set[str]:
         """The files that were entered."""
         return {name.partition(":")[0] for name in self.calls}
+
+    @property
+    def between_rooms(self) -> Counter[tuple[str, str]]:
+        """The hand-overs from one file to another."""
+        found: Counter[tuple[str, str]] = Counter()
+        for (one, other), count in self.between.items():
+            found[one.partition(":")[0], other.partition(":")[0]] += count
+        return found
 
     @property
     def handovers(self) -> int:
@@ -61,7 +70,7 @@ class Trip:
             and back.f_code.co_name != "<module>"
             and (there := back.f_code.co_filename.removeprefix(PACKAGE)) != here
         ):
-            self.between[there, here] += 1
+            self.between[f"{there}:{back.f_code.co_qualname}", f"{here}:{frame.f_code.co_qualname}"] += 1
 
 
 @contextmanager
@@ -117,10 +126,13 @@ def main() -> None:
     os.chdir(home)
     from tests.cli import ok
 
-    trip = merge_from_the_hub(ok, Path(home))
+    trip = (evaluation_of_a_folder if sys.argv[1:] == ["eval"] else merge_from_the_hub)(ok, Path(home))
     print(f"{len(trip.rooms)} rooms, {sum(trip.calls.values()):,} calls, {trip.handovers} hand-overs")
-    for (one, other), count in trip.between.most_common(40):
-        print(f"{count:5} {one} → {other}")
+    for counts in (trip.between_rooms, trip.between):
+        print(f"\n{len(counts)} pairs, such as")
+        for (one, other), count in counts.most_common(40):
+            print(f"{count:5} {one} → {other}")
+    print()
     for name, count in trip.calls.most_common():
         if any(word in name for word in ("parse_config", "parse_header", "sha256", "digest", "content_oid", "scan_w")):
             print(f"{count:5} {name}")

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.listings import Listings
-from lora_cli.catalogue.rows import Known, clean, most_frequent, parsed, quoted, text
+from lora_cli.catalogue.rows import Known, clean, most_frequent, parsed, quoted
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
@@ -109,7 +109,7 @@ class Catalogue:
             else:
                 rows = []
                 for start in range(0, len(ids), _BATCH):
-                    batch = [text(id) for id in ids[start : start + _BATCH]]
+                    batch = clean(ids[start : start + _BATCH])
                     marks = ", ".join("?" * len(batch))
                     rows += db.execute(f"{columns} AND id IN ({marks})", [*given, *batch]).fetchall()
         return {id: Known(*values) for id, *values in rows}
@@ -361,13 +361,14 @@ class Catalogue:
     ) -> list[R]:
         """Rows as records of `kind`: those for which `rest` holds, a condition and what may follow it."""
         names = [field.name for field in fields(kind)]
-        of: verdicts.Shown = _shown(self._db.read(), base, names)
+        db = self._db.read()
+        of: verdicts.Shown = _shown(db, base, names)
         joined = _FOUND if words else ""
         query = f"SELECT {quoted(names)} FROM {of.table} {joined} WHERE {of.test} AND {rest}"
         # Values follow the text: those of a subquery stand before the words, those of a condition behind them.
         matched: list[str] = [words] if words else []
         order: list[str] = [*matched, *of.values] if of.table == "adapters" else [*of.values, *matched]
-        rows = self._db.read().execute(query, clean([*order, *values]))
+        rows = db.execute(query, clean([*order, *values]))
         return [kind(**parsed(dict(zip(names, row, strict=True)))) for row in rows]
 
     @staticmethod

@@ -13,6 +13,7 @@ from lora_cli.commands.eval_harness import demand_nothing_else, evaluate_by_harn
 from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
 from lora_cli.errors import Refused
 from lora_cli.harness_options import HarnessOptions
+from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
 from lora_cli.recipes import EvalOptions
@@ -116,15 +117,14 @@ def evaluate(
             "plot": None if plot is None else str(plot),
         },
     )
-    _tell(screen, scores, options, request.facts)
+    _tell(screen, scores, metric, options, request.facts)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
 
 
-def _tell(screen: Screen, scores: list[Score], options: EvalOptions, facts: "TaskFacts") -> None:
+def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts") -> None:
     """The effect of each adapter, what its score means, and the answers that were cut."""
-    metric = METRICS.get(options.metric)
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
         screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:

@@ -159,7 +159,7 @@ class ModuleMerger:
         squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update, _ in read])
         demand_room(module, float(weights.abs() @ squares.sqrt()))
         if self._weighs_whole_adapters:
-            merged: LowRank | Tensor = concat(updates, weights * self._whole_factors[places])
+            merged: LowRank | Tensor = concat(updates.items, weights * self._whole_factors[places])
         else:
             try:
                 merged = run_method(
@@ -283,7 +283,7 @@ def run_method(
         case "elementwise":
             result = function(DeltaTiles(updates, workers=workers), weights, **knobs)
         case "coefficients":
-            result = concat(updates, function(updates, weights, **knobs))
+            result = concat(updates.items, function(updates, weights, **knobs))
         case "space":
             own = {key: knobs[key] for key in one.knobs if key != "inside"}
             others = {key: value for key, value in knobs.items() if key not in one.knobs}

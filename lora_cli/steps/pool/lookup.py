@@ -4,8 +4,10 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.rows import Known
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, Refused
@@ -58,20 +60,21 @@ def look_up(
     try:
         row = catalogue.named(text, base=base or None)
     except NothingMatched as error:
-        unknown = _unknown(catalogue, text, error)
+        name = _read(catalogue, text)
+        unknown = _unknown(name, error)
     else:
         if not base or not names_no_base(row):
             return row
         if row.source == "folder":
             return replace(row, status="ok", reason="", base=base)
-        unknown = NothingMatched(f"{row.id}: {row.reason}")
+        name, unknown = _read(catalogue, text), NothingMatched(f"{row.id}: {row.reason}")
     names = names_of(catalogue, base, aliases)
-    if (older := _older(catalogue, text)) is not None:
+    if (older := _older(catalogue, name)) is not None:
         row = usable(verify(older, base=base, aliases=names, deep=True).adapter, whole=whole)
         announce(f"{row.id}: using the cached files of commit {row.commit[:12]}; the catalogue is at another commit")
         return row
     rules = Rules(base, names, partial(skeleton_here, base), with_skeleton=False, vouched=bool(base))
-    found = _on_hub(catalogue, text, rules, unknown, progress)
+    found = _on_hub(name, rules, unknown, progress)
     id = found.stub.id
     known = catalogue.known([id], base=base or None).get(id)
     stored = catalogue.get(id, base=base or None) if known is not None else None
@@ -95,9 +98,10 @@ def pinned(catalogue: Catalogue, text: str, progress: Progress = silent) -> Adap
     try:
         return catalogue.named(text)
     except NothingMatched as error:
-        unknown = _unknown(catalogue, text, error)
+        name = _read(catalogue, text)
+        unknown = _unknown(name, error)
     rules = Rules("", (), lambda: None, with_skeleton=False)
-    return _older(catalogue, text) or _on_hub(catalogue, text, rules, unknown, progress).stub
+    return _older(catalogue, name) or _on_hub(name, rules, unknown, progress).stub
 
 
 def usable(row: Adapter, *, whole: bool = False) -> Adapter:
@@ -134,40 +138,53 @@ def names_of(catalogue: Catalogue, base: str | None, aliases: Iterable[str]) -> 
     return tuple(dict.fromkeys([*aliases, *(alias for alias, meant in catalogue.aliases().items() if meant == base)]))
 
 
-def _older(catalogue: Catalogue, text: str) -> Adapter | None:
-    """A catalogued adapter of the Hub at the other commit that `text` pins, if its files are in the cache."""
+class _Name(NamedTuple):
+    """The user's text as a name on the Hub, with what the catalogue knows of the adapter with this id."""
+
+    text: str
+    id: str
+    revision: str
+    known: Known | None
+
+
+def _read(catalogue: Catalogue, text: str) -> _Name:
     id, revision = id_and_revision(text)
-    if not is_commit(revision) or not catalogue.known([id]):
+    return _Name(text, id, revision, catalogue.known([id]).get(id))
+
+
+def _older(catalogue: Catalogue, name: _Name) -> Adapter | None:
+    """A catalogued adapter of the Hub at the other commit that the name pins, if its files are in the cache."""
+    if name.known is None or not is_commit(name.revision):
         return None
-    row = replace(catalogue.get(id), commit=revision, sha256="", norm=None, status="ok", reason="")
+    row = replace(catalogue.get(name.id), commit=name.revision, sha256="", norm=None, status="ok", reason="")
     return row if row.source == "hub" and locate(row.ref) is not None else None
 
 
-def _unknown(catalogue: Catalogue, text: str, error: NothingMatched) -> NothingMatched:
-    """The catalogue's `error` about `text`; also about a folder, if one can be meant."""
-    like, folder = folders_like(text), means_folder(text)
-    if not (like or folder) or catalogue.known([id_and_revision(text)[0]]):
+def _unknown(name: _Name, error: NothingMatched) -> NothingMatched:
+    """The catalogue's `error` about a name; also about a folder, if one can be meant."""
+    like, folder = folders_like(name.text), means_folder(name.text)
+    if not (like or folder) or name.known is not None:
         return error
     hints = [meant(like)] if like else []
-    if folder and repo_and_folder(text):
-        hints.append(f"a repository of the Hub is {text}@main")
-    return NothingMatched(f"{text}: no such folder and not in the catalogue", hint=" · ".join([*hints, error.hint]))
+    if folder and repo_and_folder(name.text):
+        hints.append(f"a repository of the Hub is {name.text}@main")
+    return NothingMatched(
+        f"{name.text}: no such folder and not in the catalogue", hint=" · ".join([*hints, error.hint])
+    )
 
 
-def _on_hub(catalogue: Catalogue, text: str, rules: Rules, unknown: NothingMatched, progress: Progress) -> Found:
+def _on_hub(name: _Name, rules: Rules, unknown: NothingMatched, progress: Progress) -> Found:
     """The adapter of this name on the Hub; raises `unknown` if the Hub must not be asked."""
-    name, revision = id_and_revision(text)
-    parts = repo_and_folder(name)
+    parts = repo_and_folder(name.id)
     # Never replace a local folder, or a row from a folder, by a stranger's repository of the same name.
-    if parts is None or os.path.exists(name):  # noqa: PTH110 - this one never raises
+    if parts is None or os.path.exists(name.id):  # noqa: PTH110 - this one never raises
         raise unknown
     repo, folder = parts
-    row = catalogue.known([name]).get(name)
-    if means_folder(text) if row is None else row.repo != repo:
+    if means_folder(name.text) if name.known is None else name.known.repo != repo:
         raise unknown
     reader = HubReader(Hub(progress=progress), rules)
     try:
-        return reader.one(repo, revision, folder)
+        return reader.one(repo, name.revision, folder)
     except (NothingMatched, NetworkError) as error:
         raise _both(unknown, error, repo) from error
 
