@@ -21,6 +21,8 @@ from lora_cli.records import Progress
 _GAP = 2
 # The most entries of a list, or lines of a text, that `record` shows on a terminal.
 _MOST_SHOWN = 15
+# Tab-separated lines that are written at once.
+_AT_ONCE = 1_000
 # If a cell needs more lines than this, a minor column is left out.
 _MOST_LINES = 3
 Form = Literal["table", "tsv", "csv", "json", "jsonl", "md"]
@@ -86,7 +88,9 @@ class Screen:
             case "table":
                 self._table(shown, rows, caption)
             case _:
-                _out("".join("\t".join(map(_plain, cells)) + "\n" for cells in cells_of(shown, rows)), end="")
+                for start in range(0, len(rows), _AT_ONCE):
+                    lines = ("\t".join(map(_plain, cells)) for cells in cells_of(shown, rows[start : start + _AT_ONCE]))
+                    _out("\n".join(lines))
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
