@@ -18,7 +18,7 @@ from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
 from lora_cli.catalogue.sqlite import Database
-from lora_cli.catalogue.where import COLUMNS, conditions, ordering
+from lora_cli.catalogue.where import columns_in, conditions, ordering, sort_column
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.names import ids_and_commits, is_commit
 from lora_cli.records import Adapter, AdapterRow, Candidates, ReportedAdapter
@@ -229,12 +229,11 @@ class Catalogue:
         test, values = _tested(where, status)
         most = -1 if limit is None else limit
         with self._db.lock:
-            table, of_base, given = _shown(self._db.read(), base, [*COLUMNS])
-            # Choose rows by their keys first, so that only the requested rows are read in full.
-            keys = f"SELECT key FROM {table} WHERE {of_base} AND {test} ORDER BY {ordering(sort)} LIMIT ?"
-            return self._rows(
-                AdapterRow, f"key IN ({keys}) ORDER BY {ordering(sort)}", [*given, *values, most], base=base
-            )
+            # Choose rows by what the conditions and the order name, so that only those asked for are read in full.
+            table, of_base, given = _shown(self._db.read(), base, ["status", sort_column(sort), *columns_in(where)])
+            query = f"SELECT id FROM {table} WHERE {of_base} AND {test} ORDER BY {ordering(sort)} LIMIT ?"
+            found = self._db.read().execute(query, clean([*given, *values, most])).fetchall()
+            return self.rows([id for (id,) in found], base=base)
 
     def rows(self, ids: Sequence[str], *, base: str | None = None) -> list[AdapterRow]:
         """The adapters with these ids, in this order, as judged for `base` if it is given; without those not there."""
@@ -242,8 +241,9 @@ class Catalogue:
         with self._db.lock:
             for start in range(0, len(ids), _BATCH):
                 batch = ids[start : start + _BATCH]
-                for row in self._rows(AdapterRow, f"id IN ({', '.join('?' * len(batch))})", batch, base=base):
-                    found[row.id] = row
+                # By their keys: the rows of another base have no index by id.
+                keys = f"SELECT key FROM adapters WHERE id IN ({', '.join('?' * len(batch))})"
+                found |= {row.id: row for row in self._rows(AdapterRow, f"key IN ({keys})", batch, base=base)}
         return [found[id] for id in ids if id in found]
 
     def candidates(
@@ -254,16 +254,15 @@ class Catalogue:
         columns = ", ".join(["""id || '@' || "commit\"""", *([quoted(facts)] if facts else [])])
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = _shown(db, base, [*COLUMNS, *facts])
+            table, of_base, given = _shown(db, base, ["commit", "base", "status", *columns_in(where), *facts])
             if base is not None:
                 # Usable adapters are for the base they were judged for, and an index begins with it.
                 of_base, given = ("base = ?", [base]) if table == "adapters" else ("base = ?", [*given, base])
-            test, values = f"{of_base} AND {test}", [*given, *values]
-            counts = f"SELECT base, count(*) FROM {table} WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
-            query = f"SELECT {columns} FROM {table} WHERE {test} ORDER BY base, id"
-            bases = dict(db.execute(counts, clean(values)).fetchall())
+            test, values = f"{of_base} AND {test}", clean([*given, *values])
             # One call for all rows: each step of the cursor would pass through its translation of errors.
-            rows = db.execute(query, clean(values)).fetchall()
+            rows = db.execute(f"SELECT {columns} FROM {table} WHERE {test} ORDER BY base, id", values).fetchall()
+            counts = f"SELECT base, count(*) FROM {table} WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
+            bases = dict(db.execute(counts, values).fetchall()) if base is None else {base: len(rows)} if rows else {}
         pinned, *columns_read = zip(*rows, strict=True) if rows else [()] * (1 + len(facts))
         return Candidates(pinned, dict(zip(facts, columns_read, strict=True)), bases)
 
@@ -272,7 +271,7 @@ class Catalogue:
         test, values = _tested(where, None)
         with self._db.lock:
             db = self._db.read()
-            table, of_base, given = _shown(db, base, [*COLUMNS])
+            table, of_base, given = _shown(db, base, [*ReportedAdapter._fields, *columns_in(where)])
             columns = quoted(ReportedAdapter._fields)
             rows = f"SELECT {columns} FROM {table} WHERE {of_base} AND {test} ORDER BY downloads DESC, id"
             return list(map(ReportedAdapter._make, db.execute(rows, clean([*given, *values]))))
@@ -292,7 +291,11 @@ class Catalogue:
             raise UsageError(f"nothing to search for in {text!r}", hint="give a word or two")
         query = " ".join(f'"{word}"*' for word in words[:20])
         with self._db.lock:
-            return self._rows(AdapterRow, "1 ORDER BY place, id LIMIT ?", [limit], base=base, words=query)
+            db = self._db.read()
+            table, of_base, given = _shown(db, base, [])
+            values = [query, *given] if table == "adapters" else [*given, query]
+            found = f"SELECT id FROM {table} {_FOUND} WHERE {of_base} ORDER BY place, id LIMIT ?"
+            return self.rows([id for (id,) in db.execute(found, [*values, limit]).fetchall()], base=base)
 
     def stats(self, *, base: str | None = None) -> dict[str, Any]:
         """Counts of the whole catalogue, or of what was judged for `base`.
@@ -356,19 +359,13 @@ class Catalogue:
             for alias in aliases:
                 db.execute("INSERT OR REPLACE INTO aliases (alias, base) VALUES (?, ?)", [alias, base])
 
-    def _rows(
-        self, kind: type[R], rest: str, values: Sequence[Any], *, base: str | None = None, words: str = ""
-    ) -> list[R]:
+    def _rows(self, kind: type[R], rest: str, values: Sequence[Any], *, base: str | None = None) -> list[R]:
         """Rows as records of `kind`: those for which `rest` holds, a condition and what may follow it."""
         names = [field.name for field in fields(kind)]
         db = self._db.read()
         of: verdicts.Shown = _shown(db, base, names)
-        joined = _FOUND if words else ""
-        query = f"SELECT {quoted(names)} FROM {of.table} {joined} WHERE {of.test} AND {rest}"
-        # Values follow the text: those of a subquery stand before the words, those of a condition behind them.
-        matched: list[str] = [words] if words else []
-        order: list[str] = [*matched, *of.values] if of.table == "adapters" else [*of.values, *matched]
-        rows = db.execute(query, clean([*order, *values]))
+        query = f"SELECT {quoted(names)} FROM {of.table} WHERE {of.test} AND {rest}"
+        rows = db.execute(query, clean([*of.values, *values]))
         return [kind(**parsed(dict(zip(names, row, strict=True)))) for row in rows]
 
     @staticmethod

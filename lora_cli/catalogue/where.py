@@ -92,6 +92,11 @@ def sort_column(text: str) -> str:
     return _column(text.removeprefix("-"), text)
 
 
+def columns_in(texts: Sequence[str]) -> list[str]:
+    """The columns that conditions name."""
+    return [_column(found[1], text) for text in texts if (found := _CONDITION.fullmatch(text))]
+
+
 def _condition(text: str) -> tuple[str, list[Value]]:
     found = _CONDITION.fullmatch(text) if len(text) <= _LONGEST else None
     if found is None:
