@@ -134,7 +134,8 @@ class BaseModel:
             labels[row, item.start : len(item.ids)] = torch.tensor(item.ids[item.start :])
         wanted = (labels[:, 1:] != IGNORED).any(dim=0).nonzero().flatten()
         labels = labels[:, 1:][:, wanted].to(self.device)
-        return self.logits(tokens.to(self.device), wanted.to(self.device), use_cache=False), labels
+        # Nothing follows the last token.
+        return self.logits(tokens[:, :-1].to(self.device), wanted.to(self.device), use_cache=False), labels
 
     def log_likelihoods(self, examples: Sequence[Example], *, batch_size: int = 16) -> list[float]:
         """`mean_log_likelihoods` of examples that are not encoded yet."""

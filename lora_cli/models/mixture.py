@@ -50,21 +50,27 @@ class Parameters:
 
 
 class _Weighted(torch.autograd.Function):
-    """y + B̂ (c ∘ (Â x)) for rows of tokens. Keeps only the (tokens, R) product, and no gradient for Â and B̂."""
+    """Adds B̂ (c ∘ (Â x)) to y (…, out), in its place, for x (…, in).
+
+    Keeps only the (tokens, R) product, and no gradient for Â and B̂.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        hidden = x @ a.T  # (tokens, R)
+        hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, R)
         ctx.save_for_backward(hidden, a, b, c)
-        return torch.addmm(y, hidden * c.to(hidden.dtype), b.T)  # (tokens, out)
+        y.view(-1, y.shape[-1]).addmm_(hidden * c.to(hidden.dtype), b.T)
+        ctx.mark_dirty(y)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, a, b, c = ctx.saved_tensors
-        inner = grad @ b  # (tokens, R)
+        inner = grad.reshape(-1, grad.shape[-1]) @ b  # (tokens, R)
+        for_c = (inner * hidden).sum(dim=0, dtype=c.dtype)
         for_x = (inner * c.to(inner.dtype)) @ a if ctx.needs_input_grad[1] else None
-        return grad, for_x, None, None, (inner * hidden).sum(dim=0, dtype=c.dtype)
+        return grad, None if for_x is None else for_x.view(*grad.shape[:-1], -1), None, None, for_c
 
 
 _weighted: Any = _Weighted.apply
@@ -279,25 +285,29 @@ def term_of(block: Block, coefficients: Callable[[], Tensor]) -> Term:
     """
 
     def add(x: Tensor, y: Tensor) -> Tensor:
-        rows, inputs, c = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), coefficients()
+        c = coefficients()
+        if block.scale is None and c.dim() == 1:
+            mixed: Tensor = _weighted(y, x, block.a, block.b, c)
+            return mixed
         if c.dim() > 1:
-            return _tried(rows, inputs, block, c).view(y.shape)
-        if block.scale is None:
-            mixed: Tensor = _weighted(rows, inputs, block.a, block.b, c)
-            return mixed.view(y.shape)
+            _tried(y.view(len(c), -1, y.shape[-1]), x.reshape(len(c), -1, x.shape[-1]), block, c)
+            return y
+        rows, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
         a, b = block.a.to(inputs.dtype), block.b.to(inputs.dtype)
         return torch.addmm(rows, (inputs @ a.T) * c.to(inputs.dtype), b.T).view(y.shape)
 
     return add
 
 
-def _tried(rows: Tensor, inputs: Tensor, block: Block, c: Tensor) -> Tensor:
-    """y + B̂ (c_k ∘ (Â x)) for K copies of rows of tokens, c (K, R)."""
-    (width, into), out, c = block.a.shape, len(block.b), c.to(block.a.dtype)
-    x, y = inputs.view(len(c), -1, into), rows.view(len(c), -1, out)
-    if width * (into + out) > into * out:  # a whole update is smaller than its factors
-        return torch.baddbmm(y, x, ((block.b * c[:, None]) @ block.a).mT)
-    return y + ((x @ block.a.T) * c[:, None]) @ block.b.T
+def _tried(y: Tensor, x: Tensor, block: Block, c: Tensor) -> None:
+    """Adds B̂ (c_k ∘ (Â x)) to y in its place, for K copies of some tokens: y (K, tokens, out), x (K, tokens, in)."""
+    (width, into), out, tokens = block.a.shape, len(block.b), x.shape[1]
+    c = c[:, None].to(block.a.dtype)  # (K, 1, R)
+    # Either K whole updates are made, or all tokens go through the factors: what takes fewer products.
+    if into * out * (width + tokens) < tokens * width * (into + out):
+        y.baddbmm_(x, ((block.b * c) @ block.a).mT)
+    else:
+        y.view(-1, out).addmm_((x @ block.a.T * c).flatten(0, 1), block.b.T)
 
 
 def _fresh(update: LowRank, generator: torch.Generator) -> LowRank:

@@ -5,6 +5,7 @@ products: y += (x Aᵀ) Bᵀ with x (blocks, tokens, in), Aᵀ (blocks, in, R) a
 R ranks, and those of adapters without the module, are filled up with zeros, which change no bit.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -34,11 +35,17 @@ class Blocks(NamedTuple):
 
 
 def blocks(owners: Sequence[int]) -> Blocks:
-    """Blocks for rows with these adapters: at most twice as many as adapters, with at most twice as many rows."""
+    """Blocks for rows with these adapters: at most twice as many as adapters, with the fewest places."""
     rows: dict[int, list[int]] = {}
     for row, owner in enumerate(owners):
         rows.setdefault(owner, []).append(row)
-    size = -(-len(owners) // len(rows))
+    counts = Counter(map(len, rows.values()))
+
+    def number(size: int) -> int:
+        return sum(-(-count // size) * many for count, many in counts.items())
+
+    least, mean = (-(-len(owners) // (share * len(rows))) for share in (2, 1))
+    size = min((size for size in range(least, mean + 1) if number(size) <= 2 * len(rows)), key=lambda n: n * number(n))
     found: list[int] = []
     places: list[int] = []
     live: list[int] = []

@@ -21,30 +21,31 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lora_cli.fit_methods.adaptive import adaptive
 from lora_cli.formats.reader import OpenAdapter
+from lora_cli.formats.skeleton import Matrix, Skeleton
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, examples, opened, tiny_llama
 
-ADAPTERS = 30
+ADAPTERS, WIDTH = 30, 4096
 
 
 def measured(cases: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each case; the cases take turns, so that a busy moment of the machine hits them alike."""
+    """CPU seconds of each case; the cases take turns, so that a busy moment of the machine hits them alike."""
     for run in cases.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repeats):
         for name, run in cases.items():
-            began = time.perf_counter()
+            began = time.process_time()
             run()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(time.process_time() - began)
     return seconds
 
 
 def show(title: str, seconds: Mapping[str, list[float]]) -> None:
     reference = statistics.median(next(iter(seconds.values())))
-    print(f"\n{title}\n\n| | median ms | fastest ms | median, relative |\n|---|---|---|---|")
+    print(f"\n{title}\n\n| | median CPU ms | fastest | median, relative |\n|---|---|---|---|")
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"| {name} | {median * 1e3:.1f} | {min(values) * 1e3:.1f} | {median / reference:.2f} |")
@@ -66,6 +67,7 @@ class LayerBase(BaseModel):
 
     def __init__(self, model: nn.Module) -> None:
         self.name, self.model = "layer", model.requires_grad_(False)
+        self.skeleton = Skeleton("", {"layer": Matrix("linear", (WIDTH, WIDTH), "layer.weight", (WIDTH, WIDTH))}, {})
 
     device = torch.device("cpu")
     dtype = torch.float32
@@ -78,11 +80,11 @@ def pool(folder: Path, shapes: Mapping[str, tuple[int, int]], rank: int, **confi
 
 
 def wide_layer(folder: Path, repeats: int) -> None:
-    base = LayerBase(OneLayer(4096))
-    mixture = Mixture(base, pool(folder, {"layer": (4096, 4096)}, 16), adaptive(ADAPTERS, init="average").parameters)
+    base = LayerBase(OneLayer(WIDTH))
+    mixture = Mixture(base, pool(folder, {"layer": (WIDTH, WIDTH)}, 16), adaptive(ADAPTERS, init="average").parameters)
     for tokens in (512, 2048):
-        x = torch.randn(8, tokens // 8, 4096, requires_grad=True)
-        gradient = torch.randn(8, tokens // 8, 4096)
+        x = torch.randn(8, tokens // 8, WIDTH, requires_grad=True)
+        gradient = torch.randn(8, tokens // 8, WIDTH)
 
         def bare(x: torch.Tensor = x, gradient: torch.Tensor = gradient) -> None:
             x.grad = None
@@ -93,7 +95,7 @@ def wide_layer(folder: Path, repeats: int) -> None:
             with mixture.applied(base):
                 bare()
 
-        title = f"4096 × 4096, {ADAPTERS} adapters of rank 16, {tokens} tokens, forward and backward"
+        title = f"{WIDTH} × {WIDTH}, {ADAPTERS} adapters of rank 16, {tokens} tokens, forward and backward"
         show(title, measured({"bare layer": bare, "with the mixture": mixed}, repeats))
 
 
