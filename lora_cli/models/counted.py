@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.four_bit import quantise_without_data
+from lora_cli.models.heap import KEPT
 from lora_cli.models.hf import quiet
 from lora_cli.models.loading import load_tokenizer
 from lora_cli.models.skeleton import class_of, skeleton_of
@@ -29,7 +30,14 @@ def without_data(folder: Path, dtype: torch.dtype, *, named: str, four_bit: bool
     return BaseModel(named, model, tokenizer, shapes=shapes)
 
 
-def most_held(work: Callable[[], object]) -> int:
+class Most(NamedTuple):
+    """The most bytes that tensors hold at once: all of them, and those whose memory the C library may keep."""
+
+    all: int
+    small: int
+
+
+def most_held(work: Callable[[], object]) -> Most:
     """The most bytes that tensors on the meta device hold at once during `work`, beside those that were there before.
 
     Attention is that of the fused kernels, which keep no scores. A question about a tensor's data is answered by yes:
@@ -39,8 +47,18 @@ def most_held(work: Callable[[], object]) -> int:
     """
     with _fused_attention(), _Counting() as counting:
         work()
-    most: int = counting.most
-    return most
+    return Most(counting.all.most, counting.small.most)
+
+
+class _Sum:
+    """A number of bytes, and the most that it has been."""
+
+    def __init__(self) -> None:
+        self._now = self.most = 0
+
+    def add(self, size: int) -> None:
+        self._now += size
+        self.most = max(self.most, self._now)
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,8 +67,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._held: set[int] = set()
-        self._now = 0
-        self.most = 0
+        self.all, self.small = _Sum(), _Sum()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -61,14 +78,18 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # A view of what was there before, such as a transposed weight, holds nothing of its own.
             if storage._cdata not in given | self._held:
                 self._held.add(storage._cdata)
-                self._now += storage.nbytes()
-                self.most = max(self.most, self._now)
+                self._add(storage.nbytes())
                 weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
         return found
 
     def _free(self, key: int, size: int) -> None:
         self._held.discard(key)
-        self._now -= size
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        self.all.add(size)
+        if abs(size) < KEPT:
+            self.small.add(size)
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:

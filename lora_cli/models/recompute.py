@@ -8,12 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_cli.errors import Refused
+from lora_cli.models.heap import given_back
 from lora_cli.names import layer_of
 
 
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """While the block runs, a pass of `model` keeps the inputs of its layers alone, and nothing inside them.
+    """While the block runs, a pass of `model` keeps the inputs of its layers alone, and freed memory is given back.
 
     Gradients are the same: random numbers are drawn again as they were. Source: arXiv 1604.06174.
 
@@ -30,7 +31,8 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     try:
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
-        yield
+        with given_back():
+            yield
     finally:
         for layer in layers:
             del layer.forward

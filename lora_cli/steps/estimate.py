@@ -8,7 +8,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -23,6 +22,7 @@ from lora_cli.formats.store import locate
 from lora_cli.merge_options import MergeOptions
 from lora_cli.models.encode import Encoded
 from lora_cli.models.four_bit import packed, quantised
+from lora_cli.models.heap import keeps_freed_memory
 from lora_cli.models.ref import BaseRef, load_encoder
 from lora_cli.names import leaf
 from lora_cli.precision import torch_dtype
@@ -60,8 +60,6 @@ _KEPT, _KEPT_BY_LORA = 1.5, 2.0
 # Copies of the logits, and small operations of a linear layer's surroundings in a forward and a backward pass.
 _LOGITS, _CALLS = 4, 60
 _SAMPLE = 256
-_GAPS = {"cpu": 0.65}
-"""Freed memory that glibc does not use again, per byte of the values of a pass: tests/bench/bench_memory.py."""
 _FIRST_PASS = 20e6
 """Memory of a first pass through torch, in bytes: its threads' buffers."""
 
@@ -343,13 +341,13 @@ def _parts(
         ranks.update({name: round(rank) for name, (_, _, rank) in one.modules.items()})
     if place is None:
         return {}
-    count = partial(held_by_fit, place, torch_dtype(ref.compute), ranks, examples, batch=batch, four_bit=ref.four_bit)
-    held = count(recompute=recompute)
-    made = count(recompute=False) if recompute else held
-    if held is None or made is None:
+    compute, heap = torch_dtype(ref.compute), keeps_freed_memory(ref.device)
+    held = held_by_fit(
+        place, compute, ranks, examples, batch=batch, recompute=recompute, four_bit=ref.four_bit, heap=heap
+    )
+    if held is None:
         return {}
-    gaps = _GAPS.get(torch.device(ref.device).type, 0.0)
-    return {**held, "gaps": round(gaps * made["values"]), "program": math.ceil(peak_bytes() + _FIRST_PASS)}
+    return {**held, "program": math.ceil(peak_bytes() + _FIRST_PASS) if ref.device == "cpu" else 0}
 
 
 def _of_learning(

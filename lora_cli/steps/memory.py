@@ -15,6 +15,9 @@ from lora_cli.models.mixture import Block, term_of
 from lora_cli.models.recompute import recomputed
 from lora_cli.steps.train.descent import passes
 
+_GAPS = 0.65
+"""Memory that glibc keeps and cannot use, per byte that tensors below 32 MiB hold: tests/bench/bench_memory.py."""
+
 
 def held_by_fit(
     folder: Path,
@@ -25,11 +28,12 @@ def held_by_fit(
     batch: int,
     recompute: bool,
     four_bit: bool = False,
+    heap: bool = False,
 ) -> dict[str, int] | None:
-    """The bytes of the base, of the adapters' factors, and of the values that the largest pass holds, by these names.
+    """The bytes of the base, of the adapters' factors, of the values that the largest pass holds, and of gaps.
 
-    They are those of the tensors; gaps between them come on top. The largest pass is that of the longest examples.
-    None for a model whose pass depends on its data.
+    The largest pass is that of the longest examples. Gaps are memory that the C library keeps for later tensors: 0
+    where `heap` is False. None for a model whose pass depends on its data.
 
     Args:
         folder: of the base; its configuration and its tokenizer are read.
@@ -37,30 +41,34 @@ def held_by_fit(
         examples: those of the task.
         batch: examples per step.
         four_bit: the base's linear layers are held in 4 bits.
+        heap: freed memory stays with the process; see `models.heap`.
     """
     try:
         base = without_data(folder, dtype, named=folder.name, four_bit=four_bit)
         factors = {name: rank for name, rank in ranks.items() if name in base.shapes}
         longest = sorted(examples, key=lambda example: -len(example.ids))
-        values = most_held(_step(base, factors, longest[:batch], recompute))
+        most = most_held(step_of(base, factors, longest[:batch], recompute))
     except Exception:  # each class fails in its own way where it asks for data that are not there
         return None
     numbers = sum(rank * sum(base.shapes[name]) for name, rank in factors.items())
     return {
         "base": held(base.model),
         "adapters": numbers * dtype.itemsize,
-        "values": values,
+        "values": most.all,
+        "gaps": round(_GAPS * most.small) if heap and not recompute else 0,
     }
 
 
-def _step(base: BaseModel, ranks: Mapping[str, int], batch: Sequence[Encoded], recompute: bool) -> Callable[[], object]:
-    """The forward and backward passes of one step, through factors and coefficients without data."""
+def step_of(
+    base: BaseModel, ranks: Mapping[str, int], batch: Sequence[Encoded], recompute: bool
+) -> Callable[[], object]:
+    """The forward and backward passes of one step, through factors and coefficients without values of their own."""
     blocks, coefficients = dict[str, Block](), dict[str, Tensor]()
     for name, rank in ranks.items():
         out, into = base.shapes[name]
-        a, b = (torch.empty(shape, device="meta", dtype=base.dtype) for shape in ((rank, into), (out, rank)))
+        a, b = (torch.zeros(shape, device=base.device, dtype=base.dtype) for shape in ((rank, into), (out, rank)))
         blocks[name] = Block(a, b, ())
-        coefficients[name] = torch.zeros(rank, device="meta", requires_grad=True)
+        coefficients[name] = torch.zeros(rank, device=base.device, requires_grad=True)
     terms = {name: term_of(block, lambda name=name: coefficients[name]) for name, block in blocks.items()}  # type: ignore[misc]
 
     def work() -> None:

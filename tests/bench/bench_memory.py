@@ -1,8 +1,9 @@
 """The memory of a fit: `python tests/bench/bench_memory.py [--accounting]` prints a table.
 
-Without the flag: what `lora fit --dry-run` says beside the peak of real runs, each in a process of its own, for a
-base of 259 MB (fp32, random weights) and 20 adapters of rank 16. With it: the same count for 30 adapters of rank 16 on
-a base of 8 billion numbers in bf16, which needs no more than a configuration.
+Without the flag: what a dry run counts for the largest step of a fit, beside the rise of the peak of a process that
+makes it, for small bases of random weights; once as a user starts it, once with MALLOC_MMAP_THRESHOLD_ set, under
+which glibc gives freed memory back. With the flag: the same count for 30 adapters of rank 16 on a base of 8 billion
+numbers in bf16, which needs no more than a configuration.
 """
 
 import argparse
@@ -12,73 +13,100 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
+import psutil
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import LlamaConfig
 
+from lora_cli.formats.run_record import peak_bytes
 from lora_cli.models.encode import Encoded
-from lora_cli.models.ref import load_encoder
+from lora_cli.models.heap import keeps_freed_memory
+from lora_cli.models.ref import load_encoder, pin
+from lora_cli.precision import torch_dtype
 from lora_cli.records import Example
-from lora_cli.steps.memory import held_by_fit
-from tests.adapters_on_disk import random_factors, write_adapter
-from tests.paths import ROOT
+from lora_cli.steps.memory import held_by_fit, step_of
 from tests.templates import tokenizer
 from tests.tiny_bases import tiny_llama
 
-RUN = (
-    "import atexit, sys\nfrom lora_cli.app import main\nfrom lora_cli.formats.run_record import peak_bytes\n"
-    "atexit.register(lambda: print('peak', peak_bytes(), file=sys.stderr))\nmain()"
-)
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def make(folder: Path) -> None:
-    """A base, a pool of 20 adapters, and a task whose examples are all of one length."""
-    made = tokenizer("characters")
-    model = tiny_llama(
-        vocab_size=8000, hidden_size=640, intermediate_size=1728, num_hidden_layers=12, num_attention_heads=10,
-        num_key_value_heads=5, max_position_embeddings=2048, eos_token_id=made.eos_token_id,
-    )  # fmt: skip
-    model.save_pretrained(folder / "base")
-    made.save_pretrained(folder / "base")
-    shapes = {
-        name: tuple(module.weight.shape) for name, module in model.named_modules() if name.rpartition(".")[2] in KINDS
-    }
-    for place in range(20):
-        factors = {name: (0.05 * b, a) for name, (b, a) in random_factors(shapes, 16, seed=place).items()}
-        write_adapter(folder / "pool" / f"a{place}", factors, base="base")
-    lines = [json.dumps({"prompt": "ab cd " * 40 + str(n % 10), "completion": "dc ba " * 15}) for n in range(20)]
-    (folder / "task.jsonl").write_text("\n".join(lines) + "\n")
+class Case(NamedTuple):
+    """A base, the sum of its adapters' ranks, a step of examples of one length, and how it is made."""
+
+    width: int
+    layers: int
+    vocabulary: int
+    ranks: int
+    batch: int
+    tokens: int
+    learnt: int
+    dtype: str = "fp32"
+    recompute: bool = False
+
+    def __str__(self) -> str:
+        base = f"{self.layers} layers of {self.width}, vocabulary {self.vocabulary:,}"
+        examples = f"{self.batch} of {self.tokens + self.learnt} tokens, {self.learnt} learnt"
+        how = self.dtype + (", --grad-checkpointing" if self.recompute else "")
+        return f"{base} | {self.ranks} | {examples} | {how}"
+
+
+CASES = (
+    Case(128, 12, 2000, 64, 8, 192, 64),
+    Case(128, 16, 1000, 120, 4, 568, 32),
+    Case(256, 6, 4000, 128, 8, 100, 100),
+    Case(192, 8, 8000, 192, 2, 750, 150),
+    Case(256, 8, 4000, 128, 8, 350, 50),
+    Case(256, 8, 4000, 128, 8, 350, 50, "fp32", True),
+    Case(256, 8, 4000, 128, 8, 350, 50, "bf16"),
+    Case(256, 8, 4000, 128, 8, 350, 50, "4bit"),
+)
+
+
+def said_and_risen(case: Case) -> tuple[int, int]:
+    """The bytes that are counted for the values of a step with their gaps, and the rise of this process's peak."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = tiny_llama(
+            vocab_size=case.vocabulary, hidden_size=case.width, intermediate_size=3 * case.width,
+            num_hidden_layers=case.layers, num_attention_heads=case.width // 32, num_key_value_heads=case.width // 64,
+            max_position_embeddings=2048,
+        )  # fmt: skip
+        model.save_pretrained(scratch)
+        tokenizer("characters").save_pretrained(scratch)
+        ref = pin(scratch, device="cpu", dtype=case.dtype)
+        base, dtype = ref.load(), torch_dtype(ref.compute)
+        ranks = {name: case.ranks for name in base.shapes if name.rpartition(".")[2] in KINDS}
+        batch = [base.encode(Example(id="x", prompt="a" * case.tokens, completion="b" * case.learnt))] * case.batch
+        held = held_by_fit(
+            Path(scratch), dtype, ranks, batch,
+            batch=case.batch, recompute=case.recompute, four_bit=ref.four_bit, heap=keeps_freed_memory("cpu"),
+        )  # fmt: skip
+    assert held is not None
+    step_of(base, ranks, [one._replace(ids=one.ids[-9:], start=4) for one in batch[:1]], case.recompute)()
+    work = step_of(base, ranks, batch, case.recompute)
+    before = psutil.Process().memory_info().rss
+    for _ in range(2):
+        work()
+    return held["values"] + held["gaps"], peak_bytes() - before
 
 
 def beside_runs() -> None:
-    """Said and measured megabytes of fits."""
-    print("| | said, MB | measured, MB | said / measured |\n|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        make(folder)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "LORA_BASE": "base", "LORA_DB": str(folder / "lora.db")}
-
-        def run(*words: str) -> tuple[str, int]:
-            command = [sys.executable, "-c", RUN, *words]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder, env=environment)
-            return done.stdout, int(done.stderr.rpartition("peak ")[2])
-
-        run("pool", "sync", "--from", "pool")
-        cases = {
-            "8 examples of 332 tokens": (),
-            "2 examples": ("--batch", "2"),
-            "8 examples, --grad-checkpointing": ("--grad-checkpointing",),
-            "8 examples, bf16": ("--dtype", "bf16"),
-        }
-        for place, (name, words) in enumerate(cases.items()):
-            fit = ("fit", "--data", "task.jsonl", "--steps", "2", *words)
-            said = json.loads(run(*fit, "--dry-run", "--json")[0])["estimate"]["memory_bytes"]
-            peak = run(*fit, "-o", f"out{place}")[1]
-            print(f"| {name} | {said / 1e6:,.0f} | {peak / 1e6:,.0f} | {said / peak:.2f} |", flush=True)
+    """Counted and measured megabytes of steps, each measured in a process of its own."""
+    print("| base | ranks | examples | | counted, MB | measured | ratio | given back: counted | measured | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for case in CASES:
+        cells = []
+        for more in ({}, {"MALLOC_MMAP_THRESHOLD_": "131072"}):
+            command = [sys.executable, __file__, "--case", json.dumps(case)]
+            environment = {**os.environ, **more}
+            done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            said, peak = map(int, done.stdout.split())
+            cells += [f"{said / 1e6:,.0f}", f"{peak / 1e6:,.0f}", f"{said / peak:.2f}"]
+        print(f"| {case} | {' | '.join(cells)} |", flush=True)
 
 
 def accounting() -> None:
@@ -112,7 +140,11 @@ def accounting() -> None:
 if __name__ == "__main__":
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--accounting", action="store_true")
-    if options.parse_args().accounting:
+    options.add_argument("--case", type=json.loads, help="the fields of one, as JSON: print its two numbers of bytes")
+    given = options.parse_args()
+    if given.case is not None:
+        print(*said_and_risen(Case(*given.case)))
+    elif given.accounting:
         accounting()
     else:
         beside_runs()

@@ -1,5 +1,9 @@
 """The memory of a fit, counted by a step on tensors without data."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ from lora_cli.models.counted import most_held, without_data
 from lora_cli.models.encode import Encoded
 from lora_cli.models.ref import load_encoder
 from lora_cli.steps.memory import held_by_fit
+from tests.paths import ROOT
 from tests.tiny_bases import examples, saved
 
 RANKS = {"model.layers.0.self_attn.q_proj": 12, "model.layers.1.mlp.down_proj": 5, "not.there": 3}
@@ -41,8 +46,8 @@ def test_bytes_live_from_the_operation_that_makes_them_until_they_are_freed() ->
         del y
         z.exp()  # 10 × 100, while z lives; the graph holds z, and not y
 
-    assert most_held(work) == 2 * 4 * 10 * 100
-    assert most_held(lambda: weight.T[:10]) == 0
+    assert most_held(work) == (2 * 4 * 10 * 100, 2 * 4 * 10 * 100)
+    assert most_held(lambda: weight.T[:10]) == (0, 0)
 
 
 def test_base_and_adapters_are_counted_to_the_byte(base: Path, encoded: list[Encoded]) -> None:
@@ -70,3 +75,19 @@ def test_attention_keeps_no_scores(base: Path, encoded: list[Encoded]) -> None:
 
 def test_a_model_that_cannot_be_counted_has_no_count(tmp_path: Path, encoded: list[Encoded]) -> None:
     assert held_by_fit(tmp_path, torch.float32, RANKS, encoded, batch=8, recompute=False) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recompute", "environment"),
+    [(False, {"MALLOC_MMAP_THRESHOLD_": "131072"}), (True, {})],
+    ids=["memory given back", "--grad-checkpointing"],
+)
+def test_the_count_is_the_rise_of_a_processs_peak(recompute: bool, environment: dict[str, str]) -> None:
+    """A step of hundreds of MB without --grad-checkpointing, in a process of its own; glibc's gaps are left out."""
+    case = [128, 12, 2000, 64, 8, 192, 64, "fp32", recompute]
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "bench_memory.py"), "--case", json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **environment})
+    said, measured = map(int, done.stdout.split())
+    assert said > (30e6 if recompute else 200e6)
+    assert said == pytest.approx(measured, rel=0.1)
