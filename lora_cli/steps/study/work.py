@@ -4,6 +4,7 @@ import platform
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from lora_cli.steps.study.make import Made, Maker, add_candidates
 from lora_cli.steps.study.plan import Base, Cell, Need
 from lora_cli.task import read_task
 
-_PART = 64
+PART = 64
 """Test examples that are asked together: a killed cell asks at most so many again."""
 
 
@@ -123,7 +124,7 @@ class Worker:
                 return False
             began = time.monotonic()
             tokens = self._maker.need(need)
-            write_json(folder.cost(need.name), self._cost(began, tokens))
+            write_json(folder.cost(need.name), cost_of(folder.device, tokens, time.monotonic() - began))
         shutil.rmtree(scratch, ignore_errors=True)
         return True
 
@@ -145,10 +146,10 @@ class Worker:
                 self._test,
                 self._options,
                 rows_path=place / ROWS_FILE,
-                part=_PART,
+                part=PART,
             )[cell.name]
             tokens = made.tokens + sum(row.tokens for row in found)
-            write_json(place / COST_FILE, self._cost(began, tokens))
+            write_json(place / COST_FILE, cost_of(self._folder.device, tokens, time.monotonic() - began))
             write_json(place / RESULT_FILE, self._result(cell, made, found))
             (place / FAILED_FILE).unlink(missing_ok=True)
             self._maker.done(cell)
@@ -170,22 +171,19 @@ class Worker:
             "metric": self._options.metric,
             "value": sum(row.value for row in rows) / len(rows),
             "n": len(rows),
-            "answers": [
-                {"id": row.id, "value": row.value, "log_likelihood": row.log_likelihood, "text": row.text}
-                for row in rows
-            ],
+            "answers": answers_of(rows),
         }
 
-    def _cost(self, began: float, tokens: int) -> dict[str, Any]:
-        """What work took in this process, which may have gone on from where a killed one stopped."""
-        device = self._maker.settings.device
-        name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-        return {
-            "seconds": time.monotonic() - began,
-            "tokens": tokens,
-            "peak_bytes": peak_bytes(),
-            "device": f"{device} ({name})",
-        }
+
+def answers_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Answers as a result holds them: nothing in them depends on the machine, the time or the place."""
+    return [{"id": row.id, "value": row.value, "log_likelihood": row.log_likelihood, "text": row.text} for row in rows]
+
+
+def cost_of(device: str, tokens: int, seconds: float) -> dict[str, Any]:
+    """What work took in this process, which may have gone on from where a killed one stopped."""
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"seconds": seconds, "tokens": tokens, "peak_bytes": peak_bytes(), "device": f"{device} ({name})"}
 
 
 def settings_of(

@@ -1,11 +1,11 @@
 """A worker of a sequence: holds one loaded base, trains, merges and scores cell by cell."""
 
-import platform
+import math
 import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,7 +14,6 @@ import torch
 
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.errors import DataError, LoraError
-from lora_cli.formats.run_record import peak_bytes
 from lora_cli.merge_options import MergeSources
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import BaseRef, loaded_once, pin
@@ -25,21 +24,22 @@ from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, 
 from lora_cli.steps.study.sequence.data import read_data
 from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
 from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Stage, weights_of
-from lora_cli.steps.study.work import Outcome, settings_of
+from lora_cli.steps.study.work import PART, Outcome, answers_of, cost_of, settings_of
 from lora_cli.steps.train.request import train_job
-
-_PART = 64
-"""Test examples that are asked together: a killed cell asks at most so many again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Made:
-    """The LoRA of a cell in its folder, the parents that it is made of, `id@commit` → SHA-256, and its bytes."""
+    """The LoRA of a cell, and what is recorded about it.
+
+    `inputs` maps what it is made of to its SHA-256; `tokens` counts those that were read to learn.
+    """
 
     system: System
     inputs: Mapping[str, str] = field(default_factory=dict)
     outputs: Mapping[str, str] = field(default_factory=dict)
     results: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int = 0
 
 
 class SequenceWorker:
@@ -120,10 +120,10 @@ class SequenceWorker:
                 return False
             began = time.monotonic()
             made = self._made(cell, place / ADAPTER_FOLDER)
-            trained = time.monotonic()
-            answers = {stage.name: self._answers(made.system, stage, place) for stage in self.plan.tasks}
-            write_json(place / COST_FILE, self._cost(trained - began, time.monotonic() - trained, answers))
-            write_json(place / RESULT_FILE, self._result(cell, made, answers))
+            rows = {stage.name: self._answers(made.system, stage, place) for stage in self.plan.tasks}
+            tokens = made.tokens + sum(row.tokens for each in rows.values() for row in each)
+            write_json(place / COST_FILE, cost_of(self._folder.device, tokens, time.monotonic() - began))
+            write_json(place / RESULT_FILE, self._result(cell, made, rows))
             (place / FAILED_FILE).unlink(missing_ok=True)
         return True
 
@@ -148,9 +148,11 @@ class SequenceWorker:
             out=out,
             announce=_unheard,
         )
-        run = job.run(self._settings.db).run
+        done = job.run(self._settings.db)
+        run, report = done.run, done.report
+        tokens = 0 if report is None else sum(step.tokens for step in report.learnt.trace)
         learnt = {name: run.results[name] for name in ("loss_before", "loss", "best_step", "n_train", "n_validation")}
-        return self._opened(cell, out, job.job.inputs, run.outputs, learnt)
+        return replace(self._opened(cell, out, job.job.inputs, run.outputs, learnt), tokens=tokens)
 
     def _merged(self, cell: Cell, out: Path) -> _Made:
         """The running LoRA and the new one as one, the running one first."""
@@ -185,10 +187,10 @@ class SequenceWorker:
             read_data(self._folder.path, stage.name, "test", stage.test).examples,
             self.plan.options,
             rows_path=place / f"{stage.name}.rows.jsonl",
-            part=_PART,
+            part=PART,
         )[system.name]
 
-    def _result(self, cell: Cell, made: _Made, answers: Mapping[str, list[Row]]) -> dict[str, Any]:
+    def _result(self, cell: Cell, made: _Made, rows: Mapping[str, list[Row]]) -> dict[str, Any]:
         """The contents of result.json: nothing in it depends on the machine, the time or the place."""
         return {
             "schema": CELL_SCHEMA,
@@ -203,26 +205,12 @@ class SequenceWorker:
             "metric": self.plan.options.metric,
             "tasks": {
                 name: {
-                    "value": sum(row.value for row in rows) / len(rows),
-                    "n": len(rows),
-                    "answers": [
-                        {"id": row.id, "value": row.value, "log_likelihood": row.log_likelihood, "text": row.text}
-                        for row in rows
-                    ],
+                    "value": math.fsum(row.value for row in each) / len(each),
+                    "n": len(each),
+                    "answers": answers_of(each),
                 }
-                for name, rows in answers.items()
+                for name, each in rows.items()
             },
-        }
-
-    def _cost(self, made: float, scored: float, answers: Mapping[str, list[Row]]) -> dict[str, Any]:
-        """What work took in this process, which may have gone on from where a killed one stopped."""
-        device = self.plan.base.device
-        name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-        return {
-            "seconds": {"made": made, "scored": scored},
-            "tokens": sum(row.tokens for rows in answers.values() for row in rows),
-            "peak_bytes": peak_bytes(),
-            "device": f"{device} ({name})",
         }
 
 
