@@ -78,8 +78,11 @@ def test_a_study_file_names_the_tasks_beside_it(own_home: Path) -> None:
     [
         (("--sequence", "first.jsonl"), 2, "a sequence needs two tasks or more"),
         (("--sequence", "first.jsonl,absent.jsonl"), 1, "no such file: absent.jsonl"),
-        (("--sequence", TASKS, "--data", "first.jsonl"), 2, "--sequence takes no --data, --test or --shard"),
-        (("--sequence", TASKS, "--shard", "0/2"), 2, "--sequence takes no --data, --test or --shard"),
+        (("--sequence", TASKS, "--data", "first.jsonl"), 2, "--sequence takes no --data and no --test"),
+        (("--sequence", TASKS, "--shard", "0/2"), 2, "--sequence takes no --shard"),
+        (("--sequence", TASKS, "--pools", "random"), 2, "--sequence takes no --pools"),
+        (("--sequence", TASKS, "-k", "3"), 2, "--sequence takes no -k"),
+        (("--data", "first.jsonl", "--rules", "ties"), 2, "--rules and --sequence-test need --sequence"),
         (("--sequence", TASKS, "--rules", "orthgonal"), 2, "unknown rule 'orthgonal'"),
         (("--sequence", TASKS, "--sequence-test", "first.jsonl"), 2, "1 test file for 3 tasks"),
     ],

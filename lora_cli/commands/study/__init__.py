@@ -8,6 +8,7 @@ import typer
 from lora_cli.commands.lazy import LazyGroup
 from lora_cli.commands.options import OUTPUT, Listing, Loaded, Prompts, examples, with_flags
 from lora_cli.commands.panels import write_panels
+from lora_cli.commands.study.sequence import demand_fitting, sequence
 from lora_cli.commands.study.shown import LINES, says, show_cells, show_table
 from lora_cli.errors import Partial, UsageError
 from lora_cli.licences import PolicyFlag
@@ -98,11 +99,10 @@ def study(
     screen, shard = listing.screen(), execution.part
     options, from_file = asked_options(asked)
     settings = setup.load(**{name: value for name, value in from_file.items() if getattr(setup, name, None) is None})
+    demand_fitting(asked, execution, options)
     if options.sequence:
-        from lora_cli.commands.study.sequence import sequence
-
-        if setup.data or setup.test or execution.shard:
-            raise UsageError("--sequence takes no --data, --test or --shard", hint="its tests are --sequence-test")
+        if setup.data or setup.test:
+            raise UsageError("--sequence takes no --data and no --test", hint="its tests are --sequence-test V1,V2")
         sequence(screen, settings, options, execution, prompts.prompting())
         return
 

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.columns import Column, on_request
-from lora_cli.commands.study.shown import says
-from lora_cli.errors import Partial
+from lora_cli.errors import Partial, UsageError
 from lora_cli.metrics import METRICS
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
 from lora_cli.screen import Screen, near
 from lora_cli.settings import Settings
-from lora_cli.study_options import StudyOptions, names_in
-from lora_cli.text import counted
+from lora_cli.study_options import Asked, StudyOptions, names_in
+from lora_cli.text import counted, duration
 
 if TYPE_CHECKING:
     from lora_cli.commands.study import Execution
@@ -19,6 +18,8 @@ if TYPE_CHECKING:
     from lora_cli.steps.study.sequence.folder import SequenceFolder
     from lora_cli.steps.study.sequence.request import PlannedSequence
 
+_NOT_TAKEN = ("systems", "pools", "k", "where", "energy", "steps", "lr", "batch")
+"""Options of a study that compares systems over pools."""
 CELLS = (
     Column("CELL", "cell", wide=True),
     Column("STATE", "state"),
@@ -60,15 +61,31 @@ def sequence(
             _show_cells(screen, planned)
             return
         folder, cells = planned.write(), planned.plan.cells()
-        run = executor(execution.executor)
-        ended = run(folder, cells, jobs=execution.jobs, progress=progress)
-        failed = [one for one in map(says(screen), ended) if one.error]
+        failed = []
+        for outcome in executor(execution.executor)(folder, cells, jobs=execution.jobs, progress=progress):
+            if outcome.error:
+                screen.warn(f"{outcome.name}: {outcome.error}")
+                failed.append(outcome)
+            else:
+                screen.say(f"study: {outcome.name}, {duration(outcome.seconds)}")
     _show_measures(screen, folder)
     if failed:
         raise Partial(
             f"{counted(len(failed), 'cell')} of {len(cells):,} failed, first {failed[0].name}: {failed[0].error}",
             hint="run the same command again to try these cells again; done ones are kept",
         )
+
+
+def demand_fitting(asked: Asked, execution: "Execution", options: StudyOptions) -> None:
+    """UsageError for options of a study that a sequence does not take, or the other way round."""
+    if options.sequence:
+        given = [name for name in _NOT_TAKEN if getattr(asked, name) not in (None, ())]
+        given += ["shard"] if execution.shard is not None else []
+        if given:
+            flag = f"-{given[0]}" if len(given[0]) == 1 else f"--{given[0]}"
+            raise UsageError(f"--sequence takes no {flag}", hint="docs/sequence.md lists what it takes")
+    elif options.sequence_test or getattr(asked, "rules", None) is not None:
+        raise UsageError("--rules and --sequence-test need --sequence T1.jsonl,T2.jsonl")
 
 
 def _scored(options: StudyOptions) -> EvalOptions:
