@@ -26,7 +26,7 @@ def draw_sequence(
     Raises:
         UsageError: `file` is neither .png nor .svg. OutputError: it is a link or cannot be written.
     """
-    names = [label(task, 18) for task in tasks]
+    names = [label(task) for task in tasks]
     across, down = min(_WIDE, len(grids)), -(-len(grids) // _WIDE)
     margin, side = room_for(names), max(_LEAST, _CELL * len(tasks))
     with figure_in(file, (across * side + margin + 1.4, down * (side + 0.4) + margin + 0.5)) as figure:
