@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from lora_cli.recipes import (
 from lora_cli.records import AdapterRow, Progress, Score, silent
 from lora_cli.settings import KEYS, Settings, load
 from lora_cli.steps.opened_pool import pool_of
+from lora_cli.study_options import Asked, asked_options
 from lora_cli.task import read_task
 
 Rows = list[AdapterRow]
 Names = list[str]
 Scores = list[Score]
+Lines = list[dict[str, Any]]
 
 
 def _ignore(text: str) -> None:
@@ -217,6 +220,34 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         with PoolTrial(self._pool, read_task(Path(data)), settings, TrialOptions.of(**options).of_eval) as trial:
             found = evaluate_pool(trial, names, k=len(names))
         return {id: score.value for id, score in found.scores.items()}
+
+    def study(self, *, out: Path | str | None = None, jobs: int | None = 1, **options: Any) -> Lines:
+        """Compare ways to recycle the pool's adapters for a task: a row for each system on each pool.
+
+        Rows are those of `lora study --json`; the study's folder is that of `lora study` with these options.
+
+        Args:
+            jobs: the number of workers; one is this process itself, None is one per GPU or core.
+            options: `data` and `test`, and the options of `lora study` with underscores: `systems="base,average"`,
+                `k=8`, `quick=True`, `file="study.toml"`.
+
+        Raises:
+            Partial: a cell failed; the others are kept.
+        """
+        from lora_cli.executors import executor
+        from lora_cli.steps.study.request import StudyRequest
+        from lora_cli.steps.study.run import run_study
+        from lora_cli.steps.study.table import lines, row_of
+
+        named = {name: _path(options.pop(name)) for name in ("data", "test", "file") if name in options}
+        study, from_file = asked_options(Asked.of(file=named.pop("file", None), **options))
+        pool, settings = self._pool, self.settings.with_values(**from_file).with_values(**named)
+        request = StudyRequest(self._catalogue, settings, study, announce=pool.announce, progress=pool.progress)
+        planned = request.planned(_path(out))
+        doing = partial(executor("local"), planned.folder, jobs=jobs, progress=pool.progress)
+        ran = run_study(settings.db, planned, planned.cells, doing, progress=pool.progress)
+        ran.demand_all()
+        return [row_of(line) for line in lines(planned.folder)]
 
     def bake(self, adapter: str, *, out: Path | str | None = None, force: bool = False, dtype: str = "auto") -> Path:
         """Add an adapter to its base model, and return the folder of the new model."""

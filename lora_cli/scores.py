@@ -62,8 +62,11 @@ def intervals(score: str, table: Sequence[Sequence[float]], *, seed: int = 0) ->
     return _mean_intervals(_columns(table), seed)
 
 
-def wilson(successes: int, n: int) -> Interval:
-    """The Wilson 95 % interval of a proportion; within [0, 1] and never of zero width. Raises ValueError for n < 1."""
+def wilson(successes: float, n: int) -> Interval:
+    """The Wilson 95 % interval of a proportion; within [0, 1] and never of zero width. Raises ValueError for n < 1.
+
+    A sum of n shares, each a mean over repetitions, varies less than one of n yes or no: then it is wide enough.
+    """
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}")
     share, square = successes / n, Z95**2

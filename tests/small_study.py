@@ -1,6 +1,7 @@
 """A study that takes seconds: a base with random weights, four adapters and a task, catalogued below one folder."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,11 @@ def results(folder: Path) -> dict[str, bytes]:
     """The result of every cell by its name, and the bytes of the table."""
     found = {file.parent.name: file.read_bytes() for file in folder.glob("cells/*/result.json")}
     return found | {"table": (folder / "table.jsonl").read_bytes()}
+
+
+def forget(folder: Path) -> None:
+    """Remove a study."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def table(folder: Path) -> list[dict[str, Any]]:

@@ -59,6 +59,7 @@ def load_libraries() -> None:
     import lora_cli.steps.fit.request
     import lora_cli.steps.merge.request
     import lora_cli.steps.pool.sync
+    import lora_cli.steps.study.work
     import lora_cli.steps.train.request  # noqa: F401
 
     # A pool of threads does not survive a fork.

@@ -58,7 +58,7 @@ _PER_BAKED = 180
 # Values that training keeps per input and output of a linear layer and token, and those of a LoRA on top.
 _KEPT, _KEPT_BY_LORA = 1.5, 2.0
 # Copies of the logits, and small operations of a linear layer's surroundings in a forward and a backward pass.
-_LOGITS, _CALLS = 4, 60
+_LOGITS, CALLS = 4, 60
 _SAMPLE = 256
 _FIRST_PASS = 20e6
 """Memory of a first pass through torch, in bytes: its threads' buffers."""
@@ -163,12 +163,12 @@ def of_merge(outlines: Sequence[Outline], options: MergeOptions, modules: Sequen
 def of_plan(plan: MergePlan) -> Estimate:
     """A planned merge, with the passes through the base that record activations, if its method needs them."""
     found = of_merge([Outline.of_open(adapter) for adapter in plan.adapters], plan.options, plan.modules)
-    if not isinstance(plan.inputs, ModuleInputs) or (model := _model(plan.inputs.base)) is None:
+    if not isinstance(plan.inputs, ModuleInputs) or (model := model_of(plan.inputs.base)) is None:
         return found
     ref, files = plan.inputs.base, plan.inputs.files
     rates = rates_of(ref.device, ref.compute, torch.get_num_threads())
     tasks = [load_task(file) for file in files.values()]
-    tokens = sum(len(task) * _lengths(_encoded(ref, task)).tokens for task in tasks)
+    tokens = sum(len(task) * lengths_of(encoded(ref, task)).tokens for task in tasks)
     return replace(
         found,
         read_bytes=found.read_bytes + model.bytes,
@@ -216,7 +216,7 @@ def _products(stack: Stack, options: MergeOptions) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Model:
+class Model:
     """A base model: its numbers, bytes of one in the arithmetic and of all in memory, shapes of its linear layers."""
 
     numbers: int
@@ -231,7 +231,7 @@ class _Model:
         return sum(out * into for out, into in self.layers.values()) or self.numbers
 
 
-def _model(ref: BaseRef) -> _Model | None:
+def model_of(ref: BaseRef) -> Model | None:
     """The base model, None if it is not on this machine."""
     if (place := _place(ref)) is None:
         return None
@@ -239,7 +239,7 @@ def _model(ref: BaseRef) -> _Model | None:
     layers = {} if skeleton is None else skeleton.layers
     numbers, width = _numbers(checkpoint), torch_dtype(ref.compute).itemsize
     small = [math.prod(layers[name]) for name in quantised(skeleton)] if ref.four_bit and skeleton is not None else []
-    return _Model(
+    return Model(
         numbers=numbers,
         width=width,
         bytes=(numbers - sum(small)) * width + sum(map(packed, small)),
@@ -257,7 +257,7 @@ def _numbers(checkpoint: Checkpoint) -> int:
     return sum(math.prod(entry.shape) for header in checkpoint.headers.values() for entry in header.tensors.values())
 
 
-class _Lengths(NamedTuple):
+class Lengths(NamedTuple):
     """The examples of a task in tokens, and how many of them are learnt, on average and at most.
 
     `held` is the number of validation examples.
@@ -269,28 +269,28 @@ class _Lengths(NamedTuple):
     held: int = 0
 
 
-def _encoded(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> list[Encoded]:
+def encoded(ref: BaseRef, examples: Sequence[Example], *, labelled: bool = True) -> list[Encoded]:
     """The first examples of a task, or their prompts, as the base reads them."""
     encoder = load_encoder(ref.place, prompting=ref.prompting)
     return (encoder.encode_all if labelled else encoder.prompts_of)(examples[:_SAMPLE])
 
 
-def _lengths(found: Sequence[Encoded], held: int = 0) -> _Lengths:
+def lengths_of(found: Sequence[Encoded], held: int = 0) -> Lengths:
     """Lengths by the first examples of a task, of which so many are for validation."""
     lengths = [len(one.ids) for one in found]
-    return _Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), held)
+    return Lengths(mean(lengths), max(lengths), max(one.tokens for one in found), held)
 
 
 def of_train(job: TrainJob) -> Estimate | None:
     """The training of a new LoRA; None if the base is not on this machine."""
-    model = _model(job.ref)
+    model = model_of(job.ref)
     if model is None:
         return None
-    lengths = _lengths(_encoded(job.ref, job.task.examples), job.task.validated)
+    lengths = lengths_of(encoded(job.ref, job.task.examples), job.task.validated)
     return _of_new(job.ref, model, lengths, job.options, job.recipe)
 
 
-def _of_new(ref: BaseRef, model: _Model, lengths: _Lengths, options: TrainOptions, recipe: Recipe) -> Estimate:
+def _of_new(ref: BaseRef, model: Model, lengths: Lengths, options: TrainOptions, recipe: Recipe) -> Estimate:
     targets = options.shape["target_modules"]
     adapted = [
         shape
@@ -306,13 +306,13 @@ def _of_new(ref: BaseRef, model: _Model, lengths: _Lengths, options: TrainOption
 
 def of_fit(request: FitRequest, ref: BaseRef) -> Estimate | None:
     """A fit: the learning with its controls, then a merge beside the base; None if the base is not on this machine."""
-    model = _model(ref)
+    model = model_of(ref)
     if model is None:
         return None
     options, known = request.options, outlines(request.pool, request.names)
     recipe, copies = request.work(len(known))
-    found = _encoded(ref, request.task.examples, labelled=request.shape.labelled)
-    lengths, numbers = _lengths(found, request.task.validated), sum(stack.numbers for stack in _stacks(known))
+    found = encoded(ref, request.task.examples, labelled=request.shape.labelled)
+    lengths, numbers = lengths_of(found, request.task.validated), sum(stack.numbers for stack in _stacks(known))
     learning = _of_learning(ref, model, lengths, recipe, beside=numbers)
     merge = of_merge(known, request.merging)
     fits = options.seeds * (1 + sum(name in NOISES for name in options.controls))
@@ -351,7 +351,7 @@ def _parts(
 
 
 def _of_learning(
-    ref: BaseRef, model: _Model, lengths: _Lengths, recipe: Recipe, *, beside: float, kept: float = 0
+    ref: BaseRef, model: Model, lengths: Lengths, recipe: Recipe, *, beside: float, kept: float = 0
 ) -> Estimate:
     """A training through a frozen base, and `beside` numbers of adapters; `kept` bytes are kept per token for these."""
     rates = rates_of(ref.device, ref.compute, torch.get_num_threads())
@@ -377,7 +377,7 @@ def _of_learning(
         memory_bytes=math.ceil(peak_bytes() + _FIRST_PASS + model.bytes + in_pass + logits),
         seconds=model.bytes / rates.hashed
         + products / rates.products
-        + passes * len(model.layers) * _CALLS * rates.call,
+        + passes * len(model.layers) * CALLS * rates.call,
     )
 
 

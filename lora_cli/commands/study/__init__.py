@@ -1,5 +1,8 @@
 """`lora study`: is it worth to recycle the pool's adapters for a task? Its subcommands are files beside this one."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,16 +12,20 @@ from lora_cli.commands.lazy import LazyGroup
 from lora_cli.commands.options import OUTPUT, Listing, Loaded, Prompts, examples, with_flags
 from lora_cli.commands.panels import write_panels
 from lora_cli.commands.study.sequence import demand_fitting, sequence
-from lora_cli.commands.study.shown import LINES, says, show_cells, show_table
-from lora_cli.errors import Partial, UsageError
+from lora_cli.commands.study.shown import LINES, say_outcome, show_cells, show_table
+from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.licences import PolicyFlag
 from lora_cli.methods import file_names
 from lora_cli.options import Flag, Options
+from lora_cli.screen import Screen
+from lora_cli.settings import Settings
 from lora_cli.study_options import Asked, asked_options
-from lora_cli.text import counted
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
+
+    from lora_cli.steps.study.estimate import Estimator
+    from lora_cli.steps.study.request import Planned
 
     ExecutorName = str
 else:  # one choice per file of executors/
@@ -118,25 +125,31 @@ def study(
             planned = request.planned(execution.out)
         cells = shard_of(planned.cells, shard)
         if execution.dry_run:
-            show_cells(screen, planned, cells)
+            with estimated(screen, planned, settings) as estimator:
+                show_cells(screen, planned, cells, estimator)
             return
-        planned.write()
-
         from lora_cli.executors import executor
-        from lora_cli.steps.study.collect import collect
+        from lora_cli.steps.study.run import run_study
 
-        folder = planned.folder
-        run = executor(execution.executor)
-        failed = [
-            one for one in map(says(screen), run(folder, cells, jobs=execution.jobs, progress=progress)) if one.error
-        ]
-        table = collect([folder.path], progress=progress)
-    show_table(screen, table)
-    if failed:
-        raise Partial(
-            f"{counted(len(failed), 'cell')} of {len(cells):,} failed, first {failed[0].name}: {failed[0].error}",
-            hint="run the same command again to try these cells again; done ones are kept",
-        )
+        doing = partial(executor(execution.executor), planned.folder, jobs=execution.jobs, progress=progress)
+        ran = run_study(settings.db, planned, cells, doing, told=partial(say_outcome, screen), progress=progress)
+    show_table(screen, ran.collected)
+    ran.demand_all()
+
+
+@contextmanager
+def estimated(screen: Screen, planned: "Planned", settings: Settings) -> "Iterator[Estimator | None]":
+    """What estimates the work of a plan, None where the base is not on this machine."""
+    from lora_cli.steps.study.estimate import Estimator
+
+    try:
+        estimator = Estimator(planned, settings)
+    except NothingMatched as error:
+        screen.say(error.message)
+        yield None
+        return
+    with estimator:
+        yield estimator
 
 
 def register(root: typer.Typer) -> None:
@@ -144,7 +157,7 @@ def register(root: typer.Typer) -> None:
     app = typer.Typer(cls=Study, invoke_without_command=True)
     app.callback(
         epilog=examples(
-            "lora study --data task.jsonl --quick --dry-run",
+            "lora study --quick --dry-run",
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
             "lora study collect study",
             "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",

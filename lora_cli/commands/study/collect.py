@@ -43,6 +43,10 @@ def collect(
 
 def register(root: typer.Typer) -> None:
     """Add `lora study collect` to the command tree."""
-    root.command(cls=Command, epilog=examples("lora study collect shard-0 shard-1 shard-2 -o study"))(
-        with_flags(collect)
-    )
+    root.command(
+        cls=Command,
+        epilog=examples(
+            "lora study collect study",
+            "lora study --quick -k 2 --shard 0/1 -o part && lora study collect part study-of-all -o whole",
+        ),
+    )(with_flags(collect))

@@ -1,25 +1,27 @@
 """What the commands of a study show: cells as they end, and the table of its results."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.columns import Column, on_request
 from lora_cli.metrics import METRICS
 from lora_cli.screen import Screen, near
-from lora_cli.text import counted, difference, duration, interval
+from lora_cli.text import about, counted, difference, duration, interval, size
 
 if TYPE_CHECKING:
-    from lora_cli.scores import Difference
+    from lora_cli.steps.estimate import Estimate
     from lora_cli.steps.study.collect import Collected
+    from lora_cli.steps.study.estimate import Estimator
     from lora_cli.steps.study.plan import Cell
     from lora_cli.steps.study.request import Planned
-    from lora_cli.steps.study.table import Line
     from lora_cli.steps.study.work import Outcome
 
 CELLS = (
     Column("CELL", "cell", wide=True),
     Column("STATE", "state"),
-    Column("NEEDS", "needs", show=lambda row: ", ".join(row["needs"])),
+    Column("MINUTES", "minutes", "right"),
+    Column("MEMORY", "memory", "right", of="memory_bytes", show=lambda row: _size(row["memory_bytes"])),
+    Column("NEEDS", "needs", minor=True, show=lambda row: ", ".join(row["needs"])),
     *on_request("system", "pool", "seed"),
 )
 LINES = (
@@ -36,41 +38,61 @@ LINES = (
 )
 
 
-def says(screen: Screen) -> Callable[["Outcome"], "Outcome"]:
-    """A function that says what became of a cell, and passes it on."""
-
-    def say(outcome: "Outcome") -> "Outcome":
-        if outcome.error:
-            screen.warn(f"{outcome.name}: {outcome.error}")
-        else:
-            screen.say(f"study: {outcome.name}, {duration(outcome.seconds)}")
-        return outcome
-
-    return say
+def say_outcome(screen: Screen, outcome: "Outcome") -> None:
+    """Say what became of a cell."""
+    if outcome.error:
+        screen.warn(f"{outcome.name}: {outcome.error}")
+    else:
+        screen.say(f"study: {outcome.name}, {duration(outcome.seconds)}")
 
 
-def show_cells(screen: Screen, planned: "Planned", cells: "Sequence[Cell]") -> None:
-    """The cells of a plan, and what is there of each."""
-    done = planned.folder.done(cells)
-    rows = [
+def show_cells(screen: Screen, planned: "Planned", cells: "Sequence[Cell]", estimator: "Estimator | None") -> None:
+    """The cells of a plan and what they need, each with its state, and minutes and memory where they can be told."""
+    done, folder = planned.folder.done(cells), planned.folder
+    needs = planned.study.needs(cells)
+    rows: list[dict[str, Any]] = [
         {
             "cell": cell.name,
             "system": cell.system,
             "pool": cell.pool,
             "seed": cell.seed,
             "needs": [*cell.needs],
-            "state": "done" if cell.name in done else "failed" if planned.folder.failure(cell.name) else "open",
+            "state": "done" if cell.name in done else "failed" if folder.failure(cell.name) else "open",
+            **_amounts(None if estimator is None else estimator.cell(cell)),
         }
         for cell in cells
     ]
-    folder = str(planned.folder.path)
-    screen.rows("lora.study.plan/1", CELLS, rows, identity="cell", extra={"out": folder})
-    screen.say(f"study: {counted(len(cells), 'cell')} in {near(planned.folder.path)}, {len(done):,} done")
+    shared: list[dict[str, Any]] = [
+        {
+            "need": need.name,
+            "needs": [*need.needs],
+            "state": "done" if folder.is_made(need.name) else "open",
+            **_amounts(None if estimator is None else estimator.need(need)),
+        }
+        for need in needs.values()
+    ]
+    screen.rows("lora.study.plan/1", CELLS, rows, identity="cell", extra={"out": str(folder.path), "shared": shared})
+    left = [row for row in (*rows, *shared) if row["state"] != "done"]
+    said = f"study: {counted(len(cells), 'cell')} in {near(folder.path)}, {len(done):,} done"
+    if estimator is not None:
+        seconds, memory = (
+            60 * sum(row["minutes"] for row in left),
+            max((row["memory_bytes"] for row in left), default=0),
+        )
+        said += f"; what is left takes {about(seconds)} of one worker and {size(memory)} of memory"
+    screen.say(said)
+
+
+def _amounts(needs: "Estimate | None") -> dict[str, float | int | None]:
+    """Minutes and memory of some work, None where they are not known."""
+    if needs is None:
+        return {"minutes": None, "memory_bytes": None}
+    return {"minutes": float(f"{needs.seconds / 60:.3g}"), "memory_bytes": needs.memory_bytes}
 
 
 def show_table(screen: Screen, collected: "Collected") -> None:
     """The results of a study so far."""
-    from lora_cli.steps.study.table import lines
+    from lora_cli.steps.study.table import lines, row_of
 
     folder = collected.folder
     metric = METRICS.get(folder.study.evaluation["metric"])
@@ -94,30 +116,11 @@ def show_table(screen: Screen, collected: "Collected") -> None:
     screen.say(f"study: {collected.done:,} of {counted(collected.planned, 'cell')} done, {near(collected.table)}")
 
 
-def row_of(line: "Line") -> dict[str, Any]:
-    """A line as data."""
-    row: dict[str, Any] = {
-        "system": line.system,
-        "pool": line.pool,
-        "seeds": len(line.cells),
-        "n": line.n,
-        "value": line.value,
-        "low": line.low,
-        "high": line.high,
-        "wins": line.wins,
-        "losses": line.losses,
-    }
-    for name in ("base", "target", "noise"):
-        row |= _parts(name, line.against.get(name))
-    return row
-
-
-def _parts(name: str, one: "Difference | None") -> dict[str, float | None]:
-    parts = ("delta", "low", "high", "p")
-    return {f"{name}_{part}": None if one is None else getattr(one, part) for part in parts}
-
-
 def _told(row: Mapping[str, Any], name: str) -> str | None:
     if row[f"{name}_delta"] is None:
         return None
     return difference(row[f"{name}_delta"], row[f"{name}_low"], row[f"{name}_high"])
+
+
+def _size(count: int | None) -> str | None:
+    return None if count is None else size(count)

@@ -1,14 +1,16 @@
 """The folders of a study's shards brought together, and the table of its cells."""
 
-import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from lora_cli.errors import DataError, OutputError
 from lora_cli.files import open_regular
-from lora_cli.outputs import whole_file, whole_folder
+from lora_cli.outputs import whole_file
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.study.folder import (
     CANDIDATES_FILE,
@@ -18,6 +20,7 @@ from lora_cli.steps.study.folder import (
     TABLE_FILE,
     TEST_FILE,
     StudyFolder,
+    held,
     parsed_result,
 )
 from lora_cli.steps.study.plan import Cell, Study, study_text
@@ -53,9 +56,10 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
         folders.append(target)
     study = _joined(folders)
     cells = sorted(study.cells())
-    sources = _sources(folders, cells, progress)
-    if any(folder.path != target.path for folder in folders):
-        _bring(folders, target, study, sources, progress)
+    if [folder.path for folder in folders] != [target.path]:
+        sources = _sources(folders, cells, progress)
+        with held(target.path):
+            _bring(folders, target, study, sources, progress)
     return _table(target, cells, progress)
 
 
@@ -78,7 +82,7 @@ def _sources(folders: Sequence[StudyFolder], cells: Sequence[Cell], progress: Pr
     """The folder that has each cell's result. OutputError for two results of one cell that differ."""
     report, found = patient(progress), dict[str, StudyFolder]()
     for done, cell in enumerate(cells, 1):
-        having = [folder for folder in folders if (folder.cell(cell.name) / RESULT_FILE).is_file()]
+        having = [folder for folder in folders if folder.has(cell.name)]
         if len(having) > 1:
             first = having[0].result_bytes(cell.name)
             for other in having[1:]:
@@ -102,11 +106,12 @@ def _bring(
 ) -> None:
     """Copy what the target lacks; its study.json comes last."""
     report = patient(progress)
-    target.path.mkdir(parents=True, exist_ok=True)
+    target.cells.mkdir(exist_ok=True)
+    target.shared.mkdir(exist_ok=True)
     for name in (DATA_FILE, TEST_FILE, CANDIDATES_FILE):
         _copy_file(folders[0].path / name, target.path / name)
     for done, (name, source) in enumerate(sources.items(), 1):
-        if source.path != target.path and not (target.cell(name) / RESULT_FILE).is_file():
+        if source.path != target.path and not target.has(name):
             _copy_folder(source.cell(name), target.cell(name))
         report("copying cells", done, len(sources))
     for folder in folders:
@@ -126,8 +131,22 @@ def _copy_file(source: Path, target: Path) -> None:
 
 
 def _copy_folder(source: Path, target: Path) -> None:
-    with whole_folder(target, replace=target.exists()) as partial:
-        shutil.copytree(source, partial, dirs_exist_ok=True)
+    """Copy a folder, whole or not at all. Nobody else writes here, so that remains of a killed copy can go."""
+    partial = target.parent / f".{target.name}.copy"
+    for old in (partial, target):
+        if old.exists():
+            shutil.rmtree(old)
+    _copy_entries(str(source), str(partial))
+    partial.rename(target)
+
+
+def _copy_entries(source: str, target: str) -> None:
+    """Copy the contents of a folder: without owners and times, which take longer than a small file itself."""
+    os.mkdir(target)  # noqa: PTH102 - names as texts are what scandir gives
+    with os.scandir(source) as entries:
+        for entry in entries:
+            copy = _copy_entries if entry.is_dir(follow_symlinks=False) else shutil.copyfile
+            copy(entry.path, f"{target}/{entry.name}")
 
 
 def _table(folder: StudyFolder, cells: Sequence[Cell], progress: Progress) -> Collected:
@@ -146,11 +165,12 @@ def _table(folder: StudyFolder, cells: Sequence[Cell], progress: Progress) -> Co
 
 def _line(folder: StudyFolder, name: str) -> bytes | None:
     try:
-        found = parsed_result(folder.result_bytes(name), folder.cell(name) / RESULT_FILE, name)
+        data = folder.result_bytes(name)
     except FileNotFoundError:
         return None
+    found = parsed_result(data, folder, name)
     try:
         row = {column: found[column] for column in _COLUMNS} | {"adapters": [*found["adapters"]]}
     except (KeyError, TypeError):
         raise DataError(f"{folder.cell(name) / RESULT_FILE}: a damaged result") from None
-    return json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    return msgspec.json.encode(row) + b"\n"

@@ -91,12 +91,12 @@ class StudyFolder:
         """The examples that cells are scored on."""
         return self.path / TEST_FILE
 
-    @property
+    @cached_property
     def shared(self) -> Path:
         """The folder of the work that cells share."""
         return self.path / "shared"
 
-    @property
+    @cached_property
     def cells(self) -> Path:
         """The folder of the cells."""
         return self.path / "cells"
@@ -104,6 +104,10 @@ class StudyFolder:
     def cell(self, name: str) -> Path:
         """The folder of a cell."""
         return self.cells / name
+
+    def has(self, name: str) -> bool:
+        """Whether a cell has a result."""
+        return os.path.isfile(f"{self.cells}/{name}/{RESULT_FILE}")  # noqa: PTH113 - ten times as fast, for 100,000 cells
 
     def cost(self, name: str) -> Path:
         """The file about what a need took."""
@@ -123,7 +127,7 @@ class StudyFolder:
 
     def done(self, cells: Iterable[Piece]) -> set[str]:
         """The names of the cells that have a result."""
-        return {cell.name for cell in cells if (self.cell(cell.name) / RESULT_FILE).is_file()}
+        return {cell.name for cell in cells if self.has(cell.name)}
 
     def open_needs(self, cells: Iterable[Piece]) -> list[Need]:
         """The shared work that these cells need and that is not done."""
@@ -133,11 +137,11 @@ class StudyFolder:
 
     def result(self, name: str) -> dict[str, Any]:
         """The result of a cell. DataError if it is no result of this cell."""
-        return parsed_result(self.result_bytes(name), self.cell(name) / RESULT_FILE, name)
+        return parsed_result(self.result_bytes(name), self, name)
 
     def result_bytes(self, name: str) -> bytes:
         """The bytes of a cell's result. FileNotFoundError where there is none."""
-        return read_regular(self.cell(name) / RESULT_FILE)
+        return read_regular(Path(f"{self.cells}/{name}/{RESULT_FILE}"))
 
     def failure(self, name: str) -> Failure | None:
         """Why a cell could not be done, None if it was not tried or is done."""
@@ -174,14 +178,15 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def parsed_result(data: bytes, file: Path, name: str) -> dict[str, Any]:
-    """The result of the cell `name` in the bytes of a file. DataError for anything else."""
+def parsed_result(data: bytes, folder: StudyFolder, name: str) -> dict[str, Any]:
+    """The result of the cell `name` in the bytes of its file. DataError for anything else."""
     try:
-        found: dict[str, Any] = json.loads(data)
+        found: dict[str, Any] = msgspec.json.decode(data)
         if found["schema"] == "lora.study.cell/1" and found["cell"] == name:
             return found
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (msgspec.DecodeError, KeyError, TypeError, RecursionError):
         pass
+    file = folder.cell(name) / RESULT_FILE
     raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")
 
 

@@ -20,12 +20,13 @@ from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
 from lora_cli.names import unpinned
 from lora_cli.outputs import whole_file
-from lora_cli.recipes import EvalOptions
-from lora_cli.records import Adapter, Progress, silent
+from lora_cli.recipes import EvalOptions, SelectOptions, TrialOptions
+from lora_cli.records import Adapter, Example, Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.pool.lookup import names_of
+from lora_cli.steps.select.request import SelectRequest
 from lora_cli.steps.study.folder import STUDY_FILE, StudyFolder, demand_free, write_plan
 from lora_cli.steps.study.plan import BEST, Base, Cell, Grid, Study, completed, study_text
 from lora_cli.steps.study.ways import rule_of, way_of
@@ -42,6 +43,8 @@ class Planned:
     folder: StudyFolder
     study: Study
     cells: list[Cell]
+    train: Sequence[Example]
+    test: Sequence[Example]
     parts: tuple[bytes, bytes]
     candidates: Sequence[Adapter]
     is_new: bool
@@ -113,6 +116,8 @@ class StudyRequest:
                 folder=folder,
                 study=whole,
                 cells=whole.cells(self.grid),
+                train=self.train,
+                test=self.test,
                 parts=self.parts,
                 candidates=(),
                 is_new=False,
@@ -124,6 +129,8 @@ class StudyRequest:
             folder=folder,
             study=study,
             cells=study.cells(self.grid),
+            train=self.train,
+            test=self.test,
             parts=self.parts,
             candidates=candidates,
             is_new=True,
@@ -186,18 +193,36 @@ class StudyRequest:
         return tuple(sorted(found.pinned))
 
     @cached_property
-    def _selected(self) -> Mapping[str, tuple[str, ...]]:
-        """The stored selections that pools name."""
+    def _selected(self) -> dict[str, tuple[str, ...]]:
+        """By pool, the adapters that are known now: of stored selections, and by scores that the catalogue holds."""
         found = {}
-        for name in filter(None, (own.get("selection") for own in self.options.own_pools.values())):
-            selection = self.catalogue.selections.last(name)
-            if selection is None:
-                raise NothingMatched(f"no selection called {name!r}", hint="see lora pool selections")
-            found[name] = tuple(ref.pinned for ref in selection.refs)
+        for name in self.options.named_pools:
+            own = dict(self.options.own_pools.get(name, {}))
+            own.pop("noise", None)
+            if "selection" in own:
+                found[name] = self._of_selection(str(own["selection"]))
+            elif "task" in own:
+                found[name] = self._by_stored(own)
         return found
 
+    def _of_selection(self, name: str) -> tuple[str, ...]:
+        selection = self.catalogue.selections.last(name)
+        if selection is None:
+            raise NothingMatched(f"no selection called {name!r}", hint="see lora pool selections")
+        return tuple(ref.pinned for ref in selection.refs)
 
-def parts_of(data: Path, test: Path | None, held_out: float) -> tuple[list[Any], list[Any], tuple[bytes, bytes]]:
+    def _by_stored(self, own: Mapping[str, Any]) -> tuple[str, ...]:
+        """The best adapters by stored scores. NothingMatched where there are none on that task."""
+        judging = TrialOptions.of(**{name: value for name, value in own.items() if name == "metric"})
+        rest = {name: value for name, value in own.items() if name != "metric"}
+        options = SelectOptions.of(**{"by": "evaluation", "k": self.options.k, **rest})
+        request = SelectRequest(self.catalogue, self.settings, options, judging, announce=self.announce)
+        return tuple(row.ref.pinned for row, _ in request.chosen())
+
+
+def parts_of(
+    data: Path, test: Path | None, held_out: float
+) -> tuple[list[Example], list[Example], tuple[bytes, bytes]]:
     """The examples to learn from and those to test on, and the bytes of the two files of the study.
 
     Without test data `held_out` of the examples, drawn by a hash of their ids, are kept for testing; every line gets
@@ -220,7 +245,7 @@ def parts_of(data: Path, test: Path | None, held_out: float) -> tuple[list[Any],
     return training, tested, (_lines(task, training), _lines(task, tested))
 
 
-def _lines(task: Task, examples: Sequence[Any]) -> bytes:
+def _lines(task: Task, examples: Sequence[Example]) -> bytes:
     """The lines of some examples of a task, each with its id."""
     wanted = {example.id for example in examples}
     lines = read_given(task.file).decode("utf-8-sig").split("\n")

@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import fsum
 from statistics import fmean
 from typing import Any
 
 from lora_cli.metrics import METRICS
-from lora_cli.scores import Difference, interval, paired_differences
+from lora_cli.scores import Difference, mean_interval, paired_differences, wilson
 from lora_cli.steps.study.folder import StudyFolder
 from lora_cli.steps.study.plan import Cell, Study
 
@@ -65,8 +66,8 @@ def _line(
     study: Study, system: str, pool: str, cells: Sequence[Cell], values: Mapping[tuple[str, str], Values], seed: int
 ) -> Line:
     metric, ours = METRICS.get(study.evaluation["metric"]), values[system, pool]
-    score = metric.score if len(cells) == 1 else "mean"
-    bounds = interval(score, [*ours.values()], seed=seed)
+    share = metric.score == "share"
+    bounds = wilson(fsum(ours.values()), len(ours)) if share else mean_interval([*ours.values()], seed=seed)
     others = {name: values[key] for name, key in controls(study, system, pool).items() if key in values}
     against = {
         name: paired_differences([[*ours.values()]], [theirs[id] for id in ours], seed=seed)[0]
@@ -86,3 +87,26 @@ def _line(
         wins=None if moved is None else sum(one > 0 for one in moved),
         losses=None if moved is None else sum(one < 0 for one in moved),
     )
+
+
+def row_of(line: Line) -> dict[str, Any]:
+    """A line as data."""
+    row: dict[str, Any] = {
+        "system": line.system,
+        "pool": line.pool,
+        "seeds": len(line.cells),
+        "n": line.n,
+        "value": line.value,
+        "low": line.low,
+        "high": line.high,
+        "wins": line.wins,
+        "losses": line.losses,
+    }
+    for name in ("base", "target", "noise"):
+        row |= _parts(name, line.against.get(name))
+    return row
+
+
+def _parts(name: str, one: Difference | None) -> dict[str, float | None]:
+    parts = ("delta", "low", "high", "p")
+    return {f"{name}_{part}": None if one is None else getattr(one, part) for part in parts}

@@ -169,7 +169,8 @@ def rule_of(name: str, options: StudyOptions, selected: Mapping[str, tuple[str, 
     """The pool called `name`. UsageError for an unknown name, or options that a selection does not take.
 
     Args:
-        selected: the stored selections that pools name, as `id@commit`.
+        selected: by pool, the adapters (`id@commit`) of those that are known before the study: stored selections, and
+            choices by stored scores.
     """
     _demand_name(name, "pool")
     if name not in RULES and name not in options.own_pools:
@@ -180,11 +181,11 @@ def rule_of(name: str, options: StudyOptions, selected: Mapping[str, tuple[str, 
     noise, selection = given.pop("noise", ""), given.pop("selection", "")
     if noise not in ("", "norm", "pooled"):
         raise UsageError(f"pool {name}: noise is norm or pooled, not {noise!r}")
-    if selection:
-        if given:
-            raise UsageError(f"pool {name}: a stored selection takes no {next(iter(given))}")
-        return Rule(names=selected[selection], noise=noise)
-    for unfit in ("data", "task", "target"):
+    if selection and given:
+        raise UsageError(f"pool {name}: a stored selection takes no {next(iter(given))}")
+    if name in selected:
+        return Rule(names=selected[name], noise=noise)
+    for unfit in ("data", "target"):
         if unfit in given:
             raise UsageError(f"pool {name}: takes no {unfit}", hint="a pool is chosen by the study's own data")
     try:

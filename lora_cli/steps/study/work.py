@@ -131,12 +131,12 @@ class Worker:
     def _cell(self, cell: Cell) -> bool:
         """Do a cell; False if it is done."""
         place = self._folder.cell(cell.name)
-        if (place / RESULT_FILE).is_file():
+        if self._folder.has(cell.name):
             return False
         for need in cell.needs:
             self._need(self._needs[need])
         with held(place):
-            if (place / RESULT_FILE).is_file():
+            if self._folder.has(cell.name):
                 return False
             began = time.monotonic()
             made = self._maker.cell(cell)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import lora_cli
 from lora_cli.steps.study.work import Worker
 from tests.cli import lora, ok
 from tests.small_study import GRID, SHORT, WORDS, results, table
@@ -22,15 +23,11 @@ def test_the_table_has_each_cell_once_and_its_scores_are_those_of_eval(place: Pa
     assert ("average", "relevant", None) in made, "an average draws nothing: one cell is enough"
     assert {("average", "random", 0), ("average", "random", 1), ("adaptive", "noise", 1), ("target", "", 1)} <= made
     assert not any(system == "average" and pool == "noise" for system, pool, _ in made)
-    for row in rows:
-        if row["system"] in ("average", "target"):
-            folder = next((place / "calm").glob(f"cells/{row['cell']}/adapter"), None)
-            folder = folder or next((place / "calm" / "shared").glob(f"target-s{row['seed']}-*[!n]"))
-            told = ok("eval", str(folder), "--data", "calm/test.jsonl", "--metric", "nll", "--json")
-            score = next(one for one in json.loads(told.out)["rows"] if one["system"] != "base")
-            assert row["value"] == pytest.approx(score["value"], rel=1e-6)
-            return
-    raise AssertionError("no adapter to compare with")
+    row = next(row for row in rows if (row["system"], row["pool"]) == ("average", "relevant"))
+    told = ok("eval", f"calm/cells/{row['cell']}/adapter", "--data", "calm/test.jsonl", "--metric", "nll", "--json")
+    scores = {score["system"] == "base": score["value"] for score in json.loads(told.out)["rows"]}
+    assert row["value"] == pytest.approx(scores[False], rel=1e-6)
+    assert next(row["value"] for row in rows if row["system"] == "base") == pytest.approx(scores[True], rel=1e-6)
 
 
 def test_results_hold_no_time_and_no_place(place: Path, calm: Path) -> None:
@@ -195,3 +192,80 @@ def test_a_broken_adapter_fails_its_cells_and_the_others_go_on(place: Path) -> N
     file.write_bytes(whole)
     ok(*words, *SHORT, "--seeds", "1", "-o", "out", "--jobs", "1")
     assert {row["system"] for row in table(place / "out")} == {"base", "target", "average"}
+
+
+def test_pools_by_stored_scores_and_selections_are_pinned_when_the_study_is_planned(place: Path) -> None:
+    scores = "".join(
+        f"pool/ann/{name},reading,acc,0.{value}\n" for name, value in zip("abcd", (1, 9, 4, 8), strict=True)
+    )
+    (place / "scores.csv").write_text("adapter,task,metric,value\n" + scores)
+    ok("pool", "import", "scores.csv")
+    ok("select", "--by", "rank", "-k", "3", "--name", "mine")
+    text = (
+        'data = "task.jsonl"\nsystems = ["average"]\nmetric = "nll"\n'
+        'pools = [{name = "read", by = "evaluation", task = "reading", k = 2}, {name = "own", selection = "mine"}]\n'
+    )
+    (place / "study.toml").write_text(text)
+    ok("study", "--file", "study.toml", "-o", "scored", "--jobs", "1")
+    adapters = {row["pool"]: {name.partition("@")[0] for name in row["adapters"]} for row in table(place / "scored")}
+    assert adapters["read"] == {"pool/ann/b", "pool/ann/d"}
+    assert len(adapters["own"]) == 3
+    for wrong, said in (('task = "writing"', "no scores on a task 'writing'"), ('selection = "yours"', "no selection")):
+        (place / "study.toml").write_text(
+            f'data = "task.jsonl"\nsystems = ["average"]\npools = [{{name = "x", {wrong}}}]\n'
+        )
+        told = lora("study", "--file", "study.toml", "-o", "new")
+        assert (told.code, told.out) == (3, "")
+        assert said in told.err
+        assert not (place / "new").exists()
+
+
+def test_a_dry_run_estimates_each_cell_and_each_need(place: Path) -> None:
+    document = json.loads(ok(*WORDS, "-o", "new", "--dry-run", "--json").out)
+    assert not (place / "new").exists()
+    work = [*document["rows"], *document["shared"]]
+    assert len(work) == 15 + 5
+    weights = (place / "base" / "model.safetensors").stat().st_size
+    for row in work:
+        assert row["state"] == "open"
+        assert row["minutes"] >= 0
+        assert row["memory_bytes"] > weights or row["minutes"] == 0
+    minutes = {row["cell"].rpartition("-")[0]: row["minutes"] for row in document["rows"]}
+    assert minutes["adaptive-random-s0"] > minutes["average-random-s0"] >= minutes["base"] > 0
+    done = json.loads(ok(*WORDS, "-o", "calm", "--dry-run", "--json").out)
+    assert {row["state"] for row in [*done["rows"], *done["shared"]]} == {"done"}
+
+
+def test_the_mean_over_seeds_is_paired_with_each_control(place: Path) -> None:
+    rows = {
+        (row["system"], row["pool"]): row for row in json.loads(ok("study", "collect", "calm", "--json").out)["rows"]
+    }
+    answers: dict[tuple[str, str], dict[str, list[float]]] = {}
+    for file in (place / "calm").glob("cells/*/result.json"):
+        found = json.loads(file.read_text())
+        for answer in found["answers"]:
+            answers.setdefault((found["system"], found["pool"]), {}).setdefault(answer["id"], []).append(
+                answer["value"]
+            )
+    means = {key: {id: sum(each) / len(each) for id, each in values.items()} for key, values in answers.items()}
+    ours = rows["adaptive", "random"]
+    assert (ours["seeds"], ours["n"]) == (2, 12)
+    assert ours["value"] == pytest.approx(sum(means["adaptive", "random"].values()) / 12)
+    for control, key in (("base", ("base", "")), ("target", ("target", "")), ("noise", ("adaptive", "noise"))):
+        deltas = [means["adaptive", "random"][id] - means[key][id] for id in means[key]]
+        assert ours[f"{control}_delta"] == pytest.approx(sum(deltas) / 12)
+        assert ours[f"{control}_low"] <= ours[f"{control}_delta"] <= ours[f"{control}_high"]
+    better = [id for id in means["base", ""] if means["adaptive", "random"][id] < means["base", ""][id]]
+    assert ours["wins"] == len(better)
+    assert rows["base", ""]["base_delta"] is None
+    assert rows["adaptive", "noise"]["noise_delta"] is None
+
+
+def test_a_notebook_gets_the_rows_of_the_command(place: Path) -> None:
+    told = json.loads(ok("study", "collect", "calm", "--json").out)["rows"]
+    with lora_cli.open_pool() as pool:
+        rows = pool.study(
+            data="task.jsonl", out="calm", systems="base,average,ties,adaptive,target", k=2, seeds=2, steps=4,
+            target_steps=4, target_rank=2, metric="nll", batch_size=4,
+        )  # fmt: skip
+    assert rows == told

@@ -1,0 +1,70 @@
+"""Run a planned study: its cells by an executor, recorded as one run, then its table."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from msgspec import to_builtins
+
+from lora_cli.catalogue import runs
+from lora_cli.errors import Partial
+from lora_cli.records import Progress, silent
+from lora_cli.steps.study.collect import Collected, collect
+from lora_cli.steps.study.plan import Cell
+from lora_cli.steps.study.request import Planned
+from lora_cli.steps.study.work import Outcome
+from lora_cli.text import counted
+
+Doing = Callable[[Sequence[Cell]], Iterator[Outcome]]
+"""Does cells that have no result yet, and yields the outcome of each: an executor with its options."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ran:
+    """What became of some cells of a study: its table, those that failed, and how many were asked for."""
+
+    collected: Collected
+    failed: tuple[Outcome, ...]
+    asked: int
+
+    def demand_all(self) -> None:
+        """Raise Partial for cells that failed; it names the first."""
+        if self.failed:
+            first = self.failed[0]
+            raise Partial(
+                f"{counted(len(self.failed), 'cell')} of {self.asked:,} failed, first {first.name}: {first.error}",
+                hint=first.hint or "run the same command again to try these cells again; done ones are kept",
+            )
+
+
+def run_study(
+    db: Path,
+    planned: Planned,
+    cells: Sequence[Cell],
+    doing: Doing,
+    *,
+    told: Callable[[Outcome], None] = lambda outcome: None,
+    progress: Progress = silent,
+) -> Ran:
+    """Do `cells` of a plan, after its folder is written, and record the run in `db`.
+
+    Args:
+        told: gets the outcome of each cell as it ends.
+
+    Raises:
+        OutputError: the study's folder cannot be written.
+    """
+    planned.write()
+    study, failed = planned.study, list[Outcome]()
+    shared = dict(study.shared)
+    inputs = {f"base:{shared['base']}@{shared['base_version']}": shared["base_version"]}
+    inputs |= {name: shared[name] for name in ("data", "test")}
+    described = {"systems": to_builtins(study.systems), "pools": to_builtins(study.pools), "cells": len(cells)}
+    with runs.recorded(db, "study", {**shared, **described}, inputs, planned.folder.path) as run:
+        run.device = shared["device"]
+        for outcome in doing(cells):
+            told(outcome)
+            failed += [outcome] if outcome.error else []
+        collected = collect([planned.folder.path], progress=progress)
+        run.results |= {"done": collected.done, "failed": [one.name for one in failed]}
+    return Ran(collected=collected, failed=tuple(failed), asked=len(cells))
