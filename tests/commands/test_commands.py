@@ -21,6 +21,8 @@ from tests.cli import ok
 
 COMMANDS = {words: command for words, command, _ in generate.commands()}
 LEAVES = {words: command for words, command in COMMANDS.items() if not getattr(command, "commands", None)}
+# A group that is a command as well.
+LEAVES["lora study"] = COMMANDS["lora study"]
 
 
 def examples_of(words: str) -> list[str]:
@@ -68,7 +70,7 @@ def run_examples(folder: Path, program: Path) -> None:
     assert run("lora pool sync && lora select -k 3", folder, program).returncode == 0
     # Demos are run by test_demo. The home is the folder, so that nothing is written into the tester's own.
     home = f"export HOME={shlex.quote(str(folder))} SHELL=/bin/bash; "
-    first = ["lora pool sync", "lora select", "lora merge", "lora fit", "lora train", "lora eval"]
+    first = ["lora pool sync", "lora select", "lora merge", "lora fit", "lora train", "lora eval", "lora study"]
     for words in [*first, *sorted(set(LEAVES) - {*first, "lora demo"})]:
         for example in examples_of(words):
             done = run(home + example.replace("| source", "> /dev/null"), folder, program)

@@ -47,6 +47,6 @@ def register(root: typer.Typer) -> None:
         cls=Command,
         epilog=examples(
             "lora study collect study",
-            "lora study --quick -k 2 --shard 0/1 -o part && lora study collect part study-of-all -o whole",
+            "lora study --quick -k 2 --shard 0/1 -o part && lora study collect part -o whole",
         ),
     )(with_flags(collect))
