@@ -2,7 +2,7 @@
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ def rescue(path: Path) -> Rescue:
             for table in _tables_of(old, path):
                 _copy(old, db, table, result)
             _drop_orphans(db, result)
+            _keep_home(old, db)
         if not any(result.kept.values()):
             raise DataError(f"{path}: no row can be read", hint=_AGAIN)
     except LoraError:
@@ -156,6 +157,13 @@ def _rows_of_selected(old: sqlite3.Connection, listed: str) -> Iterator[Sequence
         except sqlite3.DatabaseError:
             continue
         return
+
+
+def _keep_home(old: sqlite3.Connection, db: Database) -> None:
+    """Keep the folder in which the paths were written: a catalogue that was moved still has to follow its files."""
+    with suppress(sqlite3.DatabaseError):
+        for row in old.execute("SELECT one, folder FROM home"):
+            db.execute("INSERT OR REPLACE INTO home (one, folder) VALUES (?, ?)", row)
 
 
 def _names_in_index(old: sqlite3.Connection, table: str) -> set[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from lora_cli.catalogue import runs
 from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.catalogue.doctor import rescue
 from lora_cli.sources.folder import FolderSource
 from lora_cli.steps.evaluate.request import last_written
 from lora_cli.steps.pool.sync import sync
@@ -150,3 +151,11 @@ def test_a_catalogue_that_cannot_be_written_is_read_as_it_is(project: Path, monk
     monkeypatch.setattr("lora_cli.catalogue.database.os.access", lambda *_: False)
     with Catalogue(copy / "lora.db") as catalogue:
         assert catalogue.get("pool/a").repo == str(project / "pool" / "a")
+
+
+def test_a_rescued_catalogue_still_follows_its_files(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = project.with_name("moved")
+    project.rename(moved)
+    monkeypatch.chdir(moved)
+    rescue(moved / "lora.db")
+    assert [row["repo"] for row in rows()] == [str(moved / "pool" / n) for n in "ab"]
