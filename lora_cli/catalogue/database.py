@@ -218,9 +218,9 @@ def _connect_read_only(path: Path) -> Database:
         db.execute("SELECT count(*) FROM sqlite_master")
     except OutputError as error:
         db.close()
-        # In a read-only folder WAL's side files cannot be made; no other process can write there either.
-        unwritable = kind_of(error.__cause__) in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY)
-        if unwritable and not os.access(path.parent, os.W_OK):
+        # WAL's side files cannot be made there, and no other process has them in use.
+        busy = kind_of(error.__cause__) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        if not busy and is_at_rest(path):
             return _connect(f"{name}?mode=ro&immutable=1", path, uri=True)
         raise
     except BaseException:
@@ -347,6 +347,14 @@ def _is_full(folder: Path) -> bool:
         return shutil.disk_usage(folder).free < _LEAST_ROOM
     except OSError:
         return False
+
+
+def is_at_rest(path: Path) -> bool:
+    """Whether nobody can write to the database: in a read-only folder, or on a full disk when its log is empty."""
+    if not os.access(path.parent, os.W_OK):
+        return True
+    log = path.with_name(f"{path.name}-wal")
+    return _is_full(path.parent) and not (log.exists() and log.stat().st_size)
 
 
 def kind_of(error: BaseException | None) -> int:

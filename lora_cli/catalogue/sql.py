@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from lora_cli.catalogue.database import explained, open_for_reading
+from lora_cli.catalogue.database import explained, is_at_rest, open_for_reading
 from lora_cli.catalogue.rows import text
 from lora_cli.errors import UsageError
 from lora_cli.text import size
@@ -48,7 +48,7 @@ def query(
             with closing(sqlite3.connect(empty)) as copy:
                 db.conn.backup(copy)
             name = f"{empty.as_uri()}?mode=ro"
-        elif not os.access(path.parent, os.W_OK):
+        elif is_at_rest(path):
             name += "&immutable=1"
         request = {"name": name, "sql": text(sql), "seconds": seconds, "memory": memory, "disk": disk, "rows": rows}
         names, found, end = _answer(request)

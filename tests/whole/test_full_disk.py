@@ -87,6 +87,43 @@ def test_every_command_on_a_full_disk_is_one_line_and_leaves_nothing(own_world: 
         assert [name for name in left if not name.startswith(kept)] == [".bashrc", "rest"], (words, left)
 
 
+_READS = """
+import subprocess, sys
+from pathlib import Path
+
+sys.path.insert(0, sys.argv[1])
+import tests.conftest
+from lora_cli.catalogue.adapters import Catalogue
+from lora_cli.records import Adapter
+from tests.cli import ok
+
+small = Path("small").absolute()
+small.mkdir()
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+with Catalogue(small / "lora.db") as catalogue:
+    catalogue.add([Adapter(id="ann/one", commit="a" * 40, source="hub", repo="ann/one")])
+try:
+    (small / "rest").write_bytes(b"x" * 2**20)
+except OSError:
+    pass
+for words in (["list", "-q"], ["search", "one", "-q"], ["sql", "select id from adapters"]):
+    print(ok("pool", *words, "--db", str(small / "lora.db")).out, end="", file=sys.__stdout__)
+"""
+
+
+@pytest.mark.slow
+def test_a_catalogue_on_a_full_disk_can_be_read(tmp_path: Path) -> None:
+    inside = ["unshare", "-Urm"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], check=False).returncode != 0:
+        pytest.skip("no namespaces here")
+    done = subprocess.run(
+        [*inside, sys.executable, "-c", _READS, str(ROOT)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    if "mount:" in done.stderr:
+        pytest.skip("no mounts here")
+    assert done.stdout.split("\n") == ["ann/one", "ann/one", "ann/one", ""], done.stderr
+
+
 @pytest.mark.parametrize("words", ["--help", "--version", "merge --help"])
 def test_help_that_cannot_be_written_is_one_line(words: str) -> None:
     with Path("/dev/full").open("w") as full:
