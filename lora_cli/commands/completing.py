@@ -1,5 +1,6 @@
 """Shell completions for an argument: ids, selections, runs and columns, from the catalogue and without torch."""
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 
@@ -69,13 +70,14 @@ def sorting(incomplete: str) -> list[str]:
 
 @_quiet
 def conditions(incomplete: str) -> list[str]:
-    """Columns, and after `COLUMN=` the most frequent values in the catalogue."""
-    column, equals, value = incomplete.partition("=")
-    if not equals:
+    """Columns, and after `COLUMN OP` the most frequent values in the catalogue; after a comma further ones."""
+    written = re.fullmatch(r"(\w+)([=!<>~]+)(.*,)?(.*)", incomplete)
+    if written is None:
         return [f"{name}=" for name in COLUMNS if name.startswith(incomplete)]
+    column, operator, before, value = written.groups("")
     if column not in COLUMNS:
         return []
     from lora_cli.catalogue.adapters import Catalogue
 
     with Catalogue(load().db) as catalogue:
-        return [f"{column}={found}" for found in catalogue.values_of(column, value, _MOST)]
+        return [f"{column}{operator}{before}{found}" for found in catalogue.values_of(column, value, _MOST)]

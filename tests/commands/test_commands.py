@@ -285,6 +285,8 @@ def test_a_shell_completes_what_the_catalogue_holds(own_world: World) -> None:
     assert completed("lora merge --missing ", folder) == ["zero", "renorm"]
     assert completed("lora pool list --where lic", folder) == ["licence="]
     assert "status=ok" in completed("lora pool list --where status=", folder)
+    assert "rank>=8" in completed("lora pool list --where rank>=", folder)
+    assert completed("lora pool list --where status!=gone,o", folder) == ["status!=gone,ok"]
     assert completed("lora pool list --sort down", folder) == ["downloads"]
     [merge] = completed("lora runs show ", folder)
     assert "-merge-" in merge

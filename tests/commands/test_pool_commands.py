@@ -151,7 +151,8 @@ def test_search_stats_sql_and_path(pool: Path, tmp_path: Path) -> None:
     (pool / "bob/chat/README.md").write_text("Speaks like a pirate.")
     ok("pool", "sync", "--from", "pool")
     assert ok("pool", "search", "pirat", "-q").out.split() == ["pool/bob/chat"]
-    assert "no adapter matches" in refused(3, "pool", "search", "zebra")
+    assert ok("pool", "search", "pirat", "speaks", "-q").out.split() == ["pool/bob/chat"]
+    assert "no adapter matches 'pirat zebra'" in refused(3, "pool", "search", "pirat", "zebra")
     stats = json.loads(ok("pool", "stats", "--json").out)
     assert (stats["adapters"], stats["usable"]) == (4, 3)
     assert {"column": "status", "value": "unusable", "adapters": 1} in stats["rows"]

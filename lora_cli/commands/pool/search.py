@@ -9,7 +9,7 @@ from lora_cli.commands.pool.shared import ADAPTERS, no_adapters, show_adapters
 
 
 def search(
-    text: Annotated[str, typer.Argument(help="Words, or the beginnings of words.")],
+    words: Annotated[list[str], typer.Argument(help="Words, or the beginnings of words: an adapter has all of them.")],
     n: Annotated[int, typer.Option("-n", help="How many at most.", min=1, max=1_000_000_000)] = 50,
     *,
     setup: Catalogued,
@@ -20,6 +20,7 @@ def search(
 
     screen, settings = listing.screen(), setup.load()
     with Catalogue(settings.db) as catalogue:
+        text = " ".join(words)
         found = catalogue.search(text, base=settings.base, limit=n)
         if not found:
             raise no_adapters(catalogue, settings.base, f"no adapter matches {text!r}")
@@ -29,5 +30,5 @@ def search(
 def register(pool: typer.Typer) -> None:
     """Add `lora pool search` to the commands of the pool."""
     pool.command(
-        cls=Command, epilog=examples("lora pool search rotate", "lora pool search 'kestrel adapter' --json -n 5")
+        cls=Command, epilog=examples("lora pool search rotate", "lora pool search kestrel adapter --json -n 5")
     )(with_flags(search))
