@@ -120,11 +120,12 @@ def test_a_large_sync_tells_what_it_found(fake: FakeHub) -> None:
     assert plan["expected"] == {"requests": 412, "bytes": 824_000, "seconds": 10}
     assert (plan["pages"], plan["requests"]) == (1, 3)
     told = lora("pool", "sync", BASE).err.splitlines()
-    assert told[-4:] == [
+    assert told[-5:] == [
         "made in the week: 2026-W01 103",
         "cannot be used: no adapter_model.safetensors 3",
         "authors: author0 10 · author1 10 · author2 10 · author3 10 · author4 10",
         "the same weights as another: 96; select --dedupe 1 takes one of each",
+        "nearly equal to another: not measured; lora pool verify --deep sketches fetched weights",
     ]
     # The hashes are those that the Hub states: no weights were fetched.
     chosen = ok("select", "--by", "downloads", "--dedupe", "1", "-k", "50", "-q").out.split()

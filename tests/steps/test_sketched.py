@@ -54,6 +54,21 @@ def test_copies_are_named_and_left_out(pool: Path) -> None:
     assert told.count("--dedupe 0.95: a copy of a better one") == 2
 
 
+def test_a_sync_counts_near_copies_among_the_sketched(pool: Path) -> None:
+    def figures() -> tuple[int, int]:
+        report = json.loads(ok("pool", "sync", "--from", "pool", "--json").out)
+        return report["near_copies"], report["sketched"]
+
+    write_adapter(pool / "fourth", random_factors(SHAPES, 4, seed=3), base="acme/tiny")
+    assert figures() == (0, 0)
+    verified()
+    write_adapter(pool / "fifth", random_factors(SHAPES, 4, seed=3), base="acme/tiny")
+    assert figures() == (3, 6), "the fifth has no sketch yet"
+    assert "near copies" in ok("pool", "verify", "--deep").err, "without ids, all whose weights are here"
+    write_adapter(pool / "sixth", random_factors(SHAPES, 4, seed=4), base="acme/tiny")
+    assert figures() == (5, 7)
+
+
 def test_a_rerun_measures_nothing_again_but_what_has_changed(pool: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lora_cli.checks.sketch as room
 

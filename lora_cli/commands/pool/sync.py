@@ -138,6 +138,8 @@ def _show(screen: Screen, report: "SyncReport", *, dry_run: bool) -> None:
                 screen.say(f"{_HEADINGS[name]}: " + " · ".join(f"{what} {n:,}" for what, n in counts.items()))
         if report.copies:
             screen.say(f"the same weights as another: {report.copies:,}; select --dedupe 1 takes one of each")
+        near = f"{report.near_copies:,} of the {report.sketched:,} with a sketch" if report.sketched else "not measured"
+        screen.say(f"nearly equal to another: {near}; lora pool verify --deep sketches fetched weights")
 
 
 def _expected(report: "SyncReport") -> dict[str, int]:

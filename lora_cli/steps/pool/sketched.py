@@ -1,6 +1,6 @@
 """What sketches of updates tell without any weights: cosines, near copies, a map of a pool. numpy, not torch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +17,7 @@ NEAR: Final = 0.95
 
 _ROUNDING = 1e-6
 _MOST = 10_000
+_MOST_AT_A_GLANCE = 2_000
 _BLOCK = 500
 _ROUNDS, _SPARE = 12, 10
 Matrix = NDArray[np.float32]
@@ -47,8 +48,21 @@ def copies_of(catalogue: Catalogue, base: str, here: Mapping[str, StoredSketch])
 
     They are compared with each other and with at most 10,000 sketched adapters of their base.
     """
+    return _nearest({**catalogue.sketches.of_base(base, _MOST), **here}, here)
+
+
+def near_copies(catalogue: Catalogue, base: str) -> tuple[int, int]:
+    """How many sketched usable adapters of a base are a near copy of another one, and how many were compared.
+
+    At most 2,000 are compared, those whose commits come first: half a second.
+    """
+    drawn = catalogue.sketches.of_base(base, _MOST_AT_A_GLANCE)
+    return len(_nearest(drawn, drawn)), len(drawn)
+
+
+def _nearest(every: Mapping[str, StoredSketch], here: Collection[str]) -> dict[str, Copy]:
+    """The nearest other one of `every`, of those of `here` by id that have one of cosine `NEAR` and above."""
     found: dict[str, Copy] = {}
-    every = {**catalogue.sketches.of_base(base, _MOST), **here}
     for by_base in (False, True):
         pool = {id: one for id, one in every.items() if one.by_base == by_base}
         ids, rows = [*pool], units([*pool.values()])

@@ -72,10 +72,11 @@ class SyncReport:
     """The outcome of a sync, or its plan.
 
     `new` and `changed` were read and stored. `unusable` counts the adapters of this source that are listed with a
-    reason, `copies` the usable adapters whose weights another one of the base has. `failed` counts failures that may
-    pass, `left` adapters that were not requested (budget spent, or the Hub unreachable): a rerun reads both. `pages`
-    are the batches of the listing, `to_read` the adapters that had to be read, `read` tells what those are. `plan` maps
-    every id to the planned action.
+    reason, `copies` the usable adapters whose weights another one of the base has. `near_copies` are those of the
+    `sketched` ones that nearly equal another; nothing is known of adapters without a sketch. `failed` counts failures
+    that may pass, `left` adapters that were not requested (budget spent, or the Hub unreachable): a rerun reads both.
+    `pages` are the batches of the listing, `to_read` the adapters that had to be read, `read` tells what those are.
+    `plan` maps every id to the planned action.
     """
 
     source: str
@@ -87,6 +88,8 @@ class SyncReport:
     failed: int
     unusable: int
     copies: int
+    near_copies: int
+    sketched: int
     gone: int
     left: int
     requests: int
@@ -248,6 +251,9 @@ class _Work:
             for action in ("new", "changed", "unchanged", "gone")
         }
         rows = self.catalogue.known(list(self.actions), base=self.base or None)
+        to_read = sum(action in ("new", "changed") for action in self.actions.values())
+        changed = bool(to_read) and not self.dry_run
+        near, sketched = self._near_copies() if changed else (0, 0)
         return SyncReport(
             source=self.source.name,
             base=base,
@@ -255,13 +261,15 @@ class _Work:
             **count,
             failed=len(self.failures),
             unusable=sum(row.status in ("unusable", "gated") for row in rows.values()),
-            copies=self._copies() if self.outcomes.authors else 0,
+            copies=self._copies() if changed else 0,
+            near_copies=near,
+            sketched=sketched,
             left=len(self.left),
             requests=traffic[0],
             bytes=traffic[1],
             seconds=seconds,
             pages=self.pages,
-            to_read=sum(action in ("new", "changed") for action in self.actions.values()),
+            to_read=to_read,
             read=self.outcomes,
             failures=tuple(self.failures.items()),
             plan=tuple(self.actions.items()),
@@ -273,6 +281,14 @@ class _Work:
         known = [own or stated for own, stated in zip(facts["sha256"], facts["hub_sha256"], strict=True)]
         hashes = [one for one in known if one]
         return len(hashes) - len(set(hashes))
+
+    def _near_copies(self) -> tuple[int, int]:
+        """The sketched usable adapters that nearly equal another one, and how many were compared."""
+        if not self.catalogue.sketches.of_base(self.base, 1):
+            return 0, 0
+        from lora_cli.steps.pool.sketched import near_copies
+
+        return near_copies(self.catalogue, self.base)
 
     def _action(self, found: Found, row: Known | None) -> Action:
         if row is None or row.status == "failed":
