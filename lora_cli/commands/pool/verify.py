@@ -10,7 +10,7 @@ from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Catalogued, Command, Listing, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, facts
 from lora_cli.errors import NothingMatched, Refused, UsageError
-from lora_cli.records import Adapter, Progress
+from lora_cli.records import USABLE, Adapter, Progress
 from lora_cli.screen import Screen
 from lora_cli.settings import folder_of, folders_like
 from lora_cli.text import meant, percent
@@ -45,7 +45,10 @@ _DEEP = (
 
 
 def verify(
-    adapter: Annotated[list[str], typer.Argument(help="Ids or folders, - for stdin.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Argument(help="Ids or folders, - for stdin.", show_default="usable ones whose weights are here"),
+    ] = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Read the weights too: hash, norm, NaN, zero, and what is unusual.")
     ] = False,
@@ -103,7 +106,7 @@ def verify(
             jobs=jobs,
             force=force,
         )
-        texts = list(dict.fromkeys(expand(adapter)))
+        texts = list(dict.fromkeys(expand(adapter))) if adapter else _here(catalogue, settings.base)
         rows = [_adapter_or_folder(catalogue, text, progress) for text in texts]
         verdicts = verify_all(catalogue, rows, how, hub=Hub(progress=progress), progress=progress)
         judged = judge(catalogue, verdicts, quarantine_z) if deep else None
@@ -116,6 +119,18 @@ def verify(
         for line in [*_copies(judged), *_not_compared(judged)]:
             screen.say(line)
     _sum_up(screen, shown, deep)
+
+
+def _here(catalogue: "Catalogue", base: str | None) -> list[str]:
+    """The usable adapters whose weights are on this machine. NothingMatched for none."""
+    from lora_cli.formats.store import locate
+
+    found = [row.id for row in catalogue.find(base=base) if row.status in USABLE and locate(row.ref) is not None]
+    if not found:
+        raise NothingMatched(
+            "no weights of usable adapters are on this machine", hint="lora pool fetch ID, or name some"
+        )
+    return found
 
 
 def _row(judged: "Judged") -> dict[str, Any]:
@@ -233,7 +248,8 @@ def register(pool: typer.Typer) -> None:
         cls=Command,
         epilog=examples(
             "lora pool verify $(lora pool list --where status=ok -q -n 2)",
-            "lora pool list --where status=ok -q | lora pool verify - --deep",
+            "lora pool verify --deep",
+            "lora pool list --where 'rank<=16' -q | lora pool verify - --deep",
             "lora pool verify $(lora pool list --where status=ok -q -n 2) --deep --quarantine-z 10",
         ),
     )(with_flags(verify))
