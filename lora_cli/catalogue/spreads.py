@@ -82,6 +82,6 @@ def _unpacked(packed: bytes) -> Modules | None:
     nan = float("nan")
     try:
         found = json.loads(zlib.decompress(packed))
-        return {intern(name): tuple(nan if x is None else float(x) for x in values) for name, values in found.items()}
+        return {intern(name): tuple([nan if x is None else float(x) for x in values]) for name, values in found.items()}
     except (zlib.error, ValueError, TypeError, AttributeError):
         return None

@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_verify
 
-The seven linear layers of an 8B Llama in 32 layers at rank 16 in bf16. Four files of 0.34 GB in all stand for every
+The seven linear layers of an 8B Llama in 32 layers at rank 16 in bf16. Twenty files of 1.7 GB in all stand for every
 adapter, by hard links; each link is read, hashed and measured by itself, two at a time. The second run of each number
 hashes the files alone: they were measured before. Each run is a process of its own.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.bench.bench_sketches import run
 
-COUNTS, FILES, RUNS, LAYERS, RANK = (12, 48, 96), 4, 5, 32, 16
+COUNTS, FILES, RUNS, LAYERS, RANK = (48, 200, 1000), 20, 5, 32, 16
 SIDES = {
     "self_attn.q": (4096, 4096), "self_attn.k": (1024, 4096), "self_attn.v": (1024, 4096), "self_attn.o": (4096, 4096),
     "mlp.gate": (14336, 4096), "mlp.up": (14336, 4096), "mlp.down": (4096, 14336),
