@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 from lora_cli.catalogue import verdicts
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.listings import Listings
-from lora_cli.catalogue.rows import Known, clean, most_frequent, parsed, quoted
+from lora_cli.catalogue.rows import Known, clean, most_frequent, parsed, quoted, uncollected
 from lora_cli.catalogue.selections import Selections
 from lora_cli.catalogue.sketches import Sketches
 from lora_cli.catalogue.spreads import Spreads
@@ -252,7 +252,7 @@ class Catalogue:
         """The usable adapters for which every condition of `where` holds, of `base` if given; by id."""
         test, values = _tested(where, "ok")
         columns = ", ".join(["""id || '@' || "commit\"""", *([quoted(facts)] if facts else [])])
-        with self._db.lock:
+        with self._db.lock, uncollected():
             db = self._db.read()
             table, of_base, given = _shown(db, base, ["commit", "base", "status", *columns_in(where), *facts])
             if base is not None:
@@ -263,7 +263,7 @@ class Catalogue:
             rows = db.execute(f"SELECT {columns} FROM {table} WHERE {test} ORDER BY base, id", values).fetchall()
             counts = f"SELECT base, count(*) FROM {table} WHERE {test} GROUP BY base ORDER BY 2 DESC, 1"
             bases = dict(db.execute(counts, values).fetchall()) if base is None else {base: len(rows)} if rows else {}
-        pinned, *columns_read = zip(*rows, strict=True) if rows else [()] * (1 + len(facts))
+            pinned, *columns_read = zip(*rows, strict=True) if rows else [()] * (1 + len(facts))
         return Candidates(pinned, dict(zip(facts, columns_read, strict=True)), bases)
 
     def reported(self, where: Sequence[str] = (), *, base: str | None = None) -> list[ReportedAdapter]:

@@ -1,8 +1,10 @@
 """Adapters as rows of the database, and rows as adapters."""
 
+import gc
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from sys import intern
 from typing import Any, NamedTuple
@@ -26,6 +28,18 @@ class Known(NamedTuple):
 def quoted(names: Iterable[str]) -> str:
     """Names of columns for SQL: `commit` is one of its words."""
     return ", ".join(f'"{name}"' for name in names)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for garbage while many rows are made: none of them is garbage, and each search looks at all."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 _LISTS = ("target_modules", "datasets")
