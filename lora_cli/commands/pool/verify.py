@@ -43,12 +43,14 @@ _DEEP = (
     *on_request("reason", *_COMPARED[1:], *_EXTRA),
 )
 
+Named = Annotated[
+    list[str] | None,
+    typer.Argument(help="Ids or folders, - for stdin.", show_default="usable ones whose weights are here"),
+]
+
 
 def verify(
-    adapter: Annotated[
-        list[str] | None,
-        typer.Argument(help="Ids or folders, - for stdin.", show_default="usable ones whose weights are here"),
-    ] = None,
+    adapter: Named = None,
     deep: Annotated[
         bool, typer.Option("--deep", help="Read the weights too: hash, norm, NaN, zero, and what is unusual.")
     ] = False,
