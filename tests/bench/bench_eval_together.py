@@ -7,6 +7,7 @@ its own:
 - together: `evaluate`.
 - one by one: `evaluate`, each adapter in a group of its own.
 - as before: each adapter applied, likelihoods in batches of 16, then transformers' generation in batches of 16.
+- 040dd1d: `evaluate` of that commit, if `--before` names a worktree of it.
 - PEFT: `set_adapter`, then transformers' generation in batches of 8. It takes no likelihoods.
 
 Prints the medians of seconds, CPU seconds and peak memory, and the answers that differ from those of `together`.
@@ -14,6 +15,7 @@ Prints the medians of seconds, CPU seconds and peak memory, and the answers that
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -40,7 +42,7 @@ from lora_cli.world import World, build
 from lora_cli.world import load as load_world
 from tests.paths import ROOT
 
-WAYS = ("together", "one by one", "as before", "PEFT")
+WAYS = ("together", "one by one", "as before", "040dd1d", "PEFT")
 MOST, HALVES = 16, (1.0, 0.5)
 Texts = dict[str, str]
 """The answer by "system example"."""
@@ -142,24 +144,40 @@ def worker(way: str, world: World, metric: str, threads: int, examples: int) -> 
     print(json.dumps({"figures": figures, "answers": found}))
 
 
-def table(world: World, metric: str, threads: int, examples: int, repeats: int) -> None:
-    ways = WAYS if metric == "exact" else WAYS[:3]
+def run(way: str, world: World, metric: str, options: argparse.Namespace) -> Any:
+    """What one way says in a process of its own."""
+    words = ["-m", "tests.bench.bench_eval_together", str(world.folder.resolve()), "--way", way, "--metric", metric]
+    words += ["--threads", str(options.threads), "--examples", str(options.examples)]
+    environment = dict(os.environ)
+    if way == "040dd1d":
+        words = [
+            str(ROOT / "tests/bench/eval_040dd1d.py"),
+            words[2],
+            metric,
+            str(options.threads),
+            str(options.examples),
+        ]
+        environment["PYTHONPATH"] = str(options.before.resolve())
+    command = [sys.executable, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def table(world: World, metric: str, options: argparse.Namespace) -> None:
+    left_out = {"PEFT"} if metric != "exact" else set()
+    ways = [way for way in WAYS if way not in left_out and (way != "040dd1d" or options.before)]
     figures: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     texts: dict[str, Texts] = {}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for way in ways:
-            command = [sys.executable, "-m", "tests.bench.bench_eval_together", str(world.folder), "--way", way]
-            command += ["--metric", metric, "--threads", str(threads)]
-            command += ["--examples", str(examples)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-            said = json.loads(done.stdout.splitlines()[-1])
+            said = run(way, world, metric, options)
             figures[way].append(said["figures"])
             texts[way] = said["answers"]
     middle = {
         way: {name: statistics.median(one[name] for one in every) for name in every[0]}
         for way, every in figures.items()
     }
-    print(f"\n{metric}, {examples} prompts, {threads} threads, medians of {repeats}\n")
+    print(f"\n{metric}, {options.examples} prompts, {options.threads} threads, medians of {options.repeats}\n")
     print("| way | s | CPU s | times together's s | times its CPU s | peak MB | other answers |")
     print("|---|---|---|---|---|---|---|")
     ours = middle["together"]
@@ -178,6 +196,7 @@ if __name__ == "__main__":
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--metric", choices=["exact", "nll"])
     options.add_argument("--way", choices=WAYS)
+    options.add_argument("--before", type=Path)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         made = load_world(chosen.world) if chosen.world else build(Path(scratch, "world"), size="small")
@@ -185,4 +204,4 @@ if __name__ == "__main__":
             worker(chosen.way, made, chosen.metric, chosen.threads, chosen.examples)
         else:
             for metric in [chosen.metric] if chosen.metric else ["exact", "nll"]:
-                table(made, metric, chosen.threads, chosen.examples, chosen.repeats)
+                table(made, metric, chosen)
