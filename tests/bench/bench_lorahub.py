@@ -24,9 +24,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lora_cli.fit_methods.lorahub import lorahub
+from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.mixture import Mixture
+from lora_cli.steps.fit.objective import ByLikelihood
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.tiny_bases import characters, examples, opened, tiny_llama
 
