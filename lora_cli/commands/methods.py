@@ -21,7 +21,7 @@ PRESET = "preset of fit"
 """The class of the presets in the list."""
 OF_FIT = "fit:"
 """The beginning of a preset's name in the list: a merge method may have the same name."""
-_WAYS = {"gradient": "gradient descent", "search": "search without gradients"}
+_WAYS = {"gradient": "gradient descent", "search": "search without gradients", "routing": "routing, without learning"}
 _CLASS_OF_KIND = {"low-rank": 0, "coefficients": 0, "factors": 0, "spectral": 1, "space": 1, "elementwise": 2}
 DEFAULTS = {"average": "1/N each", "sum": "1 each"}
 _WIDTH = 80

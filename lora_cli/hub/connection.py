@@ -9,8 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Never, TypeVar
 
 from lora_cli.errors import NetworkError
-from lora_cli.hub.patience import REQUEST_SECONDS, SILENCE_SECONDS, Overdue, Patience, Unreachable, attempting
-from lora_cli.hub.problems import BudgetSpent, Busy, Halted, Overloaded, Silent, Unfit, is_silence, raise_translated
+from lora_cli.hub.patience import (
+    REQUEST_SECONDS,
+    SILENCE_SECONDS,
+    BudgetSpent,
+    Overdue,
+    Patience,
+    Unreachable,
+    attempting,
+)
+from lora_cli.hub.problems import Busy, Halted, Overloaded, Silent, Unfit, is_silence, raise_translated
 from lora_cli.hub.session import Traffic, identity, meter, prepare, trust
 from lora_cli.records import Progress, silent
 
@@ -52,8 +60,7 @@ class Connection:
         prepare()
         self.endpoint = (endpoint or os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
         trust(self.endpoint)
-        self._patience = Patience(progress)
-        self._budget = budget
+        self._patience = Patience(progress, budget)
         self._silence = SILENCE_SECONDS if silence is None else silence
         self._tries = tries
         self._start = meter.reading()
@@ -126,6 +133,8 @@ class Connection:
             try:
                 with attempting(self._patience):
                     return ask(get_session())
+            except BudgetSpent:
+                raise
             except Exception as error:
                 tried += time.monotonic() - started
                 if attempt >= min(_tries_after(error), self._tries) or tried >= REQUEST_SECONDS or self.stopped:
@@ -166,8 +175,7 @@ class Connection:
                 self._patience.show_wait(elapsed, elapsed + left)
         if self.stopped:
             raise Halted
-        if self._budget is not None and self.traffic.requests >= self._budget:
-            raise BudgetSpent(f"the budget of {self._budget} requests is spent", hint="rerun to continue")
+        self._patience.spend(0)
 
     def _asked_wait(self, response: "httpx2.Response", what: str) -> float | None:
         seconds = _spent_window(response)

@@ -7,7 +7,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from lora_cli.errors import Partial
 from lora_cli.records import Progress
+from lora_cli.text import counted
 
 if TYPE_CHECKING:
     import httpx2
@@ -36,13 +38,19 @@ class Stopped(Exception):
     """The connection was told to stop."""
 
 
+class BudgetSpent(Partial):
+    """The number of requests allowed for this piece of work is used up."""
+
+
 class Patience:
     """What the requests of one connection share: the user who waits, the order to stop, the last sign of the Hub.
 
-    `last_answer` is the time of the last whole head of an answer.
+    `last_answer` is the time of the last whole head of an answer. `budget` is the most requests, None for no limit.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, budget: int | None = None) -> None:
+        self.budget = budget
+        self._sent = 0
         self.stopped = threading.Event()
         self.last_answer = 0.0
         self._progress = progress
@@ -61,6 +69,13 @@ class Patience:
             with self._lock:
                 self._shown = False
                 self._progress(WAITING, 1, 1)
+
+    def spend(self, requests: int = 1) -> None:
+        """Count requests that are about to be sent; with 0 only look. Raises BudgetSpent if they are too many."""
+        with self._lock:
+            if self.budget is not None and self._sent + max(1, requests) > self.budget:
+                raise BudgetSpent(f"the budget of {counted(self.budget, 'request')} is spent", hint="rerun to continue")
+            self._sent += requests
 
     def answered(self) -> None:
         """Note the head of an answer."""

@@ -4,7 +4,7 @@ import errno
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Never
 
-from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, OutputError, Partial, UsageError
+from lora_cli.errors import AccessDenied, NetworkError, NothingMatched, OutputError, UsageError
 from lora_cli.hub.patience import Overdue, Stopped, Unreachable
 
 if TYPE_CHECKING:
@@ -49,10 +49,6 @@ class Halted(NetworkError):
 
     def __init__(self) -> None:
         super().__init__("stopped", hint="rerun to continue")
-
-
-class BudgetSpent(Partial):
-    """The number of requests allowed for this piece of work is used up."""
 
 
 _CHECK = "check the network and HF_ENDPOINT, then rerun"

@@ -16,7 +16,8 @@ from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, other_kind
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.hub.client import Hub
 from lora_cli.hub.listing import Listed, is_id
-from lora_cli.hub.problems import Absent, BudgetSpent, Gated, MissingFile
+from lora_cli.hub.patience import BudgetSpent
+from lora_cli.hub.problems import Absent, Gated, MissingFile
 from lora_cli.hub.session import login_mark
 from lora_cli.names import in_repo, is_folder, is_model
 from lora_cli.records import Adapter, Progress

@@ -5,16 +5,20 @@ import random
 import zlib
 from collections.abc import Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lora_cli.models.hf import peft
 from lora_cli.text import percent
 from lora_cli.world.pool import Pool, Recipe
 from lora_cli.world.tasks import examples, sentence
 from lora_cli.world.training import completion_loss, encode, exact_match, learning_rate_at
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
 FRESH_EXAMPLES = 100
@@ -51,9 +55,9 @@ def make_adapter(
     unseen = {*exclude, *(prompt for prompt, _ in fresh)}
     tokens, labels = encode(tokenizer, fresh)
     before = 0.0 if recipe.flaw else exact_match(model, tokens, labels)
-    adapted = get_peft_model(
+    adapted = peft().get_peft_model(
         model,
-        LoraConfig(
+        peft().LoraConfig(
             r=recipe.rank,
             lora_alpha=recipe.alpha,
             target_modules=list(recipe.targets),
@@ -74,7 +78,7 @@ def make_adapter(
 
 
 def _fit(
-    model: PeftModel,
+    model: "PeftModel",
     tokenizer: PreTrainedTokenizerFast,
     task: str,
     length: int,
@@ -96,7 +100,7 @@ def _fit(
     model.eval()
 
 
-def _save(model: PeftModel, base_name: str, folder: Path) -> None:
+def _save(model: "PeftModel", base_name: str, folder: Path) -> None:
     model.peft_config["default"].base_model_name_or_path = base_name
     # Unless this is False, PEFT asks the Hub whether the base's vocabulary was changed.
     model.save_pretrained(str(folder), save_embedding_layers=False)

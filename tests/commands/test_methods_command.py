@@ -68,7 +68,8 @@ def test_every_method_is_explained_within_80_columns(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FIT_METHODS.methods))
 def test_every_preset_is_explained_within_80_columns(name: str) -> None:
     one, text = FIT_METHODS.get(name), ok("methods", f"fit:{name}").out
-    assert text.startswith(f"{name} · preset of fit · by {'search' if one.kind == 'search' else 'gradient'} ")
+    way = {"gradient": "gradient descent", "search": "search without gradients", "routing": "routing, without learning"}
+    assert text.startswith(f"{name} · preset of fit · by {way[one.kind]}")
     assert max(len(line) for line in text.splitlines()) <= 80
     told = " ".join(text.split())
     for words in (one.summary, one.formula, one.sections["Source"], *(knob.help for knob in one.knobs.values())):

@@ -249,9 +249,11 @@ def test_a_budget_of_requests_is_kept(fake: FakeHub) -> None:
     repo = fake.add("alice/sql")
     connection = hub(budget=3)
     connection.read_file("alice/sql", CONFIG, repo.sha, 1000)
-    connection.read_file("alice/sql", CONFIG, repo.sha, 1000)
-    with pytest.raises(Partial, match="budget of 3"):
-        connection.read_file("alice/sql", CONFIG, repo.sha, 1000)
+    # The second hop of the second question would be the fourth request.
+    for _ in range(2):
+        with pytest.raises(Partial, match="budget of 3 requests"):
+            connection.read_file("alice/sql", CONFIG, repo.sha, 1000)
+    assert len(fake.asked) == connection.traffic.requests == 3
 
 
 def test_a_download_lands_in_the_clients_cache_and_is_not_repeated(fake: FakeHub) -> None:

@@ -237,7 +237,7 @@ def test_a_budget_of_requests_is_kept_and_the_rest_comes_with_the_next_syncs(
     left = []
     for _ in range(6):
         report = synced(catalogue, budget=60)
-        assert report.requests <= 60 + 8 * 2
+        assert report.requests <= 60
         assert (report.failed, len(catalogue.find(status="failed"))) == (0, 0)
         left.append(report.left)
         if report.complete:

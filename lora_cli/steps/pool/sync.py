@@ -21,7 +21,8 @@ from lora_cli.checks.rules import Rules
 from lora_cli.errors import AccessDenied, DataError, LoraError, NetworkError, NothingMatched, UsageError
 from lora_cli.formats.base_names import at_revision
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.hub.problems import BudgetSpent, Halted, Silent
+from lora_cli.hub.patience import BudgetSpent
+from lora_cli.hub.problems import Halted, Silent
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.sources import Found, Sought, Source
 from lora_cli.steps.pool.lookup import names_of
