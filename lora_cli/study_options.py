@@ -169,7 +169,8 @@ def asked_options(asked: _Presets) -> tuple[StudyOptions, dict[str, Any]]:
     if asked.quick and asked.paper:
         raise UsageError("--quick and --paper exclude each other")
     found, settings = ({}, {}) if asked.file is None else read_study_file(asked.file)
-    names = [name for name in PRESETS if getattr(asked, name) or found.pop(name, False)]
+    of_file = [name for name in PRESETS if found.pop(name, False)]
+    names = [name for name in PRESETS if getattr(asked, name)] or of_file
     if len(names) > 1:
         raise UsageError(f"{asked.file}: {names[0]} and {names[1]} exclude each other")
     given = {name: value for name in StudyOptions.flags() if (value := getattr(asked, name)) not in (None, ())}

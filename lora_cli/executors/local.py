@@ -14,7 +14,7 @@ from typing import IO
 import torch
 
 from lora_cli.records import Progress, silent
-from lora_cli.steps.study.folder import FAILED_FILE, Piece, WorkFolder, write_json
+from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.order import Order
 from lora_cli.steps.study.work import Outcome
 from lora_cli.steps.study.workers import worker_in
@@ -47,8 +47,8 @@ def local(
 
 def _places(folder: WorkFolder) -> int:
     """The workers that this machine has room for."""
-    if folder.device.startswith("cuda"):
-        return torch.cuda.device_count()
+    if folder.device != "cpu":
+        return torch.cuda.device_count() if folder.device == "cuda" else 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -75,7 +75,9 @@ def _together(folder: WorkFolder, order: Order, workers: int) -> Iterator[Outcom
                     if tries[name] < _TRIES:
                         order.back(name)
                     else:
-                        told.put(order.ended(_given_up(folder, name, str(death))))
+                        error = f"its worker died {_TRIES} times ({death})"
+                        hint = "it may need more memory: give fewer --jobs"
+                        told.put(order.ended(Outcome(name=name, error=error, hint=hint)))
         except BaseException as error:
             told.put(error)
         finally:
@@ -99,15 +101,6 @@ def _together(folder: WorkFolder, order: Order, workers: int) -> Iterator[Outcom
         order.stop()
         for process in started:
             process.end()
-
-
-def _given_up(folder: WorkFolder, name: str, why: str) -> Outcome:
-    """The outcome of work that ended its workers."""
-    error = f"its worker died {_TRIES} times ({why})"
-    place = folder.cell(name)
-    if place.is_dir():
-        write_json(place / FAILED_FILE, {"cell": name, "error": error, "hint": ""})
-    return Outcome(name=name, error=error, hint="it may need more memory: give fewer --jobs")
 
 
 class _Died(Exception):
@@ -151,7 +144,7 @@ class _Process:
     def _start(self) -> "subprocess.Popen[str]":
         places = json.dumps([str(Path(place).absolute()) for place in sys.path])
         environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
-        if self._folder.device.startswith("cuda"):
+        if self._folder.device == "cuda":
             known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             ours = known if known != [""] else [str(place) for place in range(torch.cuda.device_count())]
             environment["CUDA_VISIBLE_DEVICES"] = ours[self._number % len(ours)]

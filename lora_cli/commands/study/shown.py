@@ -33,7 +33,7 @@ LINES = (
     Column("Δ TARGET", "to_target", "right", of="target_delta", minor=True, show=lambda row: _told(row, "target")),
     Column("Δ NOISE", "to_noise", "right", of="noise_delta", minor=True, show=lambda row: _told(row, "noise")),
     Column("SEEDS", "seeds", "right", minor=True),
-    *on_request("low", "high", "n", "wins", "losses"),
+    *on_request("name", "low", "high", "n", "wins", "losses"),
     *on_request(*(f"{name}_{part}" for name in ("base", "target", "noise") for part in ("delta", "low", "high", "p"))),
 )
 
@@ -102,7 +102,7 @@ def show_table(screen: Screen, collected: "Collected") -> None:
         "lora.study/1",
         LINES,
         [row_of(line) for line in found],
-        identity="system",
+        identity="name",
         caption=f"{metric.name}, {metric.better} is better, n = {count}, means over seeds, paired differences",
         extra={
             "out": str(folder.path),

@@ -150,6 +150,10 @@ class StudyFolder:
         except (OSError, msgspec.DecodeError):
             return None
 
+    def note_failure(self, name: str, error: str, hint: str) -> None:
+        """Keep why a cell could not be done, until it is."""
+        write_json(self.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
+
     def chosen(self, name: str) -> list[str]:
         """The adapters of a selection, as `id@commit`, the best first."""
         found: list[str] = json.loads(read_regular(self.selection(name)))["adapters"]

@@ -75,7 +75,6 @@ class Maker:
             return self._train(need)
         scratch = self.folder.scratch(need.name)
         write_json(self.folder.selection(need.name), {"adapters": self._select(need, scratch)})
-        shutil.rmtree(scratch, ignore_errors=True)
         return 0
 
     def cell(self, cell: Cell) -> Made:

@@ -13,16 +13,17 @@ class Order:
     def __init__(self, folder: WorkFolder, cells: Sequence[Piece]) -> None:
         done = folder.done(cells)
         left = [cell for cell in cells if cell.name not in done]
-        self._cells = [cell.name for cell in left]
+        self._cells = dict.fromkeys(cell.name for cell in left)
         wants = {piece.name: piece.needs for piece in [*folder.open_needs(left), *left]}
         self._waits = {name: {*wanted} & wants.keys() for name, wanted in wants.items()}
+        self._awaited = {name for wanted in self._waits.values() for name in wanted}
         self._changed = Condition()
         self._under_way: set[str] = set()
 
     @property
     def cells(self) -> list[str]:
         """The cells that were left at the beginning."""
-        return self._cells
+        return [*self._cells]
 
     def take(self) -> str | None:
         """The next work that has all it needs; waits where all of it is under way; None at the end."""
@@ -59,8 +60,9 @@ class Order:
             found = [outcome] if outcome.name in self._cells else []
             if outcome.error:
                 found += self._without(outcome)
-            for needs in self._waits.values():
-                needs.discard(outcome.name)
+            if outcome.name in self._awaited:
+                for needs in self._waits.values():
+                    needs.discard(outcome.name)
             self._changed.notify_all()
             return found
 

@@ -124,6 +124,10 @@ class StudyRequest:
             )
         demand_free(folder.path)
         study = replace(study, shared={**study.shared, "candidates": _sha256("\n".join(self._pinned).encode())})
+        most = max((rule.options.k for rule in study.pools.values() if rule.select), default=0)
+        if 0 < len(self._pinned) <= most:
+            held = counted(len(self._pinned), "usable adapter")
+            self.announce(f"note: {held} in all, so that every pool of {most} holds the same")
         candidates = [self.catalogue.get(unpinned(pinned), base=self.settings.base) for pinned in self._pinned]
         return Planned(
             folder=folder,

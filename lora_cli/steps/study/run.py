@@ -64,7 +64,9 @@ def run_study(
         run.device = shared["device"]
         for outcome in doing(cells):
             told(outcome)
-            failed += [outcome] if outcome.error else []
+            if outcome.error:
+                failed.append(outcome)
+                planned.folder.note_failure(outcome.name, outcome.error, outcome.hint)
         collected = collect([planned.folder.path], progress=progress)
         run.results |= {"done": collected.done, "failed": [one.name for one in failed]}
     return Ran(collected=collected, failed=tuple(failed), asked=len(cells))

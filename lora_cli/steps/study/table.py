@@ -92,6 +92,7 @@ def _line(
 def row_of(line: Line) -> dict[str, Any]:
     """A line as data."""
     row: dict[str, Any] = {
+        "name": "-".join(filter(None, [line.system, line.pool])),
         "system": line.system,
         "pool": line.pool,
         "seeds": len(line.cells),

@@ -91,7 +91,7 @@ class Worker:
         self._stack.__exit__(kind, error, trace)
 
     def run(self, name: str) -> Outcome:
-        """Do a cell or a need by its name, unless it is done. A failure is the outcome, and noted in a cell's folder.
+        """Do a cell or a need by its name, unless it is done. A failure is the outcome.
 
         Raises:
             OutputError: the study's folder cannot be written.
@@ -100,16 +100,11 @@ class Worker:
         try:
             made = self._cell(self._cells[name]) if name in self._cells else self._need(self._needs[name])
         except LoraError as error:
-            return self._failed(name, error.message, error.hint)
+            return Outcome(name=name, error=error.message, hint=error.hint)
         except (MemoryError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
             # A fault of one cell, even a bug, does not end the others.
-            return self._failed(name, f"{type(error).__name__}: {error}", "")
+            return Outcome(name=name, error=f"{type(error).__name__}: {error}")
         return Outcome(name=name, seconds=time.monotonic() - began if made else 0.0)
-
-    def _failed(self, name: str, error: str, hint: str) -> Outcome:
-        if name in self._cells:
-            write_json(self._folder.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
-        return Outcome(name=name, error=error, hint=hint)
 
     def _need(self, need: Need) -> bool:
         """Make a need, after its own; False if it is there."""
@@ -120,13 +115,12 @@ class Worker:
             return False
         scratch = folder.scratch(need.name)
         with held(scratch):
-            if folder.is_made(need.name):
-                return False
-            began = time.monotonic()
-            tokens = self._maker.need(need)
-            write_json(folder.cost(need.name), cost_of(folder.device, tokens, time.monotonic() - began))
+            if made := not folder.is_made(need.name):
+                began = time.monotonic()
+                tokens = self._maker.need(need)
+                write_json(folder.cost(need.name), cost_of(folder.device, tokens, time.monotonic() - began))
         shutil.rmtree(scratch, ignore_errors=True)
-        return True
+        return made
 
     def _cell(self, cell: Cell) -> bool:
         """Do a cell; False if it is done."""
