@@ -84,7 +84,7 @@ class Screen:
                 for row in rows:
                     _out(as_line(str(row[identity])))
             case "md":
-                _out(_markdown(shown, rows), end="")
+                _out(markdown_table(shown, rows), end="")
             case "table":
                 self._table(shown, rows, caption)
             case _:
@@ -111,7 +111,7 @@ class Screen:
                 _out(as_line(str(values[identity])))
             case "md":
                 rows = [{"key": key, "value": value} for key, value in values.items()]
-                _out(_markdown((Column("KEY", "key"), Column("VALUE", "value")), rows), end="")
+                _out(markdown_table((Column("KEY", "key"), Column("VALUE", "value")), rows), end="")
             case "table":
                 for line in _outline(values):
                     _out(line)
@@ -335,11 +335,16 @@ def _plain(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else _cell(value)
 
 
-def _markdown(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+def markdown_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
     """A table in Markdown, in which a stranger's text stays text."""
     lines = [[column.heading for column in columns], ["--:" if one.align == "right" else "---" for one in columns]]
-    lines += [[re.sub(r"([\\|<`*\[\]])", r"\\\1", _cell(column.shown(row))) for column in columns] for row in rows]
+    lines += [[markdown_text(_cell(column.shown(row))) for column in columns] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A stranger's text for Markdown, in which it stays text."""
+    return re.sub(r"([\\|<`*\[\]])", r"\\\1", safe(text))
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], *, header_only: bool) -> str:

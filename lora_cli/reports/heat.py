@@ -1,4 +1,4 @@
-"""A heat map in a page: numbers in squares, the larger the darker, in the page's own ink so that it fits any theme."""
+"""Heat maps in a page: `heat` has numbers in squares, `tiles` has signs in two colours, for many columns."""
 
 import math
 from collections.abc import Sequence
@@ -9,27 +9,84 @@ _CELL, _LETTER, _LINE = 44.0, 7.0, 4.0
 _DARKEST = 0.35
 """The share of the page's ink in the cell of the largest number: text stays readable on it."""
 _LONGEST = 18
+_TILE, _TALL, _FULL = 15.0, 20.0, 0.6
+"""The width of a tile without a number, the height of any, and the most opaque one below a number."""
+_MOST_WITH_NUMBERS, _MOST_TOLD = 12, 2_000
+"""The columns of tiles with numbers, and the tiles of a map whose tiles tell their numbers when they are pointed at."""
 
 
 def heat(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence[Sequence[float]]) -> Html:
-    """`grid` (rows, columns) as an inline SVG with its numbers; a number that is not finite leaves its square empty."""
+    """`grid` (rows, columns) as an inline SVG with its numbers, the larger the darker, in the page's own ink.
+
+    A number that is not finite leaves its square empty.
+    """
     finite = [number for line in grid for number in line if math.isfinite(number)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
-    left = _LETTER * max((len(_short(row)) for row in rows), default=0) + 8
-    top = _LETTER * max((len(_short(column)) for column in columns), default=0) + 8
+    left, top = _margins(rows, columns)
     cells = [
         _cell(number, (number - low) / (high - low or 1.0), left + j * _CELL, top + i * _CELL)
         for i, line in enumerate(grid)
         for j, number in enumerate(line)
         if math.isfinite(number)
     ]
+    return _framed(title, rows, columns, cells, (_CELL, _CELL))
+
+
+def tiles(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence[Sequence[float | None]]) -> Html:
+    """`grid` (rows, columns) as an inline SVG of tiles: class positive or negative, full at the largest magnitude.
+
+    Up to 12 columns have their numbers; None leaves its tile empty.
+    """
+    most = max((abs(number) for line in grid for number in line if number is not None), default=0.0) or 1.0
+    has_numbers = len(columns) <= _MOST_WITH_NUMBERS
+    is_told = not has_numbers and len(rows) * len(columns) <= _MOST_TOLD
+    wide = _CELL if has_numbers else _TILE
+    left, top = _margins(rows, columns)
+    cells = []
+    for i, line in enumerate(grid):
+        for j, number in enumerate(line):
+            if number is not None:
+                x, y = left + j * wide, top + i * _TALL
+                told = [element("title", f"{_short(rows[i])}, {_short(columns[j])}: {number:.4f}")] if is_told else []
+                cells.append(_tile(number, abs(number) / most * (_FULL if has_numbers else 1.0), (x, y, wide), told))
+                if has_numbers:
+                    middle = y + _TALL / 2 + _LINE
+                    cells.append(_text(f"{number:.2f}", x + wide / 2, middle, text_anchor="middle"))
+    return _framed(title, rows, columns, cells, (wide, _TALL))
+
+
+def _tile(number: float, opacity: float, place: tuple[float, float, float], told: Sequence[Html]) -> Html:
+    """A tile at (x, y) of a width."""
+    return element(
+        "rect",
+        *told,
+        x=f"{place[0]:.0f}",
+        y=f"{place[1]:.0f}",
+        width=f"{place[2] - 1:g}",
+        height=f"{_TALL - 1:g}",
+        fill_opacity=f"{opacity:.2f}",
+        class_="negative" if number < 0 else "positive",
+    )
+
+
+def _margins(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
+    """The room for names on the left and above."""
+    left = _LETTER * max((len(_short(row)) for row in rows), default=0) + 8
+    return left, _LETTER * max((len(_short(column)) for column in columns), default=0) + 8
+
+
+def _framed(
+    title: str, rows: Sequence[str], columns: Sequence[str], cells: Sequence[Html], step: tuple[float, float]
+) -> Html:
+    """The squares of a map with the names of its rows and columns; `step` is a square's width and height."""
+    (left, top), (wide, high) = _margins(rows, columns), step
     names = [
-        _text(_short(row), left - 6, top + (i + 0.5) * _CELL + _LINE, text_anchor="end") for i, row in enumerate(rows)
+        _text(_short(row), left - 6, top + (i + 0.5) * high + _LINE, text_anchor="end") for i, row in enumerate(rows)
     ]
     for j, column in enumerate(columns):
-        x = left + (j + 0.5) * _CELL + _LINE
+        x = left + (j + 0.5) * wide + _LINE
         names.append(_text(_short(column), x, top - 6, transform=f"rotate(-90 {x:.1f} {top - 6:.1f})"))
-    width, height = left + len(columns) * _CELL, top + len(rows) * _CELL
+    width, height = left + len(columns) * wide, top + len(rows) * high
     size = {"viewBox": f"0 0 {width:.1f} {height:.1f}", "width": f"{width:.0f}", "height": f"{height:.0f}"}
     return element("svg", element("title", title), *cells, *names, role="img", fill="currentColor", **size)
 

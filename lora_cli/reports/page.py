@@ -44,21 +44,28 @@ def shown(text: str) -> str:
     return whole if len(whole) <= _LONGEST else f"{whole[:_LONGEST]}…"
 
 
-def page(title: str, body: Html, data: object) -> bytes:
-    """A whole page: its body, and the data that its script reads. Texts in `data` have passed `safe` before."""
+def page(title: str, body: Html, data: object = None) -> bytes:
+    """A whole page: its body, and the data that the script of its table reads; without them it has no script.
+
+    Texts in `data` have passed `safe` before.
+    """
     script, style = _own("page.js"), _own("page.css")
     return (
         Template(_own("page.html"))
         .substitute(
-            policy=_POLICY.format(script=_hash(script), style=_hash(style)),
+            policy=_POLICY.format(script="none" if data is None else _hash(script), style=_hash(style)),
             title=_escaped(title),
             style=style,
             body=body,
-            data=json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT),
-            script=script,
+            scripts="" if data is None else _scripts(script, data),
         )
         .encode("ascii", "xmlcharrefreplace")
     )
+
+
+def _scripts(script: str, data: object) -> str:
+    told = json.dumps(data, separators=(",", ":"), allow_nan=False).translate(_IN_SCRIPT)
+    return f'<script type="application/json" id="data">{told}</script>\n<script>{script}</script>\n'
 
 
 def _escaped(value: object) -> str:

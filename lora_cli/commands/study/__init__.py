@@ -33,6 +33,7 @@ else:  # one choice per file of executors/
 WHERE = "Where cells are done"
 SUMMARIES = {
     "collect": "Bring the folders of a study's shards together, and write its table.",
+    "report": "Say whether recycling is worth it for the study's task, with the numbers behind it, as one HTML page.",
 }
 
 
@@ -160,6 +161,7 @@ def register(root: typer.Typer) -> None:
             "lora study --quick --dry-run",
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
             "lora study collect study",
+            "lora study report study -o study.html",
             "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",
         ),
     )(with_flags(study))

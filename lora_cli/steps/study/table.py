@@ -38,13 +38,19 @@ class Line:
 
 def lines(folder: StudyFolder, *, seed: int = 0) -> list[Line]:
     """A line for each system on each pool of which at least one cell is done, in the plan's order."""
-    study, groups = folder.study, dict[tuple[str, str], list[Cell]]()
-    done = folder.done(study.cells())
-    for cell in study.cells():
+    groups = grouped(folder)
+    values = {key: mean_values([*results.values()]) for key, results in groups.items()}
+    return [_line(folder.study, *key, [*results], values, seed) for key, results in groups.items()]
+
+
+def grouped(folder: StudyFolder) -> dict[tuple[str, str], dict[Cell, dict[str, Any]]]:
+    """The results that are there, by (system, pool) and cell, in the plan's order."""
+    cells, groups = folder.study.cells(), dict[tuple[str, str], dict[Cell, dict[str, Any]]]()
+    done = folder.done(cells)
+    for cell in cells:
         if cell.name in done:
-            groups.setdefault((cell.system, cell.pool), []).append(cell)
-    values = {key: mean_values([folder.result(cell.name) for cell in cells]) for key, cells in groups.items()}
-    return [_line(study, *key, cells, values, seed) for key, cells in groups.items()]
+            groups.setdefault((cell.system, cell.pool), {})[cell] = folder.result(cell.name)
+    return groups
 
 
 def mean_values(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -1,0 +1,107 @@
+"""`lora study report`: a study as one HTML page, Markdown or JSON."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lora_cli.commands.options import OUTPUT, Command, Document, examples, with_flags
+from lora_cli.errors import UsageError
+from lora_cli.screen import near
+from lora_cli.text import size
+
+if TYPE_CHECKING:
+    from lora_cli.reports.study_facts import StudyReport
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The study's folder.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="FILE",
+            help="The page, replaced if it is there.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    markdown: Annotated[
+        bool,
+        typer.Option("--markdown", help="Tables in short for a README, on stdout without -o.", rich_help_panel=OUTPUT),
+    ] = False,
+    *,
+    form: Document,
+) -> None:
+    """Say whether recycling is worth it for the study's task, with the numbers behind it, as one HTML page.
+
+    Every system is compared with the base, with a new LoRA on the same data and with random weights, on the same test
+    examples. What cannot be told from chance is called not separable, with the number of examples that would show it.
+    The page asks for no other file, font or host, and has no script. Cells that failed or are missing are named. The
+    same folder gives the same bytes.
+    """  # fmt: skip
+    screen = form.screen()
+    if out is None and not markdown and not form.json:
+        raise UsageError("nowhere to write the page", hint="give -o FILE.html, --markdown or --json")
+    if out is None and markdown and form.json:
+        raise UsageError("--markdown and --json exclude each other on stdout", hint="give -o FILE.md for the first")
+
+    from lora_cli.outputs import whole_file
+    from lora_cli.reports.study import study_page
+    from lora_cli.reports.study_markdown import study_markdown
+    from lora_cli.reports.study_tables import undone_in_words
+    from lora_cli.steps.study.folder import StudyFolder
+    from lora_cli.steps.study.report import study_report
+
+    found = study_report(StudyFolder(folder))
+    if warning := undone_in_words(found):
+        screen.warn(warning)
+    page = study_markdown(found).encode() if markdown else study_page(found)
+    if out is not None:
+        with whole_file(out) as file:
+            file.write(page)
+        screen.say(f"study: {found.verdict.summary} Report of {size(len(page))} in {near(out)}")
+    if form.json:
+        screen.document("lora.study.report/1", _facts(found, out))
+    elif out is None:
+        screen.text(page.decode())
+    else:
+        screen.text(f"{near(out)}\n")
+
+
+def _facts(found: "StudyReport", out: Path | None) -> dict[str, Any]:
+    """The report as data."""
+    from dataclasses import asdict
+
+    from lora_cli.reports.study_facts import CONTROLS
+    from lora_cli.reports.study_tables import adapter_rows, gain_rows, score_rows
+
+    return {
+        "out": None if out is None else str(out),
+        "metric": found.metric,
+        "better": found.better,
+        "n": found.n,
+        "cells": found.planned,
+        "done": found.done,
+        "about": dict(found.about),
+        "verdict": asdict(found.verdict),
+        "scores": score_rows(found),
+        "gains": {control: gain_rows(found, control) for control in CONTROLS},
+        "changes": None if found.changes is None else asdict(found.changes),
+        "adapters": adapter_rows(found.adapters),
+        "failed": dict(found.failed),
+        "missing": [*found.missing],
+    }
+
+
+def register(root: typer.Typer) -> None:
+    """Add `lora study report` to the command tree."""
+    root.command(
+        cls=Command,
+        epilog=examples(
+            "lora study report study -o study.html",
+            "lora study report study --markdown",
+            "lora study report study --json",
+        ),
+    )(with_flags(report))
