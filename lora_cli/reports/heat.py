@@ -8,7 +8,7 @@ from lora_cli.reports.page import Html, element, shown
 _CELL, _LETTER, _LINE = 44.0, 7.0, 4.0
 _DARKEST = 0.35
 """The share of the page's ink in the cell of the largest number: text stays readable on it."""
-_LONGEST = 18
+_LONGEST, _LONGEST_BESIDE_TILES = 18, 24
 _TILE, _TALL, _FULL = 15.0, 20.0, 0.6
 """The width of a tile without a number, the height of any, and the most opaque one below a number."""
 _MOST_WITH_NUMBERS, _MOST_TOLD = 12, 2_000
@@ -22,6 +22,7 @@ def heat(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence
     """
     finite = [number for line in grid for number in line if math.isfinite(number)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
+    rows, columns = [*map(_short, rows)], [*map(_short, columns)]
     left, top = _margins(rows, columns)
     cells = [
         _cell(number, (number - low) / (high - low or 1.0), left + j * _CELL, top + i * _CELL)
@@ -41,13 +42,14 @@ def tiles(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequenc
     has_numbers = len(columns) <= _MOST_WITH_NUMBERS
     is_told = not has_numbers and len(rows) * len(columns) <= _MOST_TOLD
     wide = _CELL if has_numbers else _TILE
+    rows, columns = ([_short(name, _LONGEST_BESIDE_TILES) for name in names] for names in (rows, columns))
     left, top = _margins(rows, columns)
     cells = []
     for i, line in enumerate(grid):
         for j, number in enumerate(line):
             if number is not None:
                 x, y = left + j * wide, top + i * _TALL
-                told = [element("title", f"{_short(rows[i])}, {_short(columns[j])}: {number:.4f}")] if is_told else []
+                told = [element("title", f"{rows[i]}, {columns[j]}: {number:.4f}")] if is_told else []
                 cells.append(_tile(number, abs(number) / most * (_FULL if has_numbers else 1.0), (x, y, wide), told))
                 if has_numbers:
                     middle = y + _TALL / 2 + _LINE
@@ -71,8 +73,8 @@ def _tile(number: float, opacity: float, place: tuple[float, float, float], told
 
 def _margins(rows: Sequence[str], columns: Sequence[str]) -> tuple[float, float]:
     """The room for names on the left and above."""
-    left = _LETTER * max((len(_short(row)) for row in rows), default=0) + 8
-    return left, _LETTER * max((len(_short(column)) for column in columns), default=0) + 8
+    left = _LETTER * max(map(len, rows), default=0) + 8
+    return left, _LETTER * max(map(len, columns), default=0) + 8
 
 
 def _framed(
@@ -80,12 +82,10 @@ def _framed(
 ) -> Html:
     """The squares of a map with the names of its rows and columns; `step` is a square's width and height."""
     (left, top), (wide, high) = _margins(rows, columns), step
-    names = [
-        _text(_short(row), left - 6, top + (i + 0.5) * high + _LINE, text_anchor="end") for i, row in enumerate(rows)
-    ]
+    names = [_text(row, left - 6, top + (i + 0.5) * high + _LINE, text_anchor="end") for i, row in enumerate(rows)]
     for j, column in enumerate(columns):
         x = left + (j + 0.5) * wide + _LINE
-        names.append(_text(_short(column), x, top - 6, transform=f"rotate(-90 {x:.1f} {top - 6:.1f})"))
+        names.append(_text(column, x, top - 6, transform=f"rotate(-90 {x:.1f} {top - 6:.1f})"))
     width, height = left + len(columns) * wide, top + len(rows) * high
     size = {"viewBox": f"0 0 {width:.1f} {height:.1f}", "width": f"{width:.0f}", "height": f"{height:.0f}"}
     return element("svg", element("title", title), *cells, *names, role="img", fill="currentColor", **size)
@@ -107,6 +107,6 @@ def _text(text: str, x: float, y: float, **attributes: str) -> Html:
     return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", font_size="12", **attributes)
 
 
-def _short(text: str) -> str:
+def _short(text: str, longest: int = _LONGEST) -> str:
     whole = shown(text)
-    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 1]}…"
+    return whole if len(whole) <= longest else f"{whole[: longest - 1]}…"

@@ -241,8 +241,7 @@ def _cell(column: Column, row: Mapping[str, Any]) -> str:
 
 
 def _class(column: Column) -> dict[str, str]:
-    kind = "number" if column.align == "right" else "long" if column.key in _LONG else ""
-    return {"class_": kind} if kind else {}
+    return {"class_": "number" if column.align == "right" else "long" if column.key in _LONG else "word"}
 
 
 def _scroll(table: Html, title: str) -> Html:

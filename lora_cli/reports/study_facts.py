@@ -12,6 +12,12 @@ Control = Literal["base", "target", "noise"]
 CONTROLS: tuple[Control, ...] = ("base", "target", "noise")
 Role = Literal["base", "target", "noise", "recycled"]
 Outcome = Literal["better", "worse", "open", "few", "missing"]
+_MANY = 1_000_000
+
+
+def needed_in_words(needed: int | None) -> str:
+    """A number of examples for people, "" for None."""
+    return "" if needed is None else f"{needed:,}" if needed < _MANY else f"over {_MANY:,}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

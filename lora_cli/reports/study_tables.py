@@ -5,7 +5,7 @@ from typing import Any
 
 from lora_cli.columns import Column
 from lora_cli.names import unpinned
-from lora_cli.reports.study_facts import Control, Row, StudyReport, Used
+from lora_cli.reports.study_facts import Control, Row, StudyReport, Used, needed_in_words
 from lora_cli.text import counted, difference, duration, interval
 
 AGAINST: dict[Control, str] = {
@@ -30,7 +30,7 @@ GAINS = (
     Column("Shown", "shown", show=lambda row: _shown(row)),
     Column("Wins", "wins", "right"),
     Column("Losses", "losses", "right"),
-    Column("Examples to show it", "needed", "right", show=lambda row: _count(row["needed"])),
+    Column("Examples to show it", "needed", "right", show=lambda row: needed_in_words(row["needed"])),
 )
 COSTS = (
     Column("System", "system"),

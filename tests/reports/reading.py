@@ -4,7 +4,7 @@ import json
 from html.parser import HTMLParser
 from typing import Any
 
-WITHOUT_END = ("meta", "link", "input")
+WITHOUT_END = ("meta", "link", "input", "br")
 
 
 class Read(HTMLParser):

@@ -10,7 +10,9 @@ import pytest
 
 from lora_cli.records import PoolReport, ReportedAdapter, Share
 from lora_cli.reports.pool import pool_page
+from lora_cli.reports.study import study_page
 from tests.browser import Page, browser
+from tests.reports.study_samples import sample
 from tests.reports.test_page import HOSTILE
 
 FIRST = "document.querySelector('#table tbody td').textContent"
@@ -87,3 +89,20 @@ def test_without_scripts_the_first_rows_show(served: tuple[str, list[str]], tmp_
         text = page.ask("DOM.getOuterHTML", nodeId=page.ask("DOM.getDocument", depth=-1)["root"]["nodeId"])["outerHTML"]
         assert text.count("<tr>") >= 50
         assert "The 50 most downloaded of 216 adapters." in text
+
+
+@pytest.mark.parametrize("text", ["", " ".join(HOSTILE) + "w" * 10_000])
+def test_a_study_s_page_fits_narrow_and_wide_windows_and_asks_for_nothing(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "study.html"
+    file.write_bytes(study_page(sample(text, adapters=30, modules=56)))
+    with Page(browser() or "", tmp_path / "home") as page:
+        for width in (1280, 390):
+            for theme in ("light", "dark"):
+                page.ask(
+                    "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+                )
+                page.ask("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": theme}])
+                page.open(file.as_uri())
+                assert page.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") <= 0
+        assert set(page.requests) <= {file.as_uri(), "data:,"}
+        assert page.complaints == []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lora_cli.reports.study_facts import CONTROLS, Answer, Control, Gain, Outcome, Row, Verdict
+from lora_cli.reports.study_facts import CONTROLS, Answer, Control, Gain, Outcome, Row, Verdict, needed_in_words
 from lora_cli.scores import fewest_pairs, honest_best
 from lora_cli.text import counted, difference
 
@@ -115,8 +115,8 @@ def _power(gain: Gain) -> list[str]:
     if gain.needed is None:
         return ["No number of examples follows from a difference of 0."]
     return [
-        f"If the true difference is the one seen, about {gain.needed:,} test examples show it in 80 % of studies "
-        f"that compare nothing else; the {len(gain.pairs):,} of this one show {gain.least:.3f} or more."
+        f"If the true difference is the one seen, about {needed_in_words(gain.needed)} test examples show it in 80 % "
+        f"of studies that compare nothing else; the {len(gain.pairs):,} of this one show {gain.least:.3f} or more."
     ]
 
 
