@@ -1,10 +1,13 @@
-"""The columns of a table, and the choice among them."""
+"""The columns of a table, the choice among them, and tables in Markdown."""
 
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lora_cli.errors import UsageError
+from lora_cli.escapes import safe
 from lora_cli.text import nearest
 
 
@@ -70,3 +73,28 @@ def usual(columns: Sequence[Column], sorted_by: str = "") -> tuple[Column, ...]:
     if not any(sorted_by in (one.key, one.of) for one in shown):
         shown += [one for one in columns if one.key == sorted_by]
     return tuple(replace(one, minor=one.minor and sorted_by not in (one.key, one.of)) for one in shown)
+
+
+def cell_text(value: Any) -> str:
+    """A value as the cell of a table for people, in which a stranger's text is safe."""
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping | list | tuple):
+        return json.dumps(value)
+    return safe(value)
+
+
+def markdown_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown, in which a stranger's text stays text."""
+    lines = [[column.heading for column in columns], ["--:" if one.align == "right" else "---" for one in columns]]
+    lines += [[markdown_text(cell_text(column.shown(row))) for column in columns] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def markdown_text(text: str) -> str:
+    """A stranger's text for Markdown, in which it stays text."""
+    return re.sub(r"([\\|<`*\[\]])", r"\\\1", safe(text))

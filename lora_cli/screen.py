@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TextIO
 
-from lora_cli.columns import Column, cells_of, chosen, on_request, usual
+from lora_cli.columns import Column, cell_text, cells_of, chosen, markdown_table, on_request, usual
 from lora_cli.escapes import as_line, csv_cell, safe
 from lora_cli.records import Progress
 
@@ -198,7 +198,7 @@ class Screen:
         from rich.text import Text
 
         console = Console(markup=False, emoji=False, highlight=False)
-        cells = [[_cell(column.shown(row)) for column in columns] for row in rows]
+        cells = [[cell_text(column.shown(row)) for column in columns] for row in rows]
         widths = _widths(columns, cells, console.width)
         if not widths:
             self._records(columns, cells, console.width)
@@ -296,13 +296,15 @@ def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
         elif isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
             yield head.rstrip()
             for one in value[:_MOST_SHOWN]:
-                first, *others = _outline(one, indent + "    ") if isinstance(one, Mapping) and one else [_cell(one)]
+                first, *others = (
+                    _outline(one, indent + "    ") if isinstance(one, Mapping) and one else [cell_text(one)]
+                )
                 yield f"{indent}  - {first.strip()}"
                 yield from others
             yield from _rest(len(value) - _MOST_SHOWN, indent)
         elif isinstance(value, list | tuple):
             more = f" … {len(value) - _MOST_SHOWN} more: --json" if len(value) > _MOST_SHOWN else ""
-            yield f"{head}  {', '.join(map(_cell, value[:_MOST_SHOWN])) or '-'}{more}"
+            yield f"{head}  {', '.join(map(cell_text, value[:_MOST_SHOWN])) or '-'}{more}"
         elif isinstance(value, str) and "\n" in value.strip():
             lines = value.strip().split("\n")
             yield head.rstrip()
@@ -310,7 +312,7 @@ def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
                 yield f"{indent}  {safe(line.expandtabs(4))}".rstrip()
             yield from _rest(len(lines) - _MOST_SHOWN, indent)
         else:
-            yield f"{head}  {_cell(value) if value != {} else '-'}"
+            yield f"{head}  {cell_text(value) if value != {} else '-'}"
 
 
 def _rest(count: int, indent: str) -> Iterator[str]:
@@ -318,33 +320,9 @@ def _rest(count: int, indent: str) -> Iterator[str]:
         yield f"{indent}  … {count:,} more: --json"
 
 
-def _cell(value: Any) -> str:
-    if value is None or value == "":
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, Mapping | list | tuple):
-        return json.dumps(value)
-    return safe(value)
-
-
 def _plain(value: Any) -> str:
     """A cell of tab-separated lines: as in a table, but with every digit of a number."""
-    return repr(value).removesuffix(".0") if isinstance(value, float) else _cell(value)
-
-
-def markdown_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table in Markdown, in which a stranger's text stays text."""
-    lines = [[column.heading for column in columns], ["--:" if one.align == "right" else "---" for one in columns]]
-    lines += [[markdown_text(_cell(column.shown(row))) for column in columns] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def markdown_text(text: str) -> str:
-    """A stranger's text for Markdown, in which it stays text."""
-    return re.sub(r"([\\|<`*\[\]])", r"\\\1", safe(text))
+    return repr(value).removesuffix(".0") if isinstance(value, float) else cell_text(value)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], *, header_only: bool) -> str:

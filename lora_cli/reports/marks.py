@@ -117,22 +117,17 @@ def _placed(values: Sequence[float], start: float, end: float) -> list[float]:
 
 
 def _names(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Html]:
+    """The names beside their places, on the side with more room if it is free, else on the other, else left out."""
     drawn, taken = [], list[tuple[float, float, float]]()
     for name, (across, down) in zip(names, places, strict=True):
-        wide, right = len(name) * _LETTER, across < _WIDE / 2
-        begin = across + 2 * _RADIUS if right else across - 2 * _RADIUS - wide
-        if begin < 0 or begin + wide > _WIDE or _lies_on(begin, wide, down, taken):
-            continue
-        taken.append((begin, begin + wide, down))
-        drawn.append(
-            element(
-                "text",
-                name,
-                x=f"{begin if right else begin + wide:.1f}",
-                y=f"{down + _LINE / 3:.1f}",
-                text_anchor="start" if right else "end",
-            )
-        )
+        wide, beside = len(name) * _LETTER, 2 * _RADIUS
+        sides = [(across + beside, "start", across + beside), (across - beside - wide, "end", across - beside)]
+        for begin, anchor, x in sides if across < _WIDE / 2 else sides[::-1]:
+            if begin >= 0 and begin + wide <= _WIDE and not _lies_on(begin, wide, down, taken):
+                taken.append((begin, begin + wide, down))
+                y = f"{down + _LINE / 3:.1f}"
+                drawn.append(element("text", name, x=f"{x:.1f}", y=y, text_anchor=anchor))
+                break
     return drawn
 
 

@@ -27,6 +27,8 @@ _TITLE = "Is recycling LoRAs worth it?"
 _NOTHING = "–"
 _HALF, _LONGEST = 150, 300
 """The characters that are left of either end of a long prompt, and of the beginning of a long answer."""
+_MINUTES = 120.0
+"""The seconds from which costs are shown in minutes."""
 _LONG = ("id", "cells")
 """The columns whose texts are broken anywhere."""
 _MOST_NAMED = 50
@@ -107,9 +109,10 @@ def _cost(report: StudyReport) -> Html:
         "What one cell took in the mean: to select, learn, make and score, with all of its shared work, as if it were "
         "alone. Tokens are those read to learn and written to answer."
     )
-    known = [row for row in report.rows if row.seconds is not None]
-    marks = [_mark(row)._replace(cost=(row.seconds or 0.0) / 60) for row in known]
-    chart = [cost_chart("Score by minutes", marks, "minutes")] if marks else []
+    known = [_mark(row) for row in report.rows if row.seconds is not None]
+    unit, name = (60.0, "minutes") if any((mark.cost or 0.0) >= _MINUTES for mark in known) else (1.0, "seconds")
+    marks = [mark._replace(cost=(mark.cost or 0.0) / unit) for mark in known]
+    chart = [cost_chart(f"Score by {name}", marks, name)] if marks else []
     table = _table(COSTS, score_rows(report), "Costs")
     return element("section", element("h2", "Cost"), _faint(told), *chart, table, class_="cost")
 
@@ -221,7 +224,7 @@ def _sources(report: StudyReport) -> Html:
     return element(
         "section",
         element("h2", "Where it comes from"),
-        element("table", element("tbody", *facts)),
+        element("table", element("tbody", *facts), class_="facts"),
         *([element("h3", "Adapters"), *used] if rows else []),
     )
 
@@ -235,6 +238,8 @@ def _table(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]], title: 
 def _cell(column: Column, row: Mapping[str, Any]) -> str:
     """A cell. An adapter's id and commit are never cut: they are there to be copied."""
     value = column.shown(row)
+    if isinstance(value, list):
+        return element("details", element("summary", f"{len(value):,}"), ", ".join(map(shown, value)))
     if value is None or value == "":
         return _NOTHING
     return safe(value) if column.key in ("id", "commit") else shown(str(value))

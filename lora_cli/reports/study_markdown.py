@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_cli.columns import Column
+from lora_cli.columns import Column, markdown_table, markdown_text
 from lora_cli.reports.study_facts import CONTROLS, StudyReport
 from lora_cli.reports.study_tables import AGAINST, COSTS, GAINS, SCORES, gain_rows, score_rows, undone_in_words
-from lora_cli.screen import markdown_table, markdown_text
 from lora_cli.text import counted, shortened
 
 _MOST_NAMED = 10

@@ -43,7 +43,7 @@ ADAPTERS = (
     Column("Adapter", "id"),
     Column("Commit", "commit"),
     Column("Licence", "licence"),
-    Column("Cells", "cells", show=lambda row: ", ".join(row["cells"])),
+    Column("Cells", "cells"),
 )
 
 
