@@ -117,8 +117,8 @@ def _placed(values: Sequence[float], start: float, end: float) -> list[float]:
 
 
 def _names(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Html]:
-    """The names beside their places, on the side with more room if it is free, else on the other, else left out."""
-    drawn, taken = [], list[tuple[float, float, float]]()
+    """The names beside their dots, on the side with more room if it is free, else on the other, else left out."""
+    drawn, taken = [], [(x - _RADIUS, x + _RADIUS, y) for x, y in places]
     for name, (across, down) in zip(names, places, strict=True):
         wide, beside = len(name) * _LETTER, 2 * _RADIUS
         sides = [(across + beside, "start", across + beside), (across - beside - wide, "end", across - beside)]

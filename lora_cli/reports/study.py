@@ -107,7 +107,8 @@ def _gains(report: StudyReport) -> Html:
 def _cost(report: StudyReport) -> Html:
     told = (
         "What one cell took in the mean: to select, learn, make and score, with all of its shared work, as if it were "
-        "alone. Tokens are those read to learn and written to answer."
+        "alone. Tokens are those read to learn and written to answer. Where names would overlap, pointing at a dot "
+        "shows its name."
     )
     known = [_mark(row) for row in report.rows if row.seconds is not None]
     unit, name = (60.0, "minutes") if any((mark.cost or 0.0) >= _MINUTES for mark in known) else (1.0, "seconds")

@@ -8,10 +8,10 @@ from typing import Any, cast
 from lora_cli.files import read_regular
 from lora_cli.metrics import METRICS
 from lora_cli.reports.study_facts import CONTROLS, Control, Gain, Role, Row
-from lora_cli.scores import holm, intervals, paired_differences
+from lora_cli.scores import holm, interval, paired_differences
 from lora_cli.steps.study.folder import COST_FILE, StudyFolder
 from lora_cli.steps.study.plan import Cell, Need, Study
-from lora_cli.steps.study.table import controls, mean_values
+from lora_cli.steps.study.table import controls, mean_values, score_of
 
 Key = tuple[str, str]
 Results = Mapping[Key, Mapping[Cell, Mapping[str, Any]]]
@@ -26,8 +26,7 @@ def report_rows(folder: StudyFolder, results: Results) -> tuple[Row, ...]:
     needs = study.needs(cell for cells in results.values() for cell in cells)
     rows = []
     for key, cells in results.items():
-        score = metric.score if len(cells) == 1 else "mean"
-        [bounds] = intervals(score, [[*values[key].values()]])
+        bounds = interval(score_of(metric.score, values[key]), [*values[key].values()])
         rows.append(
             Row(
                 system=key[0],

@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
 from statistics import fmean
 from typing import Any
 
 from lora_cli.metrics import METRICS
-from lora_cli.scores import Difference, mean_interval, paired_differences, wilson
+from lora_cli.scores import Difference, paired_differences
 from lora_cli.steps.study.folder import StudyFolder
 from lora_cli.steps.study.plan import Cell, Study
 
@@ -59,6 +58,11 @@ def mean_values(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {id: fmean(values[id] for values in found) for id in found[0]}
 
 
+def score_of(score: str, values: Values) -> str:
+    """The score that values have after their mean over seeds: a "share" has Wilson's interval while all are 0 or 1."""
+    return score if {*values.values()} <= {0.0, 1.0} else "mean"
+
+
 def controls(study: Study, system: str, pool: str) -> dict[str, tuple[str, str]]:
     """The controls of a system on a pool, by name: (system, pool) of each."""
     noises = [name for name, rule in study.pools.items() if rule.noise]
@@ -72,8 +76,7 @@ def _line(
     study: Study, system: str, pool: str, cells: Sequence[Cell], values: Mapping[tuple[str, str], Values], seed: int
 ) -> Line:
     metric, ours = METRICS.get(study.evaluation["metric"]), values[system, pool]
-    share = metric.score == "share"
-    bounds = wilson(fsum(ours.values()), len(ours)) if share else mean_interval([*ours.values()], seed=seed)
+    bounds = interval(score_of(metric.score, ours), [*ours.values()], seed=seed)
     others = {name: values[key] for name, key in controls(study, system, pool).items() if key in values}
     against = {
         name: paired_differences([[*ours.values()]], [theirs[id] for id in ours], seed=seed)[0]

@@ -67,6 +67,8 @@ def _answer(rows: Sequence[Row], control: Control, better: str) -> Answer:
     else:
         rivals = [] if control == "noise" else _rivals(rows, control)
         found, follows = _found(best, gain, outcome, family, rivals), _FOLLOWS[control, outcome]
+        if (first := best_recycled(rows, better)) not in (None, best):
+            found = f"{found} {first.name}, which scores best, has no such control."
         if outcome != "open" and any(row.is_one_draw for row in (best, *_controls(rows, best, control))):
             follows = f"{follows} {_ONE_SEED}"
     return Answer(control=control, question=question, outcome=outcome, row=best.name, found=found, follows=follows)

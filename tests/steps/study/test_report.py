@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_cli.steps.study.table import score_of
 from tests.cli import ok, refused
 from tests.reports.reading import Read
 from tests.reports.test_page import HOSTILE
@@ -50,6 +51,12 @@ def test_scores_and_gains_are_those_of_the_cells(place: Path) -> None:
                 assert row["needed"] == pytest.approx(max(6, np.ceil(expected)), rel=1e-6)
             else:
                 assert row["needed"] is None
+
+
+@pytest.mark.parametrize(("seeds", "kind"), [([0.0, 1.0, 1.0], "share"), ([0.0, 0.5, 1.0], "mean")])
+def test_right_and_wrong_answers_keep_wilsons_interval_while_seeds_agree(seeds: list[float], kind: str) -> None:
+    assert score_of("share", dict(zip("abc", seeds, strict=True))) == kind
+    assert score_of("mean", {"a": 0.3}) == "mean"
 
 
 def test_costs_are_those_of_a_cell_with_its_shared_work(place: Path) -> None:

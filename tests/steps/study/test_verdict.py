@@ -137,6 +137,8 @@ def test_of_a_loss_less_is_better() -> None:
 def test_a_merge_without_noise_leaves_the_question_to_the_best_fit() -> None:
     found = said({**study(50), ("ties", "random"): right(58)})
     assert [one.row for one in found.answers] == ["ties (random)", "ties (random)", "adaptive (random)"]
+    assert "ties (random), which scores best, has no such control" in found.answers[2].found
+    assert "no such control" not in found.answers[1].found
 
 
 def test_one_seed_is_said_where_something_is_concluded() -> None:
