@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -86,6 +86,15 @@ def cell_text(value: Any) -> str:
     if isinstance(value, Mapping | list | tuple):
         return json.dumps(value)
     return safe(value)
+
+
+def plain_lines(rows: Iterable[Iterable[Any]]) -> str:
+    """Tab-separated lines: cells as in a table, but with every digit of a number."""
+    return "\n".join("\t".join(map(_plain, cells)) for cells in rows)
+
+
+def _plain(value: Any) -> str:
+    return repr(value).removesuffix(".0") if isinstance(value, float) else cell_text(value)
 
 
 def markdown_table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> str:

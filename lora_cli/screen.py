@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TextIO
 
-from lora_cli.columns import Column, cell_text, cells_of, chosen, markdown_table, on_request, usual
+from lora_cli.columns import Column, cell_text, cells_of, chosen, markdown_table, on_request, plain_lines, usual
 from lora_cli.escapes import as_line, csv_cell, safe
 from lora_cli.records import Progress
 
@@ -89,8 +89,7 @@ class Screen:
                 self._table(shown, rows, caption)
             case _:
                 for start in range(0, len(rows), _AT_ONCE):
-                    lines = ("\t".join(map(_plain, cells)) for cells in cells_of(shown, rows[start : start + _AT_ONCE]))
-                    _out("\n".join(lines))
+                    _out(plain_lines(cells_of(shown, rows[start : start + _AT_ONCE])))
 
     def document(self, schema: str, values: Mapping[str, Any], *, identity: str = "id") -> None:
         """Show one thing: `key<tab>value` lines, or a JSON document; quiet prints only `identity`.
@@ -116,8 +115,7 @@ class Screen:
                 for line in _outline(values):
                     _out(line)
             case _:
-                for key, value in values.items():
-                    _out(f"{safe(key)}\t{_plain(value)}")
+                _out(plain_lines(values.items()))
 
     def pieces(self, heading: str, pieces: Sequence[tuple[str, bool]]) -> None:
         """A text in pieces, with `|` between them. Pieces with True are in colour, or in brackets without colour."""
@@ -233,7 +231,8 @@ def _out(text: str, end: str = "\n") -> None:
 
 def _write(stream: TextIO, text: str) -> None:
     # In one piece, so that lines of several threads stay whole; at once, so that results and messages keep their order.
-    print(text, end="", file=stream, flush=True)
+    stream.write(text)
+    stream.flush()
 
 
 def _widths(columns: Sequence[Column], cells: Sequence[Sequence[str]], room: int) -> list[int]:
@@ -318,11 +317,6 @@ def _outline(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 def _rest(count: int, indent: str) -> Iterator[str]:
     if count > 0:
         yield f"{indent}  … {count:,} more: --json"
-
-
-def _plain(value: Any) -> str:
-    """A cell of tab-separated lines: as in a table, but with every digit of a number."""
-    return repr(value).removesuffix(".0") if isinstance(value, float) else cell_text(value)
 
 
 def _csv(rows: Sequence[Mapping[str, Any]], *, header_only: bool) -> str:

@@ -10,7 +10,6 @@ from lora_cli.errors import DataError, UsageError
 from lora_cli.files import read_given
 from lora_cli.formats.run_record import is_plain
 from lora_cli.hashes import sha256_of
-from lora_cli.recipes import FIT_METHODS
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of
 
@@ -71,6 +70,8 @@ def read_router(folder: Path) -> RouterFile:
             raise ValueError(f"no {_SCHEMA}")
         members = tuple(Member(**{name: str(value) for name, value in one.items()}) for one in found.pop("adapters"))
         router = RouterFile(adapters=members, **found)
+        from lora_cli.recipes import FIT_METHODS  # a merge has no use for them
+
         FIT_METHODS.check(router.preset, router.knobs)
         if FIT_METHODS.get(router.preset).kind != "routing":
             raise ValueError("a preset that makes no router")

@@ -132,6 +132,12 @@ def running() -> Attempt | None:
     return found
 
 
+def spend() -> None:
+    """Count a request of this thread's attempt. Raises BudgetSpent if it is one too many."""
+    if (attempt := running()) is not None:
+        attempt.patience.spend()
+
+
 def answered() -> Attempt | None:
     """The attempt of this thread, for which the head of an answer has come."""
     attempt = running()

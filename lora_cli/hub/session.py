@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, answered, keep_time, running
+from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, answered, keep_time, spend
 from lora_cli.hub.problems import Busy, Unfit
 from lora_cli.redaction import hide
 
@@ -105,8 +105,7 @@ def _before(request: "httpx2.Request") -> None:
         hide(login.partition(" ")[2])
     if _origin(f"{request.url.scheme}://{request.url.netloc.decode()}") not in _trusted:
         request.headers.pop("authorization", None)
-    if (attempt := running()) is not None:
-        attempt.patience.spend()
+    spend()
     meter.add(requests=1)
 
 

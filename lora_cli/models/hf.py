@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 def peft(part: str = "") -> Any:
     """A module of PEFT. Where bitsandbytes is installed PEFT imports it, and that would ask the Hub for code."""
+    name = f"peft{part}"
+    if name in sys.modules:
+        return sys.modules[name]
     with offline():
-        return importlib.import_module(f"peft{part}")
+        return importlib.import_module(name)
 
 
 @contextmanager

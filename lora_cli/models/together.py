@@ -97,17 +97,16 @@ class Together:
         self._rows = self._tokens = 0
 
     def _add(self, module: str, place: int, update: LowRank) -> None:
-        b, a = (factor.to(self._base.device, self._base.dtype) for factor in (update.B, update.A))
-        stack = self._stacks.get(module)
-        rank = 0 if stack is None else stack.a.shape[2]
-        if stack is None or rank < update.rank:
-            wider = _Factors(
-                a.new_zeros(self._count, a.shape[1], update.rank), b.new_zeros(self._count, update.rank, b.shape[0])
-            )
+        device, dtype = self._base.device, self._base.dtype
+        b, a = update.B.to(device, dtype), update.A.to(device, dtype)
+        rank, stack = len(a), self._stacks.get(module)
+        room = 0 if stack is None else stack.a.shape[2]
+        if stack is None or room < rank:
+            wider = _Factors(a.new_zeros(self._count, a.shape[1], rank), b.new_zeros(self._count, rank, b.shape[0]))
             if stack is not None:
-                wider.a[:, :, :rank], wider.b[:, :rank] = stack
+                wider.a[:, :, :room], wider.b[:, :room] = stack
             self._stacks[module] = stack = wider
-        stack.a[place, :, : update.rank], stack.b[place, : update.rank] = a.T, b.T
+        stack.a[place, :, :rank], stack.b[place, :rank] = a.T, b.T
 
     def arrange(self, owners: tuple[int, ...], rows: int, tokens: int) -> None:
         """The next pass has `rows` rows of `tokens` tokens, in blocks of these adapters."""

@@ -121,12 +121,15 @@ def answered(
     """
     if not examples:
         raise NothingMatched("no examples to evaluate on")
-    metric, names = METRICS.get(options.metric), [system.name for system in systems]
+    names = [system.name for system in systems]
     for system in systems:
-        base.check(system.shapes, system.name)
+        if system.updates is not None:
+            base.check(system.shapes, system.name)
     judging = Judging.of(base, examples, options)
+    metric = judging.metric
     common = [base.pinned, base.arithmetic, base.encoder.prompting.settings]
-    measured = [metric.name, options.max_new_tokens if metric.kind == "output" else None, *options.knobs.items()]
+    new = options.max_new_tokens if metric.kind == "output" else None
+    measured = [metric.name, new, *judging.values_of.keywords.items()]
     keys = _keys(systems, examples, common, measured)
     ids = [*judging.encoded]
     with _Rows(rows_path, keys) as rows:

@@ -1,6 +1,6 @@
 """Systems that a model answers together: which ones go in a group, and what becomes of their examples."""
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -117,7 +117,7 @@ class Judging:
     encoded: Mapping[str, Encoded]
     choices: Mapping[str, Choices]
     metric: Method
-    values_of: Callable[..., Sequence[Any]]
+    values_of: partial[Sequence[Any]]
     options: EvalOptions
 
     @classmethod

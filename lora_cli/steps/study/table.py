@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from lora_cli.metrics import METRICS
-from lora_cli.scores import Difference, paired_differences
+from lora_cli.scores import Difference, interval, paired_differences
 from lora_cli.steps.study.folder import StudyFolder
 from lora_cli.steps.study.plan import Cell, Study
 
