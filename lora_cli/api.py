@@ -8,7 +8,6 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +233,7 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         Raises:
             Partial: a cell failed; the others are kept.
         """
-        from lora_cli.executors import executor
+        from lora_cli.executors.local import local
         from lora_cli.steps.study.request import StudyRequest
         from lora_cli.steps.study.run import run_study
         from lora_cli.steps.study.table import lines, row_of
@@ -244,8 +243,9 @@ class OpenPool(AbstractContextManager["OpenPool"]):
         pool, settings = self._pool, self.settings.with_values(**from_file).with_values(**named)
         request = StudyRequest(self._catalogue, settings, study, announce=pool.announce, progress=pool.progress)
         planned = request.planned(_path(out))
-        doing = partial(executor("local"), planned.folder, jobs=jobs, progress=pool.progress)
-        ran = run_study(settings.db, planned, planned.cells, doing, progress=pool.progress)
+        planned.write()
+        outcomes = local(planned.folder, planned.cells, jobs=jobs, progress=pool.progress)
+        ran = run_study(settings.db, planned, planned.cells, outcomes, progress=pool.progress)
         ran.demand_all()
         return [row_of(line) for line in lines(planned.folder)]
 

@@ -6,7 +6,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -14,18 +14,22 @@ from typing import IO
 import torch
 
 from lora_cli.records import Progress, silent
+from lora_cli.steps.study.crew import Died, together, unheard
 from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.order import Order
 from lora_cli.steps.study.work import Outcome
 from lora_cli.steps.study.workers import worker_in
 
 _WORKER = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors.local import serve; serve()"
-_TRIES = 2
-"""How often a piece of work may end its worker before it is given up."""
 
 
 def local(
-    folder: WorkFolder, cells: Sequence[Piece], *, jobs: int | None = None, progress: Progress = silent
+    folder: WorkFolder,
+    cells: Sequence[Piece],
+    *,
+    jobs: int | None = None,
+    progress: Progress = silent,
+    warn: Callable[[str], None] = unheard,
 ) -> Iterator[Outcome]:
     """Do the cells by workers on this machine, and yield the outcome of each that was not done before.
 
@@ -39,7 +43,10 @@ def local(
     count = len(order.cells)
     workers = min(jobs or _places(folder), count)
     progress("cells", 0, count)
-    outcomes = _alone(folder, order) if workers <= 1 else _together(folder, order, workers)
+    if workers <= 1:
+        outcomes = _alone(folder, order)
+    else:
+        outcomes = together(order, [_Process(folder, number) for number in range(workers)], warn)
     for done, outcome in enumerate(outcomes, 1):
         progress("cells", done, count)
         yield outcome
@@ -58,55 +65,6 @@ def _alone(folder: WorkFolder, order: Order) -> Iterator[Outcome]:
             yield from order.ended(worker.run(name))
 
 
-def _together(folder: WorkFolder, order: Order, workers: int) -> Iterator[Outcome]:
-    told: queue.SimpleQueue[list[Outcome] | BaseException | None] = queue.SimpleQueue()
-    started: list[_Process] = []
-    tries: dict[str, int] = {}
-
-    def serve_one(number: int) -> None:
-        process = _Process(folder, number)
-        started.append(process)
-        try:
-            while (name := order.take()) is not None:
-                try:
-                    told.put(order.ended(process.ask(name)))
-                except _Died as death:
-                    tries[name] = tries.get(name, 0) + 1
-                    if tries[name] < _TRIES:
-                        order.back(name)
-                    else:
-                        error = f"its worker died {_TRIES} times ({death})"
-                        hint = "it may need more memory: give fewer --jobs"
-                        told.put(order.ended(Outcome(name=name, error=error, hint=hint)))
-        except BaseException as error:
-            told.put(error)
-        finally:
-            process.end()
-            told.put(None)
-
-    threads = [threading.Thread(target=serve_one, args=(number,), daemon=True) for number in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        left = workers
-        while left:
-            found = told.get()
-            if isinstance(found, BaseException):
-                raise found
-            if found is None:
-                left -= 1
-            else:
-                yield from found
-    finally:
-        order.stop()
-        for process in started:
-            process.end()
-
-
-class _Died(Exception):
-    """A worker ended before it answered."""
-
-
 class _Process:
     """A worker in a process of its own, which is started when it is asked, and again when it has died."""
 
@@ -115,10 +73,14 @@ class _Process:
         self._process: subprocess.Popen[str] | None = None
         self._ended = False
 
+    def ready(self, order: Order) -> bool:
+        """True: it is started when it is asked."""
+        return True
+
     def ask(self, name: str) -> Outcome:
-        """Have it do some work. _Died if it ends before it answers."""
+        """Have it do some work. Died if it ends before it answers."""
         if self._ended:
-            raise _Died("stopped")
+            raise Died("stopped")
         process = self._process or self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -131,7 +93,7 @@ class _Process:
         if not answer:
             code = _ended(process)
             self._process = None
-            raise _Died(f"signal {-code}" if code < 0 else f"exit code {code}")
+            raise Died(f"signal {-code}" if code < 0 else f"exit code {code}")
         return Outcome(**json.loads(answer))
 
     def end(self) -> None:

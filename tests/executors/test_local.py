@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,9 @@ def test_work_that_ends_every_worker_is_given_up_and_named(place: Path) -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and not (lost / "failed.json").exists():
             for process in workers():
-                if holds(process, lost):
-                    os.kill(process, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it may end between the two
+                    if holds(process, lost):
+                        os.kill(process, signal.SIGKILL)
             time.sleep(0.001)
 
     thread = threading.Thread(target=kill)

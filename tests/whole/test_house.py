@@ -87,6 +87,7 @@ KEEPERS = {
     "numba": ("algebra.kernels",),
     "scipy": ("steps", "checks.sketch"),
     "cma": ("steps.fit.search",),
+    "ray": ("executors._ray_driver",),
     "matplotlib": ("plots",),
     "rich": ("screen",),
     "pyarrow": ("formats.tables",),

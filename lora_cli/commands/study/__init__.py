@@ -4,19 +4,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lora_cli.commands.lazy import LazyGroup
 from lora_cli.commands.options import OUTPUT, Listing, Loaded, Prompts, examples, with_flags
 from lora_cli.commands.panels import write_panels
+from lora_cli.commands.study.placing import Placing, demand_placing, placed
 from lora_cli.commands.study.sequence import demand_fitting, sequence
 from lora_cli.commands.study.shown import LINES, say_outcome, show_cells, show_table
 from lora_cli.errors import NothingMatched, UsageError
 from lora_cli.licences import PolicyFlag
-from lora_cli.methods import file_names
-from lora_cli.options import Flag, Options
+from lora_cli.options import Flag
 from lora_cli.screen import Screen
 from lora_cli.settings import Settings
 from lora_cli.study_options import Asked, asked_options
@@ -27,11 +27,8 @@ if TYPE_CHECKING:
     from lora_cli.steps.study.estimate import Estimator
     from lora_cli.steps.study.request import Planned
 
-    ExecutorName = str
-else:  # one choice per file of executors/
-    ExecutorName = Literal[file_names("lora_cli.executors")]
-WHERE = "Where cells are done"
 SUMMARIES = {
+    "run": "Do the cells of a study's folder that have no result yet.",
     "collect": "Bring the folders of a study's shards together, and write its table.",
     "report": "Say whether recycling is worth it for the study's task, with the numbers behind it, as one HTML page.",
 }
@@ -58,32 +55,13 @@ class OnData(Loaded, frozen=True, kw_only=True):
     license_policy: PolicyFlag = None
 
 
-class Execution(Options, frozen=True, kw_only=True):
-    """Where a study's cells are done."""
+class Execution(Placing, frozen=True, kw_only=True):
+    """The folder of a study, and where its cells are done."""
 
     out: Annotated[
         Path | None, Flag(help="The study's folder.", short="-o", default="below ./lora-runs", panel=OUTPUT)
     ] = None
     dry_run: Annotated[bool, Flag(help="Print the cells and change nothing.", panel=OUTPUT)] = False
-    executor: Annotated[ExecutorName, Flag(help="local: processes on this machine.", panel=WHERE)] = "local"
-    jobs: Annotated[
-        int | None, Flag(help="Cells at once.", minimum=1, default="one per GPU, or per core", panel=WHERE)
-    ] = None
-    shard: Annotated[
-        str | None,
-        Flag(help="Do every n-th cell from the i-th on, i from 0; collect brings shards together.", metavar="I/N",
-             panel=WHERE),
-    ] = None  # fmt: skip
-
-    @property
-    def part(self) -> tuple[int, int]:
-        """(i, n) of the shard, (0, 1) for all cells. UsageError for a malformed one."""
-        if self.shard is None:
-            return 0, 1
-        place, _, of = self.shard.partition("/")
-        if place.isdecimal() and of.isdecimal() and int(place) < int(of):
-            return int(place), int(of)
-        raise UsageError(f"--shard is I/N with I from 0 to N − 1, such as 0/3, not {self.shard!r}")
 
 
 def study(
@@ -108,6 +86,7 @@ def study(
     options, from_file = asked_options(asked)
     settings = setup.load(**{name: value for name, value in from_file.items() if getattr(setup, name, None) is None})
     demand_fitting(asked, execution, options)
+    demand_placing(execution)
     if options.sequence:
         if setup.data or setup.test:
             raise UsageError("--sequence takes no --data and no --test", hint="its tests are --sequence-test V1,V2")
@@ -129,11 +108,14 @@ def study(
             with estimated(screen, planned, settings) as estimator:
                 show_cells(screen, planned, cells, estimator)
             return
-        from lora_cli.executors import executor
         from lora_cli.steps.study.run import run_study
 
-        doing = partial(executor(execution.executor), planned.folder, jobs=execution.jobs, progress=progress)
-        ran = run_study(settings.db, planned, cells, doing, told=partial(say_outcome, screen), progress=progress)
+        planned.write()
+        outcomes = placed(screen, planned.folder, cells, execution, progress)
+        if outcomes is None:
+            return
+        told = partial(say_outcome, screen)
+        ran = run_study(settings.db, planned, cells, outcomes, told=told, progress=progress)
     show_table(screen, ran.collected)
     ran.demand_all()
 
@@ -160,6 +142,7 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora study --quick --dry-run",
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
+            "lora study --data task.jsonl --executor ray --address 10.0.0.1:6379 -o study",
             "lora study collect study",
             "lora study report study -o study.html",
             "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",

@@ -1,16 +1,19 @@
 """The part of `lora study` for --sequence: tasks that come one after another."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_cli.columns import Column, on_request
-from lora_cli.errors import Partial, UsageError
+from lora_cli.commands.study.placing import placed
+from lora_cli.commands.study.shown import say_outcome
+from lora_cli.errors import UsageError
 from lora_cli.metrics import METRICS
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
 from lora_cli.screen import Screen, near
 from lora_cli.settings import Settings
 from lora_cli.study_options import Asked, StudyOptions, names_in
-from lora_cli.text import counted, duration
+from lora_cli.text import counted
 
 if TYPE_CHECKING:
     from lora_cli.commands.study import Execution
@@ -41,7 +44,7 @@ def sequence(
     screen: Screen, settings: Settings, options: StudyOptions, execution: "Execution", prompting: "Prompting"
 ) -> None:
     """Plan a sequence, do its cells, and show its measures."""
-    from lora_cli.executors import executor
+    from lora_cli.steps.study.run import demand_done, failures
     from lora_cli.steps.study.sequence.request import SequenceRequest
 
     request = SequenceRequest(
@@ -61,19 +64,12 @@ def sequence(
             _show_cells(screen, planned)
             return
         folder, cells = planned.write(), planned.plan.cells()
-        failed = []
-        for outcome in executor(execution.executor)(folder, cells, jobs=execution.jobs, progress=progress):
-            if outcome.error:
-                screen.warn(f"{outcome.name}: {outcome.error}")
-                failed.append(outcome)
-            else:
-                screen.say(f"study: {outcome.name}, {duration(outcome.seconds)}")
-    _show_measures(screen, folder)
-    if failed:
-        raise Partial(
-            f"{counted(len(failed), 'cell')} of {len(cells):,} failed, first {failed[0].name}: {failed[0].error}",
-            hint="run the same command again to try these cells again; done ones are kept",
-        )
+        outcomes = placed(screen, folder, cells, execution, progress)
+        if outcomes is None:
+            return
+        failed = failures(folder, outcomes, partial(say_outcome, screen))
+    show_measures(screen, folder)
+    demand_done(failed, len(cells))
 
 
 def demand_fitting(asked: Asked, execution: "Execution", options: StudyOptions) -> None:
@@ -115,7 +111,7 @@ def _show_cells(screen: Screen, planned: "PlannedSequence") -> None:
     screen.say(f"study: {counted(len(cells), 'cell')} in {near(path)}, {len(done):,} done")
 
 
-def _show_measures(screen: Screen, folder: "SequenceFolder") -> None:
+def show_measures(screen: Screen, folder: "SequenceFolder") -> None:
     """The measures of each rule so far, as means over seeds."""
     from lora_cli.steps.study.sequence.table import PICTURE, TABLE_FILE, write_table
 

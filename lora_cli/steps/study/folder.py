@@ -49,6 +49,9 @@ class WorkFolder(Protocol):
     def done(self, cells: Iterable[Piece]) -> set[str]:
         """The names of the cells that have a result."""
 
+    def note_failure(self, name: str, error: str, hint: str) -> None:
+        """Keep why a cell could not be done, until it is."""
+
     def open_needs(self, cells: Iterable[Piece]) -> Sequence[Piece]:
         """The work that these cells need, beside cells, and that is not done."""
 
@@ -152,7 +155,7 @@ class StudyFolder:
 
     def note_failure(self, name: str, error: str, hint: str) -> None:
         """Keep why a cell could not be done, until it is."""
-        write_json(self.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
+        write_failure(self.cell(name), name, error, hint)
 
     def chosen(self, name: str) -> list[str]:
         """The adapters of a selection, as `id@commit`, the best first."""
@@ -192,6 +195,11 @@ def parsed_result(data: bytes, folder: StudyFolder, name: str) -> dict[str, Any]
         pass
     file = folder.cell(name) / RESULT_FILE
     raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")
+
+
+def write_failure(cell: Path, name: str, error: str, hint: str) -> None:
+    """Note in the folder of a cell why it could not be done."""
+    write_json(cell / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
 
 
 def write_json(file: Path, value: Any) -> None:

@@ -25,6 +25,12 @@ class Order:
         """The cells that were left at the beginning."""
         return [*self._cells]
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left or under way."""
+        with self._changed:
+            return not self._waits and not self._under_way
+
     def take(self) -> str | None:
         """The next work that has all it needs; waits where all of it is under way; None at the end."""
         with self._changed:

@@ -4,7 +4,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from typing import Any, Self
 import torch
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import LoraError
-from lora_cli.formats.run_record import peak_bytes
+from lora_cli.errors import DataError, LoraError
+from lora_cli.formats.run_record import peak_bytes, versions
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import loaded_once, pin
 from lora_cli.recipes import EvalOptions
@@ -46,6 +46,9 @@ class Worker:
 
     What a cell needs is made first where nobody has made it. The catalogue is the worker's own, so that workers on
     other machines share nothing but the folder. On a CPU one thread computes: then every worker gives the same bytes.
+
+    Entering raises DataError for a folder without a study, a base or packages of other versions than it was planned
+    with, and the errors of `pin`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -54,6 +57,7 @@ class Worker:
 
     def __enter__(self) -> Self:
         study, stack = self._folder.study, self._stack
+        demand_versions(study.shared["versions"])
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-study-")))
         if study.base.device == "cpu":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -79,6 +83,8 @@ class Worker:
             prompting=prompting,
             task=read_task(self._folder.data),
         )  # fmt: skip
+        if self._maker.ref.version != study.shared["base_version"]:
+            raise DataError(f"{study.base.place}: another version of the base than the study was planned for")
         self._test = read_task(self._folder.test).examples
         self._options = EvalOptions.of(**study.evaluation)
         self._cells = {cell.name: cell for cell in study.cells()}
@@ -89,6 +95,10 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def load(self) -> None:
+        """Load the base, which `run` does where it is not loaded. Errors are those of `BaseRef.load`."""
+        self._maker.ref.load()
 
     def run(self, name: str) -> Outcome:
         """Do a cell or a need by its name, unless it is done. A failure is the outcome.
@@ -178,6 +188,17 @@ def cost_of(device: str, tokens: int, seconds: float) -> dict[str, Any]:
     """What work took in this process, which may have gone on from where a killed one stopped."""
     name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     return {"seconds": seconds, "tokens": tokens, "peak_bytes": peak_bytes(), "device": f"{device} ({name})"}
+
+
+def demand_versions(planned: Mapping[str, str]) -> None:
+    """DataError where Python or a package that computes has another version here than where a study was planned."""
+    here = versions()
+    for name, version in planned.items():
+        if here.get(name) != version:
+            raise DataError(
+                f"{name} is {here.get(name, 'absent')} here, and was {version} where the study was planned",
+                hint="results of different versions are not mixed in one study",
+            )
 
 
 def settings_of(

@@ -11,7 +11,7 @@ import msgspec
 
 from lora_cli.errors import DataError
 from lora_cli.files import read_given, read_regular
-from lora_cli.steps.study.folder import RESULT_FILE, Piece
+from lora_cli.steps.study.folder import RESULT_FILE, Piece, write_failure
 from lora_cli.steps.study.sequence.plan import SCHEMA, Plan
 
 PLAN_FILE = "sequence.json"
@@ -50,6 +50,10 @@ class SequenceFolder:
     def done(self, cells: Iterable[Piece]) -> set[str]:
         """The names of the cells that have a result."""
         return {cell.name for cell in cells if (self.cell(cell.name) / RESULT_FILE).is_file()}
+
+    def note_failure(self, name: str, error: str, hint: str) -> None:
+        """Keep why a cell could not be done, until it is."""
+        write_failure(self.cell(name), name, error, hint)
 
     def open_needs(self, cells: Iterable[Piece]) -> list[Piece]:
         """Nothing: what the cells of a sequence need are cells."""

@@ -24,7 +24,7 @@ from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, 
 from lora_cli.steps.study.sequence.data import read_data
 from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
 from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Stage, weights_of
-from lora_cli.steps.study.work import PART, Outcome, answers_of, cost_of, settings_of
+from lora_cli.steps.study.work import PART, Outcome, answers_of, cost_of, demand_versions, settings_of
 from lora_cli.steps.train.request import train_job
 
 
@@ -48,7 +48,8 @@ class SequenceWorker:
     The cells that a cell needs are done first where nobody has done them. The catalogue is the worker's own, so that
     workers share nothing but the folder. On a CPU one thread computes: then every worker gives the same bytes.
 
-    Entering raises DataError for a folder without a sequence, and the errors of `pin`.
+    Entering raises DataError for a folder without a sequence, a base or packages of other versions than it was planned
+    with, and the errors of `pin`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,6 +58,7 @@ class SequenceWorker:
 
     def __enter__(self) -> Self:
         self.plan = plan = self._folder.plan
+        demand_versions(plan.shared["versions"])
         self._cells, stack = {cell.name: cell for cell in plan.cells()}, self._stack
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sequence-")))
         if plan.base.device == "cpu":
@@ -88,8 +90,12 @@ class SequenceWorker:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
+    def load(self) -> None:
+        """Load the base, which `run` does where it is not loaded. Errors are those of `BaseRef.load`."""
+        self._ref.load()
+
     def run(self, name: str) -> Outcome:
-        """Do a cell by its name, unless it is done. A failure is the outcome, and is noted in the cell's folder.
+        """Do a cell by its name, unless it is done. A failure is the outcome.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -98,15 +104,11 @@ class SequenceWorker:
         try:
             made = self._cell(self._cells[name])
         except LoraError as error:
-            return self._failed(name, error.message, error.hint)
+            return Outcome(name=name, error=error.message, hint=error.hint)
         except (MemoryError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
             # A fault of one cell, even a bug, does not end the others.
-            return self._failed(name, f"{type(error).__name__}: {error}", "")
+            return Outcome(name=name, error=f"{type(error).__name__}: {error}")
         return Outcome(name=name, seconds=time.monotonic() - began if made else 0.0)
-
-    def _failed(self, name: str, error: str, hint: str) -> Outcome:
-        write_json(self._folder.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
-        return Outcome(name=name, error=error, hint=hint)
 
     def _cell(self, cell: Cell) -> bool:
         """Do a cell, after those that it needs; False if it is done."""
