@@ -8,8 +8,8 @@ import secrets
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
@@ -22,8 +22,10 @@ from lora_cli.steps.study.workers import folder_in, worker_in
 
 _ANSWER_WITHIN = 10.0
 _JOIN_WITHIN = 60.0
+_CLOSE_WITHIN = 2.0
+"""Seconds for an address to answer, for Ray to join the cluster there, and for a worker to tidy up."""
 _LEAST_STORE = 78_643_200
-"""Seconds for an address to answer, and for Ray to join the cluster there; bytes of Ray's smallest object store."""
+"""Bytes of Ray's smallest object store."""
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_BACKEND_LOG_LEVEL": "error",
@@ -47,7 +49,7 @@ class RemoteWorker:
     def open(self, path: str, token: str) -> str:
         """Load the base for the study in the folder `path`, and say why that failed, if it did."""
         try:
-            if not (Path(path) / token).is_file():
+            if not _readable(Path(path) / token):
                 return f"{path} is not the folder of the study here: workers share it by a common file system"
             self._worker = worker_in(Path(path))
             self._stack.enter_context(self._worker)
@@ -66,6 +68,18 @@ class RemoteWorker:
     def place(self) -> str:
         """The name of the machine."""
         return platform.node()
+
+    def close(self) -> None:
+        """Remove what the worker has outside the study's folder."""
+        self._stack.close()
+
+
+def _readable(file: Path) -> bool:
+    try:
+        file.read_bytes()
+    except OSError:
+        return False
+    return True
 
 
 class _Hand:
@@ -111,15 +125,16 @@ class _Hand:
             raise Died(_reason(error)) from None
 
     def end(self) -> None:
-        """End the actor's process."""
+        """End the actor's process, after it has tidied up where it is free to."""
         import ray
 
         actor, self._actor = self._actor, None
         if actor is not None:
+            ray.wait([actor.close.remote()], timeout=_CLOSE_WITHIN)
             ray.kill(actor)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """An error of Ray in one line: its first, or the last of a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[-1] if "Traceback" in str(error) or "traceback" in str(error) else lines[0]
@@ -127,7 +142,7 @@ def _reason(error: Exception) -> str:
 
 def main() -> None:
     """Do the work of one request, and answer with what becomes of it."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    answers, errors = os.fdopen(os.dup(1), "w", encoding="utf-8"), os.dup(2)
     with open(os.devnull, "w") as nowhere:  # noqa: PTH123
         os.dup2(nowhere.fileno(), 1)  # Ray prints what is no answer
         os.dup2(nowhere.fileno(), 2)
@@ -145,6 +160,9 @@ def main() -> None:
         answer("end")
     except LoraError as error:
         _answer_failure(answer, error)
+    except BaseException:
+        os.dup2(errors, 2)  # a bug keeps its traceback
+        raise
 
 
 def _listen() -> None:
@@ -165,8 +183,8 @@ def _work(request: Mapping[str, Any], answer: Callable[..., None]) -> None:
     resources = {"num_cpus": 1, "num_gpus": gpus}
     room = _joined(request["address"], answer, jobs=request["jobs"])
     workers = min(_number(room, gpus, request["jobs"], answer), count)
-    with NamedTemporaryFile(dir=path, prefix=".shared-") as token:
-        hands = [_Hand(number, path, Path(token.name).name, resources) for number in range(workers)]
+    with _token_in(path) as token:
+        hands = [_Hand(number, path, token, resources) for number in range(workers)]
         outcomes = together(order, hands, lambda text: answer("warning", text=text))
         for done, outcome in enumerate(outcomes, 1):
             answer("progress", progress=["cells", done, count])
@@ -174,6 +192,17 @@ def _work(request: Mapping[str, Any], answer: Callable[..., None]) -> None:
     import ray
 
     ray.shutdown()
+
+
+@contextmanager
+def _token_in(folder: Path) -> Iterator[str]:
+    """The name of a new file in `folder`, by which a worker finds that it sees the same folder."""
+    try:
+        token = NamedTemporaryFile(dir=folder, prefix=".shared-")  # noqa: SIM115
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written ({error.strerror})") from None
+    with token:
+        yield Path(token.name).name
 
 
 def _joined(address: str, answer: Callable[..., None], *, jobs: int | None) -> Mapping[str, float]:
@@ -198,7 +227,7 @@ def _joined(address: str, answer: Callable[..., None], *, jobs: int | None) -> M
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="CRITICAL", **started)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise _not_joined(address, _reason(error)) from None
+        raise _not_joined(address, _reason(error.__cause__ or error)) from None
     finally:
         alarm.cancel()
     room: dict[str, float] = ray.cluster_resources()
@@ -222,10 +251,14 @@ def _give_up(address: str, answer: Callable[..., None]) -> None:
 
 
 def _not_joined(address: str, why: str) -> NetworkError:
-    what = f"cannot join the Ray cluster at {address}" if address else "cannot start a Ray cluster"
+    if address:
+        return NetworkError(
+            f"cannot join the Ray cluster at {address}: {why}",
+            hint="ray status shows whether it runs; join it from one of its own machines",
+        )
     return NetworkError(
-        f"{what}: {why}",
-        hint="ray status shows whether it runs; join it from one of its own machines" if address else "",
+        f"cannot start a Ray cluster: {why}",
+        hint="its sockets and logs are in the folder of RAY_TMPDIR, else TMPDIR, else /tmp, whose path has to be short",
     )
 
 

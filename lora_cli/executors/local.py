@@ -5,6 +5,7 @@ import os
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -43,10 +44,7 @@ def local(
     count = len(order.cells)
     workers = min(jobs or _places(folder), count)
     progress("cells", 0, count)
-    if workers <= 1:
-        outcomes = _alone(folder, order)
-    else:
-        outcomes = together(order, [_Process(folder, number) for number in range(workers)], warn)
+    outcomes = _alone(folder, order) if workers <= 1 else _by_processes(folder, order, workers, warn)
     for done, outcome in enumerate(outcomes, 1):
         progress("cells", done, count)
         yield outcome
@@ -65,11 +63,16 @@ def _alone(folder: WorkFolder, order: Order) -> Iterator[Outcome]:
             yield from order.ended(worker.run(name))
 
 
+def _by_processes(folder: WorkFolder, order: Order, workers: int, warn: Callable[[str], None]) -> Iterator[Outcome]:
+    with tempfile.TemporaryDirectory(prefix="lora-study-") as home:  # workers that are killed tidy up nothing
+        yield from together(order, [_Process(folder, number, home) for number in range(workers)], warn)
+
+
 class _Process:
     """A worker in a process of its own, which is started when it is asked, and again when it has died."""
 
-    def __init__(self, folder: WorkFolder, number: int) -> None:
-        self._folder, self._number = folder, number
+    def __init__(self, folder: WorkFolder, number: int, home: str) -> None:
+        self._folder, self._number, self._home = folder, number, home
         self._process: subprocess.Popen[str] | None = None
         self._ended = False
 
@@ -105,7 +108,7 @@ class _Process:
 
     def _start(self) -> "subprocess.Popen[str]":
         places = json.dumps([str(Path(place).absolute()) for place in sys.path])
-        environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "TMPDIR": self._home}
         if self._folder.device == "cuda":
             known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             ours = known if known != [""] else [str(place) for place in range(torch.cuda.device_count())]

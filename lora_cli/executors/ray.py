@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import LoraError, NetworkError, UsageError
+from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
 from lora_cli.records import Progress, silent
 from lora_cli.steps.study.crew import unheard
 from lora_cli.steps.study.folder import Piece, WorkFolder
@@ -23,7 +23,7 @@ from lora_cli.steps.study.work import Outcome
 _DRIVER = (
     "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors._ray_driver import main; main()"
 )
-_FAILURES = {kind.__name__: kind for kind in (LoraError, NetworkError, UsageError)}
+_FAILURES = {kind.__name__: kind for kind in (LoraError, NetworkError, OutputError, UsageError)}
 _PATIENCE = 20.0
 
 

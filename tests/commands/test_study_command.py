@@ -26,13 +26,21 @@ def test_the_examples_of_the_page_run(own_world: World, monkeypatch: pytest.Monk
     Path("study.toml").write_text(study_file)
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(lora study --file .*?)`", text)
-    assert len(lines) == 5
+    reports = [line for line in lines if line.startswith("lora study report")]
+    assert (len(lines), len(reports)) == (8, 3)
     for line in lines:
+        if line in reports:
+            continue
         told = ok(*shlex.split(line)[1:], "--json")
         document = json.loads(told.out)
         assert document["schema"] == "lora.study/1"
         assert document["rows"], line
         assert not document["failed"], line
+    page, markdown, numbers = (ok(*shlex.split(line, comments=True)[1:]).out for line in reports)
+    assert Path("study.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert "study.html" in page
+    assert "| adaptive | relevant |" in markdown
+    assert json.loads(numbers)["schema"] == "lora.study.report/1"
     both, cells = ok("study", "collect", "both", "--json"), [*Path("both").glob("cells/*/result.json")]
     assert json.loads(both.out)["done"] == len(cells)
     study = {

@@ -35,10 +35,13 @@ def workers() -> list[int]:
 
 
 @pytest.mark.slow
-def test_two_workers_give_the_bytes_of_one(place: Path) -> None:
+def test_two_workers_give_the_bytes_of_one(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     ok(*WORDS, "-o", "two", "--jobs", "2")
     assert results(place / "two") == results(place / "calm")
     assert workers() == []
+    assert [*(tmp_path / "temporary").iterdir()] == []
 
 
 @pytest.mark.slow

@@ -56,17 +56,20 @@ def cluster(hooks: Path, *nodes: str) -> Iterator[str]:
     """A head without cores and these nodes; yields the address. See tests/executors/ray_cluster.py."""
     hooks.mkdir()
     words = [sys.executable, "-m", "tests.executors.ray_cluster", str(hooks), *nodes]
-    log = (hooks / "log").open("w")
     quiet = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    with subprocess.Popen(
-        words, cwd=ROOT, env=quiet, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
-    ) as process:
+    with (
+        (hooks / "log").open("w") as log,
+        subprocess.Popen(
+            words, cwd=ROOT, env=quiet, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+        ) as process,
+    ):
         assert process.stdout is not None
         line = next((line for line in process.stdout if line.startswith("cluster ")), "")
         assert line, (hooks / "log").read_text()
-        yield line.split()[1]
-        process.communicate()
-    log.close()
+        try:
+            yield line.split()[1]
+        finally:
+            process.communicate()
 
 
 @pytest.mark.slow
@@ -94,14 +97,20 @@ def test_a_worker_that_is_killed_in_a_cell_is_replaced_and_every_cell_is_there_o
 
 
 @pytest.mark.slow
-def test_nodes_that_cannot_work_are_named_and_the_others_go_on(place: Path, tmp_path: Path) -> None:
+def test_nodes_that_cannot_work_are_named_and_the_others_go_on(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of three nodes cannot read the base, one does not see the study's folder."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # paths of its sockets are short
     with cluster(tmp_path / "hooks", "-", "place/base/", "place/two/") as address:
         told = ok(*RAY, "-o", "two", "--address", address)
         [base] = [line for line in told.err.splitlines() if "warning" in line and "place/base" in line]
         [folder] = [line for line in told.err.splitlines() if "warning" in line and "place/two" in line]
         assert "does nothing" in base
-        assert "does nothing: " in folder
+        assert "place/two is not the folder of the study here" in folder
+        assert [*(tmp_path / "temporary").glob("lora-*")] == []
         assert results(place / "two") == results(place / "calm")
 
 
