@@ -15,6 +15,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
+from lora_cli.files import read_regular
 from lora_cli.steps.study.crew import Died, Unfit, together
 from lora_cli.steps.study.order import Order
 from lora_cli.steps.study.work import Outcome
@@ -22,7 +23,7 @@ from lora_cli.steps.study.workers import folder_in, worker_in
 
 _ANSWER_WITHIN = 10.0
 _JOIN_WITHIN = 60.0
-_CLOSE_WITHIN = 2.0
+_CLOSE_WITHIN = 10.0
 """Seconds for an address to answer, for Ray to join the cluster there, and for a worker to tidy up."""
 _LEAST_STORE = 78_643_200
 """Bytes of Ray's smallest object store."""
@@ -52,7 +53,8 @@ class RemoteWorker:
             if not _readable(Path(path) / token):
                 return f"{path} is not the folder of the study here: workers share it by a common file system"
             self._worker = worker_in(Path(path))
-            self._stack.enter_context(self._worker)
+            self._stack.push(self._worker)  # it is closed even if it cannot be entered
+            self._worker.__enter__()
             self._worker.load()
         except LoraError as error:
             return error.message
@@ -76,7 +78,7 @@ class RemoteWorker:
 
 def _readable(file: Path) -> bool:
     try:
-        file.read_bytes()
+        read_regular(file)
     except OSError:
         return False
     return True
