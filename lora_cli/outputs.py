@@ -69,7 +69,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     target = target.absolute()
     partial = _beside(target)
     try:
-        with _place_of_a_full_disk(target), _explained(target):
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
             _sweep(target)
             # Mode x neither follows a link nor takes a file of another process.
@@ -84,6 +84,13 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """OutputError for an OSError while `place` is written, a full disk included."""
+    with _place_of_a_full_disk(place), _explained(place):
+        yield
 
 
 @contextmanager

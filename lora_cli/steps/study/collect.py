@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 
 from lora_cli.errors import DataError, OutputError
-from lora_cli.files import open_regular
-from lora_cli.outputs import whole_file
+from lora_cli.files import open_regular, reading
+from lora_cli.outputs import whole_file, writing
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.study.folder import (
     CANDIDATES_FILE,
@@ -58,7 +58,7 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
     cells = sorted(study.cells())
     if [folder.path for folder in folders] != [target.path]:
         sources = _sources(folders, cells, progress)
-        with held(target.path):
+        with held(target.path), writing(target.path):
             _bring(folders, target, study, sources, progress)
     return _table(target, cells, progress)
 
@@ -119,6 +119,8 @@ def _bring(
             for entry in sorted(folder.shared.iterdir()):
                 place = target.shared / entry.name
                 if not entry.name.startswith(".") and not place.exists():
+                    if entry.is_symlink():
+                        raise _foreign(entry)
                     (_copy_folder if entry.is_dir() else _copy_file)(entry, place)
     with whole_file(target.path / STUDY_FILE) as file:
         file.write(study_text(study))
@@ -126,7 +128,7 @@ def _bring(
 
 def _copy_file(source: Path, target: Path) -> None:
     if source != target and not target.exists():
-        with whole_file(target) as file, open_regular(source) as opened:
+        with reading(source), open_regular(source) as opened, whole_file(target) as file:
             shutil.copyfileobj(opened, file)
 
 
@@ -141,12 +143,23 @@ def _copy_folder(source: Path, target: Path) -> None:
 
 
 def _copy_entries(source: str, target: str) -> None:
-    """Copy the contents of a folder: without owners and times, which take longer than a small file itself."""
+    """Copy the contents of a folder: without owners and times, which take longer than a small file itself.
+
+    DataError for anything but files and folders: the target of a link is no part of a study.
+    """
     os.mkdir(target)  # noqa: PTH102 - names as texts are what scandir gives
     with os.scandir(source) as entries:
         for entry in entries:
-            copy = _copy_entries if entry.is_dir(follow_symlinks=False) else shutil.copyfile
-            copy(entry.path, f"{target}/{entry.name}")
+            if entry.is_dir(follow_symlinks=False):
+                _copy_entries(entry.path, f"{target}/{entry.name}")
+            elif entry.is_file(follow_symlinks=False):
+                shutil.copyfile(entry.path, f"{target}/{entry.name}")
+            else:
+                raise _foreign(Path(entry.path))
+
+
+def _foreign(place: Path) -> DataError:
+    return DataError(f"{place}: neither a file nor a folder; links and pipes are not copied", hint="remove it")
 
 
 def _table(folder: StudyFolder, cells: Sequence[Cell], progress: Progress) -> Collected:

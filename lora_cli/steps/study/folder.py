@@ -1,5 +1,6 @@
 """The folder of a study: where its plan, its data, its cells and their shared work are."""
 
+import hashlib
 import json
 import os
 import time
@@ -8,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from lora_cli.errors import DataError, OutputError
-from lora_cli.files import read_given, read_regular
-from lora_cli.outputs import hold, whole_file
+from lora_cli.files import read_given, read_regular, unreadable
+from lora_cli.outputs import hold, whole_file, writing
 from lora_cli.records import Adapter
 from lora_cli.steps.study.plan import Need, Study, read_study, study_text
 
@@ -62,6 +63,29 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     cell: str
     error: str
     hint: str = ""
+
+
+class _Answer(msgspec.Struct):
+    """An answer in a result, as far as tables read it."""
+
+    id: str
+    value: float
+
+
+class _Result(msgspec.Struct):
+    """A result, as far as tables read it."""
+
+    schema: str
+    cell: str
+    value: float
+    n: int
+    answers: Annotated[list[_Answer], msgspec.Meta(min_length=1)]
+
+
+class _Selection(msgspec.Struct):
+    """The file of a selection."""
+
+    adapters: list[str]
 
 
 @dataclass(frozen=True)
@@ -143,8 +167,14 @@ class StudyFolder:
         return parsed_result(self.result_bytes(name), self, name)
 
     def result_bytes(self, name: str) -> bytes:
-        """The bytes of a cell's result. FileNotFoundError where there is none."""
-        return read_regular(Path(f"{self.cells}/{name}/{RESULT_FILE}"))
+        """The bytes of a cell's result. FileNotFoundError where there is none, DataError if it cannot be read."""
+        file = Path(f"{self.cells}/{name}/{RESULT_FILE}")
+        try:
+            return read_regular(file)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise unreadable(file, error) from None
 
     def failure(self, name: str) -> Failure | None:
         """Why a cell could not be done, None if it was not tried or is done."""
@@ -158,14 +188,48 @@ class StudyFolder:
         write_failure(self.cell(name), name, error, hint)
 
     def chosen(self, name: str) -> list[str]:
-        """The adapters of a selection, as `id@commit`, the best first."""
-        found: list[str] = json.loads(read_regular(self.selection(name)))["adapters"]
+        """The adapters of a selection, as `id@commit`, the best first. DataError for others than the candidates."""
+        file = self.selection(name)
+        try:
+            found = msgspec.json.decode(read_regular(file), type=_Selection).adapters
+        except OSError as error:
+            raise unreadable(file, error) from None
+        except (msgspec.DecodeError, RecursionError):
+            found = []
+        if not found or not self._pinned.issuperset(found):
+            raise DataError(f"{file}: no selection of this study's candidates", hint="remove it and run again")
         return found
 
     def candidates(self) -> Iterator[Adapter]:
-        """The adapters that pools are chosen from, with all their facts."""
-        for line in read_regular(self.path / CANDIDATES_FILE).splitlines():
-            yield msgspec.json.decode(line, type=Adapter)
+        """The adapters that pools are chosen from, with all their facts. DataError for a damaged file."""
+        file = self.path / CANDIDATES_FILE
+        try:
+            for line in read_regular(file).splitlines():
+                yield msgspec.json.decode(line, type=Adapter)
+        except OSError as error:
+            raise unreadable(file, error) from None
+        except (msgspec.DecodeError, RecursionError):
+            raise DataError(f"{file}: a line is no adapter") from None
+
+    @cached_property
+    def _pinned(self) -> frozenset[str]:
+        """The candidates, as `id@commit`."""
+        return frozenset(one.ref.pinned for one in self.candidates())
+
+    def demand_unchanged(self) -> None:
+        """DataError if data, test data or candidates are others than those that the study was planned for."""
+        shared = self.study.shared
+        pinned = "\n".join(one.ref.pinned for one in self.candidates())
+        found = {
+            DATA_FILE: (_sha256(self.data), shared["data"]),
+            TEST_FILE: (_sha256(self.test), shared["test"]),
+            CANDIDATES_FILE: (hashlib.sha256(pinned.encode()).hexdigest(), shared["candidates"]),
+        }
+        for name, (ours, planned) in found.items():
+            if ours != planned:
+                raise DataError(
+                    f"{self.path / name} has changed since the study was planned", hint="choose another folder with -o"
+                )
 
     def scratch(self, name: str) -> Path:
         """The folder of unfinished work on a need; nobody but its holder touches it."""
@@ -174,9 +238,13 @@ class StudyFolder:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it while the block runs; wait while another process holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    """Make `folder` and hold it while the block runs; wait while another process holds it.
+
+    Raises OutputError where it cannot be made, or is a link.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         while not hold(descriptor, without_locks=True):
             time.sleep(_PATIENCE)
@@ -188,10 +256,11 @@ def held(folder: Path) -> Iterator[None]:
 def parsed_result(data: bytes, folder: StudyFolder, name: str) -> dict[str, Any]:
     """The result of the cell `name` in the bytes of its file. DataError for anything else."""
     try:
-        found: dict[str, Any] = msgspec.json.decode(data)
-        if found["schema"] == "lora.study.cell/1" and found["cell"] == name:
+        result = msgspec.json.decode(data, type=_Result)
+        if result.schema == "lora.study.cell/1" and result.cell == name:
+            found: dict[str, Any] = msgspec.json.decode(data)
             return found
-    except (msgspec.DecodeError, KeyError, TypeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError):
         pass
     file = folder.cell(name) / RESULT_FILE
     raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")
@@ -230,3 +299,10 @@ def demand_free(
         raise OutputError(f"{path}: cannot be read ({error.strerror})", hint="choose another folder with -o") from None
     if found - {*beside}:
         raise OutputError(f"{path} exists, and is no {what}", hint="choose another folder with -o")
+
+
+def _sha256(file: Path) -> str:
+    try:
+        return hashlib.sha256(read_regular(file)).hexdigest()
+    except OSError as error:
+        raise unreadable(file, error) from None

@@ -3,17 +3,19 @@
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from lora_cli.errors import DataError, OutputError
+from lora_cli.errors import DataError, LoraError, OutputError
 from lora_cli.licences import Policy
 from lora_cli.precision import Loading
-from lora_cli.steps.study.ways import Rule, Way
-from lora_cli.text import shortened
+from lora_cli.steps.study.ways import Rule, Way, demand_name
+from lora_cli.text import counted, shortened
 
 SCHEMA = "lora.study/1"
+MOST_CELLS = 1_000_000
+"""A study has no more: each of them is a folder."""
 _OF_BASE = ("data", "candidates")
 """What the base's own cell does not depend on."""
 _OF_TARGET = ("candidates",)
@@ -47,7 +49,12 @@ class Grid(msgspec.Struct, frozen=True, kw_only=True):
     systems: tuple[str, ...]
     pools: tuple[str, ...]
     seed: int
-    seeds: int
+    seeds: Annotated[int, msgspec.Meta(ge=1)]
+
+    @property
+    def most(self) -> int:
+        """At most so many cells."""
+        return len(self.systems) * max(1, len(self.pools)) * self.seeds
 
 
 class Base(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,14 +207,37 @@ def shard_of(cells: Sequence[Cell], shard: tuple[int, int]) -> list[Cell]:
 
 
 def read_study(data: bytes, where: str) -> Study:
-    """The study in the bytes of a study.json. DataError for anything else."""
+    """The study in the bytes of a study.json. DataError for anything else, or a plan that `lora study` cannot make."""
     try:
         study = msgspec.json.decode(data, type=Study)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not a study of lora ({error})") from None
-    if study.schema != SCHEMA:
-        raise DataError(f"{where}: a study of another version of lora ({shortened(study.schema)})")
+        if study.schema != SCHEMA:
+            raise DataError(f"{where}: a study of another version of lora ({shortened(study.schema)})")
+        _demand_sound(study)
+    except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: not a study of lora ({shortened(str(error))})") from None
+    except LoraError as error:
+        raise error if isinstance(error, DataError) else DataError(f"{where}: {error.message}") from None
     return study
+
+
+def demand_countable(grids: Sequence[Grid]) -> None:
+    """ValueError for more cells than a study has."""
+    if (most := sum(grid.most for grid in grids)) > MOST_CELLS:
+        raise ValueError(f"{counted(most, 'cell')}, and a study has at most {MOST_CELLS:,}")
+
+
+def _demand_sound(study: Study) -> None:
+    """An error for names that are no names of folders or stand for nothing, for options that nothing takes, and for
+    too many cells.
+    """
+    for name in (*study.systems, *study.pools):
+        demand_name(name, "system or pool")
+    used = {*completed(study.systems, study.pools)}
+    used.update(name for grid in study.grids for name in (*grid.systems, *grid.pools))
+    if lost := sorted(used - {*study.systems, *study.pools}):
+        raise ValueError(f"{shortened(lost[0])} is not defined")
+    demand_countable(study.grids)
+    _Names(study)  # reads the options of every system and pool
 
 
 def study_text(study: Study) -> bytes:

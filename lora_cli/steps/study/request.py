@@ -28,7 +28,7 @@ from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.pool.lookup import names_of
 from lora_cli.steps.select.request import SelectRequest
 from lora_cli.steps.study.folder import STUDY_FILE, StudyFolder, demand_free, write_plan
-from lora_cli.steps.study.plan import BEST, Base, Cell, Grid, Study, completed, study_text
+from lora_cli.steps.study.plan import BEST, Base, Cell, Grid, Study, completed, demand_countable, study_text
 from lora_cli.steps.study.ways import rule_of, way_of
 from lora_cli.steps.task_view import repeated
 from lora_cli.study_options import StudyOptions
@@ -95,6 +95,10 @@ class StudyRequest:
             raise UsageError(f"{without[0]} takes the adapters of a pool", hint="give --pools random,…")
         self.pools = {name: rule_of(name, options, self._selected) for name in pools}
         self.grid = Grid(systems=tuple(names), pools=tuple(pools), seed=settings.seed, seeds=options.seeds)
+        try:
+            demand_countable([self.grid])
+        except ValueError as error:
+            raise UsageError(str(error), hint="give fewer --seeds") from None
 
     def planned(self, out: Path | None = None) -> Planned:
         """The plan in the folder `out`, by default below the setting `runs`. A study there is extended.

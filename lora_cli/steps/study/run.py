@@ -69,7 +69,9 @@ def run_study(
 
     Raises:
         OutputError: the study's folder cannot be written.
+        DataError: its data or its candidates are others than the plan's.
     """
+    planned.folder.demand_unchanged()
     study = planned.study
     shared = dict(study.shared)
     inputs = {f"base:{shared['base']}@{shared['base_version']}": shared["base_version"]}

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from lora_cli.errors import DataError
 from lora_cli.metrics import METRICS
 from lora_cli.scores import Difference, interval, paired_differences
-from lora_cli.steps.study.folder import StudyFolder
+from lora_cli.steps.study.folder import RESULT_FILE, StudyFolder
 from lora_cli.steps.study.plan import Cell, Study
 
 Values = Mapping[str, float]
@@ -43,13 +44,39 @@ def lines(folder: StudyFolder, *, seed: int = 0) -> list[Line]:
 
 
 def grouped(folder: StudyFolder) -> dict[tuple[str, str], dict[Cell, dict[str, Any]]]:
-    """The results that are there, by (system, pool) and cell, in the plan's order."""
-    cells, groups = folder.study.cells(), dict[tuple[str, str], dict[Cell, dict[str, Any]]]()
+    """The results that are there, by (system, pool) and cell, in the plan's order.
+
+    Raises DataError for a result that is damaged, or that answers other examples than the one before.
+    """
+    cells, results, groups = folder.study.cells(), _Results(folder), dict[tuple[str, str], dict[Cell, dict[str, Any]]]()
     done = folder.done(cells)
     for cell in cells:
         if cell.name in done:
-            groups.setdefault((cell.system, cell.pool), {})[cell] = folder.result(cell.name)
+            groups.setdefault((cell.system, cell.pool), {})[cell] = results.of(cell.name)
     return groups
+
+
+class _Results:
+    """The results in a study's folder, which answer the same examples."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        self._folder, self._first = folder, frozenset[str]()
+        self._is_share = METRICS.get(folder.study.evaluation["metric"]).score == "share"
+
+    def of(self, name: str) -> dict[str, Any]:
+        """The result of a cell."""
+        found = self._folder.result(name)
+        ids = frozenset(answer["id"] for answer in found["answers"])
+        self._first = self._first or ids
+        if ids != self._first:
+            raise self._damaged(name, "answers other examples than the other cells")
+        if self._is_share and not all(0 <= answer["value"] <= 1 for answer in found["answers"]):
+            raise self._damaged(name, "an answer's value is not between 0 and 1")
+        return found
+
+    def _damaged(self, name: str, fault: str) -> DataError:
+        file = self._folder.cell(name) / RESULT_FILE
+        return DataError(f"{file}: {fault}", hint="remove its folder and run the study again")
 
 
 def mean_values(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:

@@ -107,7 +107,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 def way_of(name: str, options: StudyOptions) -> Way:
     """The system called `name`. UsageError for an unknown name, or options that it does not take."""
     given = dict(options.own_systems.get(name, {}))
-    _demand_name(name, "system")
+    demand_name(name, "system")
     if name in options.own_systems:
         method, preset, target = given.pop("method", ""), given.pop("preset", ""), bool(given.pop("target", False))
         if bool(method) == bool(preset):
@@ -172,7 +172,7 @@ def rule_of(name: str, options: StudyOptions, selected: Mapping[str, tuple[str, 
         selected: by pool, the adapters (`id@commit`) of those that are known before the study: stored selections, and
             choices by stored scores.
     """
-    _demand_name(name, "pool")
+    demand_name(name, "pool")
     if name not in RULES and name not in options.own_pools:
         known = [*RULES, *options.own_pools]
         hint = nearest(name, known, f"there are {', '.join(RULES)}, and those that a study file defines")
@@ -194,6 +194,7 @@ def rule_of(name: str, options: StudyOptions, selected: Mapping[str, tuple[str, 
         raise UsageError(f"pool {name}: {error.message}", hint=error.hint) from None
 
 
-def _demand_name(name: str, what: str) -> None:
+def demand_name(name: str, what: str) -> None:
+    """UsageError unless `name` can name a system or a pool, and so a folder."""
     if _NAME.fullmatch(name) is None:
         raise UsageError(f"{what} {name!r}: a name has letters, digits and . _ + - alone, and at most 64 of them")
