@@ -65,9 +65,14 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
             hint = nearest(name, cls.__struct_fields__, f"there are {', '.join(cls.__struct_fields__)}")
             raise UsageError(f"unknown option {name!r}", hint=hint)
         try:
-            return cls.of_settings({setting(name): cls._readable(name, value) for name, value in values.items()})
+            made = cls.of_settings({setting(name): cls._readable(name, value) for name, value in values.items()})
         except msgspec.ValidationError as error:
             raise UsageError(str(error)) from None
+        for name, (_, flag) in cls.flags().items():
+            value = getattr(made, name)
+            if flag.minimum is not None and value is not None and value < flag.minimum:
+                raise UsageError(f"--{setting(name).replace('_', '-')} must be at least {flag.minimum}, not {value}")
+        return made
 
     @classmethod
     def _readable(cls, field: str, value: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 import lora_cli
 from lora_cli.steps.study.work import Worker
-from tests.cli import lora, ok
+from tests.cli import lora, ok, refused
 from tests.small_study import GRID, SHORT, WORDS, results, table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -173,6 +173,21 @@ def test_a_study_file_is_its_flags_and_an_unknown_key_has_a_suggestion(place: Pa
     assert told.code == 2
     assert "unknown key 'stepz'" in told.err
     assert "steps" in told.err
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("k = 0", "--k must be at least 1, not 0"),
+        ("steps = -3", "--steps must be at least 1, not -3"),
+        ('pools = [{name = "none", by = "random", k = 0}]', "pool none: --k must be at least 1"),
+        ('systems = [{name = "back", preset = "adaptive", steps = -3}]', "system back: --steps must be at least 1"),
+    ],
+)
+def test_a_study_file_is_held_to_the_bounds_of_its_flags(place: Path, line: str, said: str) -> None:
+    (place / "study.toml").write_text(f'data = "task.jsonl"\n{line}\n')
+    assert said in refused(2, "study", "--file", "study.toml", "-o", "new")
+    assert not (place / "new").exists()
 
 
 def test_a_broken_adapter_fails_its_cells_and_the_others_go_on(place: Path) -> None:
