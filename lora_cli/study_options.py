@@ -196,6 +196,9 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if name not in known:
             hint = nearest(name, known, f"keys are {', '.join(known)}")
             raise UsageError(f"{file}: unknown key {name!r}", hint=hint)
+    for name in PRESETS:
+        if not isinstance(values.get(name, False), bool):
+            raise UsageError(f"{file}: {name} must be true or false, not {values[name]!r}")
     settings = {name: _setting(file, name, values.pop(name)) for name in OF_SETTINGS if name in values}
     for what in ("sequence", "sequence_test"):
         if what in values:

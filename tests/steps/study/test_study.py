@@ -179,12 +179,13 @@ def test_a_study_file_is_its_flags_and_an_unknown_key_has_a_suggestion(place: Pa
     ("line", "said"),
     [
         ("k = 0", "--k must be at least 1, not 0"),
+        ("quick = 3", "quick must be true or false, not 3"),
         ("steps = -3", "--steps must be at least 1, not -3"),
         ('pools = [{name = "none", by = "random", k = 0}]', "pool none: --k must be at least 1"),
         ('systems = [{name = "back", preset = "adaptive", steps = -3}]', "system back: --steps must be at least 1"),
     ],
 )
-def test_a_study_file_is_held_to_the_bounds_of_its_flags(place: Path, line: str, said: str) -> None:
+def test_a_study_file_is_held_to_the_kinds_and_bounds_of_its_flags(place: Path, line: str, said: str) -> None:
     (place / "study.toml").write_text(f'data = "task.jsonl"\n{line}\n')
     assert said in refused(2, "study", "--file", "study.toml", "-o", "new")
     assert not (place / "new").exists()
