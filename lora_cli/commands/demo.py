@@ -14,7 +14,8 @@ from lora_cli.settings import load
 from lora_cli.text import difference, interval
 
 if TYPE_CHECKING:
-    from lora_cli.records import Score
+    from lora_cli.records import Progress, Score
+    from lora_cli.world import World
     from lora_cli.world.tour import Chapter
 
 _COLUMNS = (
@@ -36,6 +37,7 @@ def demo(
         Literal["small", "test"], typer.Option("--size", help="small (minutes) or test (half a minute).")
     ] = "small",
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything random.", show_default="0")] = None,
+    study: Annotated[bool, typer.Option("--study", help="Then run a small study on the main task.")] = False,
     *,
     form: Document,
 ) -> None:
@@ -54,7 +56,9 @@ def demo(
 
         from lora_cli.world.tour import tour
 
-        found = tour(world, folder.absolute() / "lora.db", folder.absolute() / "lora-runs", progress=progress)
+        db, runs = folder.absolute() / "lora.db", folder.absolute() / "lora-runs"
+        found = tour(world, db, runs, progress=progress)
+        studied = _studied(world, db, runs / "study", progress) if study else []
     synced = found.synced
     screen.say(
         f"pool: {synced.seen} adapters, {synced.seen - synced.unusable} usable; "
@@ -66,10 +70,12 @@ def demo(
         [_row(chapter.target.name, score) for chapter in found.chapters for score in chapter.scores],
         identity="system",
         caption="exact match on prompts never trained on; Wilson and paired bootstrap intervals, 95 %",
-        extra={"folder": str(folder.absolute()), "size": size, "seed": number},
+        extra={"folder": str(folder.absolute()), "size": size, "seed": number, **({"study": studied} if study else {})},
     )
     for chapter in found.chapters:
         _tell(screen, chapter)
+    if study:
+        _show_study(screen, found.chapters[0].target.name, studied)
     screen.say("")
     activate = Path(sys.prefix) / "bin" / "activate"
     if shutil.which("lora") is None and activate.is_file():
@@ -77,6 +83,23 @@ def demo(
     screen.say(f"next: cd {near(folder.absolute())}, then")
     for line in ("lora pool sync", "lora merge --method ties", "lora fit --data task.jsonl", "lora eval"):
         screen.say(f"  {line}")
+
+
+def _studied(world: "World", db: Path, folder: Path, progress: "Progress") -> list[dict[str, Any]]:
+    from lora_cli.world.study import small_study
+
+    return small_study(world, db, folder, progress=progress)
+
+
+def _show_study(screen: Screen, task: str, rows: list[dict[str, Any]]) -> None:
+    """The table of the study; a JSON document holds its rows already."""
+    from lora_cli.commands.study.shown import LINES
+
+    screen.say("")
+    screen.say(f"study of {task}: the same comparison by `lora study`, whose folder is lora-runs/study")
+    if screen.format != "json":
+        caption = f"exact match, n = {rows[0]['n']}, means over seeds, paired differences, 95 %"
+        screen.rows("lora.study/1", LINES, rows, identity="name", caption=caption)
 
 
 def _row(task: str, score: "Score") -> dict[str, Any]:
@@ -115,4 +138,6 @@ def _tell(screen: Screen, chapter: "Chapter") -> None:
 
 def register(root: typer.Typer) -> None:
     """Add `lora demo` to the command tree."""
-    root.command(cls=Command, epilog=examples("lora demo", "lora demo tiny --size test --seed 1"))(with_flags(demo))
+    root.command(cls=Command, epilog=examples("lora demo", "lora demo tiny --size test --seed 1", "lora demo --study"))(
+        with_flags(demo)
+    )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.world import World
 from tests.paths import ROOT
 
 SPY = """
@@ -95,3 +96,24 @@ def test_the_demo_shows_what_the_tool_is_for(tmp_path: Path) -> None:
     told = command("eval", cwd=settings.parent, LORA_DB="lora.db")
     assert told.returncode == 0, told.stderr
     assert "20 examples of task.jsonl (the validation part of the last fit)" in told.stderr
+
+
+@pytest.mark.slow
+def test_the_demo_runs_a_small_study(own_world: World) -> None:
+    """The world is there already: the tour and the study are done on it."""
+    done = demo(own_world.folder, "--study", "--json")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["system"], row["pool"]): row for row in json.loads(done.stdout)["study"]}
+    fitted = [("adaptive", pool) for pool in ("relevant", "random", "noise")]
+    assert {("base", ""), ("target", ""), ("average", "random"), *fitted} <= rows.keys()
+    assert rows["adaptive", "relevant"]["base_low"] > 0, "the pool holds an adapter of this task"
+    assert rows["adaptive", "relevant"]["noise_low"] > 0
+    assert all(row["n"] == 100 for row in rows.values())
+    results = {file: file.stat().st_mtime_ns for file in own_world.folder.glob("lora-runs/study/cells/*/result.json")}
+    assert len(results) == sum(row["seeds"] for row in rows.values())
+
+    again = demo(own_world.folder, "--study")
+    assert again.returncode == 0, again.stderr
+    assert {file: file.stat().st_mtime_ns for file in results} == results, "a cell was done twice"
+    shown = [line for line in again.stdout.splitlines() if line.startswith("adaptive\trelevant")]
+    assert len(shown) == 1, again.stdout
