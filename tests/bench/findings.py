@@ -1,0 +1,173 @@
+"""The numbers of docs/findings.md from nothing: studies and sequences on two worlds, and a table for each finding.
+
+python -m tests.bench.findings FOLDER [--only letters|stories] [--tables] [--size small|test]
+
+`letters` is the world that `lora demo` builds. `stories` is stories260K, a real model of 260,000 parameters, at
+LORA_STORIES or beside the repository, with adapters that are trained here; without the model it is left out. The
+folder keeps all cells: a killed run goes on, and `--tables` prints the tables of what is there.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from lora_cli.world.tasks import STRING_LENGTH, examples, file_name, write_jsonl
+from tests.bench.findings_tables import print_sequences, print_studies
+from tests.bench.made_stories import prompts, story_examples
+from tests.paths import ROOT
+
+SEEDS, LEARNT, TESTED, TESTED_EACH = 5, 100, 300, 100
+STORIES = Path(os.environ.get("LORA_STORIES", ROOT.parent / "shared" / "wild" / "bases" / "stories260K"))
+SYSTEMS = "base,single,average,ties,lego,adaptive,target"
+JOINED = "adaptive+target"
+NEW_LORA = ("--target-rank", "8", "--target-alpha", "16", "--target-dropout", "0", "--target-lr", "5e-3")
+EXACT = ("--metric", "exact", "--max-new-tokens", "8", "--batch-size", "64")
+LETTER_TASKS = {
+    "descend": ("kestrel/descend", "mossy/sort-descending"),
+    "median": (),
+    "cond": ("northwind/conditional", "tarn/reverse-or-rotate"),
+    "swap|shift-four": (),
+}
+"""The tasks of the letters, each with the adapters of the pool that were trained on it."""
+STORY_ADAPTERS = (
+    ("letter", "sea"), ("tale", "sea"), ("backwards", "sea"), ("tale", "farm"), ("letter", "farm"), ("count", "farm"),
+)  # fmt: skip
+STORY_TASKS = (("letter", "sea"), ("question", "kitchen"))
+LETTER_SEQUENCES = {
+    "related": ("copy|shift-six", "swap|shift-six", "rotate-one|shift-six"),
+    "unrelated": ("descend", "cond", "median"),
+}
+STORY_SEQUENCE = (("tale", "sea"), ("letter", "farm"), ("count", "kitchen"))
+RULES = "average,ties,lego-2,lego-4,lego-8,orthogonal,sequential"
+
+
+def lora(folder: Path, *words: str) -> None:
+    """Run a command of the tool in `folder`, on one thread, and print it."""
+    print("lora", *words, flush=True)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LORA_DB": str(folder / "lora.db")}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "lora_cli", *words],
+        cwd=folder, env=environment, check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    print(f"  {time.monotonic() - began:.0f} s", flush=True)
+
+
+def letter_task(folder: Path, task: str, length: int) -> str:
+    """Write training and test data of a task on letters; its name in file names."""
+    name = file_name(task)
+    found = examples(task, length, LEARNT + TESTED, random.Random(f"findings {task}"))
+    _write(folder, name, found[:LEARNT], found[LEARNT:])
+    return name
+
+
+def story_task(folder: Path, form: str, theme: str, exclude: Collection[str] = ()) -> str:
+    """Write training and test data of a form about a theme; its name in file names."""
+    found = story_examples(form, theme, LEARNT + TESTED, "findings", exclude)
+    _write(folder, f"{form}-{theme}", found[:LEARNT], found[LEARNT:])
+    return f"{form}-{theme}"
+
+
+def _write(folder: Path, name: str, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> None:
+    (folder / "findings").mkdir(exist_ok=True)
+    write_jsonl(folder / "findings" / f"{name}.jsonl", name, "train", train)
+    write_jsonl(folder / "findings" / f"{name}.short.jsonl", name, "test", test[:TESTED_EACH])
+    write_jsonl(folder / "findings" / f"{name}.test.jsonl", name, "test", test)
+
+
+def study_file(folder: Path, name: str, relevant: Collection[str]) -> Path:
+    """A study file whose random pools hold no adapter that was trained on the task."""
+    where = json.dumps([f"id!={one}" for one in relevant])
+    pools = [
+        '"relevant"',
+        f'{{name = "unrelated", by = "random", where = {where}}}',
+        f'{{name = "noise", by = "random", where = {where}, noise = "norm"}}',
+    ]
+    file = folder / "findings" / f"{name}.toml"
+    lines = [f'data = "{name}.jsonl"', f'test = "{name}.test.jsonl"', f"pools = [{', '.join(pools)}]"]
+    file.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def study(folder: Path, name: str, relevant: Collection[str], *words: str) -> None:
+    """The study of one task: first all systems, then the fits that the new LoRA joins, in the same folder."""
+    file, out = study_file(folder, name, relevant), folder / "findings" / f"study-{name}"
+    for systems in (SYSTEMS, JOINED):
+        lora(folder, "study", "--file", str(file), "--systems", systems, "--seeds", str(SEEDS), *NEW_LORA, *words,
+             "--jobs", "1", "-o", str(out))  # fmt: skip
+
+
+def sequence(folder: Path, name: str, tasks: list[str], *words: str) -> None:
+    """A sequence of tasks, by LoRAs of rank 4."""
+    places = [folder / "findings" / task for task in tasks]
+    data, test = (",".join(f"{place}{ending}" for place in places) for ending in (".jsonl", ".short.jsonl"))
+    lora(folder, "study", "--sequence", data, "--sequence-test", test, "--rules", RULES, "--seeds", str(SEEDS),
+         "--target-rank", "4", "--target-alpha", "8", *NEW_LORA[4:], *words, "--jobs", "1",
+         "-o", str(folder / "findings" / f"sequence-{name}"))  # fmt: skip
+
+
+def letters(folder: Path, size: str) -> None:
+    """Studies and sequences on the world of `lora demo`."""
+    if not (folder / "lora-runs").exists():
+        lora(folder.parent, "demo", str(folder), "--size", size)
+    length = STRING_LENGTH["small"]
+    for task, relevant in LETTER_TASKS.items():
+        name = letter_task(folder, task, length)
+        study(folder, name, [f"pool/{one}" for one in relevant], "-k", "5", "--steps", "100", "--target-steps", "100",
+              *EXACT)  # fmt: skip
+    for name, tasks in LETTER_SEQUENCES.items():
+        names = [letter_task(folder, task, length) for task in tasks]
+        sequence(folder, name, names, "--target-steps", "100", *EXACT)
+
+
+def stories(folder: Path) -> None:
+    """Adapters of stories260K, studies and a sequence on it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "lora.toml").write_text(f"base = {json.dumps(str(STORIES))}\n", encoding="utf-8")
+    tasks = {(form, theme): story_examples(form, theme, LEARNT + TESTED, "findings") for form, theme in STORY_TASKS}
+    for form, theme in STORY_ADAPTERS:
+        name, out = f"{form}-{theme}", folder / "pool" / "findings" / f"{form}-{theme}"
+        seen = story_examples(form, theme, 300, "adapter", prompts(tasks.get((form, theme), [])))
+        (folder / "findings").mkdir(exist_ok=True)
+        write_jsonl(folder / "findings" / f"{name}.adapter.jsonl", name, "adapter", seen)
+        if not out.exists():
+            lora(folder, "train", "--data", f"findings/{name}.adapter.jsonl", "--rank", "8", "--dropout", "0",
+                 "--steps", "100", "--lr", "5e-3", "-o", str(out))  # fmt: skip
+    lora(folder, "pool", "sync", "--from", "pool")
+    for form, theme in STORY_TASKS:
+        relevant = [f"pool/findings/{form}-{theme}"] if (form, theme) in STORY_ADAPTERS else []
+        study(folder, story_task(folder, form, theme), relevant, "-k", "3", "--metric", "nll", "--steps", "60",
+              "--target-steps", "60", "--batch-size", "64")  # fmt: skip
+    names = [story_task(folder, form, theme) for form, theme in STORY_SEQUENCE]
+    sequence(folder, "stories", names, "--metric", "nll", "--target-steps", "60", "--batch-size", "64")
+
+
+def main() -> None:
+    """Make what is not there, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", choices=("letters", "stories"))
+    parser.add_argument("--tables", action="store_true")
+    parser.add_argument("--size", default="small")
+    given = parser.parse_args()
+    folder = given.folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not given.tables:
+        if given.only != "stories":
+            letters(folder / "letters", given.size)
+        if given.only != "letters" and STORIES.exists():
+            stories(folder / "stories")
+    print_studies(folder)
+    print_sequences(folder)
+
+
+if __name__ == "__main__":
+    main()
