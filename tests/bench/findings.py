@@ -18,6 +18,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from lora_cli.world.tasks import STRING_LENGTH, examples, file_name, write_jsonl
+from tests.bench.findings_probe import print_probes
 from tests.bench.findings_tables import print_sequences, print_studies
 from tests.bench.made_stories import prompts, story_examples
 from tests.paths import ROOT
@@ -167,6 +168,8 @@ def main() -> None:
             stories(folder / "stories")
     print_studies(folder)
     print_sequences(folder)
+    if not given.only:
+        print_probes(folder)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ def gain(ours: Values, theirs: Values, sign: int = 1) -> Gain:
     )  # fmt: skip
 
 
+def paired(ours: Values, theirs: Values) -> bool:
+    """Whether both have the same seeds, or one does not depend on them."""
+    return len(ours) == len(theirs) or 1 in (len(ours), len(theirs))
+
+
 def level(values: Values) -> tuple[float, float, float]:
     """The mean over seeds and examples, and its 95 % interval."""
     low, high = np.quantile(_resampled(np.atleast_2d(values)), (0.025, 0.975))
@@ -72,8 +77,8 @@ class Scored(NamedTuple):
     values: dict[tuple[str, str], Values]
 
     def gain(self, ours: tuple[str, str], theirs: tuple[str, str]) -> Gain | None:
-        """The gain of one system over another, None where one is not done."""
-        if ours not in self.values or theirs not in self.values:
+        """The gain of one system over another, None where one is not done for all seeds."""
+        if ours not in self.values or theirs not in self.values or not paired(self.values[ours], self.values[theirs]):
             return None
         return gain(self.values[ours], self.values[theirs], self.sign)
 
@@ -146,7 +151,7 @@ def print_studies(folder: Path) -> None:
         for one in studies
         for key, values in one.values.items()
     ]
-    _print("Scores", ("task", "metric", "system", "score", "95 %", "n", "seeds"), rows)
+    print_table("Scores", ("task", "metric", "system", "score", "95 %", "n", "seeds"), rows)
     for title, pairs in CLAIMS:
         rows = [
             (one.name, one.metric, f"{_called(ours)} − {_called(theirs)}", *found.cells)
@@ -154,7 +159,7 @@ def print_studies(folder: Path) -> None:
             for one in studies
             if (found := one.gain(ours, theirs)) is not None
         ]
-        _print(title, ("task", "metric", "difference", "gain", "95 %", "seen from", "seeds won"), rows)
+        print_table(title, ("task", "metric", "difference", "gain", "95 %", "seen from", "seeds won"), rows)
 
 
 def _level(values: Values) -> tuple[str, str]:
@@ -203,13 +208,13 @@ def _print_finals(title: str, named: Mapping[str, Values], sign: int) -> None:
         (rule, *_level(values), *(_beside(values, named[name], sign) if name != rule else "" for name in beside))
         for rule, values in named.items()
     ]
-    _print(f"Sequence {title}", ("after the last task", "score", "95 %", *(f"gain over {one}" for one in beside)), rows)
+    print_table(
+        f"Sequence {title}", ("after the last task", "score", "95 %", *(f"gain over {one}" for one in beside)), rows
+    )
 
 
 def _beside(ours: Values, theirs: Values, sign: int) -> str:
-    if 1 not in (len(ours), len(theirs)) and len(ours) != len(theirs):
-        return ""
-    return " ".join(gain(ours, theirs, sign).cells[:2])
+    return " ".join(gain(ours, theirs, sign).cells[:2]) if paired(ours, theirs) else ""
 
 
 def _print_measures(title: str, table: SequenceTable) -> None:
@@ -219,10 +224,11 @@ def _print_measures(title: str, table: SequenceTable) -> None:
         for row in table.rows()
     ]  # fmt: skip
     heading = ("rule", "final", "forgetting", "backward", "forward", "a[i][j], i by i")
-    _print(f"Measures of {title}", heading, rows)
+    print_table(f"Measures of {title}", heading, rows)
 
 
-def _print(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, heading: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table in Markdown, unless it is empty."""
     if rows:
         print(f"\n### {title}\n\n| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
         for row in rows:
