@@ -1,10 +1,10 @@
 """The numbers of docs/findings.md from nothing: studies and sequences on two worlds, and a table for each finding.
 
-python -m tests.bench.findings FOLDER [--only letters|stories] [--tables] [--size small|test]
+python -m tests.bench.findings FOLDER [--only STEP | --tables]
 
 `letters` is the world that `lora demo` builds. `stories` is stories260K, a real model of 260,000 parameters, at
 LORA_STORIES or beside the repository, with adapters that are trained here; without the model it is left out. The
-folder keeps all cells: a killed run goes on, and `--tables` prints the tables of what is there.
+folder keeps all cells: a killed run goes on, `--only` does one step, and `--tables` prints the tables of what is there.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from lora_cli.world.tasks import STRING_LENGTH, examples, file_name, write_jsonl
@@ -32,10 +32,13 @@ EXACT = ("--metric", "exact", "--max-new-tokens", "8", "--batch-size", "64")
 LETTER_TASKS = {
     "descend": ("kestrel/descend", "mossy/sort-descending"),
     "median": (),
-    "cond": ("northwind/conditional", "tarn/reverse-or-rotate"),
     "swap|shift-four": (),
+    "sort|shift-two": (),
 }
-"""The tasks of the letters, each with the adapters of the pool that were trained on it."""
+"""The tasks of the letters, each with the adapters of the pool that were trained on it.
+
+The base cannot do the first two, and answers a part of the other two, whose operations it was trained on.
+"""
 STORY_ADAPTERS = (
     ("letter", "sea"), ("tale", "sea"), ("backwards", "sea"), ("tale", "farm"), ("letter", "farm"), ("count", "farm"),
 )  # fmt: skip
@@ -62,10 +65,10 @@ def lora(folder: Path, *words: str) -> None:
     print(f"  {time.monotonic() - began:.0f} s", flush=True)
 
 
-def letter_task(folder: Path, task: str, length: int) -> str:
+def letter_task(folder: Path, task: str) -> str:
     """Write training and test data of a task on letters; its name in file names."""
     name = file_name(task)
-    found = examples(task, length, LEARNT + TESTED, random.Random(f"findings {task}"))
+    found = examples(task, STRING_LENGTH["small"], LEARNT + TESTED, random.Random(f"findings {task}"))
     _write(folder, name, found[:LEARNT], found[LEARNT:])
     return name
 
@@ -115,18 +118,29 @@ def sequence(folder: Path, name: str, tasks: list[str], *words: str) -> None:
          "-o", str(folder / "findings" / f"sequence-{name}"))  # fmt: skip
 
 
-def letters(folder: Path, size: str) -> None:
-    """Studies and sequences on the world of `lora demo`."""
+def letters(folder: Path) -> None:
+    """Studies on the world of `lora demo`."""
     if not (folder / "lora-runs").exists():
-        lora(folder.parent, "demo", str(folder), "--size", size)
-    length = STRING_LENGTH["small"]
+        lora(folder.parent, "demo", str(folder))
     for task, relevant in LETTER_TASKS.items():
-        name = letter_task(folder, task, length)
+        name = letter_task(folder, task)
         study(folder, name, [f"pool/{one}" for one in relevant], "-k", "5", "--steps", "100", "--target-steps", "100",
               *EXACT)  # fmt: skip
+
+
+def letter_sequences(folder: Path) -> None:
+    """Sequences on the world of `lora demo`, after its studies."""
     for name, tasks in LETTER_SEQUENCES.items():
-        names = [letter_task(folder, task, length) for task in tasks]
+        names = [letter_task(folder, task) for task in tasks]
         sequence(folder, name, names, "--target-steps", "100", *EXACT)
+
+
+def longer_fits(folder: Path) -> None:
+    """Three times the steps for adapters and for noise, on a task that the base cannot do."""
+    letter_task(folder, "median")
+    lora(folder, "study", "--file", str(study_file(folder, "median", ())), "--systems", "base,adaptive", "--pools",
+         "unrelated,noise", "--seeds", str(SEEDS), "-k", "5", "--steps", "300", *EXACT, "--jobs", "1",
+         "-o", str(folder / "findings" / "study-median-300-steps"))  # fmt: skip
 
 
 def stories(folder: Path) -> None:
@@ -151,24 +165,29 @@ def stories(folder: Path) -> None:
     sequence(folder, "stories", names, "--metric", "nll", "--target-steps", "60", "--batch-size", "64")
 
 
+PARTS: Mapping[str, tuple[Callable[[Path], None], ...]] = {
+    "letters": (letters, letter_sequences, longer_fits),
+    "stories": (stories,),
+}
+"""What is made in each folder, one after another."""
+
+
 def main() -> None:
     """Make what is not there, then print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", choices=("letters", "stories"))
+    parser.add_argument("--only", choices=[step.__name__ for steps in PARTS.values() for step in steps])
     parser.add_argument("--tables", action="store_true")
-    parser.add_argument("--size", default="small")
     given = parser.parse_args()
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    if not given.tables:
-        if given.only != "stories":
-            letters(folder / "letters", given.size)
-        if given.only != "letters" and STORIES.exists():
-            stories(folder / "stories")
-    print_studies(folder)
-    print_sequences(folder)
-    if not given.only:
+    for world, steps in PARTS.items():
+        for step in steps:
+            if not given.tables and given.only in (None, step.__name__) and (step is not stories or STORIES.exists()):
+                step(folder / world)
+    if given.only is None:
+        print_studies(folder)
+        print_sequences(folder)
         print_probes(folder)
 
 

@@ -153,13 +153,13 @@ def print_studies(folder: Path) -> None:
     ]
     print_table("Scores", ("task", "metric", "system", "score", "95 %", "n", "seeds"), rows)
     for title, pairs in CLAIMS:
-        rows = [
+        gains = [
             (one.name, one.metric, f"{_called(ours)} − {_called(theirs)}", *found.cells)
             for ours, theirs in pairs
             for one in studies
             if (found := one.gain(ours, theirs)) is not None
         ]
-        print_table(title, ("task", "metric", "difference", "gain", "95 %", "seen from", "seeds won"), rows)
+        print_table(title, ("task", "metric", "difference", "gain", "95 %", "seen from", "seeds won"), gains)
 
 
 def _level(values: Values) -> tuple[str, str]:
