@@ -171,6 +171,8 @@ def print_sequences(folder: Path) -> None:
     """For every sequence: each rule at the end, beside the base, the average, TIES and sequential training."""
     for path in sorted(folder.glob("*/findings/sequence-*")):
         found = SequenceFolder(path)
+        if not found.result(found.plan.cells()[0].name):
+            continue
         table, title = table_of(found), f"{path.parents[1].name}: {path.name.removeprefix('sequence-')}"
         for metric in metrics_of(table.metric):
             _print_finals(f"{title}, {metric}", finals(found, metric), _sign(metric))
@@ -194,7 +196,8 @@ def finals(folder: SequenceFolder, metric: str) -> dict[str, Values]:
             alone.setdefault(cell.seed, []).extend(_values(result, tasks[cell.step - 1 : cell.step], metric))
         elif cell.rule == BASE or cell.step == len(tasks):
             found.setdefault(cell.rule, []).append(_values(result, tasks, metric))
-    return {name: np.asarray(rows) for name, rows in {**found, "each alone": [*alone.values()]}.items()}
+    learnt = [values for values in alone.values() if len(values) == len(found[BASE][0])]
+    return {name: np.asarray(rows) for name, rows in {**found, "each alone": learnt}.items() if rows}
 
 
 def _values(result: Mapping[str, Any], tasks: Sequence[str], metric: str) -> list[float]:
