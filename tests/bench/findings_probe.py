@@ -8,6 +8,7 @@ from lora_cli.models.ref import loaded_once
 from lora_cli.steps.study.folder import ADAPTER_FOLDER
 from lora_cli.steps.study.sequence.folder import SequenceFolder
 from lora_cli.steps.study.sequence.plan import ALONE
+from lora_cli.steps.study.sequence.table import table_of
 from tests.bench.findings_tables import print_table
 
 METHODS = ("linear", "ties", "lego")
@@ -17,6 +18,8 @@ def print_probes(folder: Path) -> None:
     """For every sequence: merges of all its LoRAs at once, with weights 1/T and 1, by the likelihood of all tasks."""
     for path in sorted(folder.glob("*/findings/sequence-*")):
         found = SequenceFolder(path)
+        if table_of(found).missing:
+            continue
         base = found.plan.base
         with (
             loaded_once(),
