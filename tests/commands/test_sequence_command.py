@@ -85,8 +85,25 @@ def test_a_study_file_names_the_tasks_beside_it(own_home: Path) -> None:
         (("--data", "first.jsonl", "--rules", "ties"), 2, "--rules and --sequence-test need --sequence"),
         (("--sequence", TASKS, "--rules", "orthgonal"), 2, "unknown rule 'orthgonal'"),
         (("--sequence", TASKS, "--sequence-test", "first.jsonl"), 2, "1 test file for 3 tasks"),
+        (("--sequence", TASKS, "--seeds", "99999999"), 2, "cells, and a sequence has 2 to 1,000,000"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words: tuple[str, ...], code: int, said: str) -> None:
     assert said in refused(code, "study", *words, "-o", "s")
     assert not Path("s").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rules", ["../../outside"], "../../outside is no rule"),
+        ("seeds", 10**8, "and a sequence has 2 to 1,000,000"),
+        ("tasks", [{"name": "../secret", "train": "0", "test": "0"}] * 2, "../secret is no name of a task"),
+    ],
+)
+def test_the_plan_of_a_stranger_leads_nowhere_else(key: str, value: object, said: str) -> None:
+    ok("study", "--sequence", TASKS, *TINY, "--seeds", "1", "--rules", "average", "-o", "s", "--jobs", "1")
+    plan = json.loads(Path("s/sequence.json").read_text())
+    Path("s/sequence.json").write_text(json.dumps(plan | {key: value}))
+    assert said in refused(1, "study", "--sequence", TASKS, *TINY, "-o", "s")

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import msgspec
 
 from lora_cli.errors import OutputError, UsageError
+from lora_cli.formats.run_record import is_plain
 from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
-from lora_cli.steps.study.plan import Base
-from lora_cli.text import nearest, shortened
+from lora_cli.steps.study.plan import MOST_CELLS, Base
+from lora_cli.text import counted, nearest, shortened
 
 SCHEMA = "lora.sequence/1"
 BASE, ALONE, SEQUENTIAL = "base", "alone", "sequential"
@@ -81,6 +82,18 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     evaluation: Mapping[str, Any]
     shared: Mapping[str, Any]
     base: Base
+
+    def __post_init__(self) -> None:
+        """ValueError for a rule that is none, a task whose name is no name of a file, or too many cells."""
+        for rule in self.rules:
+            if not _is_rule(rule):
+                raise ValueError(f"{shortened(rule)} is no rule")
+        for stage in self.tasks:
+            if not is_plain(stage.name):
+                raise ValueError(f"{shortened(stage.name)} is no name of a task")
+        cells = 1 + self.seeds * len(self.tasks) * (1 + len(self.rules))
+        if not 1 < cells <= MOST_CELLS:
+            raise ValueError(f"{counted(cells, 'cell')}, and a sequence has 2 to {MOST_CELLS:,}")
 
     @property
     def every_seed(self) -> range:
@@ -177,6 +190,10 @@ def rule_of(name: str) -> Rule:
     return MERGES[name] if found is None else Rule("lego", mean=True, clusters=int(found[1]))
 
 
+def _is_rule(name: str) -> bool:
+    return name in RULES or _LEGO.fullmatch(name) is not None
+
+
 def named_rules(text: str, rank: int) -> tuple[str, ...]:
     """The rules in a text with commas, each once. UsageError for an unknown one, or for none.
 
@@ -185,7 +202,7 @@ def named_rules(text: str, rank: int) -> tuple[str, ...]:
     """
     names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for name in names:
-        if name not in RULES and _LEGO.fullmatch(name) is None:
+        if not _is_rule(name):
             known = f"there are {', '.join(RULES)}, and lego-K for K clusters"
             raise UsageError(f"unknown rule {name!r}", hint=nearest(name, RULES, known))
         if name != SEQUENTIAL and rule_of(name).clusters > 2 * rank:

@@ -79,7 +79,10 @@ class SequenceRequest:
         base_of(settings)
         checked_options(MergeOptions(method="linear", rank=self.rank))
         data = self._data(announce)
-        plan = self._plan(rules, data, settings, prompting or Prompting(), progress)
+        try:
+            plan = self._plan(rules, data, settings, prompting or Prompting(), progress)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         folder = SequenceFolder(out or settings.runs / f"sequence-{plan.digest}")
         if (folder.path / PLAN_FILE).exists():
             plan = folder.plan.extended(plan)
