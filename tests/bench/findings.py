@@ -42,12 +42,11 @@ The base cannot do the first two. It answers a part of the third, whose operatio
 STORY_ADAPTERS = (
     ("letter", "sea"), ("tale", "sea"), ("backwards", "sea"), ("tale", "farm"), ("letter", "farm"), ("count", "farm"),
 )  # fmt: skip
-STORY_TASKS = (("letter", "sea"), ("question", "kitchen"))
+STORY_TASKS = (("letter", "sea"),)
 LETTER_SEQUENCES = {
     "related": ("copy|shift-six", "swap|shift-six", "rotate-one|shift-six"),
     "unrelated": ("descend", "cond", "median"),
 }
-STORY_SEQUENCE = (("tale", "sea"), ("letter", "farm"), ("count", "kitchen"))
 RULES = "average,ties,lego-2,lego-4,lego-8,sequential"
 
 
@@ -139,7 +138,7 @@ def longer_fits(folder: Path) -> None:
 
 
 def stories(folder: Path) -> None:
-    """Adapters of stories260K, studies and a sequence on it."""
+    """Adapters of stories260K, and studies on it."""
     folder.mkdir(exist_ok=True)
     (folder / "lora.toml").write_text(f"base = {json.dumps(str(STORIES))}\n", encoding="utf-8")
     tasks = {(form, theme): story_examples(form, theme, LEARNT + TESTED, "findings") for form, theme in STORY_TASKS}
@@ -158,15 +157,9 @@ def stories(folder: Path) -> None:
               "nll", "--steps", "60", "--target-steps", "60", "--batch-size", "64")  # fmt: skip
 
 
-def story_sequence(folder: Path) -> None:
-    """A sequence on stories260K, after its studies."""
-    names = [story_task(folder, form, theme) for form, theme in STORY_SEQUENCE]
-    sequence(folder, "stories", names, "--metric", "nll", "--target-steps", "60", "--batch-size", "64")
-
-
 PARTS: Mapping[str, tuple[Callable[[Path], None], ...]] = {
     "letters": (letters, letter_sequences, longer_fits),
-    "stories": (stories, story_sequence),
+    "stories": (stories,),
 }
 """What is made in each folder, one after another."""
 

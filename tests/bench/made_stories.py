@@ -7,17 +7,14 @@ from dataclasses import dataclass
 HEROES = {
     "sea": ("crab", "fish", "whale", "duck", "sailor", "frog"),
     "farm": ("cow", "pig", "hen", "horse", "farmer", "goat"),
-    "kitchen": ("cook", "mom", "baker", "mouse", "grandma", "girl"),
 }
 PLACES = {
     "sea": ("beach", "boat", "island", "lake"),
     "farm": ("barn", "field", "pond", "hill"),
-    "kitchen": ("kitchen", "table", "shop", "room"),
 }
 THINGS = {
     "sea": ("shell", "net", "rope", "ball", "rock"),
     "farm": ("egg", "apple", "hat", "stick", "cart"),
-    "kitchen": ("cake", "soup", "pan", "spoon", "cookie"),
 }
 KINDS = ("big", "small", "red", "blue", "new", "old")
 
@@ -37,7 +34,6 @@ FORMS = {
     "letter": lambda s: f" Dear {s.hero}, come to the {s.place} with your {s.kind} {s.thing}. Love, Lily.",
     "backwards": lambda s: f" {s.thing} {s.kind} a has {s.hero} the, {s.place} the at.",
     "count": lambda s: f" One {s.thing}, two {s.thing}s, three {s.kind} {s.thing}s for the {s.hero}.",
-    "question": lambda s: f" Who is at the {s.place}? The {s.hero}! What is {s.kind}? The {s.thing}!",
 }
 """The answer about a scene, by the name of the form."""
 
