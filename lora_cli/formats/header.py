@@ -27,10 +27,12 @@ MAX_DIMENSIONS: Final = 8
 _MAX_ELEMENTS = 2**53  # products stay far below the 64-bit overflow that the library refuses
 _MAX_ENTRY_BYTES = 8_192
 
-# Possessive, so that a hostile header costs neither backtracking nor a stack of saved positions.
-_STRING = rb'"(?:[^"\\\x00-\x1f]|\\.)*+"'
-_KEY = re.compile(rb"[ \t\r\n]*+(" + _STRING + rb")[ \t\r\n]*+:[ \t\r\n]*+")
-_FLAT_OBJECT = re.compile(rb'\{(?:[^"{}\[\]]|' + _STRING + rb")*+\}")
+# Only single characters are repeated possessively: Python before 3.11.5 gets groups wrong. Other repeats are bounded,
+# so that a hostile header costs neither backtracking nor a stack of saved positions.
+_TO_TEXT = re.compile(rb'[^"{}\[\]]*+(["}]?)')
+_REST_OF_TEXT = re.compile(rb'[^"\\\x00-\x1f]*+(["\\]?)')
+_NAME = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+){0,%d}"' % MAX_NAME
+_KEY = re.compile(rb"[ \t\r\n]*+(" + _NAME + rb")[ \t\r\n]*+:[ \t\r\n]*+")
 _ENTRY_OBJECT = re.compile(rb"\{[^{}]*+\}")
 _NEXT = re.compile(rb"[ \t\r\n]*+([,}])")
 _BLANK = re.compile(rb"[ \t\r\n]*+")
@@ -135,17 +137,42 @@ def _top_level(raw: bytes) -> Iterable[tuple[str, bytes]]:
         name = _json(key[1], at)
         if name != "__metadata__" and (len(name) > MAX_NAME or not name.isprintable()):
             raise HeaderError(f"malformed: no usable tensor name at byte {8 + at:,}")
-        value = (_FLAT_OBJECT if name == "__metadata__" else _ENTRY_OBJECT).match(raw, key.end())
-        if value is None:
+        end = (_end_of_metadata if name == "__metadata__" else _end_of_entry)(raw, key.end())
+        if end is None:
             raise HeaderError(f"malformed: {shortened(name)} does not describe a tensor")
-        yield name, value[0]
-        after = _NEXT.match(raw, value.end())
+        yield name, raw[key.end() : end]
+        after = _NEXT.match(raw, end)
         if after is None:
-            raise HeaderError(f"malformed: not JSON at byte {8 + value.end():,}")
+            raise HeaderError(f"malformed: not JSON at byte {8 + end:,}")
         at = after.end()
         if after[1] == b"}":
             _nothing_after(raw, at)
             return
+
+
+def _end_of_entry(raw: bytes, at: int) -> int | None:
+    """The place behind a tensor's object, which begins at `at`; None for anything else."""
+    found = _ENTRY_OBJECT.match(raw, at)
+    return None if found is None else found.end()
+
+
+def _end_of_metadata(raw: bytes, at: int) -> int | None:
+    """The place behind an object of texts, which begins at `at`; None for anything else."""
+    begin, inside = at, False
+    if raw[at : at + 1] != b"{":
+        return None
+    at += 1
+    while (mark := (_REST_OF_TEXT if inside else _TO_TEXT).match(raw, at)) is not None and mark[1]:
+        at = mark.end()
+        if at - begin > MAX_METADATA_BYTES:
+            raise HeaderError(f"malformed: __metadata__ has more than {MAX_METADATA_BYTES:,} bytes")
+        if mark[1] == b"}":
+            return at
+        if mark[1] == b'"':
+            inside = not inside
+        else:  # a backslash, and whatever it stands before
+            at += 1
+    return None
 
 
 def _nothing_after(raw: bytes, at: int) -> None:
@@ -187,8 +214,6 @@ def _json(text: bytes, at: int) -> Any:
 
 
 def _metadata(body: bytes) -> dict[str, str]:
-    if len(body) > MAX_METADATA_BYTES:
-        raise HeaderError(f"malformed: __metadata__ has {len(body):,} bytes")
     found = _json(body, 0)
     if not all(isinstance(value, str) for value in found.values()):
         raise HeaderError("malformed: __metadata__ holds something other than text")

@@ -10,13 +10,15 @@ _DEEPEST = 24
 _LONGEST_VALUE = 1_000_000  # bytes of a list or an object within an item
 _LONGEST_ITEM = 4_000_000
 _LONGEST_NUMBER = 18
-_PLAIN = rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+'  # texts, and whatever else is no bracket
+# Repeats of more than one character are not possessive: Python before 3.11.5 gets those wrong. Nothing is matched twice
+# all the same, because the first character of each part decides which one it is.
+_PLAIN = rb'(?:[^"\[\]{}]++|"[^"\\]*+(?:\\.[^"\\]*+)*")*'  # texts, and whatever else is no bracket
 _BRACKET = re.compile(_PLAIN + rb"([\[\]{}]?)", re.DOTALL)
-_REST_OF_TEXT = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+("?)', re.DOTALL)
-_INNER = rb"(?:[\[{]" + _PLAIN + rb"[\]}]" + _PLAIN + rb")*+"
+_REST_OF_TEXT = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*("?)', re.DOTALL)
+_INNER = rb"(?:[\[{]" + _PLAIN + rb"[\]}]" + _PLAIN + rb")*"
 _BRACKET_WITHIN = re.compile(_PLAIN + _INNER + rb"([\[\]{}]?)", re.DOTALL)
 _SHALLOW = re.compile(
-    rb"[\s,]*+(\{" + _PLAIN + rb"(?:[\[{]" + _PLAIN + _INNER + rb"[\]}]" + _PLAIN + rb")*+\})", re.DOTALL
+    rb"[\s,]*+(\{" + _PLAIN + rb"(?:[\[{]" + _PLAIN + _INNER + rb"[\]}]" + _PLAIN + rb")*\})", re.DOTALL
 )
 """An object of at most two levels below it, as nearly all are, in one step."""
 

@@ -256,6 +256,12 @@ def test_nobody_loads_a_pickle_or_runs_what_it_reads() -> None:
     assert [f"{file.name}: {m}" for file, t in text.items() for m in re.findall(rf"(?<![.\w])(?:{banned})", t)] == []
 
 
+def test_no_expression_repeats_a_group_possessively() -> None:
+    """Python before 3.11.5 matches such a repeat wrongly; one character may be repeated so."""
+    text = {file: file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
+    assert [(file.name, found) for file, t in text.items() for found in re.findall(r"\)[*+?]\+|\(\?>", t)] == []
+
+
 def test_nobody_prints_beside_the_screen() -> None:
     talkers = [
         name
