@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,18 @@ from tests.cli import ok
 
 
 @pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a pool, a catalogue and the finished study `calm`; do not write into it."""
-    before, db = Path.cwd(), os.environ.pop("LORA_DB", None)
-    folder = small_study.build(tmp_path_factory.mktemp("small") / "place")
-    os.chdir(folder)
-    small_study.catalogued()
-    ok(*small_study.WORDS, "-o", "calm", "--jobs", "1")
-    yield folder
-    os.chdir(before)
-    if db is not None:
-        os.environ["LORA_DB"] = db
+    folder, home = small_study.build(tmp_path_factory.mktemp("small") / "place"), tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("LORA_")]:
+            patch.delenv(name)
+        for name in ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME"):
+            patch.setenv(name, str(home))
+        patch.chdir(folder)
+        small_study.catalogued()
+        ok(*small_study.WORDS, "-o", "calm", "--jobs", "1")
+    return folder
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_what_is_no_study_or_has_no_result_is_refused(place: Path) -> None:
     file = next(Path("calm").glob("cells/base-*/result.json"))
     whole = json.loads(file.read_text())
     file.write_text(json.dumps({**whole, "answers": [{"id": "1"}]}))
-    assert "damaged result" in refused(1, "study", "report", "calm", "-o", "study.html")
+    assert "not the result of this cell" in refused(1, "study", "report", "calm", "-o", "study.html")
     for result in Path("calm").glob("cells/*/result.json"):
         result.unlink()
     assert "no cell of this study is done" in refused(3, "study", "report", "calm", "-o", "study.html")
