@@ -142,7 +142,6 @@ def register(root: typer.Typer) -> None:
         epilog=examples(
             "lora study --quick --dry-run",
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
-            "lora study --data task.jsonl --executor ray --address 10.0.0.1:6379 -o study",
             "lora study collect study",
             "lora study report study -o study.html",
             "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",
