@@ -134,7 +134,8 @@ def test_an_address_that_nobody_answers(place: Path) -> None:
 @pytest.mark.slow
 def test_an_address_where_something_else_listens_is_given_up() -> None:
     patched = "from lora_cli.executors import _ray_driver as d; d._JOIN_WITHIN = 5; d._answer_failure"
-    code = f"{patched}; import json; d._joined(sys_address, lambda kind, **said: print(json.dumps(said), flush=True), jobs=1)"
+    answer = "lambda kind, **said: print(json.dumps(said), flush=True)"
+    code = f"{patched}; import json; d._joined(sys_address, {answer}, jobs=1)"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         words = [sys.executable, "-c", code.replace("sys_address", repr(address))]

@@ -144,7 +144,6 @@ def register(root: typer.Typer) -> None:
             "lora study --data task.jsonl --systems base,average,adaptive -k 3 --seeds 2 --steps 20 -o study",
             "lora study collect study",
             "lora study report study -o study.html",
-            "lora study --sequence first.jsonl,second.jsonl,third.jsonl --seeds 5 -o sequence",
         ),
     )(with_flags(study))
     root.add_typer(app, name="study")
