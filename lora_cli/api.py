@@ -23,7 +23,7 @@ from lora_cli.recipes import (
     TrainOptions,
     TrialOptions,
 )
-from lora_cli.records import AdapterRow, Progress, Score, silent
+from lora_cli.records import AdapterRow, Progress, Score, silent, unheard
 from lora_cli.settings import KEYS, Settings, load
 from lora_cli.steps.opened_pool import pool_of
 from lora_cli.study_options import Asked, asked_options
@@ -33,10 +33,6 @@ Rows = list[AdapterRow]
 Names = list[str]
 Scores = list[Score]
 Lines = list[dict[str, Any]]
-
-
-def _ignore(text: str) -> None:
-    """Announce nothing."""
 
 
 class OpenPool(AbstractContextManager["OpenPool"]):
@@ -263,7 +259,7 @@ def open_pool(
     base: str | None = None,
     *,
     db: Path | str | None = None,
-    announce: Callable[[str], None] = _ignore,
+    announce: Callable[[str], None] = unheard,
     progress: Progress = silent,
     **settings: Any,
 ) -> OpenPool:

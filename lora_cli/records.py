@@ -28,6 +28,10 @@ def silent(what: str, done: int, total: int) -> None:
     """The Progress that shows nothing, the default in a notebook."""
 
 
+def unheard(text: str) -> None:
+    """Announce nothing, the default in a notebook."""
+
+
 def patient(progress: Progress) -> Progress:
     """`progress` for work that is mostly quick: it is called from the third second on."""
     begin = time.monotonic()

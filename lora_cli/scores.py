@@ -64,11 +64,8 @@ def intervals(score: str, table: Sequence[Sequence[float]], *, seed: int = 0) ->
     return _mean_intervals(_columns(table), seed)
 
 
-def wilson(successes: float, n: int) -> Interval:
-    """The Wilson 95 % interval of a proportion; within [0, 1] and never of zero width. Raises ValueError for n < 1.
-
-    A sum of n shares, each a mean over repetitions, varies less than one of n yes or no: then it is wide enough.
-    """
+def wilson(successes: int, n: int) -> Interval:
+    """The Wilson 95 % interval of a proportion; within [0, 1] and never of zero width. Raises ValueError for n < 1."""
     if not 0 <= successes <= n or n < 1:
         raise ValueError(f"{successes} successes of {n}")
     share, square = successes / n, Z95**2
@@ -76,11 +73,6 @@ def wilson(successes: float, n: int) -> Interval:
     half = Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
     low = 0.0 if successes == 0 else centre - half
     return Interval(low, 1.0 if successes == n else centre + half)
-
-
-def mean_interval(values: Sequence[float], *, seed: int = 0) -> Interval:
-    """The percentile bootstrap's 95 % interval of a mean. The same seed gives the same interval."""
-    return _mean_intervals(_columns([values]), seed)[0]
 
 
 def paired_difference(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> Difference:

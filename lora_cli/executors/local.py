@@ -14,11 +14,11 @@ from typing import IO
 
 import torch
 
-from lora_cli.records import Progress, silent
-from lora_cli.steps.study.crew import Died, together, unheard
+from lora_cli.records import Progress, silent, unheard
+from lora_cli.steps.study.crew import Died, together
 from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 from lora_cli.steps.study.workers import worker_in
 
 _WORKER = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors.local import serve; serve()"

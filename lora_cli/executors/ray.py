@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
-from lora_cli.records import Progress, silent
-from lora_cli.steps.study.crew import unheard
+from lora_cli.records import Progress, silent, unheard
 from lora_cli.steps.study.folder import Piece, WorkFolder
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 
 _DRIVER = (
     "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors._ray_driver import main; main()"

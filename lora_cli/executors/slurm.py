@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from lora_cli.errors import UsageError
 from lora_cli.executors import Script
 from lora_cli.outputs import whole_file
-from lora_cli.records import Progress, silent
-from lora_cli.steps.study.crew import unheard
+from lora_cli.records import Progress, silent, unheard
 from lora_cli.steps.study.folder import Piece, WorkFolder
 
 FILE = "study.sbatch"
@@ -20,7 +19,7 @@ _SCRIPT = """\
 #SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1
 {gpu}#SBATCH --requeue
-# Each task does every {parts}. cell that has no result yet. Options of sbatch on its command line come before these.
+# Each task does one shard of {parts}: cells that have no result yet. What the command line of sbatch says counts more.
 set -eu
 exec {command} --shard "$SLURM_ARRAY_TASK_ID/{parts}" --jobs 1
 """

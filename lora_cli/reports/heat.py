@@ -1,36 +1,15 @@
-"""Heat maps in a page: `heat` has numbers in squares, `tiles` has signs in two colours, for many columns."""
+"""A heat map in a page: tiles in two colours by sign, for many columns."""
 
-import math
 from collections.abc import Sequence
 
 from lora_cli.reports.page import Html, element, shown
 
 _CELL, _LETTER, _LINE = 44.0, 7.0, 4.0
-_DARKEST = 0.35
-"""The share of the page's ink in the cell of the largest number: text stays readable on it."""
-_LONGEST, _LONGEST_BESIDE_TILES = 18, 24
+_LONGEST = 24
 _TILE, _TALL, _FULL = 15.0, 20.0, 0.6
 """The width of a tile without a number, the height of any, and the most opaque one below a number."""
 _MOST_WITH_NUMBERS, _MOST_TOLD = 12, 2_000
 """The columns of tiles with numbers, and the tiles of a map whose tiles tell their numbers when they are pointed at."""
-
-
-def heat(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence[Sequence[float]]) -> Html:
-    """`grid` (rows, columns) as an inline SVG with its numbers, the larger the darker, in the page's own ink.
-
-    A number that is not finite leaves its square empty.
-    """
-    finite = [number for line in grid for number in line if math.isfinite(number)]
-    low, high = min(finite, default=0.0), max(finite, default=0.0)
-    rows, columns = [*map(_short, rows)], [*map(_short, columns)]
-    left, top = _margins(rows, columns)
-    cells = [
-        _cell(number, (number - low) / (high - low or 1.0), left + j * _CELL, top + i * _CELL)
-        for i, line in enumerate(grid)
-        for j, number in enumerate(line)
-        if math.isfinite(number)
-    ]
-    return _framed(title, rows, columns, cells, (_CELL, _CELL))
 
 
 def tiles(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence[Sequence[float | None]]) -> Html:
@@ -42,7 +21,7 @@ def tiles(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequenc
     has_numbers = len(columns) <= _MOST_WITH_NUMBERS
     is_told = not has_numbers and len(rows) * len(columns) <= _MOST_TOLD
     wide = _CELL if has_numbers else _TILE
-    rows, columns = ([_short(name, _LONGEST_BESIDE_TILES) for name in names] for names in (rows, columns))
+    rows, columns = ([_short(name) for name in names] for names in (rows, columns))
     left, top = _margins(rows, columns)
     cells = []
     for i, line in enumerate(grid):
@@ -91,22 +70,10 @@ def _framed(
     return element("svg", element("title", title), *cells, *names, role="img", fill="currentColor", **size)
 
 
-def _cell(number: float, share: float, x: float, y: float) -> Html:
-    square = element(
-        "rect",
-        x=f"{x:.1f}",
-        y=f"{y:.1f}",
-        width=f"{_CELL - 1:g}",
-        height=f"{_CELL - 1:g}",
-        fill_opacity=f"{_DARKEST * share:.3f}",
-    )
-    return element("g", square, _text(f"{number:.2f}", x + _CELL / 2, y + _CELL / 2 + _LINE, text_anchor="middle"))
-
-
 def _text(text: str, x: float, y: float, **attributes: str) -> Html:
     return element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", font_size="12", **attributes)
 
 
-def _short(text: str, longest: int = _LONGEST) -> str:
+def _short(text: str) -> str:
     whole = shown(text)
-    return whole if len(whole) <= longest else f"{whole[: longest - 1]}…"
+    return whole if len(whole) <= _LONGEST else f"{whole[: _LONGEST - 1]}…"

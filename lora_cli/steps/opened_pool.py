@@ -14,7 +14,7 @@ from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
 from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits, unpinned
-from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent
+from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent, unheard
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import demand_one_base, skeleton_of
 from lora_cli.steps.pool.fetch import bring
@@ -103,7 +103,7 @@ class Pool:
     @property
     def quiet(self) -> "Pool":
         """The same pool that announces nothing and reports no progress."""
-        return replace(self, announce=_unheard, progress=silent)
+        return replace(self, announce=unheard, progress=silent)
 
     def chosen(self, texts: Sequence[str], selection: str | None = None, recorded: Iterable[str] = ()) -> Chosen:
         """The adapters meant by texts ADAPTER[=WEIGHT]; without any, a selection or every usable adapter.
@@ -327,10 +327,6 @@ def open_pool(settings: Settings, announce: Callable[[str], None], progress: Pro
     pool = pool_of(settings, announce, progress)
     with pool.catalogue:
         yield pool
-
-
-def _unheard(text: str) -> None:
-    """Announce nothing."""
 
 
 def _split(text: str, catalogued: Collection[str]) -> tuple[str, float | None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Self
 
 from lora_cli.steps.study.folder import Piece
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 
 SECONDS = 5.0
 

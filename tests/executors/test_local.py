@@ -13,7 +13,7 @@ import pytest
 from lora_cli.steps.study.folder import StudyFolder
 from lora_cli.steps.study.order import Order
 from lora_cli.steps.study.plan import Cell
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 from tests.cli import lora, ok
 from tests.small_study import WORDS, results
 

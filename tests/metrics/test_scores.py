@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from lora_cli.scores import best_by_chance, holm, mean_interval, paired_difference, sign_test, wilson
+from lora_cli.scores import best_by_chance, holm, interval, paired_difference, sign_test, wilson
 
 
 # The values of the formula worked out apart from the code: Newcombe (1998), table I, method 3.
@@ -108,7 +108,7 @@ def test_one_that_is_better_than_many_is_beyond_chance_and_the_best_of_equals_is
 
 def test_mean_interval_agrees_with_the_normal_one_on_many_values() -> None:
     values = np.random.default_rng(1).normal(3.0, 2.0, size=2000)
-    low, high = mean_interval(values.tolist())
+    low, high = interval("mean", values.tolist())
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - half, abs=0.01)
     assert high == pytest.approx(values.mean() + half, abs=0.01)

@@ -37,7 +37,7 @@ def report(
     """Say whether recycling is worth it for the study's task, with the numbers behind it, as one HTML page.
 
     Every system is compared with the base, with a new LoRA on the same data and with random weights, on the same test
-    examples. What cannot be told from chance is called not separable, with the number of examples that would show it.
+    examples. A difference that may be chance is called not separable, with the number of examples that would show it.
     The page asks for no other file, font or host, and has no script. Cells that failed or are missing are named. The
     same folder gives the same bytes.
     """  # fmt: skip

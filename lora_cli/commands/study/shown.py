@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora_cli.steps.study.estimate import Estimator
     from lora_cli.steps.study.plan import Cell
     from lora_cli.steps.study.request import Planned
-    from lora_cli.steps.study.work import Outcome
+    from lora_cli.steps.study.worker import Outcome
 
 CELLS = (
     Column("CELL", "cell", wide=True),
@@ -47,7 +47,7 @@ def say_outcome(screen: Screen, outcome: "Outcome") -> None:
 
 
 def show_cells(screen: Screen, planned: "Planned", cells: "Sequence[Cell]", estimator: "Estimator | None") -> None:
-    """The cells of a plan and what they need, each with its state, and minutes and memory where they can be told."""
+    """The cells of a plan and what they need, each with its state, and its minutes and memory if estimated."""
     done, folder = planned.folder.done(cells), planned.folder
     needs = planned.study.needs(cells)
     rows: list[dict[str, Any]] = [

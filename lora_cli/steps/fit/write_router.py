@@ -75,7 +75,7 @@ class RoutePlan:
             if module not in modules:
                 return f"PEFT routes all modules called {leaf(module)}, and no adapter has {module}"
             if module not in self.skeleton.layers or self.merging.layout.of[module].by_parameter:
-                return f"PEFT routes linear layers alone, and {module} is none to it"
+                return f"PEFT routes only linear layers, and it does not take {module} for one"
         return ""
 
     def of_one(self, adapter: OpenAdapter) -> MergePlan:

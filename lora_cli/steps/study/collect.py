@@ -46,7 +46,7 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
     where two folders differ.
 
     Raises:
-        DataError: a folder without a study, or a result that is none.
+        DataError: a folder without a study, or a damaged result.
         OutputError: folders of different studies, two results of one cell that differ, or a place that cannot be
             written.
     """

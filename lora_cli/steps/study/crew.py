@@ -7,7 +7,7 @@ from typing import Protocol
 
 from lora_cli.errors import LoraError
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 
 _TRIES = 2
 """How often a piece of work may end its worker before it is given up."""
@@ -32,10 +32,6 @@ class Hand(Protocol):
 
     def end(self) -> None:
         """End its process."""
-
-
-def unheard(text: str) -> None:
-    """A warning that nobody reads."""
 
 
 def together(order: Order, hands: Sequence[Hand], warn: Callable[[str], None]) -> Iterator[Outcome]:

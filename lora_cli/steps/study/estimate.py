@@ -18,7 +18,7 @@ from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
 from lora_cli.recipes import FitOptions, TargetRecipe, TrainOptions
-from lora_cli.records import Example
+from lora_cli.records import Example, unheard
 from lora_cli.settings import Settings
 from lora_cli.steps.estimate import CALLS, Estimate, encoded, lengths_of, model_of, of_fit, of_merge, of_train, outlines
 from lora_cli.steps.fit.request import FitRequest
@@ -64,7 +64,7 @@ class Estimator:
             self._stack.enter_context(one_thread_each())
         catalogue = self._stack.enter_context(Catalogue(home / "lora.db"))
         catalogue.add(self._adapters, base=self._study.base.place)
-        self._pool = Pool(catalogue=catalogue, base=self._study.base.place, announce=lambda text: None)
+        self._pool = Pool(catalogue=catalogue, base=self._study.base.place, announce=unheard)
         return self
 
     def __exit__(
@@ -123,6 +123,6 @@ class Estimator:
             self._settings,
             options=TrainOptions.of_settings(options["lora"]),
             recipe=TargetRecipe.of_settings(options["recipe"]),
-            announce=lambda text: None,
+            announce=unheard,
         )
         return of_train(job) or _NOTHING

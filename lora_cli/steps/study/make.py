@@ -17,6 +17,7 @@ from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import BaseRef
 from lora_cli.outputs import whole_file
 from lora_cli.recipes import TargetRecipe, TrainOptions, TrialOptions
+from lora_cli.records import unheard
 from lora_cli.settings import Settings
 from lora_cli.steps.evaluate.evaluate import System, Updates
 from lora_cli.steps.fit.fit import Fitting, fit
@@ -163,7 +164,7 @@ class Maker:
             recipe=TargetRecipe.of_settings(options["recipe"]),
             prompting=self.prompting,
             out=self.folder.target(need.name),
-            announce=_unheard,
+            announce=unheard,
         )
         report = job.run(self.settings.db).report
         return 0 if report is None else sum(step.tokens for step in report.learnt.trace)
@@ -187,7 +188,7 @@ class Maker:
         judging = TrialOptions.of(**self.study.evaluation) if rule.kind == "trials" else None
         with Catalogue(settings.db) as catalogue:
             add_candidates(catalogue, self.folder)
-            request = SelectRequest(catalogue, settings, options, judging, self.prompting, announce=_unheard)
+            request = SelectRequest(catalogue, settings, options, judging, self.prompting, announce=unheard)
             return [row.ref.pinned for row, _ in request.chosen()]
 
     def _by(self, seed: int | None) -> Settings:
@@ -213,7 +214,3 @@ def _trained(folder: Path) -> dict[str, Any]:
 def _facts(inputs: Mapping[str, str], terms: Mapping[str, Stated]) -> Facts:
     licences = {pinned: stated.licence for pinned, stated in terms.items() if pinned}
     return Facts({pinned: inputs[pinned] for pinned in licences}, licences)
-
-
-def _unheard(text: str) -> None:
-    """Announce nothing: a study tells of its cells."""

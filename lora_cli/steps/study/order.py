@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from threading import Condition
 
 from lora_cli.steps.study.folder import Piece, WorkFolder
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 
 
 class Order:

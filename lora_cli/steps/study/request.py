@@ -116,16 +116,7 @@ class StudyRequest:
             same = {"candidates": earlier.shared["candidates"]}
             study = replace(study, shared={**study.shared, **same})
             whole = replace(earlier.extended(study), base=study.base)
-            return Planned(
-                folder=folder,
-                study=whole,
-                cells=whole.cells(self.grid),
-                train=self.train,
-                test=self.test,
-                parts=self.parts,
-                candidates=(),
-                is_new=False,
-            )
+            return self._in(folder, whole, ())
         demand_free(folder.path)
         study = replace(study, shared={**study.shared, "candidates": _sha256("\n".join(self._pinned).encode())})
         most = max((rule.options.k for rule in study.pools.values() if rule.select), default=0)
@@ -133,6 +124,10 @@ class StudyRequest:
             held = counted(len(self._pinned), "usable adapter")
             self.announce(f"note: {held} in all, so that every pool of {most} holds the same")
         candidates = [self.catalogue.get(unpinned(pinned), base=self.settings.base) for pinned in self._pinned]
+        return self._in(folder, study, candidates, is_new=True)
+
+    def _in(self, folder: StudyFolder, study: Study, candidates: Sequence[Adapter], *, is_new: bool = False) -> Planned:
+        """A plan of this request's cells in a folder."""
         return Planned(
             folder=folder,
             study=study,
@@ -141,7 +136,7 @@ class StudyRequest:
             test=self.test,
             parts=self.parts,
             candidates=candidates,
-            is_new=True,
+            is_new=is_new,
         )
 
     def _study(self) -> Study:

@@ -13,7 +13,7 @@ from lora_cli.steps.study.collect import Collected, collect
 from lora_cli.steps.study.folder import WorkFolder
 from lora_cli.steps.study.plan import Cell
 from lora_cli.steps.study.request import Planned
-from lora_cli.steps.study.work import Outcome
+from lora_cli.steps.study.worker import Outcome
 from lora_cli.text import counted
 
 

@@ -84,7 +84,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     base: Base
 
     def __post_init__(self) -> None:
-        """ValueError for a rule that is none, a task whose name is no name of a file, or too many cells."""
+        """ValueError for an unknown rule, a task name that is no file name, or too many cells."""
         for rule in self.rules:
             if not _is_rule(rule):
                 raise ValueError(f"{shortened(rule)} is no rule")
@@ -185,7 +185,7 @@ def weights_of(rule: str, step: int) -> tuple[float, float]:
 
 
 def rule_of(name: str) -> Rule:
-    """The rule that merges so. KeyError for a name that is none."""
+    """The rule of this name. KeyError for an unknown one."""
     found = _LEGO.fullmatch(name)
     return MERGES[name] if found is None else Rule("lego", mean=True, clusters=int(found[1]))
 

@@ -78,7 +78,7 @@ class SequenceTable:
 def table_of(folder: SequenceFolder) -> SequenceTable:
     """The results in a sequence's folder, as far as they are there.
 
-    Raises DataError for a folder without a sequence, or a result that is none.
+    Raises DataError for a folder without a sequence, or a damaged result.
     """
     plan = folder.plan
     scores = {cell.name: _scores(folder, cell) for cell in plan.cells()}

@@ -1,30 +1,23 @@
 """A worker of a sequence: holds one loaded base, trains, merges and scores cell by cell."""
 
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-import torch
-
-from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import DataError, LoraError
+from lora_cli.errors import DataError
 from lora_cli.merge_options import MergeSources
-from lora_cli.models.forms import Prompting
-from lora_cli.models.ref import BaseRef, loaded_once, pin
+from lora_cli.records import unheard
 from lora_cli.steps.evaluate.evaluate import Row, System, Updates, answered
 from lora_cli.steps.merge.request import MergeRequest
-from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.study.folder import ADAPTER_FOLDER, COST_FILE, FAILED_FILE, RESULT_FILE, held, write_json
 from lora_cli.steps.study.sequence.data import read_data
 from lora_cli.steps.study.sequence.folder import CELL_SCHEMA, SequenceFolder
 from lora_cli.steps.study.sequence.plan import ALONE, BASE, SEQUENTIAL, Cell, Stage, weights_of
-from lora_cli.steps.study.work import PART, Outcome, answers_of, cost_of, demand_versions, settings_of
+from lora_cli.steps.study.worker import PART, CellWorker, answers_of, cost_of
 from lora_cli.steps.train.request import train_job
 
 
@@ -42,73 +35,22 @@ class _Made:
     tokens: int = 0
 
 
-class SequenceWorker:
-    """Does the cells of the sequence in a folder; use it in a `with` statement.
-
-    The cells that a cell needs are done first where nobody has done them. The catalogue is the worker's own, so that
-    workers share nothing but the folder. On a CPU one thread computes: then every worker gives the same bytes.
-
-    Entering raises DataError for a folder without a sequence, a base or packages of other versions than it was planned
-    with, and the errors of `pin`.
-    """
+class SequenceWorker(CellWorker):
+    """Does the cells of the sequence in a folder; see `CellWorker`. What a cell needs are other cells."""
 
     def __init__(self, path: Path) -> None:
         self._folder = SequenceFolder(path)
-        self._stack = ExitStack()
 
-    def __enter__(self) -> Self:
+    def _begin(self, stack: ExitStack) -> None:
         self.plan = plan = self._folder.plan
-        demand_versions(plan.shared["versions"])
-        self._cells, stack = {cell.name: cell for cell in plan.cells()}, self._stack
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lora-sequence-")))
-        if plan.base.device == "cpu":
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
-        stack.enter_context(loaded_once())
-        self._settings = settings_of(plan.base, home, seed=plan.seed)
-        self._prompting = Prompting(**plan.base.prompting)
-        self._pool = Pool(
-            catalogue=stack.enter_context(Catalogue(self._settings.db)),
-            base=plan.base.place,
-            aliases=plan.base.aliases,
-            announce=_unheard,
-            policy=self._settings.license_policy,
-        )
-        self._ref: BaseRef = pin(
-            plan.base.place,
-            name=plan.shared["base"]["base"],
-            device=plan.base.device,
-            dtype=plan.base.dtype,
-            prompting=self._prompting,
-        )
-        if {**self._ref.settings, **self._ref.inputs} != plan.shared["base"]:
+        planned = plan.shared["base"]
+        self._open(stack, plan.base, named=planned["base"], planned=plan.shared["versions"], seed=plan.seed)
+        if {**self._ref.settings, **self._ref.inputs} != planned:
             raise DataError(f"{plan.base.place}: another version of the base than the sequence was planned for")
-        return self
+        self._cells = {cell.name: cell for cell in plan.cells()}
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
-
-    def load(self) -> None:
-        """Load the base, which `run` does where it is not loaded. Errors are those of `BaseRef.load`."""
-        self._ref.load()
-
-    def run(self, name: str) -> Outcome:
-        """Do a cell by its name, unless it is done. A failure is the outcome.
-
-        Raises:
-            OutputError: the folder cannot be written.
-        """
-        began = time.monotonic()
-        try:
-            made = self._cell(self._cells[name])
-        except LoraError as error:
-            return Outcome(name=name, error=error.message, hint=error.hint)
-        except (MemoryError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-            # A fault of one cell, even a bug, does not end the others.
-            return Outcome(name=name, error=f"{type(error).__name__}: {error}")
-        return Outcome(name=name, seconds=time.monotonic() - began if made else 0.0)
+    def _do(self, name: str) -> bool:
+        return self._cell(self._cells[name])
 
     def _cell(self, cell: Cell) -> bool:
         """Do a cell, after those that it needs; False if it is done."""
@@ -148,7 +90,7 @@ class SequenceWorker:
             recipe=self.plan.trained_by(cell.seed),
             prompting=self._prompting,
             out=out,
-            announce=_unheard,
+            announce=unheard,
         )
         done = job.run(self._settings.db)
         run, report = done.run, done.report
@@ -214,7 +156,3 @@ class SequenceWorker:
                 for name, each in rows.items()
             },
         }
-
-
-def _unheard(text: str) -> None:
-    """Announce nothing: a sequence tells of its cells."""
