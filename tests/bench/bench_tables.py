@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from lora_cli.catalogue.adapters import Catalogue
-from tests.bench.bench_catalogue import adapters, timed
+from tests.bench.bench_catalogue import BASE, adapters, timed
 
 POOL, TASKS = 960, 62
 
@@ -47,7 +47,7 @@ def main(count: int = 100_000) -> None:
         ]
         new = (folder / "new.db", ("pool", "import", str(folder / "out.jsonl")))
         for db, words in (*exports, *scores, new):
-            wall, cpu, memory = timed(words, db)
+            wall, cpu, memory = timed(words, db, BASE)
             shown = " ".join(word.removeprefix(f"{folder}/") for word in words)
             made = Path(words[-1])
             size = f"{made.stat().st_size / 1e6:8.1f} MB" if made.is_file() else ""
