@@ -33,6 +33,7 @@ SUMMARIES = {
     "train": "Train a new LoRA on a task: the baseline that every fit has to beat.",
     "eval": "Evaluate adapters and the bare base on a task, with intervals, on one load of the base.",
     "study": "Compare ways to recycle a pool's adapters for a task, with the controls that keep the answer honest.",
+    "convert": "Convert an adapter of another program into a PEFT folder.",
     "bake": "Add an adapter to its base model, and report how much of the update survived.",
     "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
     "spectra.",
@@ -52,7 +53,8 @@ _KEPT = {
     "eval": "the answers so far are kept: the same command goes on from there",
     "study": "done cells are kept: the same command goes on from there",
     **dict.fromkeys(
-        ("merge", "train", "bake", "pool import", "pool export"), "nothing half-written is left: run the command again"
+        ("merge", "train", "bake", "convert", "pool import", "pool export"),
+        "nothing half-written is left: run the command again",
     ),
 }
 """The message about the state that an interrupted command leaves, by command."""

@@ -30,7 +30,7 @@ def parse_config(data: bytes) -> LoraConfigFacts:
     Raises ConfigError for what is not a JSON object, names one key twice, holds NaN or infinity, nests deeper than
     `MAX_DEPTH`, is longer than `MAX_CONFIG_BYTES`, is a Git LFS pointer, or gives a known key a value of another type.
     """
-    raw = _parse_json(data)
+    raw = parse_json(data)
     take = _Taker(raw)
     peft_type = take("peft_type", _text, "")
     if not peft_type:
@@ -68,7 +68,7 @@ def parse_config(data: bytes) -> LoraConfigFacts:
     )
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
+def parse_json(data: bytes) -> dict[str, Any]:
     if data.lstrip()[: len(_LFS_POINTER)] == _LFS_POINTER:
         raise ConfigError("config is a Git LFS pointer", hint="the file was never fetched: run `git lfs pull` there")
     if len(data) > MAX_CONFIG_BYTES:

@@ -17,13 +17,14 @@ from lora_cli.files import special_kind
 from lora_cli.formats.card import datasets_of, licence_of, read_card
 from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
-from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter, kind_in
-from lora_cli.formats.store import folder_ref, read_config
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter
+from lora_cli.formats.store import files_in, folder_ref
 from lora_cli.records import USABLE, Adapter, AdapterRow, Progress
 from lora_cli.settings import folder_of
 from lora_cli.sources import Found, Sought, Source, refuse
 
 _BATCH = 256
+_WEIGHTS = (".safetensors", ".gguf")
 
 
 def folder(place: str, budget: int | None, progress: Progress) -> Source:
@@ -35,7 +36,7 @@ def is_unchanged(row: AdapterRow) -> bool:
     """Whether the files of a catalogued folder have the sizes and times of the last sync, or are not here."""
     folder = Path(row.repo)
     names = _names(folder)
-    return WEIGHTS_NAME not in names or row.stamp.partition(":")[0] == _stamp(folder, names)
+    return not any(name.endswith(_WEIGHTS) for name in names) or row.stamp.partition(":")[0] == _stamp(folder, names)
 
 
 class FolderSource(Source):
@@ -113,17 +114,16 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
         datasets=datasets_of(card),
         modified_at=_modified(folder, names),
     )
-    config = read_config(folder)
+    config, weights, converted, kind = files_in(folder, names)
     header: Header | HeaderError | None = None
-    kind = ""
-    if (folder / WEIGHTS_NAME).is_file():
+    if weights is not None:
         try:
-            header = read_header(folder / WEIGHTS_NAME)
+            header = read_header(weights)
         except HeaderError as error:
             header = error
-    else:
-        kind = kind_in(folder, names)
     adapter = replace(stub, **rules.judge(config, header, names, kind))
+    if converted:
+        adapter = replace(adapter, notes="; ".join(filter(None, [converted, adapter.notes])))
     if special := special_kind(folder / "README.md"):
         adapter = replace(adapter, notes="; ".join(filter(None, [adapter.notes, f"README.md is {special}: no card"])))
     if row is not None and row.commit == adapter.commit and row.sha256:
@@ -131,11 +131,11 @@ def _read(rules: Rules, stub: Adapter, folder: Path, names: Sequence[str], row: 
         if row.status in USABLE:
             return adapter
     sound = adapter.status == "ok" or only_saved_whole(adapter.reason)
-    if not sound or config is None or not isinstance(header, Header):
+    if not sound or config is None or weights is None or not isinstance(header, Header):
         return adapter
     from lora_cli.checks.weights import weighed
 
-    return weighed(adapter, folder / WEIGHTS_NAME, header, config, rules.skeleton())
+    return weighed(adapter, weights, header, config, rules.skeleton())
 
 
 class _Lost:
@@ -223,7 +223,7 @@ def _stamp(folder: Path, names: Sequence[str]) -> str:
     """A stamp that changes with the size or time of any relevant file."""
     parts: list[Any] = []
     for name in names:
-        if name == "README.md" or name.startswith("adapter") or name.endswith(".safetensors"):
+        if name == "README.md" or name.startswith("adapter") or name.endswith(_WEIGHTS):
             try:
                 facts = (folder / name).stat()
             except OSError:

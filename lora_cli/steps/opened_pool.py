@@ -12,6 +12,7 @@ from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.imports import file_of
 from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits, unpinned
 from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent, unheard
@@ -223,10 +224,11 @@ class Pool:
             adapters = [opened(files, skeleton, whole=whole, fuse=True) for files in here]
         for adapter, one in zip(adapters, judged, strict=True):
             taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
+            converted = f"{adapter.files.kind}, converted" if adapter.files.kind else ""
             wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base or one.base, skeleton)
             if wrong:
                 raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
-            for note in filter(None, [taken, *adapter.notes, unknown]):
+            for note in filter(None, [converted, taken, *adapter.notes, unknown]):
                 self.announce(f"{adapter.ref.id}: {note}")
         public = public_base(base or "", known, [one.base for one in declared])
         if passed_on:
@@ -297,7 +299,7 @@ class Pool:
 
     def _find(self, name: str, *, whole: bool = False, store: bool = True) -> tuple[AdapterRef, Adapter | None]:
         """An adapter and its row; no row for a folder that the catalogue lacks at this commit or lists as unusable."""
-        folder = folder_of(name)
+        folder = folder_of(name) or file_of(name)
         if folder is None:
             look = partial(look_up, self.catalogue, base=self.base or "", aliases=self.aliases, announce=self.announce)
             row = usable(look(name, whole=whole, store=store, progress=self.progress), whole=whole)

@@ -32,7 +32,7 @@ FOLDERS: dict[str, tuple[dict[str, object], str]] = {
     "kohya": ({"style.safetensors": KOHYA}, "an adapter of kohya (style.safetensors), not of PEFT"),
     "mlx": (
         {CONFIG: MLX, "adapters.safetensors": {"model.layers.0.self_attn.q_proj.lora_a": (8, 4)}},
-        "an adapter of MLX (adapters.safetensors), not of PEFT",
+        "an adapter of mlx-lm: model.layers.0.self_attn.q_proj has lora_a but no lora_b",
     ),
     "hub": (
         {CONFIG: ADAPTER_HUB, "pytorch_adapter.bin": b"\x80\x04", "pytorch_model_head.bin": b"\x80\x04"},

@@ -48,13 +48,13 @@ FLOORS = (
         "hub",
     ),
     ("algebra",),
-    ("formats", "checks"),
+    ("formats", "checks", "imports"),
     ("catalogue",),
     ("models", "merge_methods", "selection_methods", "fit_methods", "sources", "exports"),
     ("steps.recorded", "steps.bases", "steps.task_view"),
     ("steps.pool",),
     ("steps.opened_pool",),
-    ("steps.evaluate", "steps.train", "steps.bake"),
+    ("steps.evaluate", "steps.train", "steps.bake", "steps.convert"),
     ("steps.merge",),
     ("steps.fit",),
     ("steps.memory", "steps.speed"),
@@ -67,11 +67,12 @@ FLOORS = (
     ("__main__",),
 )  # fmt: skip
 OPEN_FOLDERS = (
-    "merge_methods/", "selection_methods/", "fit_methods/", "sources/", "exports/", "metrics/", "executors/", "world/",
+    "merge_methods/", "selection_methods/", "fit_methods/", "sources/", "exports/", "imports/", "metrics/",
+    "executors/", "world/",
 )  # fmt: skip
 KEEPERS = {
     "torch": (
-        "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta",
+        "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta", "imports",
         "models", "merge_methods", "selection_methods", "fit_methods", "steps", "executors", "world",
     ),
     "transformers": ("models", "world"),

@@ -14,6 +14,7 @@ from lora_cli.formats.router import NO_LORA, router_folder
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config
 from lora_cli.hashes import sha256_of
+from lora_cli.imports import after
 from lora_cli.names import by_leaf, leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
@@ -42,7 +43,8 @@ class Declared(NamedTuple):
 
 def files_of(ref: AdapterRef) -> AdapterFiles:
     """An adapter's two files. Refused for a folder or repository without them, with the reason."""
-    files = locate(ref)
+    with after(ref.id):
+        files = locate(ref)
     if files is not None:
         return files
     from lora_cli.formats.delta import dense_folder

@@ -13,11 +13,11 @@ from lora_cli.errors import ConfigError, HeaderError, NothingMatched, Refused
 from lora_cli.files import reading
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.header import Header, read_header
-from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.modules import locate_modules
 from lora_cli.formats.remote_header import probe_header
 from lora_cli.formats.skeleton import Skeleton
-from lora_cli.formats.store import locate, read_config
+from lora_cli.formats.store import files_in, locate, read_config
 from lora_cli.hashes import sha256_of
 from lora_cli.hub.cache import hash_in_cache
 from lora_cli.hub.client import Hub
@@ -92,8 +92,7 @@ def verify(
 
     Raises the errors of the Hub, and Refused if the files are not on this machine and `hub` is None.
     """
-    config, weights, header, names = _files(adapter, hub, fetch=deep)
-    absent = header is None and adapter.source == "folder"
+    config, weights, header, names, kind = _files(adapter, hub, fetch=deep)
     facts = examine(
         config,
         header,
@@ -101,7 +100,7 @@ def verify(
         base_name=base,
         base_aliases=aliases,
         skeleton=skeleton,
-        kind=kind_in(Path(adapter.repo, adapter.subfolder), names) if absent else "",
+        kind=kind,
     )
     found = replace(adapter, **facts)
     read, spreads, sketched = False, None, None
@@ -180,22 +179,21 @@ def _swapped(adapter: Adapter, found: Adapter, weights: Path) -> str:
 
 def _files(
     adapter: Adapter, hub: Hub | None, *, fetch: bool
-) -> tuple[bytes | None, Path | None, Header | HeaderError | None, tuple[str, ...]]:
-    """Configuration, path of the weights if they are local, their header, and the names of all files."""
+) -> tuple[bytes | None, Path | None, Header | HeaderError | None, tuple[str, ...], str]:
+    """Configuration, path of the weights if they are local, their header, the names of all files, and their kind."""
     if adapter.source == "folder":
         folder = Path(adapter.repo, adapter.subfolder)
         if folder_of(str(folder)) is None:
             raise NothingMatched(f"{folder}: no such folder")
         with reading(folder):
             names = tuple(path.name for path in folder.iterdir())
-        weights = folder / WEIGHTS_NAME
-        here = WEIGHTS_NAME in names and weights.is_file()
-        return read_config(folder), weights if here else None, _header(weights) if here else None, names
+        config, weights, _, kind = files_in(folder, names)
+        return config, weights, None if weights is None else _header(weights), names, kind
     files = locate(adapter.ref)
     if files is None and fetch and hub is not None:
         files = download(hub, adapter)
     if files is not None:
-        return read_config(files.config.parent), files.weights, _header(files.weights), (CONFIG_NAME, WEIGHTS_NAME)
+        return read_config(files.config.parent), files.weights, _header(files.weights), (CONFIG_NAME, WEIGHTS_NAME), ""
     if hub is None:
         raise Refused(f"{adapter.id}: its files are not on this machine", hint=f"lora pool fetch {adapter.id}")
     prefix = f"{adapter.subfolder}/" if adapter.subfolder else ""
@@ -203,8 +201,8 @@ def _files(
     try:
         header = probe_header(hub, adapter, prefix + WEIGHTS_NAME, _PROBE_BYTES).header
     except MissingFile:
-        return config, None, None, (CONFIG_NAME,)
-    return config, None, header, (CONFIG_NAME, WEIGHTS_NAME)
+        return config, None, None, (CONFIG_NAME,), ""
+    return config, None, header, (CONFIG_NAME, WEIGHTS_NAME), ""
 
 
 def _header(weights: Path) -> Header | HeaderError:

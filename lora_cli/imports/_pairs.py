@@ -1,0 +1,69 @@
+"""Pairs of factors that stand in one file under names of their own."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from lora_cli.errors import Refused
+from lora_cli.formats.header import TensorEntry
+from lora_cli.formats.skeleton import Kind
+from lora_cli.imports import ForeignModule, Tensors, demand_floats
+from lora_cli.text import shortened
+
+if TYPE_CHECKING:
+    from lora_cli.algebra.lowrank import LowRank
+
+EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings"))
+"""The last names of modules that are embeddings of tokens."""
+
+
+def paired(names: Iterable[str], ends: tuple[str, str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
+    """Place → the names of its two tensors, which are the place and one of `ends`; and the names of all other tensors.
+
+    Raises Refused for a tensor without its partner.
+    """
+    sides: dict[str, dict[int, str]] = {}
+    others = []
+    for name in names:
+        side = next((at for at, end in enumerate(ends) if name.endswith(end) and len(name) > len(end)), None)
+        if side is None:
+            others.append(name)
+        else:
+            sides.setdefault(name[: -len(ends[side])], {})[side] = name
+    for place, found in sides.items():
+        if len(found) < 2:
+            [have] = found
+            raise Refused(f"{shortened(place)} has {ends[have][1:]} but no {ends[1 - have][1:]}")
+    return {place: (found[0], found[1]) for place, found in sides.items()}, others
+
+
+def turned(file: Tensors, a: str, b: str, *, scale: float, kind: Kind = "linear") -> ForeignModule:
+    """The module of factors stored transposed: `a` (in, r) and `b` (r, out).
+
+    Raises Refused for factors that are no matrices of floats of one rank.
+    """
+    one, other = file.header.tensors[a], file.header.tensors[b]
+    demand_matrices(one, other)
+    if one.shape[1] != other.shape[0]:
+        raise Refused(f"{shortened(a)} has rank {one.shape[1]}, {shortened(b)} rank {other.shape[0]}")
+
+    def read() -> "LowRank":
+        from lora_cli.algebra.lowrank import LowRank
+
+        return LowRank(file.read(b).T.contiguous(), file.read(a).T.contiguous())
+
+    return ForeignModule((other.shape[1], one.shape[0]), one.shape[1], read, scale, kind)
+
+
+def demand_matrices(*entries: TensorEntry) -> None:
+    """Refused for tensors that are no matrices of floats, or are empty."""
+    demand_floats(entries)
+    for entry in entries:
+        if len(entry.shape) != 2:
+            raise Refused(f"{shortened(entry.name)} has {len(entry.shape)} dimensions, not 2")
+        if 0 in entry.shape:
+            raise Refused(f"{shortened(entry.name)} is empty")
+
+
+def dtypes_of(file: Tensors, pairs: Mapping[str, tuple[str, ...]]) -> frozenset[str]:
+    """The precisions of the factors."""
+    return frozenset(file.header.tensors[name].dtype for names in pairs.values() for name in names)

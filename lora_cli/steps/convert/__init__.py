@@ -1,0 +1,1 @@
+"""Adapters of other programs as PEFT folders."""

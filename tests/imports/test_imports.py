@@ -1,0 +1,135 @@
+"""Adapters of other programs: recognised, converted exactly or refused by name, and taken wherever an adapter is."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lora_cli.imports import file_of, find, imports
+from lora_cli.methods import file_names
+from tests.cli import ok, refused
+from tests.imports.kinds import SAMPLES, Sample
+
+TAKEN = [one for one in SAMPLES if not one.refused]
+
+
+def titled(samples: list[Sample]) -> list[object]:
+    return [pytest.param(one, id=one.title) for one in samples]
+
+
+def written(sample: Sample, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The path to convert, and the dense updates."""
+    folder.mkdir()
+    updates = dict(sample.write(folder))
+    return folder / sample.source, updates
+
+
+def dense(folder: Path) -> dict[str, torch.Tensor]:
+    """The updates of a PEFT folder with one rank and one alpha, in float64."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
+    scale = config["lora_alpha"] / config["r"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for name, b in tensors.items():
+        for end, other in ((".lora_B.weight", ".lora_A.weight"), (".lora_embedding_B", ".lora_embedding_A")):
+            if name.endswith(end):
+                module = name.removesuffix(end)
+                a = tensors[module + other]
+                assert a.shape[0] == b.shape[1] == config["r"]
+                found[module.removeprefix("base_model.model.")] = scale * (
+                    b.double().flatten(1) @ a.double().flatten(1)
+                )
+    assert len(tensors) == 2 * len(found)
+    return found
+
+
+@pytest.mark.parametrize("sample", titled(TAKEN))
+def test_a_converted_adapter_is_the_same_update(sample: Sample, tmp_path: Path) -> None:
+    source, updates = written(sample, tmp_path / "theirs")
+    told = ok("convert", str(source), "-o", "out", "--base", sample.base)
+    assert told.out == "out\n"
+    result = dense(Path("out"))
+    assert result.keys() == updates.keys()
+    for module, update in updates.items():
+        assert torch.linalg.norm(result[module] - update) <= 1e-6 * torch.linalg.norm(update), module
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["results"]["exact"] is sample.exact
+    assert record["results"]["error"] == 0
+    assert json.loads(Path("out/adapter_config.json").read_text())["r"] == sample.rank
+    assert ("factors as in the file" in told.err) is sample.exact
+    again = ok("convert", str(source), "-o", "out", "--base", sample.base)
+    assert "up to date" in again.err
+
+
+@pytest.mark.parametrize("sample", titled([one for one in SAMPLES if one.refused]))
+def test_what_is_no_lora_is_refused_by_name(sample: Sample, tmp_path: Path) -> None:
+    source, _ = written(sample, tmp_path / "theirs")
+    said = refused(5, "convert", str(source), "-o", "out")
+    assert sample.refused in said
+    assert len(said.splitlines()) <= 2
+    assert not Path("out").exists()
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("sample", titled([*SAMPLES]))
+def test_an_adapter_is_recognised_by_its_own_kind_alone(sample: Sample, tmp_path: Path) -> None:
+    source, _ = written(sample, tmp_path / "theirs")
+    found = find(source)
+    assert found is not None
+    place = found.place
+    names = [name for name, one in zip(file_names("lora_cli.imports"), imports(), strict=True) if one.recognises(place)]
+    assert names == [sample.program]
+
+
+def test_every_kind_has_a_sample() -> None:
+    assert {one.program for one in SAMPLES} == {*file_names("lora_cli.imports")}
+
+
+@pytest.mark.parametrize("sample", titled(TAKEN[:1]))
+def test_it_is_taken_wherever_an_adapter_is(sample: Sample, tmp_path: Path) -> None:
+    source, updates = written(sample, tmp_path / "theirs")
+    ok("convert", str(source), "-o", "out")
+    told = ok("diff", str(source), "out", "--json")
+    assert json.loads(told.out)["cosine"] == pytest.approx(1.0)
+    kind = next(one for one in imports() if type(one).__name__.lower() == sample.program).program
+    assert f"{kind}, converted" in told.err
+    ok("merge", f"{source}=0.5", "-o", "half", "--weights", "sum")
+    for module, update in dense(Path("half")).items():
+        assert torch.linalg.norm(update - updates[module] / 2) <= 1e-5 * torch.linalg.norm(update)
+
+
+@pytest.mark.parametrize("sample", titled(TAKEN[:1]))
+def test_sync_lists_it_as_usable(sample: Sample, tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    written(sample, tmp_path / "pool" / "theirs")
+    ok("pool", "sync", "acme/tiny", "--from", str(tmp_path / "pool"))
+    [row] = json.loads(ok("pool", "list", "--json", "--base", "acme/tiny").out)["rows"]
+    assert (row["status"], row["rank"]) == ("ok", sample.rank)
+    told = ok("merge", row["id"], "-o", "merged", "--base", "acme/tiny")
+    assert "converted" in told.err
+    assert "1 unchanged" in ok("pool", "sync", "acme/tiny", "--from", str(tmp_path / "pool")).err
+    ok("pool", "verify", row["id"], "--deep")
+
+
+def test_a_text_that_names_no_file_is_none() -> None:
+    assert file_of("acme/\0x.safetensors") is None
+    assert file_of("acme/x.safetensors") is None
+
+
+def test_an_output_that_exists_is_left_alone(tmp_path: Path) -> None:
+    source, _ = written(SAMPLES[0], tmp_path / "theirs")
+    Path("out").mkdir()
+    Path("out/mine").write_text("kept")
+    assert "out exists" in refused(1, "convert", str(source), "-o", "out")
+    assert "not an output of lora" in refused(1, "convert", str(source), "-o", "out", "--force")
+    assert "where the adapter is" in refused(1, "convert", str(source), "-o", str(source))
+    assert Path("out/mine").read_text() == "kept"
+
+
+def test_a_place_without_an_adapter(tmp_path: Path) -> None:
+    assert "no file or folder" in refused(3, "convert", str(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    assert "no adapter of a known program" in refused(5, "convert", str(tmp_path / "empty"))
