@@ -19,6 +19,7 @@ from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter
 from lora_cli.formats.store import files_in, folder_ref
+from lora_cli.imports import find
 from lora_cli.records import USABLE, Adapter, AdapterRow, Progress
 from lora_cli.settings import folder_of
 from lora_cli.sources import Found, Sought, Source, refuse
@@ -198,7 +199,8 @@ def _adapter_folders(root: Path) -> Iterator[Path]:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
         except OSError:
             continue
-        if holds_adapter(folder, [entry.name for entry in entries]):
+        names = [entry.name for entry in entries]
+        if holds_adapter(folder, names) or (any(name.endswith(".gguf") for name in names) and find(folder) is not None):
             yield folder
         for entry in reversed(entries):
             if not entry.name.startswith(".") and _is_folder(entry):

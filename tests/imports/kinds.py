@@ -38,7 +38,6 @@ class Sample:
     refused: str = ""
     source: str = ""
     says: str = ""
-    base: str = "acme/tiny"
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -87,6 +86,62 @@ def _mlx_experts(folder: Path) -> Updates:
     return {}
 
 
+def _olive(folder: Path, *, scale: float = 2.0, more: Mapping[str, Tensor] | None = None) -> Updates:
+    """By the code of Olive 0.13: prefix, transposition, scale in B."""
+    tensors, updates = {**(more or {})}, {}
+    for seed, (module, (out, into)) in enumerate(SHAPES.items()):
+        a, b = drawn(4, into, seed=seed), drawn(out, 4, seed=seed + 50)
+        name = f"base_model.model.{module}".replace("base_model.model.model", "model")
+        turned = (b.numpy().transpose().copy() * scale).astype("float32")
+        tensors |= {f"{name}.lora_A.weight": a.T.contiguous(), f"{name}.lora_B.weight": torch.from_numpy(turned)}
+        updates[module] = torch.from_numpy(turned).double().T @ a.double()
+    save_file(tensors, folder / "adapter.safetensors")
+    return updates
+
+
+def _gguf(
+    folder: Path,
+    *,
+    arch: str = "llama",
+    alpha: float | None = 8.0,
+    heads: tuple[int, int] | None = (4, 2),
+    ranks: tuple[int, int, int] = (4, 4, 4),
+    kind: str = "adapter",
+    more: Mapping[str, Tensor] | None = None,
+) -> Updates:
+    """By llama.cpp's rules: the file by its own package, the order of rows by convert_hf_to_gguf.py's `permute`."""
+    import gguf
+
+    writer = gguf.GGUFWriter(folder / "adapter.gguf", arch)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", "lora")
+    if alpha is not None:
+        writer.add_float32("adapter.lora.alpha", alpha)
+    names = ("blk.0.attn_q", "blk.0.attn_v", "blk.1.ffn_down", "blk.0.attn_k")
+    shapes = {**SHAPES, "model.layers.0.self_attn.k_proj": (12, 24)}
+    updates = {}
+    for seed, (theirs, (module, (out, into)), rank) in enumerate(zip(names, shapes.items(), (*ranks, 4), strict=True)):
+        a, b = drawn(rank, into, seed=seed), drawn(out, rank, seed=seed + 50)
+        updates[module] = (alpha / rank if alpha else 1.0) * b.double() @ a.double()
+        numbers = b.numpy()
+        if arch == "llama" and theirs[-1] in "qk":
+            count = (4, 2)[theirs[-1] == "k"]
+            numbers = numbers.reshape(count, 2, out // count // 2, rank).swapaxes(1, 2).reshape(out, rank)
+        writer.add_tensor(f"{theirs}.weight.lora_a", a.numpy())
+        writer.add_tensor(f"{theirs}.weight.lora_b", numbers.copy())
+    for name, tensor in (more or {}).items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if heads is not None:
+        (folder.parent / "base").mkdir()
+        config = {"model_type": "llama", "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+        (folder.parent / "base" / "config.json").write_text(json.dumps(config))
+    return updates
+
+
 SAMPLES: tuple[Sample, ...] = (
     Sample("mlx-lm", "mlx", _mlx, rank=4, exact=True),
     Sample(
@@ -110,4 +165,46 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("mlx-lm, whole weights", "mlx", lambda folder: _mlx(folder, kind="full"), refused="whole weights"),
     Sample("mlx-lm, experts", "mlx", _mlx_experts, refused="a stack of experts"),
     Sample("mlx-lm, half a pair", "mlx", lambda folder: _mlx(folder, without="v_proj.lora_b"), refused="but no lora_b"),
+    Sample("Olive", "olive", _olive, rank=4, exact=True, source="adapter.safetensors"),
+    Sample(
+        "Olive, int4",
+        "olive",
+        lambda folder: _olive(folder, more={"model.layers.0.mlp.up_proj.lora_A.quant.weight": drawn(4, 4, seed=3)}),
+        refused="quantised to int4",
+    ),
+    Sample(
+        "Olive, a head saved whole",
+        "olive",
+        lambda folder: _olive(folder, more={"lm_head.weight": drawn(4, 4, seed=3)}),
+        refused="tensors that are no factors: lm_head.weight",
+    ),
+    Sample("GGUF of Llama", "gguf", _gguf, rank=4, exact=True, source="adapter.gguf", says="with --base"),
+    Sample("GGUF of Qwen 3", "gguf", lambda folder: _gguf(folder, arch="qwen3", heads=None), rank=4, exact=True),
+    Sample(
+        "GGUF, several ranks",
+        "gguf",
+        lambda folder: _gguf(folder, arch="qwen2", ranks=(4, 8, 2), heads=None),
+        rank=8,
+        says="the scale goes into the factors",
+    ),
+    Sample("GGUF, no alpha", "gguf", lambda folder: _gguf(folder, alpha=None), rank=4, exact=True),
+    Sample("GGUF of Llama, no base", "gguf", lambda folder: _gguf(folder, heads=None), refused="heads of the base"),
+    Sample("GGUF, other heads", "gguf", lambda folder: _gguf(folder, heads=(5, 5)), refused="which are no 5 heads"),
+    Sample("GGUF of Mamba", "gguf", lambda folder: _gguf(folder, arch="mamba"), refused="the architecture mamba"),
+    Sample(
+        "GGUF, the embedding",
+        "gguf",
+        lambda folder: _gguf(
+            folder,
+            more={"token_embd.weight.lora_a": drawn(8, 4, seed=1), "token_embd.weight.lora_b": drawn(24, 4, seed=1)},
+        ),
+        refused="token_embd",
+    ),
+    Sample(
+        "GGUF, a model",
+        "gguf",
+        lambda folder: _gguf(folder, kind="model"),
+        refused="a GGUF file of type model",
+        source="adapter.gguf",
+    ),
 )

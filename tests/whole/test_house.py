@@ -89,6 +89,7 @@ KEEPERS = {
     "scipy": ("steps", "checks.sketch"),
     "cma": ("steps.fit.search",),
     "ray": ("executors._ray_driver",),
+    "gguf": ("imports.gguf",),
     "matplotlib": ("plots",),
     "rich": ("screen",),
     "pyarrow": ("formats.tables",),
