@@ -65,13 +65,15 @@ def convert(
         screen.say(f"convert: {foreign.kind} · {outcome(done.run.results)} · {told}")
     for note in foreign.notes:
         screen.say(f"  {note}")
-    if not foreign.base:
+    if not foreign.base and not foreign.config.get("base_model_name_or_path"):
         screen.say("  it declares no base model: give --base, here or wherever it is used")
 
 
 def outcome(results: Mapping[str, Any]) -> str:
     """Modules, rank and exactness of a conversion."""
     modules = results["modules"]
+    if not modules:
+        return "tensors as in the files"
     rank = max(one["rank"] for one in modules.values())
     many = f"{counted(len(modules), 'module')} · rank {rank} in {results['precision']}"
     if results["exact"]:

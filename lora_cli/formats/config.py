@@ -17,6 +17,7 @@ from lora_cli.text import shortened
 T = TypeVar("T")
 D = TypeVar("D")
 
+_CONFIG = "adapter_config.json"
 MAX_CONFIG_BYTES = 1_000_000
 MAX_DEPTH = 32
 MAX_NAME = 1_000
@@ -68,7 +69,18 @@ def parse_config(data: bytes) -> LoraConfigFacts:
     )
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
+def parse_json(data: bytes, what: str = _CONFIG) -> dict[str, Any]:
+    """The JSON object in the bytes of a stranger's file, which messages call `what`.
+
+    Raises ConfigError within the limits of `parse_config`.
+    """
+    try:
+        return _parsed(data)
+    except ConfigError as error:
+        raise ConfigError(error.message.replace(_CONFIG, what), hint=error.hint) from error
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
     if data.lstrip()[: len(_LFS_POINTER)] == _LFS_POINTER:
         raise ConfigError("config is a Git LFS pointer", hint="the file was never fetched: run `git lfs pull` there")
     if len(data) > MAX_CONFIG_BYTES:

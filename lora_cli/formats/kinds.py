@@ -28,6 +28,7 @@ _OTHERS = {
 _SHARD = re.compile(r"adapter_model-\d{5}-of-\d{5}\.safetensors")
 _WHOLE_MODEL = re.compile(r"(?:(?:tf|pytorch|diffusion_pytorch)_)?model[.-]|consolidated[.-]")
 _KOHYA = (".lora_down.weight", ".alpha")
+_CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch)[-_]?(\d{1,12})")
 _FACTOR = re.compile(r"\.lora_[AB]\.(?:([^.]+)\.)?weight$")
 
 
@@ -62,6 +63,19 @@ def kind_in(folder: Path, files: Collection[str]) -> str:
             if kind := _by_tensors(header, name):
                 return kind
     return ""
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    """The names of a training's checkpoints in a folder that hold adapters, in the order of their steps."""
+    found: dict[str, int] = {}
+    try:
+        for path in folder.iterdir():
+            step = _CHECKPOINT.fullmatch(path.name)
+            if step and path.is_dir() and holds_adapter(path, [file.name for file in path.iterdir()]):
+                found[path.name] = int(step[1])
+    except OSError:
+        return []
+    return sorted(found, key=lambda name: found[name])
 
 
 def holds_adapter(folder: Path, files: Collection[str]) -> bool:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lora_cli.errors import NothingMatched, Refused
+from lora_cli.errors import ConfigError, DataError, NothingMatched, Refused
 from lora_cli.files import read_regular, unreadable
-from lora_cli.formats.config import MAX_CONFIG_BYTES
+from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, kind_in
 from lora_cli.hashes import sha256_of
-from lora_cli.imports import find
+from lora_cli.imports import Found, find
 from lora_cli.records import AdapterRef
 from lora_cli.settings import folder_of
 
@@ -41,10 +41,9 @@ class FolderFiles(NamedTuple):
 
 def files_in(folder: Path, names: Collection[str]) -> FolderFiles:
     """The files of the adapter in a folder, which holds files of these names. DataError for one that is locked."""
-    weights = folder / WEIGHTS_NAME
-    if WEIGHTS_NAME in names and weights.is_file():
+    weights, found = folder / WEIGHTS_NAME, _foreign(folder)
+    if found is None and WEIGHTS_NAME in names and weights.is_file():
         return FolderFiles(read_config(folder), weights)
-    found = find(folder)
     if found is None:
         return FolderFiles(read_config(folder), None, kind=kind_in(folder, names))
     from lora_cli.imports._cached import converted
@@ -71,7 +70,7 @@ def locate(ref: AdapterRef) -> AdapterFiles | None:
         config, weights = hub.cached_files(ref.repo, names, ref.commit)
     else:
         config, weights = (_if_there(Path(ref.repo, name)) for name in names)
-        if weights is None and (found := find(Path(ref.repo))) is not None:
+        if (found := _foreign(Path(ref.repo))) is not None:
             from lora_cli.imports._cached import converted
 
             folder = converted(found)
@@ -95,9 +94,8 @@ def folder_ref(path: Path, id: str = "") -> AdapterRef:
     program's adapter, over its files. Raises NothingMatched where there is no such folder, DataError for a file that
     is locked.
     """
-    at = folder_of(str(path))
+    at, found = folder_of(str(path)), _foreign(path)
     weights = None if at is None else at / WEIGHTS_NAME
-    found = None if weights is not None and weights.is_file() else find(path)
     if at is None and found is None:
         raise NothingMatched(f"no folder {path}")
     folder = (at or path).resolve()
@@ -115,6 +113,17 @@ def folder_ref(path: Path, id: str = "") -> AdapterRef:
         source="folder",
         repo=str(folder),
     )
+
+
+def _foreign(path: Path) -> Found | None:
+    """The adapter at a path if it is one of another program, or of PEFT but no LoRA."""
+    try:
+        if not (path / WEIGHTS_NAME).is_file():
+            return find(path)
+        data = read_config(path)
+        return find(path) if data is not None and parse_config(data).peft_type != "LORA" else None
+    except (DataError, ConfigError, OSError):
+        return None
 
 
 def read_config(folder: Path) -> bytes | None:

@@ -17,13 +17,13 @@ from lora_cli.errors import DataError, HeaderError, LoraError, NothingMatched, R
 from lora_cli.files import read_regular, unreadable
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
 from lora_cli.formats.header import Header, TensorEntry, read_header
-from lora_cli.formats.kinds import CONFIG_NAME
+from lora_cli.formats.kinds import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, checkpoints_in, kind_in
 from lora_cli.formats.skeleton import Kind
 from lora_cli.hashes import Stamp, opened_as, stamp_of
 from lora_cli.methods import file_names, member
 from lora_cli.precision import FLOATS
 from lora_cli.settings import folder_of
-from lora_cli.text import counted, shortened
+from lora_cli.text import counted, in_words, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +56,14 @@ class Place:
         """The folder's adapter_config.json, {} where there is none. ConfigError for a malformed one."""
         path = self.folder / CONFIG_NAME
         try:
-            return parse_json(read_regular(path, MAX_CONFIG_BYTES + 1)) if path.is_file() else {}
+            return parse_json(read_regular(path, MAX_CONFIG_BYTES + 1)) if self.has_config else {}
         except OSError as error:
             raise unreadable(path, error) from error
+
+    @property
+    def has_config(self) -> bool:
+        """Whether an adapter_config.json lies in the folder."""
+        return (self.folder / CONFIG_NAME).is_file()
 
     @property
     def peft_type(self) -> str:
@@ -127,14 +132,18 @@ class Foreign:
     base: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    copied: "Mapping[str, tuple[Path, TensorEntry]]" = field(default_factory=dict)
+    copied: "Mapping[str, tuple[Tensors, TensorEntry]]" = field(default_factory=dict)
 
 
 class Import(ABC):
-    """One way of writing adapters. `program` names it in words, `example` a file that it is recognised by."""
+    """One way of writing adapters, which `program` names in words.
+
+    `several`: one file can hold several adapters by name. `split`: several files hold one adapter together.
+    """
 
     program: str
-    example: str
+    several: bool = False
+    split: bool = False
 
     @abstractmethod
     def recognises(self, place: Place) -> tuple[str, ...]:
@@ -167,8 +176,24 @@ class Found(NamedTuple):
         return (*(self.place.folder / name for name in self.weights), *([config] if config.is_file() else []))
 
     @property
+    def adapters(self) -> list[Path]:
+        """The paths that name single adapters: the place, or the files in it that hold one each."""
+        if self.by.split or len(self.weights) == 1:
+            return [self.place.path]
+        return [self.place.folder / name for name in self.weights]
+
+    @property
     def tensors(self) -> "Tensors":
-        """The tensors of its only weights file. HeaderError, DataError where it cannot be read."""
+        """The tensors of its only weights file.
+
+        Raises:
+            Refused: several files, each an adapter. HeaderError, DataError: a file that cannot be read.
+        """
+        if len(self.weights) > 1:
+            raise Refused(
+                f"{len(self.weights)} adapters beside each other ({shortened(', '.join(self.weights))})",
+                hint=f"name one, such as {self.place.folder / self.weights[0]}",
+            )
         return Tensors.of(self.place.folder / self.weights[0])
 
     def open(self, asked: Asked | None = None) -> Foreign:
@@ -223,10 +248,15 @@ def demand(path: Path) -> Found:
         return found
     if not path.exists():
         raise NothingMatched(f"no file or folder {path}")
-    from lora_cli.formats.kinds import kind_in
-
-    place = _place(path)
-    kind = "" if place is None or place.one else kind_in(place.folder, place.names)
+    if named := checkpoints_in(path):
+        listed = in_words(named[-3:])
+        raise Refused(f"{path} holds checkpoints, not an adapter: {listed}", hint=f"name one: {path / named[-1]}")
+    place = _place(path) or Place(path, ())
+    kind = "" if place.one else kind_in(place.folder, place.names)
+    if pickle := next((name for name in place.names if name.endswith(PICKLE_SUFFIXES)), ""):
+        raise Refused(f"{path}: {kind or f'pickle only ({pickle})'}", hint=unpickled(pickle, WEIGHTS_NAME))
+    if WEIGHTS_NAME in place.names and place.has_config:
+        kind = "an adapter as PEFT writes it: nothing to convert"
     raise Refused(
         f"{path}: {kind or 'no adapter of a known program'}",
         hint="docs/exchange.md lists the kinds that lora convert reads",
@@ -292,6 +322,24 @@ def number(config: Mapping[str, Any], key: str, where: str) -> float:
         said = "is missing" if value is None else f"is {shortened(value)}, not a number"
         raise Refused(f"{key} {said} in {where}: the scale of the update is not known")
     return float(value)
+
+
+def peft_config(place: Place, asked: Asked) -> dict[str, Any]:
+    """The configuration of a LoRA of PEFT that lies in the folder, with the base that the user names.
+
+    Raises Refused where there is none, or for another type than LoRA.
+    """
+    if not place.has_config:
+        raise Refused(f"no {CONFIG_NAME} beside it: the scale of the update is not known")
+    if place.peft_type != "LORA":
+        raise Refused(f"peft_type is {shortened(place.peft_type or 'missing')}, not LORA")
+    return {**place.config, **({"base_model_name_or_path": asked.base} if asked.base else {})}
+
+
+def unpickled(name: str, into: str) -> str:
+    """The remedy for a pickle: a line that makes safetensors of it, by a loader that runs no code in it."""
+    made = f"save({{k: v.contiguous() for k, v in load({name!r}, weights_only=True).items()}}, {into!r})"
+    return f'python -c "from torch import load; from safetensors.torch import save_file as save; {made}"'
 
 
 def text(config: Mapping[str, Any], key: str) -> str:

@@ -1,5 +1,6 @@
 """Pairs of factors that stand in one file under names of their own."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ from lora_cli.errors import Refused
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.skeleton import Kind
 from lora_cli.imports import ForeignModule, Tensors, demand_floats
+from lora_cli.precision import FLOATS
 from lora_cli.text import shortened
 
 if TYPE_CHECKING:
@@ -52,6 +54,54 @@ def turned(file: Tensors, a: str, b: str, *, scale: float, kind: Kind = "linear"
         return LowRank(file.read(b).T.contiguous(), file.read(a).T.contiguous())
 
     return ForeignModule((other.shape[1], one.shape[0]), one.shape[1], read, scale, kind)
+
+
+def straight(file: Tensors, a: str, b: str, *, scale: float) -> ForeignModule:
+    """The module of factors stored as PEFT has them: `a` (r, in) and `b` (out, r), of a convolution with its kernel.
+
+    Raises Refused for factors that are no floats, or whose shapes do not fit together.
+    """
+    one, other = file.header.tensors[a], file.header.tensors[b]
+    demand_floats((one, other))
+    if len(one.shape) not in (2, 3, 4, 5) or len(one.shape) != len(other.shape) or 0 in (*one.shape, *other.shape):
+        raise Refused(f"{shortened(a)} and {shortened(b)} are no factors of a layer or of a convolution")
+    if one.shape[0] != other.shape[1]:
+        raise Refused(f"{shortened(a)} has rank {one.shape[0]}, {shortened(b)} rank {other.shape[1]}")
+    if any(size != 1 for size in other.shape[2:]):
+        raise Refused(f"{shortened(b)} has a kernel of its own, which PEFT's convolutions have not")
+
+    def read() -> "LowRank":
+        from lora_cli.algebra.lowrank import LowRank
+
+        return LowRank(file.read(b).flatten(1), file.read(a).flatten(1))
+
+    shape = (other.shape[0], math.prod(one.shape[1:]))
+    kernel = one.shape[2:]
+    return ForeignModule(shape, one.shape[0], read, scale, "conv" if kernel else "linear", kernel)
+
+
+def scales(file: Tensors, places: Mapping[str, int], end: str = ".alpha") -> tuple[dict[str, float], bool]:
+    """alpha/rank of each place by its tensor `place + end`, and whether the file has such tensors.
+
+    A file without any is of programs and times that applied B·A as it is: the scale is 1.
+
+    Args:
+        places: the rank of each place.
+
+    Raises Refused where only some places have one, or one is no single number.
+    """
+    given = [place for place in places if place + end in file.header.tensors]
+    if not given:
+        return dict.fromkeys(places, 1.0), False
+    if missing := [place for place in places if place + end not in file.header.tensors]:
+        raise Refused(f"{shortened(missing[0])} has no alpha, but {shortened(given[0])} has one")
+    found = {}
+    for place, rank in places.items():
+        entry = file.header.tensors[place + end]
+        if math.prod(entry.shape) != 1 or entry.dtype not in FLOATS:
+            raise Refused(f"{shortened(entry.name)} is no single number: the scale of the update is not known")
+        found[place] = float(file.read(entry.name)) / rank
+    return found, True
 
 
 def demand_matrices(*entries: TensorEntry) -> None:

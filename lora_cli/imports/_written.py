@@ -4,6 +4,7 @@ Where they have one scale and no rank is asked for, the factors are copied bit f
 float64 and written in fp32, or in the precision that was asked for.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from lora_cli.algebra.lowrank import LowRank, RankChoice, inner, reduce
 from lora_cli.errors import Refused
 from lora_cli.formats.factors import PREFIX
-from lora_cli.formats.kinds import WEIGHTS_NAME
+from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
 from lora_cli.formats.reader import natural
-from lora_cli.formats.writer import AdapterWriter, base_entries
+from lora_cli.formats.writer import AdapterWriter, TensorStream, base_entries
+from lora_cli.hashes import opened_as
 from lora_cli.imports import Foreign, ForeignModule
 from lora_cli.precision import torch_dtype
 from lora_cli.records import Progress, silent
@@ -61,6 +63,8 @@ class Conversion:
     @property
     def exact(self) -> bool:
         """Whether the factors are those of the file, bit for bit."""
+        if self.foreign.copied:
+            return True
         return self.scale is not None and all(
             torch.promote_types(torch_dtype(name), self.precision) == self.precision for name in self.foreign.dtypes
         )
@@ -96,6 +100,9 @@ def write(conversion: Conversion, folder: Path, progress: Progress = silent) -> 
         Refused: NaN, Inf or an overflow; a file that changed; an update that is zero.
     """
     foreign = conversion.foreign
+    if foreign.copied:
+        _copy(foreign, folder, progress)
+        return {}
     names = natural(foreign.modules)
     places = [
         Place(PREFIX + name, (name,), one.shape, name, kind=one.kind, kernel=one.kernel)
@@ -113,6 +120,18 @@ def write(conversion: Conversion, folder: Path, progress: Progress = silent) -> 
         alpha = {} if scale is None else {"lora_alpha": _whole(scale * max(writer.ranks.values()))}
         writer.finish({**_config(foreign), **layout.targets(None), **alpha})
     return found
+
+
+def _copy(foreign: Foreign, folder: Path, progress: Progress) -> None:
+    """Write tensors that are PEFT's already into one file, unchanged, and their configuration beside it."""
+    with TensorStream(folder / WEIGHTS_NAME, [*foreign.copied], torch.float32) as stream:
+        for done, (name, (file, entry)) in enumerate(foreign.copied.items()):
+            progress("convert", done, len(foreign.copied))
+            with opened_as(file.path, file.stamp, f"{file.path}: its weights") as opened:
+                stream.copy(name, entry, opened)
+        stream.finish()
+    text = json.dumps(foreign.config, indent=2, sort_keys=True)
+    (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def _update(module: ForeignModule, rank: int | None, *, fold: bool) -> tuple[LowRank, Converted]:
@@ -140,6 +159,3 @@ def _config(foreign: Foreign) -> dict[str, Any]:
 
 def _whole(value: float) -> float | int:
     return int(value) if value == int(value) else value
-
-
-WRITTEN: Final = WEIGHTS_NAME

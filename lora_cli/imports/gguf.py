@@ -33,7 +33,6 @@ class Gguf(Import):
     """An adapter in a GGUF file."""
 
     program = "an adapter of llama.cpp (GGUF)"
-    example = "adapter.gguf"
 
     def recognises(self, place: Place) -> tuple[str, ...]:
         found = [name for name in place.names if name.endswith(".gguf")]

@@ -31,7 +31,6 @@ class Mlx(Import):
     """An adapter of mlx-lm."""
 
     program = "an adapter of mlx-lm"
-    example = _NEWEST
 
     def recognises(self, place: Place) -> tuple[str, ...]:
         if place.one:

@@ -6,7 +6,7 @@
 
 from lora_cli.errors import Refused
 from lora_cli.formats.factors import PREFIX
-from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.imports import SAFETENSORS, Asked, Foreign, Found, Import, Place, demand_some, others_in_words
 from lora_cli.imports._pairs import dtypes_of, paired, turned
 
@@ -18,13 +18,12 @@ class Olive(Import):
     """An adapter for ONNX Runtime, written by Olive."""
 
     program = "an adapter of Olive"
-    example = "adapter.safetensors"
 
     def recognises(self, place: Place) -> tuple[str, ...]:
-        if CONFIG_NAME in place.names:
+        if place.has_config:
             return ()
         found = [name for name in place.names if name.endswith(SAFETENSORS) and name != WEIGHTS_NAME]
-        return (found[0],) if len(found) == 1 and _is_turned(place, found[0]) else ()
+        return (found[0],) if len(found) == 1 and is_turned(place, found[0]) else ()
 
     def open(self, found: Found, asked: Asked) -> Foreign:
         file = found.tensors
@@ -40,7 +39,7 @@ class Olive(Import):
         return Foreign(self.program, modules, dtypes_of(file, pairs), base=asked.base)
 
 
-def _is_turned(place: Place, name: str) -> bool:
+def is_turned(place: Place, name: str) -> bool:
     """Whether the factors in a file fit together turned, and not as PEFT has them."""
     names = [*place.tensor_names(name)]
     if any(".lora_A.quant." in one or ".lora_B.quant." in one for one in names):

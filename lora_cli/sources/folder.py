@@ -19,7 +19,7 @@ from lora_cli.formats.factors import only_saved_whole
 from lora_cli.formats.header import Header, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME, holds_adapter
 from lora_cli.formats.store import files_in, folder_ref
-from lora_cli.imports import find
+from lora_cli.imports import file_of, find
 from lora_cli.records import USABLE, Adapter, AdapterRow, Progress
 from lora_cli.settings import folder_of
 from lora_cli.sources import Found, Sought, Source, refuse
@@ -70,11 +70,7 @@ class FolderSource(Source):
     def vanished(self, sought: Sought, seen: Collection[str]) -> list[str]:
         name, root = self._id(self._root), _text(str(self._root))
         known = sought.catalogue.known([id for id in sought.catalogue.ids_of(source="folder") if id not in seen])
-        return [
-            id
-            for id, row in known.items()
-            if _below(row.repo, root) or (_below(id, name) and folder_of(row.repo) is None)
-        ]
+        return [id for id, row in known.items() if _below(row.repo, root) or (_below(id, name) and _is_gone(row.repo))]
 
     def _id(self, folder: Path) -> str:
         return _text("/".join((self._root.name, *folder.relative_to(self._root).parts)))
@@ -144,7 +140,7 @@ class _Lost:
 
     def __init__(self, catalogue: Catalogue) -> None:
         known = catalogue.known(catalogue.ids_of(source="folder"))
-        self._lost = {id: row for id, row in known.items() if folder_of(row.repo) is None}
+        self._lost = {id: row for id, row in known.items() if _is_gone(row.repo)}
 
     def moved_to(self, folder: Path, id: str) -> str:
         """The id of the lost adapter that is now in `folder`, byte for byte; `id` if there is none."""
@@ -173,7 +169,7 @@ def _own(id: str, folder: Path, known: Mapping[str, Known], placed: Mapping[str,
         return id
     # A moved tree keeps its ids; a Hub row of the same id has no folder.
     was = known[id].repo
-    return id if Path(was).is_absolute() and folder_of(was) is None else here
+    return id if Path(was).is_absolute() and _is_gone(was) else here
 
 
 def _below(path: str, folder: str) -> bool:
@@ -201,10 +197,16 @@ def _adapter_folders(root: Path) -> Iterator[Path]:
             continue
         names = [entry.name for entry in entries]
         if holds_adapter(folder, names) or (any(name.endswith(".gguf") for name in names) and find(folder) is not None):
-            yield folder
+            yield from _adapters_in(folder, names)
         for entry in reversed(entries):
             if not entry.name.startswith(".") and _is_folder(entry):
                 waiting.append(folder / entry.name)
+
+
+def _adapters_in(folder: Path, names: Collection[str]) -> Iterator[Path]:
+    """A folder that holds an adapter; its files, if each is an adapter of another program by itself."""
+    found = None if WEIGHTS_NAME in names else find(folder)
+    yield from [folder] if found is None else found.adapters
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
@@ -214,9 +216,22 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return False
 
 
-def _names(folder: Path) -> tuple[str, ...]:
+def _is_gone(place: str) -> bool:
+    """Whether a catalogued adapter is no longer at its place."""
+    return folder_of(place) is None and file_of(place) is None
+
+
+def _holder(place: Path) -> Path:
+    """The folder of an adapter, which may be one file of it."""
+    return place if file_of(str(place)) is None else place.parent
+
+
+def _names(place: Path) -> tuple[str, ...]:
+    """The names of the files of an adapter, and of those beside them."""
+    if file_of(str(place)) is not None:
+        return (place.name, CONFIG_NAME)
     try:
-        return tuple(sorted(path.name for path in folder.iterdir()))
+        return tuple(sorted(path.name for path in place.iterdir()))
     except OSError:
         return ()
 
@@ -227,7 +242,7 @@ def _stamp(folder: Path, names: Sequence[str]) -> str:
     for name in names:
         if name == "README.md" or name.startswith("adapter") or name.endswith(_WEIGHTS):
             try:
-                facts = (folder / name).stat()
+                facts = (_holder(folder) / name).stat()
             except OSError:
                 continue
             parts.append((name, facts.st_size, facts.st_mtime_ns))
@@ -235,9 +250,10 @@ def _stamp(folder: Path, names: Sequence[str]) -> str:
 
 
 def _modified(folder: Path, names: Sequence[str]) -> str:
-    name = WEIGHTS_NAME if WEIGHTS_NAME in names else CONFIG_NAME
+    weights = [name for name in names if name.endswith(_WEIGHTS)]
+    name = WEIGHTS_NAME if WEIGHTS_NAME in names else next(iter(weights), CONFIG_NAME)
     try:
-        seconds = (folder / name).stat().st_mtime
+        seconds = (_holder(folder) / name).stat().st_mtime
     except OSError:
         return ""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

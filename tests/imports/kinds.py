@@ -142,6 +142,138 @@ def _gguf(
     return updates
 
 
+UNET = {
+    "lora_unet_down_blocks_0_attentions_0_proj_in": (16, 8, 1, 1),
+    "lora_unet_down_blocks_0_resnets_0_conv1": (16, 8, 3, 3),
+    "lora_te_text_model_encoder_layers_0_mlp_fc1": (24, 12),
+}
+
+
+def kohya(
+    folder: Path,
+    *,
+    alphas: tuple[float | None, ...] = (2.0, 2.0, 2.0),
+    dtype: torch.dtype = torch.float16,
+    more: Mapping[str, Tensor] | None = None,
+    name: str = "style.safetensors",
+) -> Updates:
+    tensors, updates = {**(more or {})}, {}
+    for seed, ((module, (out, into, *kernel)), alpha) in enumerate(zip(UNET.items(), alphas, strict=True)):
+        down = drawn(4, into, *kernel, seed=seed, dtype=dtype)
+        up = drawn(out, 4, *(1 for _ in kernel), seed=seed + 50, dtype=dtype)
+        tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
+        if alpha is not None:
+            tensors[f"{module}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        scale = 1.0 if alpha is None else alpha / 4
+        updates[module] = scale * up.double().flatten(1) @ down.double().flatten(1)
+    metadata = {"ss_base_model_version": "sd_v1.5", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    save_file(tensors, folder / name, metadata)
+    return updates
+
+
+PIPELINE = {
+    "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (16, 16),
+    "unet.down_blocks.0.resnets.0.conv1": (16, 8, 3, 3),
+    "text_encoder.text_model.encoder.layers.0.self_attn.q_proj": (24, 24),
+}
+
+
+def _diffusers(folder: Path, *, metadata: Mapping[str, object] | None = None, ends: str = "peft") -> Updates:
+    """As save_lora_weights of diffusers 0.42 writes it, or as its attention processors before 0.22 (`ends` "lora")."""
+    sides = {"peft": ("lora_A.weight", "lora_B.weight"), "lora": ("lora.down.weight", "lora.up.weight")}[ends]
+    tensors, updates = {}, {}
+    for seed, (module, (out, into, *kernel)) in enumerate(PIPELINE.items()):
+        a, b = drawn(4, into, *kernel, seed=seed), drawn(out, 4, *(1 for _ in kernel), seed=seed + 50)
+        tensors |= {f"{module}.{sides[0]}": a, f"{module}.{sides[1]}": b}
+        scale = 1.0
+        if metadata is not None:
+            scale = 4.0 if module.startswith("unet") else 0.5
+        updates[module] = scale * b.double().flatten(1) @ a.double().flatten(1)
+    held = {} if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", {"format": "pt", **held})
+    return updates
+
+
+DIFFUSERS = {
+    "unet.r": 4,
+    "unet.lora_alpha": 16,
+    "unet.target_modules": ["to_q", "conv1"],
+    "text_encoder.r": 4,
+    "text_encoder.lora_alpha": 8,
+    "text_encoder.alpha_pattern": {"q_proj": 2},
+}
+
+
+def _processors(folder: Path) -> Updates:
+    """As the attention processors of diffusers 0.15 wrote it."""
+    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    tensors, updates = {}, {}
+    for seed, (theirs, ours) in enumerate((("to_q_lora", "to_q"), ("to_out_lora", "to_out.0"))):
+        a, b = drawn(4, 16, seed=seed), drawn(16, 4, seed=seed + 5)
+        tensors |= {f"{place}.processor.{theirs}.down.weight": a, f"{place}.processor.{theirs}.up.weight": b}
+        updates[f"{place}.{ours}"] = b.double() @ a.double()
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors")
+    return updates
+
+
+def adapterhub(folder: Path, *, rank: int = 4, **settings: object) -> Updates:
+    tensors, updates = {}, {}
+    for layer in range(2):
+        module = f"roberta.encoder.layer.{layer}.attention.self.query"
+        a, b = drawn(rank, 24, seed=layer), drawn(24, rank, seed=layer + 5)
+        tensors |= {f"{module}.loras.mine.lora_A": a, f"{module}.loras.mine.lora_B": b}
+        updates[module] = 16 / rank * b.double() @ a.double()
+    save_file(tensors, folder / "adapter.safetensors")
+    inner = {"architecture": "lora", "r": 4, "alpha": 16, "composition_mode": "add", "use_gating": False, **settings}
+    _config(
+        folder, config=inner, model_name="roberta-base", model_type="roberta", name="mine", version="adapters.1.3.0"
+    )
+    return updates
+
+
+def _pickled(folder: Path) -> Updates:
+    (folder / "pytorch_adapter.bin").write_bytes(b"\x80\x04")
+    _config(folder, config={"architecture": "lora"}, model_name="roberta-base")
+    return {}
+
+
+def _torchtune(folder: Path) -> Updates:
+    tensors = {f"layers.0.attn.q_proj.lora_{side}.weight": drawn(4, 4, seed=1) for side in "ab"}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return {}
+
+
+def _peft(
+    folder: Path,
+    *,
+    files: tuple[str, ...],
+    names: tuple[str, ...] = ("",),
+    config: bool = True,
+    index: Mapping[str, str] | None = None,
+) -> Updates:
+    """PEFT's tensors dealt out to files; the update is that of the adapter named first."""
+    dealt: list[dict[str, Tensor]] = [{} for _ in files]
+    updates = {}
+    for place, (module, (out, into)) in enumerate(SHAPES.items()):
+        for at, name in enumerate(names):
+            a, b = drawn(4, into, seed=place + 9 * at), drawn(out, 4, seed=place + 9 * at + 50)
+            stem = f"base_model.model.{module}"
+            end = f"{name}.weight" if name else "weight"
+            dealt[place % len(files)] |= {f"{stem}.lora_A.{end}": a, f"{stem}.lora_B.{end}": b}
+            updates.setdefault(module, 2.0 * b.double() @ a.double())
+    for file, tensors in zip(files, dealt, strict=True):
+        save_file(tensors, folder / file)
+    if index is not None:
+        (folder / "adapter_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    if config:
+        _config(folder, peft_type="LORA", r=4, lora_alpha=8, base_model_name_or_path="acme/tiny", **PATTERNS)
+    return updates
+
+
+PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
+PARTS = tuple(f"adapter_model-0000{part}-of-00002.safetensors" for part in (1, 2))
+
+
 SAMPLES: tuple[Sample, ...] = (
     Sample("mlx-lm", "mlx", _mlx, rank=4, exact=True),
     Sample(
@@ -206,5 +338,100 @@ SAMPLES: tuple[Sample, ...] = (
         lambda folder: _gguf(folder, kind="model"),
         refused="a GGUF file of type model",
         source="adapter.gguf",
+    ),
+    Sample("kohya", "kohya", kohya, rank=4, exact=True, source="style.safetensors"),
+    Sample(
+        "kohya, several alphas",
+        "kohya",
+        lambda folder: kohya(folder, alphas=(2.0, 4.0, 1.0)),
+        rank=4,
+        says="the scale goes into the factors",
+    ),
+    Sample("kohya, no alpha", "kohya", lambda folder: kohya(folder, alphas=(None,) * 3), rank=4, exact=True),
+    Sample("kohya, one alpha", "kohya", lambda folder: kohya(folder, alphas=(2, None, 2)), refused="has no alpha, but"),
+    Sample(
+        "kohya, DoRA",
+        "kohya",
+        lambda folder: kohya(
+            folder, more={"lora_te_text_model_encoder_layers_0_mlp_fc1.dora_scale": drawn(24, seed=1)}
+        ),
+        refused="DoRA",
+    ),
+    Sample(
+        "kohya, alpha of two numbers",
+        "kohya",
+        lambda folder: kohya(folder, alphas=(2, 2, None), more={f"{[*UNET][2]}.alpha": drawn(2, seed=1)}),
+        refused="is no single number",
+    ),
+    Sample("diffusers", "diffusers", _diffusers, rank=4, exact=True),
+    Sample(
+        "diffusers with its configurations",
+        "diffusers",
+        lambda folder: _diffusers(folder, metadata=DIFFUSERS),
+        rank=4,
+        says="the scale goes into the factors",
+    ),
+    Sample("diffusers before 0.22", "diffusers", lambda folder: _diffusers(folder, ends="lora"), rank=4, exact=True),
+    Sample("diffusers, attention processors", "diffusers", _processors, rank=4, exact=True),
+    Sample(
+        "diffusers, a part without its configuration",
+        "diffusers",
+        lambda folder: _diffusers(folder, metadata={"unet.r": 4, "unet.lora_alpha": 16}),
+        refused="no configuration of text_encoder",
+    ),
+    Sample(
+        "diffusers, rsLoRA and DoRA",
+        "diffusers",
+        lambda folder: _diffusers(folder, metadata={**DIFFUSERS, "unet.use_dora": True}),
+        refused="unet: DoRA",
+    ),
+    Sample("AdapterHub", "adapterhub", adapterhub, rank=4, exact=True, says="safetensors"),
+    Sample("AdapterHub, pickled", "adapterhub", _pickled, refused="a pickle", says="a line converts it"),
+    Sample(
+        "AdapterHub, bottlenecks",
+        "adapterhub",
+        lambda folder: adapterhub(folder, architecture=None),
+        refused="its architecture is bottleneck",
+    ),
+    Sample(
+        "AdapterHub, (IA)³",
+        "adapterhub",
+        lambda folder: adapterhub(folder, composition_mode="scale"),
+        refused="multiply the weights",
+    ),
+    Sample("AdapterHub, another rank", "adapterhub", lambda folder: adapterhub(folder, rank=2), refused="but r is 4"),
+    Sample("torchtune's own names", "torchtune", _torchtune, refused="alpha and the order", says="its HF folders are"),
+    Sample("PEFT in parts", "parts", lambda folder: _peft(folder, files=PARTS), rank=4, exact=True),
+    Sample(
+        "PEFT in parts, one missing",
+        "parts",
+        lambda folder: _peft(folder, files=PARTS[:1]),
+        refused="part 2 of 2 is missing",
+    ),
+    Sample(
+        "PEFT in parts, another index",
+        "parts",
+        lambda folder: _peft(folder, files=PARTS, index={"x": PARTS[0]}),
+        refused="names other tensors",
+    ),
+    Sample(
+        "PEFT under another name",
+        "peft",
+        lambda folder: _peft(folder, files=("mine.safetensors",)),
+        rank=4,
+        exact=True,
+    ),
+    Sample(
+        "PEFT without a configuration",
+        "peft",
+        lambda folder: _peft(folder, files=("mine.safetensors",), config=False),
+        refused="no adapter_config.json",
+    ),
+    Sample(
+        "several adapters in one file",
+        "peft",
+        lambda folder: _peft(folder, files=("adapter_model.safetensors",), names=("speech", "vision")),
+        refused="2 adapters in one file (speech, vision)",
+        says="--adapter NAME takes one",
     ),
 )

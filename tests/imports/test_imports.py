@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 
 from lora_cli.imports import file_of, find, imports
 from lora_cli.methods import file_names
+from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
-from tests.imports.kinds import SAMPLES, Sample
+from tests.imports.kinds import SAMPLES, Sample, adapterhub, kohya
 
 TAKEN = [one for one in SAMPLES if not one.refused]
 
@@ -65,7 +66,7 @@ def test_a_converted_adapter_is_the_same_update(sample: Sample, tmp_path: Path) 
     assert record["results"]["exact"] is sample.exact
     assert record["results"]["error"] == 0
     assert json.loads(Path("out/adapter_config.json").read_text())["r"] == sample.rank
-    assert ("factors as in the file" in told.err) is sample.exact
+    assert ("as in the file" in told.err) is sample.exact
     again = ok("convert", str(source), "-o", "out", "--base", base)
     assert "up to date" in again.err
 
@@ -139,3 +140,78 @@ def test_a_place_without_an_adapter(tmp_path: Path) -> None:
     assert "no file or folder" in refused(3, "convert", str(tmp_path / "nothing"))
     (tmp_path / "empty").mkdir()
     assert "no adapter of a known program" in refused(5, "convert", str(tmp_path / "empty"))
+
+
+def test_one_of_several_adapters_in_a_file(tmp_path: Path) -> None:
+    sample = next(one for one in SAMPLES if one.title == "several adapters in one file")
+    source, updates = written(sample, tmp_path / "theirs")
+    assert "--adapter speech" in refused(5, "convert", str(source))
+    assert "it has no adapter 'hearing'" in refused(5, "convert", str(source), "--adapter", "hearing")
+    ok("convert", str(source), "--adapter", "speech", "-o", "out")
+    for module, update in dense(Path("out")).items():
+        assert torch.equal(update, updates[module])
+
+
+def test_several_adapters_beside_each_other_are_named(tmp_path: Path) -> None:
+    sample = next(one for one in SAMPLES if one.program == "kohya")
+    source, _ = written(sample, tmp_path / "theirs")
+    (source.parent / "other.safetensors").write_bytes(source.read_bytes())
+    said = refused(5, "convert", str(source.parent))
+    assert "2 adapters beside each other (other.safetensors, style.safetensors)" in said
+    assert "other.safetensors" in said.splitlines()[-1]
+
+
+def test_copied_tensors_take_no_rank(tmp_path: Path) -> None:
+    sample = next(one for one in SAMPLES if one.program == "parts")
+    source, _ = written(sample, tmp_path / "theirs")
+    assert "holds one adapter" in refused(2, "convert", str(source), "--adapter", "mine")
+    assert "copied as it is" in refused(2, "convert", str(source), "--rank", "2")
+
+
+def test_files_of_one_folder_are_catalogued_and_merged_among_themselves(tmp_path: Path) -> None:
+    folder = tmp_path / "pool" / "styles"
+    folder.mkdir(parents=True)
+    for at, name in enumerate(("one", "two", "three")):
+        updates = kohya(folder, alphas=(2.0 + at,) * 3, name=f"{name}.safetensors")
+    ok("pool", "sync", "stable-diffusion-v1", "--from", str(tmp_path / "pool"))
+    rows = json.loads(ok("pool", "list", "--json").out)["rows"]
+    assert {row["id"]: row["status"] for row in rows} == {
+        f"pool/styles/{name}.safetensors": "ok" for name in ("one", "two", "three")
+    }
+    told = ok("merge", *(row["id"] for row in rows), "-o", "merged", "--weights", "sum", "--method", "linear")
+    assert told.err.count("an adapter of kohya, converted") == 3
+    for module, update in dense(Path("merged")).items():
+        wanted = updates[module] * (2 + 3 + 4) / 4
+        assert torch.linalg.norm(update - wanted) <= 1e-3 * torch.linalg.norm(wanted)
+    assert "3 unchanged" in ok("pool", "sync", "stable-diffusion-v1", "--from", str(tmp_path / "pool")).err
+    (folder / "two.safetensors").unlink()
+    assert "1 gone" in ok("pool", "sync", "stable-diffusion-v1", "--from", str(tmp_path / "pool")).err
+    ok("pool", "verify", str(folder / "one.safetensors"), "--deep")
+
+
+def test_checkpoints_are_named(tmp_path: Path) -> None:
+    for step in (500, 1000):
+        write_adapter(tmp_path / "out" / f"checkpoint-{step}", random_factors({"x.q_proj": (8, 8)}, 2, seed=step))
+    for words in (["convert"], ["merge"]):
+        said = refused(5, *words, str(tmp_path / "out"))
+        assert "checkpoint-500 and checkpoint-1000" in said
+        assert said.splitlines()[1].endswith("out/checkpoint-1000")
+
+
+def test_a_pickle_is_refused_with_the_line_that_helps(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    folder = tmp_path / "theirs"
+    updates = adapterhub(folder) if folder.mkdir() is None else {}
+    torch.save(load_file(folder / "adapter.safetensors"), folder / "pytorch_adapter.bin")
+    (folder / "adapter.safetensors").unlink()
+    line = refused(5, "convert", str(folder)).splitlines()[1].strip()
+    subprocess.run(["bash", "-c", line.replace("python", sys.executable, 1)], cwd=folder, check=True, timeout=120)
+    ok("convert", str(folder), "-o", "out")
+    assert dense(Path("out")).keys() == updates.keys()
+
+
+def test_what_is_peft_already_is_not_converted(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "ours", random_factors({"x.q_proj": (8, 8)}, 2, seed=0))
+    assert "nothing to convert" in refused(5, "convert", str(tmp_path / "ours"))

@@ -228,9 +228,10 @@ def _share(share: float | None) -> str | None:
 def _adapter_or_folder(catalogue: "Catalogue", text: str, progress: Progress) -> Adapter:
     """The row of an id or a folder; for a folder that is not in the catalogue, a row with its place only."""
     from lora_cli.formats.store import folder_ref
+    from lora_cli.imports import file_of
     from lora_cli.steps.pool.lookup import pinned
 
-    folder = folder_of(text)
+    folder = folder_of(text) or file_of(text)
     looks_like_path = text.startswith((".", "/", "~"))
     if looks_like_path and folder is None:
         like = folders_like(text)

@@ -71,12 +71,19 @@ def convert_job(
     if rank is not None and rank < 1:
         raise UsageError(f"--rank must be at least 1, not {rank}")
     found = demand(source)
+    if adapter and not found.by.several:
+        raise UsageError(f"--adapter cannot be used: {found.by.program} holds one adapter")
     base = settings.base or ""
     with after(str(source)):
         foreign = found.open(Asked(base, config_here(base) if base else None, adapter))
         conversion = Conversion(foreign=foreign, rank=rank, dtype=dtype)
         with found.named():
             conversion.demand_low_rank()
+    if foreign.copied and (rank is not None or dtype != "auto"):
+        raise UsageError(
+            f"{foreign.kind} is copied as it is: --rank and --dtype cannot be used",
+            hint="convert it first, then lora merge CONVERTED=1 --rank R",
+        )
     said: dict[str, Any] = {"kind": foreign.kind, "base": foreign.base, "dtype": dtype}
     said |= {"rank": rank} if rank is not None else {}
     said |= {"adapter": adapter} if adapter else {}
@@ -102,7 +109,7 @@ def _convert(job: ConvertJob, run: Run, *, replace: bool, progress: Progress) ->
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             run.outputs[name] = sha256_of(partial / name, patient(progress))
         run.results.update(
-            precision=dtype_name(conversion.precision),
+            precision="" if conversion.foreign.copied else dtype_name(conversion.precision),
             exact=conversion.exact,
             modules={name: {"rank": one.rank, "error": one.error} for name, one in modules.items()},
             error=total_error(modules),

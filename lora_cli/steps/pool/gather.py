@@ -9,7 +9,7 @@ from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import ConfigError, HeaderError, Refused
 from lora_cli.formats.base_names import same_base, split_revision
 from lora_cli.formats.config import parse_config
-from lora_cli.formats.kinds import kind_in
+from lora_cli.formats.kinds import checkpoints_in, kind_in
 from lora_cli.formats.router import NO_LORA, router_folder
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config
@@ -19,6 +19,7 @@ from lora_cli.names import by_leaf, leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.lookup import NAME_THE_BASE
+from lora_cli.text import in_words
 
 if TYPE_CHECKING:
     from lora_cli.formats.reader import OpenAdapter
@@ -55,6 +56,8 @@ def files_of(ref: AdapterRef) -> AdapterFiles:
         raise Refused(f"{ref.id} is {NO_LORA}", hint="lora eval applies it; its adapters are in folders of it")
     folder = folder_of(ref.repo) if ref.source == "folder" else None
     kind = "" if folder is None else kind_in(folder, [file.name for file in folder.iterdir()])
+    if folder is not None and not kind and (named := checkpoints_in(folder)):
+        raise Refused(f"{ref.id} holds checkpoints: {in_words(named[-3:])}", hint=f"name one: {folder / named[-1]}")
     raise Refused(f"{ref.id}: {kind or _NOTHING}")
 
 

@@ -22,6 +22,7 @@ from lora_cli.hashes import sha256_of
 from lora_cli.hub.cache import hash_in_cache
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import MissingFile
+from lora_cli.imports import file_of
 from lora_cli.records import Adapter, Status
 from lora_cli.settings import folder_of
 from lora_cli.steps.pool.fetch import download
@@ -183,10 +184,10 @@ def _files(
     """Configuration, path of the weights if they are local, their header, the names of all files, and their kind."""
     if adapter.source == "folder":
         folder = Path(adapter.repo, adapter.subfolder)
-        if folder_of(str(folder)) is None:
+        if folder_of(str(folder)) is None and file_of(str(folder)) is None:
             raise NothingMatched(f"{folder}: no such folder")
         with reading(folder):
-            names = tuple(path.name for path in folder.iterdir())
+            names = tuple(path.name for path in folder.iterdir()) if folder.is_dir() else (folder.name,)
         config, weights, _, kind = files_in(folder, names)
         return config, weights, None if weights is None else _header(weights), names, kind
     files = locate(adapter.ref)
