@@ -18,7 +18,7 @@ from lora_cli.files import read_regular, unreadable
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
 from lora_cli.formats.header import Header, TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, checkpoints_in, kind_in
-from lora_cli.formats.skeleton import Kind
+from lora_cli.formats.skeleton import Kind, Skeleton
 from lora_cli.hashes import Stamp, opened_as, stamp_of
 from lora_cli.methods import file_names, member
 from lora_cli.precision import FLOATS
@@ -91,13 +91,14 @@ class Place:
 class Asked(NamedTuple):
     """What the user says about a foreign adapter beside its place.
 
-    `base` is the name of the base model, "" for the one that it declares itself. `folder` is the base's folder, None if
-    it is not on this machine. `adapter` is the one of several in a file.
+    `base` is the base model of an adapter that declares none, "" if it is not known. `folder` is the base's folder,
+    None if it is not on this machine, and `skeleton` finds its modules. `adapter` is the one of several in a file.
     """
 
     base: str = ""
     folder: Path | None = None
     adapter: str = ""
+    skeleton: Callable[[], Skeleton | None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,8 @@ class ForeignModule:
     """The update s·B·A of one module: `shape` (out, in), the rank of B·A, and the scale s.
 
     `read` gives B and A in the precision of the file. `best(rank)` gives the best approximation of this rank where the
-    kind knows a shorter way to it than from B and A, and the squared norms of B·A and of what it keeps.
+    kind knows a shorter way to it than from B and A, and the squared norms of B·A and of what it keeps. `computed`: the
+    file holds other numbers than these factors.
     """
 
     shape: tuple[int, int]
@@ -114,6 +116,7 @@ class ForeignModule:
     scale: float = 1.0
     kind: Kind = "linear"
     kernel: tuple[int, ...] = ()
+    computed: bool = False
     best: "Callable[[int], tuple[LowRank, float, float]] | None" = None
 
 
@@ -325,7 +328,7 @@ def number(config: Mapping[str, Any], key: str, where: str) -> float:
 
 
 def peft_config(place: Place, asked: Asked) -> dict[str, Any]:
-    """The configuration of a LoRA of PEFT that lies in the folder, with the base that the user names.
+    """The configuration of a LoRA of PEFT that lies in the folder, with the base that the user names if it has none.
 
     Raises Refused where there is none, or for another type than LoRA.
     """
@@ -333,7 +336,8 @@ def peft_config(place: Place, asked: Asked) -> dict[str, Any]:
         raise Refused(f"no {CONFIG_NAME} beside it: the scale of the update is not known")
     if place.peft_type != "LORA":
         raise Refused(f"peft_type is {shortened(place.peft_type or 'missing')}, not LORA")
-    return {**place.config, **({"base_model_name_or_path": asked.base} if asked.base else {})}
+    base = text(place.config, "base_model_name_or_path") or asked.base
+    return {**place.config, **({"base_model_name_or_path": base} if base else {})}
 
 
 def unpickled(name: str, into: str) -> str:

@@ -46,7 +46,8 @@ class Conversion:
     def scale(self) -> float | None:
         """The scale of every module, None where they differ or have to go into the factors."""
         scales = {one.scale for one in self.foreign.modules.values()}
-        return scales.pop() if len(scales) == 1 and not self.reduced else None
+        computed = self.reduced or any(one.computed for one in self.foreign.modules.values())
+        return scales.pop() if len(scales) == 1 and not computed else None
 
     @property
     def precision(self) -> torch.dtype:

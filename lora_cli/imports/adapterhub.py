@@ -67,7 +67,7 @@ class Adapterhub(Import):
         ranks = {one.rank for one in modules.values()}
         if ranks != {settings.get("r")}:
             raise Refused(f"its factors have rank {in_words(sorted(map(str, ranks)))}, but r is {settings.get('r')}")
-        base = asked.base or text(config, "model_name")
+        base = text(config, "model_name") or asked.base
         return Foreign(self.program, modules, dtypes_of(file, pairs), base=base)
 
 

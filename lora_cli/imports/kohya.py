@@ -53,7 +53,7 @@ class Kohya(Import):
             kind=self.program,
             modules=modules,
             dtypes=dtypes_of(file, pairs),
-            base=asked.base or _model(file.header),
+            base=_model(file.header) or asked.base,
             notes=() if given else ("it gives no alpha: sd-scripts applies it at scale 1",),
         )
 

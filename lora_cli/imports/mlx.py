@@ -67,7 +67,7 @@ class Mlx(Import):
             kind=self.program,
             modules=modules,
             dtypes=dtypes_of(file, pairs),
-            base=asked.base or text(config, "model"),
+            base=text(config, "model") or asked.base,
         )
 
 

@@ -5,6 +5,7 @@ The rows share no code with `lora_cli.imports`. docs/exchange.md lists them.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +275,52 @@ PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "targe
 PARTS = tuple(f"adapter_model-0000{part}-of-00002.safetensors" for part in (1, 2))
 
 
+def _nest(shapes: Mapping[str, tuple[int, int]]) -> torch.nn.Module:
+    """A module with linear layers of these names and shapes (out, in)."""
+    root = torch.nn.Module()
+    for name, (out, into) in shapes.items():
+        *parents, last = name.split(".")
+        at = root
+        for part in parents:
+            if not hasattr(at, part):
+                at.add_module(part, torch.nn.Module())
+            at = getattr(at, part)
+        at.add_module(last, torch.nn.Linear(into, out, bias=False))
+    return root
+
+
+def of_peft(folder: Path, kind: str, **settings: object) -> Updates:
+    """An adapter of a type of PEFT, made and saved by PEFT; the updates are PEFT's own get_delta_weight in float64."""
+    import peft
+
+    torch.manual_seed(1)
+    config = getattr(peft, f"{kind}Config")(target_modules=["q_proj", "v_proj", "down_proj"], **settings)
+    made = peft.get_peft_model(_nest(SHAPES), config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) / 4)
+        made.save_pretrained(folder)
+        made.double()
+        layers = {name: layer for name, layer in made.named_modules() if hasattr(layer, "get_delta_weight")}
+        found = {name.removeprefix("base_model.model."): layers[name].get_delta_weight("default") for name in layers}
+    config_file = folder / "adapter_config.json"
+    (folder / "README.md").unlink(missing_ok=True)
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), "base_model_name_or_path": "acme/tiny"}))
+    return found
+
+
+def _vera(folder: Path, *, base: bool = True, **settings: object) -> Updates:
+    if base:
+        (folder.parent / "base").mkdir()
+        sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 8}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}
+        (folder.parent / "base" / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings(action="ignore"):
+        return of_peft(folder, "Vera", r=6, **settings)
+
+
 SAMPLES: tuple[Sample, ...] = (
     Sample("mlx-lm", "mlx", _mlx, rank=4, exact=True),
     Sample(
@@ -433,5 +480,57 @@ SAMPLES: tuple[Sample, ...] = (
         lambda folder: _peft(folder, files=("adapter_model.safetensors",), names=("speech", "vision")),
         refused="2 adapters in one file (speech, vision)",
         says="--adapter NAME takes one",
+    ),
+    Sample(
+        "LoHa of PEFT",
+        "loha",
+        lambda folder: of_peft(folder, "LoHa", r=3, alpha=6, init_weights=False),
+        rank=9,
+        says="rank r²",
+    ),
+    Sample(
+        "LoHa of PEFT, patterns",
+        "loha",
+        lambda folder: of_peft(
+            folder, "LoHa", r=3, alpha=6, rank_pattern={"v_proj": 2}, alpha_pattern={"q_proj": 1}, init_weights=False
+        ),
+        rank=9,
+    ),
+    Sample(
+        "LoKr of PEFT",
+        "lokr",
+        lambda folder: of_peft(folder, "LoKr", r=2, alpha=4, init_weights=False),
+        rank=8,
+        says="rank of w1 by rank of w2",
+    ),
+    Sample(
+        "LoKr of PEFT, both sides factored",
+        "lokr",
+        lambda folder: of_peft(
+            folder, "LoKr", r=1, alpha=4, decompose_both=True, decompose_factor=4, init_weights=False
+        ),
+        rank=1,
+    ),
+    Sample("VeRA of PEFT", "vera", _vera, rank=6, says="with --base"),
+    Sample("VeRA of PEFT, no base", "vera", lambda folder: _vera(folder, base=False), refused="widths of its modules"),
+    Sample(
+        "VeRA of PEFT, projections not saved",
+        "vera",
+        lambda folder: _vera(folder, save_projection=False),
+        refused="not in the file",
+    ),
+    Sample(
+        "(IA)³ of PEFT",
+        "ia3",
+        lambda folder: of_peft(folder, "IA3", feedforward_modules=[]),
+        refused="multiply the base's weights",
+        says="merge, then lora extract",
+    ),
+    Sample(
+        "OFT of PEFT",
+        "oft",
+        lambda folder: of_peft(folder, "OFT", oft_block_size=4),
+        refused="rotates the base's weights",
+        says="merge, then lora extract",
     ),
 )

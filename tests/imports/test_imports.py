@@ -11,8 +11,9 @@ from lora_cli.imports import file_of, find, imports
 from lora_cli.methods import file_names
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
-from tests.imports.kinds import SAMPLES, Sample, adapterhub, kohya
+from tests.imports.kinds import SAMPLES, Sample, adapterhub, kohya, of_peft
 
+COPIED = {"parts", "peft"}
 TAKEN = [one for one in SAMPLES if not one.refused]
 
 
@@ -95,17 +96,49 @@ def test_every_kind_has_a_sample() -> None:
     assert {one.program for one in SAMPLES} == {*file_names("lora_cli.imports")}
 
 
-@pytest.mark.parametrize("sample", titled(TAKEN[:1]))
+@pytest.mark.parametrize("sample", titled([one for one in TAKEN if not COPIED.intersection([one.program])]))
+def test_a_lower_rank_is_the_best_one_and_its_error_is_told(sample: Sample, tmp_path: Path) -> None:
+    source, updates = written(sample, tmp_path / "theirs")
+    told = ok("convert", str(source), "-o", "out", "--base", _base(tmp_path), "--rank", "2")
+    record = json.loads(Path("out/run.json").read_text())["results"]
+    result, total, lost = dense(Path("out")), 0.0, 0.0
+    for module, update in updates.items():
+        update = update.flatten(1)
+        values = torch.linalg.svdvals(update)
+        best = float(values[2:].square().sum().sqrt() / values.square().sum().sqrt())
+        error = float(torch.linalg.norm(result[module] - update) / torch.linalg.norm(update))
+        assert error == pytest.approx(best, abs=1e-6), module
+        assert record["modules"][module]["error"] == pytest.approx(best, abs=1e-6), module
+        total, lost = total + float(values.square().sum()), lost + float(values[2:].square().sum())
+    assert record["error"] == pytest.approx((lost / total) ** 0.5, abs=1e-6)
+    assert ("relative error" in told.err) is (sample.rank > 2)
+
+
+def test_a_rank_that_no_program_serves_is_not_written_unasked(tmp_path: Path) -> None:
+    loha = Sample("", "loha", lambda folder: of_peft(folder, "LoHa", r=24, alpha=6, init_weights=False))
+    source, _ = written(loha, tmp_path / "theirs")
+    said = refused(5, "convert", str(source), "-o", "out")
+    assert "rank 576, more than 512" in said
+    assert "--rank R" in said
+    assert not Path("out").exists()
+    assert "rank 576" in refused(5, "merge", str(source), "-o", "out")
+
+
+ONE_EACH = {one.program: one for one in reversed(TAKEN) if "--base" not in one.says}
+
+
+@pytest.mark.parametrize("sample", titled([*ONE_EACH.values()]))
 def test_it_is_taken_wherever_an_adapter_is(sample: Sample, tmp_path: Path) -> None:
     source, updates = written(sample, tmp_path / "theirs")
-    ok("convert", str(source), "-o", "out")
-    told = ok("diff", str(source), "out", "--json")
+    ok("convert", str(source), "-o", "out", "--base", "acme/tiny")
+    base = json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"]
+    told = ok("diff", str(source), "out", "--json", "--base", base)
     assert json.loads(told.out)["cosine"] == pytest.approx(1.0)
     kind = next(one for one in imports() if type(one).__name__.lower() == sample.program).program
     assert f"{kind}, converted" in told.err
-    ok("merge", f"{source}=0.5", "-o", "half", "--weights", "sum")
+    ok("merge", f"{source}=0.5", "-o", "half", "--base", base)
     for module, update in dense(Path("half")).items():
-        assert torch.linalg.norm(update - updates[module] / 2) <= 1e-5 * torch.linalg.norm(update)
+        assert torch.linalg.norm(update - updates[module].flatten(1) / 2) <= 1e-3 * torch.linalg.norm(update)
 
 
 @pytest.mark.parametrize("sample", titled(TAKEN[:1]))

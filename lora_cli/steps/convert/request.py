@@ -16,7 +16,7 @@ from lora_cli.outputs import whole_folder
 from lora_cli.precision import dtype_name
 from lora_cli.records import Progress, patient, silent
 from lora_cli.settings import Settings
-from lora_cli.steps.bases import config_here
+from lora_cli.steps.bases import config_here, look_here
 from lora_cli.steps.recorded import Finished, Job, run_once
 
 
@@ -75,7 +75,7 @@ def convert_job(
         raise UsageError(f"--adapter cannot be used: {found.by.program} holds one adapter")
     base = settings.base or ""
     with after(str(source)):
-        foreign = found.open(Asked(base, config_here(base) if base else None, adapter))
+        foreign = found.open(Asked(base, config_here(base) if base else None, adapter, look_here(base)))
         conversion = Conversion(foreign=foreign, rank=rank, dtype=dtype)
         with found.named():
             conversion.demand_low_rank()
