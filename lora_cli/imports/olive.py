@@ -48,9 +48,14 @@ def is_turned(place: Place, name: str) -> bool:
     straight = turned = 0
     for one, entry in tensors.items():
         other = tensors.get(one.removesuffix(_ENDS[0]) + _ENDS[1]) if one.endswith(_ENDS[0]) else None
-        if other is not None and len(entry.shape) == len(other.shape) == 2:
-            straight += entry.shape[0] == other.shape[1]
-            turned += entry.shape[1] == other.shape[0]
+        if other is None or len(entry.shape) != 2 or len(other.shape) != 2:
+            continue
+        # The rank as PEFT has it and turned: those of a square module both fit, and the lower one is meant.
+        ranks = [(0, entry.shape[0])] if entry.shape[0] == other.shape[1] else []
+        ranks += [(1, entry.shape[1])] if entry.shape[1] == other.shape[0] else []
+        meant = [way for way, rank in ranks if rank == min(rank for _, rank in ranks)]
+        straight += meant == [0]
+        turned += meant == [1]
     return turned > straight
 
 
