@@ -35,6 +35,8 @@ SUMMARIES = {
     "study": "Compare ways to recycle a pool's adapters for a task, with the controls that keep the answer honest.",
     "convert": "Convert an adapter of another program into a PEFT folder.",
     "bake": "Add an adapter to its base model, and report how much of the update survived.",
+    "export": "Write an adapter in the form that another program reads, and check it by reading it back as the program "
+    "does.",
     "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
     "spectra.",
     "task": "The examples of a task, as a base model reads them.",
@@ -53,7 +55,7 @@ _KEPT = {
     "eval": "the answers so far are kept: the same command goes on from there",
     "study": "done cells are kept: the same command goes on from there",
     **dict.fromkeys(
-        ("merge", "train", "bake", "convert", "pool import", "pool export"),
+        ("merge", "train", "bake", "convert", "export", "pool import", "pool export"),
         "nothing half-written is left: run the command again",
     ),
 }

@@ -10,8 +10,8 @@ from lora_cli.precision import Precision
 
 if TYPE_CHECKING:
     Server = str
-else:  # one choice per file of exports/
-    Server = Literal[file_names("lora_cli.exports")]
+else:  # one choice per server of exports/
+    Server = Literal[file_names("lora_cli.exports", "Server")]
 Missing = Literal["zero", "renorm"]
 
 METHODS = MethodFolder("lora_cli.merge_methods", "merge method")

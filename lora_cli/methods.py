@@ -208,10 +208,15 @@ class MethodFolder:
         return function
 
 
-def file_names(package: str) -> tuple[str, ...]:
-    """The names of the members of an open folder, in alphabetical order, without importing one."""
+def file_names(package: str, kind: str = "") -> tuple[str, ...]:
+    """The names of the members of an open folder, in alphabetical order, without importing one.
+
+    Args:
+        kind: only those whose file holds a class of this kind.
+    """
     folder = Path(__file__).parent.joinpath(*package.split(".")[1:])
-    return tuple(sorted(_name(file) for file in folder.glob("*.py") if not file.stem.startswith("_")))
+    files = [file for file in folder.glob("*.py") if not file.stem.startswith("_")]
+    return tuple(sorted(_name(file) for file in files if not kind or f"({kind}):" in file.read_text(encoding="utf-8")))
 
 
 def member(package: str, name: str) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -113,6 +114,80 @@ def olive(folder: Path, base: Collection[str] = ()) -> Deltas:
     config = _config(folder)
     return {module: _scale(config, config["r"]) * b @ a for module, (b, a) in _factors(folder).items()}
 
+
+def gguf(folder: Path, base: Collection[str] = (), *, heads: tuple[int, int] | None = (4, 2)) -> Deltas:
+    """llama.cpp's own: alpha / the tensor's rank; of Llama, the rows of q and k for its order of rotary halves.
+
+    `heads` are those of q and k, None for a model whose rows stay as they are.
+    """
+    from gguf import GGUFReader
+
+    file = GGUFReader(folder / "adapter.gguf")
+    assert (file.fields["general.type"].contents(), file.fields["adapter.type"].contents()) == ("adapter", "lora")
+    alpha = file.fields["adapter.lora.alpha"].contents()
+    tensors = {one.name: torch.from_numpy(one.data.astype("float64")) for one in file.tensors}
+    deltas = {}
+    for name, a in tensors.items():
+        if not name.endswith(".weight.lora_a"):
+            continue
+        theirs = name.removesuffix(".weight.lora_a")
+        b = tensors[f"{theirs}.weight.lora_b"]
+        count = {"attn_q": 0, "attn_k": 1}.get(theirs.rpartition(".")[2])
+        if heads is not None and count is not None:
+            rows = torch.arange(b.shape[0]).view(heads[count], 2, -1).transpose(1, 2).flatten()
+            b = torch.empty_like(b).index_copy_(0, rows, b)
+        deltas[_LLAMA_NAMES.sub(lambda found: _OF_LLAMA[found[0]], theirs).replace("blk.", "model.layers.")] = (
+            alpha / a.shape[0] * b @ a
+        )
+    return deltas
+
+
+_OF_LLAMA = {
+    **{f"attn_{side}": f"self_attn.{side}_proj" for side in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    **{f"ffn_{side}": f"mlp.{side}_proj" for side in ("gate", "up", "down")},
+    "output": "lm_head",
+}
+_LLAMA_NAMES = re.compile(r"attn_output|attn_[qkv]$|ffn_(?:gate|up|down)|^output$")
+
+
+def mlx(folder: Path, base: Collection[str] = ()) -> Deltas:
+    """W += scale·(a@b)ᵀ, scale as it is. Every tensor is that of a key's module, and has the configuration's rank."""
+    config = _config(folder)
+    parameters, tensors = config["lora_parameters"], load_file(folder / "adapters.safetensors")
+    deltas = {}
+    for name, a in tensors.items():
+        if not name.endswith(".lora_a"):
+            continue
+        module = name.removesuffix(".lora_a")
+        key = re.sub(r"^model\.layers\.\d+\.", "", module)
+        if key not in parameters["keys"] or a.shape[1] != parameters["rank"]:
+            raise Refuses(f"{module}: not an adapter parameter")
+        deltas[module] = parameters["scale"] * (a.double() @ tensors[f"{module}.lora_b"].double()).T
+    return deltas
+
+
+def olive_file(folder: Path, base: Collection[str] = ()) -> Deltas:
+    """What a model reads that Olive made: transposed factors, no scale."""
+    tensors = load_file(folder / "adapter_weights.safetensors")
+    return {
+        name.removesuffix(".lora_A.weight"): (a.double() @ tensors[name.replace("lora_A", "lora_B")].double()).T
+        for name, a in tensors.items()
+        if ".lora_A." in name
+    }
+
+
+OF_EXPORTS: Mapping[str, Reader] = {
+    "gguf": gguf,
+    "ollama": gguf,
+    "mlx": mlx,
+    "olive": olive_file,
+    "openvino": openvino,
+    "peft": peft,
+    "sglang": sglang,
+    "vllm": vllm,
+}
+"""How a program reads what `lora export` writes for it, by the export's name."""
 
 READERS: Mapping[str, Reader] = {
     "PEFT": peft,

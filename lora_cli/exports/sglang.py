@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lora_cli.errors import Refused
-from lora_cli.exports import Export, Shape, named_path
+from lora_cli.exports import Server, Shape, named_path
 from lora_cli.formats.reader import natural
 from lora_cli.names import by_leaf, layer_of, leaf, leaves
 from lora_cli.text import in_words
@@ -16,7 +16,7 @@ _NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj":
 _ALIKE = {"k_proj": "v_proj", "v_proj": "k_proj", "gate_proj": "up_proj", "up_proj": "gate_proj"}
 
 
-class Sglang(Export):
+class Sglang(Server):
     """The SGLang server."""
 
     program = "SGLang"

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_cli.exports import Export, named_path
+from lora_cli.exports import Server, named_path
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values of `max_lora_rank`."""
 
 
-class Vllm(Export):
+class Vllm(Server):
     """The vLLM server."""
 
     program = "vLLM"

@@ -90,17 +90,22 @@ class OpenAdapter:
             DataError: the file is gone.
             KeyError: the adapter does not touch `module`.
         """
+        update = self.unscaled(module, dtype)
+        update.B.mul_(self.scales[module])
+        return update
+
+    def unscaled(self, module: str, dtype: torch.dtype) -> LowRank:
+        """As `read`, but B and A as they are stored, without the scale."""
         factors = self.modules[module]
         with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
             parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
         update = parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
-        scale = self.scales[module]
         largest = bound(update)
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
-        if not largest * abs(scale) <= torch.finfo(dtype).max / HEADROOM:
+        limit = torch.finfo(torch.promote_types(dtype, torch.float32)).max / HEADROOM
+        if not largest * abs(self.scales[module]) <= limit:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        update.B.mul_(scale)
         return update
 
 

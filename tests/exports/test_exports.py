@@ -1,4 +1,4 @@
-"""The laws that every program of `--for` obeys. A new one adds its row to `LAWS`, and its rules to tests/readers.py."""
+"""The laws that every server of `--for` obeys. A new one adds its row to `LAWS`, and its rules to tests/readers.py."""
 
 import ast
 import json
@@ -13,7 +13,7 @@ import pytest
 
 import lora_cli
 from lora_cli.errors import Refused
-from lora_cli.exports import Export, export, exports
+from lora_cli.exports import Server, server, servers
 from lora_cli.merge_options import MergeOptions
 from lora_cli.methods import file_names
 from tests import readers
@@ -57,8 +57,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def target(name: str) -> Export:
-    return export(name)
+def target(name: str) -> Server:
+    return server(name)
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def is_right(program: str, folder: Path) -> bool:
 def test_every_file_is_a_choice_of_for_and_has_a_row() -> None:
     kind, _ = MergeOptions.flags()["for_"]
     choices = [choice for part in get_args(kind) for choice in get_args(part)]
-    assert set(LAWS) == set(file_names("lora_cli.exports")) == set(choices)
+    assert set(LAWS) == set(file_names("lora_cli.exports", "Server")) == set(choices)
     assert f"<{'|'.join(choices)}>" in ok("merge", "--help").out
 
 
@@ -107,10 +107,10 @@ def test_only_its_own_file_knows_a_program_by_its_name() -> None:
     assert [(file, text) for file, text in constants if text in LAWS] == []
 
 
-def test_a_program_is_named_with_the_version_of_its_rules(name: str, target: Export) -> None:
+def test_a_program_is_named_with_the_version_of_its_rules(name: str, target: Server) -> None:
     assert target.title == f"{LAWS[name].program} {target.version}"
     assert target.version[0].isdecimal()
-    assert target in exports()
+    assert target in servers()
 
 
 @pytest.mark.usefixtures("pool")
@@ -120,7 +120,7 @@ def test_what_is_made_for_a_program_is_applied_as_peft_applies_it(name: str, sco
     folder, told = merged("--for", name, *where)
     assert is_right(LAWS[name].program, folder)
     close(in_peft([folder], [1.0]), readers.peft(folder), 1e-6)
-    assert f"checked by the rules of {export(name).title}, not on a server" in told
+    assert f"checked by the rules of {server(name).title}, not on a server" in told
     plain, _ = merged(*where)
     assert same(readers.peft(plain), readers.peft(folder)), "only zeros were added"
 
@@ -133,7 +133,7 @@ def test_a_result_that_was_not_made_for_a_program_names_it_if_it_reads_otherwise
 
 
 @pytest.mark.usefixtures("pool")
-def test_a_program_of_one_rank_is_named_for_ranks_that_differ_and_refuses_them(name: str, target: Export) -> None:
+def test_a_program_of_one_rank_is_named_for_ranks_that_differ_and_refuses_them(name: str, target: Server) -> None:
     law = LAWS[name]
     folder, told = merged("--energy", "0.8", "--compact")
     assert target.one_rank == law.one_rank == (law.program in told) == (not is_right(law.program, folder))
@@ -145,7 +145,7 @@ def test_a_program_of_one_rank_is_named_for_ranks_that_differ_and_refuses_them(n
         assert is_right(law.program, folder)
 
 
-def test_a_rank_over_the_limit_and_conv1d_are_refused_with_the_programs_name(name: str, target: Export) -> None:
+def test_a_rank_over_the_limit_and_conv1d_are_refused_with_the_programs_name(name: str, target: Server) -> None:
     most = LAWS[name].highest_rank
     assert target.highest_rank == most
     target.demand_servable(conv1d=[], rank=most or 100_000)
@@ -156,7 +156,7 @@ def test_a_rank_over_the_limit_and_conv1d_are_refused_with_the_programs_name(nam
         target.demand_servable(conv1d=["x/y"], rank=1)
 
 
-def test_zeros_have_the_shapes_of_the_base_and_are_all_that_is_missing(name: str, target: Export) -> None:
+def test_zeros_have_the_shapes_of_the_base_and_are_all_that_is_missing(name: str, target: Server) -> None:
     for kind in {module.rpartition(".")[2] for module in BASE}:
         modules = [module for module in BASE if module.endswith(kind)]
         zeros = target.zeros(modules, BASE)
@@ -170,7 +170,7 @@ def test_zeros_have_the_shapes_of_the_base_and_are_all_that_is_missing(name: str
 
 @pytest.mark.parametrize("folder", ODD_NAMES)
 def test_the_line_that_serves_reads_back_as_it_was_meant(
-    name: str, target: Export, folder: str, tmp_path: Path
+    name: str, target: Server, folder: str, tmp_path: Path
 ) -> None:
     line = target.serve_line(BASE_MODEL, tmp_path / folder, 8)
     words = shlex.split(line)
@@ -184,7 +184,7 @@ def test_the_line_that_serves_reads_back_as_it_was_meant(
 
 
 @pytest.mark.usefixtures("pool")
-def test_modules_that_a_program_may_not_adapt_are_named(name: str, target: Export) -> None:
+def test_modules_that_a_program_may_not_adapt_are_named(name: str, target: Server) -> None:
     assert target.not_surely_served(BASE) == []
     assert target.not_surely_served([*BASE, "lm_head"]) == ["lm_head"]
     write_adapter(Path("head"), random_factors({"lm_head": (90, 32)}, 2, seed=3))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import RankChoice
 from lora_cli.errors import Refused, UsageError
-from lora_cli.exports import Export, Shape, export
+from lora_cli.exports import Server, Shape, server
 from lora_cli.formats.factors import TAKE_THE_UPDATE
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.layout import Layout, layout
@@ -84,7 +84,7 @@ class MergePlan:
         return next((adapter for adapter in self.adapters if adapter.ref.pinned == self.options.saved_modules), None)
 
     @property
-    def target(self) -> Export | None:
+    def target(self) -> Server | None:
         """The program that the result is for, None if --for names none."""
         return _target(self.options)
 
@@ -271,8 +271,8 @@ def _demand_one_form(options: MergeOptions) -> None:
         )
 
 
-def _target(options: MergeOptions) -> Export | None:
-    return None if options.for_ is None else export(options.for_)
+def _target(options: MergeOptions) -> Server | None:
+    return None if options.for_ is None else server(options.for_)
 
 
 def cancel(weights: Sequence[float]) -> bool:

@@ -1,12 +1,12 @@
 """Programs that read a merged adapter otherwise than PEFT does.
 
-The rules are those of llama.cpp of November 2026 and of LoRAX, TensorRT-LLM and lmdeploy 0.18, and of every program of
+The rules are those of llama.cpp of November 2026 and of LoRAX, TensorRT-LLM and lmdeploy 0.18, and of every server of
 exports/; docs/merging.md lists them.
 """
 
 from collections.abc import Collection, Iterable
 
-from lora_cli.exports import exports
+from lora_cli.exports import servers
 from lora_cli.names import layer_of, leaves
 from lora_cli.steps.merge.plan import MergePlan
 from lora_cli.steps.merge.scope import targets_everywhere
@@ -26,13 +26,13 @@ def notes(plan: MergePlan, ranks: Collection[int]) -> list[str]:
         return []
     found = []
     if plan.options.compact and len(set(ranks)) > 1:
-        names = [*ONE_RANK, *(one.program for one in exports() if one.one_rank)]
+        names = [*ONE_RANK, *(one.program for one in servers() if one.one_rank)]
         found.append(f"ranks differ: {in_words(names)} read this result wrongly or not at all")
     if kinds := _kinds_in_some_layers(plan):
         found.append(
             f"only some layers have {in_words(kinds)}: LoRAX drops these, lmdeploy reads stray memory in the others"
         )
-    return [*found, *filter(None, (one.misread(plan.written, plan.known) for one in exports()))]
+    return [*found, *filter(None, (one.misread(plan.written, plan.known) for one in servers()))]
 
 
 def _kinds_in_some_layers(plan: MergePlan) -> list[str]:

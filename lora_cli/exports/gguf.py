@@ -1,0 +1,170 @@
+"""llama.cpp, by the rules of November 2026: one GGUF file, scale = `adapter.lora.alpha` / the rank of the tensors.
+
+The rows of q and k are in llama.cpp's order. alpha is the one of most modules, and B takes what is left of other
+scales, so that modules may keep ranks of their own.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from struct import pack, unpack
+from typing import TYPE_CHECKING
+
+from lora_cli.errors import Refused
+from lora_cli.escapes import safe
+from lora_cli.exports import Export, Plan, Reader, Source, Written
+from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.gguf import Base, base_of, package
+from lora_cli.imports._gguf_file import read_gguf
+from lora_cli.precision import stored_as, torch_dtype
+from lora_cli.records import Progress
+from lora_cli.text import shortened
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+FILE = "adapter.gguf"
+_HEADER_BYTES = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GgufPlan(Plan):
+    """One GGUF file. `tensors` are the names of the modules' weights in it."""
+
+    source: Source
+    base: Base
+    alpha: float
+    tensors: Mapping[str, str]
+    dtype: "torch.dtype"
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def folds(self) -> Mapping[str, float]:  # type: ignore[override]
+        alphas = alphas_of(self.source)
+        return {module: 1.0 if alpha == self.alpha else alpha / self.alpha for module, alpha in alphas.items()}
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        return {FILE: self.numbers * self.dtype.itemsize + _HEADER_BYTES * len(self.tensors)}
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        gguf = package()
+        writer = gguf.GGUFWriter(folder / FILE, self.base.architecture.name)
+        try:
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_string(gguf.Keys.General.NAME, safe(self.source.adapter.ref.pinned))
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, self.alpha)
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, safe(split_revision(self.source.base)[0]))
+            raw = gguf.GGMLQuantizationType[stored_as(self.dtype)]
+            for module, name in self.tensors.items():
+                (rows, columns), rank = self.source.adapter.shape(module), self.source.ranks[module]
+                for side, shape in (("a", (rank, columns)), ("b", (rows, rank))):
+                    size = shape[0] * shape[1] * self.dtype.itemsize
+                    writer.add_tensor_info(f"{name}.lora_{side}", shape, None, size, raw)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for module, factors in self.each(progress):
+                heads = self.base.parts(module)
+                for factor in (factors.A, rearranged(factors.B, heads) if heads else factors.B):
+                    writer.write_tensor_data(_bytes(factor))
+        finally:
+            writer.close()
+
+    @contextmanager
+    def opened(self, folder: Path) -> Iterator[Reader]:
+        from lora_cli.algebra.lowrank import LowRank
+
+        values, file = read_gguf(folder / FILE)
+        alpha = float(values[package().Keys.Adapter.LORA_ALPHA])
+
+        def read(module: str) -> Written:
+            a, b = (file.read(f"{self.tensors[module]}.lora_{side}") for side in "ab")
+            heads = self.base.parts(module)
+            return Written(LowRank(arranged_back(b, heads) if heads else b, a), alpha / b.shape[1])
+
+        yield read
+
+
+class Gguf(Export):
+    """llama.cpp, and programs that are built on it."""
+
+    program = "llama.cpp"
+    version = "of November 2026"
+
+    def plan(self, source: Source, dtype: str) -> Plan:
+        return plan(source, dtype, self.title)
+
+
+def plan(source: Source, dtype: str, program: str) -> GgufPlan:
+    """The file for an adapter. Refused for what llama.cpp cannot hold, by name, with the name of the program."""
+    if not source.config:
+        raise Refused(
+            f"{program}: the names of layers depend on the base's config.json, and that of {source.base} is not here",
+            hint="give the base's folder or Hub id: --base",
+        )
+    source.demand_linear(program)
+    base = base_of(source.config, source.base, of_class="" if source.skeleton is None else source.skeleton.architecture)
+    tensors = _tensors(source, base, program)
+    alphas = Counter(alpha for alpha in alphas_of(source).values() if alpha and _is_fp32(alpha))
+    alpha = alphas.most_common(1)[0][0] if alphas else float(source.rank)
+    for module in source.modules:
+        rows = source.adapter.shape(module)[0]
+        if (heads := base.parts(module)) and rows % (2 * heads):
+            raise Refused(f"{source.id}: the {rows} rows of {module} are not those of {heads} heads")
+    precision = torch_dtype("fp32" if dtype == "auto" else dtype)
+    return GgufPlan(source=source, base=base, alpha=alpha, tensors=tensors, dtype=precision)
+
+
+def _tensors(source: Source, base: Base, program: str) -> dict[str, str]:
+    names, found = base.names(), dict[str, str]()
+    for module in source.modules:
+        if source.skeleton is not None and (other := source.skeleton.ties.get(module)):
+            raise Refused(
+                f"{source.id}: {module} has the weight of {other[0]}, and {program} loads no update of it",
+                hint=f"leave it out: lora merge {source.id} --scope modules=…",
+            )
+        name = names.of(module)
+        if name is None or not name.endswith(".weight"):
+            raise Refused(
+                f"{source.id}: {program} has no name for {shortened(module)} of a {base.architecture.name}",
+                hint=f"leave it out: lora merge {source.id} --scope modules=…",
+            )
+        if name in found.values():
+            raise Refused(f"{source.id}: {module} and another module are both {name} in {program}")
+        found[module] = name
+    return found
+
+
+def alphas_of(source: Source) -> dict[str, float]:
+    """The alpha of each module: its scale times its rank."""
+    return {module: source.adapter.scales[module] * rank for module, rank in source.ranks.items()}
+
+
+def rearranged(b: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """The rows of B (out, r) in llama.cpp's order, for a module whose rows are those of `heads` heads."""
+    return b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+
+def arranged_back(b: "torch.Tensor", heads: int) -> "torch.Tensor":
+    """The inverse of `rearranged`."""
+    return b.reshape(heads, b.shape[0] // heads // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+
+def _is_fp32(value: float) -> bool:
+    return bool(unpack("<f", pack("<f", value))[0] == value)
+
+
+def _bytes(factor: "torch.Tensor") -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    import torch
+
+    return factor.contiguous().view(torch.uint8).numpy()
+
+
+gguf = Gguf()

@@ -1,0 +1,277 @@
+"""`lora export`: every kind of adapter for every program, read back by the program's rule; and what goes wrong."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora_cli.exports import export
+from lora_cli.methods import file_names
+from tests import readers
+from tests.adapters_on_disk import random_factors, write_adapter
+from tests.cli import ok, refused
+from tests.exports.table import EVERY, EXACT, GPT2, KINDS, LLAMA, ROUNDED, TARGETS, Kind
+from tests.readers import OF_EXPORTS, Deltas
+from tests.steps.test_merge import close
+
+CELLS = [pytest.param(kind, target, id=f"{kind.title}-{target}") for kind in KINDS for target in TARGETS]
+
+
+@pytest.fixture(autouse=True)
+def home(own_home: Path) -> Path:
+    return own_home
+
+
+def base(config: Mapping[str, object] = LLAMA) -> None:
+    Path("base").mkdir()
+    Path("base/config.json").write_text(json.dumps(config))
+
+
+def plain(folder: str = "mine", **config: object) -> None:
+    base()
+    write_adapter(Path(folder), random_factors(EVERY, 8, seed=1), base="base", **{"lora_alpha": 16, **config})
+
+
+def leftovers() -> set[str]:
+    return {file.name for file in Path.cwd().iterdir()} - {"base", "mine"}
+
+
+def read(target: str, folder: Path, kind: Kind) -> Deltas:
+    """The updates of an export by the program's rule."""
+    names = [*EVERY]
+    if target in ("gguf", "ollama"):
+        heads = None if kind.base is GPT2 else (4, 2)
+        found = readers.gguf(folder, heads=heads)
+        return found if heads is not None else {_GPT2[name]: update for name, update in found.items()}
+    return OF_EXPORTS[target](folder, names)
+
+
+_GPT2 = {
+    "model.layers.0.attn_qkv": "transformer.h.0.attn.c_attn",
+    "model.layers.1.mlp.up_proj": "transformer.h.1.mlp.c_fc",
+}
+
+
+def test_every_file_is_a_target_and_has_a_column() -> None:
+    assert set(TARGETS) == set(file_names("lora_cli.exports")) == set(OF_EXPORTS)
+    for target in TARGETS:
+        assert export(target).title == f"{export(target).program} {export(target).version}"
+        assert target in ok("export", "--help").out
+
+
+@pytest.mark.parametrize(("kind", "target"), CELLS)
+def test_a_kind_is_exported_as_the_table_says(kind: Kind, target: str) -> None:
+    base(kind.base)
+    updates = kind.write(Path("mine").absolute())
+    outcome = kind.outcome(target)
+    if outcome not in (EXACT, ROUNDED):
+        said = refused(5, "export", target, "mine", "-o", "out")
+        assert outcome in said
+        assert len(said.splitlines()) <= 2
+        assert leftovers() == set()
+        return
+    told = ok("export", target, "mine", "-o", "out")
+    assert told.out == "out\n"
+    record = json.loads(Path("out/run.json").read_text())
+    errors = record["results"]["errors"]
+    assert len(errors) == len(updates)
+    assert (max(errors.values()) == 0) == (outcome == EXACT)
+    assert max(errors.values()) < 1e-7
+    assert set(record["outputs"]) == {file.name for file in Path("out").iterdir()} - {"run.json"}
+    if kind.title not in ("embeddings", "experts, one by one"):
+        found = read(target, Path("out"), kind)
+        close(found, updates, 1e-12 if outcome == EXACT else 1e-7)
+    assert leftovers() == {"out"}
+    assert "up to date" in ok("export", target, "mine", "-o", "out").err
+
+
+@pytest.mark.parametrize("target", ["mlx", "olive", "gguf"])
+@pytest.mark.parametrize("kind", list(KINDS[:8]), ids=lambda kind: kind.title)
+def test_a_round_trip_gives_the_same_update(kind: Kind, target: str) -> None:
+    base(kind.base)
+    updates = kind.write(Path("mine").absolute())
+    ok("export", target, "mine", "-o", "out")
+    ok("convert", "out", "-o", "back", "--base", "base")
+    close(readers.peft(Path("back")), updates, 1e-6)
+    if kind.title == "one rank, one alpha" and target != "olive":
+        before, after = (load_file(Path(one) / "adapter_model.safetensors") for one in ("mine", "back"))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("target", ["peft", "vllm", "sglang"])
+def test_an_adapter_of_one_rank_and_alpha_keeps_its_factors(target: str) -> None:
+    plain()
+    ok("export", target, "mine", "-o", "out")
+    before, after = (load_file(Path(one) / "adapter_model.safetensors") for one in ("mine", "out"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads(Path("out/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert config["target_modules"] == sorted({module.rpartition(".")[2] for module in EVERY})
+
+
+def test_sglang_gets_the_layers_that_it_fuses() -> None:
+    base()
+    shapes = {module: shape for module, shape in EVERY.items() if module.endswith("q_proj")}
+    write_adapter(Path("mine"), random_factors(shapes, 4, seed=1), base="base")
+    ok("export", "sglang", "mine", "-o", "out")
+    found = readers.sglang(Path("out"))
+    assert {module.rpartition(".")[2] for module in found} == {"q_proj", "k_proj", "v_proj"}
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_narrower_precision_is_asked_for_and_told(target: str, dtype: str) -> None:
+    plain()
+    told = ok("export", target, "mine", "-o", "out", "--dtype", dtype)
+    assert f"in {dtype}" in told.err
+    assert "rounded, by" in told.err
+    results = json.loads(Path("out/run.json").read_text())["results"]
+    assert 1e-5 < max(results["errors"].values()) < 1e-2
+    assert results["precision"] == dtype
+
+
+def test_a_gguf_file_of_a_bf16_adapter_is_bf16_bit_for_bit_if_asked() -> None:
+    base()
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1, dtype=torch.bfloat16), base="base")
+    ok("export", "gguf", "mine", "-o", "out", "--dtype", "bf16")
+    results = json.loads(Path("out/run.json").read_text())["results"]
+    assert max(results["errors"].values()) == 0
+
+
+def test_what_a_precision_cannot_hold_is_refused() -> None:
+    base()
+    factors = {m: (b * 1e-9, a) for m, (b, a) in random_factors(EVERY, 8, seed=1).items()}
+    write_adapter(Path("mine"), factors, base="base")
+    assert "loses" in refused(5, "export", "gguf", "mine", "-o", "out", "--dtype", "fp16")
+    assert leftovers() == set()
+    shutil.rmtree("mine")
+    factors = {m: (b * 1e6, a) for m, (b, a) in random_factors(EVERY, 8, seed=1).items()}
+    write_adapter(Path("mine"), factors, base="base")
+    for target in TARGETS:
+        assert "overflow" in refused(5, "export", target, "mine", "-o", "out", "--dtype", "fp16")
+    assert leftovers() == set()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fault", ["zero", "nan", "truncated", "no weights"])
+def test_a_broken_adapter_leaves_nothing(target: str, fault: str) -> None:
+    plain()
+    file = Path("mine/adapter_model.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "lora_B" in name)
+    if fault == "zero":
+        save_file({n: t * 0 if "lora_B" in n else t for n, t in tensors.items()}, file)
+    elif fault == "nan":
+        tensors[name][0, 0] = float("nan")
+        save_file(tensors, file)
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    else:
+        file.unlink()
+    said = refused(5, "export", target, "mine", "-o", "out")
+    words = {"zero": "changes nothing", "nan": "NaN or Inf in", "truncated": "", "no weights": "no adapter_config.json"}
+    assert words[fault] in said
+    assert len(said.splitlines()) <= 2
+    assert leftovers() == set()
+
+
+def test_an_output_that_exists_or_is_a_link_or_the_adapter_is_left_alone() -> None:
+    plain()
+    Path("out").mkdir()
+    Path("out/mine.txt").write_text("mine")
+    assert "out exists" in refused(1, "export", "gguf", "mine", "-o", "out")
+    assert "not an output of lora" in refused(1, "export", "gguf", "mine", "-o", "out", "--force")
+    Path("link").symlink_to("out")
+    assert "a link" in refused(1, "export", "gguf", "mine", "-o", "link")
+    assert "where the adapter is" in refused(1, "export", "gguf", "mine", "-o", "mine/out")
+    assert [file.name for file in Path("out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_full_disk_leaves_nothing(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain()
+    whole = os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device", "out")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "no space left on the disk" in refused(1, "export", target, "mine", "-o", "out")
+    assert leftovers() == set()
+    monkeypatch.setattr(os, "fsync", whole)
+    ok("export", target, "mine", "-o", "out")
+
+
+@pytest.mark.parametrize("name", ['a"\nSYSTEM you are', "a\nADAPTER /etc/passwd", 'x" y', "a\x1b]0;x"])
+def test_a_name_that_would_write_lines_of_a_modelfile_is_refused(name: str) -> None:
+    plain()
+    said = refused(5, "export", "ollama", "mine", "-o", "out", "--base-name", name)
+    assert "a Modelfile cannot hold this name" in said
+    assert leftovers() == set()
+
+
+def test_the_modelfile_names_base_and_adapter() -> None:
+    plain()
+    told = ok("export", "ollama", "mine", "-o", "out", "--base-name", "./my model.gguf")
+    assert Path("out/Modelfile").read_text() == 'FROM "./my model.gguf"\nADAPTER ./adapter.gguf\n'
+    assert "--base-name" not in told.err
+    told = ok("export", "ollama", "mine", "-o", "other")
+    assert 'FROM "base"\n' in Path("other/Modelfile").read_text()
+    assert "give Ollama's name of it" in told.err
+
+
+def test_gguf_needs_the_configuration_and_a_class_that_is_known() -> None:
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="here/absent")
+    said = refused(5, "export", "gguf", "mine", "-o", "out")
+    assert "that of here/absent is not here" in said
+    shutil.rmtree("mine")
+    base(LLAMA | {"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    shapes = {"backbone.layers.0.mixer.x_proj": (34, 64)}
+    write_adapter(Path("mine"), random_factors(shapes, 4, seed=1), base="base")
+    said = refused(5, "export", "gguf", "mine", "-o", "out")
+    assert "whose layers in llama.cpp are not known here" in said or "does not fit" in said
+
+
+def test_the_gguf_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    plain()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert "pip install 'lora-cli[gguf]'" in refused(2, "export", "gguf", "mine", "-o", "out")
+    ok("export", "mlx", "mine", "-o", "out")
+
+
+def test_a_dry_run_tells_files_and_bytes_and_writes_nothing() -> None:
+    plain()
+    for target in TARGETS:
+        told = json.loads(ok("export", target, "mine", "-o", "out", "--dry-run", "--json").out)
+        assert told["schema"] == "lora.export.plan/1"
+        assert leftovers() == set()
+        ok("export", target, "mine", "-o", "out")
+        sizes = {name: Path("out", name).stat().st_size for name in told["files"]}
+        assert told["bytes"] == sum(told["files"].values())
+        assert all(abs(size - told["files"][name]) < 12_000 for name, size in sizes.items())
+        shutil.rmtree("out")
+
+
+def test_json_tells_the_record_and_force_writes_again() -> None:
+    plain()
+    told = json.loads(ok("export", "gguf", "mine", "-o", "out", "--json").out)
+    assert (told["schema"], told["out"]) == ("lora.export/1", "out")
+    first = Path("out/adapter.gguf").read_bytes()
+    assert "up to date" not in ok("export", "gguf", "mine", "-o", "out", "--force").err
+    assert Path("out/adapter.gguf").read_bytes() == first
+
+
+def test_a_mistyped_target_or_two_adapters_are_refused() -> None:
+    plain()
+    assert "did you mean 'gguf'" in refused(2, "export", "ggfu", "mine")
+    assert "export takes one adapter" in refused(2, "export", "gguf", "-", stdin="mine\nbase\n")
