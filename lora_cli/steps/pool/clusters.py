@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.cluster import hierarchy
-from scipy.spatial.distance import squareform
 
 from lora_cli.errors import UsageError
 from lora_cli.records import AdapterRef
@@ -74,6 +72,10 @@ def in_clusters(found: Similarity, cut: float) -> Clustered:
     Raises:
         UsageError: `cut` is not in -1 <= cut < 1.
     """
+    # Imported here: it takes half a second of CPU, and a merge needs only the cosines.
+    from scipy.cluster import hierarchy
+    from scipy.spatial.distance import squareform
+
     demand_cut(cut)
     n = len(found.refs)
     # scipy breaks ties by position; sort first, so that the order of the arguments does not matter.
