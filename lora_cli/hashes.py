@@ -3,9 +3,11 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from threading import Lock
 
 from lora_cli.errors import Refused
 from lora_cli.files import open_regular, unreadable
@@ -14,8 +16,10 @@ from lora_cli.records import Progress, silent
 Stamp = tuple[int, int, int, int]
 """Device, inode, size and time of change of a file."""
 _BLOCK = 1 << 24
+_AT_ONCE = 8
 _MOST_KNOWN = 4096
 _known: dict[tuple[Path, Stamp], str] = {}
+_adding = Lock()
 
 
 def stamp(status: os.stat_result) -> Stamp:
@@ -60,6 +64,19 @@ def sha256_of_all(paths: Iterable[Path], progress: Progress = silent) -> list[st
     return [sha256_of(path, progress) for path in paths]
 
 
+def hash_ahead(paths: Iterable[Path], progress: Progress = silent) -> None:
+    """Hash some files at once, so that `sha256_of` has their hashes at hand. What cannot be read is left to it."""
+    files = [*paths]
+    with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+        for done, _ in enumerate(pool.map(_tried, files), 1):
+            progress("hashing", done, len(files))
+
+
+def _tried(path: Path) -> None:
+    with suppress(OSError):
+        file_sha256(path)
+
+
 def file_sha256(path: Path, progress: Progress = silent) -> str:
     """The SHA-256 of a file's bytes, as 64 hex digits.
 
@@ -68,9 +85,11 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
     key = path.absolute(), stamp(path.stat())
     found = _known.get(key)
     if found is None:
-        found = _known[key] = _hashed(path, progress)
-        while len(_known) > _MOST_KNOWN:
-            _known.pop(next(iter(_known)), None)
+        found = _hashed(path, progress)
+        with _adding:
+            _known[key] = found
+            while len(_known) > _MOST_KNOWN:
+                _known.pop(next(iter(_known)), None)
     return found
 
 

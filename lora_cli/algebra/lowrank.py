@@ -3,13 +3,15 @@
 Shapes: B is (out, r), A is (r, in), the update is B @ A. Any scale (alpha/rank) is already folded into B.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import Tensor
 
 from lora_cli.algebra import kernels
+from lora_cli.algebra.grams import Grams, leading
 
 _KRYLOV_STEPS = 4
 # The share of the energy from squared singular values in fp32 is no more precise than this.
@@ -18,14 +20,20 @@ _SHARE_NOISE = 1e-6
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LowRank:
-    """The update B @ A of one module: `B` (out, r), `A` (r, in), same dtype and device."""
+    """The update B @ A of one module: `B` (out, r), `A` (r, in), same dtype and device.
+
+    `grams` are the Gram matrices of the factors, `known` or found when asked for.
+    """
 
     B: Tensor
     A: Tensor
+    grams: Grams = field(init=False, repr=False)
+    known: InitVar[Grams | None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, known: Grams | None) -> None:
         if self.B.ndim != 2 or self.A.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise ValueError(f"factors do not fit: B {tuple(self.B.shape)}, A {tuple(self.A.shape)}")
+        object.__setattr__(self, "grams", known or Grams([(self.B, self.A)]))
 
     @property
     def rank(self) -> int:
@@ -43,6 +51,8 @@ class LowRank:
 
     def terms(self) -> float:
         """Σ ‖b_j‖² ‖a_j‖² over the ranks: the scale on which a squared norm is rounding noise where ranks cancel."""
+        if (known := self.grams.found) is not None:
+            return float(known.terms.sum())
         return float((self.B.double().square().sum(0) * self.A.double().square().sum(1)).sum())
 
     def scaled(self, factor: float) -> "LowRank":
@@ -56,6 +66,11 @@ class LowRank:
     def to(self, place: torch.dtype | torch.device | str) -> "LowRank":
         """The same update with factors in a dtype, or on a device."""
         return LowRank(self.B.to(place), self.A.to(place))
+
+
+def outgrown(rank: int, shape: tuple[int, int]) -> bool:
+    """Whether factors of this rank hold as many numbers as the update (out, in) itself, or more."""
+    return rank * sum(shape) >= math.prod(shape)
 
 
 def bound(update: LowRank | Tensor) -> float:
@@ -100,12 +115,18 @@ def squared_norm(delta: Tensor) -> float:
     return kernels.squares(delta)
 
 
-def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor) -> LowRank:
-    """Σ w_i · update_i, exactly, with rank Σ r_i; P2. Weights go into B."""
-    terms = [*zip(updates, map(float, weights), strict=True)]
+def concat(updates: Sequence[LowRank], weights: Sequence[float] | Tensor, grams: Grams | None = None) -> LowRank:
+    """Σ w_i · update_i, exactly, with rank Σ r_i; P2. Weights go into B.
+
+    Args:
+        grams: those of the updates side by side, without weights.
+    """
+    each = [torch.full((u.rank,), float(w), dtype=torch.float64) for u, w in zip(updates, weights, strict=True)]
+    per_rank = torch.cat(each).to(updates[0].B.device)
     return LowRank(
-        torch.cat([u.B * w for u, w in terms], dim=1),  # (out, R)
-        torch.cat([u.A for u, _ in terms], dim=0),  # (R, in)
+        torch.cat([u.B for u in updates], dim=1).mul_(per_rank.to(updates[0].B.dtype)),  # (out, R)
+        torch.cat([u.A for u in updates], dim=0),  # (R, in)
+        known=grams and grams.weighted(per_rank),
     )
 
 
@@ -157,7 +178,9 @@ def dense_svd(delta: Tensor, k: int, *, seed: int = 0) -> Spectrum:
     probe = torch.randn(in_features, width, generator=generator, dtype=delta.dtype, device=delta.device)
     blocks = [torch.linalg.qr(delta @ probe)[0]]
     for _ in range(min(_KRYLOV_STEPS, min(out_features, in_features) // width - 1)):
-        blocks.append(torch.linalg.qr(delta @ (delta.T @ blocks[-1]))[0])
+        seen = delta.T @ blocks[-1]
+        # The squares of what is large or small leave the range of fp32. A power of two rounds nothing.
+        blocks.append(torch.linalg.qr(delta @ torch.ldexp(seen, -seen.abs().max().frexp().exponent))[0])
     q = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
     u, s, vh = torch.linalg.svd(q.T @ delta, full_matrices=False)
     return Spectrum((q @ u)[:, :k], s[:k], vh[:k].T)
@@ -206,6 +229,18 @@ def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
     if choice.exact or update.rank == 0:
         total = float(inner(update, update))
         return Reduced(update, total, total)
+    k = choice.ceiling
+    if k is not None and choice.share is None:
+        if outgrown(update.rank, update.shape):
+            return _reduce_dense(update.dense(), choice)
+        # Gram matrices resolve what fp32 holds.
+        found = (
+            leading(update.B, update.A, update.grams, k)
+            if update.rank >= 2 * k and update.B.dtype == torch.float32
+            else None
+        )
+        if found is not None:
+            return _reduced(Spectrum(found.U, found.s, found.V), found.total, choice)
     spectrum = svd(update)
     return _reduced(spectrum, float(spectrum.s.double().square().sum()), choice)
 

@@ -1,12 +1,17 @@
 """A merge method's input for one module: the updates of the adapters that have it, and measures of them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, overload
 
+import torch
 from torch import Tensor
 
-from lora_cli.algebra.lowrank import LowRank, gram
+from lora_cli.algebra.grams import Grams
+from lora_cli.algebra.lowrank import LowRank, concat, gram, inner, outgrown, squared_norm
+
+# A squared norm below this share of its terms is computed in float64.
+_CANCELLED = 1e-3
 
 Per = Literal["module", "adapter"]
 """The scope of angles, norms and thresholds: each module by itself, or the whole adapter."""
@@ -40,6 +45,11 @@ class Updates(Sequence[LowRank]):
     whole: Whole | None = None
     inputs: tuple[Tensor, ...] = ()
     absent: tuple[float, ...] = ()
+    grams: Grams = field(init=False, repr=False)
+    """Those of all updates side by side."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grams", Grams([(update.B, update.A) for update in self.items]))
 
     def __len__(self) -> int:
         return len(self.items)
@@ -68,8 +78,48 @@ class Updates(Sequence[LowRank]):
         """All inner products ⟨ΔW_i, ΔW_j⟩, (n, n) float64, of this module or of the whole adapters."""
         if per == "adapter" and self.whole is not None:
             return self.whole.gram()
-        return gram(self.items)
+        return gram(self.items) if self.outgrown else self._by_owner(self.grams.wide().products)
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether all factors together hold as many numbers as one dense update, or more."""
+        return outgrown(sum(self.ranks), self.shape)
+
+    def sum(self, weights: Tensor) -> LowRank:
+        """Σ w_i ΔW_i, exactly and at rank Σ r_i; weights (n,)."""
+        return concat(self.items, weights, self.grams)
+
+    def squares(self, per: Per = "module") -> Tensor:
+        """‖ΔW_i‖², (n,) float64 on the CPU, of this module or of the whole adapters."""
+        if per == "adapter" and self.whole is not None:
+            return self.whole.gram().diagonal().clamp(min=0)
+        found = self.grams.found
+        if found is None:
+            return torch.tensor([_square(update) for update in self.items], dtype=torch.float64)
+        squares = self._by_owner(found.products).diagonal()
+        # A sum of products that cancel is known from Gram matrices in fp32 only to the rounding of its terms.
+        doubtful = squares < _CANCELLED * self._by_owner(found.terms.diag()).diagonal()
+        exact = [_square(update) if doubt else 0.0 for update, doubt in zip(self.items, doubtful.tolist(), strict=True)]
+        return torch.where(doubtful, squares.new_tensor(exact), squares)
+
+    def square_of_sum(self, weights: Tensor, per: Per = "module") -> Tensor:
+        """‖Σ w_i ΔW_i‖², a float64 scalar on the CPU, to rounding of the updates' precision; weights (n,)."""
+        if per == "adapter" and self.whole is not None:
+            return weights @ self.whole.gram() @ weights
+        if self.outgrown:
+            return weights.new_tensor(squared_norm(concat(self.items, weights).dense()))
+        return weights @ self._by_owner(self.grams.any().products) @ weights
+
+    def _by_owner(self, products: Tensor) -> Tensor:
+        """The sums of numbers (R, R) over the ranks of each pair of updates, (n, n) on the CPU."""
+        owner = torch.arange(len(self)).repeat_interleave(torch.tensor(self.ranks))
+        rows = products.new_zeros(len(self), len(owner), device="cpu").index_add_(0, owner, products.cpu())
+        return rows.new_zeros(len(self), len(self)).index_add_(1, owner, rows)
 
     def moved(self, items: Iterable[LowRank]) -> "Updates":
         """The same adapters with their updates expressed in another space."""
         return replace(self, items=tuple(items), whole=None)
+
+
+def _square(update: LowRank) -> float:
+    return max(0.0, float(inner(update, update)))

@@ -1,15 +1,13 @@
 """Weighted sum of updates."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from lora_cli.algebra.lowrank import LowRank, concat
+from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
 
-@method("low-rank")
-def linear(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
+@method("coefficients")
+def linear(updates: Updates, weights: Tensor) -> Tensor:
     """Weighted sum of the updates, reduced to the requested rank.
 
     ΔW = Σ w_i ΔW_i with ΔW_i = B_i A_i, B_i (out, r_i), A_i (r_i, in): formed as [w_1 B_1, …, w_n B_n] [A_1; …; A_n],
@@ -28,4 +26,4 @@ def linear(updates: Sequence[LowRank], weights: Tensor) -> LowRank:
     Source: task arithmetic, Ilharco et al. 2023, arXiv 2212.04089. Nothing is combined per factor, so that no
     cross terms B_i A_j arise.
     """
-    return concat(updates, weights)
+    return weights

@@ -35,9 +35,8 @@ def norm_matched(
 
     Source: ours; --norm-match of other methods is the same idea without the cap.
     """
-    products = updates.gram(per)
-    squares = products.diagonal().clamp(min=0)
+    squares = updates.squares(per)
     target = weights.abs() @ squares.sqrt()
-    mean = (weights @ products @ weights).clamp(min=0).sqrt()
+    mean = updates.square_of_sum(weights, per).clamp(min=0).sqrt()
     reached = mean.maximum((weights.square() @ squares).sqrt())
     return weights * (target / reached) if reached > 0 else weights

@@ -10,8 +10,10 @@ from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.checks.examine import UNDECLARED
 from lora_cli.errors import NothingMatched, Refused, UsageError
 from lora_cli.formats.base_names import public_base
+from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import folder_ref, locate
+from lora_cli.hashes import hash_ahead
 from lora_cli.imports import file_of
 from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits, unpinned
@@ -191,6 +193,8 @@ class Pool:
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
         report = patient(self.progress)
+        folders = [folder for name in names if (folder := folder_of(name)) is not None]
+        hash_ahead([folder / WEIGHTS_NAME for folder in folders], report)
         found = []
         for done, name in enumerate(names, 1):
             found.append(self._find(name, whole=whole))
@@ -204,6 +208,7 @@ class Pool:
             restrictions_of(self.policy, {unpinned(pinned): one.licence for pinned, one in terms.items()})
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
         here = [files_of(ref) for ref, _ in found]
+        hash_ahead([files.weights for files in here], report)
         known = names_of(self.catalogue, base, self.aliases)
         judged = [declared_base(files, row, self.base) for files, (_, row) in zip(here, found, strict=True)]
         # Sort, so that the order of the arguments does not matter.

@@ -406,7 +406,13 @@ def test_what_differs_from_a_lock_is_told(lock: Path) -> None:
     told = refused(5, "merge", *TWO, "--locked", "other.json", "-o", "again")
     assert "adapter_model.safetensors differs from the locked merge (sha256)" in told
     assert "torch 1.0 then" in told
+    assert "rounds in another way" not in told
     assert not Path("again").exists()
+    del record["merge.lock"]["arithmetic"]  # as every earlier version
+    Path("other.json").write_text(json.dumps(record))
+    assert "the version that made it rounds in another way" in refused(
+        5, "merge", *TWO, "--locked", "other.json", "-o", "again"
+    )
     write_adapter(Path("three"), random_factors(SHAPES, 3, seed=9))
     assert "missing or changed since the locked merge" in refused(
         5, "merge", "one", "three", "--locked", str(lock), "-o", "again"

@@ -25,6 +25,9 @@ from lora_cli.steps.merge.plan import MergePlan
 
 # Options that run.json of earlier versions lacks, with the values those versions used.
 _BEFORE = {"compact": True, "saved_modules": "refuse"}
+_ARITHMETIC = 2
+"""The way in which merges round. In 2 the leading directions of a sum come from Gram matrices, not from QR; methods of
+many ranks work on the shorter side of the update."""
 # How far above run.json the folder may be that holds both run.json and a parent.
 _MOST_UP = 3
 
@@ -45,6 +48,7 @@ class Lock:
 
     `folders` maps each parent that was a folder to the path that the lock gives for it, if any. `earlier` is true for a
     run.json of a version that wrote the configuration in another form; `outputs` then holds the weights alone.
+    `arithmetic` numbers the way in which its version rounded.
     """
 
     file: Path
@@ -53,6 +57,7 @@ class Lock:
     folders: Mapping[str, Path | None]
     versions: Mapping[str, str]
     outputs: Mapping[str, str]
+    arithmetic: int
     earlier: bool = False
 
     @property
@@ -91,6 +96,7 @@ def lock_of(plan: MergePlan, parents: Mapping[str, str], folder: Path) -> dict[s
         },
         "seed": plan.options.knobs.get("seed"),
         "versions": versions(),
+        "arithmetic": _ARITHMETIC,
     }
 
 
@@ -114,6 +120,7 @@ def read_lock(file: Path) -> Lock:
             },
             versions={str(name): str(version) for name, version in lock["versions"].items()},
             outputs=outputs,
+            arithmetic=int(lock.get("arithmetic", 1)),
             earlier=earlier,
         )
     except OSError as error:
@@ -235,7 +242,10 @@ def demand_same_outputs(lock: Lock, outputs: Mapping[str, str]) -> None:
     """Refused if the written bytes differ from the locked merge's; the hint names possible reasons."""
     wrong: Sequence[str] = [name for name, sha256 in lock.outputs.items() if outputs.get(name) != sha256]
     if wrong:
-        reasons = differences(lock) or ["the versions are the same: the processor may differ"]
+        reasons = differences(lock)
+        if lock.arithmetic != _ARITHMETIC:
+            reasons.insert(0, "the version that made it rounds in another way, and the bytes differ by rounding")
+        reasons = reasons or ["the versions are the same: the processor may differ"]
         raise Refused(
             f"{', '.join(wrong)} differs from the locked merge (sha256); nothing was written", hint="; ".join(reasons)
         )

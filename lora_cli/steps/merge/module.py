@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_cli.algebra.lowrank import LowRank, RankChoice, bound, concat, gram, inner, reduce, squared_norm
+from lora_cli.algebra.lowrank import LowRank, RankChoice, bound, gram, reduce, squared_norm
 from lora_cli.algebra.threads import one_thread_each
 from lora_cli.algebra.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.algebra.updates import Updates
@@ -156,10 +156,12 @@ class ModuleMerger:
             absent=self._absent(places),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
-        squares = torch.stack([inner(update, update).clamp(min=0).cpu() for update, _ in read])
+        if METHODS.get(plan.options.method).kind == "coefficients" and not updates.outgrown:
+            updates.grams.any()  # their sum will need the Gram matrices
+        squares = updates.squares()
         demand_room(module, float(weights.abs() @ squares.sqrt()))
         if self._weighs_whole_adapters:
-            merged: LowRank | Tensor = concat(updates.items, weights * self._whole_factors[places])
+            merged: LowRank | Tensor = updates.sum(weights * self._whole_factors[places])
         else:
             try:
                 merged = run_method(
@@ -283,7 +285,7 @@ def run_method(
         case "elementwise":
             result = function(DeltaTiles(updates, workers=workers), weights, **knobs)
         case "coefficients":
-            result = concat(updates.items, function(updates, weights, **knobs))
+            result = updates.sum(function(updates, weights, **knobs))
         case "space":
             own = {key: knobs[key] for key in one.knobs if key != "inside"}
             others = {key: value for key, value in knobs.items() if key not in one.knobs}

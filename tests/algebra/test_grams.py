@@ -1,0 +1,130 @@
+"""The leading directions from Gram matrices against a dense SVD in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lora_cli.algebra.grams import leading
+from lora_cli.algebra.lowrank import LowRank, RankChoice, concat, gram, reduce
+from lora_cli.algebra.updates import Updates
+
+OUT, IN, N, RANK = 240, 200, 12, 8
+
+
+def _drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _adapter(seed: int, fall: float) -> LowRank:
+    """Rank 8 with singular values that fall by a factor, in factors as training leaves them: mixed by a rotation."""
+    turn = torch.linalg.qr(_drawn(RANK, RANK, seed=seed + 1000))[0]
+    root = (fall ** torch.arange(RANK, dtype=torch.float64)).sqrt()
+    return LowRank(_drawn(OUT, RANK, seed=seed) * root @ turn, (turn.T * root) @ _drawn(RANK, IN, seed=seed + 500))
+
+
+def _all(fall: float) -> list[LowRank]:
+    return [_adapter(seed, fall) for seed in range(N)]
+
+
+def _sharing(shared: float) -> list[LowRank]:
+    """One strong direction in all of them."""
+    u, v = _drawn(OUT, 1, seed=91), _drawn(1, IN, seed=92)
+    return [concat([one, LowRank(u * shared, v)], [1, 1]) for one in _all(0.8)]
+
+
+def _noisy_copies(noise: float) -> list[LowRank]:
+    first = _adapter(0, 0.9)
+    return [concat([first, _adapter(seed, 1.0).scaled(noise)], [1, 1]) for seed in range(N)]
+
+
+def _opposed(rest: float) -> list[LowRank]:
+    """Pairs that cancel but for a rest."""
+    half = _all(1.0)[: N // 2]
+    return [*half, *(concat([one, _adapter(70 + i, 1.0)], [-1, rest]) for i, one in enumerate(half))]
+
+
+def _gauge(spread: float) -> list[LowRank]:
+    size = 10 ** _drawn(RANK, seed=8).mul(spread)
+    return [LowRank(one.B * size, one.A / size[:, None]) for one in _all(1.0)]
+
+
+POOLS: dict[str, Callable[[], list[LowRank]]] = {
+    "flat": lambda: _all(1.0),
+    "falling": lambda: _all(0.7),
+    "steep": lambda: _all(0.3),
+    "very steep": lambda: _all(0.05),
+    "one shared direction": lambda: _sharing(1.0),
+    "one dominant direction": lambda: _sharing(30.0),
+    "near copies": lambda: _noisy_copies(1e-2),
+    "nearer copies": lambda: _noisy_copies(1e-4),
+    "cancelling": lambda: _opposed(1e-2),
+    "huge": lambda: [one.scaled(1e20) for one in _all(1.0)],
+    "tiny": lambda: [one.scaled(1e-30) for one in _all(1.0)],
+    "of many sizes": lambda: [one.scaled(10.0 ** (i % 5 - 2)) for i, one in enumerate(_all(0.8))],
+    "halves of many sizes": lambda: _gauge(4.0),
+    "with an empty one": lambda: [*_all(1.0), LowRank(torch.zeros(OUT, 4).double(), torch.zeros(4, IN).double())],
+}
+
+
+@pytest.mark.parametrize("k", [4, 16, 40])
+@pytest.mark.parametrize("name", POOLS)
+def test_a_reduced_sum_is_as_near_as_can_be_and_says_how_near(name: str, k: int) -> None:
+    narrow = [one.to(torch.float32) for one in POOLS[name]()]
+    merged = concat(narrow, [1 / N] * len(narrow))
+    whole = merged.B.double() @ merged.A.double()
+    left = torch.linalg.svdvals(whole)[k:].square().sum()
+    total = whole.square().sum()
+    reduced = reduce(merged, RankChoice(ceiling=k))
+    found = reduced.update.B.double() @ reduced.update.A.double()
+    lost = (whole - found).square().sum()
+    assert reduced.update.rank <= k
+    # 16 roundings of fp32 are the level at which directions are dropped.
+    assert float(lost.sqrt()) <= 1.001 * float(left.sqrt()) + 2e-6 * float(total.sqrt())
+    assert reduced.kept / reduced.total == pytest.approx(1 - float(left / total), abs=1e-5)
+    assert reduced.total == pytest.approx(float(total), rel=1e-5)
+    balanced = reduced.update.B.norm(dim=0), reduced.update.A.norm(dim=1)
+    torch.testing.assert_close(*balanced, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(120, 300), (300, 120)])
+def test_directions_are_orthonormal_and_in_order(shape: tuple[int, int]) -> None:
+    update = LowRank(_drawn(shape[0], 60, seed=1).float(), _drawn(60, shape[1], seed=2).float())
+    found = leading(update.B, update.A, update.grams, 20)
+    assert found is not None
+    for side in (found.U, found.V):
+        torch.testing.assert_close(side.T @ side, torch.eye(20), rtol=0, atol=1e-5)
+    exact = torch.linalg.svdvals(update.B.double() @ update.A.double())[:20]
+    torch.testing.assert_close(found.s.double(), exact, rtol=1e-6, atol=0)
+
+
+def test_flat_spectra_need_no_float64_and_steep_ones_do() -> None:
+    """What is cheap stays cheap: fp32 alone decides where its rounding is far below what is lost."""
+    for fall, precise in ((1.0, False), (0.05, True)):
+        merged = concat([one.to(torch.float32) for one in _all(fall)], [1 / N] * N)
+        reduce(merged, RankChoice(ceiling=16))
+        found = merged.grams.found
+        assert found is not None
+        assert (found.dtype == torch.float64) == precise
+
+
+def test_the_sum_of_updates_shares_their_gram_matrices() -> None:
+    items = _all(0.8)
+    updates = Updates(tuple(items), keys=tuple(range(N)), scales=(1.0,) * N)
+    weights = torch.linspace(-1, 2, N, dtype=torch.float64)
+    merged = updates.sum(weights)
+    expected = LowRank(merged.B, merged.A).grams.wide()
+    torch.testing.assert_close(merged.grams.wide().products, expected.products, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(updates.gram(), gram(items), rtol=1e-10, atol=1e-9)
+    torch.testing.assert_close(updates.squares(), gram(items).diagonal(), rtol=1e-10, atol=0)
+    dense = merged.dense().square().sum()
+    torch.testing.assert_close(updates.square_of_sum(weights), dense, rtol=1e-10, atol=0)
+
+
+def test_norms_of_updates_whose_terms_cancel_are_exact() -> None:
+    one = _adapter(0, 1.0).to(torch.float32)
+    rest = _adapter(1, 1.0).to(torch.float32).scaled(1e-4)
+    updates = Updates((concat([one, one, rest], [1, -1, 1]), one), keys=(0, 1), scales=(1.0, 1.0))
+    updates.grams.any()
+    torch.testing.assert_close(updates.squares()[0].sqrt(), rest.norm(), rtol=1e-6, atol=0)
