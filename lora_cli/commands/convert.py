@@ -90,7 +90,7 @@ def register(root: typer.Typer) -> None:
     root.command(
         cls=Command,
         epilog=examples(
-            "lora convert pool-mlx/mirror -o mirror",
-            "lora convert pool-mlx/mirror --rank 4 --dtype bf16 --json",
+            "lora export mlx pool/tarn/mirror -o mlx && lora convert mlx -o mirror",
+            "lora convert mlx --rank 4 --dtype bf16 --json",
         ),
     )(with_flags(convert))
