@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,13 @@ def read_task(path: Path, *, labelled: bool = True, valid: Path | None = None) -
     Raises:
         DataError: names the file, the line and the reason.
     """
-    data = _bytes_of(path)
     own = None if valid is None else read_task(valid, labelled=labelled)
-    examples, sha256 = _examples(path, data, labelled), hashlib.sha256(data).hexdigest()
-    return Task(file=path, examples=examples, sha256=sha256, valid=own)
+    return replace(task_of(path, _bytes_of(path), labelled=labelled), valid=own)
+
+
+def task_of(path: Path, data: bytes, *, labelled: bool = True) -> Task:
+    """The task in the bytes of a file, as `read_task` reads it."""
+    return Task(file=path, examples=_examples(path, data, labelled), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _examples(path: Path, data: bytes, labelled: bool) -> list[Example]:

@@ -4,7 +4,6 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from lora_cli.errors import UsageError
 from lora_cli.executors import Script
 from lora_cli.outputs import whole_file
 from lora_cli.records import Progress, silent, unheard
@@ -36,17 +35,11 @@ def slurm(
     """Write the array script into the study's folder. Nothing is submitted.
 
     Args:
-        jobs: the number of array tasks; by default one per cell.
-
-    Raises:
-        UsageError: cells that need one another, which shards cannot share.
+        jobs: the number of array tasks; by default one per cell, or per row of a sequence.
     """
-    if {need for cell in cells for need in cell.needs} & {cell.name for cell in cells}:
-        raise UsageError(
-            "--executor slurm does no tasks that come one after another", hint="--executor local or ray does them"
-        )
     path = folder.path.absolute()
-    parts = min(jobs or len(cells), len(cells))
+    most = folder.most_shards(cells)
+    parts = min(jobs or most, most)
     command = shlex.join([sys.executable, "-P", "-m", "lora_cli", "study", "run", str(path)])
     text = _SCRIPT.format(
         last=parts - 1, parts=parts, command=command, gpu=_ON_GPU if folder.device.startswith("cuda") else ""

@@ -12,12 +12,21 @@ _MOST_WITH_NUMBERS, _MOST_TOLD = 12, 2_000
 """The columns of tiles with numbers, and the tiles of a map whose tiles tell their numbers when they are pointed at."""
 
 
-def tiles(title: str, rows: Sequence[str], columns: Sequence[str], grid: Sequence[Sequence[float | None]]) -> Html:
-    """`grid` (rows, columns) as an inline SVG of tiles: class positive or negative, full at the largest magnitude.
+def tiles(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    grid: Sequence[Sequence[float | None]],
+    *,
+    most: float | None = None,
+) -> Html:
+    """`grid` (rows, columns) as an inline SVG of tiles: class positive or negative, full at the magnitude `most`.
 
-    Up to 12 columns have their numbers; None leaves its tile empty.
+    Up to 12 columns have their numbers; None leaves its tile empty. Without `most` the largest magnitude is full.
     """
-    most = max((abs(number) for line in grid for number in line if number is not None), default=0.0) or 1.0
+    if most is None:
+        most = max((abs(number) for line in grid for number in line if number is not None), default=0.0)
+    most = most or 1.0
     has_numbers = len(columns) <= _MOST_WITH_NUMBERS
     is_told = not has_numbers and len(rows) * len(columns) <= _MOST_TOLD
     wide = _CELL if has_numbers else _TILE

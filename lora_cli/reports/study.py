@@ -1,15 +1,21 @@
 """The page of `lora study report`: verdict, scores, gains, costs, coefficients, answers, and where all comes from."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from lora_cli.columns import Column
-from lora_cli.escapes import safe
 from lora_cli.names import unpinned
 from lora_cli.reports.heat import tiles
-from lora_cli.reports.marks import Mark, cost_chart, intervals_chart
 from lora_cli.reports.page import Html, element, joined, page, shown
-from lora_cli.reports.study_facts import CONTROLS, Change, Changes, Learnt, Row, StudyReport, Verdict
+from lora_cli.reports.parts import (
+    cost_section,
+    facts_table,
+    faint,
+    scores_section,
+    scroll,
+    table,
+    undone_section,
+    verdict_section,
+)
+from lora_cli.reports.study_facts import CONTROLS, Change, Changes, Learnt, StudyReport
 from lora_cli.reports.study_tables import (
     ADAPTERS,
     AGAINST,
@@ -24,15 +30,13 @@ from lora_cli.reports.study_tables import (
 from lora_cli.text import counted
 
 _TITLE = "Is recycling LoRAs worth it?"
-_NOTHING = "–"
+_SCORED = "Means over seeds, with the 95 % interval over the test examples."
+_TOOK = (
+    "What one cell took in the mean: to select, learn, make and score, with all of its shared work, as if it were "
+    "alone. Tokens are those read to learn and written to answer."
+)
 _HALF, _LONGEST = 150, 300
 """The characters that are left of either end of a long prompt, and of the beginning of a long answer."""
-_MINUTES = 120.0
-"""The seconds from which costs are shown in minutes."""
-_LONG = ("id", "cells")
-"""The columns whose texts are broken anywhere."""
-_MOST_NAMED = 50
-"""The cells without a result that are named."""
 
 
 def study_page(report: StudyReport) -> bytes:
@@ -40,55 +44,21 @@ def study_page(report: StudyReport) -> bytes:
     best = f"{report.meaning.rstrip('.')}, {report.better} is better"
     about = f"{best}. {counted(report.n, 'test example')}, {report.done:,} of {counted(report.planned, 'cell')} done."
     body = joined(
-        element("header", element("h1", _TITLE), _faint(shown(report.about.get("Base", ""))), _faint(about)),
+        element("header", element("h1", _TITLE), faint(shown(report.about.get("Base", ""))), faint(about)),
         element(
             "main",
-            _verdict(report.verdict, undone_in_words(report)),
-            _scores(report),
+            verdict_section(report.verdict, undone_in_words(report)),
+            scores_section(report.rows, _SCORED, table(SCORES, score_rows(report), "Scores")),
             _gains(report),
-            _cost(report),
+            cost_section(report.rows, _TOOK, COSTS, score_rows(report)),
             *([_learnt(report.learnt)] if report.learnt else []),
             *([_changes(report.changes)] if report.changes else []),
-            _undone(report),
+            undone_section(report.failed, report.missing),
             _sources(report),
             class_="study",
         ),
     )
     return page(_TITLE, body)
-
-
-def _faint(*text: object) -> Html:
-    return element("p", *text, class_="faint")
-
-
-def _verdict(verdict: Verdict, warning: str) -> Html:
-    answers = [
-        joined(
-            element("dt", one.question),
-            element("dd", one.found),
-            element("dd", one.follows),
-        )
-        for one in verdict.answers
-    ]
-    warnings = [element("p", warning)] if warning else []
-    return element("section", element("h2", verdict.summary), *warnings, element("dl", *answers), class_="verdict")
-
-
-def _scores(report: StudyReport) -> Html:
-    base = next((row.value for row in report.rows if row.role == "base"), None)
-    reference = "" if base is None else " The dashed line is the base."
-    told = f"Means over seeds, with the 95 % interval over the test examples.{reference} Controls are grey."
-    return element(
-        "section",
-        element("h2", "Scores"),
-        _faint(told),
-        intervals_chart([_mark(row) for row in report.rows], base),
-        _table(SCORES, score_rows(report), "Scores"),
-    )
-
-
-def _mark(row: Row) -> Mark:
-    return Mark(row.name, row.value, row.low, row.high, row.role != "recycled", row.seconds)
 
 
 def _gains(report: StudyReport) -> Html:
@@ -100,22 +70,8 @@ def _gains(report: StudyReport) -> Html:
     tables = []
     for control in CONTROLS:
         if rows := gain_rows(report, control):
-            tables += [element("h3", AGAINST[control]), _table(GAINS, rows, AGAINST[control])]
-    return element("section", element("h2", "Gains"), _faint(told), *tables)
-
-
-def _cost(report: StudyReport) -> Html:
-    told = (
-        "What one cell took in the mean: to select, learn, make and score, with all of its shared work, as if it were "
-        "alone. Tokens are those read to learn and written to answer. Where names would overlap, pointing at a dot "
-        "shows its name."
-    )
-    known = [_mark(row) for row in report.rows if row.seconds is not None]
-    unit, name = (60.0, "minutes") if any((mark.cost or 0.0) >= _MINUTES for mark in known) else (1.0, "seconds")
-    marks = [mark._replace(cost=(mark.cost or 0.0) / unit) for mark in known]
-    chart = [cost_chart(f"Score by {name}", marks, name)] if marks else []
-    table = _table(COSTS, score_rows(report), "Costs")
-    return element("section", element("h2", "Cost"), _faint(told), *chart, table, class_="cost")
+            tables += [element("h3", AGAINST[control]), table(GAINS, rows, AGAINST[control])]
+    return element("section", element("h2", "Gains"), faint(told), *tables)
 
 
 def _learnt(found: Sequence[Learnt]) -> Html:
@@ -125,8 +81,8 @@ def _learnt(found: Sequence[Learnt]) -> Html:
         ", the fuller the larger; each map has its own scale.",
         " A coefficient per rank is shown as the mean over the ranks." if any(one.by_rank for one in found) else "",
     )
-    maps = [joined(element("h3", shown(one.cell)), _faint(_extent(one)), _tiles(one)) for one in found]
-    return element("section", element("h2", "Coefficients"), _faint(told), *maps, class_="tiles")
+    maps = [joined(element("h3", shown(one.cell)), faint(_extent(one)), _tiles(one)) for one in found]
+    return element("section", element("h2", "Coefficients"), faint(told), *maps, class_="tiles")
 
 
 def _extent(one: Learnt) -> str:
@@ -162,9 +118,9 @@ def _changes(found: Changes) -> Html:
     heads = ["Example", "Prompt", "Expected", "Base", "System", "Change"]
     head = element("tr", *(element("th", one, scope="col") for one in heads))
     rows = [*(_change(one, "better") for one in found.gains), *(_change(one, "worse") for one in found.losses)]
-    table = element("table", element("thead", head), element("tbody", *rows))
+    answers = element("table", element("thead", head), element("tbody", *rows))
     return element(
-        "section", element("h2", "What changed in the answers"), _faint(shown(told)), _scroll(table, "Answers")
+        "section", element("h2", "What changed in the answers"), faint(shown(told)), scroll(answers, "Answers")
     )
 
 
@@ -199,56 +155,13 @@ def _lines(text: str) -> Html:
     return joined(first, *(joined(Html("<br>"), line) for line in rest))
 
 
-def _undone(report: StudyReport) -> Html:
-    """The cells without a result."""
-    failed = [f"{name}: {error}" for name, error in report.failed.items()]
-    parts = [*_named("Cells that failed", failed), *_named("Cells that nobody has tried", report.missing)]
-    return element("section", element("h2", "Cells without a result"), *parts) if parts else Html("")
-
-
-def _named(title: str, names: Sequence[str]) -> list[Html]:
-    if not names:
-        return []
-    more = [element("li", f"and {len(names) - _MOST_NAMED:,} more")] if len(names) > _MOST_NAMED else []
-    items = [element("li", shown(name)) for name in names[:_MOST_NAMED]]
-    return [element("h3", title), element("ul", *items, *more)]
-
-
 def _sources(report: StudyReport) -> Html:
     """Where the results come from."""
-    facts = [
-        element("tr", element("th", name, scope="row"), element("td", element("code", safe(value))))
-        for name, value in report.about.items()
-    ]
     rows = adapter_rows(report.adapters)
-    used = [_faint(f"{counted(len(rows), 'adapter')} in the cells that are done."), _table(ADAPTERS, rows, "Adapters")]
+    used = [faint(f"{counted(len(rows), 'adapter')} in the cells that are done."), table(ADAPTERS, rows, "Adapters")]
     return element(
         "section",
         element("h2", "Where it comes from"),
-        element("table", element("tbody", *facts), class_="facts"),
+        facts_table(report.about),
         *([element("h3", "Adapters"), *used] if rows else []),
     )
-
-
-def _table(columns: Sequence[Column], rows: Iterable[Mapping[str, Any]], title: str) -> Html:
-    head = element("tr", *(element("th", one.heading, scope="col", **_class(one)) for one in columns))
-    body = [element("tr", *(element("td", _cell(one, row), **_class(one)) for one in columns)) for row in rows]
-    return _scroll(element("table", element("thead", head), element("tbody", *body)), title)
-
-
-def _cell(column: Column, row: Mapping[str, Any]) -> str:
-    """A cell. An adapter's id and commit are never cut: they are there to be copied."""
-    value = column.shown(row)
-    if isinstance(value, list):
-        return element("details", element("summary", f"{len(value):,}"), ", ".join(map(shown, value)))
-    if value is None or value == "":
-        return _NOTHING
-    return safe(value) if column.key in ("id", "commit") else shown(str(value))
-
-
-def _class(column: Column) -> dict[str, str]:
-    return {"class_": "number" if column.align == "right" else "long" if column.key in _LONG else "word"}
-
-
-def _scroll(table: Html, title: str) -> Html:
-    return element("div", table, class_="scroll", tabindex=0, role="region", aria_label=title)

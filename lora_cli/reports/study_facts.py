@@ -8,9 +8,9 @@ from typing import Literal
 from lora_cli.records import LEVEL
 from lora_cli.scores import Difference, least_measurable, pairs_needed
 
-Control = Literal["base", "target", "noise"]
+Control = Literal["base", "target", "noise", "sequential", "alone", "next"]
 CONTROLS: tuple[Control, ...] = ("base", "target", "noise")
-Role = Literal["base", "target", "noise", "recycled"]
+Role = Literal["base", "target", "noise", "recycled", "sequential", "alone", "merge"]
 Outcome = Literal["better", "worse", "open", "few", "missing"]
 _MANY = 1_000_000
 
@@ -88,6 +88,11 @@ class Row:
     def name(self) -> str:
         """The system and its pool, for a sentence."""
         return f"{self.system} ({self.pool})" if self.pool else self.system
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a verdict asks about it: whatever is no control."""
+        return self.role in ("recycled", "merge")
 
     @property
     def is_one_draw(self) -> bool:
@@ -169,8 +174,8 @@ class Used:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StudyReport:
-    """A study as its report shows it. `about` holds what all cells share, by name.
+class Report:
+    """What the reports of studies and of sequences share. `about` holds what all cells have in common, by name.
 
     `failed` are cells with their errors, `missing` those that nobody tried.
     """
@@ -183,9 +188,6 @@ class StudyReport:
     planned: int
     rows: tuple[Row, ...]
     verdict: Verdict
-    changes: Changes | None
-    learnt: tuple[Learnt, ...]
-    adapters: tuple[Used, ...]
     failed: Mapping[str, str]
     missing: tuple[str, ...]
 
@@ -193,3 +195,61 @@ class StudyReport:
     def done(self) -> int:
         """The number of cells that have a result."""
         return self.planned - len(self.failed) - len(self.missing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyReport(Report):
+    """A study that compares systems over pools, as its report shows it."""
+
+    changes: Changes | None
+    learnt: tuple[Learnt, ...]
+    adapters: tuple[Used, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ruled:
+    """What came of one rule of a sequence, by the seeds of which all cells are done.
+
+    `a[i][j]` is the score on task j after learning task i, (T, T), in the mean over the seeds. `measures` holds each
+    measure by seed. `method` and `weights` say how the rule joins the running LoRA and the new one.
+    """
+
+    rule: str
+    method: str
+    weights: str
+    seeds: tuple[int, ...]
+    a: tuple[tuple[float, ...], ...]
+    measures: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taught:
+    """A task of a sequence: the test examples, the SHA-256 of its data, and the base's score."""
+
+    name: str
+    n: int
+    train: str
+    test: str
+    base: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A LoRA trained on one task alone: its cell, its task, and the SHA-256 of its weights."""
+
+    cell: str
+    task: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceReport(Report):
+    """A sequence as its report shows it. Each row is a rule after the last task, or a control.
+
+    `order` names the rules from the best to the worst; in `rows`, each has its gain over the one behind it as "next".
+    """
+
+    tasks: tuple[Taught, ...]
+    rules: tuple[Ruled, ...]
+    order: tuple[str, ...]
+    loras: tuple[Trained, ...]

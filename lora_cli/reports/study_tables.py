@@ -5,13 +5,16 @@ from typing import Any
 
 from lora_cli.columns import Column
 from lora_cli.names import unpinned
-from lora_cli.reports.study_facts import Control, Row, StudyReport, Used, needed_in_words
+from lora_cli.reports.study_facts import Control, Report, Row, Used, needed_in_words
 from lora_cli.text import counted, difference, duration, interval
 
 AGAINST: dict[Control, str] = {
     "base": "Gain over the base",
     "target": "Gain over a new LoRA on the same data",
     "noise": "Gain over the same fit of random weights",
+    "sequential": "Gain over training one LoRA on",
+    "alone": "Gain over each task's LoRA alone",
+    "next": "Gain over the next rule in order",
 }
 SCORES = (
     Column("System", "system"),
@@ -19,14 +22,14 @@ SCORES = (
     Column("Score", "value", "right", show=lambda row: f"{row['value']:.3f}"),
     Column("95 % interval", "interval", "right", show=lambda row: interval(row["low"], row["high"])),
     Column("Seeds", "seeds", "right"),
-    Column("Of single seeds", "by_seed", "right", show=lambda row: _range(row["by_seed"])),
+    Column("Of single seeds", "by_seed", "right", show=lambda row: spread(row["by_seed"])),
 )
 GAINS = (
     Column("System", "system"),
     Column("Pool", "pool"),
     Column("Gain", "gain", "right", show=lambda row: difference(row["gain"], row["low"], row["high"])),
-    Column("p", "p", "right", show=lambda row: _p(row["p"])),
-    Column("p (Holm)", "p_holm", "right", show=lambda row: _p(row["p_holm"])),
+    Column("p", "p", "right", show=lambda row: p_in_words(row["p"])),
+    Column("p (Holm)", "p_holm", "right", show=lambda row: p_in_words(row["p_holm"])),
     Column("Shown", "shown", show=lambda row: _shown(row)),
     Column("Wins", "wins", "right"),
     Column("Losses", "losses", "right"),
@@ -47,7 +50,7 @@ ADAPTERS = (
 )
 
 
-def score_rows(report: StudyReport) -> list[dict[str, Any]]:
+def score_rows(report: Report) -> list[dict[str, Any]]:
     """The score of each system on each pool."""
     return [
         {
@@ -67,7 +70,7 @@ def score_rows(report: StudyReport) -> list[dict[str, Any]]:
     ]
 
 
-def gain_rows(report: StudyReport, control: Control) -> list[dict[str, Any]]:
+def gain_rows(report: Report, control: Control) -> list[dict[str, Any]]:
     """The gain of each system over one control."""
     return [_gain_row(row, control) for row in report.rows if control in row.gains]
 
@@ -105,7 +108,7 @@ def adapter_rows(adapters: Sequence[Used]) -> list[dict[str, Any]]:
     ]
 
 
-def undone_in_words(report: StudyReport) -> str:
+def undone_in_words(report: Report) -> str:
     """How many cells have no result, "" if all have one."""
     parts = [f"{len(one):,} {what}" for one, what in ((report.failed, "failed"), (report.missing, "not tried")) if one]
     if not parts:
@@ -113,12 +116,14 @@ def undone_in_words(report: StudyReport) -> str:
     return f"{report.done:,} of {counted(report.planned, 'cell')} done, {', '.join(parts)}: the verdict may change."
 
 
-def _range(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """The range of values over seeds."""
     low, high = f"{min(values):.3f}", f"{max(values):.3f}"
     return low if low == high else f"{low} to {high}"
 
 
-def _p(value: float) -> str:
+def p_in_words(value: float) -> str:
+    """A p value for a table."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 

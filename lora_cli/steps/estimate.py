@@ -258,10 +258,7 @@ def _numbers(checkpoint: Checkpoint) -> int:
 
 
 class Lengths(NamedTuple):
-    """The examples of a task in tokens, and how many of them are learnt, on average and at most.
-
-    `held` is the number of validation examples.
-    """
+    """A task's examples in tokens: the mean and the longest, those learnt at most, and the examples for validation."""
 
     tokens: float
     longest: int
@@ -291,17 +288,19 @@ def of_train(job: TrainJob) -> Estimate | None:
 
 
 def _of_new(ref: BaseRef, model: Model, lengths: Lengths, options: TrainOptions, recipe: Recipe) -> Estimate:
-    targets = options.shape["target_modules"]
-    adapted = [
-        shape
-        for name, shape in model.layers.items()
-        if (targets == ALL_LINEAR and shape[0] != model.vocabulary) or leaf(name) in targets
-    ]
+    adapted = [*adapted_by(options, model).values()]
     numbers = options.rank * sum(map(sum, adapted))
     lora = sum(map(sum, adapted)) * FP32
     found = _of_learning(ref, model, lengths, recipe, beside=numbers, kept=_KEPT_BY_LORA * lora)
     # Weights, gradients, two moments and the best values are held.
     return replace(found, written_bytes=numbers * FP32, memory_bytes=found.memory_bytes + 5 * numbers * FP32)
+
+
+def adapted_by(options: TrainOptions, model: Model) -> dict[str, tuple[int, int]]:
+    """The shapes of the layers that a new LoRA adapts."""
+    targets, head = options.shape["target_modules"], model.vocabulary
+    layers = model.layers.items()
+    return {name: at for name, at in layers if (targets == ALL_LINEAR and at[0] != head) or leaf(name) in targets}
 
 
 def of_fit(request: FitRequest, ref: BaseRef) -> Estimate | None:

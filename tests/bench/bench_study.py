@@ -39,12 +39,13 @@ def study_of(seeds: int) -> Study:
 
 
 def fill(folder: StudyFolder, cells: list[Cell]) -> int:
-    """Write an empty result for each cell; the bytes of one."""
+    """Write a result of one answer for each cell; the bytes of one."""
     size = 0
     for cell in cells:
         found: dict[str, Any] = {
             "schema": "lora.study.cell/1", "cell": cell.name, "system": cell.system, "pool": cell.pool,
-            "seed": cell.seed, "metric": "exact", "value": 0.0, "n": 0, "results": {}, "adapters": {}, "answers": [],
+            "seed": cell.seed, "metric": "exact", "value": 0.0, "n": 1, "results": {}, "adapters": {},
+            "answers": [{"id": "1", "value": 0.0}],
         }  # fmt: skip
         place = folder.cell(cell.name)
         place.mkdir(parents=True)

@@ -42,7 +42,8 @@ The base cannot do the first two. It answers a part of the third, whose operatio
 STORY_ADAPTERS = (
     ("letter", "sea"), ("tale", "sea"), ("backwards", "sea"), ("tale", "farm"), ("letter", "farm"), ("count", "farm"),
 )  # fmt: skip
-STORY_TASKS = (("letter", "sea"),)
+STORY_TASKS = (("letter", "sea"), ("dream", "farm"))
+STORY_SEQUENCES = {"forms": (("dream", "farm"), ("letter", "sea"), ("count", "farm"))}
 LETTER_SEQUENCES = {
     "related": ("copy|shift-six", "swap|shift-six", "rotate-one|shift-six"),
     "unrelated": ("descend", "cond", "median"),
@@ -157,9 +158,16 @@ def stories(folder: Path) -> None:
               "nll", "--steps", "60", "--target-steps", "60", "--batch-size", "64")  # fmt: skip
 
 
+def story_sequences(folder: Path) -> None:
+    """Sequences on stories260K, after its studies."""
+    for name, tasks in STORY_SEQUENCES.items():
+        names = [story_task(folder, form, theme) for form, theme in tasks]
+        sequence(folder, name, names, "--target-steps", "60", "--metric", "nll", "--batch-size", "64")
+
+
 PARTS: Mapping[str, tuple[Callable[[Path], None], ...]] = {
     "letters": (letters, letter_sequences, longer_fits),
-    "stories": (stories,),
+    "stories": (stories, story_sequences),
 }
 """What is made in each folder, one after another."""
 
@@ -174,10 +182,12 @@ def main() -> None:
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
+    began = time.monotonic()
     for world, steps in PARTS.items():
         for step in steps:
             if not given.tables and given.only in (None, step.__name__) and (world != "stories" or STORIES.exists()):
                 step(folder / world)
+    print(f"all of it: {(time.monotonic() - began) / 60:.0f} minutes", flush=True)
     if given.only is None:
         print_studies(folder)
         print_sequences(folder)

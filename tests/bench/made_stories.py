@@ -33,6 +33,7 @@ FORMS = {
     "tale": lambda s: f" One day, the {s.hero} went to the {s.place} and found a {s.kind} {s.thing}. It was happy.",
     "letter": lambda s: f" Dear {s.hero}, come to the {s.place} with your {s.kind} {s.thing}. Love, Lily.",
     "backwards": lambda s: f" {s.thing} {s.kind} a has {s.hero} the, {s.place} the at.",
+    "dream": lambda s: f" In a dream, a {s.kind} {s.thing} sang to the {s.hero} at the {s.place}. Then all was still.",
     "count": lambda s: f" One {s.thing}, two {s.thing}s, three {s.kind} {s.thing}s for the {s.hero}.",
 }
 """The answer about a scene, by the name of the form."""

@@ -27,6 +27,18 @@ def test_a_dry_run_lists_the_cells_and_writes_nothing() -> None:
     assert [row["rule"] for row in document["rows"]].count("alone") == 6
     assert len(document["rows"]) == 1 + 2 * (3 + 2 * 2)
     assert {row["state"] for row in document["rows"]} == {"open"}
+    for row in document["rows"]:
+        assert row["minutes"] > 0
+        assert row["memory_bytes"] > 1e7
+    assert "what is left takes about a second of one worker and" in told.err
+    shards = [
+        json.loads(ok("study", "--sequence", TASKS, *TINY, "-o", "s", "--dry-run", "--shard", f"{i}/4", "--json").out)
+        for i in range(4)
+    ]
+    names = [{row["cell"] for row in shard["rows"]} for shard in shards]
+    assert set[str]().union(*names) == {row["cell"] for row in document["rows"]}
+    for shard in shards:
+        assert {need for row in shard["rows"] for need in row["needs"]} <= {row["cell"] for row in shard["rows"]}
     assert not Path("s").exists()
 
 
@@ -47,6 +59,32 @@ def test_it_is_done_by_two_workers_and_shown() -> None:
     assert [line.split("\t")[0] for line in again.out.splitlines()] == ["average", "sequential"]
     ok("study", "--sequence", TASKS, *TINY, "-o", "alone", "--jobs", "1")
     assert Path("alone/table.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_shards_in_any_order_collected_twice_give_one_run_and_its_report() -> None:
+    ok("study", "--sequence", TASKS, *TINY, "-o", "whole", "--jobs", "1")
+    for i in (2, 0, 1):
+        ok("study", "--sequence", TASKS, *TINY, "-o", f"part{i}", "--jobs", "1", "--shard", f"{i}/3")
+    assert lora("study", "collect", "part0", "part1", "-o", "some").code == 6
+    for order in (("part1", "part2", "part0"), ("part0", "part2", "part1")):
+        ok("study", "collect", *order, "-o", "both")
+        for name in ("table.json", "heat.png"):
+            assert Path("both", name).read_bytes() == Path("whole", name).read_bytes()
+    ok("study", "collect", "both")
+    ok("study", "report", "both", "-o", "both.html")
+    ok("study", "report", "whole", "-o", "whole.html")
+    again = ok("study", "run", "whole", "--jobs", "1")
+    assert [line.split("\t")[0] for line in again.out.splitlines()] == ["average", "sequential"]
+    cell = next(Path("part1/cells").glob("sequential-s0-3-*"))
+    (cell / "result.json").write_text((cell / "result.json").read_text().replace("lora.sequence.cell/1", "x"))
+    assert "one cell with different results" in refused(1, "study", "collect", "whole", "part1", "-o", "new")
+    assert not Path("new").exists()
+    (cell / "result.json").unlink()
+    (cell / "result.json").symlink_to(Path("whole/table.json").absolute())
+    assert "links and pipes are not copied" in refused(1, "study", "collect", "part1", "-o", "new")
+    Path("other").mkdir()
+    assert "no folder of a sequence" in refused(1, "study", "collect", "whole", "other", "-o", "new")
 
 
 @pytest.mark.slow
@@ -79,7 +117,7 @@ def test_a_study_file_names_the_tasks_beside_it(own_home: Path) -> None:
         (("--sequence", "first.jsonl"), 2, "a sequence needs two tasks or more"),
         (("--sequence", "first.jsonl,absent.jsonl"), 1, "no such file: absent.jsonl"),
         (("--sequence", TASKS, "--data", "first.jsonl"), 2, "--sequence takes no --data and no --test"),
-        (("--sequence", TASKS, "--shard", "0/2"), 2, "--sequence takes no --shard"),
+        (("--sequence", TASKS, "--shard", "2/2"), 2, "--shard is I/N with I from 0 to N − 1"),
         (("--sequence", TASKS, "--pools", "random"), 2, "--sequence takes no --pools"),
         (("--sequence", TASKS, "-k", "3"), 2, "--sequence takes no -k"),
         (("--data", "first.jsonl", "--rules", "ties"), 2, "--rules and --sequence-test need --sequence"),

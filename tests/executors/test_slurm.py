@@ -49,7 +49,10 @@ def test_its_tasks_give_the_bytes_of_a_study_at_once(place: Path, tmp_path: Path
 
 def test_what_slurm_cannot_do_is_refused(place: Path) -> None:
     assert "makes the shards itself" in refused(2, *WORDS, "--executor", "slurm", "--shard", "0/2")
+
+
+def test_a_sequence_has_a_task_for_each_rule_and_seed(place: Path) -> None:
     (place / "second.jsonl").write_bytes((place / "task.jsonl").read_bytes())
-    sequence = ("study", "--sequence", "task.jsonl,second.jsonl", "--executor", "slurm", "-o", "new")
-    assert "one after another" in refused(2, *sequence)
-    assert not (place / "new" / "study.sbatch").exists()
+    sequence = ("study", "--sequence", "task.jsonl,second.jsonl", "--executor", "slurm", "--seeds", "2", "-o", "new")
+    assert json.loads(ok(*sequence, "--rules", "ties,sequential", "--json").out)["tasks"] == 6
+    assert f'study run {place}/new --shard "$SLURM_ARRAY_TASK_ID/6"' in (place / "new" / "study.sbatch").read_text()

@@ -1,7 +1,5 @@
 """`lora study`: is it worth to recycle the pool's adapters for a task? Its subcommands are files beside this one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,19 +11,15 @@ from lora_cli.commands.options import OUTPUT, Listing, Loaded, Prompts, examples
 from lora_cli.commands.panels import write_panels
 from lora_cli.commands.study.placing import Placing, demand_placing, placed
 from lora_cli.commands.study.sequence import demand_fitting, sequence
-from lora_cli.commands.study.shown import LINES, say_outcome, show_cells, show_table
-from lora_cli.errors import NothingMatched, UsageError
+from lora_cli.commands.study.shown import LINES, estimated, say_outcome, show_cells, show_table
+from lora_cli.errors import UsageError
 from lora_cli.licences import PolicyFlag
 from lora_cli.options import Flag
-from lora_cli.screen import Screen
-from lora_cli.settings import Settings
 from lora_cli.study_options import Asked, asked_options
 
 if TYPE_CHECKING:
     from typer._click import Context, HelpFormatter
 
-    from lora_cli.steps.study.estimate import Estimator
-    from lora_cli.steps.study.request import Planned
 
 SUMMARIES = {
     "run": "Do the cells of a study's folder that have no result yet.",
@@ -85,7 +79,7 @@ def study(
     screen, shard = listing.screen(), execution.part
     options, from_file = asked_options(asked)
     settings = setup.load(**{name: value for name, value in from_file.items() if getattr(setup, name, None) is None})
-    demand_fitting(asked, execution, options)
+    demand_fitting(asked, options)
     demand_placing(execution)
     if options.sequence:
         if setup.data or setup.test:
@@ -94,6 +88,7 @@ def study(
         return
 
     from lora_cli.catalogue.adapters import Catalogue
+    from lora_cli.steps.study.estimate import Estimator
     from lora_cli.steps.study.plan import shard_of
     from lora_cli.steps.study.request import StudyRequest
 
@@ -105,7 +100,7 @@ def study(
             planned = request.planned(execution.out)
         cells = shard_of(planned.cells, shard)
         if execution.dry_run:
-            with estimated(screen, planned, settings) as estimator:
+            with estimated(screen, lambda: Estimator(planned, settings)) as estimator:
                 show_cells(screen, planned, cells, estimator)
             return
         from lora_cli.steps.study.run import run_study
@@ -118,21 +113,6 @@ def study(
         ran = run_study(settings.db, planned, cells, outcomes, told=told, progress=progress)
     show_table(screen, ran.collected)
     ran.demand_all()
-
-
-@contextmanager
-def estimated(screen: Screen, planned: "Planned", settings: Settings) -> "Iterator[Estimator | None]":
-    """What estimates the work of a plan, None where the base is not on this machine."""
-    from lora_cli.steps.study.estimate import Estimator
-
-    try:
-        estimator = Estimator(planned, settings)
-    except NothingMatched as error:
-        screen.say(error.message)
-        yield None
-        return
-    with estimator:
-        yield estimator
 
 
 def register(root: typer.Typer) -> None:

@@ -6,13 +6,13 @@ from typing import Annotated
 import typer
 
 from lora_cli.commands.options import OUTPUT, Command, Listing, examples, with_flags
-from lora_cli.commands.study.shown import LINES, show_table
+from lora_cli.commands.study.shown import LINES, show_collected
 from lora_cli.errors import Partial
 from lora_cli.text import counted
 
 
 def collect(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of one study.")],
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of one study, or of one sequence.")],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for all of it.", show_default="the first", rich_help_panel=OUTPUT),
@@ -27,16 +27,12 @@ def collect(
     (exit code 6).
     """
     screen = listing.screen()
-
-    from lora_cli.steps.study import collect as steps
-
     with screen.progress() as progress:
-        found = steps.collect(folders, out, progress=progress)
-    show_table(screen, found)
-    if missing := found.planned - found.done:
+        found = show_collected(screen, folders, out, progress)
+    if found.missing:
         failed = f", {len(found.failed):,} of them failed" if found.failed else ""
         raise Partial(
-            f"{counted(missing, 'cell')} of {found.planned:,} are not done{failed}",
+            f"{counted(found.missing, 'cell')} of {found.planned:,} are not done{failed}",
             hint="collect the other shards too, or run the study again",
         )
 

@@ -8,11 +8,11 @@ import typer
 
 from lora_cli.commands.options import Command, Listing, examples, with_flags
 from lora_cli.commands.study.placing import Placing, demand_placing, placed
-from lora_cli.commands.study.shown import LINES, say_outcome, show_table
+from lora_cli.commands.study.shown import LINES, say_outcome, show_collected
 
 
 def run(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of a study or a sequence.", show_default=False)],
     *,
     placing: Placing,
     listing: Annotated[Listing, LINES],
@@ -26,20 +26,17 @@ def run(
     screen, shard = listing.screen(), placing.part
     demand_placing(placing)
 
-    from lora_cli.steps.study.collect import collect
-    from lora_cli.steps.study.folder import StudyFolder
-    from lora_cli.steps.study.plan import shard_of
     from lora_cli.steps.study.run import demand_done, failures
+    from lora_cli.steps.study.workers import folder_in
 
     with screen.progress() as progress:
-        planned = StudyFolder(folder)
-        cells = shard_of(planned.study.cells(), shard)
+        planned = folder_in(folder)
+        cells = planned.shard(shard)
         outcomes = placed(screen, planned, cells, placing, progress)
         if outcomes is None:
             return
         failed = failures(planned, outcomes, partial(say_outcome, screen))
-        table = collect([folder], progress=progress)
-    show_table(screen, table)
+        show_collected(screen, [folder], None, progress)
     demand_done(failed, len(cells))
 
 

@@ -1,12 +1,13 @@
 """The part of `lora study` for --sequence: tasks that come one after another."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.columns import Column, on_request
 from lora_cli.commands.study.placing import placed
-from lora_cli.commands.study.shown import say_outcome
+from lora_cli.commands.study.shown import AMOUNTS, Found, amounts, estimated, say_outcome, say_plan
 from lora_cli.errors import UsageError
 from lora_cli.metrics import METRICS
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
@@ -18,7 +19,9 @@ from lora_cli.text import counted
 if TYPE_CHECKING:
     from lora_cli.commands.study import Execution
     from lora_cli.models.forms import Prompting
+    from lora_cli.steps.study.sequence.estimate import SequenceEstimator
     from lora_cli.steps.study.sequence.folder import SequenceFolder
+    from lora_cli.steps.study.sequence.plan import Cell
     from lora_cli.steps.study.sequence.request import PlannedSequence
 
 _NOT_TAKEN = ("systems", "pools", "k", "where", "energy", "steps", "lr", "batch")
@@ -26,7 +29,8 @@ _NOT_TAKEN = ("systems", "pools", "k", "where", "energy", "steps", "lr", "batch"
 CELLS = (
     Column("CELL", "cell", wide=True),
     Column("STATE", "state"),
-    Column("NEEDS", "needs", show=lambda row: ", ".join(row["needs"])),
+    *AMOUNTS,
+    Column("NEEDS", "needs", minor=True, show=lambda row: ", ".join(row["needs"])),
     *on_request("rule", "seed", "step"),
 )
 MEASURES = (
@@ -45,6 +49,8 @@ def sequence(
 ) -> None:
     """Plan a sequence, do its cells, and show its measures."""
     from lora_cli.steps.study.run import demand_done, failures
+    from lora_cli.steps.study.sequence.estimate import SequenceEstimator
+    from lora_cli.steps.study.sequence.plan import shard_of
     from lora_cli.steps.study.sequence.request import SequenceRequest
 
     request = SequenceRequest(
@@ -60,10 +66,12 @@ def sequence(
     )
     with screen.progress() as progress:
         planned = request.planned(settings, prompting, execution.out, announce=screen.say, progress=progress)
+        cells = shard_of(planned.plan.cells(), execution.part)
         if execution.dry_run:
-            _show_cells(screen, planned)
+            with estimated(screen, lambda: SequenceEstimator(planned, settings)) as estimator:
+                _show_cells(screen, planned, cells, estimator)
             return
-        folder, cells = planned.write(), planned.plan.cells()
+        folder = planned.write()
         outcomes = placed(screen, folder, cells, execution, progress)
         if outcomes is None:
             return
@@ -72,11 +80,10 @@ def sequence(
     demand_done(failed, len(cells))
 
 
-def demand_fitting(asked: Asked, execution: "Execution", options: StudyOptions) -> None:
+def demand_fitting(asked: Asked, options: StudyOptions) -> None:
     """UsageError for options of a study that a sequence does not take, or the other way round."""
     if options.sequence:
         given = [name for name in _NOT_TAKEN if getattr(asked, name) not in (None, ())]
-        given += ["shard"] if execution.shard is not None else []
         if given:
             flag = f"-{given[0]}" if len(given[0]) == 1 else f"--{given[0]}"
             raise UsageError(f"--sequence takes no {flag}", hint="docs/sequence.md lists what it takes")
@@ -92,26 +99,29 @@ def _scored(options: StudyOptions) -> EvalOptions:
     return found
 
 
-def _show_cells(screen: Screen, planned: "PlannedSequence") -> None:
-    """The cells of a plan, and what is there of each."""
-    cells, path = planned.plan.cells(), planned.folder.path
-    done = planned.folder.done(cells)
-    rows = [
+def _show_cells(
+    screen: Screen, planned: "PlannedSequence", cells: "Sequence[Cell]", estimator: "SequenceEstimator | None"
+) -> None:
+    """The cells of a plan, what is there of each, and its minutes and memory if estimated."""
+    folder, done = planned.folder, planned.folder.done(cells)
+    rows: list[dict[str, Any]] = [
         {
             "cell": cell.name,
             "rule": cell.rule,
             "seed": cell.seed,
             "step": cell.step,
             "needs": [*cell.needs],
-            "state": "done" if cell.name in done else "open",
+            "state": "done" if cell.name in done else "failed" if folder.failure(cell.name) else "open",
+            **amounts(None if estimator is None else estimator.cell(cell)),
         }
         for cell in cells
     ]
-    screen.rows("lora.sequence.plan/1", CELLS, rows, identity="cell", extra={"out": str(path)})
-    screen.say(f"study: {counted(len(cells), 'cell')} in {near(path)}, {len(done):,} done")
+    screen.rows("lora.sequence.plan/1", CELLS, rows, identity="cell", extra={"out": str(folder.path)})
+    left = [row for row in rows if row["state"] != "done"] if estimator is not None else None
+    say_plan(screen, folder.path, len(cells), len(done), left)
 
 
-def show_measures(screen: Screen, folder: "SequenceFolder") -> None:
+def show_measures(screen: Screen, folder: "SequenceFolder") -> Found:
     """The measures of each rule so far, as means over seeds."""
     from lora_cli.steps.study.sequence.table import PICTURE, TABLE_FILE, write_table
 
@@ -133,5 +143,7 @@ def show_measures(screen: Screen, folder: "SequenceFolder") -> None:
             "done": count - len(table.missing),
         },
     )
-    done = f"{count - len(table.missing):,} of {counted(count, 'cell')} done"
-    screen.say(f"study: {done}, {near(folder.path / TABLE_FILE)}, {near(folder.path / PICTURE)}")
+    done, made = f"{count - len(table.missing):,} of {counted(count, 'cell')} done", [folder.path / TABLE_FILE]
+    made += [folder.path / PICTURE] if any(table.runs.values()) else []
+    screen.say(", ".join([f"study: {done}", *map(near, made)]))
+    return Found(count, len(table.missing), [name for name in table.missing if folder.failure(name)])

@@ -1,10 +1,14 @@
 """What the commands of a study show: cells as they end, and the table of its results."""
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lora_cli.columns import Column, on_request
+from lora_cli.errors import NothingMatched
 from lora_cli.metrics import METRICS
+from lora_cli.records import Progress
 from lora_cli.screen import Screen, near
 from lora_cli.text import about, counted, difference, duration, interval, size
 
@@ -16,11 +20,15 @@ if TYPE_CHECKING:
     from lora_cli.steps.study.request import Planned
     from lora_cli.steps.study.worker import Outcome
 
+AMOUNTS = (
+    Column("MINUTES", "minutes", "right"),
+    Column("MEMORY", "memory", "right", of="memory_bytes", show=lambda row: _size(row["memory_bytes"])),
+)
+_Within = TypeVar("_Within", bound=AbstractContextManager[Any])
 CELLS = (
     Column("CELL", "cell", wide=True),
     Column("STATE", "state"),
-    Column("MINUTES", "minutes", "right"),
-    Column("MEMORY", "memory", "right", of="memory_bytes", show=lambda row: _size(row["memory_bytes"])),
+    *AMOUNTS,
     Column("NEEDS", "needs", minor=True, show=lambda row: ", ".join(row["needs"])),
     *on_request("system", "pool", "seed"),
 )
@@ -36,6 +44,14 @@ LINES = (
     *on_request("name", "low", "high", "n", "wins", "losses"),
     *on_request(*(f"{name}_{part}" for name in ("base", "target", "noise") for part in ("delta", "low", "high", "p"))),
 )
+
+
+class Found(NamedTuple):
+    """The cells of a plan: how many there are, how many of them have no result, and those that failed."""
+
+    planned: int
+    missing: int
+    failed: Sequence[str]
 
 
 def say_outcome(screen: Screen, outcome: "Outcome") -> None:
@@ -58,7 +74,7 @@ def show_cells(screen: Screen, planned: "Planned", cells: "Sequence[Cell]", esti
             "seed": cell.seed,
             "needs": [*cell.needs],
             "state": "done" if cell.name in done else "failed" if folder.failure(cell.name) else "open",
-            **_amounts(None if estimator is None else estimator.cell(cell)),
+            **amounts(None if estimator is None else estimator.cell(cell)),
         }
         for cell in cells
     ]
@@ -67,23 +83,39 @@ def show_cells(screen: Screen, planned: "Planned", cells: "Sequence[Cell]", esti
             "need": need.name,
             "needs": [*need.needs],
             "state": "done" if folder.is_made(need.name) else "open",
-            **_amounts(None if estimator is None else estimator.need(need)),
+            **amounts(None if estimator is None else estimator.need(need)),
         }
         for need in needs.values()
     ]
     screen.rows("lora.study.plan/1", CELLS, rows, identity="cell", extra={"out": str(folder.path), "shared": shared})
-    left = [row for row in (*rows, *shared) if row["state"] != "done"]
-    said = f"study: {counted(len(cells), 'cell')} in {near(folder.path)}, {len(done):,} done"
-    if estimator is not None:
-        seconds, memory = (
-            60 * sum(row["minutes"] for row in left),
-            max((row["memory_bytes"] for row in left), default=0),
-        )
+    left = [row for row in (*rows, *shared) if row["state"] != "done"] if estimator is not None else None
+    say_plan(screen, folder.path, len(cells), len(done), left)
+
+
+def say_plan(screen: Screen, path: Path, cells: int, done: int, left: Sequence[Mapping[str, Any]] | None) -> None:
+    """Say how many cells there are, and what those that are `left` take if that was estimated."""
+    said = f"study: {counted(cells, 'cell')} in {near(path)}, {done:,} done"
+    if left is not None:
+        seconds = 60 * sum(row["minutes"] for row in left)
+        memory = max((row["memory_bytes"] for row in left), default=0)
         said += f"; what is left takes {about(seconds)} of one worker and {size(memory)} of memory"
     screen.say(said)
 
 
-def _amounts(needs: "Estimate | None") -> dict[str, float | int | None]:
+@contextmanager
+def estimated(screen: Screen, estimator: Callable[[], _Within]) -> Iterator[_Within | None]:
+    """What estimates the work of a plan, None where the base is not on this machine."""
+    try:
+        found = estimator()
+    except NothingMatched as error:
+        screen.say(error.message)
+        yield None
+        return
+    with found:
+        yield found
+
+
+def amounts(needs: "Estimate | None") -> dict[str, float | int | None]:
     """Minutes and memory of some work, None where they are not known."""
     if needs is None:
         return {"minutes": None, "memory_bytes": None}
@@ -114,6 +146,22 @@ def show_table(screen: Screen, collected: "Collected") -> None:
         },
     )
     screen.say(f"study: {collected.done:,} of {counted(collected.planned, 'cell')} done, {near(collected.table)}")
+
+
+def show_collected(screen: Screen, paths: "Sequence[Path]", out: "Path | None", progress: Progress) -> "Found":
+    """Bring the folders of a study or of a sequence together, and show what is there."""
+    from lora_cli.steps.study.workers import is_sequence
+
+    if is_sequence(paths[0]):
+        from lora_cli.commands.study.sequence import show_measures
+        from lora_cli.steps.study.sequence.collect import collect_sequence
+
+        return show_measures(screen, collect_sequence(paths, out, progress=progress))
+    from lora_cli.steps.study.collect import collect
+
+    collected = collect(paths, out, progress=progress)
+    show_table(screen, collected)
+    return Found(collected.planned, collected.planned - collected.done, collected.failed)
 
 
 def _told(row: Mapping[str, Any], name: str) -> str | None:

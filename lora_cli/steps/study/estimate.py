@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from lora_cli.algebra.threads import one_thread_each
 from lora_cli.catalogue.adapters import Catalogue
@@ -16,11 +16,22 @@ from lora_cli.errors import NothingMatched
 from lora_cli.formats.run_record import peak_bytes
 from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
-from lora_cli.models.ref import pin
+from lora_cli.models.ref import BaseRef, pin
 from lora_cli.recipes import FitOptions, TargetRecipe, TrainOptions
 from lora_cli.records import Example, unheard
 from lora_cli.settings import Settings
-from lora_cli.steps.estimate import CALLS, Estimate, encoded, lengths_of, model_of, of_fit, of_merge, of_train, outlines
+from lora_cli.steps.estimate import (
+    CALLS,
+    Estimate,
+    Model,
+    encoded,
+    lengths_of,
+    model_of,
+    of_fit,
+    of_merge,
+    of_train,
+    outlines,
+)
 from lora_cli.steps.fit.request import FitRequest
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.speed import rates_of
@@ -30,6 +41,22 @@ from lora_cli.steps.train.request import train_job
 from lora_cli.task import Task
 
 _NOTHING = Estimate(read_bytes=0, written_bytes=0, memory_bytes=0, seconds=0.0)
+
+
+def of_answers(ref: BaseRef, model: Model, examples: Sequence[Example], evaluation: Mapping[str, Any]) -> Estimate:
+    """The answers to examples by the base. Adapters on it are small beside it."""
+    rates = rates_of(ref.device, ref.compute, 1)
+    lengths = lengths_of(encoded(ref, examples))
+    writes = METRICS.get(evaluation["metric"]).kind == "output"
+    new = min(evaluation["max_new_tokens"], lengths.learnt) if writes else 0
+    passes = math.ceil(len(examples) / evaluation["batch_size"]) * (1 + new)
+    products = len(examples) * (lengths.tokens + new) * model.products
+    return Estimate(
+        read_bytes=0,
+        written_bytes=0,
+        memory_bytes=peak_bytes() + model.bytes,
+        seconds=products / rates.products + passes * len(model.layers) * CALLS / 3 * rates.call,
+    )
 
 
 class Estimator:
@@ -101,19 +128,7 @@ class Estimator:
         return dataclasses.replace(made, seconds=made.seconds + answers.seconds, memory_bytes=most)
 
     def _of_answers(self, examples: Sequence[Example]) -> Estimate:
-        """The answers to examples by the base. Adapters on it are small beside it."""
-        rates, evaluation = rates_of(self._ref.device, self._ref.compute, 1), self._study.evaluation
-        lengths = lengths_of(encoded(self._ref, examples))
-        writes = METRICS.get(evaluation["metric"]).kind == "output"
-        new = min(evaluation["max_new_tokens"], lengths.learnt) if writes else 0
-        passes = math.ceil(len(examples) / evaluation["batch_size"]) * (1 + new)
-        products = len(examples) * (lengths.tokens + new) * self._model.products
-        return Estimate(
-            read_bytes=0,
-            written_bytes=0,
-            memory_bytes=peak_bytes() + self._model.bytes,
-            seconds=products / rates.products + passes * len(self._model.layers) * CALLS / 3 * rates.call,
-        )
+        return of_answers(self._ref, self._model, examples, self._study.evaluation)
 
     @cached_property
     def _of_target(self) -> Estimate:

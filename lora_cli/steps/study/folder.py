@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lora_cli.errors import DataError, OutputError
 from lora_cli.files import read_given, read_regular, unreadable
 from lora_cli.outputs import hold, whole_file, writing
 from lora_cli.records import Adapter
-from lora_cli.steps.study.plan import Need, Study, read_study, study_text
+from lora_cli.steps.study.plan import Cell, Need, Study, read_study, shard_of, study_text
 
 STUDY_FILE, TABLE_FILE = "study.json", "table.jsonl"
 RESULT_FILE, COST_FILE, FAILED_FILE, ROWS_FILE = "result.json", "cost.json", "failed.json", "rows.jsonl"
@@ -35,28 +36,6 @@ class Piece(Protocol):
     def needs(self) -> tuple[str, ...]: ...
 
 
-class WorkFolder(Protocol):
-    """A folder in which cells are done by workers: a study's, or that of a sequence."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def device(self) -> str:
-        """The device on which its workers compute."""
-
-    def cell(self, name: str) -> Path:
-        """The folder of a cell."""
-
-    def done(self, cells: Iterable[Piece]) -> set[str]:
-        """The names of the cells that have a result."""
-
-    def note_failure(self, name: str, error: str, hint: str) -> None:
-        """Keep why a cell could not be done, until it is."""
-
-    def open_needs(self, cells: Iterable[Piece]) -> Sequence[Piece]:
-        """The work that these cells need, beside cells, and that is not done."""
-
-
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a cell could not be done."""
 
@@ -65,7 +44,7 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     hint: str = ""
 
 
-class _Answer(msgspec.Struct):
+class Answer(msgspec.Struct):
     """An answer in a result, as far as tables read it."""
 
     id: str
@@ -79,7 +58,7 @@ class _Result(msgspec.Struct):
     cell: str
     value: float
     n: int
-    answers: Annotated[list[_Answer], msgspec.Meta(min_length=1)]
+    answers: Annotated[list[Answer], msgspec.Meta(min_length=1)]
 
 
 class _Selection(msgspec.Struct):
@@ -89,10 +68,74 @@ class _Selection(msgspec.Struct):
 
 
 @dataclass(frozen=True)
-class StudyFolder:
-    """A study's folder, which holds all that its cells need but the weights of base and adapters."""
+class WorkFolder(ABC):
+    """A folder in which cells are done by workers: a study's, or that of a sequence."""
 
     path: Path
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """The device on which its workers compute."""
+
+    @abstractmethod
+    def planned(self) -> Sequence[Piece]:
+        """Every cell of the plan."""
+
+    @abstractmethod
+    def open_needs(self, cells: Iterable[Piece]) -> Sequence[Piece]:
+        """The work that these cells need, beside cells, and that is not done."""
+
+    @abstractmethod
+    def shard(self, part: tuple[int, int]) -> Sequence[Piece]:
+        """The cells of shard i of n, (i, n); all shards together have every cell of the plan."""
+
+    @abstractmethod
+    def most_shards(self, cells: Sequence[Piece]) -> int:
+        """Into so many shards these cells can be divided."""
+
+    @cached_property
+    def cells(self) -> Path:
+        """The folder of the cells."""
+        return self.path / "cells"
+
+    def cell(self, name: str) -> Path:
+        """The folder of a cell."""
+        return self.cells / name
+
+    def has(self, name: str) -> bool:
+        """Whether a cell has a result."""
+        return os.path.isfile(f"{self.cells}/{name}/{RESULT_FILE}")  # noqa: PTH113 - ten times as fast, for 100,000 cells
+
+    def done(self, cells: Iterable[Piece]) -> set[str]:
+        """The names of the cells that have a result."""
+        return {cell.name for cell in cells if self.has(cell.name)}
+
+    def result_bytes(self, name: str) -> bytes:
+        """The bytes of a cell's result. FileNotFoundError where there is none, DataError if it cannot be read."""
+        file = f"{self.cells}/{name}/{RESULT_FILE}"
+        try:
+            return read_regular(file)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise unreadable(Path(file), error) from None
+
+    def failure(self, name: str) -> Failure | None:
+        """Why a cell could not be done, None if it was not tried or is done."""
+        try:
+            return msgspec.json.decode(read_regular(self.cell(name) / FAILED_FILE), type=Failure)
+        except (OSError, msgspec.DecodeError):
+            return None
+
+    def note_failure(self, name: str, error: str, hint: str) -> None:
+        """Keep why a cell could not be done, until it is."""
+        write_json(self.cell(name) / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
+
+
+@dataclass(frozen=True)
+class StudyFolder(WorkFolder):
+    """A study's folder, which holds all that its cells need but the weights of base and adapters."""
 
     @cached_property
     def study(self) -> Study:
@@ -123,18 +166,17 @@ class StudyFolder:
         """The folder of the work that cells share."""
         return self.path / "shared"
 
-    @cached_property
-    def cells(self) -> Path:
-        """The folder of the cells."""
-        return self.path / "cells"
+    def planned(self) -> list[Cell]:
+        """Every cell of the plan."""
+        return self.study.cells()
 
-    def cell(self, name: str) -> Path:
-        """The folder of a cell."""
-        return self.cells / name
+    def shard(self, part: tuple[int, int]) -> list[Cell]:
+        """Every n-th cell."""
+        return shard_of(self.planned(), part)
 
-    def has(self, name: str) -> bool:
-        """Whether a cell has a result."""
-        return os.path.isfile(f"{self.cells}/{name}/{RESULT_FILE}")  # noqa: PTH113 - ten times as fast, for 100,000 cells
+    def most_shards(self, cells: Sequence[Piece]) -> int:
+        """One per cell."""
+        return len(cells)
 
     def cost(self, name: str) -> Path:
         """The file about what a need took."""
@@ -152,10 +194,6 @@ class StudyFolder:
         """Whether a need is there: outputs are whole or absent."""
         return self.selection(name).is_file() or self.target(name).is_dir()
 
-    def done(self, cells: Iterable[Piece]) -> set[str]:
-        """The names of the cells that have a result."""
-        return {cell.name for cell in cells if self.has(cell.name)}
-
     def open_needs(self, cells: Iterable[Piece]) -> list[Need]:
         """The shared work that these cells need and that is not done."""
         names = {cell.name for cell in cells}
@@ -165,27 +203,6 @@ class StudyFolder:
     def result(self, name: str) -> dict[str, Any]:
         """The result of a cell. DataError if it is no result of this cell."""
         return parsed_result(self.result_bytes(name), self, name)
-
-    def result_bytes(self, name: str) -> bytes:
-        """The bytes of a cell's result. FileNotFoundError where there is none, DataError if it cannot be read."""
-        file = Path(f"{self.cells}/{name}/{RESULT_FILE}")
-        try:
-            return read_regular(file)
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            raise unreadable(file, error) from None
-
-    def failure(self, name: str) -> Failure | None:
-        """Why a cell could not be done, None if it was not tried or is done."""
-        try:
-            return msgspec.json.decode(read_regular(self.cell(name) / FAILED_FILE), type=Failure)
-        except (OSError, msgspec.DecodeError):
-            return None
-
-    def note_failure(self, name: str, error: str, hint: str) -> None:
-        """Keep why a cell could not be done, until it is."""
-        write_failure(self.cell(name), name, error, hint)
 
     def chosen(self, name: str) -> list[str]:
         """The adapters of a selection, as `id@commit`, the best first. DataError for others than the candidates."""
@@ -264,11 +281,6 @@ def parsed_result(data: bytes, folder: StudyFolder, name: str) -> dict[str, Any]
         pass
     file = folder.cell(name) / RESULT_FILE
     raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")
-
-
-def write_failure(cell: Path, name: str, error: str, hint: str) -> None:
-    """Note in the folder of a cell why it could not be done."""
-    write_json(cell / FAILED_FILE, {"cell": name, "error": error, "hint": hint})
 
 
 def write_json(file: Path, value: Any) -> None:

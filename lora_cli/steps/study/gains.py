@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from lora_cli.files import read_regular
 from lora_cli.metrics import METRICS
@@ -13,6 +14,7 @@ from lora_cli.steps.study.folder import COST_FILE, StudyFolder
 from lora_cli.steps.study.plan import Cell, Need, Study
 from lora_cli.steps.study.table import controls, mean_values, score_of
 
+K = TypeVar("K")
 Key = tuple[str, str]
 Results = Mapping[Key, Mapping[Cell, Mapping[str, Any]]]
 """By (system, pool) and cell."""
@@ -39,8 +41,8 @@ def report_rows(folder: StudyFolder, results: Results) -> tuple[Row, ...]:
                 by_seed=tuple(float(result["value"]) for result in cells.values()),
                 drawn=any(cell.seed is not None for cell in cells),
                 gains={control: found[key] for control, found in gains.items() if key in found},
-                seconds=_mean([_cost(folder, cell, needs, "seconds") for cell in cells]),
-                tokens=_mean([_cost(folder, cell, needs, "tokens") for cell in cells]),
+                seconds=mean_noted([_cost(folder, cell, needs, "seconds") for cell in cells]),
+                tokens=mean_noted([_cost(folder, cell, needs, "tokens") for cell in cells]),
             )
         )
     return tuple(rows)
@@ -63,11 +65,12 @@ def _gains(study: Study, values: Mapping[Key, Mapping[str, float]], sign: float)
             if other is not None and other in values:
                 theirs = values[other]
                 pairs[key] = tuple(sign * (value - theirs[id]) for id, value in ours.items())
-        found[control] = _family(pairs)
+        found[control] = family_of(pairs)
     return found
 
 
-def _family(pairs: Mapping[Key, Sequence[float]]) -> dict[Key, Gain]:
+def family_of(pairs: Mapping[K, Sequence[float]]) -> dict[K, Gain]:
+    """The gains behind paired differences on the same examples, corrected for their number by Holm."""
     if not pairs:
         return {}
     n = len(next(iter(pairs.values())))
@@ -85,11 +88,17 @@ def _cost(folder: StudyFolder, cell: Cell, needs: Mapping[str, Need], what: str)
     for name in wanted:
         files.append(folder.cost(name))
         wanted += [one for one in needs[name].needs if one not in wanted]
+    return noted(files, what)
+
+
+def noted(files: Sequence[Path], what: str) -> float | None:
+    """The sum of "seconds" or "tokens" in files about what work took; None where one does not tell."""
     try:
         return sum(float(json.loads(read_regular(file))[what]) for file in files)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _mean(found: Sequence[float | None]) -> float | None:
+def mean_noted(found: Sequence[float | None]) -> float | None:
+    """The mean, None where one is not known."""
     return None if None in found else fmean(cast("Sequence[float]", found))

@@ -2,21 +2,22 @@
 
 from pathlib import Path
 
-from lora_cli.steps.study.folder import StudyFolder, WorkFolder
+from lora_cli.steps.study.folder import StudyFolder
 from lora_cli.steps.study.sequence.folder import PLAN_FILE, SequenceFolder
 from lora_cli.steps.study.sequence.work import SequenceWorker
 from lora_cli.steps.study.work import Worker
 
 
-def folder_in(path: Path) -> WorkFolder:
+def folder_in(path: Path) -> StudyFolder | SequenceFolder:
     """The folder at `path`, of a study where it holds no sequence."""
-    return SequenceFolder(path) if _is_sequence(path) else StudyFolder(path)
+    return SequenceFolder(path) if is_sequence(path) else StudyFolder(path)
 
 
 def worker_in(path: Path) -> Worker | SequenceWorker:
     """The worker for the cells in the folder `path`. DataError where it holds neither a study nor a sequence."""
-    return SequenceWorker(path) if _is_sequence(path) else Worker(path)
+    return SequenceWorker(path) if is_sequence(path) else Worker(path)
 
 
-def _is_sequence(path: Path) -> bool:
+def is_sequence(path: Path) -> bool:
+    """Whether the folder at `path` is that of a sequence."""
     return (path / PLAN_FILE).exists()

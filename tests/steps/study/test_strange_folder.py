@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli import lora, refused
+from tests.cli import lora, ok, refused
 from tests.small_study import SHORT, WORDS
 
 Edit = Callable[[dict[str, Any]], object]
@@ -86,6 +86,23 @@ def test_nothing_outside_of_a_folder_is_collected(place: Path) -> None:
         strange.unlink()
     copied = [file for file in (place / "new").rglob("*") if file.is_file() and file.read_bytes() == b"private"]
     assert not copied
+
+
+def test_a_link_in_the_place_of_a_cell_or_of_a_file_is_not_followed(place: Path) -> None:
+    cell = next((place / "calm").glob("cells/ties-random-s0-*"))
+    cell.rename(place / "elsewhere")
+    cell.symlink_to(place / "elsewhere")
+    assert f"{cell}: neither a file nor a folder" in refused(1, "study", "collect", "calm", "-o", "new")
+    assert "neither a file nor a folder" in refused(1, "study", "collect", "calm")
+    cell.unlink()
+    (place / "elsewhere").rename(cell)
+    for name in ("cells", "shared", "train.jsonl"):
+        (place / "calm" / name).rename(place / "elsewhere")
+        (place / "calm" / name).symlink_to(place / "elsewhere")
+        assert f"{name}: neither a file nor a folder" in refused(1, "study", "collect", "calm", "-o", "new"), name
+        (place / "calm" / name).unlink()
+        (place / "elsewhere").rename(place / "calm" / name)
+    ok("study", "collect", "calm", "-o", "new")
 
 
 def test_a_place_that_cannot_be_written_is_named(place: Path) -> None:

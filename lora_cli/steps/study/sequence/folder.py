@@ -1,28 +1,39 @@
 """The folder of a sequence: its plan, its cells, and what came of them."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from lora_cli.errors import DataError
-from lora_cli.files import read_given, read_regular
-from lora_cli.steps.study.folder import RESULT_FILE, Piece, write_failure
-from lora_cli.steps.study.sequence.plan import SCHEMA, Plan
+from lora_cli.files import read_given
+from lora_cli.steps.study.folder import RESULT_FILE, Answer, Piece, WorkFolder
+from lora_cli.steps.study.sequence.plan import SCHEMA, Cell, Plan, rows_of, shard_of
 
 PLAN_FILE = "sequence.json"
 CELL_SCHEMA = "lora.sequence.cell/1"
 
 
-@dataclass(frozen=True)
-class SequenceFolder:
-    """A sequence's folder, which holds all that its cells need but the weights of the base."""
+class _Scores(msgspec.Struct):
+    """The scores on one task, as far as tables read them."""
 
-    path: Path
+    value: float
+    answers: Annotated[list[Answer], msgspec.Meta(min_length=1)]
+
+
+class _Result(msgspec.Struct):
+    """A result, as far as tables read it."""
+
+    schema: str
+    cell: str
+    tasks: dict[str, _Scores]
+
+
+@dataclass(frozen=True)
+class SequenceFolder(WorkFolder):
+    """A sequence's folder, which holds all that its cells need but the weights of the base."""
 
     @cached_property
     def plan(self) -> Plan:
@@ -43,17 +54,17 @@ class SequenceFolder:
         """The device on which its workers compute."""
         return self.plan.base.device
 
-    def cell(self, name: str) -> Path:
-        """The folder of a cell."""
-        return self.path / "cells" / name
+    def planned(self) -> list[Cell]:
+        """Every cell of the plan."""
+        return self.plan.cells()
 
-    def done(self, cells: Iterable[Piece]) -> set[str]:
-        """The names of the cells that have a result."""
-        return {cell.name for cell in cells if (self.cell(cell.name) / RESULT_FILE).is_file()}
+    def shard(self, part: tuple[int, int]) -> list[Cell]:
+        """Whole rows, with what they need."""
+        return shard_of(self.planned(), part)
 
-    def note_failure(self, name: str, error: str, hint: str) -> None:
-        """Keep why a cell could not be done, until it is."""
-        write_failure(self.cell(name), name, error, hint)
+    def most_shards(self, cells: Sequence[Piece]) -> int:
+        """One per row of the plan."""
+        return min(len(cells), len(rows_of(self.planned())))
 
     def open_needs(self, cells: Iterable[Piece]) -> list[Piece]:
         """Nothing: what the cells of a sequence need are cells."""
@@ -61,13 +72,16 @@ class SequenceFolder:
 
     def result(self, name: str) -> dict[str, Any] | None:
         """The result of a cell, None if it is not done. DataError if it is no result of this cell."""
-        file = self.cell(name) / RESULT_FILE
         try:
-            found: dict[str, Any] = json.loads(read_regular(file))
-            if found["schema"] == CELL_SCHEMA and found["cell"] == name:
+            data = self.result_bytes(name)
+            result = msgspec.json.decode(data, type=_Result)
+            known = {stage.name for stage in self.plan.tasks} <= result.tasks.keys()
+            if result.schema == CELL_SCHEMA and result.cell == name and known:
+                found: dict[str, Any] = msgspec.json.decode(data)
                 return found
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError):
             pass
+        file = self.cell(name) / RESULT_FILE
         raise DataError(f"{file}: not the result of this cell", hint="remove its folder and run the study again")

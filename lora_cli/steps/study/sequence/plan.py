@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -177,6 +177,36 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
                 )
         rules = tuple(dict.fromkeys([*self.rules, *other.rules]))
         return msgspec.structs.replace(self, rules=rules, seeds=max(self.seeds, other.seeds), base=other.base)
+
+
+def rows_of(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """The cells of each seed's LoRAs alone and of each rule by each seed, seed by seed; the base's with the first."""
+    rows: dict[tuple[int, str], list[Cell]] = {}
+    for cell in cells:
+        if cell.rule != BASE:
+            rows.setdefault((cell.seed, cell.rule), []).append(cell)
+    found = [*rows.values()]
+    found[0] = [*(cell for cell in cells if cell.rule == BASE), *found[0]]
+    return found
+
+
+def shard_of(cells: Sequence[Cell], part: tuple[int, int]) -> list[Cell]:
+    """The cells of shard i of n, (i, n): a block of rows, so that a seed's LoRAs are trained in few shards.
+
+    What these cells need is there too, so that shards overlap and no shard waits for another.
+    """
+    rows, (place, many) = rows_of(cells), part
+    ours = rows[place * len(rows) // many : (place + 1) * len(rows) // many]
+    wanted = {cell.name for row in ours for cell in row}
+    for cell in reversed(cells):  # each stands behind those that it needs
+        if cell.name in wanted:
+            wanted.update(cell.needs)
+    return [cell for cell in cells if cell.name in wanted]
+
+
+def plan_text(plan: Plan) -> bytes:
+    """The bytes of sequence.json."""
+    return msgspec.json.format(msgspec.json.encode(plan), indent=2) + b"\n"
 
 
 def weights_of(rule: str, step: int) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
 from lora_cli.errors import UsageError
@@ -24,7 +23,7 @@ from lora_cli.steps.study.folder import demand_free
 from lora_cli.steps.study.plan import Base
 from lora_cli.steps.study.sequence.data import DATA_FOLDER, TaskData, given, halves, names_of
 from lora_cli.steps.study.sequence.folder import PLAN_FILE, SequenceFolder
-from lora_cli.steps.study.sequence.plan import RULES, Plan, Stage, named_rules
+from lora_cli.steps.study.sequence.plan import RULES, Plan, Stage, named_rules, plan_text
 from lora_cli.steps.task_view import repeated
 from lora_cli.task import read_task
 from lora_cli.text import counted
@@ -156,5 +155,5 @@ class PlannedSequence:
         for one in self.data:
             one.write(self.folder.path)
         with whole_file(self.folder.path / PLAN_FILE) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(self.plan), indent=2) + b"\n")
+            file.write(plan_text(self.plan))
         return SequenceFolder(self.folder.path)
