@@ -4,6 +4,7 @@ A field is written once, as `name: Annotated[type, Flag(help)] = default`. Its f
 in run.json is `name`; a trailing underscore keeps a field apart from a word of Python (`lambda_` is `--lambda`).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
@@ -11,7 +12,7 @@ from typing import Any, Self, get_type_hints
 import msgspec
 
 from lora_cli.errors import UsageError
-from lora_cli.text import nearest
+from lora_cli.text import nearest, shortened
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,24 @@ class Flag:
 def setting(field: str) -> str:
     """The name of a field in run.json."""
     return field.rstrip("_")
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "array": "a list",
+    "object": "a table",
+}  # fmt: skip
+_TYPED = re.compile(r"Expected `([^`]+)`, got `[^`]+` - at `\$\.(\w+)[^`]*`", re.ASCII)
+_LISTED = re.compile(r"(Invalid enum value .*) - at `\$\.(\w+)[^`]*`", re.ASCII)
+
+
+def _in_words(message: str, values: Mapping[str, Any]) -> str:
+    """What msgspec says about a value of another type, with the option's name and the value."""
+    if (found := _TYPED.fullmatch(message)) is not None:
+        kinds = [_KINDS.get(kind, kind) for kind in found[1].split(" | ") if kind != "null"]
+        value = next((given for name, given in values.items() if setting(name) == found[2]), None)
+        return f"{found[2]} takes {' or '.join(kinds)}, not {shortened(repr(value))}"
+    listed = _LISTED.fullmatch(message)
+    return message if listed is None else f"{listed[2]}: {listed[1][0].lower()}{listed[1][1:]}"
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename=setting):
@@ -67,7 +86,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         try:
             made = cls.of_settings({setting(name): cls._readable(name, value) for name, value in values.items()})
         except msgspec.ValidationError as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(_in_words(str(error), values)) from None
         for name, (_, flag) in cls.flags().items():
             value = getattr(made, name)
             if flag.minimum is not None and value is not None and value < flag.minimum:

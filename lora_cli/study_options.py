@@ -1,5 +1,6 @@
 """The options of a study: flags, presets, and the keys of a study file."""
 
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -186,7 +187,8 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises UsageError, which names the file and the key.
     """
     try:
-        values = tomllib.loads(read_given(file).decode())
+        text = read_given(file).decode()
+        values = tomllib.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{file} cannot be read: {reason}") from None
@@ -195,7 +197,7 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in values:
         if name not in known:
             hint = nearest(name, known, f"keys are {', '.join(known)}")
-            raise UsageError(f"{file}: unknown key {name!r}", hint=hint)
+            raise UsageError(f"{file}{_line(text, name)}: unknown key {name!r}", hint=hint)
     for name in PRESETS:
         if not isinstance(values.get(name, False), bool):
             raise UsageError(f"{file}: {name} must be true or false, not {values[name]!r}")
@@ -206,7 +208,18 @@ def read_study_file(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for what in ("systems", "pools"):
         if isinstance(values.get(what), list):
             values[what], values[f"own_{what}"] = _defined(file, what, values[what])
+    for name in values.keys() - PRESETS.keys():
+        try:
+            StudyOptions.of(**{name: values[name]})
+        except UsageError as error:
+            raise UsageError(f"{file}{_line(text, name)}: {error.message}", hint=error.hint) from None
     return values, settings
+
+
+def _line(text: str, name: str) -> str:
+    """The line of a key in a study file, with a colon before it; "" where it is spelled in another way."""
+    spelled = re.compile(rf"""\s*["']?{re.escape(name).replace("_", "[_-]")}["']?\s*=""")
+    return next((f":{number}" for number, line in enumerate(text.split("\n"), 1) if spelled.match(line)), "")
 
 
 def names_in(text: str) -> list[str]:

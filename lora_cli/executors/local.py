@@ -7,20 +7,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 
+from lora_cli.errors import LoraError
 from lora_cli.records import Progress, silent, unheard
-from lora_cli.steps.study.crew import Died, together
+from lora_cli.steps.study.crew import Died, Unfit, together
 from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.order import Order
 from lora_cli.steps.study.worker import Outcome
 from lora_cli.steps.study.workers import worker_in
 
+_UNFIT = "unfit"
 _WORKER = "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors.local import serve; serve()"
 
 
@@ -81,7 +83,7 @@ class _Process:
         return True
 
     def ask(self, name: str) -> Outcome:
-        """Have it do some work. Died if it ends before it answers."""
+        """Have it do some work. Died if it ends before it answers, Unfit if it can do none."""
         if self._ended:
             raise Died("stopped")
         process = self._process or self._start()
@@ -97,7 +99,10 @@ class _Process:
             code = _ended(process)
             self._process = None
             raise Died(f"signal {-code}" if code < 0 else f"exit code {code}")
-        return Outcome(**json.loads(answer))
+        found = json.loads(answer)
+        if _UNFIT in found:
+            raise Unfit(f"worker {self._number} does nothing more: {found[_UNFIT]}")
+        return Outcome(**found)
 
     def end(self) -> None:
         """End the process; the end of its input ends it where it has not ended."""
@@ -140,11 +145,27 @@ def serve() -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(sys.stdin, names), daemon=True).start()
-    with worker_in(Path(sys.argv[2])) as worker:
+    with _told_if_unfit(answers), worker_in(Path(sys.argv[2])) as worker:
+        worker.load()
         while True:
             outcome = worker.run(names.get())
-            answers.write(json.dumps({name: getattr(outcome, name) for name in outcome.__slots__}) + "\n")
-            answers.flush()
+            _answer(answers, {name: getattr(outcome, name) for name in outcome.__slots__})
+
+
+@contextmanager
+def _told_if_unfit(answers: IO[str]) -> Iterator[None]:
+    """Say why a worker can do nothing, and end, where it cannot be made ready or cannot write the folder."""
+    try:
+        yield
+    except LoraError as error:
+        _answer(answers, {_UNFIT: error.message})
+    except (MemoryError, OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        _answer(answers, {_UNFIT: f"{type(error).__name__}: {error}"})
+
+
+def _answer(answers: IO[str], answer: Mapping[str, Any]) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
 
 
 def _listen(lines: IO[str], names: "queue.SimpleQueue[str]") -> None:

@@ -283,6 +283,15 @@ def test_a_command_that_gives_no_number_is_named(text: str, said: str, tmp_path:
     assert time.monotonic() - began < 40
 
 
+def test_a_command_that_prints_without_end_fills_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    command = Command(text="sh -c 'yes told >&2 & exec yes'", seconds=1.0)
+    with pytest.raises(Refused, match=r"takes more than 1.0 s: told / told"):
+        command.number(tmp_path)
+    assert not [*tmp_path.iterdir()]
+    assert Command(text="sh -c 'yes | head -c 9000000; echo 0.5'").number(tmp_path) == 0.5
+
+
 def test_a_command_that_cannot_be_read_is_a_usage_error() -> None:
     for text, said in (
         ("sh -c 'echo", "No closing quotation"),

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import subprocess
-import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ PLACE = "{}"
 """What stands for the candidate's folder in the words of a command."""
 _MOST_OUTPUT = 1 << 20
 _LINES_SHOWN = 5
+_BLOCK, _PATIENCE = 1 << 16, 5.0
+"""Bytes read at once, and seconds in which the last of them come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,8 @@ class Command:
             Refused: the command cannot be run, fails, takes too long, or prints no number.
         """
         called = f"the objective {shortened(self.text)}"
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            code = self._run(folder, out, err, called)
-            said, complaint = _end(out, 1), _end(err, _LINES_SHOWN)
+        code, out, err = self._run(folder, called)
+        said, complaint = _last(out, 1), _last(err, _LINES_SHOWN)
         if code:
             why = f"by signal {-code}" if code < 0 else f"with code {code}"
             raise Refused(f"{called} ended {why}: {complaint or said or 'it said nothing'}", hint=_GOES_ON)
@@ -74,38 +75,72 @@ class Command:
                 f"{called} printed {said!r}, not a number{more}", hint=f"in its last line; {_GOES_ON}"
             ) from None
 
-    def _run(self, folder: Path, out: IO[bytes], err: IO[bytes], called: str) -> int:
-        """The code with which the command ends. What it started in the background ends with it."""
+    def _run(self, folder: Path, called: str) -> tuple[int, bytes, bytes]:
+        """The code with which the command ends, and the ends of what it prints to stdout and stderr.
+
+        What it started in the background ends with it.
+        """
         words = [word.replace(PLACE, str(folder)) for word in self.words]
         environment = {**os.environ, CANDIDATE: str(folder)}
         try:
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment, start_new_session=True
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                start_new_session=True,
             )
         except OSError as error:
             raise Refused(f"{called} cannot be run: {error.strerror}", hint="a pipe needs sh -c '…'") from None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        out, err = _Tail(process.stdout), _Tail(process.stderr)
+        timed_out = False
         try:
-            return process.wait(timeout=None if math.isinf(self.seconds) else self.seconds)
+            process.wait(timeout=None if math.isinf(self.seconds) else self.seconds)
         except subprocess.TimeoutExpired:
-            complaint = _end(err, _LINES_SHOWN)
-            raise Refused(
-                f"{called} takes more than {duration(self.seconds)}" + (f": {complaint}" if complaint else ""),
-                hint=f"raise --command-timeout; {_GOES_ON}",
-            ) from None
+            timed_out = True
         finally:
             # Also where it is interrupted.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        if timed_out:
+            complaint = _last(err.bytes(), _LINES_SHOWN)
+            raise Refused(
+                f"{called} takes more than {duration(self.seconds)}" + (f": {complaint}" if complaint else ""),
+                hint=f"raise --command-timeout; {_GOES_ON}",
+            )
+        return process.returncode, out.bytes(), err.bytes()
 
 
 _OTHERS = f"one of {', '.join(METRICS.methods)}, or a command that prints a number"
 _GOES_ON = "the evaluations so far are kept, and the same lora command goes on from there"
 
 
-def _end(file: IO[bytes], lines: int) -> str:
-    """The last lines with text in a file, as one."""
-    file.seek(0, os.SEEK_END)
-    file.seek(max(0, file.tell() - _MOST_OUTPUT))
-    found: Sequence[str] = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+class _Tail:
+    """The end of what comes through a pipe, which is read as it comes: a command may print without end."""
+
+    def __init__(self, pipe: IO[bytes]) -> None:
+        self._pipe, self._kept = pipe, bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with self._pipe:
+            while block := os.read(self._pipe.fileno(), _BLOCK):
+                self._kept += block
+                if len(self._kept) > 2 * _MOST_OUTPUT:
+                    del self._kept[:-_MOST_OUTPUT]
+
+    def bytes(self) -> bytes:
+        """What was kept, when the pipe has ended; what a process elsewhere still holds open is not waited for."""
+        self._reader.join(_PATIENCE)
+        return bytes(self._kept[-_MOST_OUTPUT:])
+
+
+def _last(printed: bytes, lines: int) -> str:
+    """The last lines with text, as one."""
+    found: Sequence[str] = [line.strip() for line in printed.decode(errors="replace").splitlines() if line.strip()]
     return " / ".join(map(shortened, found[-lines:]))

@@ -243,7 +243,11 @@ def _weights(spelled: str, chosen: Chosen) -> list[float]:
                 "some adapters have a weight and some do not", hint="write ADAPTER=WEIGHT for each of them"
             )
         return own
-    n = len(chosen.names)
+    return weights_in(spelled, len(chosen.names))
+
+
+def weights_in(spelled: str, n: int) -> list[float]:
+    """The weights of `n` adapters as --weights spells them. UsageError for anything else."""
     if spelled == "average":
         return [1 / n] * n
     if spelled == "sum":

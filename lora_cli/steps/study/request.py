@@ -25,9 +25,10 @@ from lora_cli.records import Adapter, Example, Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.evaluate.choices import demand_choices
+from lora_cli.steps.merge.request import weights_in
 from lora_cli.steps.pool.lookup import names_of
 from lora_cli.steps.select.request import SelectRequest
-from lora_cli.steps.study.folder import STUDY_FILE, StudyFolder, demand_free, write_plan
+from lora_cli.steps.study.folder import STUDY_FILE, StudyFolder, demand_free, held, write_plan
 from lora_cli.steps.study.plan import BEST, Base, Cell, Grid, Study, completed, demand_countable, study_text
 from lora_cli.steps.study.ways import rule_of, way_of
 from lora_cli.steps.task_view import repeated
@@ -50,12 +51,19 @@ class Planned:
     is_new: bool
 
     def write(self) -> None:
-        """Write the folder's plan. OutputError if it cannot be written."""
-        if self.is_new:
-            write_plan(self.folder, self.study, self.candidates, *self.parts)
-        elif study_text(self.study) != study_text(self.folder.study):
-            with whole_file(self.folder.path / STUDY_FILE) as file:
-                file.write(study_text(self.study))
+        """Write the folder's plan, beside what another command planned there in the meantime.
+
+        Raises OutputError if it cannot be written, or if the other plan differs.
+        """
+        with held(self.folder.path):
+            if not (self.folder.path / STUDY_FILE).exists():
+                write_plan(self.folder, self.study, self.candidates, *self.parts)
+            else:
+                there = StudyFolder(self.folder.path).study
+                whole = replace(there.extended(self.study), base=self.study.base)
+                if study_text(whole) != study_text(there):
+                    with whole_file(self.folder.path / STUDY_FILE) as file:
+                        file.write(study_text(whole))
         self.folder.__dict__.pop("study", None)  # it is read again where it is needed
 
 
@@ -95,10 +103,36 @@ class StudyRequest:
             raise UsageError(f"{without[0]} takes the adapters of a pool", hint="give --pools random,…")
         self.pools = {name: rule_of(name, options, self._selected) for name in pools}
         self.grid = Grid(systems=tuple(names), pools=tuple(pools), seed=settings.seed, seeds=options.seeds)
+        self._demand_weights()
         try:
             demand_countable([self.grid])
         except ValueError as error:
             raise UsageError(str(error), hint="give fewer --seeds") from None
+
+    def _demand_weights(self) -> None:
+        """UsageError for a merge whose weights are no weights, or are not as many as a pool has adapters."""
+        for name, way in self.systems.items():
+            if way.kind == "merge" and way.sources.weights is not None:
+                for pool, rule in self.pools.items():
+                    if not rule.noise:  # merges are not made of noise
+                        many = (rule.options.k if rule.select else len(rule.names)) + way.target
+                        try:
+                            weights_in(way.sources.weights, many)
+                        except UsageError as error:
+                            message = error.message.removeprefix("--")
+                            raise UsageError(f"system {name} on pool {pool}: {message}", hint=error.hint) from None
+
+    def _demand_conditions(self) -> None:
+        """An error for a pool of conditions that no catalogue can answer, or that no usable adapter fulfils."""
+        for name, rule in self.pools.items():
+            if rule.select and rule.options.where:
+                where = (*self.options.where, *rule.options.where)
+                try:
+                    found = self.catalogue.candidates(where=where, base=self.settings.base).pinned
+                except UsageError as error:
+                    raise UsageError(f"pool {name}: {error.message}", hint=error.hint) from None
+                if not found:
+                    raise NothingMatched(f"pool {name}: no usable adapter of {self.base} fulfils its conditions")
 
     def planned(self, out: Path | None = None) -> Planned:
         """The plan in the folder `out`, by default below the setting `runs`. A study there is extended.
@@ -187,6 +221,7 @@ class StudyRequest:
             return ()
         found = self.catalogue.candidates(where=self.options.where, base=self.settings.base)
         demand_one_base(found.bases)
+        self._demand_conditions()
         if not found.pinned:
             raise NothingMatched(f"no usable adapter of {self.base}", hint="see lora pool list, or run lora pool sync")
         usable = {*found.pinned}

@@ -19,7 +19,7 @@ from lora_cli.records import Progress, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.merge.plan import checked_options
-from lora_cli.steps.study.folder import demand_free
+from lora_cli.steps.study.folder import demand_free, held
 from lora_cli.steps.study.plan import Base
 from lora_cli.steps.study.sequence.data import DATA_FOLDER, TaskData, given, halves, names_of
 from lora_cli.steps.study.sequence.folder import PLAN_FILE, SequenceFolder
@@ -151,9 +151,16 @@ class PlannedSequence:
     data: Sequence[TaskData]
 
     def write(self) -> SequenceFolder:
-        """Write the data and the plan, which comes last. OutputError if the folder cannot be written."""
-        for one in self.data:
-            one.write(self.folder.path)
-        with whole_file(self.folder.path / PLAN_FILE) as file:
-            file.write(plan_text(self.plan))
-        return SequenceFolder(self.folder.path)
+        """Write the data and the plan, which comes last, beside what another command planned there in the meantime.
+
+        Raises OutputError if the folder cannot be written, or if the other plan differs.
+        """
+        with held(self.folder.path):
+            folder, plan = SequenceFolder(self.folder.path), self.plan
+            if (folder.path / PLAN_FILE).exists():
+                plan = folder.plan.extended(plan)
+            for one in self.data:
+                one.write(folder.path)
+            with whole_file(folder.path / PLAN_FILE) as file:
+                file.write(plan_text(plan))
+        return SequenceFolder(folder.path)
