@@ -20,6 +20,9 @@ Term = Callable[[Tensor, Tensor], Tensor]
 Change = Callable[[], Tensor]
 """Returns the tensor to add to a parameter, in its shape."""
 
+Weight = Callable[[Tensor], Tensor | None]
+"""Called with the input of a linear layer; returns the weight for this call of it, None for its own."""
+
 Factors = Callable[[], tuple[Tensor, Tensor]]
 """Returns B (out, r) and A (r, in) of one matrix."""
 
@@ -30,15 +33,22 @@ def applied(
     terms: Mapping[str, Term],
     changes: Mapping[str, Change],
     *,
+    weights: Mapping[str, Weight] | None = None,
     before: Callable[[], None] | None = None,
 ) -> Iterator[None]:
     """While the block runs, each named module's output goes through its term and each named parameter is changed.
 
+    Of a linear layer that `weights` names, a call takes the weight that is made for it, or else goes through its term.
     `before` runs before each pass of the model.
     """
     with ExitStack() as stack:
         for name, term in terms.items():
-            stack.callback(model.get_submodule(name).register_forward_hook(_through(term)).remove)
+            module, weight = model.get_submodule(name), (weights or {}).get(name)
+            if weight is None:
+                stack.callback(module.register_forward_hook(_through(term)).remove)
+                continue
+            for hook in _either(module, weight, term):
+                stack.callback(hook.remove)
         for name, change in changes.items():
             owner, _, last = name.rpartition(".")
             for hook in _swap(model.get_submodule(owner), last, change):
@@ -50,6 +60,25 @@ def applied(
 
 def _through(term: Term) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     return lambda module, inputs, output: term(inputs[0], output)
+
+
+def _either(module: nn.Module, weight: Weight, term: Term) -> list[Any]:
+    """Hooks by which a call of a linear layer takes the weight made for it, or its output goes through the term."""
+    # Private, as in _swap.
+    parameters, own = module._parameters, module._parameters["weight"]
+
+    def begin(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        other = weight(inputs[0])
+        if other is not None:
+            parameters["weight"] = other  # type: ignore[assignment]
+
+    def end(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor | None) -> Tensor | None:
+        if parameters["weight"] is own:
+            return None if output is None else term(inputs[0], output)  # None after an error
+        parameters["weight"] = own
+        return None
+
+    return [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
 
 
 def _swap(module: nn.Module, last: str, change: Change) -> list[Any]:

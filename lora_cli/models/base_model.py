@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import Refused
 from lora_cli.formats.skeleton import Matrix, Skeleton
-from lora_cli.models.apply import Factors, Term, applied, as_change, as_term, fixed
+from lora_cli.models.apply import Factors, Term, Weight, applied, as_change, as_term, fixed
 from lora_cli.models.encode import Encoded, encoder_of
 from lora_cli.models.forms import Prompting
 from lora_cli.models.four_bit import is_four_bit
@@ -203,6 +203,7 @@ class BaseModel:
         factors: Mapping[str, Factors],
         terms: Mapping[str, Term] | None = None,
         *,
+        weights: Mapping[str, Weight] | None = None,
         before: Callable[[], None] | None = None,
     ) -> Iterator[None]:
         """While the block runs, each named matrix has B·A added, with the factors of that moment.
@@ -210,6 +211,7 @@ class BaseModel:
         Args:
             factors: by matrix, a function that returns B and A in the model's precision, on its device.
             terms: by linear layer, a term for its output in place of one made of factors.
+            weights: by linear layer, the weight for each call of it.
             before: runs before each pass.
         """
         made = dict(terms or {})
@@ -225,7 +227,7 @@ class BaseModel:
             parameter: as_change(self.model.get_parameter(parameter), matrices, factors)
             for parameter, matrices in by_parameter.items()
         }
-        with applied(self.model, made, changes, before=before):
+        with applied(self.model, made, changes, weights=weights, before=before):
             yield
 
     @contextmanager

@@ -4,21 +4,21 @@ y = W₀x + B̂ (c ∘ (Â x)), where Â (R, in) and B̂ (out, R) stack the froz
 into B̂) and c = φ(θ) gives every rank its adapter's coefficient. Source: arXiv 2602.12323 and the methods it compares.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import Refused
 from lora_cli.formats.reader import OpenAdapter, all_modules
 from lora_cli.formats.skeleton import Matrix
-from lora_cli.models.apply import Factors, Term
+from lora_cli.models.apply import Factors
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.concatenated import Block, added
 from lora_cli.models.noise import Noise, drawn, seed_of
 from lora_cli.records import Progress, patient, silent
 
@@ -49,46 +49,8 @@ class Parameters:
     fresh: bool = False
 
 
-class _Weighted(torch.autograd.Function):
-    """Adds B̂ (c ∘ (Â x)) to y (…, out), in its place, for x (…, in).
-
-    Keeps only the (tokens, R) product, and no gradient for Â and B̂.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        hidden = x.reshape(-1, x.shape[-1]) @ a.T  # (tokens, R)
-        ctx.save_for_backward(hidden, a, b, c)
-        y.view(-1, y.shape[-1]).addmm_(hidden * c.to(hidden.dtype), b.T)
-        ctx.mark_dirty(y)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, a, b, c = ctx.saved_tensors
-        inner = grad.reshape(-1, grad.shape[-1]) @ b  # (tokens, R)
-        for_c = (inner * hidden).sum(dim=0, dtype=c.dtype)
-        for_x = (inner * c.to(inner.dtype)) @ a if ctx.needs_input_grad[1] else None
-        return grad, None if for_x is None else for_x.view(*grad.shape[:-1], -1), None, None, for_c
-
-
-_weighted: Any = _Weighted.apply
 _FRESH = 0.01
 """The deviation of the A of an adapter whose factors are drawn anew; its B is 0."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """One module: Â (R, in), B̂ (out, R), and for each adapter that touches it (place, rank).
-
-    `scale` (R,) stands beside factors that are learnt; in others it is folded into B̂.
-    """
-
-    a: Tensor
-    b: Tensor
-    parts: tuple[tuple[int, int], ...]
-    scale: Tensor | None = None
 
 
 class Mixture:
@@ -203,12 +165,12 @@ class Mixture:
             for module, c in self._by_module(spread if len(spread) > 1 else spread[0]).items()
         }
 
+    def _now(self, module: str) -> Tensor:
+        return self._current[module]
+
     def _factors_of(self, module: str) -> Factors:
         block = self._blocks[module]
         return lambda: ((block.b * self._current[module].to(block.b.dtype)).to(self._dtype), block.a.to(self._dtype))
-
-    def _term(self, module: str) -> Term:
-        return term_of(self._blocks[module], lambda: self._current[module])
 
     @contextmanager
     def trying(self, thetas: Tensor) -> Iterator[None]:
@@ -231,11 +193,12 @@ class Mixture:
         """While the block runs, every pass of `base` includes the mixture with the current coefficients."""
         linear = [module for module in self._blocks if module in base.shapes]
         others = [module for module in self._blocks if module not in base.shapes]
-        with base.attach(
-            {module: self._factors_of(module) for module in others},
-            {module: self._term(module) for module in linear},
-            before=self._refresh,
-        ):
+        terms, weights = {}, {}
+        for module in linear:
+            now = functools.partial(self._now, module)
+            terms[module], weights[module] = added(self._blocks[module], now, base.model.get_submodule(module))
+        factors = {module: self._factors_of(module) for module in others}
+        with base.attach(factors, terms, weights=weights, before=self._refresh):
             yield
 
     @torch.no_grad()
@@ -276,38 +239,6 @@ class Mixture:
                 own[place] = tuple(part.tolist()) if self._parameters.per_rank else (float(part[0]),)
             found[module] = tuple(own)
         return found
-
-
-def term_of(block: Block, coefficients: Callable[[], Tensor]) -> Term:
-    """The term for a linear layer's output, with the coefficients of that moment.
-
-    They are (R,), or (K, R) for K copies of the rows of tokens.
-    """
-
-    def add(x: Tensor, y: Tensor) -> Tensor:
-        c = coefficients()
-        if block.scale is None and c.dim() == 1:
-            mixed: Tensor = _weighted(y, x, block.a, block.b, c)
-            return mixed
-        if c.dim() > 1:
-            _tried(y.view(len(c), -1, y.shape[-1]), x.reshape(len(c), -1, x.shape[-1]), block, c)
-            return y
-        rows, inputs = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1])
-        a, b = block.a.to(inputs.dtype), block.b.to(inputs.dtype)
-        return torch.addmm(rows, (inputs @ a.T) * c.to(inputs.dtype), b.T).view(y.shape)
-
-    return add
-
-
-def _tried(y: Tensor, x: Tensor, block: Block, c: Tensor) -> None:
-    """Adds B̂ (c_k ∘ (Â x)) to y in its place, for K copies of some tokens: y (K, tokens, out), x (K, tokens, in)."""
-    (width, into), out, tokens = block.a.shape, len(block.b), x.shape[1]
-    c = c[:, None].to(block.a.dtype)  # (K, 1, R)
-    # Either K whole updates are made, or all tokens go through the factors: what takes fewer products.
-    if into * out * (width + tokens) < tokens * width * (into + out):
-        y.baddbmm_(x, ((block.b * c) @ block.a).mT)
-    else:
-        y.view(-1, out).addmm_((x @ block.a.T * c).flatten(0, 1), block.b.T)
 
 
 def _fresh(update: LowRank, generator: torch.Generator) -> LowRank:

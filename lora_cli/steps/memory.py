@@ -1,5 +1,6 @@
 """The memory of a fit by what holds it, from a step of it that is made without data."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lora_cli.models.base_model import BaseModel
+from lora_cli.models.concatenated import Block, added
 from lora_cli.models.counted import most_held, without_data
 from lora_cli.models.encode import Encoded
 from lora_cli.models.four_bit import held
-from lora_cli.models.mixture import Block, term_of
 from lora_cli.models.recompute import recomputed
 from lora_cli.steps.train.descent import passes
 
@@ -59,20 +60,23 @@ def held_by_fit(
     }
 
 
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def step_of(
     base: BaseModel, ranks: Mapping[str, int], batch: Sequence[Encoded], recompute: bool
 ) -> Callable[[], object]:
     """The forward and backward passes of one step, through factors and coefficients without values of their own."""
-    blocks, coefficients = dict[str, Block](), dict[str, Tensor]()
+    terms, weights = {}, {}
     for name, rank in ranks.items():
         out, into = base.shapes[name]
         a, b = (torch.zeros(shape, device=base.device, dtype=base.dtype) for shape in ((rank, into), (out, rank)))
-        blocks[name] = Block(a, b, ())
-        coefficients[name] = torch.zeros(rank, device=base.device, requires_grad=True)
-    terms = {name: term_of(block, lambda name=name: coefficients[name]) for name, block in blocks.items()}  # type: ignore[misc]
+        c = torch.zeros(rank, device=base.device, requires_grad=True)
+        terms[name], weights[name] = added(Block(a, b, ()), functools.partial(_same, c), base.model.get_submodule(name))
 
     def work() -> None:
-        with base.attach({}, terms), recomputed(base.model) if recompute else nullcontext():
+        with base.attach({}, terms, weights=weights), recomputed(base.model) if recompute else nullcontext():
             for rows in passes([len(example.ids) for example in batch]):
                 loss = base.completion_losses([batch[row] for row in rows]).sum()
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from lora_cli.formats.reader import open_adapter
 from lora_cli.formats.store import AdapterFiles, folder_ref
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
+from lora_cli.models.answering import Asked, answers
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.kept import can_keep
@@ -24,7 +25,6 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example
 from lora_cli.steps.evaluate.groups import MOST_TOGETHER, Judging
 from lora_cli.steps.fit.command import Command
-from lora_cli.steps.train.descent import passes
 
 
 class Objective(Protocol):
@@ -70,24 +70,23 @@ def options_of(how: Search) -> EvalOptions:
 
 
 class ByLikelihood:
-    """A metric of likelihoods: one pass over the examples, which tries all candidates in one batch."""
+    """A metric of likelihoods: all candidates read the examples together, what these begin with once per candidate."""
 
     def __init__(self, base: BaseModel, mixture: Mixture, examples: Sequence[Encoded], metric: Method) -> None:
         self._base, self._mixture, self._examples = base, mixture, examples
         self._judge: Callable[[Sequence[float]], Sequence[float]] = METRICS.load(metric.name)
         self.at_once = MOST_TOGETHER if mixture.tries_together else 1
 
-    @torch.no_grad()
     def values(self, thetas: Tensor) -> list[float]:
         """The mean value of the examples by each θ."""
-        examples, copies = self._examples, len(thetas)
-        means = torch.zeros(copies, len(examples), dtype=torch.float64)
+        copies, found = len(thetas), [[0.0] * len(self._examples) for _ in thetas]
+        asked = [Asked(owner, example) for example in self._examples for owner in range(copies)]
         with self._mixture.trying(thetas):
-            for rows in passes([len(item.ids) for item in examples], copies=copies):
-                part = [examples[row] for row in rows]
-                totals = self._base.completion_losses(part * copies).view(copies, len(part)).double().cpu()
-                means[:, rows] = totals / torch.tensor([item.tokens for item in part])
-        return [_mean(self._judge([-loss for loss in own])) for own in means.tolist()]
+            together = self._mixture if copies > 1 else None
+            for ended in answers(self._base, asked, together, most=0, limit=None):
+                for place, told in ended:
+                    found[place % copies][place // copies] = told.log_likelihood
+        return [_mean(self._judge(own)) for own in found]
 
 
 class ByAnswers:
