@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lora_cli.algebra import kernels
 from lora_cli.algebra.draws import uniform
+from lora_cli.algebra.fused import HEIGHT, Drop, Entries, Fused
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Per, Updates
 
@@ -26,6 +28,8 @@ _TILE_BYTES = {"cpu": 1 << 19}
 _TILE_BYTES_ELSEWHERE = 1 << 28
 # Updates with at most this many entries are searched without a sample.
 _SMALL = 1 << 14
+# A sample has so many times size^⅔ entries, which cost about as much as they save.
+_SAMPLED = 4
 
 
 class DeltaTiles:
@@ -44,6 +48,16 @@ class DeltaTiles:
 
     def __len__(self) -> int:
         return len(self.updates)
+
+    def sum(self, entries: Entries) -> Tensor:
+        """The sum of the entries that count, each times its update's weight, (out, in)."""
+        found = self._fused(entries, None)
+        return self.merge(lambda block: block.summed(entries)) if found is None else found
+
+    def elect(self, entries: Entries, election: Election = "total") -> Tensor:
+        """The mean of the entries that count and have the elected sign, as a `Ballot` finds it, (out, in)."""
+        found = self._fused(entries, election)
+        return self.merge(lambda block: block.elected(entries, election)) if found is None else found
 
     def merge(self, rule: Callable[["Block"], Tensor]) -> Tensor:
         """The dense result (out, in) of `rule`, which turns a block of rows into its merged rows (rows, in)."""
@@ -78,17 +92,26 @@ class DeltaTiles:
         pieces, inside = (1, 1) if n >= workers else (2 * workers, workers)
 
         def threshold(update: LowRank) -> float:
-            return exact_threshold(self._parts(update, pieces), density, inside, self._height)
+            return exact_threshold(self._parts(update, pieces), density, inside)
 
         found = [threshold(u) for u in self.updates] if inside > 1 else _each(threshold, self.updates, workers)
         return torch.tensor(found, dtype=torch.float64)
 
     def _parts(self, update: LowRank, pieces: int) -> list["Part"]:
-        # Use whole blocks, so that entries are rounded as in `merge`.
-        blocks = math.ceil(self.shape[0] / self._height)
-        height = math.ceil(blocks / pieces) * self._height
+        # Cut between tiles, so that entries are rounded as in `sum` and `elect`.
+        unit = HEIGHT if kernels.compiles(update.B) else self._height
+        height = math.ceil(self.shape[0] / (pieces * unit)) * unit
         chunks = [LowRank(update.B[rows], update.A) for rows in _row_blocks(self.shape[0], height)]
         return [Part(chunk.shape, lambda chunk=chunk: chunk) for chunk in chunks]  # type: ignore[misc]
+
+    def _fused(self, entries: Entries, election: Election | None) -> Tensor | None:
+        """The result from the factors in one compiled loop, or None where none runs."""
+        fused = Fused.of(self.updates)
+        if fused is None:
+            return None
+        result = self.updates[0].B.new_empty(self.shape)
+        _each(fused.merging(entries, self.updates.keys, election, result), fused.spans(), self._workers)
+        return result
 
 
 class Block:
@@ -107,13 +130,9 @@ class Block:
         self._taken = 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        tile = self._take()
+        tile = self._tile()
         for update in self.updates:
             yield torch.mm(update.B[self.rows], update.A, out=tile)
-
-    def zeros(self) -> Tensor:
-        """An empty sum, (rows, in), good until the next block."""
-        return self._take().zero_()
 
     def uniform(self, seed: int) -> Iterator[Tensor]:
         """For every adapter numbers from [0, 1), (rows, in) float32: those of its own stream for these entries."""
@@ -121,12 +140,49 @@ class Block:
         for key in self.updates.keys:
             yield uniform(seed, key, self.rows.start * width, height * width, self.updates[0].B.device).view(height, -1)
 
-    def _take(self) -> Tensor:
-        height = self.rows.stop - self.rows.start
+    def summed(self, entries: Entries) -> Tensor:
+        """The sum of the entries that count, each times its update's weight, (rows, in)."""
+        total = self.zeros()
+        low, high = entries.low or repeat(0.0), entries.high or repeat(math.inf)
+        bounds = zip(entries.weights, low, high, strict=False)
+        for tile, (weight, least, most) in zip(self._left(entries.drop), bounds, strict=True):
+            if entries.low or entries.high:
+                size = tile.abs()
+                tile.mul_(((size >= least) & (size < most)).to(tile.dtype))
+            total.add_(tile, alpha=weight / entries.density)
+        return total
+
+    def elected(self, entries: Entries, election: Election) -> Tensor:
+        """The mean of the entries that count and have the elected sign, (rows, in)."""
+        ballot = Ballot(self, election)
+        cuts = entries.low or [0.0] * len(entries.weights)
+        for tile, weight, cut in zip(self._left(entries.drop), entries.weights, cuts, strict=True):
+            ballot.cast(tile.div_(entries.density) if entries.drop else tile, weight, cut)
+        return ballot.mean()
+
+    def _left(self, drop: Drop | None) -> Iterator[Tensor]:
+        """The tiles with what is dropped set to zero."""
+        if drop is None:
+            yield from self
+            return
+        for tile, drawn in zip(self, self.uniform(drop.seed), strict=True):
+            yield tile.mul_((drawn < drop.density).to(tile.dtype))
+
+    def zeros(self) -> Tensor:
+        """An empty sum, (rows, in), good until the next block."""
+        return self._tile().zero_()
+
+    def lend(self, count: int) -> Tensor:
+        """A vector of `count` numbers that holds anything, good until the next block."""
         if self._taken == len(self._lent):
-            self._lent.append(self.updates[0].B.new_empty(height, self.updates.shape[1]))
+            # The first block is the largest.
+            self._lent.append(self.updates[0].B.new_empty(count))
         self._taken += 1
-        return self._lent[self._taken - 1][:height]
+        return self._lent[self._taken - 1][:count]
+
+    def _tile(self) -> Tensor:
+        height, width = self.rows.stop - self.rows.start, self.updates.shape[1]
+        return self.lend(height * width).view(height, width)
 
 
 class Ballot:
@@ -138,24 +194,20 @@ class Ballot:
     """
 
     def __init__(self, block: Block, election: Election = "total") -> None:
-        self._plus, self._minus, self._agreed, self._against = (block.zeros() for _ in range(4))
-        self._votes = None if election == "total" else block.zeros()
-        self._by_sign = election == "frequency"
+        self._election = election
+        self._votes = block.zeros()
+        self._sums = block.lend(kernels.sums_of(self._votes)).zero_()
 
     def cast(self, tile: Tensor, weight: float, cut: float = 0.0) -> None:
         """Hand in one adapter's entries and weight; entries with a magnitude below `cut` do not count. Keeps `tile`."""
-        kernels.cast(tile, weight, cut, self._plus, self._minus, self._agreed, self._against)
-        if self._votes is None:
-            return
-        kept = tile * (tile.abs() >= cut).to(tile.dtype)
-        if self._by_sign:
-            kept = kept.sign_().mul_((weight > 0) - (weight < 0))
-        self._votes.add_(kept)
+        kernels.cast(tile, weight, cut, self._sums)
+        if self._election != "total":
+            sign = (weight > 0) - (weight < 0) if self._election == "frequency" else None
+            kernels.vote(tile, cut, sign, self._votes)
 
     def mean(self) -> Tensor:
         """Σ w_i x_i / Σ |w_i| over the adapters with the elected sign; 0 where votes cancel or nobody voted."""
-        votes = self._plus + self._minus if self._votes is None else self._votes
-        return kernels.elected(votes, self._plus, self._minus, self._agreed, self._against)
+        return kernels.elected(self._sums, self._votes, self._election == "total")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,16 +218,15 @@ class Part:
     read: Callable[[], LowRank]
 
 
-def exact_threshold(parts: Sequence[Part], density: float, workers: int = 1, height: int | None = None) -> float:
+def exact_threshold(parts: Sequence[Part], density: float, workers: int = 1) -> float:
     """The smallest magnitude among the ⌊density · size⌉ (at least one) largest entries of all parts; 0 at density 1.
 
     A sample brackets the value; one pass over the dense entries counts those above the bracket and collects those in
-    it. Where the bracket missed, a wider one is tried. At most size^⅔ entries are held besides one tile per worker,
-    save where many are equal.
+    it. Where the bracket missed, a wider one is tried. A few times size^⅔ entries are held besides a tile per worker,
+    more where many are equal.
 
     Args:
         workers: how many parts are worked on at once. The result does not depend on it.
-        height: rows per block; decided by the shape where not given.
     """
     size = sum(math.prod(part.shape) for part in parts)
     k = max(1, round(density * size))
@@ -187,7 +238,7 @@ def exact_threshold(parts: Sequence[Part], density: float, workers: int = 1, hei
         low, high = _bracket(sample, k / size, deviations)
 
         def count(part: Part, low: float = low, high: float = high) -> tuple[int, Tensor]:
-            return _count(part.read(), low, high, height)
+            return _count(part.read(), low, high)
 
         counts = _each(count, parts, workers)
         above, inside = sum(over for over, _ in counts), torch.cat([found for _, found in counts])
@@ -199,22 +250,23 @@ def exact_threshold(parts: Sequence[Part], density: float, workers: int = 1, hei
 
 
 def _sample(parts: Sequence[Part], size: int, workers: int) -> Tensor:
-    """Magnitudes drawn entry by entry, each part by its size; about size^⅔, which costs what it saves.
+    """Some magnitudes of each part, by its size, a few times size^⅔ of them.
 
-    Single entries at r multiplications each: those of whole rows would be too much alike.
+    Each of a number of blocks has rows and columns of its own, drawn at random. So every row counts alike; quantiles
+    are as good as those of single entries at random, which take five times as long.
     """
     if size <= _SMALL:
         return torch.empty(0)
-    rate = size ** (-1 / 3)
+    apart = round(size ** (1 / 3) / _SAMPLED)
 
     def draw(place: int) -> Tensor:
         update = parts[place].read()
         generator = torch.Generator().manual_seed(place)
-        count = math.ceil(rate * math.prod(update.shape))
-        rows, columns = (
-            torch.randint(side, (count,), generator=generator).to(update.B.device) for side in update.shape
-        )
-        return kernels.entries(update.B, update.A, rows, columns).abs()
+        rows, columns = (torch.randperm(side, generator=generator) for side in update.shape)
+        blocks, width = min(apart, *update.shape), max(1, update.shape[1] // apart)
+        rows = rows[: len(rows) // blocks * blocks].view(blocks, -1).to(update.B.device)
+        columns = columns[: blocks * width].view(blocks, width).to(update.B.device)
+        return torch.bmm(update.B[rows], update.A[:, columns].transpose(0, 1)).abs_().view(-1)
 
     return torch.cat(_each(draw, range(len(parts)), workers))
 
@@ -230,13 +282,13 @@ def _bracket(sample: Tensor, density: float, deviations: float) -> tuple[float, 
     )
 
 
-def _count(update: LowRank, low: float, high: float, height: int | None) -> tuple[int, Tensor]:
+def _count(update: LowRank, low: float, high: float) -> tuple[int, Tensor]:
+    if fused := Fused.of([update]):
+        return fused.tally(low, high)
     above, inside = 0, [update.B.new_empty(0)]
-    tile = update.B.new_empty(height or _height(update), update.shape[1])
-    room = tile.new_empty(tile.numel() + 1)
+    tile = update.B.new_empty(_height(update), update.shape[1])
     for rows in _row_blocks(update.shape[0], len(tile)):
-        block = torch.mm(update.B[rows], update.A, out=tile[: rows.stop - rows.start])
-        over, found = kernels.tally(block, low, high, room)
+        over, found = kernels.tally(torch.mm(update.B[rows], update.A, out=tile[: rows.stop - rows.start]), low, high)
         above += over
         inside.append(found)
     return above, torch.cat(inside)

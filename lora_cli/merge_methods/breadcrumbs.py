@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.algebra.tiles import Block, DeltaTiles
+from lora_cli.algebra.fused import Entries
+from lora_cli.algebra.tiles import DeltaTiles
 from lora_cli.methods import Knob, method
 
 
@@ -26,7 +27,7 @@ def breadcrumbs(
 
     Weights: those of `linear`.
 
-    Cost: O(R · out · in), three times: for each border and for the sum. Memory holds one tile per thread and the dense
+    Cost: O(R · out · in), three times: for each border and for the sum. Memory holds the dense
     result.
 
     Use: where single outliers carry a task's quirks. The largest entries of a low-rank update lie in few rows and
@@ -37,13 +38,5 @@ def breadcrumbs(
     """
     gamma = min(gamma, 1 - density)
     lower = deltas.thresholds(density + gamma, per).tolist()
-    upper = deltas.thresholds(gamma, per).tolist() if gamma > 0 else [float("inf")] * len(deltas)
-
-    def trim_and_sum(block: Block) -> Tensor:
-        total = block.zeros()
-        for tile, weight, low, high in zip(block, weights.tolist(), lower, upper, strict=True):
-            size = tile.abs()
-            total.add_(tile.mul_(((size >= low) & (size < high)).to(tile.dtype)), alpha=weight)
-        return total
-
-    return deltas.merge(trim_and_sum)
+    upper = deltas.thresholds(gamma, per).tolist() if gamma > 0 else []
+    return deltas.sum(Entries(weights.tolist(), low=lower, high=upper))

@@ -4,7 +4,8 @@ from typing import Annotated
 
 from torch import Tensor
 
-from lora_cli.algebra.tiles import Block, DeltaTiles
+from lora_cli.algebra.fused import Drop, Entries
+from lora_cli.algebra.tiles import DeltaTiles
 from lora_cli.methods import Knob, method
 
 
@@ -25,7 +26,7 @@ def dare(
 
     Weights: those of `linear`.
 
-    Cost: O(R · out · in). Memory holds one tile per thread and the dense result.
+    Cost: O(R · out · in). Memory holds the dense result.
 
     Use: as a reference point. Dropping adds noise of variance (1 - density)/density · w_i² · ΔW_i² to each entry and
     removes nothing on average; the paper shows that much can be dropped without harm. `rank-dare` drops whole
@@ -33,11 +34,4 @@ def dare(
 
     Source: Yu et al. 2023, arXiv 2311.03099, on ΔW itself. PEFT's `dare_linear` drops per factor.
     """
-
-    def drop_and_sum(block: Block) -> Tensor:
-        total = block.zeros()
-        for tile, drawn, weight in zip(block, block.uniform(seed), weights.tolist(), strict=True):
-            total.add_(tile.mul_((drawn < density).to(tile.dtype)), alpha=weight / density)
-        return total
-
-    return deltas.merge(drop_and_sum)
+    return deltas.sum(Entries(weights.tolist(), drop=Drop(density, seed)))

@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
+from lora_cli.algebra.fused import Drop, Entries
+from lora_cli.algebra.tiles import DeltaTiles
 from lora_cli.methods import Knob, method
 
 
@@ -24,18 +25,11 @@ def dare_ties(
 
     Weights: only their ratios matter; a negative one flips the sign of its adapter.
 
-    Cost: O(R · out · in), once, without ranking. Memory holds one tile per thread and the dense result.
+    Cost: O(R · out · in), once, without ranking. Memory holds the dense result.
 
     Use: in place of `ties`, without ranking entries by size. The norm of its result is about that of `ties`: six times
     the plain average's for 8 unrelated adapters, ten times for 30.
 
     Source: Yu et al. 2023, arXiv 2311.03099, with the election of Yadav et al. 2023, arXiv 2306.01708; on ΔW itself.
     """
-
-    def drop_and_elect(block: Block) -> Tensor:
-        ballot = Ballot(block, election)
-        for tile, drawn, weight in zip(block, block.uniform(seed), weights.tolist(), strict=True):
-            ballot.cast(tile.mul_((drawn < density).to(tile.dtype)).div_(density), weight)
-        return ballot.mean()
-
-    return deltas.merge(drop_and_elect)
+    return deltas.elect(Entries(weights.tolist(), drop=Drop(density, seed)), election)

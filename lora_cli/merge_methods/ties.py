@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles
+from lora_cli.algebra.fused import Entries
+from lora_cli.algebra.tiles import DeltaTiles
 from lora_cli.methods import Knob, method
 
 
@@ -26,7 +27,7 @@ def ties(
 
     Weights: only their ratios matter; a negative one flips the sign of its adapter.
 
-    Cost: O(R · out · in), twice: for the thresholds and for the election. Memory holds one tile per thread and the
+    Cost: O(R · out · in), twice: for the thresholds and for the election. Memory holds the
     dense result, never an adapter's dense update. `--per adapter` first finds the thresholds over all modules.
 
     Use: for adapters of different tasks that interfere. The result has full rank: check how much of its energy the
@@ -38,11 +39,4 @@ def ties(
     adapters, not by their weights; its `add_weighted_adapter` works per factor, which is not this method.
     """
     cuts = deltas.thresholds(density, per).tolist()
-
-    def elect_and_average(block: Block) -> Tensor:
-        ballot = Ballot(block, election)
-        for tile, weight, cut in zip(block, weights.tolist(), cuts, strict=True):
-            ballot.cast(tile, weight, cut)
-        return ballot.mean()
-
-    return deltas.merge(elect_and_average)
+    return deltas.elect(Entries(weights.tolist(), low=cuts), election)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora_cli.algebra import kernels
+from lora_cli.algebra import compiled, kernels
 from lora_cli.algebra.draws import stream, uniform
 from lora_cli.algebra.lowrank import LowRank, squared_norm
 from lora_cli.algebra.tiles import Ballot, Block, DeltaTiles, Part, exact_threshold
@@ -95,11 +95,11 @@ def test_a_bracket_that_misses_is_widened(monkeypatch: pytest.MonkeyPatch) -> No
     u = update(300, 200, 4, 1)
     asked = []
 
-    def far_off(b: Tensor, a: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        asked.append(len(rows))
-        return torch.linspace(1e-9, 2e-9, len(rows), dtype=b.dtype)
+    def far_off(parts: list[Part], size: int, workers: int) -> Tensor:
+        asked.append(size)
+        return torch.linspace(1e-9, 2e-9, 5000, dtype=u.B.dtype)
 
-    monkeypatch.setattr(kernels, "entries", far_off)
+    monkeypatch.setattr("lora_cli.algebra.tiles._sample", far_off)
     part = Part(u.shape, lambda: u)
     assert exact_threshold([part], 0.2) == pytest.approx(kth(u.dense(), 0.2), rel=1e-12)
     assert asked
@@ -226,8 +226,8 @@ def test_where_nothing_can_be_written_the_loops_are_compiled_each_time(monkeypat
         return compile_(**options)
 
     monkeypatch.setattr(numba, "njit", no_place)
-    loop = kernels._loop.__wrapped__(kernels._squares)
-    assert loop(np.full(40, 2.0), np.zeros(32)) == 160.0
+    loop = compiled.loop(compiled.squares.py_func)  # type: ignore[attr-defined]
+    assert loop(np.full(40, 2.0), np.zeros(compiled.GROUP)) == 160.0
 
 
 @pytest.mark.slow

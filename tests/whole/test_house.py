@@ -86,7 +86,7 @@ KEEPERS = {
     "safetensors": ("world", "models.new_adapter"),
     "huggingface_hub": ("hub",),
     "sqlite_utils": ("catalogue.sqlite",),
-    "numba": ("algebra.kernels",),
+    "numba": ("algebra.compiled",),
     "scipy": ("steps", "checks.sketch"),
     "cma": ("steps.fit.search",),
     "ray": ("executors._ray_driver",),
