@@ -3,6 +3,8 @@
     python -m tests.bench.bench_merge            one layer: ours beside PEFT, five runs each
     python -m tests.bench.bench_merge ties       TIES alone: beside PEFT's on deltas and a dense top-k, and its parts
     python -m tests.bench.bench_merge model DIR  224 modules, 30 adapters of 84 MB made in DIR, by the command line
+    python -m tests.bench.bench_merge beside PYTHON DIR LAYERS [OPTIONS]
+                                                 the same with fewer layers, in turns with the lora of another interpreter
 
 Random Gaussian adapters are mutually near-orthogonal: the worst case for truncation and the slowest for TIES.
 """
@@ -17,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -246,40 +249,68 @@ def ties_rows(runs: int = 3) -> None:
         print(f"| {module} | {parts} | {row['seconds']:.2f} | {row['rise'] / 1e9:.2f} GB |", flush=True)
 
 
-def model(folder: Path, *options: str) -> None:
-    """A whole 8B model through the command line: 30 adapters, 224 modules."""
-    for i in range(30):
-        target = folder / f"adapter{i:02d}"
+class Made(NamedTuple):
+    """The adapters of a model that is made: (out, in) of a layer's modules, the number of layers and of adapters."""
+
+    shapes: dict[str, tuple[int, int]] = LAYER
+    layers: int = 32
+    adapters: int = 30
+
+
+def write_adapters(folder: Path, made: Made) -> list[str]:
+    """The folders of random adapters of rank 16 in bf16; those that are there are left as they are."""
+    folders = [folder / f"adapter{i:02d}" for i in range(made.adapters)]
+    for i, target in enumerate(folders):
         if (target / "adapter_config.json").exists():
             continue
         target.mkdir(parents=True, exist_ok=True)
         g = torch.Generator().manual_seed(i)
         tensors = {}
-        for n in range(32):
-            for name, (out, inn) in LAYER.items():
+        for n in range(made.layers):
+            for name, (out, inn) in made.shapes.items():
                 key = f"base_model.model.model.layers.{n}.{name}"
                 tensors[f"{key}.lora_A.weight"] = (torch.randn(RANK, inn, generator=g) / 64).bfloat16()
                 tensors[f"{key}.lora_B.weight"] = (torch.randn(out, RANK, generator=g) / 64).bfloat16()
         save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
         config = {"peft_type": "LORA", "base_model_name_or_path": "acme/8b", "r": RANK, "lora_alpha": RANK}
-        config["target_modules"] = sorted({name.rpartition(".")[2] for name in LAYER})
+        config["target_modules"] = sorted({name.rpartition(".")[2] for name in made.shapes})
         (target / "adapter_config.json").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        "-m",
-        "lora_cli",
-        "merge",
-        "--db",
-        str(folder / "bench.db"),
-        "-o",
-        str(folder / "merged"),
-    ]
+    return [str(one) for one in folders]
+
+
+def model(
+    folder: Path, *options: str, made: Made | None = None, python: str = sys.executable, limit: float = 3600
+) -> float:
+    """A whole 8B model through the command line: 30 adapters, 224 modules. Seconds.
+
+    python: the interpreter whose lora merges. limit: seconds after which the merge is given up.
+    """
+    # Elsewhere than in this tree: Python would import its lora for any interpreter.
+    folder = folder.resolve()
+    adapters = write_adapters(folder, made or Made())
+    command = [python, "-m", "lora_cli", "merge", "--db", str(folder / "bench.db"), "-o", str(folder / "merged")]
     start = time.perf_counter()
-    subprocess.run([*command, "--force", *options, *sorted(map(str, folder.glob("adapter*")))], check=True)
+    try:
+        subprocess.run([*command, "--force", *options, *adapters], check=True, timeout=limit, cwd=folder)
+    except subprocess.TimeoutExpired:
+        print(f"not done in {limit:.0f} s")
+        return limit
+    seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     size = sum(f.stat().st_size for f in (folder / "merged").iterdir())
-    seconds = time.perf_counter() - start
-    print(f"{seconds:.0f} s, peak {peak / 1e9:.2f} GB, result {size / 1e6:.0f} MB, {os.cpu_count()} CPUs")
+    print(f"{seconds:.1f} s, peak {peak / 1e9:.2f} GB, result {size / 1e6:.0f} MB, {os.cpu_count()} CPUs")
+    return seconds
+
+
+def beside(python: str, folder: Path, layers: int, *options: str, runs: int = 3) -> None:
+    """The command of this tree and that of another interpreter in turns: medians, and their ratio."""
+    ways = {"other": python, "this": sys.executable}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(runs):
+        for name, interpreter in ways.items():
+            found[name].append(model(folder, *options, made=Made(layers=layers), python=interpreter))
+    other, this = (statistics.median(seconds) for seconds in found.values())
+    print(f"{' '.join(options)}, {layers} layers: {other:.1f} s and {this:.1f} s, {other / this:.2f} times as quick")
 
 
 if __name__ == "__main__":
@@ -289,5 +320,7 @@ if __name__ == "__main__":
         ties_rows(*map(int, sys.argv[2:3]))
     elif sys.argv[1:2] == ["model"]:
         model(Path(sys.argv[2]), *sys.argv[3:])
+    elif sys.argv[1:2] == ["beside"]:
+        beside(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
     else:
         layer()
