@@ -4,7 +4,7 @@
     python -m tests.bench.bench_merge ties       TIES alone: beside PEFT's on deltas and a dense top-k, and its parts
     python -m tests.bench.bench_merge model DIR  224 modules, 30 adapters of 84 MB made in DIR, by the command line
     python -m tests.bench.bench_merge beside PYTHON DIR LAYERS [OPTIONS]
-                                                 the same with fewer layers, in turns with the lora of another interpreter
+                                                 the same with fewer layers, in turns with the lora of another Python
 
 Random Gaussian adapters are mutually near-orthogonal: the worst case for truncation and the slowest for TIES.
 """
