@@ -37,6 +37,7 @@ SUMMARIES = {
     "bake": "Add an adapter to its base model, and report how much of the update survived.",
     "export": "Write an adapter in the form that another program reads, and check it by reading it back as the program "
     "does.",
+    "push": "Upload the adapter in a result's folder to the Hub, as one commit.",
     "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
     "spectra.",
     "task": "The examples of a task, as a base model reads them.",
@@ -54,6 +55,7 @@ _KEPT = {
     "fit": "the last state is kept: the same command goes on from there",
     "eval": "the answers so far are kept: the same command goes on from there",
     "study": "done cells are kept: the same command goes on from there",
+    "push": "the repository has all of the commit or nothing of it: the same command tells which, and finishes it",
     **dict.fromkeys(
         ("merge", "train", "bake", "convert", "export", "pool import", "pool export"),
         "nothing half-written is left: run the command again",

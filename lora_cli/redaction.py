@@ -35,6 +35,11 @@ def redacted(text: str) -> str:
     return _BEARER.sub(rf"\1{_HIDDEN}", text) if "bearer" in lowered else text
 
 
+def holds_a_token(text: str) -> bool:
+    """Whether `text` holds a token of the Hub, or a secret that was given to `hide`."""
+    return _TOKEN.search(text) is not None or any(secret in text for secret in _secrets)
+
+
 class Redacting:
     """A text stream that passes redacted text on to another one."""
 

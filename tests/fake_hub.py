@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode, urlsplit
 
+from tests.fake_files import BASE, lora_files
+from tests.fake_uploads import Uploads, answer_upload, details, receive
 from tests.faults import ANSWERS, Fault, RandomFaults
 
 LISTING_PROPERTIES = {
@@ -50,49 +52,6 @@ LISTING_PROPERTIES = {
     "widgetData",
     "resourceGroup",
 }
-BASE = "acme/tiny-llama"
-
-
-def safetensors_bytes(tensors: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
-    """A safetensors file of (dtype, shape, little-endian bytes) per name."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    body = b""
-    for name, (dtype, shape, data) in sorted(tensors.items()):
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(body), len(body) + len(data)]}
-        body += data
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + body
-
-
-def lora_files(
-    *,
-    base: str | None = BASE,
-    rank: int = 4,
-    alpha: float = 8,
-    layers: int = 2,
-    hidden: int = 8,
-    modules: Sequence[str] = ("q_proj", "v_proj"),
-    value: float = 0.5,
-    **config: Any,
-) -> dict[str, bytes]:
-    """adapter_config.json and adapter_model.safetensors of a small LoRA whose numbers are all `value`."""
-    facts = {
-        "base_model_name_or_path": base, "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": alpha,
-        "target_modules": list(modules), "bias": "none", "fan_in_fan_out": False, "lora_dropout": 0.0,
-        "modules_to_save": None, **config,
-    }  # fmt: skip
-    tensors = {}
-    block = struct.pack("<f", value) * (rank * hidden)
-    for layer in range(layers):
-        for module in modules:
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            tensors[f"{stem}.lora_A.weight"] = ("F32", (rank, hidden), block)
-            tensors[f"{stem}.lora_B.weight"] = ("F32", (hidden, rank), block)
-    return {
-        "adapter_config.json": json.dumps(facts).encode(),
-        "adapter_model.safetensors": safetensors_bytes(tensors),
-    }
 
 
 @dataclass
@@ -113,6 +72,7 @@ class Repo:
     gated: str | bool = False
     listed: bool = True
     hub_id: str = ""
+    private: bool = False
     sha: str = ""
     versions: dict[str, dict[str, bytes]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
@@ -153,7 +113,7 @@ class Repo:
             "library_name": "peft",
             "likes": self.likes,
             "pipeline_tag": "text-generation",
-            "private": False,
+            "private": self.private,
             "sha": commit or self.sha,
             "siblings": [{"rfilename": name} for name in (".gitattributes", *self.versions[commit or self.sha])],
             "tags": ["peft", "safetensors", f"base_model:adapter:{self.base}", *self.tags, f"license:{self.licence}"],
@@ -193,6 +153,7 @@ class FakeHub:
         self.answer_headers: dict[str, str] = {}
         self.random_faults: RandomFaults | None = None
         self.closed = threading.Event()
+        self.uploads = Uploads()
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._servers = [self._serve("hub"), self._serve("cdn")]
@@ -282,8 +243,13 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.delay:
             time.sleep(hub.delay)
         self.fault = hub._fault(f"{self.role}:{self.path}")
+        writes = self.command in ("POST", "PUT")
+        if writes and not receive(self):
+            return None
         if self.fault and self.fault.kind in ANSWERS:
             return ANSWERS[self.fault.kind](self, self.fault)
+        if writes:
+            return answer_upload(self, path)
         if self.role == "cdn":
             return self.cdn(path)
         if path == "/api/models":
@@ -297,7 +263,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.resolve(found[1], found[2], found[3])
         return self.answer(404, b"{}")
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def listing(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
@@ -329,13 +295,15 @@ class _Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str) -> None:
         if name in self.hub.renamed:
             return self.answer(307, b"", {"Location": f"/api/models/{quote(self.hub.renamed[name])}"})
-        if name not in self.hub.repos:
+        if name not in self.hub.repos or not self.hub.uploads.sees(self, self.hub.repos[name]):
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         commit = self.hub.repos[name].at(revision)
         if not commit:
             return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        expand = parse_qs(urlsplit(self.path).query).get("expand", [])
-        return self.answer(200, json.dumps(self.hub.repos[name].item(expand, commit)).encode())
+        query = parse_qs(urlsplit(self.path).query)
+        if "blobs" in query:
+            return self.answer(200, json.dumps(details(self.hub.repos[name], commit)).encode())
+        return self.answer(200, json.dumps(self.hub.repos[name].item(query.get("expand", []), commit)).encode())
 
     def resolve(self, name: str, revision: str, file: str) -> None:
         if name in self.hub.renamed:

@@ -140,6 +140,17 @@ def remove(db: Path, ids: Sequence[str]) -> None:
             table.execute("DELETE FROM runs WHERE id = ?", [id])
 
 
+def pushed_as(db: Path, commit: str) -> list[str]:
+    """Where the adapter of this commit was pushed to, as `owner/name@commit`, the newest push first."""
+    query = (
+        "SELECT json_extract(record, '$.results.repo') || '@' || json_extract(record, '$.results.commit') AS place "
+        "FROM runs JOIN json_each(record, '$.inputs') j WHERE command = 'push' AND status = 'done' "
+        "AND substr(j.key, -41) = ? GROUP BY place ORDER BY max(started) DESC, max(runs.rowid) DESC"
+    )
+    with closing(open_for_reading(db)) as connection:
+        return [str(row[0]) for row in connection.execute(query, [f"@{commit}"]) if row[0] is not None]
+
+
 def latest_output(db: Path, commands: Sequence[str], *holding: str) -> tuple[str, Path] | None:
     """Command and folder of the newest finished run of one of `commands` whose output still exists.
 

@@ -49,6 +49,39 @@ def of_base(path: Path, task: str, metric: str) -> list[StoredScore]:
     )
 
 
+class VersionScore(NamedTuple):
+    """A score of one version of an adapter, measured here.
+
+    `task` names the data, of which `sha256` is the hash. `delta` with `delta_low`..`delta_high` is the paired
+    difference to `baseline`, None where there is none.
+    """
+
+    task: str
+    sha256: str
+    metric: str
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+    baseline: str
+    delta: float | None
+    delta_low: float | None
+    delta_high: float | None
+
+
+def of_version(path: Path, commit: str) -> list[VersionScore]:
+    """The newest score, by task and metric, of the adapter at a commit, whatever its name was."""
+    query = (
+        "SELECT task, task_sha256, metric, value, low, high, n, coalesce(json_extract(details, '$.baseline'), ''), "
+        "json_extract(details, '$.delta'), json_extract(details, '$.delta_low'), json_extract(details, '$.delta_high') "
+        'FROM scores s WHERE "commit" = ? AND NOT imported AND value IS NOT NULL AND id = '
+        '(SELECT max(id) FROM scores t WHERE t."commit" = s."commit" AND t.task = s.task AND t.metric = s.metric '
+        "AND NOT t.imported AND t.value IS NOT NULL) ORDER BY task, metric"
+    )
+    with closing(open_for_reading(path)) as db:
+        return [VersionScore(*row) for row in db.execute(query, clean([commit]))]
+
+
 def _found(path: Path, query: str, task: str, metric: str) -> list[StoredScore]:
     query += " AND s.task = ? AND s.metric = ? AND s.value IS NOT NULL ORDER BY s.id"
     with closing(open_for_reading(path)) as db:

@@ -1,18 +1,28 @@
 """The model card of a folder: its text, and the licence in its front matter."""
 
+import hashlib
 import re
 from pathlib import Path
+from typing import Final
 
 from lora_cli.files import open_regular
 from lora_cli.records import MOST_DATASETS
 
+CARD_FILE: Final = "README.md"
 _MOST_BYTES = 65_536
+
+
+def write_card(folder: Path, text: str) -> str:
+    """Write the card of a result, and return its SHA-256, by which one that was edited since is known."""
+    data = text.encode()
+    (folder / CARD_FILE).write_bytes(data)
+    return hashlib.sha256(data).hexdigest()
 
 
 def read_card(folder: Path) -> str:
     """The beginning of the folder's README.md, "" if it cannot be read."""
     try:
-        with open_regular(folder / "README.md") as file:
+        with open_regular(folder / CARD_FILE) as file:
             return file.read(_MOST_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""

@@ -4,12 +4,14 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import DataError, Refused
 from lora_cli.files import read_given
-from lora_cli.formats.reader import OpenAdapter
 from lora_cli.records import Coefficients
+
+if TYPE_CHECKING:
+    from lora_cli.formats.reader import OpenAdapter
 
 COEFFICIENTS_FILE = "coefficients.json"
 _SCHEMA = "lora.coefficients/1"
@@ -41,7 +43,7 @@ def read_coefficients(file: Path) -> Coefficients:
         raise DataError(f"{file}: no coefficients", hint=f"give the {COEFFICIENTS_FILE} that lora fit wrote") from None
 
 
-def demand_fitting(coefficients: Coefficients, adapters: Sequence[OpenAdapter]) -> None:
+def demand_fitting(coefficients: Coefficients, adapters: "Sequence[OpenAdapter]") -> None:
     """Refused unless the coefficients are for exactly these adapters, modules and ranks, as they are."""
     if coefficients.trained:
         raise Refused(

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from lora_cli.errors import HeaderError, Refused
 from lora_cli.formats.header import TensorEntry, read_header
+from lora_cli.formats.kinds import DENSE_FILE
 from lora_cli.formats.reader import read_tensor
 from lora_cli.formats.run_record import read_record
 from lora_cli.hashes import Stamp, opened_as, sha256_of, stamp_of
@@ -17,7 +17,6 @@ from lora_cli.precision import FLOATS
 from lora_cli.records import AdapterRef, Progress, patient, silent
 from lora_cli.settings import folder_of
 
-DENSE_FILE: Final = "delta.safetensors"
 _SUFFIX = ".weight"
 _FLAG = "fan_in_fan_out"
 

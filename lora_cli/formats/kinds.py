@@ -14,6 +14,7 @@ from lora_cli.text import shortened
 
 CONFIG_NAME: Final = "adapter_config.json"
 WEIGHTS_NAME: Final = "adapter_model.safetensors"
+DENSE_FILE: Final = "delta.safetensors"
 PICKLE_SUFFIXES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 _SUFFIX = ".safetensors"

@@ -18,7 +18,7 @@ from lora_cli.hub.patience import (
     Unreachable,
     attempting,
 )
-from lora_cli.hub.problems import Busy, Halted, Overloaded, Silent, Unfit, is_silence, raise_translated
+from lora_cli.hub.problems import Busy, Halted, Overloaded, Silent, Unfit, is_silence, raise_translated, unwrapped
 from lora_cli.hub.session import Traffic, identity, meter, prepare, trust
 from lora_cli.records import Progress, silent
 
@@ -129,20 +129,20 @@ class Connection:
         for attempt in range(1, self._tries + 1):
             self._hold(wait)
             wait = _FIRST_WAIT * 2 ** (attempt - 1)
-            started = time.monotonic()
-            try:
-                with attempting(self._patience):
+            with attempting(self._patience) as current:
+                try:
                     return ask(get_session())
-            except BudgetSpent:
-                raise
-            except Exception as error:
-                tried += time.monotonic() - started
-                if attempt >= min(_tries_after(error), self._tries) or tried >= REQUEST_SECONDS or self.stopped:
-                    self._give_up(error, what, begin)
-                if isinstance(error, Busy) and error.response.status_code == 429:
-                    # The limit applies to the account, so every thread waits.
-                    pause = self._asked_wait(error.response, what) or wait
-                    self._pause_until = max(self._pause_until, time.monotonic() + pause)
+                except BudgetSpent:
+                    raise
+                except Exception as caught:
+                    error = unwrapped(caught)
+                tried += current.idle
+            if attempt >= min(_tries_after(error), self._tries) or tried >= REQUEST_SECONDS or self.stopped:
+                self._give_up(error, what, begin)
+            if isinstance(error, Busy) and error.response.status_code == 429:
+                # The limit applies to the account, so every thread waits.
+                pause = self._asked_wait(error.response, what) or wait
+                self._pause_until = max(self._pause_until, time.monotonic() + pause)
         raise AssertionError("unreachable")
 
     def _give_up(self, error: Exception, what: str, begin: float) -> Never:

@@ -4,7 +4,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Partial
@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
 SILENCE_SECONDS = 25.0
 REQUEST_SECONDS = 60.0
-SLOWEST = 10_000  # bytes per second that lengthen a request beyond REQUEST_SECONDS by as much
+SLOWEST = 10_000  # bytes per second, sent or received, that lengthen a request beyond REQUEST_SECONDS by as much
 WAITING = "waiting for the Hub, seconds"
 _FIRST_WORD = 3.0
 _STEP = 1.0  # between two looks at the clock, the user's patience and `stop`
+_PIECE = 1 << 16  # bytes that are sent between two such looks
 
 
 class Overdue(Exception):
@@ -84,19 +85,34 @@ class Patience:
 
 
 class Attempt:
-    """One try of a question, in one thread. `largest` is the most bytes of a body, None for no limit of its own."""
+    """One try of a question, in one thread. `largest` is the most bytes of a body, None for no limit of its own.
+
+    `on_sent` is called with the bytes that were sent so far.
+    """
 
     def __init__(self, patience: Patience) -> None:
         self.patience = patience
-        self.received = 0
+        self.moved = 0
         self.largest: int | None = None
-        self._begin = time.monotonic()
+        self.on_sent: Callable[[int], None] = lambda sent: None
+        self._sent = 0
+        self._begin = self._last = time.monotonic()
+
+    @property
+    def idle(self) -> float:
+        """The seconds since its last byte; those since its begin beyond the time of its bytes, if these are more."""
+        now = time.monotonic()
+        return max(now - self._last, now - self._begin - self.moved / SLOWEST)
+
+    def _move(self, count: int) -> None:
+        self.moved += count
+        self._last = time.monotonic()
 
     def left(self) -> float:
         """The seconds it may still take. Raises Overdue, or Stopped."""
         if self.patience.stopped.is_set():
             raise Stopped
-        left = self._begin + REQUEST_SECONDS + self.received / SLOWEST - time.monotonic()
+        left = self._begin + REQUEST_SECONDS + self.moved / SLOWEST - time.monotonic()
         if left <= 0:
             raise Overdue
         return left
@@ -119,8 +135,18 @@ class Attempt:
                 if elapsed >= _FIRST_WORD:
                     self.patience.show_wait(elapsed, timeout or REQUEST_SECONDS)
             else:
-                self.received += len(data)
+                self._move(len(data))
                 return data
+
+    def write(self, stream: Any, data: bytes, timeout: float | None) -> None:
+        """Send all of `data`, a piece at a time, each of which ends within the time that is left."""
+        view = memoryview(data)
+        for start in range(0, len(view), _PIECE):
+            left, piece = self.left(), view[start : start + _PIECE]
+            stream.write(piece, left if timeout is None else min(timeout, left))
+            self._move(len(piece))
+            self._sent += len(piece)
+            self.on_sent(self._sent)
 
 
 _running = threading.local()
@@ -147,11 +173,11 @@ def answered() -> Attempt | None:
 
 
 @contextlib.contextmanager
-def attempting(patience: Patience) -> Iterator[None]:
-    """A block that is one attempt: every read from the network in this thread keeps its time."""
-    _running.attempt = Attempt(patience)
+def attempting(patience: Patience) -> Iterator[Attempt]:
+    """A block that is one attempt: every transfer over the network in this thread keeps its time."""
+    attempt = _running.attempt = Attempt(patience)
     try:
-        yield
+        yield attempt
     finally:
         _running.attempt = None
         patience.hide_wait()
@@ -198,13 +224,20 @@ class _Stream:
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner
-        self.write, self.close, self.get_extra_info = inner.write, inner.close, inner.get_extra_info
+        self.close, self.get_extra_info = inner.close, inner.get_extra_info
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         attempt = running()
         return (
             self._inner.read(max_bytes, timeout) if attempt is None else attempt.read(self._inner, max_bytes, timeout)
         )
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        attempt = running()
+        if attempt is None:
+            self._inner.write(buffer, timeout)
+        else:
+            attempt.write(self._inner, buffer, timeout)
 
     def start_tls(self, *arguments: Any, **options: Any) -> "_Stream":
         return _Stream(self._inner.start_tls(*arguments, **options))

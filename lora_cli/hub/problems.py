@@ -20,6 +20,10 @@ class Busy(Exception):
         self.response = response
 
 
+class Broken(Exception):
+    """A request that writes broke off; its cause is the error of the transport."""
+
+
 class Absent(NothingMatched):
     """The Hub itself says that it has no such repository or revision; another NothingMatched may be a passing fault."""
 
@@ -143,6 +147,13 @@ def _raise_for_status(error: Exception, response: "httpx2.Response", what: str) 
         raise NetworkError(f"{what}: the Hub limits the rate", hint="rerun later") from error
     kind = Overloaded if status >= 500 else NetworkError
     raise kind(f"{what}: the Hub answers {status}", hint="rerun later") from error
+
+
+def unwrapped(error: Exception) -> Exception:
+    """The error below the words that the client, or the guard on its own tries, puts around it."""
+    while type(error) in (RuntimeError, Broken) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return error
 
 
 def is_silence(error: BaseException) -> bool:

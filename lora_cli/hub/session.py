@@ -15,8 +15,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, answered, keep_time, spend
-from lora_cli.hub.problems import Busy, Unfit
+from lora_cli.hub.patience import SILENCE_SECONDS, Attempt, answered, keep_time, running, spend
+from lora_cli.hub.problems import Broken, Busy, Unfit
 from lora_cli.redaction import hide
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def prepare() -> None:
     constants.HF_HUB_DISABLE_TELEMETRY = True
 
     def make() -> httpx2.Client:
-        client = httpx2.Client(
+        client = _client_class()(
             event_hooks={"request": [hf_request_event_hook, _before], "response": [_after]},
             follow_redirects=True,
             timeout=SILENCE_SECONDS,
@@ -93,6 +93,27 @@ def prepare() -> None:
         return client
 
     set_client_factory(make)
+
+
+@functools.cache
+def _client_class() -> "type[httpx2.Client]":
+    import httpx2
+
+    class Client(httpx2.Client):
+        """A client in which a transfer that breaks off while it writes is no error of the transport.
+
+        The library would send such a request again on its own, several times, without a word and without a limit.
+        """
+
+        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            try:
+                return super().send(request, **options)
+            except httpx2.TransportError as error:
+                if running() is None or request.method in ("GET", "HEAD"):
+                    raise
+                raise Broken from error
+
+    return Client
 
 
 def _before(request: "httpx2.Request") -> None:

@@ -23,7 +23,8 @@ from lora_cli.hub.client import Hub
 from lora_cli.sources.hub import HubSource
 from lora_cli.steps.pool.sync import SyncOptions, SyncReport, sync
 from tests.architectures import linear_skeleton
-from tests.fake_hub import BASE, FakeHub, lora_files, safetensors_bytes
+from tests.fake_files import safetensors_bytes
+from tests.fake_hub import BASE, FakeHub, lora_files
 from tests.paths import ROOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

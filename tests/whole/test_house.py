@@ -58,7 +58,7 @@ FLOORS = (
     ("steps.merge",),
     ("steps.fit", "steps.export"),
     ("steps.memory", "steps.speed"),
-    ("steps.estimate", "steps.select"),
+    ("steps.estimate", "steps.select", "steps.push"),
     ("steps.study",),
     ("executors",),
     ("world", "api"),

@@ -21,13 +21,14 @@ def show(
     """Show all facts about one adapter, their sources, its newest scores, and the reason if it is unusable."""
     from lora_cli.catalogue.adapters import Catalogue
     from lora_cli.catalogue.dump import scores_of
+    from lora_cli.catalogue.runs import pushed_as
     from lora_cli.formats.store import locate
 
     screen = form.screen()
     db = setup.load().db
     with Catalogue(db) as catalogue:
         row = catalogue.named(adapter)
-        provenance = catalogue.provenance(row.id)
+        provenance = catalogue.provenance(row.id) | {"pushed": pushed_as(db, row.commit)}
     files = locate(row.ref)
     facts = asdict(row) | {"target_modules": list(row.target_modules), "ranks": dict(row.ranks)}
     order = (

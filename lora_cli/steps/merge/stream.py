@@ -15,9 +15,10 @@ from torch import Tensor
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.errors import OutputError, Refused
 from lora_cli.formats.base_names import split_revision
-from lora_cli.formats.delta import DENSE_FILE, metadata, weight_of
+from lora_cli.formats.card import write_card
+from lora_cli.formats.delta import metadata, weight_of
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
-from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
+from lora_cli.formats.kinds import CONFIG_NAME, DENSE_FILE, WEIGHTS_NAME
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
@@ -120,10 +121,10 @@ def merge(
             energy=report.energy,
             norm=report.norm,
             mean_norm=report.mean_norm,
+            card=write_card(partial, _card(plan, report)),
             modules={m.module: {"rank": m.rank, "norm": m.norm, "energy": m.energy} for m in reports},
         )
         run.write(partial)
-        (partial / "README.md").write_text(_card(plan, report), encoding="utf-8")
     return report
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.formats.base_names import split_revision
+from lora_cli.formats.card import write_card
 from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.formats.run_record import Run
 from lora_cli.hashes import sha256_of
@@ -118,9 +119,9 @@ def train_and_write(
             n_train=result.n_train,
             n_validation=result.n_validation,
             curve=[asdict(point) for point in result.learnt.curve],
+            card=write_card(partial, _card(base.name, result)),
         )
         run.write(partial)
-        (partial / "README.md").write_text(_card(base.name, result), encoding="utf-8")
     return result
 
 
