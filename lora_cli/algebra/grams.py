@@ -70,8 +70,8 @@ class Grams:
     def at(self, dtype: torch.dtype) -> Gram | None:
         """The Gram matrices from products in a precision; None where fp32 lacks the range. O(R² (out + in))."""
         if dtype not in self._plain:
-            b = _products([b.T for b, _ in self.factors], dtype)
-            self._plain[dtype] = Gram(b, _products([a for _, a in self.factors], dtype), dtype)
+            b = products([b.T for b, _ in self.factors], dtype)
+            self._plain[dtype] = Gram(b, products([a for _, a in self.factors], dtype), dtype)
         found = self._plain[dtype]
         if dtype == torch.float32 and not found.in_range():
             return None
@@ -171,7 +171,7 @@ def _orthonormal(V: Tensor) -> Tensor:
     return turned.to(V.dtype)
 
 
-def _products(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def products(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """X Xᵀ, (R, R) float64, of the rows of the stacks X_i (r_i, features): products in `dtype`, sums in float64."""
     rank, features = sum(len(one) for one in stacks), stacks[0].shape[1]
     found = torch.zeros(rank, rank, dtype=torch.float64, device=stacks[0].device)

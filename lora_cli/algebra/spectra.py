@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lora_cli.algebra.grams import products
 from lora_cli.algebra.lowrank import LowRank, Spectrum, concat, svd
 from lora_cli.algebra.updates import Updates
 
@@ -49,7 +50,7 @@ def basis(X: Tensor) -> tuple[Tensor, Tensor]:
     the time of QR.
     """
     tall = X.shape[0] >= X.shape[1]
-    e, W = _strongest(X.T @ X if tall else X @ X.T)
+    e, W = _strongest(X.T if tall else X)
     Q = X @ (W * e.rsqrt()) if tall else W
     C = (W * e.sqrt()).T if tall else W.T @ X
     turn = signs(Q)
@@ -65,8 +66,17 @@ def polar(X: Tensor) -> Tensor:
     """
     if X.shape[0] < X.shape[1]:
         return polar(X.T).T
-    e, W = _strongest(X.T @ X)
+    e, W = _strongest(X.T)
     return X @ ((W * e.rsqrt()) @ W.T)
+
+
+def times_polar(Y: Tensor, X: Tensor) -> Tensor:
+    """Y P(X)ᵀ, (k, m), with P the polar factor of X (m, R): for Y (k, R) of fewer rows than X has columns."""
+    if X.shape[0] < X.shape[1]:
+        e, W = _strongest(X)
+        return Y @ X.T @ (W * e.rsqrt()) @ W.T
+    e, W = _strongest(X.T)
+    return Y @ (W * e.rsqrt()) @ W.T @ X.T
 
 
 def signs(Q: Tensor) -> Tensor:
@@ -124,8 +134,8 @@ def merged_inside(
     return LowRank(U.to(image.dtype), image if V is None else image @ V.T.to(image.dtype))
 
 
-def _strongest(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (k,) and eigenvectors (R, k) of a Gram matrix above the noise, largest first."""
-    e, W = torch.linalg.eigh(gram)
+def _strongest(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (k,) and eigenvectors (R, k) of X Xᵀ, X (R, m), above the noise, largest first."""
+    e, W = torch.linalg.eigh(products([X], X.dtype))
     kept = e > NOISE**2 * e[-1:]
     return e[kept].flip(0), W[:, kept].flip(1)

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.algebra.spectra import compact, counted, polar
+from lora_cli.algebra.spectra import compact, counted, polar, times_polar
 from lora_cli.algebra.updates import Updates
 from lora_cli.methods import method
 
 
 @method("spectral", weights="sum")
-def tsv(updates: Updates, weights: Tensor) -> LowRank:
+def tsv(updates: Updates, weights: Tensor) -> LowRank | Tensor:
     """Sum of the updates after their singular vectors are made orthogonal to each other.
 
     ΔW_i = U_i S_i V_iᵀ, on the singular values above 1e-5 of the update's largest. Side by side,
@@ -26,7 +26,7 @@ def tsv(updates: Updates, weights: Tensor) -> LowRank:
     others. Orthogonal adapters give Σ w_i ΔW_i; copies with weight 1 give one adapter, not N of it, so the default is
     the sum. With 1/N the result has 1/√N of an adapter's norm and little effect.
 
-    Cost: O(R² (out + in) + R³), float64, without the dense update.
+    Cost: O(R² (out + in) + R³), float64; without the dense update unless all factors together are larger than it.
 
     Use: for up to about ten adapters that overlap in a few directions. Unrelated adapters are nearly orthogonal, and
     the result is nearly their sum. If R is close to the smaller side, strong directions turn towards weak ones,
@@ -40,6 +40,7 @@ def tsv(updates: Updates, weights: Tensor) -> LowRank:
     kept, w = counted(updates, weights)
     spectra = [compact(update) for update in kept]
     U = polar(torch.cat([one.U for one in spectra], dim=1))
-    V = polar(torch.cat([one.V for one in spectra], dim=1))
+    V = torch.cat([one.V for one in spectra], dim=1)
     s = torch.cat([one.s * factor for one, factor in zip(spectra, w.tolist(), strict=True)])
-    return LowRank(U * s, V.T).to(kept[0].B.dtype)
+    dtype = kept[0].B.dtype
+    return times_polar(U * s, V).to(dtype) if kept.outgrown else LowRank(U * s, polar(V).T).to(dtype)

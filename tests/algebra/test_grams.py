@@ -8,7 +8,9 @@ from torch import Tensor
 
 from lora_cli.algebra.grams import leading
 from lora_cli.algebra.lowrank import LowRank, RankChoice, concat, gram, reduce
+from lora_cli.algebra.spectra import polar, times_polar
 from lora_cli.algebra.updates import Updates
+from lora_cli.steps.merge.module import run_method
 
 OUT, IN, N, RANK = 240, 200, 12, 8
 
@@ -128,3 +130,30 @@ def test_norms_of_updates_whose_terms_cancel_are_exact() -> None:
     updates = Updates((concat([one, one, rest], [1, -1, 1]), one), keys=(0, 1), scales=(1.0, 1.0))
     updates.grams.any()
     torch.testing.assert_close(updates.squares()[0].sqrt(), rest.norm(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (50, 30)])
+def test_a_product_with_a_polar_factor_needs_no_polar_factor(shape: tuple[int, int]) -> None:
+    x, y = _drawn(*shape, seed=1), _drawn(7, shape[1], seed=2)
+    x[:, 3] = x[:, 4]
+    torch.testing.assert_close(times_polar(y, x), y @ polar(x).T, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("k", [4, 16, 40])
+@pytest.mark.parametrize("method", ["linear", "norm-matched"])
+def test_sums_of_more_ranks_than_the_module_has_are_as_near_as_can_be(method: str, k: int) -> None:
+    items = tuple(_adapter(seed, 0.9).to(torch.float32) for seed in range(40))
+    updates = Updates(items, keys=tuple(range(40)), scales=(1.0,) * 40)
+    assert updates.outgrown
+    weights = torch.full((40,), 1 / 40, dtype=torch.float64)
+    reduced = reduce(
+        run_method(method, updates, weights, {"per": "module"} if method != "linear" else {}), RankChoice(k)
+    )
+    whole = sum(one.B.double() @ one.A.double() for one in items) / 40
+    if method == "norm-matched":
+        norms = torch.stack([torch.linalg.norm(one.B.double() @ one.A.double()) for one in items])
+        whole = whole * norms.mean() / torch.maximum(torch.linalg.norm(whole), norms.norm() / 40)
+    left = torch.linalg.svdvals(whole)[k:].square().sum().sqrt()
+    lost = torch.linalg.norm(whole - reduced.update.B.double() @ reduced.update.A.double())
+    assert float(lost) <= 1.001 * float(left)
+    assert reduced.kept / reduced.total == pytest.approx(1 - float(lost / torch.linalg.norm(whole)) ** 2, abs=1e-5)
