@@ -37,6 +37,7 @@ SUMMARIES = {
     "bake": "Add an adapter to its base model, and report how much of the update survived.",
     "export": "Write an adapter in the form that another program reads, and check it by reading it back as the program "
     "does.",
+    "serve-check": "Say what a server makes of an adapter's folder as it is: right, refused, or silently wrong.",
     "push": "Upload the adapter in a result's folder to the Hub, as one commit.",
     "diff": "Compare two adapters module by module: norms, cosine, principal angles in degrees, ranks; --json has the "
     "spectra.",

@@ -43,5 +43,5 @@ class LazyGroup(Group):
 def _command(package: str, name: str) -> "Command":
     """The command in the file of its name."""
     holder = typer.Typer(rich_markup_mode=None)
-    importlib.import_module(f"{package}.{name}").register(holder)
+    importlib.import_module(f"{package}.{name.replace('-', '_')}").register(holder)
     return get_group(holder).commands[name]

@@ -157,7 +157,8 @@ class Plan(ABC):
         fold = self.folds[module]
         read = self.source.adapter.unscaled(module, torch.float64 if fold != 1 else self.source.precision)
         found = LowRank((read.B * fold if fold != 1 else read.B).to(self.dtype), read.A.to(self.dtype))
-        if found.B.dtype != self.source.precision and not (found.B.isfinite().all() and found.A.isfinite().all()):
+        narrower = torch.finfo(self.dtype).max < torch.finfo(read.B.dtype).max
+        if narrower and not (found.B.isfinite().all() and found.A.isfinite().all()):
             raise Refused(f"{module}: values overflow the precision on disk", hint="choose a wider --dtype")
         return found
 
