@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Exports in the real programs on a CPU: llama.cpp (llama-cpp-python, which pip builds) and mlx-lm, beside PEFT.
+# Prints the table of docs/exporting.md. Needs ../shared/wild/bases/stories260K, a network for pip, and 2 GB in DIR.
+#
+#     tests/real_programs/run.sh [DIR]
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+work=$(realpath "${1:-$(mktemp -d)}")
+install() {
+    [[ -x $work/$1/bin/python ]] || python3 -m venv "$work/$1"
+    "$work/$1/bin/pip" install -q "${@:2}"
+}
+install llama llama-cpp-python==0.3.36
+install mlx mlx-lm==0.32.2 'mlx[cpu]==0.32.4'
+REAL_PROGRAMS=$work python3 -m pytest -q -n 0 -m real tests/real_programs
+cat "$work"/*.md
