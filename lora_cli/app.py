@@ -34,6 +34,8 @@ SUMMARIES = {
     "eval": "Evaluate adapters and the bare base on a task, with intervals, on one load of the base.",
     "study": "Compare ways to recycle a pool's adapters for a task, with the controls that keep the answer honest.",
     "convert": "Convert an adapter of another program into a PEFT folder.",
+    "extract": "Make a LoRA of the difference between a fine-tuned model and its base, and report the error of each "
+    "layer.",
     "bake": "Add an adapter to its base model, and report how much of the update survived.",
     "export": "Write an adapter in the form that another program reads, and check it by reading it back as the program "
     "does.",
@@ -58,7 +60,7 @@ _KEPT = {
     "study": "done cells are kept: the same command goes on from there",
     "push": "the repository has all of the commit or nothing of it: the same command tells which, and finishes it",
     **dict.fromkeys(
-        ("merge", "train", "bake", "convert", "export", "pool import", "pool export"),
+        ("merge", "train", "bake", "convert", "extract", "export", "pool import", "pool export"),
         "nothing half-written is left: run the command again",
     ),
 }

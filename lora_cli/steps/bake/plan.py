@@ -199,7 +199,7 @@ def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) 
             continue
         if matrix.shape != adapter.shape(module):
             raise _other_shape(module, matrix.shape, adapter, base)
-        pieces = tuple(_pieces(matrix, stored.shares[matrix.parameter], tensors))
+        pieces = tuple(pieces_of(matrix, stored.shares[matrix.parameter], tensors))
         if sum(piece.rows for piece in pieces) != matrix.shape[1 if pieces and pieces[0].transposed else 0]:
             raise _other_shape(module, tensors[stored.shares[matrix.parameter][0].tensor], adapter, base)
         found[module] = pieces
@@ -207,8 +207,12 @@ def _by_class(adapter: OpenAdapter | OpenDelta, base: Base, skeleton: Skeleton) 
     return found
 
 
-def _pieces(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
-    """The rows of a matrix (of its transpose, if it is stored transposed) that each tensor of a checkpoint holds."""
+def pieces_of(matrix: Matrix, shares: Sequence[Share], tensors: Mapping[str, tuple[int, ...]]) -> Iterator[Piece]:
+    """The rows of a matrix (of its transpose, if it is stored transposed) that each tensor of a checkpoint holds.
+
+    Args:
+        shares: those of the matrix's parameter. tensors: the shapes of the checkpoint's tensors.
+    """
     height = matrix.shape[1] if matrix.transposed else matrix.shape[0]
     for share in shares:
         if not share.rows:
