@@ -12,6 +12,8 @@ import struct
 import threading
 from typing import Any
 
+import yaml
+
 TOKEN = "hf_" + "wRiTeR" * 6
 READER = "hf_" + "rEaDeR" * 6
 HANG_UP = "hang-up"
@@ -83,9 +85,7 @@ def answer_upload(handler: Any, path: str) -> None:
     if path == "/api/repos/create":
         return _make(handler, uploads, asked)
     if path == "/api/validate-yaml":
-        faulty = not re.match(r"---\n(?:[a-z_]+: .*\n)+---\n", asked["content"])
-        told = {"errors": [{"message": "no YAML"}] if faulty else [], "warnings": []}
-        return handler.answer(400 if faulty else 200, json.dumps(told).encode())
+        return _validate(handler, asked["content"])
     found = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(?:\.git)?/(info/lfs/.*|preupload/main|commit/main)", path)
     if found is None:
         return handler.answer(404, b"{}")
@@ -105,6 +105,16 @@ def answer_upload(handler: Any, path: str) -> None:
             whole = len(uploads.objects.get(asked["oid"], b"")) == asked["size"]
             return handler.answer(200 if whole else 404, b"{}")
     return _commit(handler, uploads, repo)
+
+
+def _validate(handler: Any, card: str) -> None:
+    front = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    told: dict[str, Any] = {"errors": [], "warnings": [] if front else [{"message": "empty or missing yaml metadata"}]}
+    try:
+        yaml.safe_load(front[1] if front else "")
+    except yaml.YAMLError:
+        told["errors"].append({"message": "bad YAML"})
+    handler.answer(400 if told["errors"] else 200, json.dumps(told).encode())
 
 
 def _make(handler: Any, uploads: Uploads, asked: dict[str, Any]) -> None:

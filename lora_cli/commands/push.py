@@ -110,6 +110,6 @@ def register(root: typer.Typer) -> None:
         cls=Command,
         epilog=examples(
             "lora push merged me/mirrored --dry-run",
-            "lora push merged me/mirrored --license-policy commercial --dry-run --json || true",
+            "lora push fitted me/fitted --private --dry-run --json",
         ),
     )(with_flags(push))

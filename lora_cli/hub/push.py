@@ -18,6 +18,7 @@ from lora_cli.hub.problems import Absent, Busy, Unfit, unwrapped
 from lora_cli.hub.session import identity
 from lora_cli.names import is_commit, is_repo
 from lora_cli.records import Progress, silent
+from lora_cli.redaction import hide
 from lora_cli.text import shortened
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ T = TypeVar("T")
 
 BRANCH = "main"
 _LARGEST_ANSWER = 4_000_000  # bytes; the longest answer names a few files
-_TRIES_TO_MAKE = 5
+_MOST_REMARKS = 5
 _MB = 1_000_000
 _CHANGED = "look at what changed there, then run the same command again"
 
@@ -89,8 +90,10 @@ class Pusher(Connection):
     def __init__(self, endpoint: str = "", *, progress: Progress = silent, silence: float | None = None) -> None:
         super().__init__(endpoint, progress=progress, silence=silence)
         self._progress = progress
-        if not any(name.lower() == "authorization" for name in self._usual_headers):
+        login = next((value for name, value in self._usual_headers.items() if name.lower() == "authorization"), "")
+        if not login:
             raise AccessDenied("no login to the Hub", hint="hf auth login, or set HF_TOKEN")
+        hide(login.partition(" ")[2])
 
     @cached_property
     def _api(self) -> "HfApi":
@@ -130,10 +133,10 @@ class Pusher(Connection):
 
         return self._answer(repo, ask)
 
-    def check_card(self, repo: str, card: str) -> None:
-        """Refused if the Hub does not take the front matter of a model card."""
+    def check_card(self, repo: str, card: str) -> list[str]:
+        """What the Hub remarks on the front matter of a model card. Refused if it does not take it."""
 
-        def ask(client: "httpx2.Client") -> None:
+        def ask(client: "httpx2.Client") -> list[str]:
             asked = {"content": card, "repoType": "model"}
             response = client.post(
                 f"{self.endpoint}/api/validate-yaml", json=asked, headers=self._usual_headers, timeout=self._silence
@@ -144,8 +147,10 @@ class Pusher(Connection):
                     hint="check the YAML between its first lines of ---",
                 )
             _demand_success(response)
+            told = response.json().get("warnings") or []
+            return [shortened(one["message"]) for one in told[:_MOST_REMARKS]]
 
-        self._answer(repo, ask)
+        return self._answer(repo, ask)
 
     def push(self, head: Remote, uploads: Sequence[Upload], gone: Sequence[str], message: str) -> str:
         """Upload files and make one commit of them on top of `head`; returns the commit.
@@ -270,8 +275,7 @@ def _remote(found: Any, repo: str) -> Remote:
         raise Unfit("the answer does not come from a Hub")
     files = {}
     for one in found["siblings"]:
-        stored = one.get("lfs")
-        files[one["rfilename"]] = str(stored["sha256"] if stored else one["blobId"])
+        files[one["rfilename"]] = str((one.get("lfs") or {}).get("sha256") or one.get("blobId") or "")
     return Remote(repo=found["id"], commit=found["sha"], private=found["private"], files=files)
 
 
@@ -312,14 +316,14 @@ def _conflicts_told(repo: str) -> Iterator[None]:
 def _our_way() -> Iterator[None]:
     """Uploads to the Hub itself: those to its other store know no limits of time of ours, and no guard on the token.
 
-    The client's own way of sending a file is one that its transport would rather not see.
+    The client's warnings are left out: on its own way of sending a file, and on what `check_card` told already.
     """
     from huggingface_hub import constants
 
     before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore")
             yield
     finally:
         constants.HF_HUB_DISABLE_XET = before

@@ -1,6 +1,7 @@
 """`lora push`, with the real client against the stand-in Hub: what arrives there, what is refused, what is said."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora_cli.catalogue.runs import add_scores, recorded
+from lora_cli.formats.store import folder_ref
+from lora_cli.records import Score
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import Told, lora, ok, refused
 from tests.fake_hub import FakeHub
@@ -15,7 +19,6 @@ from tests.fake_uploads import READER, TOKEN
 
 SHAPES = {f"model.layers.{n}.self_attn.q_proj": (24, 16) for n in range(2)}
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "run.json"}
-HUB = {"HF_TOKEN": TOKEN}
 
 
 @pytest.fixture(scope="module")
@@ -279,17 +282,23 @@ def test_a_readme_of_ones_own_goes_as_it_is(writer: FakeHub, merged: Path) -> No
 @pytest.mark.parametrize(
     ("card", "code", "said"),
     [
-        (b"no front matter", 5, "does not take the front matter of README.md"),
+        (b"---\nlicense: [\n---\n", 5, "does not take the front matter of README.md"),
         (b"\xff\xfe", 1, "not UTF-8 text"),
         (b"x" * 1_000_001, 5, "are no model card"),
         (b"---\nlicense: mit\n---\ntoken hf_" + b"aB3" * 8, 5, "holds what looks like a token"),
     ],
-    ids=["bare", "bytes", "long", "token"],
+    ids=["yaml", "bytes", "long", "token"],
 )
 def test_readmes_that_cannot_go(card: bytes, code: int, said: str, writer: FakeHub, merged: Path) -> None:
     (merged / "README.md").write_bytes(card)
     assert said in refused(code, "push", "merged", "me/mixed", "--private")
     assert writer.uploads.commits == []
+
+
+def test_what_the_hub_remarks_on_a_card_is_told(writer: FakeHub, merged: Path) -> None:
+    (merged / "README.md").write_text("No front matter.")
+    told = ok("push", "merged", "me/mixed", "--private")
+    assert "the Hub remarks on README.md: empty or missing yaml metadata" in told.err
 
 
 def with_licences(merged: Path, *licences: str) -> None:
@@ -316,6 +325,45 @@ def test_licences_hold(licences: tuple[str, str], policy: str, code: int, said: 
     assert said in told.err
     if code == 0:
         assert 'license_name: "' in json.loads(told.out)["card"]
+
+
+def test_a_policy_asks_the_hub_for_the_licence_of_the_base(writer: FakeHub, merged: Path) -> None:
+    writer.add("acme/tiny", {}, licence="cc-by-nc-4.0")
+    words = ("push", "merged", "me/mixed", "--private", "--license-policy", "commercial")
+    assert "base acme/tiny cc-by-nc-4.0 (non-commercial)" in refused(5, *words)
+    assert asked(writer) == ["GET /api/models/acme/tiny"]
+    writer.repos["acme/tiny"].licence = "llama3.1"
+    ok(*words)
+    text = writer.repos["me/mixed"].files["README.md"].decode()
+    assert "Licence of the base `acme/tiny`: `llama3.1`. Built with Llama." in text
+
+
+def test_parents_from_the_hub_are_linked_at_their_commits(merged: Path) -> None:
+    file = merged / "run.json"
+    record = json.loads(file.read_text())
+    commit = "a" * 40
+    record["inputs"] = {f"ann/sql:low@{commit}": "0" * 64}
+    record["merge.lock"]["parents"] = {f"ann/sql:low@{commit}": {"source": "hub", "sha256": "0" * 64}}
+    file.write_text(json.dumps(record))
+    card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
+    assert f"[`ann/sql:low`](https://huggingface.co/ann/sql/tree/{commit}/low) | `{commit}` |" in card
+
+
+def test_scores_stand_in_the_card_with_their_intervals(made: Path, merged: Path) -> None:
+    commit = folder_ref(merged).commit
+    db = Path(os.environ["LORA_DB"])
+    for value in (0.5, 0.75):  # of two scores on one task the newer one counts
+        score = Score(
+            system="mine", metric="exact", value=value, low=0.6, high=0.9, n=1200, baseline="base", delta=0.25,
+            delta_low=0.1, delta_high=0.4, p=0.01,
+        )  # fmt: skip
+        with recorded(db, "eval", {"data": "sums|.jsonl"}, {}, None) as run:
+            add_scores(db, run, [score], {"mine": [f"else/where@{commit}"]}, "c0ffee" + "0" * 58)
+            add_scores(db, run, [score], {"mine": [f"else/where@{'1' * 40}"]}, "1" * 64)
+    card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
+    row = "| `sums/.jsonl@c0ffee00` | `c0ffee000000` | `exact` | 1,200 | 0.750 [0.600, 0.900] | "
+    assert f"{row}+0.250 [+0.100, +0.400] to `base` |" in card
+    assert card.count("`exact`") == 1
 
 
 def test_text_of_strangers_stays_text_in_the_card(merged: Path) -> None:

@@ -264,6 +264,12 @@ def test_no_expression_repeats_a_group_possessively() -> None:
     assert [(file.name, found) for file, t in text.items() for found in re.findall(r"\)[*+?]\+|\(\?>", t)] == []
 
 
+def test_one_room_writes_to_the_hub() -> None:
+    text = {file.relative_to(PACKAGE).as_posix(): file.read_text(encoding="utf-8") for file in PACKAGE.rglob("*.py")}
+    writers = r"create_commit|preupload_lfs_files|upload_f|repos/create|client\.(?:post|put|delete)\("
+    assert [name for name, t in text.items() if re.search(writers, t)] == ["hub/push.py"]
+
+
 def test_nobody_prints_beside_the_screen() -> None:
     talkers = [
         name

@@ -9,7 +9,7 @@ from typing import Any
 from lora_cli.catalogue.scores import VersionScore
 from lora_cli.errors import Refused
 from lora_cli.exports.vllm import max_lora_rank, vllm
-from lora_cli.formats.base_names import canonical_base, split_revision
+from lora_cli.formats.base_names import canonical_base, is_hub_id, split_revision
 from lora_cli.merge_options import METHODS
 from lora_cli.methods import Method, file_names
 from lora_cli.names import is_model, is_repo, is_revision, repo_and_folder
@@ -73,12 +73,14 @@ class _Base:
     def __init__(self, result: Result) -> None:
         self.name, revision = split_revision(result.config.pinned_base)
         self.revision = revision if is_revision(revision) else ""
-        known = canonical_base(self.name)
+        known = self.name if is_hub_id(self.name) else canonical_base(self.name)
         self.id = known if is_repo(known) else ""
 
     @property
     def words(self) -> str:
         """The base in a sentence."""
+        if not self.name:
+            return "a base that it does not name"
         at = f" at revision {code(self.revision)}" if self.revision else ""
         return (f"[{code(self.id)}](https://huggingface.co/{self.id})" if self.id else code(self.name)) + at
 

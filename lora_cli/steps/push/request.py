@@ -114,7 +114,8 @@ class PushRequest:
         fresh = bool(gone) or not remote.holds(self.uploads)
         commit = remote.commit
         if fresh:
-            pusher.check_card(remote.repo, self.card)
+            for remark in pusher.check_card(remote.repo, self.card):
+                self.announce(f"the Hub remarks on README.md: {remark}")
             if replaced := [one.path for one in self.uploads if one.path in remote.files]:
                 self.announce(f"replacing {', '.join(replaced)} of {remote.repo}@{remote.commit[:8]}")
             title = f"lora {self.result.verb}: {self.result.pinned.rpartition('@')[2][:8]}"
