@@ -255,6 +255,7 @@ def test_what_is_no_result_is_refused(name: str, said: str, merged: Path) -> Non
         ({"unfinished": "step 3"}, 5, "not finished"),
         ({"outputs": {}}, 5, "not the record of this adapter"),
         ({"command": "rm -rf"}, 1, "a damaged record"),
+        ({"command": None}, 1, "a damaged record"),
         ({"schema": "other"}, 1, "not a record of lora"),
         ({"settings": {"token": "hf_" + "aB3" * 8}}, 5, "holds what looks like a token"),
     ],
@@ -373,7 +374,7 @@ def test_text_of_strangers_stays_text_in_the_card(merged: Path) -> None:
     commit = "0" * 40
     record["inputs"] = {f"{evil}@{commit}": "0" * 64}
     record["results"]["licences"] = {f"{evil}@{commit}": evil}
-    record["settings"] |= {"method": evil, evil: evil}
+    record["settings"] |= {"method": evil, evil: evil, "weights": {f"{evil}@{commit}": 10**400}}
     file.write_text(json.dumps(record))
     card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
     _, front, text = card.split("---\n", 2)

@@ -20,6 +20,7 @@ from lora_cli.steps.push.result import Result
 from lora_cli.text import counted, interval, percent, shortened
 
 _MOST_DATASETS = 50
+_LARGEST_WEIGHT = 1e9
 _CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -136,7 +137,7 @@ def _parents(result: Result, told: Told) -> list[str]:
     for pinned, one in told.parents.items():
         id, _, commit = one.pinned.rpartition("@")
         weight = weights.get(pinned)
-        shown = f"{weight:g}" if isinstance(weight, int | float) else "see run.json"
+        shown = f"{weight:g}" if isinstance(weight, int | float) and abs(weight) < _LARGEST_WEIGHT else "see run.json"
         lines.append(
             f"| {_linked(id, commit) if one.on_hub else code(id)} | `{commit}` | {shown} | {stated(one.licence)} |"
         )

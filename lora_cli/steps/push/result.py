@@ -80,10 +80,10 @@ def read_result(text: str, progress: Progress = silent) -> Result:
     folder = _folder(text)
     _demand_an_adapter(folder)
     record = read_record(folder)
-    if not str(record.get("command")).isidentifier():
+    if not (isinstance(made_by := record.get("command"), str) and made_by.isidentifier()):
         raise DataError(f"{folder / RECORD_FILE}: a damaged record")
     if record.get("unfinished"):
-        raise Refused(f"{folder}: not finished", hint=f"run its lora {record['command']} to the end first")
+        raise Refused(f"{folder}: not finished", hint=f"run its lora {made_by} to the end first")
     uploads = [_upload(folder / name, progress) for name in FILES if name in _ALWAYS or (folder / name).exists()]
     for one in uploads:
         if record["outputs"].get(one.path, one.sha256) != one.sha256:
