@@ -11,6 +11,7 @@ import yaml
 
 from lora_cli.catalogue.runs import add_scores, recorded
 from lora_cli.formats.store import folder_ref
+from lora_cli.hashes import sha256_of
 from lora_cli.records import Score
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import Told, lora, ok, refused
@@ -90,6 +91,53 @@ def test_the_card_tells_where_a_result_comes_from_and_how_to_load_it(merged: Pat
     assert 'PeftModel.from_pretrained(model, "me/mixed")' in text
     assert 'model.load_adapter("me/mixed")' in text
     assert "vllm serve acme/tiny --enable-lora --max-lora-rank 16 --lora-modules mixed=me/mixed" in text
+
+
+@pytest.mark.parametrize(
+    ("config", "exports", "named"),
+    [
+        ({}, ("vllm",), {"PEFT", "transformers", "vLLM"}),
+        ({}, ("gguf", "vllm"), {"PEFT", "transformers", "vLLM", "llama.cpp"}),
+        ({"r": 1024}, ("gguf",), {"PEFT", "transformers", "llama.cpp"}),
+        ({"fan_in_fan_out": True}, (), {"PEFT", "transformers"}),
+        ({"modules_to_save": ["lm_head"]}, ("gguf",), {"PEFT", "transformers"}),
+        ({"task_type": "SEQ_CLS"}, ("gguf",), {"PEFT", "transformers"}),
+    ],
+)
+def test_only_programs_that_take_a_result_are_named(
+    config: dict[str, object],
+    exports: tuple[str, ...],
+    named: set[str],
+    merged: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora_cli.steps.push.card.file_names", lambda package: exports)
+    file, record = merged / "adapter_config.json", merged / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    outputs = {"outputs": json.loads(record.read_text())["outputs"] | {file.name: sha256_of(file)}}
+    record.write_text(json.dumps(json.loads(record.read_text()) | outputs))
+    card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
+    ways = card.partition("## How to load it")[2]
+    assert {
+        line[:-1] for line in ways.splitlines() if line in ("PEFT:", "transformers:", "vLLM:", "llama.cpp:")
+    } == named
+    assert ("lora export gguf me/mixed --base acme/tiny -o gguf" in card) == ("llama.cpp" in named)
+    loader = "AutoModelForSequenceClassification" if "task_type" in config else "AutoModelForCausalLM"
+    assert f'{loader}.from_pretrained("acme/tiny")' in card
+
+
+def test_the_card_of_a_training_tells_examples_and_loss(merged: Path) -> None:
+    file = merged / "run.json"
+    record = json.loads(file.read_text())
+    record |= {"command": "train", "inputs": {f"base:acme/tiny@{'c' * 40}": "c" * 40, "sums.jsonl": "0" * 64}}
+    record["results"] = {"n_train": 80, "n_validation": 20, "loss": 0.0632, "card": record["results"]["card"]}
+    file.write_text(json.dumps(record))
+    told = ok("push", "merged", "me/mixed", "--dry-run", "--json")
+    card = json.loads(told.out)["card"]
+    assert "made by `lora train`. It was trained on 80 examples. Validation loss on 20 examples: 0.063." in card
+    assert "license" not in yaml.safe_load(card.split("---\n", 2)[1])
+    assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == ["lora", "base_model:adapter:acme/tiny"]
+    assert "## Parents" not in card
 
 
 def test_a_dry_run_needs_no_login_sends_nothing_and_leaves_no_trace(

@@ -30,7 +30,7 @@ _CLASSES = {
 }
 """transformers' class for each task of PEFT."""
 _NOT_SHOWN = ("base", "weights", "coefficients", "order", "device", "data")
-_TITLES = {"merge": "Merged LoRA", "fit": "Merged LoRA, with learnt coefficients", "train": "LoRA"}
+_KINDS = {"merge": ("Merged LoRA", ""), "fit": ("Merged LoRA", ", with learnt coefficients")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +103,8 @@ def _front(result: Result, base: _Base, told: Told) -> list[str]:
 def _made(result: Result, base: _Base) -> str:
     """One paragraph: what this is, and how it was made."""
     results = result.record["results"]
-    kind = _TITLES.get(result.verb, "LoRA")
-    said = [f"{kind} of {base.words}, rank {result.rank}, made by `lora {result.verb}`."]
+    kind, more = _KINDS.get(result.verb, ("LoRA", ""))
+    said = [f"{kind} of {base.words}, rank {result.rank}{more}, made by `lora {result.verb}`."]
     if (method := _method(result)) is not None:
         paper = f" ([arXiv {method.arxiv}](https://arxiv.org/abs/{method.arxiv}))" if method.arxiv else ""
         said.append(f"`{method.name}`{paper}: {method.summary}")
@@ -216,13 +216,21 @@ def _ways(result: Result, base: _Base, repo: str) -> Iterator[tuple[str, str, li
     )
     loading = [f"from transformers import {loader}", "", f"model = {load}", f"model.load_adapter({json.dumps(repo)})"]
     yield "transformers", "python", loading
-    if config.task_type == "CAUSAL_LM" and not config.modules_to_save and _vllm_takes(result):
+    if config.task_type != "CAUSAL_LM" or not _is_plain(result):
+        return
+    if _vllm_takes(result):
         model = [name, *(["--revision", base.revision] if base.revision else [])]
         words = ["vllm", "serve", *model, "--enable-lora", "--max-lora-rank", str(max_lora_rank(result.rank))]
         yield "vLLM", "sh", [shlex.join([*words, "--lora-modules", f"{repo.partition('/')[2]}={repo}"])]
-    if config.task_type == "CAUSAL_LM" and "gguf" in file_names("lora_cli.exports"):
-        lines = [f"hf download {repo} --local-dir adapter", "lora export gguf adapter -o gguf"]
-        yield "llama.cpp", "sh", [*lines, "llama-server -m BASE.gguf --lora gguf/adapter.gguf"]
+    if "gguf" in file_names("lora_cli.exports"):
+        lines = [f"lora export gguf {repo} --base {name} -o gguf", "llama-server -m BASE.gguf --lora gguf/adapter.gguf"]
+        yield "llama.cpp", "sh", lines
+
+
+def _is_plain(result: Result) -> bool:
+    """Whether a result is pairs of matrices of linear layers alone, which all servers read."""
+    config = result.config
+    return not (config.modules_to_save or config.dora or config.lora_bias or config.target_parameters)
 
 
 def _vllm_takes(result: Result) -> bool:
@@ -231,4 +239,4 @@ def _vllm_takes(result: Result) -> bool:
         vllm.demand_servable(conv1d=[result.pinned] if config.fan_in_fan_out else [], rank=result.rank)
     except Refused:
         return False
-    return not (config.dora or config.lora_bias or config.target_parameters)
+    return True
