@@ -131,7 +131,15 @@ class Pusher(Connection):
                 raise Busy(response)
             return found
 
-        return self._answer(repo, ask)
+        try:
+            return self._answer(repo, ask)
+        except NetworkError as error:
+            if not isinstance(error.__cause__, Busy) or error.__cause__.response.status_code != 409:
+                raise
+            raise NetworkError(
+                f"{repo}: the Hub does not make it (409): it exists unseen by this login, or another one is being made",
+                hint="check `hf auth whoami`, or rerun later",
+            ) from error
 
     def check_card(self, repo: str, card: str) -> list[str]:
         """What the Hub remarks on the front matter of a model card. Refused if it does not take it."""
