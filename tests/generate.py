@@ -17,6 +17,8 @@ from lora_cli.methods import Knob, Method
 from lora_cli.metrics import METRICS
 from lora_cli.recipes import FIT_METHODS
 from tests.architectures import SPECS
+from tests.exports.table import TARGETS, rows
+from tests.imports.kinds import SAMPLES
 from tests.matrix import KINDS, TEXT_BASES, Kind
 from tests.paths import ROOT
 
@@ -54,6 +56,23 @@ through the commands of the columns, on a small base with random weights. If an 
 logits of PEFT, of the base in `lora eval`, of the merge and of the bake agree to 1e-5. If it is refused (✗),
 the error names it, the exit code is 5, and nothing is written. `lora fit` and `lora eval` need a base that
 continues a text (·: not tried); others take any.
+"""
+EXCHANGE_INTRO = """# Exchange
+
+Made from `tests/imports/kinds.py` and `tests/exports/table.py` by `python -m tests.generate`; the tests run every row.
+
+`lora convert` makes a PEFT folder of another program's adapter, and `merge`, `diff`, `bake`, `fit`, `eval` and
+`pool sync --from` take such adapters as they are: they convert them into a cache. What is accepted becomes a plain LoRA
+of one rank, so that every row of the first table goes with every column of the last, as far as the program there takes
+its modules. `lora extract TUNED --base BASE --rank R` makes a LoRA of a full fine-tune.
+"""
+EXCHANGE_IN = """"Bit for bit": the factors are those of the file, in its precision. "Exact": the update is the same to
+1e-6 in float64; several scales, or a form that is no product of two factors, were computed into fp32 factors. With
+`--rank R` either becomes the best LoRA of that rank, and the error of each module is told. Nothing of a refused adapter
+is written.
+"""
+EXCHANGE_OUT = """"Exact": the program applies the same update bit for bit. "fp32": the scale is in B, rounded once to
+fp32. `lora export` checks each result by reading it back by the program's own rule.
 """
 COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {
@@ -139,6 +158,31 @@ def adapters() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def exchange() -> str:
+    """docs/exchange.md."""
+    taken = [
+        [one.title, "bit for bit" if one.exact else "exact", str(one.rank), one.says]
+        for one in SAMPLES
+        if not one.refused
+    ]
+    refusals = [[one.title, f"“…{one.refused}…”", one.says] for one in SAMPLES if one.refused]
+    return (
+        "\n\n".join(
+            [
+                EXCHANGE_INTRO.rstrip(),
+                "## In",
+                EXCHANGE_IN.rstrip(),
+                _table(["adapter", "becomes a LoRA", "rank in the test", ""], taken),
+                _table(["refused", "by name", ""], refusals),
+                "## Out",
+                EXCHANGE_OUT.rstrip(),
+                _table(["adapter", *TARGETS], rows()),
+            ]
+        )
+        + "\n"
+    )
+
+
 def _verdict(kind: Kind, command: str) -> str:
     if command in ("fit", "eval") and kind.base not in TEXT_BASES:
         return "·"
@@ -201,7 +245,7 @@ def generated() -> dict[Path, str]:
     """Every generated file with what it has to hold."""
     files = {ROOT / "docs" / "commands.md": reference(), ROOT / "docs" / "methods.md": methods()}
     files |= {ROOT / "docs" / "metrics.md": metrics(), ROOT / "docs" / "presets.md": presets()}
-    files |= {ROOT / "docs" / "adapters.md": adapters()}
+    files |= {ROOT / "docs" / "adapters.md": adapters(), ROOT / "docs" / "exchange.md": exchange()}
     for shell in SHELLS:
         files[ROOT / "completions" / FILES[shell]] = completion_script(shell)
     return files

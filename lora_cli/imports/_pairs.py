@@ -56,8 +56,8 @@ def turned(file: Tensors, a: str, b: str, *, scale: float, kind: Kind = "linear"
     return ForeignModule((other.shape[1], one.shape[0]), one.shape[1], read, scale, kind)
 
 
-def straight(file: Tensors, a: str, b: str, *, scale: float) -> ForeignModule:
-    """The module of factors stored as PEFT has them: `a` (r, in) and `b` (out, r), of a convolution with its kernel.
+def straight(file: Tensors, a: str, b: str) -> ForeignModule:
+    """The module of factors stored as PEFT has them, at scale 1: `a` (r, in), `b` (out, r), and a convolution's kernel.
 
     Raises Refused for factors that are no floats, or whose shapes do not fit together.
     """
@@ -77,7 +77,7 @@ def straight(file: Tensors, a: str, b: str, *, scale: float) -> ForeignModule:
 
     shape = (other.shape[0], math.prod(one.shape[1:]))
     kernel = one.shape[2:]
-    return ForeignModule(shape, one.shape[0], read, scale, "conv" if kernel else "linear", kernel)
+    return ForeignModule(shape, one.shape[0], read, kind="conv" if kernel else "linear", kernel=kernel)
 
 
 def scales(file: Tensors, places: Mapping[str, int], end: str = ".alpha") -> tuple[dict[str, float], bool]:

@@ -5,6 +5,7 @@ default the library pickles its weights; these are never opened here.
 """
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from lora_cli.errors import Refused
@@ -59,8 +60,8 @@ class Adapterhub(Import):
             if named is None:
                 raise Refused(f"{shortened(place)} is not below loras")
             adapters.add(named[2])
-            rank = file.header.tensors[a].shape[0]
-            modules[named[1]] = straight(file, a, b, scale=number(settings, "alpha", _WHERE) / max(rank, 1))
+            layer = straight(file, a, b)
+            modules[named[1]] = replace(layer, scale=number(settings, "alpha", _WHERE) / layer.rank)
         if len(adapters) > 1:
             raise Refused(f"{len(adapters)} adapters in one file ({shortened(in_words(sorted(adapters)))})")
         demand_some(modules)

@@ -7,10 +7,12 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lora_cli.errors import ConfigError, Refused
 from lora_cli.formats.config import parse_config, parse_json
+from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.imports import (
     SAFETENSORS,
@@ -60,14 +62,14 @@ class Diffusers(Import):
             raise Refused("DoRA: weights are rescaled by a trained magnitude")
         if left:
             raise Refused(f"tensors that are no factors: {others_in_words(left)}")
-        ranks = {name: file.header.tensors[a].shape[0] for name, (a, _) in pairs.items()}
-        found_scales, notes = _scales(file, ranks)
+        layers = {name: straight(file, a, b) for name, (a, b) in pairs.items()}
+        found_scales, notes = _scales(file, {name: layer.rank for name, layer in layers.items()})
         modules: dict[str, ForeignModule] = {}
-        for name, (a, b) in pairs.items():
+        for name, layer in layers.items():
             module = _module(name)
             if module in modules:
                 raise Refused(f"two of its modules are both {shortened(module)}")
-            modules[module] = straight(file, a, b, scale=found_scales[name])
+            modules[module] = replace(layer, scale=found_scales[name])
         demand_some(modules)
         return Foreign(self.program, modules, dtypes_of(file, pairs), base=asked.base, notes=notes)
 
@@ -75,7 +77,7 @@ class Diffusers(Import):
 def is_of_pipeline(place: Place, name: str) -> bool:
     """Whether a file has the name or the tensors of a pipeline's LoRA."""
     names = place.tensor_names(name)
-    if any(one.endswith((".lora_down.weight", ".lora_up.weight")) for one in names):
+    if any(one.endswith((".lora_down.weight", ".lora_up.weight")) or one.startswith(PREFIX) for one in names):
         return False
     return name == _NAME or any(_PART.match(one) and any(one.endswith(ends) for ends in _ALL_ENDS) for one in names)
 

@@ -5,6 +5,8 @@
 `NAME` is kept as it is: lora_unet_…, lora_te_…. sd-scripts writes the model into the file's metadata.
 """
 
+from dataclasses import replace
+
 from lora_cli.errors import Refused
 from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import Header
@@ -44,9 +46,10 @@ class Kohya(Import):
         left = [name for name in others if not name.endswith(_ALPHA) or name.removesuffix(_ALPHA) not in pairs]
         if left:
             raise Refused(f"tensors that are no factors: {others_in_words(left)}")
-        found_scales, given = scales(file, {name: file.header.tensors[a].shape[0] for name, (a, _) in pairs.items()})
+        layers = {name: straight(file, a, b) for name, (a, b) in pairs.items()}
+        found_scales, given = scales(file, {name: layer.rank for name, layer in layers.items()})
         modules = {
-            name.removeprefix(PREFIX): straight(file, a, b, scale=found_scales[name]) for name, (a, b) in pairs.items()
+            name.removeprefix(PREFIX): replace(layer, scale=found_scales[name]) for name, layer in layers.items()
         }
         demand_some(modules)
         return Foreign(

@@ -22,6 +22,8 @@ SHAPES = {
     "model.layers.1.mlp.down_proj": (24, 40),
 }
 
+FIRST = next(iter(SHAPES))
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -346,6 +348,18 @@ SAMPLES: tuple[Sample, ...] = (
     Sample("mlx-lm, half a pair", "mlx", lambda folder: _mlx(folder, without="v_proj.lora_b"), refused="but no lora_b"),
     Sample("Olive", "olive", _olive, rank=4, exact=True, source="adapter.safetensors"),
     Sample(
+        "Olive, one module twice",
+        "olive",
+        lambda folder: _olive(
+            folder,
+            more={
+                f"base_model.model.{FIRST}.lora_A.weight": drawn(24, 4, seed=3),
+                f"base_model.model.{FIRST}.lora_B.weight": drawn(4, 24, seed=3),
+            },
+        ),
+        refused="two of its modules have one name",
+    ),
+    Sample(
         "Olive, int4",
         "olive",
         lambda folder: _olive(folder, more={"model.layers.0.mlp.up_proj.lora_A.quant.weight": drawn(4, 4, seed=3)}),
@@ -447,7 +461,13 @@ SAMPLES: tuple[Sample, ...] = (
         refused="multiply the weights",
     ),
     Sample("AdapterHub, another rank", "adapterhub", lambda folder: adapterhub(folder, rank=2), refused="but r is 4"),
-    Sample("torchtune's own names", "torchtune", _torchtune, refused="alpha and the order", says="its HF folders are"),
+    Sample(
+        "torchtune's own names",
+        "torchtune",
+        _torchtune,
+        refused="alpha and the order",
+        says="its PEFT folders are read",
+    ),
     Sample("PEFT in parts", "parts", lambda folder: _peft(folder, files=PARTS), rank=4, exact=True),
     Sample(
         "PEFT in parts, one missing",

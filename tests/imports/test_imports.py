@@ -28,7 +28,7 @@ def written(sample: Sample, folder: Path) -> tuple[Path, dict[str, torch.Tensor]
     return folder / sample.source, updates
 
 
-def _base(place: Path) -> str:
+def base_of(place: Path) -> str:
     """The base model that a sample wrote beside its adapter, or a name."""
     return str(place / "base") if (place / "base").is_dir() else "acme/tiny"
 
@@ -56,7 +56,7 @@ def dense(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("sample", titled(TAKEN))
 def test_a_converted_adapter_is_the_same_update(sample: Sample, tmp_path: Path) -> None:
     source, updates = written(sample, tmp_path / "theirs")
-    base = _base(tmp_path)
+    base = base_of(tmp_path)
     told = ok("convert", str(source), "-o", "out", "--base", base)
     assert told.out == "out\n"
     result = dense(Path("out"))
@@ -75,7 +75,7 @@ def test_a_converted_adapter_is_the_same_update(sample: Sample, tmp_path: Path) 
 @pytest.mark.parametrize("sample", titled([one for one in SAMPLES if one.refused]))
 def test_what_is_no_lora_is_refused_by_name(sample: Sample, tmp_path: Path) -> None:
     source, _ = written(sample, tmp_path / "theirs")
-    said = refused(5, "convert", str(source), "-o", "out", "--base", _base(tmp_path))
+    said = refused(5, "convert", str(source), "-o", "out", "--base", base_of(tmp_path))
     assert sample.refused in said
     assert len(said.splitlines()) <= 2
     assert not Path("out").exists()
@@ -99,7 +99,7 @@ def test_every_kind_has_a_sample() -> None:
 @pytest.mark.parametrize("sample", titled([one for one in TAKEN if not COPIED.intersection([one.program])]))
 def test_a_lower_rank_is_the_best_one_and_its_error_is_told(sample: Sample, tmp_path: Path) -> None:
     source, updates = written(sample, tmp_path / "theirs")
-    told = ok("convert", str(source), "-o", "out", "--base", _base(tmp_path), "--rank", "2")
+    told = ok("convert", str(source), "-o", "out", "--base", base_of(tmp_path), "--rank", "2")
     record = json.loads(Path("out/run.json").read_text())["results"]
     result, total, lost = dense(Path("out")), 0.0, 0.0
     for module, update in updates.items():

@@ -45,6 +45,11 @@ ask("fit", "--data", "task.jsonl", "--steps", "3", "-o", "small/out")
 ask("train", "--data", "task.jsonl", "--steps", "3", "-o", "small/out")
 ask("eval", ids[0], "--data", "task.jsonl", "-o", "small/rows.jsonl")
 ask("bake", ids[0], "-o", "small/out")
+lora("export", "mlx", ids[0], "-o", "as-mlx")
+ask("convert", "as-mlx", "-o", "small/out")
+ask("merge", "as-mlx", "-o", "merged")
+lora("bake", ids[0], "-o", "tuned")
+ask("extract", "tuned", "--rank", "16", "-o", "small/out")
 ask("diff", *ids[:2], "--plot", "small/plot.png")
 ask("pool", "similarity", *ids, "--plot", "small/plot.png")
 ask("pool", "sync", "--db", "small/new.db")
@@ -77,7 +82,7 @@ def test_every_command_on_a_full_disk_is_one_line_and_leaves_nothing(own_world: 
         pytest.skip("no mounts here")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert len(found) == 11
+    assert len(found) == 14
     for words, code, out, err, left in found:
         assert (code, out) == (1, ""), (words, code, err)
         told = err.strip().splitlines()
