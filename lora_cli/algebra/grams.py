@@ -122,30 +122,30 @@ def _leading(B: Tensor, A: Tensor, gram: Gram, k: int) -> Leading | None:
         return turned and Leading(turned.V, turned.s, turned.U, turned.total)
     unit, narrow = _ROUNDINGS * torch.finfo(gram.dtype).eps, 16 * torch.finfo(B.dtype).eps
     total = float(gram.products.sum())
-    if not unit * _spread(gram) <= _MEASURED * total:
+    if not (total > 0 and unit * _spread(gram) <= _MEASURED * total):
         return None
-    # With terms of equal halves no precision is lost to how A and B are scaled.
+    # With terms of equal halves, and 1 at most, no precision is lost to how A and B are scaled.
     d = torch.where(gram.terms > 0, gram.a.diagonal() / gram.b.diagonal(), 1).pow(0.25)
-    b, a = d[:, None] * gram.b * d, gram.a / d[:, None] / d
+    size = float(gram.terms.max().sqrt())
+    b, a = (d[:, None] * gram.b).mul_(d / size), (gram.a / d[:, None]).div_(d * size)
     # B diag(d) = Q Lᵀ with orthonormal Q: its product with diag(1/d) A has right singular vectors Aᵀ (L z / d).
-    b.diagonal().add_(unit * len(d) ** 0.5 * b.diagonal().max())
+    b.diagonal().add_(unit * len(d) ** 0.5)
     L, failed = torch.linalg.cholesky_ex(b)
     if failed:
         return None
-    core = L.T @ a @ L
-    size = core.diagonal().max()
-    values, z = torch.linalg.eigh((core / size).to(gram.dtype))
-    values, z = values[-k:].double().clamp(min=0), z[:, -k:].double()
-    clear = values > unit * len(d) ** 0.5
-    values = values * size
-    mixing = (L @ z[:, clear]) / d[:, None] / values[clear].sqrt()
+    narrow_L = L.to(gram.dtype)
+    values, z = torch.linalg.eigh(narrow_L.T @ a.to(gram.dtype) @ narrow_L)
+    values, z = values[-k:].double().clamp(min=0), z[:, -k:]
+    clear = values > unit * len(d) ** 0.5 * values[-1]
+    values = values * size**2
+    mixing = (narrow_L @ z[:, clear]).double() / d[:, None] / (values[clear] / size).sqrt()
     dtype, B, A = B.dtype, B.to(gram.dtype), A.to(gram.dtype)
     V = _orthonormal(A.T @ mixing.to(gram.dtype))
     image = B @ (A @ V)  # (out, k)
     squares, turn = torch.linalg.eigh(image.T.double() @ image.double())
     s, turn = squares.clamp(min=0).sqrt().flip(0), turn.flip(1).to(gram.dtype)
     kept = float(squares.sum())
-    doubt = k * unit * float(a.norm() * b.norm()) + abs(float(values.sum()) - kept)
+    doubt = k * unit * size**2 * float(a.norm() * b.norm()) + abs(float(values.sum()) - kept)
     if not doubt <= max(_EXCESS * (total - kept), narrow**2 * total):
         return None
     # To tell what is rounding noise of the factors takes singular values that are known to that level.
@@ -157,11 +157,8 @@ def _leading(B: Tensor, A: Tensor, gram: Gram, k: int) -> Leading | None:
 
 def _spread(gram: Gram) -> float:
     """The squared norm is a sum of products, of which many may cancel: the root of the sum of what rounding acts on."""
-    summed = 0.0
-    for side in (gram.b, gram.a):
-        cosines = side / side.diagonal().sqrt()[:, None] / side.diagonal().sqrt()
-        summed += float(gram.terms @ cosines.nan_to_num(0).square() @ gram.terms)
-    return float(summed**0.5)
+    b, a = gram.b.diagonal(), gram.a.diagonal()
+    return float((a @ gram.b.square() @ a + b @ gram.a.square() @ b).sqrt())
 
 
 def _orthonormal(V: Tensor) -> Tensor:

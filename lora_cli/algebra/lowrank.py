@@ -238,14 +238,15 @@ class Reduced:
 def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
     """Bring an update, factored or dense (out, in), to the rank that `choice` asks for."""
     if isinstance(update, Tensor):
-        return _reduce_dense(update, choice)
+        return _reduce_dense(update, choice, squared_norm(update))
     if choice.exact or update.rank == 0:
         total = float(inner(update, update))
         return Reduced(update, total, total)
     k = choice.ceiling
     if k is not None and choice.share is None:
         if outgrown(update.rank, update.shape):
-            return _reduce_dense(update.dense(), choice)
+            dense = update.dense()
+            return _reduce_dense(dense, choice, float(torch.linalg.vector_norm(dense, dtype=torch.float64)) ** 2)
         # Gram matrices resolve what fp32 holds.
         found = (
             leading(update.B, update.A, update.grams, k)
@@ -258,8 +259,7 @@ def reduce(update: LowRank | Tensor, choice: RankChoice) -> Reduced:
     return _reduced(spectrum, float(spectrum.s.double().square().sum()), choice)
 
 
-def _reduce_dense(update: Tensor, choice: RankChoice) -> Reduced:
-    total = squared_norm(update)
+def _reduce_dense(update: Tensor, choice: RankChoice, total: float) -> Reduced:
     full = min(update.shape)
     if choice.share is None:
         width = min(choice.ceiling or full, full)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.grams import Grams
-from lora_cli.algebra.lowrank import LowRank, concat, gram, inner, outgrown, squared_norm
+from lora_cli.algebra.lowrank import LowRank, concat, gram, inner, outgrown
 
 # A squared norm below this share of its terms is computed in float64.
 _CANCELLED = 1e-3
@@ -107,7 +107,8 @@ class Updates(Sequence[LowRank]):
         if per == "adapter" and self.whole is not None:
             return weights @ self.whole.gram() @ weights
         if self.outgrown:
-            return weights.new_tensor(squared_norm(concat(self.items, weights).dense()))
+            norm: Tensor = torch.linalg.vector_norm(self.sum(weights).dense(), dtype=torch.float64)
+            return norm.square().cpu()
         return weights @ self._by_owner(self.grams.any().products) @ weights
 
     def _by_owner(self, products: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ def linear(updates: Updates, weights: Tensor) -> Tensor:
     Weights: factors, used as given; negative ones subtract. 1/N each is the average, 1 each the sum, λ each task
     arithmetic.
 
-    Cost: O(R² (out + in) + R³) with R = Σ r_i, all for the reduction of the rank.
+    Cost: O(R² (out + in) + R³) with R = Σ r_i, all for the reduction of the rank; O(R out in) where R (out + in)
+    exceeds out · in.
 
     Use: as the baseline, to be tried first. Unrelated adapters are nearly orthogonal, so the average of N of them is √N
     times smaller than one of them, 5 times at 30; `--norm-match` or `--lambda` compensates. Thirty such adapters of

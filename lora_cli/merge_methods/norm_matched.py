@@ -28,7 +28,7 @@ def norm_matched(
 
     Weights: shares of the mean; a negative one flips the update's sign. Twice the weights give twice the result.
 
-    Cost: O(R² (out + in)) for all inner products.
+    Cost: that of linear, whose inner products it shares.
 
     Use: the default, where the mean has the right direction but too small a norm. Copies come back unchanged. It does
     not resolve conflicts: each of N unrelated updates still has a cosine of 1/√N to the result.

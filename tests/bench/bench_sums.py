@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parents[2]
@@ -29,11 +30,17 @@ def one(name: str, n: int, rank: int) -> None:
     """CPU seconds of a method with its reduction to rank 16, on one thread."""
     import torch
 
-    from lora_cli.algebra.lowrank import LowRank, RankChoice, reduce
-    from lora_cli.algebra.updates import Updates
-    from lora_cli.merge_options import METHODS
-    from lora_cli.steps.merge.module import run_method
+    import lora_cli
 
+    # 040dd1d had other rooms. An editable install would lend it today's, so they are not simply tried.
+    today = Path(lora_cli.__file__).with_name("algebra").is_dir()
+    algebra = "lora_cli.algebra" if today else "lora_cli.adapters"
+    LowRank, RankChoice, reduce = (
+        getattr(import_module(f"{algebra}.lowrank"), name) for name in ("LowRank", "RankChoice", "reduce")
+    )
+    Updates = import_module(f"{algebra}.updates").Updates
+    METHODS = import_module("lora_cli.merge_options" if today else "lora_cli.steps.merge_plan").METHODS
+    run_method = import_module("lora_cli.steps.merge.module" if today else "lora_cli.steps.merge_module").run_method
     torch.set_num_threads(1)
 
     def run(shape: tuple[int, int], n: int, rank: int) -> float:

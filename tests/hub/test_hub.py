@@ -3,11 +3,13 @@
 import socket
 import time
 from hashlib import sha256
+from pathlib import Path
 
 import pytest
+from huggingface_hub import try_to_load_from_cache
 
 from lora_cli.errors import AccessDenied, LoraError, NetworkError, NothingMatched, Partial
-from lora_cli.hub.cache import cached_file
+from lora_cli.hub.cache import cache_folder, cached_file
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import Gated, MissingFile, Silent
 from tests.fake_hub import BASE, FakeHub, lora_files
@@ -266,6 +268,19 @@ def test_a_download_lands_in_the_clients_cache_and_is_not_repeated(fake: FakeHub
     assert hub().download("alice/sql", WEIGHTS, repo.sha) == path
     assert hub().download("alice/sql", CONFIG, repo.sha).read_bytes() == repo.files[CONFIG]
     assert not fake.paths(WEIGHTS)
+
+
+@pytest.mark.parametrize("revision", ["main", "", "v9", "..", "../../../other", "/"])
+@pytest.mark.parametrize("repo", ["alice/sql", "alice/none", "gpt2"])
+def test_the_cache_holds_what_the_clients_library_finds_there(fake: FakeHub, repo: str, revision: str) -> None:
+    commit = fake.add("alice/sql").sha
+    path = hub().download("alice/sql", CONFIG, commit)
+    (path.parents[2] / "refs").mkdir(exist_ok=True)
+    (path.parents[2] / "refs" / "main").write_text(commit)
+    found = try_to_load_from_cache(repo, CONFIG, cache_dir=cache_folder(), revision=revision or commit)
+    assert cached_file(repo, CONFIG, revision or commit) == (Path(found) if isinstance(found, str) else None)
+    with pytest.raises(LoraError):
+        cached_file("alice/../sql", CONFIG, commit)
 
 
 def test_bytes_of_the_right_length_but_the_wrong_hash_are_fetched_again(fake: FakeHub) -> None:

@@ -1,0 +1,23 @@
+"""Every file is read once for its hash."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from lora_cli import hashes
+from lora_cli.errors import DataError
+
+
+def test_files_hashed_ahead_are_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / str(place) for place in range(5)]
+    for place, file in enumerate(files[:4]):
+        file.write_bytes(bytes([place]) * 1000)
+    heard: list[tuple[str, int, int]] = []
+    hashes.hash_ahead(files, lambda *said: heard.append(said))
+    assert heard[-1] == ("hashing", 5, 5)
+    monkeypatch.setattr(hashes, "_hashed", None)
+    found = [hashes.sha256_of(file) for file in files[:4]]
+    assert found == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files[:4]]
+    with pytest.raises(DataError):
+        hashes.sha256_of(files[4])
