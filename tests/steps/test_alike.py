@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.cluster import hierarchy
+from scipy.spatial.distance import squareform
 
 from lora_cli.checks.sketch import ERROR
 from lora_cli.records import AdapterRef
-from lora_cli.steps.pool.clusters import Similarity, in_clusters
+from lora_cli.steps.pool.clusters import Similarity, average_linkage, cut_at, in_clusters
 from tests.adapters_on_disk import Factors, random_factors, write_adapter
 from tests.cli import lora, ok, refused
 
@@ -199,3 +201,26 @@ def test_many_adapters_are_in_the_order_of_their_clusters() -> None:
     assert clustered(rng.permutation(n)) == first
     assert [label for _, label in first] == sorted(label for _, label in first)
     assert len({(families[int(id[1:])], label) for id, label in first}) == len({*families}) == first[-1][1]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_tree_and_its_clusters_are_those_of_scipy(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    points = rng.standard_normal((int(rng.integers(2, 60)), 5))
+    points /= np.linalg.norm(points, axis=1, keepdims=True)
+    distances = (1 - points @ points.T).clip(0)
+    np.fill_diagonal(distances, 0)
+    tree = average_linkage(distances)
+    np.testing.assert_allclose(tree, hierarchy.linkage(squareform(distances, checks=False), "average"), atol=1e-12)
+    for cut in (0.2, 0.5, 0.9, 2.0):
+        leaves, labels = cut_at(tree, cut)
+        assert leaves == hierarchy.leaves_list(tree).tolist()
+        theirs = hierarchy.fcluster(tree, cut, "distance")[leaves].tolist()
+        assert len(set(zip(labels, theirs, strict=True))) == len(set(labels)) == len(set(theirs))
+        assert labels == sorted(labels)
+
+
+def test_copies_join_at_once_whatever_their_number() -> None:
+    leaves, labels = cut_at(average_linkage(np.zeros((40, 40))), 0.0)
+    assert sorted(leaves) == list(range(40))
+    assert set(labels) == {1}
