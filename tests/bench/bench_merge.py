@@ -3,8 +3,8 @@
     python -m tests.bench.bench_merge            one layer: ours beside PEFT, five runs each
     python -m tests.bench.bench_merge ties       TIES alone: beside PEFT's on deltas and a dense top-k, and its parts
     python -m tests.bench.bench_merge model DIR  224 modules, 30 adapters of 84 MB made in DIR, by the command line
-    python -m tests.bench.bench_merge beside PYTHON DIR LAYERS [OPTIONS]
-                                                 the same with fewer layers, in turns with the lora of another Python
+    python -m tests.bench.bench_merge beside PYTHON DIR MODULES [OPTIONS]
+                                                 some modules of one layer, in turns with the lora of another Python
 
 Random Gaussian adapters are mutually near-orthogonal: the worst case for truncation and the slowest for TIES.
 """
@@ -281,36 +281,51 @@ def write_adapters(folder: Path, made: Made) -> list[str]:
 def model(
     folder: Path, *options: str, made: Made | None = None, python: str = sys.executable, limit: float = 3600
 ) -> float:
-    """A whole 8B model through the command line: 30 adapters, 224 modules. Seconds.
+    """A whole 8B model through the command line: 30 adapters, 224 modules. Seconds of CPU.
 
     python: the interpreter whose lora merges. limit: seconds after which the merge is given up.
     """
     # Elsewhere than in this tree: Python would import its lora for any interpreter.
     folder = folder.resolve()
     adapters = write_adapters(folder, made or Made())
-    command = [python, "-m", "lora_cli", "merge", "--db", str(folder / "bench.db"), "-o", str(folder / "merged")]
-    start = time.perf_counter()
+    # An older build refuses the catalogue of a newer one.
+    db = folder / ("bench.db" if python == sys.executable else "other.db")
+    command = [python, "-m", "lora_cli", "merge", "--db", str(db), "-o", str(folder / "merged")]
+    start, before = time.perf_counter(), _children()
     try:
         subprocess.run([*command, "--force", *options, *adapters], check=True, timeout=limit, cwd=folder)
     except subprocess.TimeoutExpired:
         print(f"not done in {limit:.0f} s")
         return limit
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, _children() - before
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     size = sum(f.stat().st_size for f in (folder / "merged").iterdir())
-    print(f"{seconds:.1f} s, peak {peak / 1e9:.2f} GB, result {size / 1e6:.0f} MB, {os.cpu_count()} CPUs")
-    return seconds
+    print(
+        f"{seconds:.1f} s, {processor:.1f} s of CPU, peak {peak / 1e9:.2f} GB, result {size / 1e6:.0f} MB, "
+        f"{os.cpu_count()} CPUs",
+        flush=True,
+    )
+    return processor
 
 
-def beside(python: str, folder: Path, layers: int, *options: str, runs: int = 3) -> None:
-    """The command of this tree and that of another interpreter in turns: medians, and their ratio."""
+def _children() -> float:
+    """Seconds of CPU of the processes that this one waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def beside(python: str, folder: Path, names: list[str], *options: str, runs: int = 3) -> None:
+    """The command of this tree and that of another interpreter in turns, on some modules of one layer: medians."""
+    made = Made({name: LAYER[name] for name in names or LAYER}, layers=1)
     ways = {"other": python, "this": sys.executable}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(runs):
         for name, interpreter in ways.items():
-            found[name].append(model(folder, *options, made=Made(layers=layers), python=interpreter))
+            found[name].append(model(folder, *options, made=made, python=interpreter))
     other, this = (statistics.median(seconds) for seconds in found.values())
-    print(f"{' '.join(options)}, {layers} layers: {other:.1f} s and {this:.1f} s, {other / this:.2f} times as quick")
+    print(
+        f"{' '.join(options)}, {', '.join(made.shapes)}: {other:.1f} and {this:.1f} s of CPU, {other / this:.2f} times"
+    )
 
 
 if __name__ == "__main__":
@@ -321,6 +336,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["model"]:
         model(Path(sys.argv[2]), *sys.argv[3:])
     elif sys.argv[1:2] == ["beside"]:
-        beside(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
+        beside(sys.argv[2], Path(sys.argv[3]), [*filter(None, sys.argv[4].split(","))], *sys.argv[5:])
     else:
         layer()
