@@ -203,6 +203,13 @@ class Export(ABC):
         """The program with its version."""
         return f"{self.program} {self.version}"
 
+    def sure(self, adapter: "OpenAdapter", config: Mapping[str, Any]) -> bool:
+        """Whether the program's own tables show that the adapter's modules are those of the base, by its config.json.
+
+        The base's class is built only where they do not, which takes seconds.
+        """
+        return False
+
     @abstractmethod
     def plan(self, source: Source, dtype: str) -> Plan:
         """The files of an export.

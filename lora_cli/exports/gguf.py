@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from struct import pack, unpack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Refused
 from lora_cli.escapes import safe
 from lora_cli.exports import Export, Plan, Reader, Source, Written
 from lora_cli.formats.base_names import split_revision
-from lora_cli.formats.gguf import Base, base_of, package
+from lora_cli.formats.gguf import Base, base_of, is_plain, package
+from lora_cli.hashes import opened_as
 from lora_cli.imports._gguf_file import read_gguf
 from lora_cli.precision import stored_as, torch_dtype
 from lora_cli.records import Progress
@@ -26,6 +27,8 @@ from lora_cli.text import shortened
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+    from lora_cli.formats.reader import OpenAdapter
 
 FILE = "adapter.gguf"
 _HEADER_BYTES = 256
@@ -80,16 +83,19 @@ class GgufPlan(Plan):
     @contextmanager
     def opened(self, folder: Path) -> Iterator[Reader]:
         from lora_cli.algebra.lowrank import LowRank
+        from lora_cli.formats.reader import read_tensor
 
-        values, file = read_gguf(folder / FILE)
+        values, held = read_gguf(folder / FILE)
         alpha = float(values[package().Keys.Adapter.LORA_ALPHA])
+        with opened_as(held.path, held.stamp, f"{held.path}: its tensors") as file:
 
-        def read(module: str) -> Written:
-            a, b = (file.read(f"{self.tensors[module]}.lora_{side}") for side in "ab")
-            heads = self.base.parts(module)
-            return Written(LowRank(arranged_back(b, heads) if heads else b, a), alpha / b.shape[1])
+            def read(module: str) -> Written:
+                names = (f"{self.tensors[module]}.lora_{side}" for side in "ab")
+                a, b = (read_tensor(file.fileno(), held.header.tensors[name], self.dtype) for name in names)
+                heads = self.base.parts(module)
+                return Written(LowRank(arranged_back(b, heads) if heads else b, a), alpha / b.shape[1])
 
-        yield read
+            yield read
 
 
 class Gguf(Export):
@@ -97,6 +103,9 @@ class Gguf(Export):
 
     program = "llama.cpp"
     version = "of November 2026"
+
+    def sure(self, adapter: "OpenAdapter", config: Mapping[str, Any]) -> bool:
+        return is_plain(adapter, config)
 
     def plan(self, source: Source, dtype: str) -> Plan:
         return plan(source, dtype, self.title)

@@ -7,12 +7,17 @@ so that a name with a quote or a line break is refused.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Refused
 from lora_cli.escapes import safe
 from lora_cli.exports import Export, Plan, Source
 from lora_cli.exports.gguf import FILE, GgufPlan, plan
+from lora_cli.formats.gguf import is_plain
 from lora_cli.records import Progress
+
+if TYPE_CHECKING:
+    from lora_cli.formats.reader import OpenAdapter
 
 _MODELFILE = "Modelfile"
 
@@ -37,6 +42,9 @@ class Ollama(Export):
 
     program = "Ollama"
     version = "of November 2026"
+
+    def sure(self, adapter: "OpenAdapter", config: Mapping[str, Any]) -> bool:
+        return is_plain(adapter, config)
 
     def plan(self, source: Source, dtype: str) -> Plan:
         base = source.called or source.base

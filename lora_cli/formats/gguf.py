@@ -10,11 +10,14 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from lora_cli.errors import Refused, UsageError
-from lora_cli.names import leaf
+from lora_cli.names import layer_of, leaf
 from lora_cli.text import shortened
+
+if TYPE_CHECKING:
+    from lora_cli.formats.reader import OpenAdapter
 
 
 class Architecture(NamedTuple):
@@ -62,6 +65,8 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
 }
 """The classes of transformers whose linear layers llama.cpp keeps as they are, but for the order of rows."""
 
+_PLAIN: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
 
 @dataclass(frozen=True)
 class Base:
@@ -97,6 +102,38 @@ class Names:
         return name
 
 
+def is_plain(adapter: "OpenAdapter", config: Mapping[str, Any]) -> bool:
+    """Whether the modules are linear layers of a Llama or one of its kin, under their names and of their shapes.
+
+    Args:
+        adapter: opened without a base, by the names in its file.
+        config: the base's config.json.
+    """
+    named = config.get("architectures")
+    if not isinstance(named, list) or named[:1] not in ([one] for one in _PLAIN):
+        return False
+    if adapter.notes or adapter.copies or adapter.saved or adapter.fan_in_fan_out:
+        return False
+    try:
+        base = base_of(config, "")
+        hidden, inner = (_count(config, (key,), "") for key in ("hidden_size", "intermediate_size"))
+        head = _count(config, ("head_dim",), "") if config.get("head_dim") is not None else hidden // base.heads
+    except Refused:
+        return False
+    q, k = (base.heads * head, hidden), (base.pairs * head, hidden)
+    attention = {"q_proj": q, "k_proj": k, "v_proj": k, "o_proj": q[::-1]}
+    mlp = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    shapes = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    shapes |= {f"mlp.{name}": shape for name, shape in mlp.items()}
+    for module, factors in adapter.modules.items():
+        layer = layer_of(module)
+        if layer is None or layer.stack != "model.layers" or not int(layer.number) < base.layers:
+            return False
+        if factors.kind != "linear" or factors.kernel or shapes.get(layer.place) != adapter.shape(module):
+            return False
+    return True
+
+
 def package() -> ModuleType:
     """The gguf package. UsageError, with the extra to install, if there is none."""
     try:
@@ -120,7 +157,7 @@ def base_of(config: Mapping[str, Any], name: str, *, of_class: str = "") -> Base
     if architecture is None:
         raise Refused(
             f"{name} is a {shortened(found) or 'model of no class'}, whose layers in llama.cpp are not known here",
-            hint="docs/exchange.md lists the classes; lora bake adds the adapter to the base instead",
+            hint="docs/exporting.md lists the classes; lora bake adds the adapter to the base instead",
         )
     keys = {"layers": ("num_hidden_layers", "n_layer"), "heads": ("num_attention_heads", "n_head")}
     layers, heads = (_count(config, keys[what], name) for what in ("layers", "heads"))

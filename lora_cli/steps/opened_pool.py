@@ -173,13 +173,21 @@ class Pool:
         self.announce(f"adapters: {all_of_them} in the catalogue")
         return tuple(pinned)
 
-    def adapters(self, names: Sequence[str], *, whole: bool = False, passed_on: bool = False) -> Gathered:
+    def adapters(
+        self,
+        names: Sequence[str],
+        *,
+        whole: bool = False,
+        passed_on: bool = False,
+        sure: "Callable[[OpenAdapter, str], bool] | None" = None,
+    ) -> Gathered:
         """Find, fetch where needed, open and check adapters.
 
         Args:
             names: catalogue ids, `id@commit` (or the start of one), local folders, or ids that only the Hub knows.
             whole: also accept adapters that hold modules saved whole, for their updates.
             passed_on: the result holds the adapters, so that the policy on licences counts.
+            sure: whether an adapter's modules are those of the base of this name, without building the base's class.
 
         Raises:
             NothingMatched: an id that is neither in the catalogue nor on the Hub.
@@ -214,7 +222,9 @@ class Pool:
         # Sort, so that the order of the arguments does not matter.
         declared = sorted(judged, key=lambda one: one.ref.pinned)
         check_bases(declared, base, known)
-        skeleton, unchecked = skeleton_of(base or declared[0].base)
+        name = base or declared[0].base
+        certain = sure is not None and all(sure(opened(files, None, whole=whole), name) for files in here)
+        skeleton, unchecked = (None, "") if certain else skeleton_of(name)
         adapters, inputs = [], {}
         for files, (ref, row) in zip(here, found, strict=True):
             # Open before hashing, so that a later change of the file is detected on read.

@@ -178,9 +178,20 @@ KINDS: tuple[Kind, ...] = (
 )  # fmt: skip
 
 
+_WHY = {
+    "is an embedding": "an embedding",
+    "layer of experts": "experts",
+    "has the weight of": "a tied weight",
+    "is outside model.layers": "outside the layers",
+    "Conv1D": "Conv1D",
+    "DoRA": "DoRA",
+}
+
+
 def rows() -> list[list[str]]:
-    """The matrix: a kind and its outcome in each of `TARGETS`, "refused" where it is refused."""
-    return [
-        [kind.title, *(one if one in (EXACT, ROUNDED) else "refused" for one in map(kind.outcome, TARGETS))]
-        for kind in KINDS
-    ]
+    """The matrix: a kind and its outcome in each of `TARGETS`, a refusal with its reason in short."""
+    return [[kind.title, *(_shown(kind.outcome(target)) for target in TARGETS)] for kind in KINDS]
+
+
+def _shown(outcome: str) -> str:
+    return next((f"refused: {why}" for words, why in _WHY.items() if words in outcome), outcome)

@@ -249,6 +249,25 @@ def test_the_gguf_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.M
     ok("export", "mlx", "mine", "-o", "out")
 
 
+def test_the_class_of_a_plain_base_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain()
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.exports.gguf.is_plain", lambda adapter, config: False)
+        ok("export", "gguf", "mine", "-o", "slow")
+    record = json.loads(Path("slow/run.json").read_text())
+    monkeypatch.setattr("lora_cli.steps.opened_pool.skeleton_of", lambda base: pytest.fail("the class was built"))
+    ok("export", "gguf", "mine", "-o", "fast")
+    assert Path("fast/adapter.gguf").read_bytes() == Path("slow/adapter.gguf").read_bytes()
+    assert json.loads(Path("fast/run.json").read_text())["outputs"] == record["outputs"]
+
+
+def test_shapes_of_another_base_are_refused_by_its_class() -> None:
+    base(LLAMA | {"num_key_value_heads": 4})
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="base")
+    assert "does not fit LlamaForCausalLM" in refused(5, "export", "gguf", "mine", "-o", "out")
+    assert leftovers() == set()
+
+
 def test_a_dry_run_tells_files_and_bytes_and_writes_nothing() -> None:
     plain()
     for target in TARGETS:

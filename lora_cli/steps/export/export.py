@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, inner
+from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import OutputError, Refused
 from lora_cli.exports import Plan, Written
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import dtype_name
-from lora_cli.records import Progress, patient, silent
+from lora_cli.records import Progress, silent
 
 EXACT = 1e-6
 """The largest relative error of an update that is written in fp32."""
@@ -43,10 +45,11 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
     started = time.monotonic()
     demand_apart(plan, folder)
     with whole_folder(folder, replace=replace) as partial:
-        plan.write(partial, progress)
-        errors = checked(plan, partial, progress)
-        for name in plan.files:
-            run.outputs[name] = sha256_of(partial / name, patient(progress))
+        with one_thread_each(), ThreadPoolExecutor(1) as hashing:
+            plan.write(partial, progress)
+            hashes = {name: hashing.submit(sha256_of, partial / name) for name in plan.files}
+            errors = checked(plan, partial, progress)
+            run.outputs.update({name: found.result() for name, found in hashes.items()})
         run.results.update(precision=dtype_name(plan.dtype), errors=errors, error=max(errors.values()))
         run.write(partial)
     return ExportReport(folder=folder, errors=errors, seconds=time.monotonic() - started, peak_bytes=peak_bytes())

@@ -10,6 +10,7 @@ from lora_cli.errors import Refused
 from lora_cli.exports import Export, Plan, Source, export
 from lora_cli.files import read_regular, unreadable
 from lora_cli.formats.base_files import CONFIG
+from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.skeleton import OWN
 from lora_cli.records import Adapter, Progress, silent
@@ -64,7 +65,13 @@ class ExportRequest:
         Raises:
             Refused: the program cannot hold the adapter; what it cannot hold, by name. Else as `Pool.adapters`.
         """
-        found, target = self.pool.adapters([self.name], passed_on=True), export(self.target)
+        target = export(self.target)
+
+        def sure(adapter: OpenAdapter, base: str) -> bool:
+            place = config_here(base)
+            return place is not None and target.sure(adapter, _config(place / CONFIG))
+
+        found = self.pool.adapters([self.name], passed_on=True, sure=sure)
         source = source_of(found, self.settings.base, called)
         plan = target.plan(source, dtype)
         said: dict[str, Any] = {"for": self.target, "program": target.title, "base": found.base, "dtype": dtype}
