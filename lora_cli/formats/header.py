@@ -35,6 +35,7 @@ _NAME = rb'"[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+){0,%d}"' % MAX_NAME
 _KEY = re.compile(rb"[ \t\r\n]*+(" + _NAME + rb")[ \t\r\n]*+:[ \t\r\n]*+")
 _ENTRY_OBJECT = re.compile(rb"\{[^{}]*+\}")
 _NEXT = re.compile(rb"[ \t\r\n]*+([,}])")
+_NULL = b"null"  # what mlx writes where it was given no metadata
 _BLANK = re.compile(rb"[ \t\r\n]*+")
 
 
@@ -157,7 +158,9 @@ def _end_of_entry(raw: bytes, at: int) -> int | None:
 
 
 def _end_of_metadata(raw: bytes, at: int) -> int | None:
-    """The place behind an object of texts, which begins at `at`; None for anything else."""
+    """The place behind an object of texts or a null, which begins at `at`; None for anything else."""
+    if raw.startswith(_NULL, at):
+        return at + len(_NULL)
     begin, inside = at, False
     if raw[at : at + 1] != b"{":
         return None
@@ -214,6 +217,8 @@ def _json(text: bytes, at: int) -> Any:
 
 
 def _metadata(body: bytes) -> dict[str, str]:
+    if body == _NULL:
+        return {}
     found = _json(body, 0)
     if not all(isinstance(value, str) for value in found.values()):
         raise HeaderError("malformed: __metadata__ holds something other than text")

@@ -5,6 +5,7 @@ The rows share no code with `lora_cli.imports`. docs/exchange.md lists them.
 """
 
 import json
+import struct
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -53,6 +54,15 @@ def _config(folder: Path, **entries: object) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(entries))
 
 
+def _save_as_mlx(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """As mlx writes a file without metadata: with a null in its place."""
+    save_file(dict(tensors), file)
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": None, **json.loads(data[8 : 8 + length])}).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
+
+
 def _mlx(
     folder: Path,
     *,
@@ -68,7 +78,7 @@ def _mlx(
         tensors |= {f"{module}.lora_a": a, f"{module}.lora_b": b}
         updates[module] = (scale or 0.0) * (a.double() @ b.double()).T
     tensors = {name: tensor for name, tensor in tensors.items() if not without or not name.endswith(without)}
-    save_file(tensors, folder / "adapters.safetensors")
+    _save_as_mlx(tensors, folder / "adapters.safetensors")
     parameters = {"rank": 4, "dropout": 0.0, **({} if scale is None else {"scale": scale})}
     _config(folder, model="acme/tiny", fine_tune_type=kind, num_layers=-1, lora_parameters=parameters)
     return updates
