@@ -39,8 +39,7 @@ class Cell(NamedTuple):
 def measure(what: str, name: str, folder: Path, address: str | None = None) -> None:
     """Print the seconds of one executor, until its first outcome and until its end."""
     from lora_cli.executors import Script, executor
-    from lora_cli.records import silent
-    from lora_cli.steps.study.crew import unheard
+    from lora_cli.records import silent, unheard
     from tests.bench.sleeping_workers import SECONDS, SleepingFolder
 
     run = executor(name, address=address)

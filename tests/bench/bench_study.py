@@ -16,8 +16,8 @@ from lora_cli.steps.study.folder import RESULT_FILE, StudyFolder, write_plan
 from lora_cli.steps.study.plan import Base, Cell, Grid, Study
 from lora_cli.steps.study.ways import rule_of, way_of
 from lora_cli.study_options import StudyOptions
+from tests.bench.study_on_paper import print_on_paper
 
-TASKS, ADAPTERS = 62, 960
 SYSTEMS = (
     "base", "single", "average", "norm-matched", "ties", "tsv", "lego", "adaptive", "adaptive+target", "ties+target",
     "lorahub", "target",
@@ -60,8 +60,7 @@ def main(wanted: int = 100_000) -> None:
     grid = study_of(3)
     cells, needs = grid.cells(), grid.needs(grid.cells())
     print(f"one task: {len(cells)} cells and {len(needs)} needs of {len(SYSTEMS)} systems, 3 pools, 3 seeds")
-    answers = TASKS * ADAPTERS * 100
-    print(f"{TASKS} tasks: {TASKS * len(cells):,} cells; {TASKS * ADAPTERS:,} adapters judged, {answers:,} answers")
+    print_on_paper(grid)
     seeds = wanted * 3 // len(cells)
     study = study_of(seeds)
     began = time.perf_counter()

@@ -1,33 +1,26 @@
 """In place of steps/study/workers.py for bench_executors: workers that load nothing, and whose cells sleep."""
 
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from lora_cli.steps.study.folder import Piece
+from lora_cli.steps.study.folder import Piece, StudyFolder
+from lora_cli.steps.study.plan import Need
 from lora_cli.steps.study.worker import Outcome
 
 SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class SleepingFolder:
-    """A folder in which nothing is done."""
+class SleepingFolder(StudyFolder):
+    """A folder of a study in which nothing is done."""
 
-    path: Path
-    device: str = "cpu"
+    @property
+    def device(self) -> str:
+        """The CPU."""
+        return "cpu"
 
-    def cell(self, name: str) -> Path:
-        """The folder of a cell, which nobody makes."""
-        return self.path / name
-
-    def done(self, cells: Iterable[Piece]) -> set[str]:
-        """None."""
-        return set()
-
-    def open_needs(self, cells: Iterable[Piece]) -> Sequence[Piece]:
+    def open_needs(self, cells: Iterable[Piece]) -> list[Need]:
         """None."""
         return []
 
