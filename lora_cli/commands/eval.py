@@ -10,8 +10,8 @@ from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import chosen_or_last
 from lora_cli.commands.eval_harness import demand_nothing_else, evaluate_by_harness
-from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, examples, with_flags
-from lora_cli.errors import Refused
+from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, downloads, examples, show_plan, with_flags
+from lora_cli.errors import Refused, UsageError
 from lora_cli.harness_options import HarnessOptions
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
@@ -67,6 +67,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")] = False,
     *,
     setup: Tested,
     options: EvalOptions,
@@ -83,8 +84,12 @@ def evaluate(
     """
     if harness.tasks:
         own = EvalOptions(baseline=options.baseline, batch_size=options.batch_size)
-        demand_nothing_else(setup.test or listing.plot or prompts != Prompts() or options != own)
+        demand_nothing_else(dry_run or setup.test or listing.plot or prompts != Prompts() or options != own)
         evaluate_by_harness(adapters, out, setup, options, harness, listing)
+        return
+
+    if dry_run:
+        _show_plan(adapters, out, setup, options, listing, prompts)
         return
 
     from dataclasses import asdict
@@ -121,6 +126,30 @@ def evaluate(
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
+
+
+def _show_plan(
+    adapters: list[str] | None,
+    out: Path | None,
+    setup: Tested,
+    options: EvalOptions,
+    listing: DrawnListing,
+    prompts: Prompts,
+) -> None:
+    """The plan of an evaluation: prompts, tokens, batches, and what it needs."""
+    screen, settings, prompting = listing.screen(), setup.load(), prompts.prompting()
+    if screen.format not in ("auto", "json") or listing.columns or listing.plot:
+        raise UsageError("--dry-run prints a plan, as text or with --json", hint="leave out the other output options")
+    base_of(settings)
+
+    from lora_cli.steps.estimate_eval import planned
+    from lora_cli.steps.opened_pool import open_pool
+
+    with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
+        names = chosen_or_last(pool, adapters, settings)
+        found = planned(pool, names, settings, options, prompting, out)
+    fetched = downloads(found.absent) if found.absent else {}
+    show_plan(screen, "lora.eval.plan/1", {**found.plan, **fetched}, found.needs)
 
 
 def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts") -> None:
@@ -207,5 +236,6 @@ def register(root: typer.Typer) -> None:
             "lora eval",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --metric nll --json",
             "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --max-new-tokens 8",
+            "lora eval pool/tarn/mirror pool/mossy/double --data task.jsonl --dry-run",
         ),
     )(with_flags(evaluate))

@@ -1,5 +1,6 @@
 """router.json, the file of a router: which adapters beside it tokens choose among, and how."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -54,10 +55,13 @@ def router_folder(name: str) -> Path | None:
     return folder if folder is not None and (folder / ROUTER_FILE).is_file() else None
 
 
-def router_ref(folder: Path) -> AdapterRef:
-    """The router in a folder: its name is made of the last two parts of its path, its commit of router.json."""
-    place = folder.resolve()
-    commit = sha256_of(folder / ROUTER_FILE)[:40]
+def router_ref(folder: Path, members: Sequence[AdapterRef]) -> AdapterRef:
+    """The router in a folder over these adapters: its name is made of the last two parts of its path.
+
+    Its commit is made of router.json and of the adapters' own, which change with their configurations too.
+    """
+    place, parts = folder.resolve(), [sha256_of(folder / ROUTER_FILE), *(member.commit for member in members)]
+    commit = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:40]
     return AdapterRef(id="/".join(place.parts[-2:]).lstrip("/"), commit=commit, source="folder", repo=str(place))
 
 

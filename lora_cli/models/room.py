@@ -1,7 +1,7 @@
 """How many rows of a batch memory takes."""
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -9,7 +9,7 @@ from lora_cli.models.base_model import BaseModel
 
 TOKENS_PER_PASS = 4096
 """More tokens at once make no pass faster."""
-_MOST_ROWS = 1024
+MOST_ROWS = 1024
 # The share of free memory that rows may take, and its size where it cannot be asked for.
 _SHARE, _UNKNOWN = 0.25, 2**31
 
@@ -40,18 +40,11 @@ class Room:
     """
 
     def __init__(self, base: BaseModel, *, longest: int, judged: int, limit: int | None = None) -> None:
-        config = base.model.config.get_text_config(decoder=True)
         free = _SHARE * free_memory(base.device)
-        kept = longest * kept_per_token(base)
-        size = base.dtype.itemsize
-        widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        # Beside the keys and values: a layer's activations, the logits and their fp32 copies.
-        passing = kept + longest * (8 * config.hidden_size + 4 * widest) * size
-        passing += judged * config.vocab_size * (size + 8)
-        self._limit = limit or _MOST_ROWS
-        self._reading = max(1, min(self._limit, int(free / passing)))
-        # Rows that are gathered are there twice.
-        self.writing = max(1, min(self._limit, int(free / (2 * kept))))
+        one = row_bytes(base.model.config, base.dtype.itemsize, longest=longest, judged=judged)
+        self._limit = limit or MOST_ROWS
+        self._reading = max(1, min(self._limit, int(free / one.reading)))
+        self.writing = max(1, min(self._limit, int(free / one.writing)))
 
     def reading(self, width: int, owners: int) -> int:
         """The rows of `width` tokens that one pass reads, as many of each of the `owners` if they are enough."""
@@ -66,9 +59,21 @@ class Room:
         return True
 
 
-def kept_per_token(base: BaseModel) -> int:
-    """The bytes of the keys and values of one token."""
-    config: Any = base.model.config.get_text_config(decoder=True)
+class RowBytes(NamedTuple):
+    """The bytes of a row while it is read, and while it is written."""
+
+    reading: int
+    writing: int
+
+
+def row_bytes(config: Any, size: int, *, longest: int, judged: int) -> RowBytes:
+    """The memory of a row, by a configuration and the bytes of a number; `longest` and `judged` as in `Room`."""
+    config = config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * size * base.dtype.itemsize)
+    of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kept = longest * 2 * config.num_hidden_layers * heads * of_head * size
+    widest = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    # Beside the keys and values: a layer's activations, the logits and their fp32 copies.
+    reading = kept + longest * (8 * config.hidden_size + 4 * widest) * size + judged * config.vocab_size * (size + 8)
+    # Rows that are gathered are there twice.
+    return RowBytes(int(reading), int(2 * kept))

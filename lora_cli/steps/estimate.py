@@ -60,7 +60,7 @@ _KEPT, _KEPT_BY_LORA = 1.5, 2.0
 # Copies of the logits, and small operations of a linear layer's surroundings in a forward and a backward pass.
 _LOGITS, CALLS = 4, 60
 _SAMPLE = 256
-_FIRST_PASS = 20e6
+FIRST_PASS = 20e6
 """Memory of a first pass through torch, in bytes: its threads' buffers."""
 
 
@@ -154,7 +154,7 @@ def of_merge(outlines: Sequence[Outline], options: MergeOptions, modules: Sequen
         read_bytes=read,
         written_bytes=written,
         memory_bytes=math.ceil(
-            peak_bytes() + _FIRST_PASS + workers * FP32 * max(_in_work(one, options) for one in stacks)
+            peak_bytes() + FIRST_PASS + workers * FP32 * max(_in_work(one, options) for one in stacks)
         ),
         seconds=(read + written) / rates.hashed + products / (rates.products * workers),
     )
@@ -233,7 +233,7 @@ class Model:
 
 def model_of(ref: BaseRef) -> Model | None:
     """The base model, None if it is not on this machine."""
-    if (place := _place(ref)) is None:
+    if (place := place_of(ref)) is None:
         return None
     checkpoint, skeleton = open_checkpoint(place, ref.name), skeleton_at(place)
     layers = {} if skeleton is None else skeleton.layers
@@ -248,7 +248,7 @@ def model_of(ref: BaseRef) -> Model | None:
     )
 
 
-def _place(ref: BaseRef) -> Path | None:
+def place_of(ref: BaseRef) -> Path | None:
     """The folder of the base model's files, None if they are not on this machine."""
     return folder_of(ref.place) or cached_model(ref.place, ref.version)
 
@@ -335,7 +335,7 @@ def _parts(
     ref: BaseRef, known: Sequence[Outline], examples: Sequence[Encoded], batch: int, recompute: bool
 ) -> dict[str, int]:
     """The memory of a fit by what holds it, {} where its pass cannot be counted."""
-    place, ranks = _place(ref), Counter[str]()
+    place, ranks = place_of(ref), Counter[str]()
     for one in known:
         ranks.update({name: round(rank) for name, (_, _, rank) in one.modules.items()})
     if place is None:
@@ -346,7 +346,7 @@ def _parts(
     )
     if held is None:
         return {}
-    return {**held, "program": math.ceil(peak_bytes() + _FIRST_PASS) if ref.device == "cpu" else 0}
+    return {**held, "program": math.ceil(peak_bytes() + FIRST_PASS) if ref.device == "cpu" else 0}
 
 
 def _of_learning(
@@ -373,7 +373,7 @@ def _of_learning(
     return Estimate(
         read_bytes=model.bytes,
         written_bytes=0,
-        memory_bytes=math.ceil(peak_bytes() + _FIRST_PASS + model.bytes + in_pass + logits),
+        memory_bytes=math.ceil(peak_bytes() + FIRST_PASS + model.bytes + in_pass + logits),
         seconds=model.bytes / rates.hashed
         + products / rates.products
         + passes * len(model.layers) * CALLS * rates.call,
@@ -391,6 +391,6 @@ def of_bake(checkpoint: Checkpoint, outline: Outline, dtype: str) -> Estimate:
     return Estimate(
         read_bytes=read + outline.bytes,
         written_bytes=written,
-        memory_bytes=math.ceil(peak_bytes() + _FIRST_PASS + FP32 * (4 * largest + blocks)),
+        memory_bytes=math.ceil(peak_bytes() + FIRST_PASS + FP32 * (4 * largest + blocks)),
         seconds=(read + written) / rates.hashed + entries * _PER_BAKED / (rates.products * workers),
     )

@@ -1,6 +1,7 @@
 """What --dry-run says about bytes, memory and time, held against real runs."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from lora_cli.models.ref import load_encoder
+from lora_cli.task import load_task
 from lora_cli.text import about
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.cli import ok
+from tests.cli import ok, refused
 from tests.templates import tokenizer
 from tests.tiny_bases import tiny_llama
 
@@ -22,6 +25,7 @@ JOBS = {
     "fit": ["fit", "--data", "task.jsonl", "--steps", "2"],
     "train": ["train", "--data", "task.jsonl", "--steps", "2", "--rank", "8"],
     "bake": ["bake", "pool/two"],
+    "eval": ["eval", "pool/one", "pool/two", "--data", "task.jsonl", "--max-new-tokens", "40"],
 }
 RUN = (
     "import atexit, sys\nfrom lora_cli.app import main\nfrom lora_cli.formats.run_record import peak_bytes\n"
@@ -64,6 +68,9 @@ def test_a_dry_run_states_what_a_job_needs_and_makes_nothing(here: Path, job: st
     if job == "fit":
         assert set(parts) == {"base", "adapters", "values", "gaps", "program"}
         assert sum(parts.values()) == needs["memory_bytes"]
+    if job == "eval":
+        assert set(parts) == {"base", "adapters", "rows", "program"}
+        assert sum(parts.values()) == needs["memory_bytes"]
     lines = dict(line.split("\t")[:2] for line in ok(*JOBS[job], "--dry-run").out.splitlines()[-4:])
     assert list(lines) == ["read", "written", "memory", "time"]
     assert int(lines["read"]) == needs["read_bytes"]
@@ -88,6 +95,40 @@ def test_more_work_takes_longer_by_the_estimate(here: Path) -> None:
 
     assert seconds("train", "--data", "task.jsonl", "--steps", "4000") > 5 * seconds(*JOBS["train"], "--steps", "4")
     assert seconds(*JOBS["fit"], "--control", "target") > seconds(*JOBS["fit"])
+
+
+def test_a_dry_run_of_an_evaluation_counts_what_is_asked_and_what_is_there(here: Path) -> None:
+    def planned(*words: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(ok(*JOBS["eval"], *words, "--dry-run", "--json").out)
+        return found
+
+    task = load_task(Path("task.jsonl"))
+    read = load_encoder("base").encode_all(task)
+    plan = planned()
+    assert (plan["systems"], plan["examples"], plan["prompts"], plan["stored"]) == (3, 20, 60, 0)
+    assert plan["tokens_read"] == 3 * sum(len(one.ids) for one in read)
+    assert plan["tokens_written_at_most"] == 3 * 20 * 40
+    assert plan["batches"] == math.ceil(60 / plan["rows_per_batch"])
+    assert planned("--batch-size", "7")["batches"] == math.ceil(60 / 7)
+    assert planned("--metric", "nll")["tokens_written_at_most"] == 0
+
+    ok(*JOBS["eval"])
+    again = planned()
+    assert (again["stored"], again["out"]) == (60, plan["out"])
+    assert again["estimate"]["written_bytes"] == plan["estimate"]["written_bytes"]
+    # These answers end at once, and the estimate is that of answers as long as the expected ones.
+    size = Path(plan["out"]).stat().st_size
+    assert size <= plan["estimate"]["written_bytes"] <= 3 * size
+    lines = Path(plan["out"]).read_text().splitlines(keepends=True)
+    Path(plan["out"]).write_text("".join(lines[:13]))
+    assert planned()["stored"] == 13
+    assert planned("--metric", "nll")["stored"] == 0
+
+
+def test_a_dry_run_of_an_evaluation_prints_a_plan_alone(here: Path) -> None:
+    for words in (("--csv",), ("-q",), ("--columns", "value")):
+        assert "--dry-run prints a plan" in refused(2, *JOBS["eval"], "--dry-run", *words)
+    assert "--harness goes with" in refused(2, "eval", "pool/one", "--harness", "arc_easy", "--dry-run")
 
 
 @pytest.mark.parametrize(

@@ -118,6 +118,11 @@ def test_a_command_is_the_objective(here: World, script: str) -> None:
             5,
             "takes more than 0.6 s",
         ),
+        (("--objective", "sh -c 'yes flood'", "--better", "lower"), 5, "prints more than 67.1 MB: flood"),
+        (("--objective", "sh -c 'yes flood >&2'", "--better", "lower"), 5, "prints more than 67.1 MB: flood"),
+        (("--objective", "true", "--better", "lower"), 5, "printed '', not a number"),
+        (("--objective", "echo 1e999", "--better", "lower"), 5, "is inf at the start"),
+        (("--objective", "rm -r {}", "--better", "lower"), 5, "printed '', not a number"),
         (("--objective", "echo many", "--better", "lower"), 5, "printed 'many', not a number"),
         (("--objective", "echo nan", "--better", "lower"), 5, "is nan at the start"),
         (

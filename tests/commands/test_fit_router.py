@@ -83,6 +83,27 @@ def test_an_adapter_that_was_changed_since_is_not_used(bare: World) -> None:
     assert own in refused(3, "eval", "routed")
 
 
+def test_answers_are_not_those_of_a_router_before_it_was_changed(here: World) -> None:
+    def likelihood() -> float:
+        rows = json.loads(ok("eval", "routed", "--metric", "nll", "-o", "rows.jsonl", "--json").out)["rows"]
+        return float(rows[1]["log_likelihood"])
+
+    ok("fit", "--preset", "arrow", *TWO, "-o", "routed")
+    found = [likelihood()]
+    config = Path("routed", router("routed")["adapters"][0]["folder"], "adapter_config.json")
+    written = config.read_text()
+    settings = json.loads(written)
+    config.write_text(json.dumps({**settings, "lora_alpha": 3 * settings["lora_alpha"]}))
+    found.append(likelihood())
+    config.write_text(written)
+    edited = router("routed")
+    Path("routed/router.json").write_text(json.dumps({**edited, "knobs": {**edited["knobs"], "top_k": 1}}))
+    found.append(likelihood())
+    Path("routed/router.json").write_text(json.dumps(edited))
+    assert len({round(one, 6) for one in found}) == 3
+    assert likelihood() == pytest.approx(found[0], abs=1e-9)
+
+
 def test_eval_applies_routers_beside_other_systems(here: World) -> None:
     ok("fit", "--preset", "arrow", *TWO, "-o", "routed")
     ok("fit", "--preset", "spectr", "pool/kestrel/outer", "-o", "alone")

@@ -302,7 +302,8 @@ def test_keys_of_rows_are_what_they_were(tmp_path: Path) -> None:
 
 def test_the_rows_that_fit_follow_from_the_sizes_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     base = llama()
-    assert room.kept_per_token(base) == 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, their size, bytes
+    kept = room.row_bytes(base.model.config, 4, longest=1, judged=0).writing
+    assert kept == 2 * 2 * 2 * 2 * 8 * 4  # twice keys and values, layers, heads, their size, bytes
     monkeypatch.setattr(room, "free_memory", lambda device: 100_000_000)
     free = room.Room(base, longest=20, judged=4)
     assert free.writing == 1024

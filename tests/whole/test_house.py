@@ -59,6 +59,7 @@ FLOORS = (
     ("steps.fit", "steps.export"),
     ("steps.memory", "steps.speed"),
     ("steps.estimate", "steps.select", "steps.push"),
+    ("steps.estimate_eval",),
     ("steps.study",),
     ("executors",),
     ("world", "api"),

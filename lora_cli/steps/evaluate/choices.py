@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lora_cli.errors import DataError
-from lora_cli.models.base_model import BaseModel
-from lora_cli.models.encode import Encoded
+from lora_cli.models.encode import Encoded, Encoder
 from lora_cli.records import Example
 from lora_cli.text import counted
 
@@ -45,7 +44,7 @@ def demand_choices(examples: Sequence[Example], *, file: str = "") -> None:
         )
 
 
-def read_choices(base: BaseModel, examples: Sequence[Example]) -> dict[str, Choices]:
+def read_choices(encoder: Encoder, examples: Sequence[Example]) -> dict[str, Choices]:
     """The options of each example by its id, a repeated one once. Raises as `demand_choices` and `Encoder.encode`."""
     demand_choices(examples)
     found = {}
@@ -53,8 +52,8 @@ def read_choices(base: BaseModel, examples: Sequence[Example]) -> dict[str, Choi
         texts = tuple(dict.fromkeys(example.choices))
         right = texts.index(example.completion)
         read = [example if place == right else replace(example, completion=text) for place, text in enumerate(texts)]
-        found[example.id] = Choices(texts, tuple(base.encoder.read_all(read)), right)
-    base.encoder.demand_room({id: max(len(one.ids) for one in options.encoded) for id, options in found.items()})
+        found[example.id] = Choices(texts, tuple(encoder.read_all(read)), right)
+    encoder.demand_room({id: max(len(one.ids) for one in options.encoded) for id, options in found.items()})
     return found
 
 

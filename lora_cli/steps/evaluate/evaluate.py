@@ -26,7 +26,7 @@ from lora_cli.steps.evaluate.beside import beside_others
 from lora_cli.steps.evaluate.groups import Judging, System, Updates, groups
 from lora_cli.text import counted
 
-__all__ = ["Row", "System", "Updates", "answered", "demand_systems", "evaluate", "read_rows"]
+__all__ = ["Row", "System", "Updates", "answered", "demand_systems", "evaluate", "read_rows", "row_keys"]
 _SAME_LIKELIHOOD = 1e-6
 
 
@@ -128,9 +128,7 @@ def answered(
     judging = Judging.of(base, examples, options)
     metric = judging.metric
     common = [base.pinned, base.arithmetic, base.encoder.prompting.settings]
-    new = options.max_new_tokens if metric.kind == "output" else None
-    measured = [metric.name, new, *judging.values_of.keywords.items()]
-    keys = _keys(systems, examples, common, measured)
+    keys = row_keys(systems, examples, common, options)
     ids = [*judging.encoded]
     with _Rows(rows_path, keys) as rows:
         report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
@@ -178,10 +176,17 @@ def _fill(
             report(len(rows.found), len(rows.keys))
 
 
-def _keys(
-    systems: Sequence[System], examples: Sequence[Example], common: Sequence[Any], measured: Sequence[Any]
+def row_keys(
+    systems: Sequence[System], examples: Sequence[Example], common: Sequence[Any], options: EvalOptions
 ) -> dict[tuple[str, str], str]:
-    """By system and example the first 16 digits of the SHA-256 of all that decides the answer, as JSON."""
+    """By system and example the first 16 digits of the SHA-256 of all that decides the answer, as JSON.
+
+    Args:
+        common: the base at its version, its arithmetic, and the settings of its prompting.
+    """
+    metric = METRICS.get(options.metric)
+    new = options.max_new_tokens if metric.kind == "output" else None
+    measured = [metric.name, new, *options.knobs.items()]
     last = {example.id: json.dumps(asdict(example), sort_keys=True) for example in examples}
     found = {}
     for system in systems:

@@ -131,7 +131,7 @@ class Judging:
         new = options.max_new_tokens if metric.kind == "output" else 0
         return cls(
             base=base,
-            choices=read_choices(base, examples) if metric.kind == "choice" else {},
+            choices=read_choices(base.encoder, examples) if metric.kind == "choice" else {},
             encoded=_read(base, examples, new=new),
             metric=metric,
             values_of=partial(METRICS.load(metric.name), **options.knobs),

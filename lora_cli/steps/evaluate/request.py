@@ -14,11 +14,12 @@ from lora_cli.formats.run_record import key_of
 from lora_cli.metrics import METRICS
 from lora_cli.models.forms import Prompting
 from lora_cli.models.ref import pin
+from lora_cli.precision import FOUR_BIT, torch_dtype
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
-from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate
+from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate, read_rows, row_keys
 from lora_cli.steps.evaluate.learnt import learnt, trained_on
 from lora_cli.steps.evaluate.systems import distinct, opened_systems
 from lora_cli.steps.opened_pool import Pool
@@ -86,6 +87,14 @@ class EvaluateRequest:
     def rows(self, out: Path | None = None) -> Path:
         """The file that holds an answer of each system to each example."""
         return out or self.settings.runs / f"eval-{key_of('eval', self.run_settings, self.inputs)[:8]}.jsonl"
+
+    def stored(self, out: Path | None = None) -> int:
+        """How many answers that are asked for are there already."""
+        ref = self.ref
+        arithmetic = f"{torch_dtype(ref.compute)}{f' {FOUR_BIT}' if ref.four_bit else ''}"
+        common = [f"{ref.name}@{ref.version}", arithmetic, ref.prompting.settings]
+        keys = row_keys(self.systems, self.task.examples, common, self.options)
+        return sum(keys.get((row.system, row.id)) == row.key for row in read_rows(self.rows(out)))
 
     def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
         """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""

@@ -33,12 +33,8 @@ def opened_systems(pool: Pool, names: Sequence[str]) -> Opened:
         DataError: a malformed router.json.
         Refused: an adapter of a router that has changed since. Else as `Pool.adapters` does.
     """
-    folders = [router_folder(name) for name in names]
-    routers = [None if folder is None else (folder, read_router(folder)) for folder in folders]
-    parts = [
-        [name] if found is None else [str(found[0] / member.folder) for member in found[1].adapters]
-        for name, found in zip(names, routers, strict=True)
-    ]
+    routers = [_router_at(name) for name in names]
+    parts = [_parts(name, found) for name, found in zip(names, routers, strict=True)]
     gathered = pool.adapters([part for own in parts for part in own])
     waiting, inputs = iter(gathered.adapters), dict(gathered.inputs)
     systems, refs = [], []
@@ -48,11 +44,26 @@ def opened_systems(pool: Pool, names: Sequence[str]) -> Opened:
         ref = adapters[0].ref
         if found is not None:
             folder, router = found
-            updates, ref = _router(folder, router, adapters, gathered.inputs), router_ref(folder)
+            updates = _router(folder, router, adapters, gathered.inputs)
+            ref = router_ref(folder, [adapter.ref for adapter in adapters])
             inputs[ref.pinned] = sha256_of(folder / ROUTER_FILE)
         systems.append(System(name=name, updates=updates, version=ref.pinned))
         refs.append(ref)
     return Opened(systems=systems, refs=refs, base=gathered.base, inputs=inputs)
+
+
+def parts_of(name: str) -> list[str]:
+    """The adapters of a system: itself, or those of a router. DataError for a malformed router.json."""
+    return _parts(name, _router_at(name))
+
+
+def _router_at(name: str) -> tuple[Path, RouterFile] | None:
+    folder = router_folder(name)
+    return None if folder is None else (folder, read_router(folder))
+
+
+def _parts(name: str, found: tuple[Path, RouterFile] | None) -> list[str]:
+    return [name] if found is None else [str(found[0] / member.folder) for member in found[1].adapters]
 
 
 def _router(folder: Path, found: RouterFile, adapters: Sequence[OpenAdapter], inputs: Mapping[str, str]) -> Router:

@@ -15,13 +15,14 @@ from typing import IO
 
 from lora_cli.errors import Refused, UsageError
 from lora_cli.metrics import METRICS
-from lora_cli.text import duration, nearest, shortened
+from lora_cli.text import duration, nearest, shortened, size
 
 CANDIDATE = "LORA_CANDIDATE"
 """The variable of the environment in which a command finds the candidate's folder."""
 PLACE = "{}"
 """What stands for the candidate's folder in the words of a command."""
-_MOST_OUTPUT = 1 << 20
+_MOST_KEPT, _MOST_OUTPUT = 1 << 20, 64 << 20
+"""Bytes of the end of an output that are kept, and bytes at which reading ends."""
 _LINES_SHOWN = 5
 _BLOCK, _PATIENCE = 1 << 16, 5.0
 """Bytes read at once, and seconds in which the last of them come."""
@@ -59,7 +60,7 @@ class Command:
         """The number in the last line that the command prints about the adapter in `folder`; it may be NaN.
 
         Raises:
-            Refused: the command cannot be run, fails, takes too long, or prints no number.
+            Refused: the command cannot be run, fails, takes too long, prints no number, or without end.
         """
         called = f"the objective {shortened(self.text)}"
         code, out, err = self._run(folder, called)
@@ -106,6 +107,11 @@ class Command:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        if flooded := next((one for one in (out, err) if one.flooded), None):
+            raise Refused(
+                f"{called} prints more than {size(_MOST_OUTPUT)}: {_last(flooded.bytes(), 1)}",
+                hint=f"it has to print a number and end; {_GOES_ON}",
+            )
         if timed_out:
             complaint = _last(err.bytes(), _LINES_SHOWN)
             raise Refused(
@@ -120,24 +126,31 @@ _GOES_ON = "the evaluations so far are kept, and the same lora command goes on f
 
 
 class _Tail:
-    """The end of what comes through a pipe, which is read as it comes: a command may print without end."""
+    """The end of what comes through a pipe, which is read as it comes.
+
+    A command that prints too much is `flooded`: the pipe is closed, and its next write fails.
+    """
 
     def __init__(self, pipe: IO[bytes]) -> None:
         self._pipe, self._kept = pipe, bytearray()
+        self.flooded = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
+        total = 0
         with self._pipe:
-            while block := os.read(self._pipe.fileno(), _BLOCK):
+            while not self.flooded and (block := os.read(self._pipe.fileno(), _BLOCK)):
                 self._kept += block
-                if len(self._kept) > 2 * _MOST_OUTPUT:
-                    del self._kept[:-_MOST_OUTPUT]
+                total += len(block)
+                self.flooded = total > _MOST_OUTPUT
+                if len(self._kept) > 2 * _MOST_KEPT:
+                    del self._kept[:-_MOST_KEPT]
 
     def bytes(self) -> bytes:
         """What was kept, when the pipe has ended; what a process elsewhere still holds open is not waited for."""
         self._reader.join(_PATIENCE)
-        return bytes(self._kept[-_MOST_OUTPUT:])
+        return bytes(self._kept[-_MOST_KEPT:])
 
 
 def _last(printed: bytes, lines: int) -> str:
