@@ -75,8 +75,6 @@ def in_clusters(found: Similarity, cut: float) -> Clustered:
         UsageError: `cut` is not in -1 <= cut < 1.
     """
     # Imported here: it takes half a second of CPU, and a merge needs only the cosines.
-    from scipy.cluster import hierarchy
-    from scipy.spatial.distance import squareform
 
     demand_cut(cut)
     n = len(found.refs)
