@@ -74,8 +74,6 @@ def in_clusters(found: Similarity, cut: float) -> Clustered:
     Raises:
         UsageError: `cut` is not in -1 <= cut < 1.
     """
-    # Imported here: it takes half a second of CPU, and a merge needs only the cosines.
-
     demand_cut(cut)
     n = len(found.refs)
     # Ties are broken by position; sort first, so that the order of the arguments does not matter.
