@@ -23,6 +23,7 @@ from lora_cli.settings import base_of
 from lora_cli.text import counted, difference, interval, shortened
 
 if TYPE_CHECKING:
+    from lora_cli.steps.evaluate.request import EvaluateRequest
     from lora_cli.steps.task_view import TaskFacts
 
 _COLUMNS = (
@@ -114,18 +115,23 @@ def evaluate(
         identity="system",
         caption=f"{metric.name}, {metric.better} is better, n = {scores[0].n}, paired differences to {baseline}, "
         f"bootstrap seed {settings.seed}",
-        extra={
-            **request.run_settings,
-            "usual_answer": request.facts.usual,
-            "usual_share": request.facts.usual_share,
-            "rows_file": str(request.rows(out)),
-            "plot": None if plot is None else str(plot),
-        },
+        extra=_facts_of(request, out, plot),
     )
     _tell(screen, scores, metric, options, request.facts)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
+
+
+def _facts_of(request: "EvaluateRequest", out: Path | None, plot: Path | None) -> dict[str, Any]:
+    """What a document says beside the scores."""
+    return {
+        **request.run_settings,
+        "usual_answer": request.facts.usual,
+        "usual_share": request.facts.usual_share,
+        "rows_file": str(request.rows(out)),
+        "plot": None if plot is None else str(plot),
+    }
 
 
 def _show_plan(

@@ -72,7 +72,7 @@ class Questions:
 
 
 class Planned(NamedTuple):
-    """The plan of an evaluation as data, what it needs if the base is here, and the adapters that are not."""
+    """The plan of an evaluation as data, what it needs if the base is here, and the adapters that are not here."""
 
     plan: dict[str, Any]
     needs: Estimate | None
@@ -169,18 +169,18 @@ def planned(
 
     Raises as `EvaluateRequest` does.
     """
-    own = [parts_of(name) for name in names]
+    own, here = [parts_of(name) for name in names], is_here(base_of(settings))
     absent = pool.absent([part for parts in own for part in parts])
-    if absent:
-        if not is_here(base := base_of(settings)):
-            return Planned({"out": None}, None, absent)
-        ref = pin(base, device=settings.device, dtype=settings.dtype, prompting=prompting, progress=pool.progress)
-        asked, stored = questions(ref, test_data(settings).examples, options, 1 + len(own)), 0
-        plan: dict[str, Any] = {"out": None, **asked.facts(options)}
-    else:
+    plan: dict[str, Any] = {"out": None}
+    if not absent:
         request = EvaluateRequest(pool, names, settings, options, prompting)
-        ref, stored = request.ref, request.stored(out)
-        asked = questions(ref, request.task.examples, options, len(request.systems))
-        plan = {"out": str(request.rows(out)), **request.run_settings, **asked.facts(options), "stored": stored}
-    known = [outlines(pool, parts) for parts in own]
-    return Planned(plan, of_evaluation(ref, asked, known, options, stored=stored), absent)
+        ref, task, stored = request.ref, request.task, request.stored(out)
+        plan = {"out": str(request.rows(out)), **request.run_settings, "stored": stored}
+    elif here:
+        base, stored, task = base_of(settings), 0, test_data(settings)
+        ref = pin(base, device=settings.device, dtype=settings.dtype, prompting=prompting, progress=pool.progress)
+    if not here:
+        return Planned(plan, None, absent)
+    asked, known = questions(ref, task.examples, options, 1 + len(own)), [outlines(pool, parts) for parts in own]
+    needs = of_evaluation(ref, asked, known, options, stored=stored)
+    return Planned({**plan, **asked.facts(options)}, needs, absent)

@@ -69,6 +69,8 @@ def test_a_dry_run_says_what_it_would_download_and_downloads_nothing(fake: FakeH
     Path("task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     plan = json.loads(ok("fit", "alice/sql", "--data", "task.jsonl", "--base", BASE, "--dry-run", "--json").out)
     assert (plan["schema"], len(plan["fetch"])) == ("lora.fit.plan/1", 1)
+    plan = json.loads(ok("eval", "alice/sql", "--data", "task.jsonl", "--base", BASE, "--dry-run", "--json").out)
+    assert (plan["schema"], plan["out"], len(plan["fetch"])) == ("lora.eval.plan/1", None, 1)
     assert list(tmp_path.rglob(WEIGHTS)) == []
     ok("merge", "alice/sql", "bob/math", "-o", "out")
     assert json.loads(ok("merge", "alice/sql", "bob/math", "--dry-run", "--json").out)["modules"] > 0
