@@ -196,8 +196,6 @@ class Pool:
             Refused: an adapter that cannot be used, weights that changed since they were catalogued, or two bases; or
                 licences that the policy forbids.
         """
-        from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
-
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
         report = patient(self.progress)
@@ -237,14 +235,7 @@ class Pool:
             demand_one_form_of_projections(named)
         elif needs_fusing(adapters, skeleton):
             adapters = [opened(files, skeleton, whole=whole, fuse=True) for files in here]
-        for adapter, one in zip(adapters, judged, strict=True):
-            taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
-            converted = f"{adapter.files.kind}, converted" if adapter.files.kind else ""
-            wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base or one.base, skeleton)
-            if wrong:
-                raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
-            for note in filter(None, [converted, taken, *adapter.notes, unknown]):
-                self.announce(f"{adapter.ref.id}: {note}")
+        self._announce_notes(adapters, judged, base, skeleton)
         public = public_base(base or "", known, [one.base for one in declared])
         if passed_on:
             terms[""] = self.base_terms(base or declared[0].base)
@@ -257,6 +248,21 @@ class Pool:
             terms=terms,
             notice=self.notice(terms, public) if passed_on else "",
         )
+
+    def _announce_notes(
+        self, adapters: "Sequence[OpenAdapter]", judged: Sequence[Declared], base: str | None, skeleton: Skeleton | None
+    ) -> None:
+        """A line for each note on an adapter. Refused where a copy of a weight of the base is another one."""
+        from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
+
+        for adapter, one in zip(adapters, judged, strict=True):
+            taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
+            converted = f"{adapter.files.kind}, converted" if adapter.files.kind else ""
+            wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base or one.base, skeleton)
+            if wrong:
+                raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
+            for note in filter(None, [converted, taken, *adapter.notes, unknown]):
+                self.announce(f"{adapter.ref.id}: {note}")
 
     def announce_held(self, rows: Sequence[Adapter]) -> None:
         """A line for each of the adapters that is in quarantine, and used all the same."""
