@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Features whose products are summed in a narrow precision, and rows of a product at a time, so that most of the half
-# below the diagonal is left out.
-_FEATURES, _ROWS = 4096, 128
+# Features whose products are summed in a narrow precision; rows of a product at a time, at least and as a share of all,
+# so that most of the half below the diagonal is left out.
+_FEATURES, _ROWS, _SHARE = 4096, 128, 8
 # The squared error may exceed the least possible one by this share; the error then exceeds it by half of it.
 _EXCESS = 1e-3
 # How far off the squared norm of the whole may be, relatively.
@@ -171,9 +171,10 @@ def _orthonormal(V: Tensor) -> Tensor:
 def products(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """X Xᵀ, (R, R) float64, of the rows of the stacks X_i (r_i, features): products in `dtype`, sums in float64."""
     rank, features = sum(len(one) for one in stacks), stacks[0].shape[1]
+    step = max(_ROWS, rank // _SHARE)
     found = torch.zeros(rank, rank, dtype=torch.float64, device=stacks[0].device)
     for start in range(0, features, _FEATURES):
         x = torch.cat([one[:, start : start + _FEATURES] for one in stacks]).to(dtype)
-        for row in range(0, rank, _ROWS):
-            found[row : row + _ROWS, row:] += x[row : row + _ROWS] @ x[row:].T
+        for row in range(0, rank, step):
+            found[row : row + step, row:] += x[row : row + step] @ x[row:].T
     return found.triu() + found.triu(1).T
