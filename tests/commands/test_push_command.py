@@ -94,24 +94,16 @@ def test_the_card_tells_where_a_result_comes_from_and_how_to_load_it(merged: Pat
 
 
 @pytest.mark.parametrize(
-    ("config", "exports", "named"),
+    ("config", "named"),
     [
-        ({}, ("vllm",), {"PEFT", "transformers", "vLLM"}),
-        ({}, ("gguf", "vllm"), {"PEFT", "transformers", "vLLM", "llama.cpp"}),
-        ({"r": 1024}, ("gguf",), {"PEFT", "transformers", "llama.cpp"}),
-        ({"fan_in_fan_out": True}, (), {"PEFT", "transformers"}),
-        ({"modules_to_save": ["lm_head"]}, ("gguf",), {"PEFT", "transformers"}),
-        ({"task_type": "SEQ_CLS"}, ("gguf",), {"PEFT", "transformers"}),
+        ({}, {"PEFT", "transformers", "vLLM", "llama.cpp"}),
+        ({"r": 1024}, {"PEFT", "transformers", "llama.cpp"}),
+        ({"fan_in_fan_out": True}, {"PEFT", "transformers", "llama.cpp"}),
+        ({"modules_to_save": ["lm_head"]}, {"PEFT", "transformers"}),
+        ({"task_type": "SEQ_CLS"}, {"PEFT", "transformers"}),
     ],
 )
-def test_only_programs_that_take_a_result_are_named(
-    config: dict[str, object],
-    exports: tuple[str, ...],
-    named: set[str],
-    merged: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("lora_cli.steps.push.card.file_names", lambda package: exports)
+def test_only_programs_that_take_a_result_are_named(config: dict[str, object], named: set[str], merged: Path) -> None:
     file, record = merged / "adapter_config.json", merged / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     outputs = {"outputs": json.loads(record.read_text())["outputs"] | {file.name: sha256_of(file)}}
@@ -326,6 +318,11 @@ def test_a_readme_of_ones_own_goes_as_it_is(writer: FakeHub, merged: Path) -> No
     (merged / "README.md").unlink()
     ok("push", "merged", "me/mixed")
     assert b"## How to load it" in writer.repos["me/mixed"].files["README.md"]
+
+
+def test_no_file_of_a_result_that_holds_a_token_is_pushed(merged: Path) -> None:
+    (merged / "coefficients.json").write_text(json.dumps({"task": "hf_" + "aB3" * 8}))
+    assert "coefficients.json holds what looks like a token" in refused(5, "push", "merged", "me/mixed", "--dry-run")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from lora_cli.errors import Refused
 from lora_cli.exports.vllm import max_lora_rank, vllm
 from lora_cli.formats.base_names import canonical_base, is_hub_id, split_revision
 from lora_cli.merge_options import METHODS
-from lora_cli.methods import Method, file_names
+from lora_cli.methods import Method
 from lora_cli.names import is_model, is_repo, is_revision, repo_and_folder
 from lora_cli.recipes import FIT_METHODS
 from lora_cli.steps.merge.card import code, licence_of_all, stated
@@ -222,9 +222,8 @@ def _ways(result: Result, base: _Base, repo: str) -> Iterator[tuple[str, str, li
         model = [name, *(["--revision", base.revision] if base.revision else [])]
         words = ["vllm", "serve", *model, "--enable-lora", "--max-lora-rank", str(max_lora_rank(result.rank))]
         yield "vLLM", "sh", [shlex.join([*words, "--lora-modules", f"{repo.partition('/')[2]}={repo}"])]
-    if "gguf" in file_names("lora_cli.exports"):
-        lines = [f"lora export gguf {repo} --base {name} -o gguf", "llama-server -m BASE.gguf --lora gguf/adapter.gguf"]
-        yield "llama.cpp", "sh", lines
+    lines = [f"lora export gguf {repo} --base {name} -o gguf", "llama-server -m BASE.gguf --lora gguf/adapter.gguf"]
+    yield "llama.cpp", "sh", lines
 
 
 def _is_plain(result: Result) -> bool:

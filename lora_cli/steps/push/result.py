@@ -95,8 +95,11 @@ def read_result(text: str, progress: Progress = silent) -> Result:
         raise Refused(f"{folder}: {config.peft_type} in place of LORA")
     read_header(folder / WEIGHTS_NAME)
     own_card = _own_card(folder, record)
-    for name, said in ((CONFIG_NAME, None), (RECORD_FILE, None), (CARD_FILE, own_card)):
-        demand_no_token(folder / name, read_regular(folder / name).decode("utf-8", "replace") if said is None else said)
+    for one in uploads:
+        if one.path != WEIGHTS_NAME:
+            data = one.content if isinstance(one.content, bytes) else read_regular(one.content)
+            demand_no_token(folder / one.path, data.decode("utf-8", "replace"))
+    demand_no_token(folder / CARD_FILE, own_card)
     pinned = folder_ref(folder).pinned
     return Result(folder=folder, pinned=pinned, record=record, config=config, uploads=uploads, own_card=own_card)
 
