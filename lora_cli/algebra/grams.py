@@ -151,7 +151,7 @@ def _leading(B: Tensor, A: Tensor, gram: Gram, k: int) -> Leading | None:
     # To tell what is rounding noise of the factors takes singular values that are known to that level.
     if unit**0.5 > narrow and not (clear.all() and s[-1] > unit**0.5 * s[0]):
         return None
-    U = image @ turn / s.to(gram.dtype)
+    U = image @ turn / torch.where(s > 0, s, 1).to(gram.dtype)
     return Leading(U.to(dtype), s.to(dtype), (V @ turn).to(dtype), total)
 
 

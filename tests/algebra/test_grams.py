@@ -101,6 +101,20 @@ def test_directions_are_orthonormal_and_in_order(shape: tuple[int, int]) -> None
     torch.testing.assert_close(found.s.double(), exact, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_directions_beyond_the_rank_of_a_sum_are_finite(turned: bool) -> None:
+    """Three adapters of one A whose sum nearly cancels have four directions in all; the others are rounding noise."""
+    for seed in range(0, 80, 4):
+        shared, one = _drawn(4, 96, seed=seed).float(), _drawn(64, 4, seed=seed + 1).float()
+        near, small = (0.1 * _drawn(64, 4, seed=seed + more).float() for more in (2, 3))
+        sides = [(b, shared) for b in (one, -one - near, small)]
+        merged = concat([LowRank(a.T, b.T) if turned else LowRank(b, a) for b, a in sides], [1, 1, 1])
+        found = leading(merged.B, merged.A, merged.grams, 6)
+        assert found is not None
+        assert torch.isfinite(found.U).all()
+        assert torch.isfinite(found.V).all()
+
+
 def test_flat_spectra_need_no_float64_and_steep_ones_do() -> None:
     """What is cheap stays cheap: fp32 alone decides where its rounding is far below what is lost."""
     for fall, precise in ((1.0, False), (0.05, True)):
