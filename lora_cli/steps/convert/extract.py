@@ -119,7 +119,10 @@ def extract_job(
 
 def _extract(job: ExtractJob, run: Run, *, replace: bool, progress: Progress) -> ExtractReport:
     started, models = time.monotonic(), job.pair
-    others = {name: models.change(name) for name in models.others}
+    others = dict[str, float | None]()
+    for done, name in enumerate(models.others):
+        progress("compare", done, len(models.others))
+        others[name] = models.change(name)
     with whole_folder(job.job.folder, replace=replace) as partial:
         changed = [name for name in natural(models.modules) if models.is_changed(name)]
         if not changed:
