@@ -20,6 +20,7 @@ from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.gguf import Base, base_of, is_plain, package
 from lora_cli.hashes import opened_as
 from lora_cli.imports._gguf_file import read_gguf
+from lora_cli.imports.gguf import arranged_back
 from lora_cli.precision import stored_as, torch_dtype
 from lora_cli.records import Progress
 from lora_cli.text import shortened
@@ -157,13 +158,11 @@ def alphas_of(source: Source) -> dict[str, float]:
 
 
 def rearranged(b: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """The rows of B (out, r) in llama.cpp's order, for a module whose rows are those of `heads` heads."""
+    """The rows of B (out, r) in llama.cpp's order, for a module whose rows are those of `heads` heads.
+
+    The inverse of `arranged_back`.
+    """
     return b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
-
-
-def arranged_back(b: "torch.Tensor", heads: int) -> "torch.Tensor":
-    """The inverse of `rearranged`."""
-    return b.reshape(heads, b.shape[0] // heads // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
 
 
 def _is_fp32(value: float) -> bool:

@@ -5,6 +5,7 @@ stand there from the fastest to the slowest.
 """
 
 import math
+import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,7 +49,7 @@ def read_gguf(path: Path) -> Gguf:
         with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
-            known = stamp(path.stat())
+            known = stamp(os.fstat(file.fileno()))
             data = _Bytes(file.read(min(size, MAX_HEADER_BYTES)), size)
     except OSError as error:
         raise unreadable(path, error) from error

@@ -7,6 +7,7 @@ orders the rows of q_proj and k_proj so that the two halves of each head alterna
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from lora_cli.errors import DataError, HeaderError, Refused
@@ -88,6 +89,11 @@ def _reader(file: Tensors, a: str, b: str, order: "Callable[[Tensor], Tensor] | 
     return read
 
 
+def arranged_back(b: "Tensor", heads: int) -> "Tensor":
+    """The rows of B (out, r) in transformers' order, for a module whose rows are those of `heads` heads."""
+    return b.reshape(heads, b.shape[0] // heads // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+
+
 class _Heads:
     """The heads of the base, by which llama.cpp's converter orders rows."""
 
@@ -107,12 +113,7 @@ class _Heads:
                 f"{module} has {rows} rows, which are no {heads} heads",
                 hint="give the base model that the adapter was trained on: --base",
             )
-        half = rows // heads // 2
-
-        def back(b: "Tensor") -> "Tensor":
-            return b.reshape(heads, half, 2, -1).transpose(1, 2).reshape(rows, -1)
-
-        return back
+        return partial(arranged_back, heads=heads)
 
     def _count(self, key: str, otherwise: int = 0) -> int:
         value = self._read().get(key) or otherwise
