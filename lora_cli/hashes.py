@@ -69,7 +69,7 @@ def hash_ahead(paths: Iterable[Path], progress: Progress = silent) -> None:
     files = [*paths]
     with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
         for done, _ in enumerate(pool.map(_tried, files), 1):
-            progress("hashing", done, len(files))
+            progress("hashing adapters", done, len(files))
 
 
 def _tried(path: Path) -> None:

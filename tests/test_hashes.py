@@ -15,7 +15,7 @@ def test_files_hashed_ahead_are_not_read_again(tmp_path: Path, monkeypatch: pyte
         file.write_bytes(bytes([place]) * 1000)
     heard: list[tuple[str, int, int]] = []
     hashes.hash_ahead(files, lambda *said: heard.append(said))
-    assert heard[-1] == ("hashing", 5, 5)
+    assert heard[-1] == ("hashing adapters", 5, 5)
     monkeypatch.setattr(hashes, "_hashed", None)
     found = [hashes.sha256_of(file) for file in files[:4]]
     assert found == [hashlib.sha256(file.read_bytes()).hexdigest() for file in files[:4]]

@@ -62,13 +62,13 @@ def test_hashing_and_loading_report_to_a_notebook(
             return [what for what in found if ".json" not in what]
 
         pool.fit("task.jsonl", adapters, steps=1)
-        before = ["looking up adapters", "opening adapters"]
+        before = ["hashing adapters", "looking up adapters", "opening adapters"]
         hashing = "hashing model.safetensors, MB"
-        assert words()[:6] == [hashing, *before, "loading the base", "loading adapters", "fit: adapters"]
+        assert words()[:7] == [hashing, *before, "loading the base", "loading adapters", "fit: adapters"]
         pool.fit("task.jsonl", adapters, steps=1)
         assert words()[-1].startswith("hashing "), "of the finished result"
         pool.evaluate("task.jsonl", adapters[:1])
-        assert words()[:3] == [*before, "loading the base"]
+        assert words()[:4] == [*before, "loading the base"]
         pool.train("task.jsonl", steps=1, rank=2)
         assert words()[0] == "loading the base"
         dense = pool.merge(adapters, dense=True)

@@ -442,7 +442,7 @@ def test_a_base_that_is_no_id_of_the_hub_is_named_in_words_alone(base: str, own_
     assert "base_model" not in front
     assert front["tags"] == ["lora", "merge"]
     assert "vllm serve BASE-MODEL --enable-lora" in card
-    assert card.count("```") == 6
+    assert card.count("```") == 8
 
 
 def test_folders_of_strange_names(writer: FakeHub, merged: Path) -> None:

@@ -39,7 +39,7 @@ def catalogue(own_home: Path) -> Catalogue:
         )
         for i, text in enumerate(HOSTILE)
     ]
-    found = Catalogue(own_home.parent / "report.db")
+    found = Catalogue(own_home / "report.db")
     found.add([*plain, *broken, held, *hostile])
     return found
 

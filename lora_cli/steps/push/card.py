@@ -1,14 +1,13 @@
 """The full model card of a result: what the Hub reads, where it comes from, how it scores and how to load it."""
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora_cli.catalogue.scores import VersionScore
 from lora_cli.errors import Refused
-from lora_cli.exports.vllm import max_lora_rank, vllm
+from lora_cli.exports.vllm import vllm
 from lora_cli.formats.base_names import canonical_base, is_hub_id, split_revision
 from lora_cli.merge_options import METHODS
 from lora_cli.methods import Method
@@ -220,8 +219,7 @@ def _ways(result: Result, base: _Base, repo: str) -> Iterator[tuple[str, str, li
         return
     if _vllm_takes(result):
         model = [name, *(["--revision", base.revision] if base.revision else [])]
-        words = ["vllm", "serve", *model, "--enable-lora", "--max-lora-rank", str(max_lora_rank(result.rank))]
-        yield "vLLM", "sh", [shlex.join([*words, "--lora-modules", f"{repo.partition('/')[2]}={repo}"])]
+        yield "vLLM", "sh", [vllm.hub_line(model, repo, result.rank)]
     lines = [f"lora export gguf {repo} --base {name} -o gguf", "llama-server -m BASE.gguf --lora gguf/adapter.gguf"]
     yield "llama.cpp", "sh", lines
 
