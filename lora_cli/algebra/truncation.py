@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_cli.algebra.lowrank import LowRank, Spectrum
+from lora_cli.algebra.lowrank import LowRank, Spectrum, squared_norm
 
 _OVERSAMPLED = 10
 # A block of directions that lowers the squared remainder by less than this share is the last one.
@@ -51,7 +51,7 @@ def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
 
     Cost: 4·out·in·(rank + 10) operations a block, of which two to six are needed. Memory: the update, and the blocks.
     """
-    total, side = squares(delta), min(delta.shape)
+    total, side = squared_norm(delta), min(delta.shape)
     width = min(rank + _OVERSAMPLED, side)
     basis, projected = delta.new_empty(delta.shape[0], 0), delta.new_empty(0, delta.shape[1])
     generator = torch.Generator(delta.device).manual_seed(seed)
@@ -92,9 +92,3 @@ def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
     for _ in range(2):
         block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block
-
-
-def squares(delta: Tensor) -> float:
-    """The squared Frobenius norm, summed in float64 a block of rows at a time."""
-    height = max(1, _ROWS // max(1, delta.shape[1]))
-    return math.fsum(float(delta[at : at + height].double().square().sum()) for at in range(0, len(delta), height))
