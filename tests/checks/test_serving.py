@@ -106,3 +106,12 @@ def test_no_folder_no_adapter_and_no_such_program() -> None:
     assert "no folder" in refused(3, "serve-check", "absent", "--for", "vllm")
     assert "no adapter_config.json" in refused(5, "serve-check", "base", "--for", "vllm")
     assert "did you mean 'vllm'" in refused(2, "serve-check", "base", "--for", "vlm")
+
+
+def test_files_of_another_program_are_not_judged_by_their_conversion() -> None:
+    next(kind for kind in KINDS if kind.title == "one rank, one alpha").write(Path("mine").absolute())
+    ok("export", "mlx", "mine", "-o", "for-mlx")
+    for program in ("vllm", "peft"):
+        said = refused(5, "serve-check", "for-mlx", "--for", program)
+        assert "mlx-lm" in said
+        assert "lora convert" in said

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from lora_cli.checks.serving import Folder, Judged, judge
+from lora_cli.errors import Refused
 from lora_cli.formats.store import folder_ref
 from lora_cli.steps.bases import skeleton_of
 from lora_cli.steps.pool.gather import files_of, opened
@@ -17,9 +18,15 @@ def serve_check(folder: Path, program: str, base: str | None = None) -> tuple[Ju
 
     Raises:
         NothingMatched: no such folder.
-        Refused: no adapter in it, or one that is not s·B·A of linear layers; with the reason.
+        Refused: no adapter in it, one in the form of another program, or one that is not s·B·A of linear layers; with
+            the reason.
     """
     files = files_of(folder_ref(folder))
+    if files.kind:
+        raise Refused(
+            f"{files.ref.id}: {files.kind}; the rules are for PEFT's own files",
+            hint="lora convert makes a PEFT folder of it",
+        )
     adapter = opened(files, None, whole=True)
     skeleton, unknown = skeleton_of(base or adapter.base) if base or adapter.base else (None, "it declares no base")
     if skeleton is not None:
