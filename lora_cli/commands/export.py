@@ -30,7 +30,8 @@ class ExportOptions(Options, frozen=True, kw_only=True):
         Flag(help="Precision on disk; auto is the adapter's where no number changes, else fp32.", panel=OUTPUT),
     ] = "auto"
     base_name: Annotated[
-        str, Flag(help="The base as the program calls it, such as llama3.1 in Ollama.", metavar="NAME", panel=OUTPUT)
+        str,
+        Flag(help="For ollama: its name of the base, such as llama3.1, or a GGUF file.", metavar="NAME", panel=OUTPUT),
     ] = ""
 
 
@@ -63,6 +64,8 @@ def export(
     names = expand([adapter])
     if len(names) != 1:
         raise UsageError(f"export takes one adapter, not {len(names)}", hint="merge them into one first: lora merge")
+    if options.base_name and target != "ollama":
+        raise UsageError("--base-name is for ollama, whose Modelfile names the base", hint="leave it out")
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         request = ExportRequest(pool, target, names[0], settings)
         if job.dry_run and (absent := request.absent()):

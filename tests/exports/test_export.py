@@ -294,3 +294,10 @@ def test_a_mistyped_target_or_two_adapters_are_refused() -> None:
     plain()
     assert "did you mean 'gguf'" in refused(2, "export", "ggfu", "mine")
     assert "export takes one adapter" in refused(2, "export", "gguf", "-", stdin="mine\nbase\n")
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "ollama"])
+def test_a_name_of_the_base_is_refused_where_no_file_holds_it(target: str) -> None:
+    plain()
+    assert "--base-name is for ollama" in refused(2, "export", target, "mine", "-o", "out", "--base-name", "llama3.1")
+    assert leftovers() == set()
