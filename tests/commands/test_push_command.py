@@ -132,6 +132,19 @@ def test_the_card_of_a_training_tells_examples_and_loss(merged: Path) -> None:
     assert "## Parents" not in card
 
 
+def test_the_card_of_an_extract_names_a_model_and_no_merge(merged: Path) -> None:
+    file = merged / "run.json"
+    record = json.loads(file.read_text())
+    inputs = {f"base:acme/tiny@{'c' * 40}": "c" * 40, f"tuned:acme/tuned@{'d' * 40}": "d" * 40}
+    record |= {"command": "extract", "settings": {"rank": 4, "tuned": "acme/tuned"}, "inputs": inputs}
+    file.write_text(json.dumps(record))
+    card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
+    assert "It is the low-rank part of the difference between a fine-tuned model and the base." in card
+    assert "| model | commit | weight | licence |" in card
+    assert "adapter." not in card.partition("## How to load it")[0]
+    assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == ["lora", "base_model:adapter:acme/tiny"]
+
+
 def test_a_dry_run_needs_no_login_sends_nothing_and_leaves_no_trace(
     fake: FakeHub, merged: Path, own_home: Path
 ) -> None:

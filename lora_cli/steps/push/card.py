@@ -87,7 +87,11 @@ class _Base:
 
 def _front(result: Result, base: _Base, told: Told) -> list[str]:
     """The front matter: JSON values, which are YAML as well."""
-    tags = ["lora", *(["merge"] if result.parents else []), *([f"base_model:adapter:{base.id}"] if base.id else [])]
+    tags = [
+        "lora",
+        *(["merge"] if result.verb in _KINDS and result.parents else []),
+        *([f"base_model:adapter:{base.id}"] if base.id else []),
+    ]
     front: dict[str, Any] = {"library_name": "peft", "tags": tags}
     if base.id:
         front |= {"base_model": base.id, "base_model_relation": "adapter"}
@@ -107,7 +111,9 @@ def _made(result: Result, base: _Base) -> str:
     if (method := _method(result)) is not None:
         paper = f" ([arXiv {method.arxiv}](https://arxiv.org/abs/{method.arxiv}))" if method.arxiv else ""
         said.append(f"`{method.name}`{paper}: {method.summary}")
-    if result.parents:
+    if result.verb == "extract":
+        said.append("It is the low-rank part of the difference between a fine-tuned model and the base.")
+    elif result.parents:
         said.append(f"It was made of {counted(len(result.parents), 'adapter')}.")
     if isinstance(energy := results.get("energy"), float):
         said.append(f"{percent(energy)} of the energy of the whole update is kept.")
@@ -132,7 +138,8 @@ def _parents(result: Result, told: Told) -> list[str]:
         return []
     weights = result.record["settings"].get("weights")
     weights = weights if isinstance(weights, dict) else {}
-    lines = ["## Parents", "", "| adapter | commit | weight | licence |", "|---|---|---|---|"]
+    kind = "model" if result.verb == "extract" else "adapter"
+    lines = ["## Parents", "", f"| {kind} | commit | weight | licence |", "|---|---|---|---|"]
     for pinned, one in told.parents.items():
         id, _, commit = one.pinned.rpartition("@")
         weight = weights.get(pinned)

@@ -141,7 +141,7 @@ def _demand_an_adapter(folder: Path) -> None:
         if (folder / name).is_file():
             raise Refused(f"{folder}: {what}; lora push uploads adapters", hint="hf upload takes any folder")
     absent = next(name for name in _ALWAYS if not (folder / name).is_file())
-    raise Refused(f"{folder}: no {absent}", hint="give a folder that lora merge, fit or train wrote")
+    raise Refused(f"{folder}: no {absent}", hint="give a result of lora merge, fit, train, convert or extract")
 
 
 def _upload(file: Path, progress: Progress) -> Upload:
