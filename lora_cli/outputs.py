@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -117,6 +117,15 @@ def _place_of_a_full_disk(target: Path) -> Iterator[None]:
             raise
         place = error.filename or target
         raise OutputError(f"{place}: no space left on the disk", hint="free some space, then run this again") from error
+
+
+def demand_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
+    """OutputError for an output that equals, contains or lies in the folder of an input; each has a name for people."""
+    out = target.resolve()
+    for what, folder in inputs:
+        place = folder.resolve()
+        if out.is_relative_to(place) or place.is_relative_to(out):
+            raise OutputError(f"{target}: that is where the {what} is", hint="choose another folder with -o")
 
 
 def _beside(target: Path) -> Path:

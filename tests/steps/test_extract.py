@@ -141,7 +141,7 @@ def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
     assert "from 1 to 512" in refused(2, "extract", tuned, "--base", base, "--rank", "513")
     assert "above 0 and at most 1" in refused(2, "extract", tuned, "--base", base, "--energy", "0")
     assert "no base model" in refused(2, "extract", tuned, "--rank", "4")
-    assert "where a model is" in refused(1, "extract", tuned, "--base", base, "--rank", "4", "-o", f"{tuned}/out")
+    assert "where the model is" in refused(1, "extract", tuned, "--base", base, "--rank", "4", "-o", f"{tuned}/out")
     other = tmp_path / "other"
     tiny_llama(hidden_size=16, num_attention_heads=4).save_pretrained(other)
     assert "in no shape of" in refused(5, "extract", tuned, "--base", str(other), "--rank", "4", "-o", "out")

@@ -25,7 +25,7 @@ from lora_cli.formats.checkpoint import INDEX, ShardWriter, as_tensor, blocks
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.names import layer_of
-from lora_cli.outputs import whole_folder
+from lora_cli.outputs import demand_apart, whole_folder
 from lora_cli.precision import dtype_name, in_config, torch_dtype
 from lora_cli.records import Progress, silent
 from lora_cli.steps.bake.plan import BakePlan, Piece, find_base, is_here, plan
@@ -95,7 +95,7 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
         OutputError: `folder` exists (and `replace` is false), touches base or adapter, or the disk is too small.
     """
     started = time.monotonic()
-    demand_apart(plan, folder)
+    demand_apart(folder, plan.inputs)
     demand_room(plan, folder)
     checkpoint, found = plan.base.checkpoint, dict[str, Survival]()
     with whole_folder(folder, replace=replace) as partial, one_thread_each() as workers:
@@ -116,15 +116,6 @@ def bake(plan: BakePlan, folder: Path, run: Run, *, replace: bool = False, progr
         run.results.update(_results(plan, report))
         run.write(partial)
     return report
-
-
-def demand_apart(plan: BakePlan, folder: Path) -> None:
-    """OutputError if the output folder equals, contains or lies in the base's or the adapter's folder."""
-    out = folder.resolve()
-    for what, path in (("base", plan.base.checkpoint.folder), ("adapter", plan.adapter.folder)):
-        place = path.resolve()
-        if out.is_relative_to(place) or place.is_relative_to(out):
-            raise OutputError(f"{folder}: that is where the {what} is", hint="choose another folder with -o")
 
 
 def demand_room(plan: BakePlan, folder: Path) -> None:

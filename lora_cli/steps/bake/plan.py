@@ -131,6 +131,11 @@ class BakePlan:
         """The settings that decide the result besides adapter and base."""
         return {"base": self.base.name, "dtype": self.dtype}
 
+    @property
+    def inputs(self) -> list[tuple[str, Path]]:
+        """The folders that are read, each with its name for people."""
+        return [("base", self.base.checkpoint.folder), ("adapter", self.adapter.folder)]
+
     @cached_property
     def pieces(self) -> Mapping[str, tuple[tuple[str, Piece], ...]]:
         """Tensor → the modules whose updates are added to it and where, in the order of its rows."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from lora_cli.errors import UsageError
 from lora_cli.formats.run_record import Run
+from lora_cli.outputs import demand_apart
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.bake.bake import BakePlan, BakeReport, bake, demand_apart, find_base, is_here, plan
+from lora_cli.steps.bake.bake import BakePlan, BakeReport, bake, find_base, is_here, plan
 from lora_cli.steps.bake.plan import Base
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
@@ -72,6 +73,6 @@ class BakeRequest:
             runs=self.settings.runs,
             out=out,
         )
-        demand_apart(planned, job.folder)
+        demand_apart(job.folder, planned.inputs)
         licences = {pinned: one.licence for pinned, one in found.terms.items()}
         return BakeJob(plan=planned, job=job, licences=licences, notice=found.notice)

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from lora_cli.algebra.truncation import Truncated, truncate
-from lora_cli.errors import OutputError, Refused, UsageError
+from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
@@ -19,7 +19,7 @@ from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.writer import AdapterWriter, base_entries
 from lora_cli.hashes import sha256_of
 from lora_cli.imports._written import HIGHEST_RANK, Converted
-from lora_cli.outputs import whole_folder
+from lora_cli.outputs import demand_apart, whole_folder
 from lora_cli.precision import torch_dtype
 from lora_cli.records import Progress, patient, silent, unheard
 from lora_cli.settings import Settings, base_of
@@ -110,10 +110,7 @@ def extract_job(
     said |= {"rank": rank} if energy is None else {"energy": energy}
     inputs = {**base.inputs, f"tuned:{model.name}@{model.version}": model.version}
     job = Job(verb="extract", settings=said, inputs=inputs, runs=settings.runs, out=out)
-    for place in (model.checkpoint.folder.resolve(), base.checkpoint.folder.resolve()):
-        target = job.folder.resolve()
-        if target.is_relative_to(place) or place.is_relative_to(target):
-            raise OutputError(f"{job.folder}: that is where a model is", hint="choose another folder with -o")
+    demand_apart(job.folder, [("model", model.checkpoint.folder), ("base", base.checkpoint.folder)])
     return ExtractJob(pair=found, rank=rank, energy=energy, dtype=dtype, job=job)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, inner
 from lora_cli.algebra.threads import one_thread_each
-from lora_cli.errors import OutputError, Refused
+from lora_cli.errors import Refused
 from lora_cli.exports import Plan, Written
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
-from lora_cli.outputs import whole_folder
+from lora_cli.outputs import demand_apart, whole_folder
 from lora_cli.precision import dtype_name
 from lora_cli.records import Progress, silent
 
@@ -43,7 +43,7 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
         OutputError: `folder` exists (and `replace` is false) or cannot be written, or is the adapter's.
     """
     started = time.monotonic()
-    demand_apart(plan, folder)
+    demand_apart(folder, [("adapter", plan.source.adapter.folder)])
     with whole_folder(folder, replace=replace) as partial:
         with one_thread_each(), ThreadPoolExecutor(1) as hashing:
             plan.write(partial, progress)
@@ -53,13 +53,6 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
         run.results.update(precision=dtype_name(plan.dtype), errors=errors, error=max(errors.values()))
         run.write(partial)
     return ExportReport(folder=folder, errors=errors, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
-
-
-def demand_apart(plan: Plan, folder: Path) -> None:
-    """OutputError for an output that is, contains or lies in the adapter's folder."""
-    out, place = folder.resolve(), plan.source.adapter.folder.resolve()
-    if out.is_relative_to(place) or place.is_relative_to(out):
-        raise OutputError(f"{folder}: that is where the adapter is", hint="choose another folder with -o")
 
 
 def checked(plan: Plan, folder: Path, progress: Progress) -> dict[str, float]:

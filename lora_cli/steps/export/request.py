@@ -13,10 +13,11 @@ from lora_cli.formats.base_files import CONFIG
 from lora_cli.formats.reader import OpenAdapter
 from lora_cli.formats.run_record import Run
 from lora_cli.formats.skeleton import OWN
+from lora_cli.outputs import demand_apart
 from lora_cli.records import Adapter, Progress, silent
 from lora_cli.settings import Settings
 from lora_cli.steps.bases import config_here
-from lora_cli.steps.export.export import ExportReport, demand_apart
+from lora_cli.steps.export.export import ExportReport
 from lora_cli.steps.export.export import export as carried_out
 from lora_cli.steps.merge.scope import modules_meant
 from lora_cli.steps.opened_pool import Gathered, Pool
@@ -83,7 +84,7 @@ class ExportRequest:
             runs=self.settings.runs,
             out=out,
         )
-        demand_apart(plan, job.folder)
+        demand_apart(job.folder, [("adapter", source.adapter.folder)])
         notes = tuple(filter(None, [*plan.notes, found.unchecked, found.notice]))
         licences = {pinned: one.licence for pinned, one in found.terms.items()}
         return ExportJob(plan=plan, target=target, job=job, licences=licences, notes=notes)
