@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol, overload
 
 import torch
@@ -27,7 +28,7 @@ class Whole(Protocol):
         """The magnitude that the share `density` of each whole update's entries reaches, (n,)."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Updates(Sequence[LowRank]):
     """The updates of n adapters in one module, all of shape (out, in), in an order that does not depend on the user
     but for an `ordered` method.
@@ -64,12 +65,12 @@ class Updates(Sequence[LowRank]):
     def __getitem__(self, index: int | slice) -> LowRank | Sequence[LowRank]:
         return self.items[index]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.items[0].shape
 
-    @property
+    @cached_property
     def ranks(self) -> list[int]:
         """Rank of each."""
         return [update.rank for update in self.items]
@@ -80,7 +81,7 @@ class Updates(Sequence[LowRank]):
             return self.whole.gram()
         return gram(self.items) if self.outgrown else self._by_owner(self.grams.wide().products)
 
-    @property
+    @cached_property
     def outgrown(self) -> bool:
         """Whether all factors together hold as many numbers as one dense update, or more."""
         return outgrown(sum(self.ranks), self.shape)
@@ -93,6 +94,10 @@ class Updates(Sequence[LowRank]):
         """‖ΔW_i‖², (n,) float64 on the CPU, of this module or of the whole adapters."""
         if per == "adapter" and self.whole is not None:
             return self.whole.gram().diagonal().clamp(min=0)
+        return self._squares
+
+    @cached_property
+    def _squares(self) -> Tensor:
         found = self.grams.found
         if found is None:
             return torch.tensor([_square(update) for update in self.items], dtype=torch.float64)
