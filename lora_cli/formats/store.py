@@ -41,11 +41,12 @@ class FolderFiles(NamedTuple):
 
 def files_in(folder: Path, names: Collection[str]) -> FolderFiles:
     """The files of the adapter in a folder, which holds files of these names. DataError for one that is locked."""
-    weights, found = folder / WEIGHTS_NAME, _foreign(folder)
+    weights, config = folder / WEIGHTS_NAME, read_config(folder)
+    found = _foreign(folder, config)
     if found is None and WEIGHTS_NAME in names and weights.is_file():
-        return FolderFiles(read_config(folder), weights)
+        return FolderFiles(config, weights)
     if found is None:
-        return FolderFiles(read_config(folder), None, kind=kind_in(folder, names))
+        return FolderFiles(config, None, kind=kind_in(folder, names))
     from lora_cli.imports._cached import converted
 
     try:
@@ -70,7 +71,7 @@ def locate(ref: AdapterRef) -> AdapterFiles | None:
         config, weights = hub.cached_files(ref.repo, names, ref.commit)
     else:
         config, weights = (_if_there(Path(ref.repo, name)) for name in names)
-        if (found := _foreign(Path(ref.repo))) is not None:
+        if (found := _foreign(Path(ref.repo), read_config(Path(ref.repo)))) is not None:
             from lora_cli.imports._cached import converted
 
             folder = converted(found)
@@ -94,7 +95,9 @@ def folder_ref(path: Path, id: str = "") -> AdapterRef:
     program's adapter, over its files. Raises NothingMatched where there is no such folder, DataError for a file that
     is locked.
     """
-    at, found = folder_of(str(path)), _foreign(path)
+    at = folder_of(str(path))
+    config = None if at is None else read_config(at)
+    found = _foreign(at or path, config)
     weights = None if at is None else at / WEIGHTS_NAME
     if at is None and found is None:
         raise NothingMatched(f"no folder {path}")
@@ -104,7 +107,7 @@ def folder_ref(path: Path, id: str = "") -> AdapterRef:
 
         commit = commit_of(found)
     else:
-        digest = hashlib.sha256(read_config(folder) or b"")
+        digest = hashlib.sha256(config or b"")
         digest.update(sha256_of(weights).encode() if weights is not None and weights.is_file() else b"")
         commit = digest.hexdigest()[:40]
     return AdapterRef(
@@ -115,13 +118,12 @@ def folder_ref(path: Path, id: str = "") -> AdapterRef:
     )
 
 
-def _foreign(path: Path) -> Found | None:
-    """The adapter at a path if it is one of another program, or of PEFT but no LoRA."""
+def _foreign(path: Path, config: bytes | None) -> Found | None:
+    """The adapter at a path if it is one of another program, or of PEFT but no LoRA; `config` is that of the folder."""
     try:
         if not (path / WEIGHTS_NAME).is_file():
             return find(path)
-        data = read_config(path)
-        return find(path) if data is not None and parse_config(data).peft_type != "LORA" else None
+        return find(path) if config is not None and parse_config(config).peft_type != "LORA" else None
     except (DataError, ConfigError, OSError):
         return None
 

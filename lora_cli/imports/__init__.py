@@ -217,7 +217,12 @@ def after(words: str) -> Iterator[None]:
     try:
         yield
     except (Refused, DataError) as error:
-        raise type(error)(f"{words}: {error.message}", hint=error.hint) from error
+        raise prefixed(words, error) from error
+
+
+def prefixed(words: str, error: Refused | DataError) -> Refused | DataError:
+    """The error with words and a colon in front."""
+    return type(error)(f"{words}: {error.message}", hint=error.hint)
 
 
 def imports() -> list[Import]:

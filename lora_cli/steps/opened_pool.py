@@ -199,14 +199,13 @@ class Pool:
         if not names:
             raise NothingMatched("no adapters selected", hint="name some, or run lora select")
         report = patient(self.progress)
-        folders = [folder for name in names if (folder := folder_of(name)) is not None]
-        hash_ahead([folder / WEIGHTS_NAME for folder in folders], report)
+        if len(names) > 1:
+            hash_ahead([folder / WEIGHTS_NAME for name in names if (folder := folder_of(name)) is not None], report)
         found = []
         for done, name in enumerate(names, 1):
             found.append(self._find(name, whole=whole))
             report("looking up adapters", done, len(names))
-        rows = [row for _, row in found if row is not None]
-        self.announce_held(rows)
+        self.announce_held(rows := [row for _, row in found if row is not None])
         base = self.base or base_of_rows(rows)
         terms = stated_of(found) if passed_on else {}
         if passed_on:
@@ -214,7 +213,8 @@ class Pool:
             restrictions_of(self.policy, {unpinned(pinned): one.licence for pinned, one in terms.items()})
         bring(self.catalogue, [row.ref for row in rows], self.announce, self.progress, whole=whole)
         here = [files_of(ref) for ref, _ in found]
-        hash_ahead([files.weights for files in here], report)
+        if len(here) > 1:
+            hash_ahead([files.weights for files in here], report)
         known = names_of(self.catalogue, base, self.aliases)
         judged = [declared_base(files, row, self.base) for files, (_, row) in zip(here, found, strict=True)]
         # Sort, so that the order of the arguments does not matter.

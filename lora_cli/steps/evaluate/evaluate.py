@@ -26,7 +26,7 @@ from lora_cli.steps.evaluate.beside import beside_others
 from lora_cli.steps.evaluate.groups import Judging, System, Updates, groups
 from lora_cli.text import counted
 
-__all__ = ["Row", "System", "Updates", "answered", "demand_systems", "evaluate", "read_rows", "row_keys"]
+__all__ = ["Row", "System", "Updates", "answered", "demand_systems", "evaluate", "measured", "read_rows", "row_keys"]
 _SAME_LIKELIHOOD = 1e-6
 
 
@@ -128,7 +128,7 @@ def answered(
     judging = Judging.of(base, examples, options)
     metric = judging.metric
     common = [base.pinned, base.arithmetic, base.encoder.prompting.settings]
-    keys = row_keys(systems, examples, common, options)
+    keys = row_keys(systems, examples, common, measured(metric, options, judging.values_of.keywords))
     ids = [*judging.encoded]
     with _Rows(rows_path, keys) as rows:
         report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
@@ -176,17 +176,20 @@ def _fill(
             report(len(rows.found), len(rows.keys))
 
 
+def measured(metric: Method, options: EvalOptions, knobs: Mapping[str, Any]) -> list[Any]:
+    """What decides an answer beside the base: the metric, its knobs, and the tokens that may be generated."""
+    return [metric.name, options.max_new_tokens if metric.kind == "output" else None, *knobs.items()]
+
+
 def row_keys(
-    systems: Sequence[System], examples: Sequence[Example], common: Sequence[Any], options: EvalOptions
+    systems: Sequence[System], examples: Sequence[Example], common: Sequence[Any], measured: Sequence[Any]
 ) -> dict[tuple[str, str], str]:
     """By system and example the first 16 digits of the SHA-256 of all that decides the answer, as JSON.
 
     Args:
         common: the base at its version, its arithmetic, and the settings of its prompting.
+        measured: what of it is measured, by `measured`.
     """
-    metric = METRICS.get(options.metric)
-    new = options.max_new_tokens if metric.kind == "output" else None
-    measured = [metric.name, new, *options.knobs.items()]
     last = {example.id: json.dumps(asdict(example), sort_keys=True) for example in examples}
     found = {}
     for system in systems:

@@ -19,7 +19,7 @@ from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
-from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate, read_rows, row_keys
+from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate, measured, read_rows, row_keys
 from lora_cli.steps.evaluate.learnt import learnt, trained_on
 from lora_cli.steps.evaluate.systems import distinct, opened_systems
 from lora_cli.steps.opened_pool import Pool
@@ -93,7 +93,8 @@ class EvaluateRequest:
         ref = self.ref
         arithmetic = f"{torch_dtype(ref.compute)}{f' {FOUR_BIT}' if ref.four_bit else ''}"
         common = [f"{ref.name}@{ref.version}", arithmetic, ref.prompting.settings]
-        keys = row_keys(self.systems, self.task.examples, common, self.options)
+        what = measured(METRICS.get(self.options.metric), self.options, self.options.knobs)
+        keys = row_keys(self.systems, self.task.examples, common, what)
         return sum(keys.get((row.system, row.id)) == row.key for row in read_rows(self.rows(out)))
 
     def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from lora_cli.checks.examine import UNDECLARED
-from lora_cli.errors import ConfigError, HeaderError, Refused
+from lora_cli.errors import ConfigError, DataError, HeaderError, Refused
 from lora_cli.formats.base_names import same_base, split_revision
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.kinds import checkpoints_in, kind_in
@@ -14,7 +14,7 @@ from lora_cli.formats.router import NO_LORA, router_folder
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.formats.store import AdapterFiles, folder_ref, locate, read_config
 from lora_cli.hashes import sha256_of
-from lora_cli.imports import after
+from lora_cli.imports import prefixed
 from lora_cli.names import by_leaf, leaf
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.settings import folder_of
@@ -44,8 +44,10 @@ class Declared(NamedTuple):
 
 def files_of(ref: AdapterRef) -> AdapterFiles:
     """An adapter's two files. Refused for a folder or repository without them, with the reason."""
-    with after(ref.id):
+    try:
         files = locate(ref)
+    except (Refused, DataError) as error:
+        raise prefixed(ref.id, error) from error
     if files is not None:
         return files
     from lora_cli.formats.delta import dense_folder
