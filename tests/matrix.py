@@ -346,7 +346,7 @@ KINDS = (
             ("lora_ga", "LoRA-GA"),
         ]
     ),
-    Kind("other methods than LoRA", "llama", _changed(_PLAIN, peft_type="IA3"), refused="peft_type is IA3, not LORA"),
+    Kind("other methods than LoRA", "llama", _changed(_PLAIN, peft_type="IA3"), refused="an (IA)³ of PEFT"),
     Kind(
         "other ranks in the configuration than in the tensors",
         "llama",
