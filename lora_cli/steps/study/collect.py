@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from lora_cli.errors import DataError, OutputError
+from lora_cli.errors import DataError
 from lora_cli.outputs import whole_file, writing
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.study.folder import (
@@ -21,7 +21,7 @@ from lora_cli.steps.study.folder import (
     parsed_result,
 )
 from lora_cli.steps.study.plan import Cell, Study, study_text
-from lora_cli.steps.study.shards import bring_cells, bring_entries, bring_file, demand_no_links, sources_of
+from lora_cli.steps.study.shards import bring_cells, bring_entries, bring_file, demand_no_links, joined, sources_of
 
 _COLUMNS = ("cell", "system", "pool", "seed", "metric", "value", "n", "results")
 
@@ -52,7 +52,7 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
     target = StudyFolder((out or paths[0]).absolute())
     if (target.path / STUDY_FILE).exists() and target.path not in [one.path for one in folders]:
         folders.append(target)
-    study = _joined(folders)
+    study = joined([(folder.path, folder.study) for folder in folders], "study", "studies")
     cells = sorted(study.cells())
     demand_no_links(folders, (DATA_FILE, TEST_FILE, CANDIDATES_FILE, "shared"))
     if [folder.path for folder in folders] != [target.path]:
@@ -60,21 +60,6 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
         with held(target.path), writing(target.path):
             _bring(folders, target, study, sources, progress)
     return _table(target, cells, progress)
-
-
-def _joined(folders: Sequence[StudyFolder]) -> Study:
-    """The study of all folders. OutputError where they differ."""
-    study = folders[0].study
-    for folder in folders[1:]:
-        try:
-            study = study.extended(folder.study)
-        except OutputError as error:
-            message = error.message.removeprefix("another study: ")
-            raise OutputError(
-                f"{folders[0].path} and {folder.path} are different studies: {message}",
-                hint="collect the shards of one study",
-            ) from None
-    return study
 
 
 def _bring(

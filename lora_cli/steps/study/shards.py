@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, Self, TypeVar
 
 from lora_cli.errors import DataError, OutputError
 from lora_cli.files import open_regular, reading
@@ -12,11 +12,40 @@ from lora_cli.outputs import whole_file
 from lora_cli.records import Progress, patient
 from lora_cli.steps.study.folder import WorkFolder
 
+
+class Extendable(Protocol):
+    """A plan that takes what another one of the same kind adds."""
+
+    def extended(self, other: Self) -> Self:
+        """This plan with the other's parts. OutputError for a plan of other work."""
+
+
 F = TypeVar("F", bound=WorkFolder)
+P = TypeVar("P", bound=Extendable)
 _REMAINS = ".copy"
 _BLOCK = 1 << 20
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+
+
+def joined(plans: Iterable[tuple[Path, P]], one: str, several: str) -> P:
+    """The plan of all folders. OutputError where they differ.
+
+    Args:
+        plans: each folder with its plan, one at least.
+        one: what a folder holds, in the singular, as `extended` calls it: "study".
+        several: the plural.
+    """
+    (first, plan), *others = plans
+    for folder, other in others:
+        try:
+            plan = plan.extended(other)
+        except OutputError as error:
+            message = error.message.removeprefix(f"another {one}: ")
+            raise OutputError(
+                f"{first} and {folder} are different {several}: {message}", hint=f"collect the shards of one {one}"
+            ) from None
+    return plan
 
 
 def demand_no_links(folders: Iterable[WorkFolder], beside: Collection[str]) -> None:

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import msgspec
 
-from lora_cli.errors import OutputError
 from lora_cli.outputs import whole_file, writing
 from lora_cli.records import Progress, silent
 from lora_cli.steps.study.folder import held
 from lora_cli.steps.study.sequence.data import DATA_FOLDER
 from lora_cli.steps.study.sequence.folder import PLAN_FILE, SequenceFolder
-from lora_cli.steps.study.sequence.plan import Plan, plan_text
-from lora_cli.steps.study.shards import bring_cells, bring_entries, demand_no_links, sources_of
+from lora_cli.steps.study.sequence.plan import plan_text
+from lora_cli.steps.study.shards import bring_cells, bring_entries, demand_no_links, joined, sources_of
 
 
 def collect_sequence(paths: Sequence[Path], out: Path | None = None, *, progress: Progress = silent) -> SequenceFolder:
@@ -29,7 +28,8 @@ def collect_sequence(paths: Sequence[Path], out: Path | None = None, *, progress
     target = SequenceFolder((out or paths[0]).absolute())
     if (target.path / PLAN_FILE).exists() and target.path not in [one.path for one in folders]:
         folders.append(target)
-    plan = _joined(folders)
+    plan = joined([(folder.path, folder.plan) for folder in folders], "sequence", "sequences")
+    plan = msgspec.structs.replace(plan, base=folders[0].plan.base)
     demand_no_links(folders, (DATA_FOLDER,))
     if [folder.path for folder in folders] != [target.path]:
         sources = sources_of(folders, [cell.name for cell in plan.cells()], progress)
@@ -39,18 +39,3 @@ def collect_sequence(paths: Sequence[Path], out: Path | None = None, *, progress
             with whole_file(target.path / PLAN_FILE) as file:
                 file.write(plan_text(plan))
     return SequenceFolder(target.path)
-
-
-def _joined(folders: Sequence[SequenceFolder]) -> Plan:
-    """The plan of all folders, with the first one's base. OutputError where they differ."""
-    plan = folders[0].plan
-    for folder in folders[1:]:
-        try:
-            plan = plan.extended(folder.plan)
-        except OutputError as error:
-            message = error.message.removeprefix("another sequence: ")
-            raise OutputError(
-                f"{folders[0].path} and {folder.path} are different sequences: {message}",
-                hint="collect the shards of one sequence",
-            ) from None
-    return msgspec.structs.replace(plan, base=folders[0].plan.base)
