@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_cli.algebra.krylov import OVERSAMPLED, blocks
 from lora_cli.algebra.lowrank import LowRank, Spectrum, squared_norm
 
-_OVERSAMPLED = 10
-# A block of directions that lowers the squared remainder by less than this share is the last one.
+# Blocks that would lower the squared remainder by less than this share in all are left out.
 _GAIN = 4e-4
 # Below this share of the squared norm, the difference of two sums is rounding noise of fp32.
 _SMALL = 1e-4
@@ -43,8 +43,8 @@ class Truncated:
 def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
     """The `rank` leading singular directions of a dense fp32 update (out, in).
 
-    A block Krylov method (Musco and Musco 2015, arXiv 1504.05477): blocks of rank + 10 directions, each the last times
-    ΔΔᵀ, until one more lowers the squared remainder by less than 0.04 %. The norm of the remainder is then within
+    Blocks of `krylov.blocks`, rank + 10 wide, until one lowers the squared remainder by less than 0.04 %, or the next
+    ones would by half of that, if their gains fall as the last two did. The norm of the remainder is then within
     0.1 % of the smallest possible one, as tests against dense SVD show for flat and for steep spectra. It is measured:
     the directions are orthonormal, so that it is what the projection on them leaves. Where the blocks would span half
     of a side, the SVD is dense and exact.
@@ -52,26 +52,21 @@ def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
     Cost: 4·out·in·(rank + 10) operations a block, of which two to six are needed. Memory: the update, and the blocks.
     """
     total, side = squared_norm(delta), min(delta.shape)
-    width = min(rank + _OVERSAMPLED, side)
-    basis, projected = delta.new_empty(delta.shape[0], 0), delta.new_empty(0, delta.shape[1])
-    generator = torch.Generator(delta.device).manual_seed(seed)
-    block = delta @ torch.randn(delta.shape[1], width, generator=generator, dtype=delta.dtype, device=delta.device)
-    before = math.inf
-    while 2 * (basis.shape[1] + width) <= side:
-        new = _orthonormal(block, basis)
-        rows = new.T @ delta
-        basis, projected = torch.cat([basis, new], dim=1), torch.cat([projected, rows])
-        wide = projected.double()
-        squared = torch.linalg.eigvalsh(wide @ wide.T)
+    before = gain = math.inf
+    for found in blocks(delta, min(rank + OVERSAMPLED, side), seed=seed):
+        if 2 * found.basis.shape[1] > side:
+            break
+        squared = torch.linalg.eigvalsh(found.gram)
         rest = total - float(squared.sum())
         if rest < _SMALL * total:
-            rest = _left(delta, basis, projected)
+            rest = _left(delta, found.basis, found.rows)
         left = rest + float(squared[:-rank].clamp(min=0).sum())
-        if left <= _NOISE * total or before - left <= _GAIN * left:
-            u, s, vh = torch.linalg.svd(projected, full_matrices=False)
-            return Truncated(Spectrum(basis @ u, s, vh.T), total, rest)
+        gain, last = before - left, gain
+        falls = gain / last if gain < last < math.inf else 1.0
+        to_come = 2 * gain * falls / (1 - falls) if falls < 1 else gain
+        if left <= _NOISE * total or min(gain, to_come) <= _GAIN * left:
+            return Truncated(Spectrum(*found.leading(rank)), total, left)
         before = left
-        block = delta @ rows.T
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return Truncated(Spectrum(u, s, vh.T), total, 0.0)
 
@@ -84,11 +79,3 @@ def _left(delta: Tensor, basis: Tensor, projected: Tensor) -> float:
         rows = slice(at, at + height)
         left += float((delta[rows] - basis[rows] @ projected).double().square().sum())
     return left
-
-
-def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """An orthonormal basis of a block's directions that are not in `basis`. Once is not enough in fp32."""
-    block = block / block.norm().clamp(min=torch.finfo(block.dtype).tiny)
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
-    return block

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from lora_cli.errors import Refused, UsageError
+from lora_cli.formats.plain import has_plain_class
 from lora_cli.names import layer_of, leaf
 from lora_cli.text import shortened
 
@@ -65,8 +66,6 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
 }
 """The classes of transformers whose linear layers llama.cpp keeps as they are, but for the order of rows."""
 
-_PLAIN: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
 
 @dataclass(frozen=True)
 class Base:
@@ -109,8 +108,7 @@ def is_plain(adapter: "OpenAdapter", config: Mapping[str, Any]) -> bool:
         adapter: opened without a base, by the names in its file.
         config: the base's config.json.
     """
-    named = config.get("architectures")
-    if not isinstance(named, list) or named[:1] not in ([one] for one in _PLAIN):
+    if not has_plain_class(config):
         return False
     if adapter.notes or adapter.copies or adapter.saved or adapter.fan_in_fan_out:
         return False

@@ -119,3 +119,12 @@ def test_the_randomised_svd_keeps_nearly_all_that_a_rank_can_hold_of_a_flat_spec
         found = dense_svd(delta, k).truncated(k).dense().double()
         missed = float((delta.double() - found).square().sum() - s[k:].square().sum())
         assert missed < 0.02 * float(s[:k].square().sum())
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_the_randomised_svd_holds_at_the_ends_of_the_range(size: float) -> None:
+    delta = torch.randn(200, 150, generator=torch.Generator().manual_seed(3))
+    plain, sized = dense_svd(delta, 8), dense_svd(delta * size, 8)
+    torch.testing.assert_close(sized.s.double() / size, plain.s.double(), rtol=1e-5, atol=0)
+    error = torch.linalg.norm((plain.truncated(8).dense().double() * size - sized.truncated(8).dense().double()) / size)
+    assert float(error) < 1e-3 * float(torch.linalg.norm(delta))

@@ -154,6 +154,28 @@ def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
     assert not Path("out").exists()
 
 
+def test_a_plain_decoder_needs_no_class_and_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned, base = models(tmp_path)
+    words = ("extract", tuned, "--base", base, "--rank", "4")
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.steps.convert.pair.is_plainly_named", lambda config, tensors: False)
+        ok(*words, "-o", "by-class")
+    monkeypatch.setattr("lora_cli.steps.bake.plan.skeleton_at", lambda folder: pytest.fail("the class was built"))
+    ok(*words, "-o", "by-names")
+    one, other = (Path(folder, "adapter_model.safetensors").read_bytes() for folder in ("by-class", "by-names"))
+    assert one == other
+
+
+def test_a_head_that_is_saved_beside_its_embedding_is_no_layer(tmp_path: Path) -> None:
+    tuned, base = models(tmp_path)
+    for place in (tuned, base):
+        weights = load_file(f"{place}/model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        save_file(weights, f"{place}/model.safetensors", {"format": "pt"})
+    ok("extract", tuned, "--base", base, "--rank", "4", "-o", "out")
+    assert len(dense(Path("out"))) == 11
+
+
 def test_the_plan_reads_no_weights(tmp_path: Path) -> None:
     tuned, base = models(tmp_path)
     plan = json.loads(ok("extract", tuned, "--base", base, "--rank", "4", "-o", "out", "--dry-run", "--json").out)

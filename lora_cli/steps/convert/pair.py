@@ -8,9 +8,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lora_cli.algebra.lowrank import squared_norm
 from lora_cli.errors import Refused
 from lora_cli.files import open_regular
 from lora_cli.formats.checkpoint import BLOCK, as_tensor, blocks
+from lora_cli.formats.plain import is_plainly_named
 from lora_cli.formats.reader import natural
 from lora_cli.formats.skeleton import Stored
 from lora_cli.names import leaf
@@ -49,9 +51,10 @@ class Pair:
         delta = torch.empty(out, into)
         row = 0
         for one, other in zip(*self._rows(module), strict=True):
-            torch.sub(one.float(), other.float(), out=delta[row : row + len(one)])
+            # Widened as they are copied: temporary floats would take twenty times as long.
+            delta[row : row + len(one)].copy_(one).sub_(other)
             row += len(one)
-        if not torch.isfinite(delta).all():
+        if not math.isfinite(squared_norm(delta)):
             raise Refused(f"NaN or Inf in {module} of one of the two models", hint="download the models again")
         return delta
 
@@ -80,11 +83,14 @@ class Pair:
 
 
 def pair(tuned: Base, base: Base) -> Pair:
-    """The linear layers of two models, by the class of the base; by the names of tensors where it has no known class.
+    """The linear layers of two models, by the class of the base; by the names of tensors where these are plain.
+
+    So they are in a decoder of the Llama kind, and they are all that is known where the base has no known class.
 
     Raises Refused if the models have no linear layer in common, or differ in the layers or their shapes.
     """
-    skeleton = base.skeleton
+    plain = all(is_plainly_named(base.checkpoint.config, one.checkpoint.tensors) for one in (base, tuned))
+    skeleton = None if plain else base.skeleton
     found = []
     shapes: dict[str, tuple[int, int]] = {}
     if skeleton is not None:
@@ -111,7 +117,7 @@ def pair(tuned: Base, base: Base) -> Pair:
 
 
 def _by_names(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
-    """The matrices of a model without a known class, by the names of their tensors."""
+    """The matrices of a model by the names of their tensors."""
     return {
         name.removesuffix(".weight"): (Piece(name, False, 0, 0, shape[0]),)
         for name, shape in tensors.items()
