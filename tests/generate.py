@@ -17,6 +17,7 @@ from lora_cli.methods import Knob, Method
 from lora_cli.metrics import METRICS
 from lora_cli.recipes import FIT_METHODS
 from tests.architectures import SPECS
+from tests.exports import product
 from tests.exports.table import TARGETS, rows
 from tests.imports.kinds import SAMPLES
 from tests.matrix import KINDS, TEXT_BASES, Kind
@@ -59,12 +60,13 @@ continues a text (·: not tried); others take any.
 """
 EXCHANGE_INTRO = """# Exchange
 
-Made from `tests/imports/kinds.py` and `tests/exports/table.py` by `python -m tests.generate`; the tests run every row.
+Made from `tests/imports/kinds.py`, `tests/exports/table.py` and `tests/exports/product.py` by
+`python -m tests.generate`; the tests run every cell.
 
 `lora convert` makes a PEFT folder of another program's adapter, and `merge`, `diff`, `bake`, `fit`, `eval` and
 `pool sync --from` take such adapters as they are: they convert them into a cache. What is accepted becomes a plain LoRA
-of one rank, so that every row of the first table goes with every column of the last, as far as the program there takes
-its modules. `lora extract TUNED --base BASE --rank R` makes a LoRA of a full fine-tune.
+of one rank; the last table shows what each program takes of it. `lora extract TUNED --base BASE --rank R` makes a LoRA
+of a full fine-tune.
 """
 EXCHANGE_IN = """"Bit for bit": the factors are those of the file, in its precision. "Exact": the update is the same to
 1e-6 in float64; several scales, or a form that is no product of two factors, were computed into fp32 factors. With
@@ -73,6 +75,10 @@ is written.
 """
 EXCHANGE_OUT = """"Exact": the program applies the same update bit for bit. "fp32": the scale is in B, rounded once to
 fp32. `lora export` checks each result by reading it back by the program's own rule.
+"""
+EXCHANGE_BOTH = """Each adapter of the first table, converted and then exported. "Exact": the program applies the update of the
+foreign file bit for bit. "fp32": factors were computed in fp32, and the update is the same to 1e-6 in float64. What
+`lora convert` refuses reaches no program.
 """
 COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {
@@ -177,6 +183,9 @@ def exchange() -> str:
                 "## Out",
                 EXCHANGE_OUT.rstrip(),
                 _table(["adapter", *TARGETS], rows()),
+                "## In and out together",
+                EXCHANGE_BOTH.rstrip(),
+                _table(["adapter", *TARGETS], product.rows()),
             ]
         )
         + "\n"

@@ -132,21 +132,21 @@ def _dora(folder: Path) -> Updates:
 
 CONV1D = {"transformer.h.0.attn.c_attn": (96, 32), "transformer.h.1.mlp.c_fc": (128, 32)}
 _NO_HEAD = "lm_head is outside model.layers"
-_NO_EMBEDDING = dict.fromkeys(("gguf", "ollama", "mlx", "openvino", "olive"), "embed_tokens is an embedding, which")
+NO_EMBEDDING = dict.fromkeys(("gguf", "ollama", "mlx", "openvino", "olive"), "embed_tokens is an embedding, which")
 _NO_EXPERTS = dict.fromkeys(("gguf", "ollama", "mlx", "openvino", "olive"), "is a part of a layer of experts, which")
 _TIED = dict.fromkeys(("gguf", "ollama"), "lm_head has the weight of")
 _RANKS = {"q_proj": 4, "down_proj": 2, "o_proj": 12}
 _REST = dict.fromkeys(("k_proj", "v_proj", "gate_proj", "up_proj"), 12)
-_FOLDED = dict.fromkeys(("openvino", "olive"), ROUNDED)
+FOLDED = dict.fromkeys(("openvino", "olive"), ROUNDED)
 
 KINDS: tuple[Kind, ...] = (
     Kind("one rank, one alpha", _plain),
     Kind("in bf16", lambda folder: _plain(folder, dtype=torch.bfloat16)),
-    Kind("scale no power of two", lambda folder: _plain(folder, alphas=12), others=_FOLDED),
+    Kind("scale no power of two", lambda folder: _plain(folder, alphas=12), others=FOLDED),
     Kind(
         "several ranks of one scale",
         lambda folder: _plain(folder, ranks=_RANKS, alphas={name: 1.5 * rank for name, rank in _RANKS.items()} | _REST),
-        others=_FOLDED | dict.fromkeys(("gguf", "ollama"), ROUNDED),
+        others=FOLDED | dict.fromkeys(("gguf", "ollama"), ROUNDED),
     ),
     Kind(
         "rank_pattern and alpha_pattern",
@@ -163,7 +163,7 @@ KINDS: tuple[Kind, ...] = (
         others={"mlx": _NO_HEAD, **_TIED},
         base=LLAMA | {"tie_word_embeddings": True},
     ),
-    Kind("embeddings", _embedding, others=_NO_EMBEDDING),
+    Kind("embeddings", _embedding, others=NO_EMBEDDING),
     Kind("experts, one by one", _experts, others=_NO_EXPERTS, base=MIXTRAL),
     Kind(
         "Conv1D (GPT-2)",
@@ -185,13 +185,17 @@ _WHY = {
     "is outside model.layers": "outside the layers",
     "Conv1D": "Conv1D",
     "DoRA": "DoRA",
+    "is a convolution": "a convolution",
+    "depend on the base's config.json": "no names for its base",
+    "whose shape is not known": "shapes not known",
 }
 
 
 def rows() -> list[list[str]]:
     """The matrix: a kind and its outcome in each of `TARGETS`, a refusal with its reason in short."""
-    return [[kind.title, *(_shown(kind.outcome(target)) for target in TARGETS)] for kind in KINDS]
+    return [[kind.title, *(shown(kind.outcome(target)) for target in TARGETS)] for kind in KINDS]
 
 
-def _shown(outcome: str) -> str:
+def shown(outcome: str) -> str:
+    """A cell of the table."""
     return next((f"refused: {why}" for words, why in _WHY.items() if words in outcome), outcome)

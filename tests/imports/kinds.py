@@ -24,6 +24,7 @@ SHAPES = {
 }
 
 FIRST = next(iter(SHAPES))
+LEAVES = ("q_proj", "v_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -283,7 +284,7 @@ def _peft(
     return updates
 
 
-PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "target_modules": ["q_proj", "v_proj"]}
+PATTERNS = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "target_modules": [*LEAVES]}
 PARTS = tuple(f"adapter_model-0000{part}-of-00002.safetensors" for part in (1, 2))
 
 
@@ -306,7 +307,7 @@ def of_peft(folder: Path, kind: str, **settings: object) -> Updates:
     import peft
 
     torch.manual_seed(1)
-    config = getattr(peft, f"{kind}Config")(target_modules=["q_proj", "v_proj", "down_proj"], **settings)
+    config = getattr(peft, f"{kind}Config")(target_modules=[*LEAVES], **settings)
     made = peft.get_peft_model(_nest(SHAPES), config)
     with torch.no_grad():
         for parameter in made.parameters():
