@@ -76,9 +76,9 @@ is written.
 EXCHANGE_OUT = """"Exact": the program applies the same update bit for bit. "fp32": the scale is in B, rounded once to
 fp32. `lora export` checks each result by reading it back by the program's own rule.
 """
-EXCHANGE_BOTH = """Each adapter of the first table, converted and then exported. "Exact": the program applies the update of the
-foreign file bit for bit. "fp32": factors were computed in fp32, and the update is the same to 1e-6 in float64. What
-`lora convert` refuses reaches no program.
+EXCHANGE_BOTH = """Each adapter of the first table, converted and then exported. "Exact": the program applies the
+update of the foreign file bit for bit. "fp32": factors were computed in fp32, and the update is the same to 1e-6 in
+float64. What `lora convert` refuses reaches no program.
 """
 COMMANDS = ("sync", "verify", "merge", "diff", "bake", "fit", "eval")
 CLASS_INTROS = {

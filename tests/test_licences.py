@@ -119,7 +119,7 @@ def test_a_merge_carries_the_licences_and_data_sets_of_its_parents(own_home: Pat
     assert "Licence of the base: not stated." in card
     record = json.loads((own_home / "mixed" / "run.json").read_text())
     assert {id.partition("@")[0]: licence for id, licence in record["results"]["licences"].items()} == {
-        "pool/one": "apache-2.0", "pool/two": "cc-by-nc-4.0", "": "",
+        "pool/one": "apache-2.0", "pool/two": "cc-by-nc-4.0",
     }  # fmt: skip
     assert "licences" not in ok("merge", one, two, "-o", "quiet", "--license-policy", "off").err
     assert "mixed cc" not in (said := refused(5, "merge", "mixed", one, "-o", "x", "--license-policy", "commercial"))

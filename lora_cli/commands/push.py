@@ -1,6 +1,7 @@
 """`lora push`: a result onto the Hub, the only command that writes there."""
 
 import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from lora_cli.errors import UsageError
 from lora_cli.licences import PolicyFlag
 from lora_cli.options import Flag, Options
 from lora_cli.screen import Screen
-from lora_cli.text import counted, size
+from lora_cli.text import counted, in_words, size
 
 
 class Licensed(Stored, frozen=True, kw_only=True):
@@ -49,7 +50,8 @@ def push(
     screen, settings = form.screen(), setup.load()
     with screen.progress() as progress:
         request = PushRequest(folder, repo, settings, dry=options.dry_run, announce=screen.say, progress=progress)
-    for line in filter(None, [request.notice, _of_card(bool(request.result.own_card))]):
+    result = request.result
+    for line in filter(None, [request.notice, _of_card(bool(result.own_card)), _of_files(result.unchecked)]):
         screen.say(line)
     if options.dry_run:
         screen.document("lora.push.plan/1", request.plan)
@@ -86,6 +88,11 @@ def push(
 def _of_card(own: bool) -> str:
     """The line about a README.md that is not lora's."""
     return "  README.md is your own and goes as it is; without it, lora writes the card" if own else ""
+
+
+def _of_files(unchecked: Sequence[str]) -> str:
+    """The line about files whose hash the record does not hold."""
+    return f"  not compared, for run.json has no hash of it: {in_words(unchecked)}" if unchecked else ""
 
 
 def at_a_terminal() -> bool:

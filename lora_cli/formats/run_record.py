@@ -99,8 +99,17 @@ def peak_bytes() -> int:
 
 def key_of(command: str, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
     """SHA-256 over everything that decides the result of a run: equal keys mean equal work."""
-    text = json.dumps([command, settings, inputs, versions()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _key(command, settings, inputs, versions())
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether the command, settings, inputs and versions of a record are those of its key."""
+    deciding = (record.get(name) for name in ("command", "settings", "inputs", "versions"))
+    return bool(record["key"] == _key(*deciding))
+
+
+def _key(*deciding: Any) -> str:
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def made_by(folder: Path, key: str) -> Literal["", "unfinished", "finished"]:

@@ -4,6 +4,7 @@ An `Import` recognises a place by the names of its files, by headers and by conf
 adapter, whose modules are read one at a time. `_written.py` makes a PEFT folder of it.
 """
 
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -327,7 +328,7 @@ def number(config: Mapping[str, Any], key: str, where: str) -> float:
     """A finite number of a configuration. Refused where it is missing or something else."""
     value = config.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
-        said = "is missing" if value is None else f"is {shortened(value)}, not a number"
+        said = "is missing" if value is None else f"is {shortened(json.dumps(value))}, not a number"
         raise Refused(f"{key} {said} in {where}: the scale of the update is not known")
     return float(value)
 

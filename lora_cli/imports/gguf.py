@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from lora_cli.errors import DataError, HeaderError, Refused
 from lora_cli.files import read_regular
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
+from lora_cli.formats.gguf import package
 from lora_cli.imports import Asked, Foreign, ForeignModule, Found, Import, Place, Tensors, demand_some, others_in_words
 from lora_cli.imports._gguf_file import read_gguf
 from lora_cli.imports._pairs import demand_matrices, dtypes_of, paired
@@ -61,7 +62,7 @@ class Gguf(Import):
             raise Refused(f"tensors that are no factors: {others_in_words(others)}")
         alpha = values.get("adapter.lora.alpha", 0.0)
         if isinstance(alpha, str) or not abs(alpha) < 1e30:
-            raise Refused(f"its alpha is {shortened(alpha)}, not a number")
+            raise Refused(f"its alpha is {shortened(repr(alpha))}, not a number")
         names = _names(architecture, pairs)
         heads = _Heads(asked)
         modules: dict[str, ForeignModule] = {}
@@ -142,10 +143,7 @@ def _names(architecture: str, theirs: "dict[str, tuple[str, str]]") -> dict[str,
             f"the architecture {shortened(architecture)} arranges or names its modules in a way of its own",
             hint=f"read are {', '.join(ARCHITECTURES)}",
         )
-    try:
-        import gguf as tables
-    except ImportError as error:
-        raise Refused("GGUF needs the package gguf", hint="pip install 'lora-cli[gguf]'") from error
+    tables = package()
     numbers = [int(found[1]) for name in theirs if (found := _LAYER.fullmatch(name))]
     known = {name: key for key, name in tables.MODEL_ARCH_NAMES.items()}
     table = tables.get_tensor_name_map(known[architecture], max(numbers, default=0) + 1)

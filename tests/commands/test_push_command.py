@@ -1,10 +1,12 @@
 """`lora push`, with the real client against the stand-in Hub: what arrives there, what is refused, what is said."""
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -49,6 +51,13 @@ def writer(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield fake
     assert len(fake.uploads.commits) == len({parent for _, parent, _ in fake.uploads.commits})
+
+
+def edit(record: dict[str, Any], merged: Path) -> None:
+    """Put a record, with the key of its settings and inputs, in the place of a result's own."""
+    deciding = [record[name] for name in ("command", "settings", "inputs", "versions")]
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+    (merged / "run.json").write_text(json.dumps(record | {"key": key}))
 
 
 def asked(fake: FakeHub) -> list[str]:
@@ -107,7 +116,7 @@ def test_only_programs_that_take_a_result_are_named(config: dict[str, object], n
     file, record = merged / "adapter_config.json", merged / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     outputs = {"outputs": json.loads(record.read_text())["outputs"] | {file.name: sha256_of(file)}}
-    record.write_text(json.dumps(json.loads(record.read_text()) | outputs))
+    edit(json.loads(record.read_text()) | outputs, merged)
     card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
     ways = card.partition("## How to load it")[2]
     assert {
@@ -119,11 +128,10 @@ def test_only_programs_that_take_a_result_are_named(config: dict[str, object], n
 
 
 def test_the_card_of_a_training_tells_examples_and_loss(merged: Path) -> None:
-    file = merged / "run.json"
-    record = json.loads(file.read_text())
+    record = json.loads((merged / "run.json").read_text())
     record |= {"command": "train", "inputs": {f"base:acme/tiny@{'c' * 40}": "c" * 40, "sums.jsonl": "0" * 64}}
     record["results"] = {"n_train": 80, "n_validation": 20, "loss": 0.0632, "card": record["results"]["card"]}
-    file.write_text(json.dumps(record))
+    edit(record, merged)
     told = ok("push", "merged", "me/mixed", "--dry-run", "--json")
     card = json.loads(told.out)["card"]
     assert "made by `lora train`. It was trained on 80 examples. Validation loss on 20 examples: 0.063." in card
@@ -133,14 +141,14 @@ def test_the_card_of_a_training_tells_examples_and_loss(merged: Path) -> None:
 
 
 def test_the_card_of_an_extract_names_a_model_and_no_merge(merged: Path) -> None:
-    file = merged / "run.json"
-    record = json.loads(file.read_text())
+    record = json.loads((merged / "run.json").read_text())
     inputs = {f"base:acme/tiny@{'c' * 40}": "c" * 40, f"tuned:acme/tuned@{'d' * 40}": "d" * 40}
     record |= {"command": "extract", "settings": {"rank": 4, "tuned": "acme/tuned"}, "inputs": inputs}
-    file.write_text(json.dumps(record))
+    edit(record, merged)
     card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
     assert "It is the low-rank part of the difference between a fine-tuned model and the base." in card
     assert "| model | commit | weight | licence |" in card
+    assert f"| `acme/tuned` | `{'d' * 40}` |" in card
     assert "adapter." not in card.partition("## How to load it")[0]
     assert yaml.safe_load(card.split("---\n", 2)[1])["tags"] == ["lora", "base_model:adapter:acme/tiny"]
 
@@ -314,11 +322,31 @@ def test_what_is_no_result_is_refused(name: str, said: str, merged: Path) -> Non
     ],
 )
 def test_records_that_cannot_be_pushed(change: dict[str, object], code: int, said: str, merged: Path) -> None:
-    file = merged / "run.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    edit(json.loads((merged / "run.json").read_text()) | change, merged)
     told = refused(code, "push", "merged", "me/mixed", "--dry-run")
     assert said in told
     assert "aB3aB3" not in told
+
+
+@pytest.mark.parametrize("what", ["command", "settings", "inputs"])
+def test_an_edited_record_is_refused(what: str, merged: Path) -> None:
+    file = merged / "run.json"
+    record = json.loads(file.read_text())
+    record[what] = "train" if what == "command" else {**record[what], "b@" + "1" * 40: "2" * 64}
+    file.write_text(json.dumps(record))
+    assert "run.json has changed since lora wrote it" in refused(5, "push", "merged", "me/mixed", "--dry-run")
+
+
+def test_a_file_whose_hash_is_not_recorded_is_named(merged: Path) -> None:
+    file = merged / "run.json"
+    record = json.loads(file.read_text())
+    del record["outputs"]["adapter_config.json"]
+    file.write_text(json.dumps(record))
+    told = ok("push", "merged", "me/mixed", "--dry-run")
+    assert "not compared, for run.json has no hash of it: adapter_config.json" in told.err
+    del record["outputs"]
+    file.write_text(json.dumps(record))
+    assert "a damaged record" in refused(1, "push", "merged", "me/mixed", "--dry-run")
 
 
 def test_a_readme_of_ones_own_goes_as_it_is(writer: FakeHub, merged: Path) -> None:
@@ -361,10 +389,9 @@ def test_what_the_hub_remarks_on_a_card_is_told(writer: FakeHub, merged: Path) -
 
 
 def with_licences(merged: Path, *licences: str) -> None:
-    file = merged / "run.json"
-    record = json.loads(file.read_text())
+    record = json.loads((merged / "run.json").read_text())
     record["results"]["licences"] |= dict(zip(record["inputs"], licences, strict=True))
-    file.write_text(json.dumps(record))
+    edit(record, merged)
 
 
 @pytest.mark.parametrize(
@@ -398,12 +425,11 @@ def test_a_policy_asks_the_hub_for_the_licence_of_the_base(writer: FakeHub, merg
 
 
 def test_parents_from_the_hub_are_linked_at_their_commits(merged: Path) -> None:
-    file = merged / "run.json"
-    record = json.loads(file.read_text())
+    record = json.loads((merged / "run.json").read_text())
     commit = "a" * 40
     record["inputs"] = {f"ann/sql:low@{commit}": "0" * 64}
     record["merge.lock"]["parents"] = {f"ann/sql:low@{commit}": {"source": "hub", "sha256": "0" * 64}}
-    file.write_text(json.dumps(record))
+    edit(record, merged)
     card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
     assert f"[`ann/sql:low`](https://huggingface.co/ann/sql/tree/{commit}/low) | `{commit}` |" in card
 
@@ -426,14 +452,13 @@ def test_scores_stand_in_the_card_with_their_intervals(made: Path, merged: Path)
 
 
 def test_text_of_strangers_stays_text_in_the_card(merged: Path) -> None:
-    file = merged / "run.json"
-    record = json.loads(file.read_text())
+    record = json.loads((merged / "run.json").read_text())
     evil = "a`b|c\n# <script>\u202e[x](y)"
     commit = "0" * 40
     record["inputs"] = {f"{evil}@{commit}": "0" * 64}
     record["results"]["licences"] = {f"{evil}@{commit}": evil}
     record["settings"] |= {"method": evil, evil: evil, "weights": {f"{evil}@{commit}": 10**400}}
-    file.write_text(json.dumps(record))
+    edit(record, merged)
     card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
     _, front, text = card.split("---\n", 2)
     assert yaml.safe_load(front)["license"] == "unknown"

@@ -12,12 +12,13 @@ from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bake.bake import BakePlan, BakeReport, bake, find_base, is_here, plan
 from lora_cli.steps.bake.plan import Base
 from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.pool.licences import recorded_licences
 from lora_cli.steps.recorded import Finished, Job, run_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BakeJob:
-    """A bake that is planned. `licences` maps `id@commit`, and "" for the base, to what its card states."""
+    """A bake that is planned. `licences` are those of `recorded_licences`."""
 
     plan: BakePlan
     job: Job
@@ -74,5 +75,5 @@ class BakeRequest:
             out=out,
         )
         demand_apart(job.folder, planned.inputs)
-        licences = {pinned: one.licence for pinned, one in found.terms.items()}
+        licences = recorded_licences(found.terms)
         return BakeJob(plan=planned, job=job, licences=licences, notice=found.notice)

@@ -21,12 +21,13 @@ from lora_cli.steps.export.export import ExportReport
 from lora_cli.steps.export.export import export as carried_out
 from lora_cli.steps.merge.scope import modules_meant
 from lora_cli.steps.opened_pool import Gathered, Pool
+from lora_cli.steps.pool.licences import recorded_licences
 from lora_cli.steps.recorded import Finished, Job, run_once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportJob:
-    """An export that is planned. `licences` maps `id@commit`, and "" for the base, to what its card states."""
+    """An export that is planned. `licences` are those of `recorded_licences`."""
 
     plan: Plan
     target: Export
@@ -86,7 +87,7 @@ class ExportRequest:
         )
         demand_apart(job.folder, [("adapter", source.adapter.folder)])
         notes = tuple(filter(None, [*plan.notes, found.unchecked, found.notice]))
-        licences = {pinned: one.licence for pinned, one in found.terms.items()}
+        licences = recorded_licences(found.terms)
         return ExportJob(plan=plan, target=target, job=job, licences=licences, notes=notes)
 
 

@@ -32,7 +32,7 @@ from lora_cli.steps.fit.controls import Comparison
 from lora_cli.steps.fit.fit import NOISES
 from lora_cli.steps.merge.card import code, licence_of_all, stated
 from lora_cli.steps.merge.stream import MergePlan, config_of, dtype_of, plan
-from lora_cli.steps.pool.licences import Stated
+from lora_cli.steps.pool.licences import Stated, recorded_licences
 from lora_cli.steps.train.descent import Parts, losses
 from lora_cli.task import Task
 from lora_cli.text import counted
@@ -173,7 +173,7 @@ def write_router(
         )
         (partial / ROUTER_FILE).write_text(router.text, encoding="utf-8")
         run.outputs[ROUTER_FILE] = sha256_of(partial / ROUTER_FILE)
-        run.results["licences"] = {name: one.licence for name, one in plan.merging.terms.items()}
+        run.results["licences"] = recorded_licences(plan.merging.terms)
         measured = None
         if measuring is not None:
             written = [_opened(partial / one.folder, plan.skeleton) for one in members]

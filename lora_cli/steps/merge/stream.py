@@ -30,7 +30,7 @@ from lora_cli.steps.merge.card import code, licence_of_all, stated
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
 from lora_cli.steps.merge.module import Effect, MergedModule, ModuleMerger
 from lora_cli.steps.merge.plan import MergePlan, identical, plan
-from lora_cli.steps.pool.licences import Stated
+from lora_cli.steps.pool.licences import Stated, recorded_licences
 from lora_cli.text import counted, percent
 
 __all__ = ["MergePlan", "MergeReport", "ModuleReport", "identical", "merge", "plan"]
@@ -117,7 +117,7 @@ def merge(
         if lock is not None:
             demand_same_outputs(lock, run.outputs)
         run.results.update(
-            licences={name: one.licence for name, one in plan.terms.items()},
+            licences=recorded_licences(plan.terms),
             energy=report.energy,
             norm=report.norm,
             mean_norm=report.mean_norm,

@@ -1,6 +1,6 @@
 """What the cards of adapters and of their base state: licence and data sets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,15 @@ def stated_of_base(base: str, *, ask: bool) -> Stated:
     except LoraError:
         pass
     return Stated()
+
+
+def recorded_licences(terms: Mapping[str, Stated]) -> dict[str, str]:
+    """Licences as run.json holds them: of each adapter by `id@commit`, and of the base, if it states one, as "base".
+
+    Args:
+        terms: the statements by `id@commit`, "" for the base.
+    """
+    return {pinned or "base": one.licence for pinned, one in terms.items() if pinned or one.licence}
 
 
 def _of_folder(folder: Path) -> Stated:

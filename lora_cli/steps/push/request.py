@@ -134,7 +134,7 @@ def _told(result: Result, db: Path, *, ask: bool) -> Told:
     found = result.record["results"].get("licences")
     licences: Mapping[str, str] = found if isinstance(found, dict) else {}
     name, revision = split_revision(result.config.pinned_base)
-    base = Stated(str(licences.get("") or ""))
+    base = Stated(str(licences.get("base") or ""))
     if not base.licence:
         base = stated_of_base(f"{name}@{revision}" if revision else name, ask=ask)
     lock = result.record.get("merge.lock", {}).get("parents")

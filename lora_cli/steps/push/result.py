@@ -15,7 +15,7 @@ from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import read_header
 from lora_cli.formats.kinds import CONFIG_NAME, DENSE_FILE, WEIGHTS_NAME
 from lora_cli.formats.router import ROUTER_FILE
-from lora_cli.formats.run_record import RECORD_FILE, read_record
+from lora_cli.formats.run_record import RECORD_FILE, is_intact, read_record
 from lora_cli.formats.store import folder_ref
 from lora_cli.hashes import sha256_of, stamp_of
 from lora_cli.hub.push import Upload
@@ -38,7 +38,7 @@ class Result:
     """A result that passed the checks.
 
     `pinned` is its `id@commit`, `uploads` are its files but for the card, `own_card` is a README.md that lora did not
-    write, "" for none.
+    write, "" for none. `unchecked` names the files whose hash its record does not hold.
     """
 
     folder: Path
@@ -47,6 +47,7 @@ class Result:
     config: LoraConfigFacts
     uploads: Sequence[Upload]
     own_card: str
+    unchecked: Sequence[str] = ()
 
     @property
     def verb(self) -> str:
@@ -60,10 +61,10 @@ class Result:
 
     @property
     def parents(self) -> Mapping[str, str]:
-        """The adapters that it was made of, `id@commit` → SHA-256 of the weights."""
+        """The adapters that it was made of, or the model, `id@commit` → SHA-256 of the weights."""
         inputs: Mapping[str, str] = self.record["inputs"]
         return {
-            name: str(sha256)
+            name.removeprefix("tuned:"): str(sha256)
             for name, sha256 in inputs.items()
             if is_commit(name.rpartition("@")[2]) and not name.startswith("base:")
         }
@@ -88,6 +89,8 @@ def read_result(text: str, progress: Progress = silent) -> Result:
     for one in uploads:
         if record["outputs"].get(one.path, one.sha256) != one.sha256:
             raise Refused(f"{folder / one.path} has changed since lora wrote it", hint="make the result again")
+    if not is_intact(record):
+        raise Refused(f"{folder / RECORD_FILE} has changed since lora wrote it", hint="make the result again")
     if WEIGHTS_NAME not in record["outputs"]:
         raise Refused(f"{folder / RECORD_FILE}: not the record of this adapter", hint="make the result again")
     config = parse_config(read_regular(folder / CONFIG_NAME))
@@ -101,7 +104,16 @@ def read_result(text: str, progress: Progress = silent) -> Result:
             demand_no_token(folder / one.path, data.decode("utf-8", "replace"))
     demand_no_token(folder / CARD_FILE, own_card)
     pinned = folder_ref(folder).pinned
-    return Result(folder=folder, pinned=pinned, record=record, config=config, uploads=uploads, own_card=own_card)
+    unchecked = [one.path for one in uploads if one.path not in (RECORD_FILE, *record["outputs"])]
+    return Result(
+        folder=folder,
+        pinned=pinned,
+        record=record,
+        config=config,
+        uploads=uploads,
+        own_card=own_card,
+        unchecked=unchecked,
+    )
 
 
 def demand_no_token(file: Path, text: str) -> None:
