@@ -11,9 +11,11 @@ import pytest
 from lora_cli.catalogue import runs
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.hub.holdings import delete
+from lora_cli.imports._cached import place_of
 from lora_cli.records import Adapter, AdapterRef
 from lora_cli.steps.pool.gc import survey
 from tests.cli import ok, refused
+from tests.imports.kinds import adapterhub
 
 OLD, NEW = "a" * 40, "b" * 40
 COMMAND = ("pool", "gc", "--json")
@@ -126,3 +128,33 @@ def test_two_at_once_and_no_cache_at_all_are_no_error(cache: Path, own_home: Pat
     with Catalogue(db) as catalogue:
         going = [held for held in survey(catalogue, db) if held.reason]
     assert (delete(going), delete(going), delete([])) == (3107, 0, 0)
+
+
+def test_conversions_are_listed_and_go_if_no_row_has_them(cache: Path, own_home: Path, tmp_path: Path) -> None:
+    for name in ("listed", "other"):
+        (tmp_path / "pool" / name).mkdir(parents=True)
+        adapterhub(tmp_path / "pool" / name, alpha=16 if name == "listed" else 8)
+    ok("pool", "sync", "roberta-base", "--from", str(tmp_path / "pool"))
+    ok("pool", "verify", str(tmp_path / "pool" / "other"))
+    ok("pool", "rm", "pool/other")
+    place = place_of("0" * 40).parent
+    for name in (f"0-{'1' * 40}", f".1-{'2' * 40}.abcd.partial"):
+        (place / name).mkdir()
+        (place / name / "adapter_model.safetensors").write_bytes(b"x" * 9)
+    (place / "mine").mkdir()
+    rows = {row["id"]: row["reason"] for row in json.loads(ok(*COMMAND).out)["rows"] if row["reason"]}
+    assert rows == {"a converted adapter": "older form"}, "what was just read may be in use"
+    for file in place.rglob("*"):
+        os.utime(file, (1, 1))
+    found = sorted((row["id"], row["reason"]) for row in json.loads(ok(*COMMAND).out)["rows"])
+    assert found == [
+        ("a converted adapter", "in no catalogue"),
+        ("a converted adapter", "older form"),
+        ("a converted adapter", "unfinished conversion"),
+        ("pool/listed", ""),
+    ]
+    assert "3 deleted" in ok(*COMMAND, "--yes").err
+    assert len([*place.iterdir()]) == 2
+    assert (place / "mine").is_dir()
+    os.utime(next(file for file in place.rglob("*.safetensors")), (1, 1))
+    assert "unused for" in ok(*COMMAND, "--unused", "30").out

@@ -1,4 +1,4 @@
-"""`lora pool gc`: what the Hub's cache holds, and what of it can go."""
+"""`lora pool gc`: what the caches hold, and what of it can go."""
 
 from datetime import UTC, datetime
 from typing import Annotated
@@ -31,17 +31,16 @@ def gc(
     setup: Stored,
     listing: Annotated[Listing, _HELD],
 ) -> None:
-    """Show what the Hub's cache holds of the catalogue's adapters and what can go; with --yes delete that.
+    """Show what the caches hold of the catalogue's adapters and what can go; with --yes delete that.
 
     Can go: revisions of adapters that are gone, unusable, gated or quarantined; older revisions; downloads that stopped
-    over an hour ago. What a selection or a recorded run names stays, so that merges can be rebuilt. Repositories that
-    the catalogue does not know are never touched.
+    over an hour ago; conversions of adapters that the catalogue does not know. What a selection or a recorded run names
+    stays, so that merges can be rebuilt. Repositories that the catalogue does not know are never touched.
     """
     if yes and dry_run:
         raise UsageError("--yes and --dry-run exclude each other")
     from lora_cli.catalogue.adapters import Catalogue
-    from lora_cli.hub.holdings import delete
-    from lora_cli.steps.pool.gc import survey
+    from lora_cli.steps.pool.gc import clear, survey
 
     screen, settings = listing.screen(), setup.load()
     with Catalogue(settings.db) as catalogue:
@@ -64,7 +63,7 @@ def gc(
         again = "; --yes deletes it" if going else ""
         screen.say(f"{total} · {len(going):,} can go, {can_go}{again}")
         return
-    screen.say(f"{total} · {len(going):,} deleted, {size(delete(going))} freed")
+    screen.say(f"{total} · {len(going):,} deleted, {size(clear(going))} freed")
 
 
 def register(pool: typer.Typer) -> None:

@@ -1,15 +1,16 @@
-"""What the Hub's cache holds of the catalogue's adapters, and what of it can go."""
+"""What the caches hold of adapters, that of the Hub and that of conversions, and what of it can go."""
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from lora_cli.catalogue import runs
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.catalogue.rows import Known
-from lora_cli.hub.holdings import Held, holdings, is_still
+from lora_cli.hub.holdings import Held, delete, holdings, is_still
+from lora_cli.imports import _cached as conversions
 from lora_cli.names import repo_and_folder
 from lora_cli.text import counted
 
@@ -18,10 +19,11 @@ _NOT_USED = ("gone", "unusable", "gated", "quarantined")
 
 
 def survey(catalogue: Catalogue, db: Path, *, unused: int | None = None) -> list[Held]:
-    """What the cache holds of repositories that the catalogue knows, each with the reason why it can go, "" to stay.
+    """What the caches hold of adapters that the catalogue knows, each with the reason why it can go, "" to stay.
 
     Revisions that a selection or the record of a run names stay: `merge --locked` needs them. An unfinished download
-    can go once it has not grown for an hour.
+    can go once it has not grown for an hour. A conversion of an adapter that no row has can go too, after the same
+    time: it is made again where it is needed.
 
     unused: the days after which a revision that nobody read can go.
     """
@@ -31,11 +33,39 @@ def survey(catalogue: Catalogue, db: Path, *, unused: int | None = None) -> list
             by_repo[row.repo].append(row)
     needed = {(id.partition(":")[0], commit) for id, commit in catalogue.selections.pinned()} | _recorded(db)
     return [
-        replace(held, reason=_reason(held, by_repo[held.repo], unused))
-        if (held.repo, held.commit) not in needed
-        else held
-        for held in holdings(by_repo.keys())
+        *(
+            replace(held, reason=_reason(held, by_repo[held.repo], unused))
+            if (held.repo, held.commit) not in needed
+            else held
+            for held in holdings(by_repo.keys())
+        ),
+        *_conversions(catalogue, {commit for _, commit in needed}, unused),
     ]
+
+
+def clear(chosen: Sequence[Held]) -> int:
+    """Delete these parts of the caches, and return the bytes freed."""
+    converted = {one.path for one in conversions.held()}
+    of_hub = [one for one in chosen if one.path not in converted]
+    return delete(of_hub) + conversions.forget([one for one in chosen if one.path in converted])
+
+
+def _conversions(catalogue: Catalogue, needed: Collection[str], unused: int | None) -> list[Held]:
+    """What the cache of conversions holds, under the id of the adapter, or what else it is."""
+    if not (found := conversions.held()):
+        return []
+    rows = {row.commit: (id, row) for id, row in catalogue.known(catalogue.ids_of(source="folder", gone=True)).items()}
+    judged = []
+    for held in found:
+        id, row = rows.get(held.commit, ("a converted adapter", None))
+        reason = held.reason
+        if not reason and held.commit not in needed:
+            if row is not None:
+                reason = _reason(held, [row], unused)
+            elif is_still(held):
+                reason = "in no catalogue" if held.commit else "unfinished conversion"
+        judged.append(replace(held, repo=id, reason=reason))
+    return judged
 
 
 def _reason(held: Held, rows: Sequence[Known], unused: int | None) -> str:
