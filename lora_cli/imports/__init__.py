@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_cli.errors import DataError, HeaderError, LoraError, NothingMatched, Refused
-from lora_cli.files import read_regular, unreadable
+from lora_cli.files import read_regular, special_kind, unreadable
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
 from lora_cli.formats.header import Header, TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, checkpoints_in, kind_in
@@ -260,16 +260,33 @@ def demand(path: Path) -> Found:
     if named := checkpoints_in(path):
         listed = in_words(named[-3:])
         raise Refused(f"{path} holds checkpoints, not an adapter: {listed}", hint=f"name one: {path / named[-1]}")
+    _demand_no_special(path)
     place = _place(path) or Place(path, ())
     kind = "" if place.one else kind_in(place.folder, place.names)
     if pickle := next((name for name in place.names if name.endswith(PICKLE_SUFFIXES)), ""):
         raise Refused(f"{path}: {kind or f'pickle only ({pickle})'}", hint=unpickled(pickle, WEIGHTS_NAME))
     if WEIGHTS_NAME in place.names and place.has_config:
+        with after(f"{path}: {WEIGHTS_NAME}"):
+            place.header(WEIGHTS_NAME)
         kind = "an adapter as PEFT writes it: nothing to convert"
     raise Refused(
         f"{path}: {kind or 'no adapter of a known program'}",
         hint="docs/exchange.md lists the kinds that lora convert reads",
     )
+
+
+def _demand_no_special(path: Path) -> None:
+    """Refused for a pipe, a device or a socket under the name of an adapter's file: none is opened.
+
+    DataError for a folder that cannot be read.
+    """
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for file in files:
+        if (file.name == CONFIG_NAME or file.suffix in _ONE_FILE) and (special := special_kind(file)):
+            raise Refused(f"{file}: {special}, not a file", hint="copy the file itself there")
 
 
 def _place(path: Path) -> Place | None:

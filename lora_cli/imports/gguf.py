@@ -14,7 +14,18 @@ from lora_cli.errors import DataError, HeaderError, Refused
 from lora_cli.files import read_regular
 from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
 from lora_cli.formats.gguf import package
-from lora_cli.imports import Asked, Foreign, ForeignModule, Found, Import, Place, Tensors, demand_some, others_in_words
+from lora_cli.imports import (
+    SAFETENSORS,
+    Asked,
+    Foreign,
+    ForeignModule,
+    Found,
+    Import,
+    Place,
+    Tensors,
+    demand_some,
+    others_in_words,
+)
 from lora_cli.imports._gguf_file import read_gguf
 from lora_cli.imports._pairs import demand_matrices, dtypes_of, paired
 from lora_cli.text import shortened
@@ -40,11 +51,11 @@ class Gguf(Import):
         found = [name for name in place.names if name.endswith(".gguf")]
         if place.one or len(found) != 1:
             return tuple(found) if place.one else ()
-        # A folder may hold a model as well.
+        # A folder may hold a model as well, and a broken file beside another program's adapter.
         try:
             kind = read_gguf(place.folder / found[0]).values.get("general.type")
         except (HeaderError, DataError):
-            return ()
+            return () if any(name.endswith(SAFETENSORS) for name in place.names) else (found[0],)
         return (found[0],) if kind == "adapter" else ()
 
     def open(self, found: Found, asked: Asked) -> Foreign:

@@ -1,6 +1,8 @@
 """Adapters of other programs: recognised, converted exactly or refused by name, and taken wherever an adapter is."""
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -248,3 +250,44 @@ def test_a_pickle_is_refused_with_the_line_that_helps(tmp_path: Path) -> None:
 def test_what_is_peft_already_is_not_converted(tmp_path: Path) -> None:
     write_adapter(tmp_path / "ours", random_factors({"x.q_proj": (8, 8)}, 2, seed=0))
     assert "nothing to convert" in refused(5, "convert", str(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter.gguf", "adapter_config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    assert f"{name}: a pipe, not a file" in refused(5, "convert", str(tmp_path), "-o", "out")
+    assert f"{name}: a pipe, not a file" in refused(5, "convert", str(tmp_path / name), "-o", "out")
+
+
+def test_a_broken_file_is_named_and_not_taken_for_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter.gguf").write_bytes(b"GGUF")
+    assert "an adapter of llama.cpp (GGUF): truncated" in refused(5, "convert", str(tmp_path), "-o", "out")
+    write_adapter(tmp_path / "ours", random_factors({"x.q_proj": (8, 8)}, 2, seed=0))
+    (tmp_path / "ours" / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    said = refused(5, "convert", str(tmp_path / "ours"), "-o", "out")
+    assert "adapter_model.safetensors: not a safetensors file" in said
+
+
+def test_a_scale_that_is_text_is_quoted(tmp_path: Path) -> None:
+    source, _ = written(SAMPLES[0], tmp_path / "theirs")
+    file = source / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["lora_parameters"]["scale"] = "4"
+    file.write_text(json.dumps(config))
+    assert 'scale is "4", not a number' in refused(5, "convert", str(source), "-o", "out")
+
+
+def test_a_missing_gguf_package_is_one_error_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, _ = written(next(one for one in SAMPLES if one.title == "GGUF of Qwen 3"), tmp_path / "theirs")
+    ok("convert", str(source), "-o", "lora", "--base", "acme/tiny")
+    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 4}
+    Path("base").mkdir()
+    Path("base/config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for words in (["convert", str(source), "-o", "out"], ["export", "gguf", "lora", "--base", "base", "-o", "out"]):
+        if words[0] == "export":
+            file = Path("lora/adapter_config.json")
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "base"}))
+        said = refused(2, *words)
+        assert "GGUF needs the gguf package" in said
+        assert "pip install 'lora-cli[gguf]'" in said
