@@ -138,15 +138,17 @@ def _parents(result: Result, told: Told) -> list[str]:
         return []
     weights = result.record["settings"].get("weights")
     weights = weights if isinstance(weights, dict) else {}
-    kind = "model" if result.verb == "extract" else "adapter"
-    lines = ["## Parents", "", f"| {kind} | commit | weight | licence |", "|---|---|---|---|"]
+    lines = ["## Parents", "", "| adapter | commit | weight | licence |", "|---|---|---|---|"]
+    if result.verb == "extract":
+        lines[2:] = ["| model | commit | licence |", "|---|---|---|"]
     for pinned, one in told.parents.items():
         id, _, commit = one.pinned.rpartition("@")
         weight = weights.get(pinned)
         shown = f"{weight:g}" if isinstance(weight, int | float) and abs(weight) < _LARGEST_WEIGHT else "see run.json"
-        lines.append(
-            f"| {_linked(id, commit) if one.on_hub else code(id)} | `{commit}` | {shown} | {stated(one.licence)} |"
-        )
+        cells = [_linked(id, commit) if one.on_hub else code(id), f"`{commit}`", shown, stated(one.licence)]
+        if result.verb == "extract":
+            del cells[2]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
