@@ -166,6 +166,20 @@ def test_a_plain_decoder_needs_no_class_and_gives_the_same(tmp_path: Path, monke
     assert one == other
 
 
+def test_the_number_of_threads_does_not_change_it(tmp_path: Path) -> None:
+    tuned, base = models(tmp_path)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            ok("extract", tuned, "--base", base, "--rank", "4", "-o", f"out{count}")
+            found.append(Path(f"out{count}/adapter_model.safetensors").read_bytes())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
 def test_a_head_that_is_saved_beside_its_embedding_is_no_layer(tmp_path: Path) -> None:
     tuned, base = models(tmp_path)
     for place in (tuned, base):

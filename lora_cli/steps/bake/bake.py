@@ -4,9 +4,8 @@ import json
 import math
 import shutil
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BufferedReader
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.algebra.threads import one_thread_each
+from lora_cli.algebra.threads import in_order, one_thread_each
 from lora_cli.errors import OutputError, Refused
 from lora_cli.files import open_regular
 from lora_cli.formats.base_files import CONFIG
@@ -192,7 +191,7 @@ def _write_baked(
                 survived.append((module, survival))
         return baked, survived
 
-    for baked, survived in _in_order(work, blocks(source, entry, columns), workers):
+    for baked, survived in in_order(work, blocks(source, entry, columns), workers, pending=2 * workers):
         target.write(_bytes(baked))
         for module, survival in survived:
             found[module] = found.get(module, Survival()) + survival
@@ -251,18 +250,6 @@ def _add_tile(weight: Tensor, update: LowRank | Tensor, baked: Tensor, room: Ten
         changed = torch.ne(back.copy_(baked), plain, out=total).sum()
         error = back.sub_(exact).sub_(delta)
     return Survival(delta=norm, error=_squared(error), same=weight.numel() - int(changed), entries=weight.numel())
-
-
-def _in_order(work: Callable[..., T], calls: Iterable[tuple[Any, ...]], workers: int) -> Iterator[T]:
-    """The results of `work(*call)` in the order of the calls; at most two per worker are pending."""
-    pending: deque[Future[T]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        for call in calls:
-            pending.append(pool.submit(work, *call))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
 
 def _squared(values: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from lora_cli.algebra.threads import in_order, one_thread_each
 from lora_cli.algebra.truncation import Truncated, truncate
 from lora_cli.errors import Refused, UsageError
 from lora_cli.formats.factors import PREFIX
@@ -29,6 +30,8 @@ from lora_cli.steps.convert.request import total_error
 from lora_cli.steps.recorded import Finished, Job, run_once
 
 _FIRST_RANK: Final = 64
+# Bytes for the layers that are approximated at once, and for each entry of one: the difference, and as much again.
+_MEMORY, _PER_ENTRY = 1_000_000_000, 8
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
@@ -151,14 +154,21 @@ def _extract(job: ExtractJob, run: Run, *, replace: bool, progress: Progress) ->
 
 
 def _write(job: ExtractJob, changed: Sequence[str], folder: Path, progress: Progress) -> dict[str, Converted]:
-    """Write the two files of PEFT, a layer at a time."""
+    """Write the two files of PEFT. Several layers are approximated at once, each on one thread."""
     models, found = job.pair, dict[str, Converted]()
     places = [Place(PREFIX + name, (name,), models.modules[name], name) for name in changed]
     layout = Layout(tuple(places))
-    with AdapterWriter(folder, layout, torch_dtype(job.dtype)) as writer:
-        for done, name in enumerate(changed):
+    largest = max(math.prod(models.modules[name]) for name in changed)
+
+    def work(name: str) -> tuple[int, Truncated]:
+        return _best(job, models.delta(name))
+
+    with AdapterWriter(folder, layout, torch_dtype(job.dtype)) as writer, one_thread_each() as threads:
+        workers = max(1, min(threads, _MEMORY // (_PER_ENTRY * largest)))
+        calls = ((name,) for name in changed)
+        results = in_order(work, calls, workers, pending=workers)
+        for done, (name, (rank, best)) in enumerate(zip(changed, results, strict=True)):
             progress("extract", done, len(changed))
-            rank, best = _best(job, models.delta(name))
             writer.add(name, best.at(rank))
             found[name] = Converted(rank=rank, total=best.total, kept=best.total - best.remainder(rank))
         progress("extract", len(changed), len(changed))

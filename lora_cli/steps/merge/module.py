@@ -2,9 +2,8 @@
 
 import hashlib
 import math
-from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from threading import Lock
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank, RankChoice, bound, gram, reduce, squared_norm
-from lora_cli.algebra.threads import one_thread_each
+from lora_cli.algebra.threads import in_order, one_thread_each
 from lora_cli.algebra.tiles import DeltaTiles, Part, exact_threshold
 from lora_cli.algebra.updates import Updates
 from lora_cli.errors import Refused
@@ -102,19 +101,10 @@ class ModuleMerger:
         if self.plan.options.device != "cpu":
             yield from ((module, work(module)) for module in self.plan.modules)
             return
-        with one_thread_each(), ThreadPoolExecutor(self._workers) as pool:
-            begun: deque[tuple[str, Future[MergedModule]]] = deque()
-            try:
-                for module in self.plan.modules:
-                    begun.append((module, pool.submit(work, module)))
-                    if len(begun) > self._workers:
-                        done, future = begun.popleft()
-                        yield done, future.result()
-                while begun:
-                    done, future = begun.popleft()
-                    yield done, future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+        with one_thread_each():
+            calls = ((module,) for module in self.plan.modules)
+            results = in_order(work, calls, self._workers, pending=self._workers)
+            yield from zip(self.plan.modules, results, strict=True)
 
     def merge(self, module: str) -> MergedModule:
         """One module at the rank the plan asks for."""
