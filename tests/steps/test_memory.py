@@ -80,7 +80,7 @@ def test_a_model_that_cannot_be_counted_has_no_count(tmp_path: Path, encoded: li
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recompute", "environment"),
-    [(False, {"MALLOC_MMAP_THRESHOLD_": "131072"}), (True, {})],
+    [(False, {"MALLOC_MMAP_THRESHOLD_": "131072"}), (True, {})],  # --grad-checkpointing sets that itself
     ids=["memory given back", "--grad-checkpointing"],
 )
 def test_the_count_is_the_rise_of_a_processs_peak(recompute: bool, environment: dict[str, str]) -> None:
