@@ -7,14 +7,16 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests import warm
 from tests.adapters_on_disk import random_factors, write_adapter
 
+MERGE = ("merge", "--method", "ties", "a", "b", "c")
 SHAPES = {f"model.layers.{i}.mlp.up_proj": (512, 256) for i in range(24)}
 
 
@@ -24,20 +26,18 @@ def as_from_a_terminal() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def start(folder: Path, out: str, *options: str, said: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "lora_cli", "merge", "--method", "ties", "a", "b", "c", "-o", out, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORA_DB": str(folder / "lora.db")}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=said, preexec_fn=as_from_a_terminal
-    )
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with warm.forking(tmp_path_factory.mktemp("warm")) as address:
+        yield address
+
+
 def moments() -> list[Callable[[Path], bool]]:
-    """When to kill: while libraries load, once the work has begun, at two random points of it, and near its end."""
+    """When to kill: at once, when the work has begun, at two random points of it, and near its end."""
     draw = random.Random(0)
     whole = sum((out + inn) * (4 + 5 + 6) * 4 for out, inn in SHAPES.values())
 
@@ -57,26 +57,29 @@ def moments() -> list[Callable[[Path], bool]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--force",)], ids=["new", "replace"])
-def test_a_killed_merge_is_whole_or_absent(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_a_killed_merge_is_whole_or_absent(tmp_path: Path, server: Path, options: tuple[str, ...]) -> None:
+    def start(out: str, *options: str) -> warm.Started:
+        environment = {**os.environ, "LORA_DB": str(tmp_path / "lora.db")}
+        return warm.Started(server, [*MERGE, "-o", out, *options], tmp_path, environment)
+
     for seed, name in enumerate("abc"):
         write_adapter(tmp_path / name, random_factors(SHAPES, 4 + seed, seed=seed))
-    assert start(tmp_path, "calm").wait() == 0
+    assert start("calm").code() == 0
     calm = contents(tmp_path / "calm")
     if options:
-        assert start(tmp_path, "out").wait() == 0
+        assert start("out").code() == 0
     killed = 0
     for has_come in moments():
-        process = start(tmp_path, "out", *options)
-        while process.poll() is None and not _seen(has_come, tmp_path):
+        merging = start("out", *options)
+        while not merging.has_ended() and not _seen(has_come, tmp_path):
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
+        killed += merging.kill()
         if (tmp_path / "out").exists():
             assert contents(tmp_path / "out") == calm
         with closing(sqlite3.connect(tmp_path / "lora.db")) as database:
             assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert killed >= 3
-    assert start(tmp_path, "out", *options).wait() == 0
+    assert start("out", *options).code() == 0
     assert contents(tmp_path / "out") == calm
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -93,7 +96,14 @@ def _seen(has_come: Callable[[Path], bool], folder: Path) -> bool:
 def test_a_merge_that_is_told_to_end_cleans_up(tmp_path: Path, number: signal.Signals) -> None:
     for seed, name in enumerate("abc"):
         write_adapter(tmp_path / name, random_factors(SHAPES, 4 + seed, seed=seed))
-    process = start(tmp_path, "out", said=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lora_cli", *MERGE, "-o", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LORA_DB": str(tmp_path / "lora.db")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        preexec_fn=as_from_a_terminal,
+    )
     while process.poll() is None and not any(tmp_path.glob(".out.*.partial")):
         time.sleep(0.001)
     process.send_signal(number)

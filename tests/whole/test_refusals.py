@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -263,24 +261,14 @@ def test_a_task_that_is_not_there(own_home: Path) -> None:
     assert "no task file" in refused(2, "fit", "--base", "acme/tiny")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "eval"])
-def test_a_gated_base_asks_for_access(own_home: Path, command: str) -> None:
+def test_a_gated_base_asks_for_access(own_home: Path, fake: FakeHub, command: str) -> None:
     (own_home / "task.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
-    line = f"{command} --data task.jsonl --base acme/tiny"
-    with FakeHub() as hub:
-        hub.add("acme/tiny", {"config.json": b"{}", "model.safetensors": b""}, gated="manual")
-        done = subprocess.run(
-            [sys.executable, "-m", "lora_cli", *line.split(), *_some_adapter(own_home, command)],
-            env={**os.environ, "HF_ENDPOINT": hub.endpoint},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert (done.returncode, done.stdout) == (4, ""), done.stderr
-    assert "acme/tiny" in done.stderr
-    assert "gated" in done.stderr
-    assert "Traceback" not in done.stderr
+    fake.add("acme/tiny", {"config.json": b"{}", "model.safetensors": b""}, gated="manual")
+    words = [command, "--data", "task.jsonl", "--base", "acme/tiny", *_some_adapter(own_home, command)]
+    told = refused(4, *words)
+    assert "acme/tiny" in told
+    assert "gated" in told
 
 
 @pytest.mark.parametrize("command", ["eval", "fit", "train"])
