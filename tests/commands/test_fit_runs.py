@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from contextlib import closing, suppress
 from pathlib import Path
 from statistics import fmean, stdev
@@ -154,6 +155,7 @@ def test_a_fit_killed_again_and_again_ends_as_one_that_was_not(here: World) -> N
         seen: set[int] = set()
         while len(seen - before) < wanted and process.poll() is None:
             seen |= states(here.folder)
+            time.sleep(0.001)
         os.kill(process.pid, signal.SIGKILL)
         killed += process.wait() == -signal.SIGKILL
         process.stderr.close()

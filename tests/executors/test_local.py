@@ -48,10 +48,10 @@ def test_two_workers_give_the_bytes_of_one(place: Path, tmp_path: Path, monkeypa
 def test_a_worker_that_is_killed_is_replaced_and_its_cell_done_again(place: Path) -> None:
     """Both workers are killed as soon as they work on a cell."""
     killed: list[int] = []
+    ended = threading.Event()
 
     def kill() -> None:
-        while len(killed) < 2:
-            time.sleep(0.02)
+        while len(killed) < 2 and not ended.wait(0.02):
             if [*(place / "two").glob("cells/*")]:
                 for process in workers():
                     if process not in killed:
@@ -61,8 +61,11 @@ def test_a_worker_that_is_killed_is_replaced_and_its_cell_done_again(place: Path
 
     thread = threading.Thread(target=kill)
     thread.start()
-    ok(*WORDS, "-o", "two", "--jobs", "2")
-    thread.join()
+    try:
+        ok(*WORDS, "-o", "two", "--jobs", "2")
+    finally:
+        ended.set()
+        thread.join()
     assert len(killed) == 2
     assert results(place / "two") == results(place / "calm")
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -17,21 +18,13 @@ from lora_cli.hub import patience
 from lora_cli.hub.client import Hub
 from lora_cli.hub.items import items
 from lora_cli.hub.problems import Absent, Silent, Unfit
+from tests.clock import ENDED, impatient
 from tests.fake_hub import BASE, FakeHub
 from tests.faults import KINDS, LONG, ODD_ITEMS, packed
 from tests.paths import ROOT
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MARK = [{"id": "a"}, {}, {"b": [1, {"c": ']}\\"'}]}]
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests end after a second, and the user is told after a tenth of one."""
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr("lora_cli.hub.connection.REQUEST_SECONDS", 1.0)
-    monkeypatch.setattr(patience, "_FIRST_WORD", 0.1)
-    monkeypatch.setattr(patience, "_STEP", 0.05)
 
 
 QUESTIONS: dict[str, Callable[[Hub, str], object]] = {
@@ -47,67 +40,81 @@ UNSEEN = ("range", "garbage")  # no hash covers a part of a file
 PLACES = {"file": ("/resolve/", "/resolve-cache/"), "range": ("/resolve/", "cdn:"), "listing": ("/api/models?",)}
 
 
-def answer(fake: FakeHub, name: str, commit: str) -> object:
-    """The answer of an impatient connection to a question, or its error after a few seconds at most."""
+def answer(fake: FakeHub, name: str, commit: str, kind: str) -> object:
+    """The answer to a question, or its error, before the stand-in ends a fault. What takes long meets no patience."""
+    silence, seconds = (0.2, 1.0) if kind in LONG else (5.0, 10.0)
     begin = time.monotonic()
     try:
-        return QUESTIONS[name](Hub(silence=0.2), commit)
+        with impatient(seconds):
+            return QUESTIONS[name](Hub(silence=silence), commit)
     except LoraError as error:
         return error
     finally:
         fake.heal()
-        assert time.monotonic() - begin < 6
+        assert time.monotonic() - begin < ENDED
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_what_stays_wrong_is_a_network_error_in_one_line(fake: FakeHub, hasty: None, name: str) -> None:
+def test_what_stays_wrong_is_a_network_error_in_one_line(fake: FakeHub, name: str) -> None:
     repo = fake.add("alice/sql")
     right = QUESTIONS[name](Hub(), repo.sha)
     for kind in KINDS:
         if kind not in LONG and (name, kind) != UNSEEN:
             fake.fail(PLACES[name][-1], kind, times=99, status=500)
-            found = answer(fake, name, repo.sha)
+            found = answer(fake, name, repo.sha, kind)
             assert found == right or (isinstance(found, NetworkError) and len(found.message) < 200), (kind, found)
     assert QUESTIONS[name](Hub(), repo.sha) == right
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_every_question_ends_whatever_goes_wrong(fake: FakeHub, hasty: None, name: str) -> None:
+def test_every_question_ends_whatever_goes_wrong(fake: FakeHub, name: str) -> None:
     repo = fake.add("alice/sql")
     right = QUESTIONS[name](Hub(), repo.sha)
     for kind in (kind for kind in KINDS if (name, kind) != UNSEEN):
         for times in (1,) if kind in LONG else (1, 99):
             fake.fail("", kind, times=times, status=403, seconds=1)
-            found = answer(fake, name, repo.sha)
+            found = answer(fake, name, repo.sha, kind)
             may_fail = times == 99 or kind in (*LONG, "status", "deep-refusal", "long-wait")
             assert found == right or (may_fail and isinstance(found, LoraError)), (kind, found)
 
 
 @pytest.mark.parametrize(("place", "kind"), [("hub:", "dripping-head"), ("cdn:", "silent"), ("cdn:", "dripping-body")])
-def test_a_download_ends_and_leaves_nothing_wrong_behind(
-    fake: FakeHub, hasty: None, monkeypatch: pytest.MonkeyPatch, place: str, kind: str
-) -> None:
+def test_a_download_ends_and_leaves_nothing_wrong_behind(fake: FakeHub, place: str, kind: str) -> None:
     repo = fake.add("alice/sql")
     fake.fail(place, kind, times=99)
     begin = time.monotonic()
-    with pytest.raises(NetworkError):
+    with impatient(), pytest.raises(NetworkError):
         Hub(silence=0.2, tries=1).download("alice/sql", WEIGHTS, repo.sha)
-    assert time.monotonic() - begin < 6
+    assert time.monotonic() - begin < ENDED
     fake.heal()
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 60.0)
     assert Hub().download("alice/sql", WEIGHTS, repo.sha).read_bytes() == repo.files[WEIGHTS]
 
 
-def test_a_download_may_take_long_while_bytes_come_in(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patience, "REQUEST_SECONDS", 0.3)
+@pytest.mark.parametrize("speed", [150_000, 50_000])
+def test_a_download_may_take_long_while_enough_bytes_come_in(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, speed: int
+) -> None:
+    """By a clock that only bytes set on: two seconds of them are enough, six of as many are too slow."""
+    monkeypatch.setattr(patience, "REQUEST_SECONDS", 1.0)
     monkeypatch.setattr(patience, "SLOWEST", 100_000)
+    moved, now = patience.Attempt._move, 0.0
+
+    def timed(attempt: patience.Attempt, count: int) -> None:
+        nonlocal now
+        now += count / speed
+        moved(attempt, count)
+
+    monkeypatch.setattr(patience.Attempt, "_move", timed)
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: now))
     repo = fake.add("alice/large", {CONFIG: b"{}", WEIGHTS: bytes(300_000)})
-    fake.fail("cdn:", "slow", seconds=0.15)
-    begin = time.monotonic()
-    path = Hub(tries=1).download("alice/large", WEIGHTS, repo.sha)
-    assert time.monotonic() - begin > 0.8, "longer than a request without progress"
-    assert path.stat().st_size == 300_000
+    if speed < patience.SLOWEST:
+        with pytest.raises(NetworkError):
+            Hub(tries=1).download("alice/large", WEIGHTS, repo.sha)
+        assert 1.0 < now < 6
+    else:
+        assert Hub(tries=1).download("alice/large", WEIGHTS, repo.sha).stat().st_size == 300_000
+        assert now > 2, "longer than a request without progress"
 
 
 def test_a_download_that_sends_more_than_it_should_is_cut_off(fake: FakeHub) -> None:
@@ -118,11 +125,13 @@ def test_a_download_that_sends_more_than_it_should_is_cut_off(fake: FakeHub) -> 
         connection.download("alice/sql", WEIGHTS, repo.sha)
 
 
-def test_the_user_is_told_while_the_hub_is_silent_and_no_longer(fake: FakeHub, hasty: None) -> None:
+def test_the_user_is_told_while_the_hub_is_silent_and_no_longer(fake: FakeHub) -> None:
     fake.add("alice/sql")
-    fake.fail("/api/models?", "silent", seconds=0.4)
+    fake.fail("/api/models?", "silent", seconds=0.8)
     told: list[tuple[str, int, int]] = []
-    assert QUESTIONS["listing"](Hub(silence=5.0, progress=lambda *step: told.append(step)), "") == ["alice/sql"]
+    with impatient(60.0):
+        found = QUESTIONS["listing"](Hub(silence=50.0, progress=lambda *step: told.append(step)), "")
+    assert found == ["alice/sql"]
     waits = [step for step in told if step[0] == patience.WAITING]
     assert len(waits) >= 3
     assert waits[-1][1] == waits[-1][2], "the last word ends the wait"
@@ -136,18 +145,18 @@ def test_stopping_ends_a_silent_request(fake: FakeHub) -> None:
     begin = time.monotonic()
     with pytest.raises(NetworkError, match="stopped"):
         QUESTIONS["listing"](connection, "")
-    assert time.monotonic() - begin < 3
+    assert time.monotonic() - begin < ENDED
 
 
-def test_silence_of_the_whole_hub_is_told_apart_from_that_of_one_file(fake: FakeHub, hasty: None) -> None:
+def test_silence_of_the_whole_hub_is_told_apart_from_that_of_one_file(fake: FakeHub) -> None:
     repo = fake.add("alice/sql")
     fake.fail("hub:", "silent", times=99)
-    with pytest.raises(Silent):
-        QUESTIONS["file"](Hub(silence=0.1), repo.sha)
+    with impatient(), pytest.raises(Silent):
+        QUESTIONS["file"](Hub(silence=0.5), repo.sha)
     fake.heal()
     fake.fail("/resolve-cache/", "silent", times=99)
-    with pytest.raises(NetworkError) as caught:
-        QUESTIONS["file"](Hub(silence=0.1), repo.sha)
+    with impatient(), pytest.raises(NetworkError) as caught:
+        QUESTIONS["file"](Hub(silence=0.5), repo.sha)
     assert not isinstance(caught.value, Silent), "the first hop was answered"
 
 

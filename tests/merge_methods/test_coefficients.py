@@ -1,6 +1,5 @@
 """Merges that only weigh the updates: the norms and angles they promise, whole adapters, and what they refuse."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from lora_cli.errors import Refused
 from lora_cli.merge_options import METHODS
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
+from tests.clock import least_cpu
 from tests.dense_coefficients import RULES
 from tests.merge_methods.test_merge_laws import IN, OUT, expected, factors, merged, same
 from tests.steps.test_merge import SHAPES, close, deltas
@@ -204,9 +204,9 @@ def test_a_thousand_adapters_take_no_time(name: str) -> None:
     items = tuple(LowRank(x[:, None], y[None]) for x, y in zip(b, a, strict=True))
     updates = Updates(items, keys=(0,) * 1000, scales=(1.0,) * 1000)
     weights = torch.rand(1000, generator=g, dtype=torch.float64)
-    started = time.process_time()
-    c = METHODS.load(name)(updates, weights)
-    assert time.process_time() - started < 5
+    found: list[Tensor] = []
+    assert least_cpu(lambda: found.append(METHODS.load(name)(updates, weights)), 5.0) < 5
+    c = found[0]
     products = (b @ b.T) * (a @ a.T)
     if name != "model-stock":
         mean_norm = float(weights @ products.diagonal().sqrt())
