@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from lora_cli.world import World, build, load
+from tests.shared import made_once
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A world of size test, shared by all tests: read it, do not write into it."""
-    return build(tmp_path_factory.mktemp("shared") / "world", size="test")
+    return load(made_once(tmp_path_factory, "world", lambda folder: build(folder, size="test")))
 
 
 @pytest.fixture
