@@ -27,6 +27,12 @@ for _name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_HUB_OFFL
     os.environ.pop(_name, None)
 
 pytest_plugins = ["tests.world_fixture"]
+_LONGEST = ("whole", "commands", "executors", "world")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the folders of the longest tests: the last files must not keep all processes but one waiting."""
+    items.sort(key=lambda item: item.nodeid.split("/")[1] not in _LONGEST)
 
 
 @pytest.fixture(autouse=True)

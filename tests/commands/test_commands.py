@@ -134,10 +134,10 @@ def test_streams_that_are_closed_change_no_exit_code(line: str, code: int, tmp_p
 
 
 @pytest.fixture(scope="module")
-def catalogued(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def catalogued(world: World, program: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the shared world whose pool is catalogued."""
     folder = shutil.copytree(world.folder, tmp_path_factory.mktemp("catalogued") / "world")
-    assert run("lora pool sync", folder).returncode == 0
+    assert run("lora pool sync", folder, program).returncode == 0
     return Path(folder)
 
 
@@ -276,9 +276,9 @@ def completed(line: str, folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_shell_completes_what_the_catalogue_holds(own_world: World) -> None:
+def test_a_shell_completes_what_the_catalogue_holds(own_world: World, program: Path) -> None:
     folder = own_world.folder
-    run("lora pool sync && lora select -k 2 --name first && lora merge --selection first", folder)
+    run("lora pool sync && lora select -k 2 --name first && lora merge --selection first", folder, program)
     ids = run("lora pool list -q", folder).stdout.split()
     assert completed("lora merge ", folder) == sorted(ids)
     start = ids[0][:-2]
