@@ -13,7 +13,7 @@ from lora_cli.errors import UsageError
 from lora_cli.files import read_given
 from lora_cli.merge_options import Energy, Rank
 from lora_cli.options import Flag, Options
-from lora_cli.recipes import SCORES, TRAINING, MaxNewTokens, Metrics
+from lora_cli.recipes import SCORES, TRAINING, MaxNewTokens, Metrics, TargetRecipe, TrainOptions
 from lora_cli.settings import KEYS
 from lora_cli.text import nearest
 
@@ -109,6 +109,14 @@ class StudyOptions(Metrics, frozen=True, kw_only=True):  # type: ignore[misc,cal
     def named_pools(self) -> list[str]:
         """The pools by name, each once."""
         return names_in(self.pools)
+
+    def target(self) -> tuple[TrainOptions, TargetRecipe]:
+        """The target LoRA and its training. UsageError for options that are none, by the names that they have here."""
+        try:
+            lora = TrainOptions(rank=self.target_rank, alpha=self.target_alpha, dropout=self.target_dropout)
+            return lora, TargetRecipe(steps=self.target_steps, lr=self.target_lr)
+        except UsageError as error:
+            raise UsageError(error.message.replace("--", "--target-"), hint=error.hint) from None
 
 
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -224,12 +232,17 @@ def _line(text: str, name: str) -> str:
 
 def names_in(text: str) -> list[str]:
     """The names in a text with commas, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    return list(dict.fromkeys(listed(text)))
+
+
+def listed(text: str) -> list[str]:
+    """What stands in a text with commas, in its order."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _files(file: Path, what: str, value: Any) -> str:
     """The task files that a study file names, in a list or with commas, as paths from here."""
-    names = names_in(value) if isinstance(value, str) else value
+    names = listed(value) if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"{file}: {what} takes names of files, not {value!r}")
     return ",".join(str(file.parent / name) for name in names)

@@ -181,7 +181,7 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return read_given(path)
     except FileNotFoundError as error:
-        raise DataError(f"no such file: {path}", hint="give a task file with --data FILE.jsonl") from error
+        raise DataError(f"no such file: {path}", hint="a task file has one JSON example per line") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 

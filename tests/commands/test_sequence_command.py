@@ -115,7 +115,13 @@ def test_a_study_file_names_the_tasks_beside_it(own_home: Path) -> None:
     ("words", "code", "said"),
     [
         (("--sequence", "first.jsonl"), 2, "a sequence needs two tasks or more"),
-        (("--sequence", "first.jsonl,absent.jsonl"), 1, "no such file: absent.jsonl"),
+        (("--sequence", "first.jsonl,first.jsonl"), 2, "--sequence has first.jsonl twice\n  each task"),
+        (("--sequence", "first.jsonl,absent.jsonl"), 1, "no such file: absent.jsonl\n  a task file has one JSON"),
+        (
+            ("--sequence", TASKS, "--rules", "lego-9", "--target-rank", "4"),
+            2,
+            "from 1 to 8 here\n  two LoRAs of --target-rank 4",
+        ),
         (("--sequence", TASKS, "--data", "first.jsonl"), 2, "--sequence takes no --data and no --test"),
         (("--sequence", TASKS, "--shard", "2/2"), 2, "--shard is I/N with I from 0 to N − 1"),
         (("--sequence", TASKS, "--pools", "random"), 2, "--sequence takes no --pools"),

@@ -10,10 +10,10 @@ from lora_cli.commands.study.placing import placed
 from lora_cli.commands.study.shown import AMOUNTS, Found, amounts, estimated, say_outcome, say_plan
 from lora_cli.errors import UsageError
 from lora_cli.metrics import METRICS
-from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
+from lora_cli.recipes import EvalOptions
 from lora_cli.screen import Screen, near
 from lora_cli.settings import Settings
-from lora_cli.study_options import Asked, StudyOptions, names_in
+from lora_cli.study_options import Asked, StudyOptions, listed
 from lora_cli.text import counted
 
 if TYPE_CHECKING:
@@ -53,15 +53,16 @@ def sequence(
     from lora_cli.steps.study.sequence.plan import shard_of
     from lora_cli.steps.study.sequence.request import SequenceRequest
 
+    lora, recipe = options.target()
     request = SequenceRequest(
-        tasks=[Path(name) for name in names_in(options.sequence)],
-        tests=[Path(name) for name in names_in(options.sequence_test)],
+        tasks=[Path(name) for name in listed(options.sequence)],
+        tests=[Path(name) for name in listed(options.sequence_test)],
         held_out=options.held_out,
         rules=options.rules,
         seeds=options.seeds,
         rank=options.rank,
-        lora=TrainOptions(rank=options.target_rank, alpha=options.target_alpha, dropout=options.target_dropout),
-        recipe=TargetRecipe(steps=options.target_steps, lr=options.target_lr),
+        lora=lora,
+        recipe=recipe,
         evaluation=_scored(options),
     )
     with screen.progress() as progress:

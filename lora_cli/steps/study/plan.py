@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ MOST_CELLS = 1_000_000
 _OF_BASE = ("data", "candidates")
 """What the base's own cell does not depend on."""
 _OF_TARGET = ("candidates",)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 BEST = "relevant"
 """The pool whose best adapter the system `single` is."""
 
@@ -115,7 +117,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
                 if (place := _difference(ours.get(name), theirs.get(name))) is not None:
                     at, here, there = place
                     raise OutputError(
-                        f"another study: {what}{name}{at} is {shortened(here)} there and {shortened(there)} here",
+                        f"another study: {what}{name}{at} is {_in_words(here)} there and {_in_words(there)} here",
                         hint="choose another folder with -o",
                     )
         return msgspec.structs.replace(
@@ -264,6 +266,11 @@ def _plain(value: Any) -> Any:
 
 def _without(shared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name not in names}
+
+
+def _in_words(value: Any) -> str:
+    """A value for a sentence; of the SHA-256 of a file so much that it can be told from another."""
+    return f"sha256 {value[:12]}…" if isinstance(value, str) and _SHA256.fullmatch(value) else shortened(value)
 
 
 def _difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:

@@ -11,7 +11,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from lora_cli.catalogue.adapters import Catalogue
-from lora_cli.errors import DataError, NothingMatched, UsageError
+from lora_cli.errors import DataError, NothingMatched, OutputError, UsageError
 from lora_cli.files import read_given
 from lora_cli.formats.base_names import public_base
 from lora_cli.formats.run_record import versions
@@ -23,7 +23,6 @@ from lora_cli.outputs import whole_file
 from lora_cli.recipes import EvalOptions, SelectOptions, TrialOptions
 from lora_cli.records import Adapter, Example, Progress, silent
 from lora_cli.settings import Settings, base_of
-from lora_cli.steps.bases import demand_one_base
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.merge.request import weights_in
 from lora_cli.steps.pool.lookup import names_of
@@ -147,6 +146,11 @@ class StudyRequest:
         folder = StudyFolder(out or self.settings.runs / f"study-{_digest(study)}")
         if (folder.path / STUDY_FILE).exists():
             earlier = folder.study
+            if self._takes_adapters and next(folder.candidates(), None) is None:
+                raise OutputError(
+                    f"{folder.path}: planned when there was no usable adapter, and {self._takes_adapters} takes some",
+                    hint="choose another folder with -o",
+                )
             same = {"candidates": earlier.shared["candidates"]}
             study = replace(study, shared={**study.shared, **same})
             whole = replace(earlier.extended(study), base=study.base)
@@ -214,13 +218,17 @@ class StudyRequest:
         )
         return Study(shared=shared, base=base, evaluation=evaluation, systems=systems, pools=pools, grids=(self.grid,))
 
+    @property
+    def _takes_adapters(self) -> str:
+        """The first system that takes adapters, "" for none."""
+        return next((name for name, way in self.systems.items() if way.pooled or way.kind == "single"), "")
+
     @cached_property
     def _pinned(self) -> tuple[str, ...]:
-        """The adapters that pools are chosen from, as `id@commit`; none where no system takes any."""
-        if not any(way.pooled or way.kind == "single" for way in self.systems.values()):
-            return ()
+        """The adapters that pools are chosen from, as `id@commit`: also for systems that are added later."""
         found = self.catalogue.candidates(where=self.options.where, base=self.settings.base)
-        demand_one_base(found.bases)
+        if not self._takes_adapters:
+            return tuple(sorted(found.pinned))
         self._demand_conditions()
         if not found.pinned:
             raise NothingMatched(f"no usable adapter of {self.base}", hint="see lora pool list, or run lora pool sync")

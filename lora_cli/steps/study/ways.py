@@ -9,7 +9,7 @@ import msgspec
 
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
-from lora_cli.recipes import FIT_METHODS, SELECTION_METHODS, Recipe, SelectOptions, Shape, TargetRecipe, TrainOptions
+from lora_cli.recipes import FIT_METHODS, SELECTION_METHODS, Recipe, SelectOptions, Shape
 from lora_cli.steps.merge.plan import checked_options
 from lora_cli.study_options import StudyOptions
 from lora_cli.text import nearest
@@ -159,10 +159,8 @@ def _fit(preset: str, given: dict[str, Any], options: StudyOptions) -> Way:
 
 def _target(options: StudyOptions) -> dict[str, Mapping[str, Any]]:
     """The target LoRA and its training."""
-    lora = TrainOptions(rank=options.target_rank, alpha=options.target_alpha, dropout=options.target_dropout)
-    recipe = TargetRecipe(steps=options.target_steps, lr=options.target_lr).settings
-    del recipe["seed"]
-    return {"lora": lora.settings, "recipe": recipe}
+    lora, recipe = options.target()
+    return {"lora": lora.settings, "recipe": {name: one for name, one in recipe.settings.items() if name != "seed"}}
 
 
 def rule_of(name: str, options: StudyOptions, selected: Mapping[str, tuple[str, ...]]) -> Rule:

@@ -178,7 +178,9 @@ def test_a_folder_takes_more_rules_and_seeds_but_no_other_sequence(
     [
         ({"rules": "averge"}, UsageError, "unknown rule 'averge'"),
         ({"rules": " , "}, UsageError, "needs a rule"),
-        ({"rules": "lego-9"}, UsageError, "lego-9: two LoRAs of rank 4 have no more than 8 clusters"),
+        ({"rules": "lego-9"}, UsageError, "lego-9: the K of lego-K is a number of clusters, from 1 to 8 here"),
+        ({"rules": "lego-0"}, UsageError, "lego-0: the K of lego-K is a number of clusters, from 1 to 8 here"),
+        ({"rules": "lego-x"}, UsageError, "lego-x: the K of lego-K is a number of clusters, from 1 to 8 here"),
         ({"rank": "many"}, UsageError, "--rank is a number"),
         ({"held_out": 1.0}, UsageError, "--held-out is a share"),
         ({"held_out": 0.97}, DataError, "leave one to learn from"),
@@ -199,8 +201,14 @@ def test_wrong_files_are_named(base: Path, files: list[Path], tmp_path: Path) ->
         planned(tmp_path / "s", base, files[:1])
     with pytest.raises(UsageError, match="1 test file for 3 tasks"):
         planned(tmp_path / "s", base, files, tests=files[:1])
-    with pytest.raises(UsageError, match="two tasks are called"):
-        planned(tmp_path / "s", base, [files[0], files[0]])
+    with pytest.raises(UsageError, match=r"has .* twice"):
+        planned(tmp_path / "s", base, [files[0], files[1], files[0]])
+    alike = [tmp_path / one / "same" / "first.jsonl" for one in "ab"]
+    for file in alike:
+        file.parent.mkdir(parents=True)
+        file.write_bytes(files[0].read_bytes())
+    with pytest.raises(UsageError, match="two tasks are called 'same-first'"):
+        planned(tmp_path / "s", base, alike)
     (tmp_path / "small.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 2)
     with pytest.raises(DataError, match="2 examples cannot be split"):
         planned(tmp_path / "s", base, [files[0], tmp_path / "small.jsonl"])

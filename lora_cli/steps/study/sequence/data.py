@@ -88,8 +88,12 @@ def read_data(folder: Path, name: str, part: str, sha256: str) -> Task:
 def names_of(files: Sequence[Path]) -> list[str]:
     """A name for each task file: its own, or that of its folder too where two files are called alike.
 
-    Raises UsageError for names that are alike all the same, or that hold more than letters, digits and . _ + -.
+    Raises UsageError for a file that is given twice, for names that are alike all the same, or that hold more than
+    letters, digits and . _ + -.
     """
+    for file in files:
+        if files.count(file) > 1:
+            raise UsageError(f"--sequence has {file} twice", hint="each task of a sequence comes once")
     names = [file.stem for file in files]
     if len({*names}) < len(names):
         names = [f"{file.absolute().parent.name}-{file.stem}" for file in files]

@@ -13,6 +13,7 @@ from lora_cli.formats.run_record import is_plain
 from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
 from lora_cli.steps.study.plan import MOST_CELLS, Base
+from lora_cli.study_options import names_in
 from lora_cli.text import counted, nearest, shortened
 
 SCHEMA = "lora.sequence/1"
@@ -230,13 +231,16 @@ def named_rules(text: str, rank: int) -> tuple[str, ...]:
     Args:
         rank: of one LoRA; two of them have at most twice as many clusters.
     """
-    names = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    names = tuple(names_in(text))
     for name in names:
+        if name.startswith("lego-") and not (_is_rule(name) and rule_of(name).clusters <= 2 * rank):
+            raise UsageError(
+                f"{name}: the K of lego-K is a number of clusters, from 1 to {2 * rank} here",
+                hint=f"two LoRAs of --target-rank {rank} have {2 * rank} directions, and a cluster has one at least",
+            )
         if not _is_rule(name):
             known = f"there are {', '.join(RULES)}, and lego-K for K clusters"
             raise UsageError(f"unknown rule {name!r}", hint=nearest(name, RULES, known))
-        if name != SEQUENTIAL and rule_of(name).clusters > 2 * rank:
-            raise UsageError(f"{name}: two LoRAs of rank {rank} have no more than {2 * rank} clusters")
     if not names:
         raise UsageError("a sequence needs a rule", hint=f"there are {', '.join(RULES)}")
     return names
