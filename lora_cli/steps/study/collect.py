@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 
 from lora_cli.errors import DataError
-from lora_cli.outputs import whole_file, writing
+from lora_cli.outputs import whole_file
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.study.folder import (
     CANDIDATES_FILE,
@@ -17,12 +17,21 @@ from lora_cli.steps.study.folder import (
     TABLE_FILE,
     TEST_FILE,
     StudyFolder,
-    held,
     parsed_result,
 )
 from lora_cli.steps.study.plan import Cell, Study, study_text
-from lora_cli.steps.study.shards import bring_cells, bring_entries, bring_file, demand_no_links, joined, sources_of
+from lora_cli.steps.study.shards import (
+    bring_cells,
+    bring_entries,
+    bring_file,
+    demand_no_links,
+    held_target,
+    joined,
+    sources_of,
+)
 
+_PARTS = (DATA_FILE, TEST_FILE, CANDIDATES_FILE, "shared")
+"""What a study's folder holds beside its plan and its cells."""
 _COLUMNS = ("cell", "system", "pool", "seed", "metric", "value", "n", "results")
 
 
@@ -41,25 +50,26 @@ def collect(paths: Sequence[Path], out: Path | None = None, *, progress: Progres
     """Bring folders of one study together in `out`, by default the first of them, and write its table.
 
     Whatever the order of the folders, and however often it is done, the table has the same bytes. Nothing is written
-    where two folders differ.
+    where two folders differ. Two processes that collect in one folder wait for each other, so that both are compared.
 
     Raises:
         DataError: a folder without a study, or a damaged result.
         OutputError: folders of different studies, two results of one cell that differ, or a place that cannot be
-            written.
+            written or holds something else.
     """
-    folders = [StudyFolder(path) for path in dict.fromkeys(path.absolute() for path in paths)]
-    target = StudyFolder((out or paths[0]).absolute())
-    if (target.path / STUDY_FILE).exists() and target.path not in [one.path for one in folders]:
-        folders.append(target)
-    study = joined([(folder.path, folder.study) for folder in folders], "study", "studies")
-    cells = sorted(study.cells())
-    demand_no_links(folders, (DATA_FILE, TEST_FILE, CANDIDATES_FILE, "shared"))
-    if [folder.path for folder in folders] != [target.path]:
-        sources = sources_of(folders, [cell.name for cell in cells], progress)
-        with held(target.path), writing(target.path):
+    _joined([StudyFolder(path.absolute()) for path in paths])
+    with held_target(StudyFolder, paths, out, STUDY_FILE, _PARTS) as (target, folders):
+        study = _joined(folders)
+        cells = sorted(study.cells())
+        demand_no_links(folders, _PARTS)
+        if [folder.path for folder in folders] != [target.path]:
+            sources = sources_of(folders, [cell.name for cell in cells], progress)
             _bring(folders, target, study, sources, progress)
-    return _table(target, cells, progress)
+        return _table(target, cells, progress)
+
+
+def _joined(folders: Sequence[StudyFolder]) -> Study:
+    return joined([(folder.path, folder.study) for folder in folders], "study", "studies")
 
 
 def _bring(

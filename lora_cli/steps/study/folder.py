@@ -6,7 +6,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -257,16 +257,37 @@ class StudyFolder(WorkFolder):
 def held(folder: Path) -> Iterator[None]:
     """Make `folder` and hold it while the block runs; wait while another process holds it.
 
+    A folder that is made for a block that fails, and in which nothing is, is removed.
+
     Raises OutputError where it cannot be made, or is a link.
     """
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor, is_new = _made_and_held(folder)
     try:
+        yield
+    except BaseException:
+        if is_new:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _made_and_held(folder: Path) -> tuple[int, bool]:
+    """The open descriptor of a folder that this process holds, and whether it was made here.
+
+    Who held it before may have removed it: then it is made again.
+    """
+    while True:
+        with writing(folder):
+            is_new = not folder.exists()
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         while not hold(descriptor, without_locks=True):
             time.sleep(_PATIENCE)
-        yield
-    finally:
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), folder.stat()):
+                return descriptor, is_new
         os.close(descriptor)
 
 

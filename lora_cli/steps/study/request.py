@@ -100,8 +100,9 @@ class StudyRequest:
             raise UsageError("no systems to compare", hint="give --systems base,average,…")
         if not pools and (without := [name for name, way in self.systems.items() if way.pooled]):
             raise UsageError(f"{without[0]} takes the adapters of a pool", hint="give --pools random,…")
-        self.pools = {name: rule_of(name, options, self._selected) for name in pools}
-        self.grid = Grid(systems=tuple(names), pools=tuple(pools), seed=settings.seed, seeds=options.seeds)
+        rules = {name: rule_of(name, options, self._selected) for name in pools}
+        self.pools = rules if any(way.pooled for way in self.systems.values()) else {}
+        self.grid = Grid(systems=tuple(names), pools=tuple(self.pools), seed=settings.seed, seeds=options.seeds)
         self._demand_weights()
         try:
             demand_countable([self.grid])

@@ -2,15 +2,16 @@
 
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, Self, TypeVar
 
 from lora_cli.errors import DataError, OutputError
 from lora_cli.files import open_regular, reading
-from lora_cli.outputs import whole_file
+from lora_cli.outputs import whole_file, writing
 from lora_cli.records import Progress, patient
-from lora_cli.steps.study.folder import WorkFolder
+from lora_cli.steps.study.folder import WorkFolder, demand_free, held
 
 
 class Extendable(Protocol):
@@ -46,6 +47,34 @@ def joined(plans: Iterable[tuple[Path, P]], one: str, several: str) -> P:
                 f"{first} and {folder} are different {several}: {message}", hint=f"collect the shards of one {one}"
             ) from None
     return plan
+
+
+@contextmanager
+def held_target(
+    kind: Callable[[Path], F], paths: Sequence[Path], out: Path | None, plan: str, beside: Collection[str],
+    what: str = "study",
+) -> Iterator[tuple[F, list[F]]]:  # fmt: skip
+    """Hold the folder in which `paths` are brought together, by default the first of them.
+
+    Yields it and the folders to bring together, of which it is the last if it holds a plan and is none of `paths`.
+    Nobody else collects there or plans there in the meantime.
+
+    Args:
+        plan: the name of the plan's file.
+        beside: names of what else an unfinished collection may have left there, but its cells.
+        what: what the folders hold, for the message.
+
+    Raises:
+        OutputError: it cannot be written, or holds something else.
+    """
+    target = kind((out or paths[0]).absolute())
+    with held(target.path), writing(target.path):
+        found = dict.fromkeys(path.absolute() for path in paths)
+        if (target.path / plan).exists():
+            found |= {target.path: None}
+        else:
+            demand_free(target.path, beside={*beside, target.cells.name}, what=what)
+        yield target, [kind(path) for path in found]
 
 
 def demand_no_links(folders: Iterable[WorkFolder], beside: Collection[str]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from lora_cli.metrics import METRICS
 from lora_cli.plots.sequence import draw_sequence
-from lora_cli.steps.study.folder import write_json
+from lora_cli.steps.study.folder import held, write_json
 from lora_cli.steps.study.sequence.folder import SequenceFolder
 from lora_cli.steps.study.sequence.measures import Continual, Matrix, continual, mean, mean_matrix
 from lora_cli.steps.study.sequence.plan import ALONE, Cell, Plan
@@ -101,11 +101,12 @@ def table_of(folder: SequenceFolder) -> SequenceTable:
 
 def write_table(folder: SequenceFolder) -> SequenceTable:
     """Write the results into a sequence's folder: table.json, and heat.png of the rules that have any."""
-    table = table_of(folder)
-    write_json(folder.path / TABLE_FILE, table.record())
-    grids = {rule: table.mean(rule)[0] for rule, runs in table.runs.items() if runs}
-    if grids:
-        draw_sequence(folder.path / PICTURE, table.tasks, grids, METRICS.get(table.metric).summary[:-1])
+    with held(folder.path):  # a process that adds cells in the meantime writes its table after this one
+        table = table_of(folder)
+        write_json(folder.path / TABLE_FILE, table.record())
+        grids = {rule: table.mean(rule)[0] for rule, runs in table.runs.items() if runs}
+        if grids:
+            draw_sequence(folder.path / PICTURE, table.tasks, grids, METRICS.get(table.metric).summary[:-1])
     return table
 
 
