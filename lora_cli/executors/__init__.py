@@ -7,6 +7,7 @@ them elsewhere. Further parameters are its own options.
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +52,10 @@ class Executor(Protocol):
 def executor(name: str, **options: object) -> Executor:
     """The executor called `name`, imported, with these options of its own; None stands for one that is not given.
 
+    A file may have a function `demand` beside it, which gets these options and refuses what can never work.
+
     Raises:
-        UsageError: it has no such option.
+        UsageError: it has no such option, or `demand` refuses one.
     """
     found: Callable[..., Iterator[Outcome] | Script] = member(PACKAGE, name)
     takes = inspect.signature(found).parameters
@@ -62,4 +65,6 @@ def executor(name: str, **options: object) -> Executor:
         raise UsageError(
             f"--executor {name} takes no --{option.replace('_', '-')}", hint=f"it is an option of --executor {others}"
         )
+    if demand := getattr(sys.modules[found.__module__], "demand", None):
+        demand(**given)
     return functools.partial(found, **given)

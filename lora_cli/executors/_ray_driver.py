@@ -15,6 +15,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
+from lora_cli.executors.ray import host_and_port
 from lora_cli.files import read_regular
 from lora_cli.steps.study.crew import Died, Unfit, together
 from lora_cli.steps.study.order import Order
@@ -238,12 +239,9 @@ def _joined(address: str, answer: Callable[..., None], *, jobs: int | None) -> M
 
 def _demand_answer(address: str) -> None:
     """NetworkError where nobody listens at HOST:PORT: Ray itself would ask again for minutes."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "//" in host:
-        raise UsageError(f"--address is HOST:PORT of the cluster's head, not {address!r}", hint="such as 10.0.0.1:6379")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_WITHIN).close()
-    except (OSError, OverflowError) as error:
+        socket.create_connection(host_and_port(address), timeout=_ANSWER_WITHIN).close()
+    except OSError as error:
         raise _not_joined(address, str(error)) from None
 
 

@@ -48,34 +48,49 @@ def ray(
         gpus_per_worker: GPUs of a worker, or the share of one; by default 1 on cuda, else 0.
 
     Raises:
-        UsageError: Ray is not installed, or the cluster has no room for a worker.
-        NetworkError: nobody answers at the address. LoraError: no worker is left.
+        UsageError: the cluster has no room for a worker. NetworkError: nobody answers at the address.
+        LoraError: no worker is left.
     """
-    demand_ray()
     gpus = _gpus(folder, gpus_per_worker)
     request = {
         "folder": str(folder.path.absolute()),
         "cells": [[cell.name, [*cell.needs]] for cell in cells],
         "jobs": jobs,
         "gpus": gpus,
-        "address": address or os.environ.get("RAY_ADDRESS") or "",
+        "address": _named(address),
     }
     return _outcomes(request, progress, warn)
 
 
-def demand_ray() -> None:
-    """UsageError, with the extra to install, if Ray is not here."""
+def demand(address: str | None = None, gpus_per_worker: float | None = None) -> None:
+    """UsageError, with the extra to install, if Ray is not here, or for options that are wrong in every study."""
     if find_spec("ray") is None:
         raise UsageError("--executor ray needs Ray", hint="pip install 'lora-cli[ray]', or choose another --executor")
+    if named := _named(address):
+        host_and_port(named)
+    asked = gpus_per_worker
+    if asked is not None and not (0 < asked <= 1 or (asked > 1 and asked % 1 == 0)):
+        raise UsageError(f"--gpus-per-worker is a share of a GPU, or a whole number of them, not {asked:g}")
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The two parts of a cluster's address. UsageError for anything else."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and int(port) < 1 << 16 and "//" not in host:
+        return host.strip("[]"), int(port)
+    raise UsageError(f"--address is HOST:PORT of the cluster's head, not {address!r}", hint="such as 10.0.0.1:6379")
+
+
+def _named(address: str | None) -> str:
+    """The address of the cluster, "" for one that is started here."""
+    return address or os.environ.get("RAY_ADDRESS") or ""
 
 
 def _gpus(folder: WorkFolder, asked: float | None) -> float:
-    """GPUs of a worker. UsageError for a number that Ray cannot give, or for GPUs that nothing would use."""
+    """GPUs of a worker. UsageError for GPUs that nothing would use."""
     on_gpu = folder.device.startswith("cuda")
     if asked is None:
         return float(on_gpu)
-    if not (0 < asked <= 1 or (asked > 1 and asked == int(asked))):
-        raise UsageError(f"--gpus-per-worker is a share of a GPU, or a whole number of them, not {asked:g}")
     if not on_gpu:
         raise UsageError(f"--gpus-per-worker is for --device cuda: this study computes on {folder.device}")
     return asked

@@ -150,6 +150,8 @@ def test_an_address_where_something_else_listens_is_given_up() -> None:
     [
         (("--executor", "ray", "--address", "ray://here:1"), "HOST:PORT"),
         (("--executor", "ray", "--address", "here"), "HOST:PORT"),
+        (("--executor", "ray", "--address", "here:99999"), "HOST:PORT"),
+        (("--executor", "ray", "--gpus-per-worker", "inf"), "not inf"),
         (("--executor", "ray", "--gpus-per-worker", "0.5"), "computes on cpu"),
         (("--executor", "ray", "--gpus-per-worker", "1.5"), "not 1.5"),
         (("--address", "here:1"), "executor local takes no --address"),
@@ -158,8 +160,10 @@ def test_an_address_where_something_else_listens_is_given_up() -> None:
 )
 def test_options_that_make_no_sense_are_refused(place: Path, words: tuple[str, ...], said: str) -> None:
     assert said in refused(2, *WORDS, "-o", "two", *words)
+    assert (place / "two").exists() == (said == "computes on cpu")  # that alone is known when the study is planned
 
 
 def test_without_ray_the_extra_is_named(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lora_cli.executors.ray.find_spec", lambda name: None)
     assert "lora-cli[ray]" in refused(2, *RAY, "-o", "two")
+    assert not (place / "two").exists()
