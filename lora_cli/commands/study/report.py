@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lora_cli.commands.options import OUTPUT, Command, Document, examples, with_flags
-from lora_cli.errors import UsageError
+from lora_cli.errors import OutputError, UsageError
 from lora_cli.screen import near
 from lora_cli.text import size
 
 if TYPE_CHECKING:
     from lora_cli.reports.study_facts import Report
+
+PAGES = (".html", ".htm", ".md")
 
 
 def report(
@@ -48,6 +50,11 @@ def report(
         raise UsageError("nowhere to write the page", hint="give -o FILE.html, --markdown or --json")
     if out is None and markdown and form.json:
         raise UsageError("--markdown and --json exclude each other on stdout", hint="give -o FILE.md for the first")
+
+    if out is not None and out.suffix not in PAGES and out.resolve().is_relative_to(folder.resolve()):
+        raise OutputError(
+            f"{out}: in a study's folder a report is called *.html or *.md", hint="all else there is the study's own"
+        )
 
     from lora_cli.outputs import whole_file
     from lora_cli.reports.study_tables import undone_in_words

@@ -139,3 +139,12 @@ def test_what_is_no_study_or_has_no_result_is_refused(place: Path) -> None:
         result.unlink()
     assert "no cell of this study is done" in refused(3, "study", "report", "calm", "-o", "study.html")
     assert not Path("study.html").exists()
+
+
+def test_a_page_takes_no_place_of_the_studys_own_files(place: Path) -> None:
+    before = (place / "calm" / "study.json").read_bytes()
+    error = refused(1, "study", "report", "calm", "-o", "calm/study.json")
+    assert "calm/study.json: in a study's folder a report is called *.html or *.md" in error
+    assert (place / "calm" / "study.json").read_bytes() == before
+    ok("study", "report", "calm", "-o", "calm/report.html")
+    ok("study", "report", "calm", "--markdown", "-o", "calm.txt")
