@@ -94,6 +94,28 @@ def test_systems_and_seeds_extend_a_study_and_share_what_is_there(place: Path) -
     assert {name.rpartition("-")[0] for name in after.keys() - before.keys()} == {"lorahub-random-s0"}
 
 
+def test_a_study_of_the_base_is_extended_by_systems_that_take_adapters(place: Path) -> None:
+    ok("study", "--data", "task.jsonl", "--systems", "base", *SHORT, "-o", "new", "--jobs", "1")
+    more = ("--systems", "base,average", "--pools", "random", "-k", "2", "--seeds", "1")
+    told = ok("study", "--data", "task.jsonl", *more, *SHORT, "-o", "new", "--jobs", "1")
+    assert [line.split("\t")[0] for line in told.out.splitlines()] == ["base", "average"]
+
+
+def test_a_study_that_was_planned_without_adapters_takes_none_later(place: Path) -> None:
+    ok("pool", "rm", *(f"pool/ann/{name}" for name in "abcd"))
+    ok("study", "--data", "task.jsonl", "--systems", "base", *SHORT, "-o", "new", "--executor", "slurm")
+    ok("pool", "sync")
+    error = refused(1, "study", "--data", "task.jsonl", "--systems", "ties", "-k", "2", *SHORT, "-o", "new")
+    assert "planned when there was no usable adapter, and ties takes some" in error
+
+
+def test_the_options_of_the_target_lora_are_named_as_they_are_here(place: Path) -> None:
+    words = ("study", "--data", "task.jsonl", "--systems", "target", "-o", "new")
+    assert "--target-lr must be above 0, not -1.0" in refused(2, *words, "--target-lr", "-1")
+    assert "--target-dropout in [0, 1)" in refused(2, *words, "--target-dropout", "2")
+    assert not (place / "new").exists()
+
+
 def test_a_sync_in_between_does_not_change_a_study(place: Path) -> None:
     ok("pool", "rm", "pool/ann/a")
     lost = next((place / "calm" / "cells").glob("average-relevant-*"))
