@@ -44,6 +44,7 @@ def soak(home: Path, count: int, seed: int) -> tuple[int, int]:
         began = time.monotonic()
         assert ended(start(place, words_of(0))) == 0, said_by(place)
         seconds = time.monotonic() - began
+    print(f"{seconds:.1f} s in peace", flush=True)
     calm = small_study.results(place / "out")
     small_study.forget(place / "out")
     killed = finished = most = 0

@@ -130,12 +130,16 @@ def letter_sequences(folder: Path) -> None:
         sequence(folder, name, names, "--target-steps", "100", "--metric", "nll", "--batch-size", "64")
 
 
+def longer_study(folder: Path, name: str, steps: int, *words: str) -> None:
+    """Fits of more steps for adapters and for noise, on a task on which no adapter was trained."""
+    lora(folder, "study", "--file", str(study_file(folder, name, ())), "--systems", "base,adaptive", "--pools",
+         "unrelated,noise", "--seeds", str(SEEDS), "--steps", str(steps), *words, "--jobs", "1",
+         "-o", str(folder / "findings" / f"study-{name}-{steps}-steps"))  # fmt: skip
+
+
 def longer_fits(folder: Path) -> None:
-    """Three times the steps for adapters and for noise, on a task that the base cannot do."""
-    letter_task(folder, "median")
-    lora(folder, "study", "--file", str(study_file(folder, "median", ())), "--systems", "base,adaptive", "--pools",
-         "unrelated,noise", "--seeds", str(SEEDS), "-k", "5", "--steps", "300", *EXACT, "--jobs", "1",
-         "-o", str(folder / "findings" / "study-median-300-steps"))  # fmt: skip
+    """Three times the steps on a task of the letters that the base cannot do."""
+    longer_study(folder, letter_task(folder, "median"), 300, "-k", "5", *EXACT)
 
 
 def stories(folder: Path) -> None:
@@ -165,9 +169,15 @@ def story_sequences(folder: Path) -> None:
         sequence(folder, name, names, "--target-steps", "60", "--metric", "nll", "--batch-size", "64")
 
 
+def longer_story_fits(folder: Path) -> None:
+    """Three times the steps on a form of story on which no adapter was trained."""
+    name = story_task(folder, "dream", "farm")
+    longer_study(folder, name, 180, "-k", "3", "--metric", "nll", "--batch-size", "64")
+
+
 PARTS: Mapping[str, tuple[Callable[[Path], None], ...]] = {
     "letters": (letters, letter_sequences, longer_fits),
-    "stories": (stories, story_sequences),
+    "stories": (stories, story_sequences, longer_story_fits),
 }
 """What is made in each folder, one after another."""
 
