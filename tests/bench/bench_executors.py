@@ -37,24 +37,25 @@ class Cell(NamedTuple):
 
 
 def measure(what: str, name: str, folder: Path, address: str | None = None) -> None:
-    """Print the seconds of one executor, until its first outcome and until its end."""
+    """Print the seconds of one executor beside its cells: before the first ones, between them, and after the last."""
     from lora_cli.executors import Script, executor
     from lora_cli.records import silent, unheard
     from tests.bench.sleeping_workers import SECONDS, SleepingFolder
 
     run = executor(name, address=address)
     cells = [Cell(f"cell-{number:02}") for number in range(CELLS)]
-    begin, first, done = time.monotonic(), 0.0, 0
+    begin, ends = time.monotonic(), list[float]()
     outcomes = run(SleepingFolder(folder), cells, jobs=WORKERS, progress=silent, warn=unheard)
     assert not isinstance(outcomes, Script)
     for outcome in outcomes:
         assert not outcome.error
-        first, done = first or time.monotonic() - begin, done + 1
+        ends.append(time.monotonic() - begin)
     took, least = time.monotonic() - begin, CELLS * SECONDS / WORKERS
-    assert done == CELLS
-    beside = took - least
-    print(f"{what:24}{took:7.1f} s, first cell after {first:5.1f} s, {beside:5.1f} s beside the cells", end="")
-    print(f" = {beside / least:.1%} of {least:.0f} s", flush=True)
+    assert len(ends) == CELLS
+    start, beside, end = ends[0] - SECONDS, took - least, took - ends[-1]
+    print(f"{what:24}{took:7.1f} s, {beside:5.1f} s beside the cells = {beside / least:.1%} of {least:.0f} s", end="")
+    print(f": start {start:.1f} s, between {beside - start - end:.1f} s, end {end:.1f} s, ", end="")
+    print(f"load {os.getloadavg()[0]:.0f}", flush=True)
 
 
 def main() -> None:
