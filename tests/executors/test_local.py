@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -140,3 +142,11 @@ def test_a_plan_says_what_each_cell_needs(place: Path) -> None:
     assert needs["adaptive-noise-s1"] == needs["adaptive-random-s1"], "noise replaces the same adapters"
     assert needs["average-relevant"] == needs["adaptive-relevant-s0"] == needs["adaptive-relevant-s1"]
     assert len({need for row in rows for need in row["needs"]}) == 5
+
+
+def test_who_only_reads_a_folder_does_not_import_what_computes() -> None:
+    code = (
+        "import sys, lora_cli.steps.study.workers; "
+        "assert not {'cma', 'peft', 'lora_cli.steps.study.work', 'lora_cli.steps.train.train'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
