@@ -1,4 +1,4 @@
-"""Words for people: lists, counts, hints, shares, intervals, sizes, durations."""
+"""Words for people: lists, counts, hints, shares, intervals, scores, sizes, durations."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -43,6 +43,11 @@ def interval(low: float, high: float, *, places: int = 3, signed: bool = False) 
 def difference(delta: float, low: float, high: float, *, places: int = 3) -> str:
     """A difference with its interval, all with their signs."""
     return f"{delta:+.{places}f} {interval(low, high, places=places, signed=True)}"
+
+
+def score(value: float) -> str:
+    """A number of any size: four digits, and from 1,000 on as many as it takes to tell its neighbour apart."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def size(count: float) -> str:

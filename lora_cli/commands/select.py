@@ -8,7 +8,7 @@ from lora_cli.columns import Column, on_request
 from lora_cli.commands.options import Command, Listing, Loaded, Prompts, examples, with_flags
 from lora_cli.recipes import SelectOptions, TrialOptions
 from lora_cli.screen import Screen
-from lora_cli.text import counted
+from lora_cli.text import counted, score
 
 if TYPE_CHECKING:
     from lora_cli.steps.pool.explain import Explanation
@@ -76,9 +76,9 @@ def _tell(screen: Screen, explanation: "Explanation") -> None:
     wide = max(len(row["id"]) for row in explanation.rows)
     for row in explanation.rows:
         place = "-" if row["place"] is None else f"{row['place']:,}"
-        score = "-" if row["score"] is None else f"{row['score']:.4g}"
+        value = "-" if row["score"] is None else score(row["score"])
         mark = "taken" if row["taken"] else "not taken"
-        screen.say(f"{place:>7}  {row['id']:<{wide}}  {score:>10}  {mark:<9}  {row['why']}")
+        screen.say(f"{place:>7}  {row['id']:<{wide}}  {value:>13}  {mark:<9}  {row['why']}")
     if explanation.outside:
         screen.say("no candidate: " + ", ".join(f"{count:,} {why}" for why, count in explanation.outside.items()))
 

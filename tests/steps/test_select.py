@@ -171,6 +171,15 @@ def test_explain_says_why_each_was_taken_and_why_the_next_ten_were_not(own_home:
     assert explained(silent.err) == []
 
 
+def test_explain_tells_scores_apart_that_differ_by_a_second(own_home: Path, tmp_path: Path) -> None:
+    with Catalogue(tmp_path / "other.db") as catalogue:
+        catalogue.add([row(n, created_at=f"2026-11-30T04:00:0{n}+00:00", modified_at="") for n in range(3)])
+        path = str(catalogue.path)
+    lines = explained(ok(*f"select --by recent -k 1 --explain -q --db {path}".split()).err)
+    assert [line[2] for line in lines] == ["1,796,011,202", "1,796,011,201", "1,796,011,200"]
+    assert lines[1][4] == "-k 1: the last one taken has 1,796,011,202"
+
+
 def test_explain_names_the_limit_per_author_and_the_hash_of_equal_scores(own_home: Path, tmp_path: Path) -> None:
     with Catalogue(tmp_path / "other.db") as catalogue:
         ranks = {1: 9, 2: 8, 3: 7, 4: 6, 5: 6}

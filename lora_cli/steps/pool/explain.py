@@ -8,6 +8,7 @@ from typing import Any, TypedDict
 from lora_cli.catalogue.adapters import Catalogue
 from lora_cli.names import unpinned
 from lora_cli.recipes import SelectOptions
+from lora_cli.text import score
 
 _NEXT = 10
 
@@ -81,7 +82,7 @@ def _why(choice: Choice, options: SelectOptions, at: int, place: int, taken: boo
         return "the score of the last one taken; a hash of the names decided"
     if choice.scores[place] == choice.scores[last]:
         return f"the score of the last one taken; --ties {options.ties} decided"
-    return f"-k {options.k}: the last one taken has {choice.scores[last]:.4g}"
+    return f"-k {options.k}: the last one taken has {score(choice.scores[last])}"
 
 
 def _outside(catalogue: Catalogue, base: str | None, candidates: int) -> dict[str, int]:
