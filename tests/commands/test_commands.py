@@ -154,6 +154,17 @@ def test_light_commands_import_nothing_heavy(line: str, catalogued: Path) -> Non
     subprocess.run([sys.executable, "-c", code], cwd=catalogued, env=environment, check=True)
 
 
+def test_a_start_looks_for_no_garbage_among_what_it_imports(world: World) -> None:
+    line = f"eval pool/tarn/mirror --data {world.targets[0].test} --dry-run"
+    code = (
+        "import gc, sys\nfrom lora_cli.__main__ import main\n"
+        f"sys.argv[1:] = {shlex.split(line)!r}\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'transformers' in sys.modules\nassert gc.get_stats()[2]['collections'] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=world.folder, check=True, capture_output=True)
+
+
 def test_help_comes_at_once() -> None:
     def asked() -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
