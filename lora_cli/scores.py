@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lora_cli.records import LEVEL
+from lora_cli.text import counted
 
 Z95 = 1.959963984540054
 _Z80 = 0.8416212335729143
@@ -152,6 +153,19 @@ def fewest_pairs(comparisons: int = 1) -> int:
     Both the exact test and random sign flips give n differences of one sign p = 2^(1 − n) at least.
     """
     return next(n for n in range(1, 64) if comparisons * 2.0 ** (1 - n) < LEVEL)
+
+
+def too_few(examples: int, what: str, comparisons: int = 1) -> str:
+    """The sentence about fewer examples than `fewest_pairs`, without its full stop; "" for as many or more.
+
+    Args:
+        what: the word for one of them.
+    """
+    least = fewest_pairs(comparisons)
+    among = f" among {counted(comparisons, 'comparison')}" if comparisons > 1 else ""
+    if examples >= least:
+        return ""
+    return f"{counted(examples, what)} cannot show a difference{among}, even if all of them were better; {least} could"
 
 
 def pairs_needed(delta: float, spread: float) -> int | None:

@@ -160,6 +160,8 @@ def _show_plan(
 
 def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts") -> None:
     """The effect of each adapter, what its score means, and the answers that were cut."""
+    from lora_cli.scores import too_few
+
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
         screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:
@@ -172,6 +174,8 @@ def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOpti
                 "failures; try --dtype fp32 or bf16, or leave it out"
             )
     screen.say(verdict(scores, options))
+    if few := too_few(scores[0].n, "example", len(scores) - 1):
+        screen.say(f"note: {few}")
     for note in flattery(scores):
         screen.say(f"note: {note}")
     if cut := [f"{score.system} {score.cut}" for score in scores if score.cut]:

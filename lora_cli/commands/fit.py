@@ -126,6 +126,8 @@ def draw(file: Path, folder: Path, results: Mapping[str, Any]) -> None:
 
 def outcome(report: "FitReport") -> list[str]:
     """The summary of a fit: a line on its loss, and one on each comparison, which claims no more than is measurable."""
+    from lora_cli.scores import too_few
+
     first = report.trials[0]
     base, learnt, judged = first.comparisons[0], first.result.learnt, first.result.judged
     parts = [f"validation {first.result.measure} {base.loss:.3f} → {learnt.loss_after:.3f}"]
@@ -136,7 +138,9 @@ def outcome(report: "FitReport") -> list[str]:
     parts.append(f"{first.result.kept}, {counted(first.result.n_validation, 'validation example')}")
     if learnt.speed:
         parts.append(f"{learnt.speed:,.0f} tokens/s")
-    lines = [*map(verdict, first.comparisons), *(_spread(report.trials) if len(report.trials) > 1 else [])]
+    few = too_few(first.result.n_validation, "validation example")
+    lines = [*map(verdict, first.comparisons), *([few] if few else [])]
+    lines += _spread(report.trials) if len(report.trials) > 1 else []
     return [f"fit: {' · '.join(parts)}", *(f"  {line}" for line in lines)]
 
 

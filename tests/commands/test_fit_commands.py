@@ -134,6 +134,15 @@ def test_no_gain_is_claimed_that_interval_and_p_do_not_support(low: float, high:
     ]
 
 
+def test_few_examples_are_said_to_show_nothing(here: World) -> None:
+    Path("two.jsonl").write_text("".join(Path("task.jsonl").read_text().splitlines(keepends=True)[:2]))
+    told = ok("fit", "--data", "two.jsonl", "--steps", "1")
+    few = "cannot show a difference"
+    assert f"1 validation example {few}, even if all of them were better; 6 could" in told.err
+    asked = ok("eval", "pool/tarn/mirror", "pool/mossy/double", "--data", "two.jsonl", "--metric", "nll")
+    assert f"note: 2 examples {few} among 2 comparisons, even if all of them were better; 7 could" in asked.err
+
+
 def test_a_target_adapter_joins_and_the_options_are_recorded(here: World) -> None:
     trained = ok("train", "--rank", "4", "--steps", "20", "--lr", "5e-3", "-o", "mine")
     assert trained.out == "mine\n"

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lora_cli.reports.study_facts import CONTROLS, Answer, Control, Gain, Outcome, Row, Verdict, needed_in_words
-from lora_cli.scores import fewest_pairs, honest_best
-from lora_cli.text import counted, difference
+from lora_cli.scores import fewest_pairs, honest_best, too_few
+from lora_cli.text import difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +132,7 @@ def _outcome(gain: Gain, family: int) -> Outcome:
 
 
 def _too_few(n: int, family: int) -> str:
-    return (
-        f"Too few examples: {counted(n, 'test example')} cannot show a difference among "
-        f"{counted(family, 'comparison')}, even if all of them were better; {fewest_pairs(family)} could."
-    )
+    return f"Too few examples: {too_few(n, 'test example', family)}."
 
 
 def _found(best: Row, gain: Gain, outcome: Outcome, family: int, rivals: Sequence[Sequence[float]]) -> str:
