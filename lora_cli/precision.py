@@ -52,6 +52,11 @@ def in_config(name: str) -> str:
     return _TORCH[STORED.get(name, name)]
 
 
+def remedy(used: str, otherwise: str) -> str:
+    """The hint for numbers that are not finite: fp16 alone has a narrower range than other precisions."""
+    return f"try --dtype fp32 or bf16, or {otherwise}" if used == "fp16" else otherwise
+
+
 @cache
 def torch_dtype(name: str) -> "torch.dtype":
     """The dtype of a user's choice or of a type in a file. KeyError for a type that is not in `FACTORS`."""

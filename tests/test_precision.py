@@ -17,6 +17,7 @@ from lora_cli.precision import (
     STORED,
     dtype_name,
     in_config,
+    remedy,
     spoken,
     stored_as,
     torch_dtype,
@@ -69,3 +70,8 @@ def test_a_type_that_users_cannot_choose_is_spoken_in_small_letters() -> None:
 def test_names_alone_need_no_torch() -> None:
     code = "import sys, lora_cli.precision as p; p.spoken('F32'); p.in_config('fp16'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_another_precision_is_offered_only_where_it_has_a_wider_range() -> None:
+    assert remedy("fp16", "leave it out") == "try --dtype fp32 or bf16, or leave it out"
+    assert {remedy(used, "leave it out") for used in ("fp32", "bf16", "4bit")} == {"leave it out"}

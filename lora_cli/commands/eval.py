@@ -16,6 +16,7 @@ from lora_cli.harness_options import HarnessOptions
 from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
+from lora_cli.precision import remedy
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.screen import Screen, near
@@ -117,7 +118,7 @@ def evaluate(
         f"bootstrap seed {settings.seed}",
         extra=_facts_of(request, out, plot),
     )
-    _tell(screen, scores, metric, options, request.facts)
+    _tell(screen, scores, metric, options, request.facts, request.ref.compute)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(scores)
@@ -158,8 +159,10 @@ def _show_plan(
     show_plan(screen, "lora.eval.plan/1", {**found.plan, **fetched}, found.needs)
 
 
-def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts") -> None:
-    """The effect of each adapter, what its score means, and the answers that were cut."""
+def _tell(
+    screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts", computed: str
+) -> None:
+    """The effect of each adapter in the precision `computed`, what its score means, and the answers that were cut."""
     from lora_cli.scores import too_few
 
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
@@ -171,7 +174,7 @@ def _tell(screen: Screen, scores: list[Score], metric: Method, options: EvalOpti
         if failed := score.details.get("not_finite"):
             screen.warn(
                 f"{score.system}: numbers of the model are not finite on {failed} of {score.n} prompts, which count as "
-                "failures; try --dtype fp32 or bf16, or leave it out"
+                f"failures; {remedy(computed, 'leave it out')}"
             )
     screen.say(verdict(scores, options))
     if few := too_few(scores[0].n, "example", len(scores) - 1):

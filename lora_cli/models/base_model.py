@@ -20,7 +20,7 @@ from lora_cli.models.four_bit import is_four_bit
 from lora_cli.models.hf import hf
 from lora_cli.models.new_adapter import NewAdapter, adapted, choose
 from lora_cli.models.skeleton import skeleton_of
-from lora_cli.precision import FOUR_BIT, dtype_name
+from lora_cli.precision import FOUR_BIT, dtype_name, remedy
 from lora_cli.records import Example, Prompt
 
 IGNORED = -100
@@ -155,7 +155,7 @@ class BaseModel:
                 if not math.isfinite(loss):
                     raise Refused(
                         f"the likelihood of example {encoded[row].id} is not finite in {self.dtype_name}",
-                        hint="evaluate with --dtype fp32 or bf16, or leave this adapter out",
+                        hint=remedy(self.dtype_name, "leave this adapter out"),
                     )
                 found[row] = -loss / encoded[row].tokens
         return found

@@ -19,6 +19,7 @@ from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.together import NotByRow
 from lora_cli.outputs import whole_file
+from lora_cli.precision import remedy
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
 from lora_cli.scores import Difference, Interval, intervals, paired_differences
@@ -170,7 +171,7 @@ def _fill(
             if outcome.log_likelihood is None and system.updates is None:
                 raise Refused(
                     f"the likelihood of example {id} is not finite in {judging.base.dtype_name}",
-                    hint="evaluate with --dtype fp32 or bf16",
+                    hint=remedy(judging.base.dtype_name, "check the weights of the base"),
                 )
             rows.add(Row(system=system.name, id=id, key=rows.keys[system.name, id], **outcome._asdict()))
             report(len(rows.found), len(rows.keys))

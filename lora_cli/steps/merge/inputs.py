@@ -17,6 +17,7 @@ from lora_cli.models.activations import activations
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.encode import Encoded, until_end
 from lora_cli.models.ref import BaseRef
+from lora_cli.precision import dtype_name, remedy
 from lora_cli.records import Progress, silent
 from lora_cli.steps.evaluate.evaluate import Updates
 from lora_cli.task import load_task, task_sha256
@@ -156,7 +157,7 @@ class ModuleInputs:
                 if not torch.isfinite(sample).all():
                     raise Refused(
                         f"{adapter.ref.id}: the inputs of module {module} are NaN or Inf when it is applied",
-                        hint="use --dtype fp32 or bf16",
+                        hint=remedy(dtype_name(self._dtype), "leave this adapter out"),
                     )
                 data = sample.to(self._dtype).contiguous().view(torch.uint8).numpy().data
                 digest = hashlib.sha256(data).digest()
