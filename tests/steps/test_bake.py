@@ -607,7 +607,7 @@ def test_memory_is_bounded_by_blocks_and_a_killed_bake_is_whole_or_absent(tmp_pa
     assert [entry.name for entry in Path().iterdir()] == ["out"]
     rise, _, loaded = told.partition(" ")
     assert loaded == "[]"
-    # Adding whole tensors would take several times what the tensor has; half of the rise are libraries.
+    # Adding whole tensors would take several times what the tensor has.
     assert int(rise) < _LARGE
     want = deltas(adapter)["model.layers.0.q"].bfloat16()
     torch.testing.assert_close(weights(Path("out"))["model.layers.0.q.weight"], want)
