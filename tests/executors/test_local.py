@@ -99,7 +99,7 @@ def test_work_that_ends_every_worker_is_given_up_and_named(place: Path) -> None:
     assert "--jobs" in told.err
     told = lora("study", "collect", "calm")
     assert told.code == 6
-    assert "1 cell of 15 are not done, 1 of them failed" in told.err
+    assert "1 cell of 15 not done, 1 of them failed" in told.err
 
 
 def holds(process: int, folder: Path) -> bool:

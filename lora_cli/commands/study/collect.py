@@ -32,7 +32,7 @@ def collect(
     if found.missing:
         failed = f", {len(found.failed):,} of them failed" if found.failed else ""
         raise Partial(
-            f"{counted(found.missing, 'cell')} of {found.planned:,} are not done{failed}",
+            f"{counted(found.missing, 'cell')} of {found.planned:,} not done{failed}",
             hint="collect the other shards too, or run the study again",
         )
 

@@ -114,12 +114,7 @@ class Study(msgspec.Struct, frozen=True, kw_only=True):
         ):
             both = ours.keys() & theirs.keys() if what else ours.keys() | theirs.keys()
             for name in sorted(both):
-                if (place := _difference(ours.get(name), theirs.get(name))) is not None:
-                    at, here, there = place
-                    raise OutputError(
-                        f"another study: {what}{name}{at} is {_in_words(here)} there and {_in_words(there)} here",
-                        hint="choose another folder with -o",
-                    )
+                demand_same("study", f"{what}{name}", ours.get(name), theirs.get(name))
         return msgspec.structs.replace(
             self,
             systems={**self.systems, **other.systems},
@@ -268,6 +263,21 @@ def _without(shared: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: value for name, value in shared.items() if name not in names}
 
 
+def demand_same(what: str, name: str, ours: Any, theirs: Any) -> None:
+    """OutputError where a folder's plan and another one differ; it names the first place at which they do.
+
+    Args:
+        what: what is planned, such as "study".
+        name: of these two values in a plan.
+    """
+    if (found := _difference(ours, theirs)) is not None:
+        at, here, there = found
+        raise OutputError(
+            f"another {what}: {name}{at} is {_in_words(here)} there and {_in_words(there)} here",
+            hint="choose another folder with -o",
+        )
+
+
 def _in_words(value: Any) -> str:
     """A value for a sentence; of the SHA-256 of a file so much that it can be told from another."""
     return f"sha256 {value[:12]}…" if isinstance(value, str) and _SHA256.fullmatch(value) else shortened(value)
@@ -280,4 +290,6 @@ def _difference(ours: Any, theirs: Any) -> tuple[str, Any, Any] | None:
             if (found := _difference(ours.get(name), theirs.get(name))) is not None:
                 return f".{name}{found[0]}", found[1], found[2]
         return None
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return _difference(dict(enumerate(ours, 1)), dict(enumerate(theirs, 1)))
     return None if ours == theirs else ("", ours, theirs)

@@ -161,8 +161,12 @@ def test_a_folder_takes_more_rules_and_seeds_but_no_other_sequence(
     both = planned(out, base, files, rules="ties", seeds=3)
     assert (both.rules, both.seeds) == (("average", "ties"), 3)
     assert {cell.name for cell in first.cells()} < {cell.name for cell in both.cells()}
-    with pytest.raises(OutputError, match="another sequence: tasks"):
+    with pytest.raises(OutputError, match="tasks is first, second, third there and first, second here"):
         planned(out, base, files[:2])
+    with pytest.raises(OutputError, match=r"another sequence: recipe.steps is 8 there and 9 here"):
+        planned(out, base, files, recipe=TargetRecipe(steps=9, every=4, lr=2e-2))
+    with pytest.raises(OutputError, match=r"another sequence: tasks.1.test is sha256 \w{12}… there and sha256"):
+        planned(out, base, files, held_out=0.4)
     with pytest.raises(OutputError, match="another sequence: rank is auto there and 3 here"):
         planned(out, base, files, rank="3")
     assert plan_in(out) == both

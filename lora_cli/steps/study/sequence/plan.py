@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from lora_cli.errors import OutputError, UsageError
+from lora_cli.errors import UsageError
 from lora_cli.formats.run_record import is_plain
 from lora_cli.merge_options import METHODS, MergeOptions
 from lora_cli.recipes import EvalOptions, TargetRecipe, TrainOptions
-from lora_cli.steps.study.plan import MOST_CELLS, Base
+from lora_cli.steps.study.plan import MOST_CELLS, Base, demand_same
 from lora_cli.study_options import names_in
 from lora_cli.text import counted, nearest, shortened
 
@@ -171,11 +171,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
             OutputError: the other differs in anything else.
         """
         for name, ours, theirs in _fields(self, other):
-            if name not in ("rules", "seeds", "base") and ours != theirs:
-                raise OutputError(
-                    f"another sequence: {name} is {shortened(ours)} there and {shortened(theirs)} here",
-                    hint="choose another folder with -o",
-                )
+            if name not in ("rules", "seeds", "base"):
+                demand_same("sequence", name, ours, theirs)
         rules = tuple(dict.fromkeys([*self.rules, *other.rules]))
         return msgspec.structs.replace(self, rules=rules, seeds=max(self.seeds, other.seeds), base=other.base)
 
@@ -251,5 +248,9 @@ def _hash(value: Any) -> str:
 
 
 def _fields(one: Plan, other: Plan) -> Iterator[tuple[str, Any, Any]]:
-    here, there = msgspec.to_builtins(one), msgspec.to_builtins(other)
-    return ((name, here[name], there[name]) for name in here)
+    """Each field by its name with the values of both, before all others the names of the tasks."""
+    ours, theirs = (", ".join(stage.name for stage in plan.tasks) for plan in (one, other))
+    yield "tasks", ours, theirs
+    here, there = (msgspec.json.decode(msgspec.json.encode(plan)) for plan in (one, other))
+    for name in here:
+        yield name, here[name], there[name]
