@@ -70,6 +70,9 @@ def evaluate(
         Path | None, typer.Option("--out", "-o", help="File for the rows (JSONL).", show_default="below ./lora-runs")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan as data and change nothing.")] = False,
+    allow_no_effect: Annotated[
+        bool, typer.Option("--allow-no-effect", help="Only warn of an adapter that changes nothing.")
+    ] = False,
     *,
     setup: Tested,
     options: EvalOptions,
@@ -81,15 +84,14 @@ def evaluate(
 
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
+    --allow-no-effect makes a warning of it.
     `lora runs answers` shows the wrong answers, and what changes from one system to another. With --harness the tasks
     are those of lm-evaluation-harness, which computes the scores.
     """
     if harness.tasks:
-        own = EvalOptions(baseline=options.baseline, batch_size=options.batch_size)
-        demand_nothing_else(dry_run or setup.test or listing.plot or prompts != Prompts() or options != own)
+        demand_nothing_else(dry_run or allow_no_effect or setup.test or listing.plot or _are_given(options, prompts))
         evaluate_by_harness(adapters, out, setup, options, harness, listing)
         return
-
     if dry_run:
         _show_plan(adapters, out, setup, options, listing, prompts)
         return
@@ -121,7 +123,12 @@ def evaluate(
     _tell(screen, scores, metric, options, request.facts, request.ref.compute)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
-    _demand_effect(scores)
+    _demand_effect(screen, scores, allow_no_effect)
+
+
+def _are_given(options: EvalOptions, prompts: Prompts) -> bool:
+    """Whether options are given that decide an evaluation on a task file alone."""
+    return prompts != Prompts() or options != EvalOptions(baseline=options.baseline, batch_size=options.batch_size)
 
 
 def _facts_of(request: "EvaluateRequest", out: Path | None, plot: Path | None) -> dict[str, Any]:
@@ -219,13 +226,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def _demand_effect(scores: list[Score]) -> None:
-    if idle := [score for score in scores[1:] if score.details["moved"] == 0]:
-        raise Refused(
-            f"no effect of {', '.join(score.system for score in idle)}: all outputs and likelihoods equal those of the "
-            f"base, on {counted(idle[0].n, 'prompt')}",
-            hint="its modules may not match this base: check with 'lora pool verify'",
-        )
+def _demand_effect(screen: Screen, scores: list[Score], allowed: bool) -> None:
+    idle = [score for score in scores[1:] if score.details["moved"] == 0]
+    if not idle:
+        return
+    fault = (
+        f"no effect of {', '.join(score.system for score in idle)}: all outputs and likelihoods equal those of the "
+        f"base, on {counted(idle[0].n, 'prompt')}"
+    )
+    if not allowed:
+        hint = "its modules may not match this base: check with 'lora pool verify', or accept it with --allow-no-effect"
+        raise Refused(fault, hint=hint)
+    screen.warn(fault)
 
 
 def _difference(row: Mapping[str, Any]) -> str | None:

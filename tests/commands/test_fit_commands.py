@@ -239,6 +239,11 @@ def test_an_adapter_without_effect_fails_the_evaluation(here: World) -> None:
     assert code == 5
     assert "no effect of idle: all outputs and likelihoods equal those of the base, on 100 prompts" in err
     assert [line.split("\t")[0] for line in out.splitlines()] == ["base", "pool/tarn/mirror", "idle"]
+    allowed = ok("eval", "pool/tarn/mirror", "idle", "--allow-no-effect")
+    assert "warning: no effect of idle: all outputs and likelihoods equal those of the base" in allowed.err
+    assert [line.split("\t")[:2] for line in allowed.out.splitlines()] == [
+        line.split("\t")[:2] for line in out.splitlines()
+    ]
 
 
 def test_an_adapter_that_only_moves_likelihoods_is_a_warning(here: World) -> None:
