@@ -77,6 +77,13 @@ def content_oid(path: Path, *, sha1: bool = False) -> str:
     return digest.hexdigest()
 
 
+def is_offline() -> bool:
+    """Whether the user, or the block that runs, wants no request sent."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 @contextmanager
 def offline() -> Iterator[None]:
     """While the block runs, the Hub's library and all that use it send no request."""

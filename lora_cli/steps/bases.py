@@ -14,7 +14,7 @@ import platformdirs
 from lora_cli.errors import AccessDenied, LoraError, NothingMatched, OutputError, UsageError
 from lora_cli.files import read_regular
 from lora_cli.formats.base_names import MAIN, split_revision
-from lora_cli.hub.cache import cached_file
+from lora_cli.hub.cache import cached_file, is_offline
 from lora_cli.hub.client import Hub
 from lora_cli.names import is_model, is_repo
 from lora_cli.outputs import whole_file
@@ -81,9 +81,9 @@ def _judged(folder: Path) -> tuple["Skeleton | None", str]:
     why = "transformers has no class for it"
     try:
         if isinstance(json.loads(read_regular(folder / _CONFIG)).get("model_type"), str):
-            from lora_cli.models.skeleton import skeleton
+            from lora_cli.models.kept_skeleton import kept_skeleton
 
-            return skeleton(folder), why
+            return kept_skeleton(folder), why
     except LoraError as error:
         why = error.message
     except (OSError, ValueError, RecursionError, AttributeError):
@@ -95,7 +95,7 @@ def _fetched(base: str) -> Path | None:
     """The folder of our own copy of a configuration, downloaded now; a missing file is retried after a day."""
     folder = _own_copy(base)
     name, revision = split_revision(base)
-    if not is_repo(name) or _age(folder / _ABSENT) < _BELIEVED:
+    if not is_repo(name) or is_offline() or _age(folder / _ABSENT) < _BELIEVED:
         return None
     try:
         data = Hub(silence=_PATIENCE, tries=1).read_newest(name, _CONFIG, _MAX_CONFIG_BYTES, revision or MAIN)
