@@ -83,4 +83,4 @@ def _read(place: Path, folder: Path) -> Skeleton:
         assert built is not None
         return getattr(built, name)(*about)
 
-    return Skeleton(**values, **{name: functools.partial(ask, name) for name in _ASKED})
+    return Skeleton(**values, renamed=functools.partial(ask, "renamed"), stored=functools.partial(ask, "stored"))
