@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SPOT = 4096
+HEIGHT, WIDTH = 8, 128
+"""Rows and columns of a tile, which with its sums fits a core's nearest cache."""
+SPOT = HEIGHT * WIDTH
 """The entries of a tile. Sums over them lie side by side: the compiler then knows that they do not overlap."""
-DEPTH = 64
-"""The most ranks of one product: the library that numba calls starts threads of its own for larger ones."""
+DEPTH = 8
+"""The ranks that are added at once: so many numbers of two rows of B stay in registers."""
 SUM, TOTAL, FREQUENCY = 0, 1, 2
 """What `merge` makes of the entries: their weighted sum, or an election by summed values or by count."""
 
@@ -41,24 +43,24 @@ def loop(function: Callable[..., Any], *, once: bool = False) -> Callable[..., A
     return found
 
 
-@loop
-def _form(factors: tuple[Array, Array], place: tuple[int, int], shape: tuple[int, int], tile: Array) -> None:
-    """The entries of one update (out, in) from a row and column on, for factors as `tally` takes them."""
-    (b, a), (row, column), (out, inn), (down, across) = factors, place, shape, tile.shape
-    rank = a.size // inn
-    if rank == 0:
-        tile[:] = 0
-    for start in range(0, rank, DEPTH):
-        deep = min(DEPTH, rank - start)
-        at_b, at_a = start * out + row * deep, start * inn + column * deep
-        left = b[at_b : at_b + down * deep].reshape(down, deep)
-        right = a[at_a : at_a + deep * across].reshape(deep, across)
-        product = tile if start == 0 else np.empty_like(tile)
-        np.dot(left, right, product)
-        if start > 0:
-            for i in range(down):
-                for j in range(across):
-                    tile[i, j] += product[i, j]
+@partial(loop, once=True)
+def _form(b: Array, a: Array, start: int, end: int, tile: Array) -> None:
+    """The entries of a tile from some pieces of factors, one rank after another. See `merge`."""
+    tile[:] = 0
+    for piece in range(start, end):
+        x = a[piece]
+        for i in range(0, HEIGHT, 2):
+            two, y = tile[i * WIDTH : (i + 2) * WIDTH], b[piece, i * DEPTH : (i + 2) * DEPTH]
+            # By name, all of them: an inner loop over the ranks would not be vectorised over the columns.
+            b0, b1, b2, b3, b4, b5, b6, b7 = y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]
+            c0, c1, c2, c3, c4, c5, c6, c7 = y[8], y[9], y[10], y[11], y[12], y[13], y[14], y[15]
+            for j in range(WIDTH):
+                a0, a1, a2, a3 = x[j], x[WIDTH + j], x[2 * WIDTH + j], x[3 * WIDTH + j]
+                a4, a5, a6, a7 = x[4 * WIDTH + j], x[5 * WIDTH + j], x[6 * WIDTH + j], x[7 * WIDTH + j]
+                one = two[j] + b0 * a0 + b1 * a1 + b2 * a2 + b3 * a3
+                two[j] = one + b4 * a4 + b5 * a5 + b6 * a6 + b7 * a7
+                one = two[WIDTH + j] + c0 * a0 + c1 * a1 + c2 * a2 + c3 * a3
+                two[WIDTH + j] = one + c4 * a4 + c5 * a5 + c6 * a6 + c7 * a7
 
 
 @loop
@@ -90,63 +92,52 @@ def _inside(values: Array, low: Any, high: Any, found: Array, count: int) -> tup
 
 
 @loop
-def tally(
-    factors: tuple[Array, Array], grid: tuple[int, int, int, int], rows: tuple[int, int], bracket: Array, found: Array
-) -> tuple[int, int]:
-    """Of some rows of an update the number of magnitudes above bracket[1], and of those in (bracket[0], bracket[1]].
+def tally(factors: tuple[Array, Array], rows: tuple[int, int], bracket: Array, found: Array) -> tuple[int, int]:
+    """Of some rows of tiles the number of magnitudes above bracket[1], and of those in (bracket[0], bracket[1]].
 
-    The latter go to `found`, which has one place more than there are entries.
-
-    factors: B and A flat, every DEPTH ranks after the ones before; A's in stripes of a tile's width.
-    grid: rows and columns of the update and of a tile.
+    The latter go to `found`, which has one place more than there are entries. factors: B and A as `merge` takes them.
     """
-    out, inn, height, width = grid
+    b, a = factors
     tile = np.empty(SPOT, found.dtype)
     above, count = 0, 0
-    for column in range(0, inn, width):
-        across = min(width, inn - column)
-        for row in range(rows[0], rows[1], height):
-            down = min(height, rows[1] - row)
-            values = tile[: down * across]
-            _form(factors, (row, column), (out, inn), values.reshape(down, across))
-            over, count = _inside(values, bracket[0], bracket[1], found, count)
+    for column in range(a.shape[0]):
+        for row in range(rows[0], rows[1]):
+            _form(b[row], a[column], 0, a.shape[1], tile)
+            over, count = _inside(tile, bracket[0], bracket[1], found, count)
             above += over
     return above, count
 
 
 @loop
 def merge(
-    stacks: tuple[Array, Array, Array],
-    grid: tuple[int, int, int, int],
+    factors: tuple[Array, Array, Array],
     rows: tuple[int, int],
     table: Array,
     words: Array,
     how: tuple[int, Any, Any],
     result: Array,
 ) -> None:
-    """Some rows of the merged update, into `result` (out, in).
+    """Some rows of tiles of the merged update, into `result` (out, in).
 
-    stacks: the factors, as `tally` takes them, of all updates one after another, and the ranks.
+    factors: B by rows of tiles, pieces of DEPTH ranks, and rows and ranks of a piece, those of all updates one after
+        another; A by columns of tiles, pieces, and ranks and columns of a piece; where the pieces of each update end.
+        What is beyond the ranks, rows and columns is zero.
     table: per adapter its weight, the weight's size, and the magnitudes from which on and below which an entry counts.
     words: per adapter the two words of its stream of random numbers.
     how: SUM, TOTAL or FREQUENCY; the density below which a drawn number keeps its entry; what divides the entries.
     """
-    (b, a, ranks), (out, inn, height, width), (election, density, divisor) = stacks, grid, how
-    tile, votes, sums = np.empty(SPOT, b.dtype), np.empty(SPOT, b.dtype), np.empty(4 * SPOT, b.dtype)
-    for column in range(0, inn, width):
-        across = min(width, inn - column)
-        for row in range(rows[0], rows[1], height):
-            down = min(height, rows[1] - row)
-            values, mean = tile[: down * across], votes[: down * across]
+    (b, a, ends), (election, density, divisor), (out, inn) = factors, how, result.shape
+    values, mean, sums = np.empty(SPOT, b.dtype), np.empty(SPOT, b.dtype), np.empty(4 * SPOT, b.dtype)
+    for column in range(a.shape[0]):
+        for row in range(rows[0], rows[1]):
             mean[:] = 0
             sums[:] = 0
-            at_b, at_a = 0, 0
-            for k in range(ranks.size):
-                end_b, end_a = at_b + ranks[k] * out, at_a + ranks[k] * inn
-                _form((b[at_b:end_b], a[at_a:end_a]), (row, column), (out, inn), values.reshape(down, across))
-                at_b, at_a = end_b, end_a
+            start = 0
+            for k in range(ends.size):
+                _form(b[row], a[column], start, ends[k], values)
+                start = ends[k]
                 if density < 1:
-                    _drop(values.reshape(down, across), words[k], row * inn + column, inn, density)
+                    _drop(values.reshape(HEIGHT, WIDTH), words[k], row * HEIGHT * inn + column * WIDTH, inn, density)
                 if divisor != 1:
                     values /= divisor
                 if election == SUM:
@@ -157,7 +148,9 @@ def merge(
                     vote(values, table[k, 2], True, np.sign(table[k, 0]), mean)
             if election != SUM:
                 _elected(sums, mean, election == TOTAL)
-            result[row : row + down, column : column + across] = mean.reshape(down, across)
+            down, across = min(HEIGHT, out - row * HEIGHT), min(WIDTH, inn - column * WIDTH)
+            place = result[row * HEIGHT : row * HEIGHT + down, column * WIDTH : column * WIDTH + across]
+            place[:] = mean.reshape(HEIGHT, WIDTH)[:down, :across]
 
 
 @partial(loop, once=True)

@@ -16,8 +16,6 @@ from lora_cli.algebra.lowrank import LowRank
 
 Array = NDArray[Any]
 
-# Rows and columns of a tile: two of them, or one and its sums, fit a core's nearest caches.
-HEIGHT, WIDTH = 16, 256
 # Entries handed to a loop at once; a thread is busy with so many for a fraction of a millisecond per adapter.
 _AT_ONCE = 1 << 20
 
@@ -52,10 +50,10 @@ class Entries:
 class Fused:
     """n updates (out, in), their factors laid out for the loops.
 
-    stacks: all Bs one after another, all As in stripes of a tile's columns, and the ranks; see `compiled.merge`.
+    factors: all Bs and all As in tiles, and where each update's pieces end; see `compiled.merge`.
     """
 
-    stacks: tuple[Array, Array, Array]
+    factors: tuple[Array, Array, Array]
     shape: tuple[int, int]
 
     @classmethod
@@ -63,32 +61,34 @@ class Fused:
         """The updates laid out, or None where no numba runs on them."""
         if not kernels.compiles(updates[0].B):
             return None
-        ranks, depth = np.array([update.rank for update in updates]), kernels.loops().DEPTH
-        pieces = [
-            (update.B[:, start : start + depth], update.A[start : start + depth])
-            for update in updates
-            for start in range(0, update.rank, depth)
-        ]
-        stripes = [slice(start, start + WIDTH) for start in range(0, updates[0].shape[1], WIDTH)]
-        empty = updates[0].B.new_empty(0)
-        b = torch.cat([empty, *(b.reshape(-1) for b, _ in pieces)])
-        a = torch.cat([empty, *(a[:, stripe].reshape(-1) for _, a in pieces for stripe in stripes)])
-        return cls((b.numpy(), a.numpy(), ranks), updates[0].shape)
+        loops, (out, inn) = kernels.loops(), updates[0].shape
+        pieces = [-(-update.rank // loops.DEPTH) for update in updates]
+        across, down, deep = -(-inn // loops.WIDTH), -(-out // loops.HEIGHT), sum(pieces)
+        b = updates[0].B.new_zeros(down * loops.HEIGHT, deep * loops.DEPTH)
+        a = updates[0].A.new_zeros(deep * loops.DEPTH, across * loops.WIDTH)
+        ends = np.cumsum(pieces)
+        for update, end, count in zip(updates, ends.tolist(), pieces, strict=True):
+            start = (end - count) * loops.DEPTH
+            b[:out, start : start + update.rank] = update.B
+            a[start : start + update.rank, :inn] = update.A
+        b = b.view(down, loops.HEIGHT, deep, loops.DEPTH).transpose(1, 2).flatten(2)
+        a = a.view(deep, loops.DEPTH, across, loops.WIDTH).permute(2, 0, 1, 3).flatten(2)
+        return cls((b.contiguous().numpy(), a.contiguous().numpy(), ends), (out, inn))
 
     def spans(self) -> list[tuple[int, int]]:
-        """The bounds of runs of rows that are work for one call."""
-        step = max(1, _AT_ONCE // (self.shape[1] * HEIGHT)) * HEIGHT
-        return [(start, min(start + step, self.shape[0])) for start in range(0, self.shape[0], step)]
+        """The bounds of runs of rows of tiles that are work for one call."""
+        step, tiles = max(1, _AT_ONCE // (self.shape[1] * kernels.loops().HEIGHT)), len(self.factors[0])
+        return [(start, min(start + step, tiles)) for start in range(0, tiles, step)]
 
     def tally(self, low: float, high: float) -> tuple[int, Tensor]:
         """Of the one update the number of magnitudes above `high`, and the magnitudes in (low, high]."""
-        b, a, _ = self.stacks
+        b, a, _ = self.factors
         spans = self.spans()
-        room = np.empty((spans[0][1] - spans[0][0]) * self.shape[1] + 1, b.dtype)
+        room = np.empty((spans[0][1] - spans[0][0]) * a.shape[0] * kernels.loops().SPOT + 1, b.dtype)
         bracket = np.array([low, high], b.dtype)
         above, inside = 0, [room[:0]]
         for rows in spans:
-            over, count = kernels.loops().tally((b, a), self._grid, rows, bracket, room)
+            over, count = kernels.loops().tally((b, a), rows, bracket, room)
             above += over
             inside.append(room[:count].copy())
         return above, torch.from_numpy(np.concatenate(inside))
@@ -111,8 +111,4 @@ class Fused:
         words = np.array([stream(seed, key) for key in keys], np.uint32)
         rule = {None: loops.SUM, "total": loops.TOTAL, "frequency": loops.FREQUENCY}[election]
         how = rule, np.float32(density), dtype(divisor)
-        return lambda rows: loops.merge(self.stacks, self._grid, rows, table, words, how, result.numpy())
-
-    @property
-    def _grid(self) -> tuple[int, int, int, int]:
-        return *self.shape, HEIGHT, WIDTH
+        return lambda rows: loops.merge(self.factors, rows, table, words, how, result.numpy())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lora_cli.algebra import kernels
 from lora_cli.algebra.draws import uniform
-from lora_cli.algebra.fused import HEIGHT, Drop, Entries, Fused
+from lora_cli.algebra.fused import Drop, Entries, Fused
 from lora_cli.algebra.lowrank import LowRank
 from lora_cli.algebra.updates import Per, Updates
 
@@ -99,7 +99,7 @@ class DeltaTiles:
 
     def _parts(self, update: LowRank, pieces: int) -> list["Part"]:
         # Cut between tiles, so that entries are rounded as in `sum` and `elect`.
-        unit = HEIGHT if kernels.compiles(update.B) else self._height
+        unit = kernels.loops().HEIGHT if kernels.compiles(update.B) else self._height
         height = math.ceil(self.shape[0] / (pieces * unit)) * unit
         chunks = [LowRank(update.B[rows], update.A) for rows in _row_blocks(self.shape[0], height)]
         return [Part(chunk.shape, lambda chunk=chunk: chunk) for chunk in chunks]  # type: ignore[misc]
