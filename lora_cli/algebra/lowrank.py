@@ -24,12 +24,14 @@ _SHARE_NOISE = 1e-6
 class LowRank:
     """The update B @ A of one module: `B` (out, r), `A` (r, in), same dtype and device.
 
-    `grams` are the Gram matrices of the factors, `known` or found when asked for.
+    `grams` are the Gram matrices of the factors, `known` or found when asked for. `formed` is the update itself where
+    it is at hand.
     """
 
     B: Tensor
     A: Tensor
     grams: Grams = field(init=False, repr=False)
+    formed: Tensor | None = field(default=None, kw_only=True, repr=False)
     known: InitVar[Grams | None] = field(default=None, kw_only=True)
 
     def __post_init__(self, known: Grams | None) -> None:
@@ -49,7 +51,7 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The update itself, (out, in)."""
-        return self.B @ self.A
+        return self.B @ self.A if self.formed is None else self.formed
 
     def terms(self) -> float:
         """Σ ‖b_j‖² ‖a_j‖² over the ranks: the scale on which a squared norm is rounding noise where ranks cancel."""

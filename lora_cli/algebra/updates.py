@@ -14,6 +14,9 @@ from lora_cli.algebra.lowrank import LowRank, concat, gram, inner, outgrown
 # A squared norm below this share of its terms is computed in float64.
 _CANCELLED = 1e-3
 
+# Weights that are others times a factor but for this share, rounding of float64, have their sum times the factor.
+_PROPORTIONAL = 1e-13
+
 Per = Literal["module", "adapter"]
 """The scope of angles, norms and thresholds: each module by itself, or the whole adapter."""
 
@@ -88,7 +91,17 @@ class Updates(Sequence[LowRank]):
 
     def sum(self, weights: Tensor) -> LowRank:
         """Σ w_i ΔW_i, exactly and at rank Σ r_i; weights (n,)."""
-        return concat(self.items, weights, self.grams)
+        found = concat(self.items, weights, self.grams)
+        for before, dense in self._sums:
+            factor = (weights @ before) / (before @ before)
+            if torch.allclose(before * factor, weights, rtol=_PROPORTIONAL, atol=0):
+                return LowRank(found.B, found.A, formed=dense * float(factor), known=found.grams)
+        return found
+
+    @cached_property
+    def _sums(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights, and the sum (out, in) that was formed with them to measure it."""
+        return []
 
     def squares(self, per: Per = "module") -> Tensor:
         """‖ΔW_i‖², (n,) float64 on the CPU, of this module or of the whole adapters."""
@@ -112,7 +125,9 @@ class Updates(Sequence[LowRank]):
         if per == "adapter" and self.whole is not None:
             return weights @ self.whole.gram() @ weights
         if self.outgrown:
-            norm: Tensor = torch.linalg.vector_norm(self.sum(weights).dense(), dtype=torch.float64)
+            dense = self.sum(weights).dense()
+            self._sums[:] = [(weights, dense)]
+            norm: Tensor = torch.linalg.vector_norm(dense, dtype=torch.float64)
             return norm.square().cpu()
         return weights @ self._by_owner(self.grams.any().products) @ weights
 

@@ -138,6 +138,22 @@ def test_the_sum_of_updates_shares_their_gram_matrices() -> None:
     torch.testing.assert_close(updates.square_of_sum(weights), dense, rtol=1e-10, atol=0)
 
 
+def test_a_sum_that_was_formed_to_be_measured_serves_its_multiples_alone() -> None:
+    updates = Updates(tuple(_adapter(seed, 0.9) for seed in range(40)), keys=tuple(range(40)), scales=(1.0,) * 40)
+    weights = torch.linspace(-1, 2, 40, dtype=torch.float64)
+    dense = updates.sum(weights).dense()
+    torch.testing.assert_close(updates.square_of_sum(weights), dense.square().sum(), rtol=1e-10, atol=0)
+    for factor in (-1 / 3, 7.1):
+        multiple = updates.sum(weights * factor)
+        assert multiple.formed is not None
+        torch.testing.assert_close(multiple.dense(), multiple.B @ multiple.A, rtol=1e-10, atol=1e-10)
+    others = weights.clone()
+    others[3] += 1e-9
+    assert updates.sum(others).formed is None
+    assert updates.square_of_sum(0 * weights) == 0
+    assert updates.sum(0 * weights).formed is None
+
+
 def test_norms_of_updates_whose_terms_cancel_are_exact() -> None:
     one = _adapter(0, 1.0).to(torch.float32)
     rest = _adapter(1, 1.0).to(torch.float32).scaled(1e-4)
