@@ -51,7 +51,7 @@ def _form(b: Array, a: Array, start: int, end: int, tile: Array) -> None:
         x = a[piece]
         for i in range(0, HEIGHT, 2):
             two, y = tile[i * WIDTH : (i + 2) * WIDTH], b[piece, i * DEPTH : (i + 2) * DEPTH]
-            # By name, all of them: an inner loop over the ranks would not be vectorised over the columns.
+            # All DEPTH by name: with an inner loop over the ranks the columns would not be vectorised.
             b0, b1, b2, b3, b4, b5, b6, b7 = y[0], y[1], y[2], y[3], y[4], y[5], y[6], y[7]
             c0, c1, c2, c3, c4, c5, c6, c7 = y[8], y[9], y[10], y[11], y[12], y[13], y[14], y[15]
             for j in range(WIDTH):
