@@ -83,8 +83,8 @@ class ModuleMerger:
         self._workers = modules_at_once(plan.options, _largest_module(plan))
         self._tile_workers = threads // self._workers
         self._whole = _WholeAdapters(plan, threads)
-        by_adapter = plan.options.knobs.get("per") == "adapter"
-        self._weighs_whole_adapters = by_adapter and METHODS.get(plan.options.method).kind == "coefficients"
+        self._is_sum = METHODS.get(plan.options.method).kind == "coefficients"
+        self._weighs_whole_adapters = self._is_sum and plan.options.knobs.get("per") == "adapter"
 
     def each(self) -> Generator[tuple[str, MergedModule], None, None]:
         """Every module with its result, in the plan's order. On a CPU several modules are merged at once.
@@ -146,7 +146,7 @@ class ModuleMerger:
             absent=self._absent(places),
         )
         weights = torch.tensor(self._weights(module, [weight for _, weight in read]), dtype=torch.float64)
-        if METHODS.get(plan.options.method).kind == "coefficients" and not updates.outgrown:
+        if self._is_sum and not updates.outgrown:
             updates.grams.any()  # their sum will need the Gram matrices
         squares = updates.squares()
         demand_room(module, float(weights.abs() @ squares.sqrt()))
