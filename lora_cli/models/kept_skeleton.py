@@ -19,15 +19,15 @@ from lora_cli.formats.skeleton import Matrix, Skeleton, Stack
 from lora_cli.outputs import whole_file
 
 _FORM: Final = 1
-"""Raised whenever one configuration would give another skeleton by the same versions."""
-_BY: Final = ("transformers", "peft")
+"""Raised whenever one configuration gives another skeleton by the same versions."""
+_BY: Final = ("lora-cli", "transformers", "peft")
 _DAMAGED: Final = (OSError, ValueError, LookupError, TypeError, AttributeError)
 _ASKED: Final = ("renamed", "stored")
 """The fields that are functions of the class: they build it."""
 
 
 def kept_skeleton(folder: Path) -> Skeleton | None:
-    """`skeleton` of the folder, built once for a configuration and the versions of transformers and PEFT.
+    """`skeleton` of the folder, built once for a configuration and the versions of lora, transformers and PEFT.
 
     Raises:
         OSError: there is no configuration. Refused, DataError: as `skeleton`.
