@@ -106,6 +106,11 @@ class Root(LazyGroup):
         with _quiet_at_closed_pipes(), _told_of_full_disks():
             return super().make_context(*args, **extra)
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        # Answers are looked for under the command that wrote them, too.
+        asked = ["runs", "answers", *args[2:]] if args[:2] == ["eval", "show"] else args
+        return super().resolve_command(ctx, asked)
+
     def invoke(self, ctx: Any) -> Any:
         try:
             with _quiet_at_closed_pipes(), _told_of_full_disks(), _true_to_interrupts():

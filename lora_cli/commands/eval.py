@@ -85,8 +85,8 @@ def evaluate(
     Every output is stored as a row of a JSONL file; a killed evaluation resumes from it. If an adapter changes neither
     an output nor a likelihood, the command prints its table and fails (exit 5): the adapter was loaded, not applied.
     --allow-no-effect makes a warning of it.
-    `lora runs answers` shows the wrong answers, and what changes from one system to another. With --harness the tasks
-    are those of lm-evaluation-harness, which computes the scores.
+    `lora eval show`, another name of `lora runs answers`, shows the wrong answers, and what changes from one system to
+    another. With --harness the tasks are those of lm-evaluation-harness, which computes the scores.
     """
     if harness.tasks:
         demand_nothing_else(dry_run or allow_no_effect or setup.test or listing.plot or _are_given(options, prompts))

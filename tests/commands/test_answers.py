@@ -81,7 +81,7 @@ def test_a_difference_shows_the_wrong_ones_or_all_on_request(here: World) -> Non
     assert sorted(ok("runs", "answers", "--diff", OUTER, MIRROR, "--wrong", "-q").out.split()) == sorted(wrong)
     assert len(ok("runs", "answers", "--diff", OUTER, OUTER, "--all", "-q").out.split()) == 12
     assert ok("runs", "answers", "--diff", OUTER, OUTER, "-q").out == ""
-    assert ok("runs", "answers", "--wrong").out == ok("runs", "answers").out
+    assert ok("eval", "show", "--wrong").out == ok("runs", "answers", "--wrong").out == ok("runs", "answers").out
     assert "no answers of 'nobody'" in refused(3, "runs", "answers", "--diff", "base", "nobody")
     assert "leave out --system" in refused(2, "runs", "answers", "--diff", "base", OUTER, "--system", "base")
     assert "no column 'given'" in refused(2, "runs", "answers", "--diff", "base", OUTER, "--columns", "given")
