@@ -10,6 +10,9 @@ OVERSAMPLED = 10
 """Directions that a block has beyond those that are wanted."""
 
 
+_PASSES = 5
+
+
 class Krylov(NamedTuple):
     """Orthonormal directions `basis` (out, m) of an update Δ, `rows` = basisᵀΔ (m, in), and rows·rowsᵀ in float64."""
 
@@ -54,10 +57,16 @@ def blocks(delta: Tensor, width: int, *, seed: int = 0) -> Iterator[Krylov]:
 
 
 def _orthonormal(block: Tensor, basis: Tensor) -> Tensor:
-    """An orthonormal basis of a block's directions that are not in `basis`. Once is not enough in fp32."""
+    """An orthonormal basis of a block's directions that are not in `basis`, as orthogonal to it as its dtype can tell.
+
+    In fp32 that takes two passes, and more where the block holds hardly anything new.
+    """
     block = _in_range(block)
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
+    for passed in range(_PASSES):
+        overlap = basis.T @ block
+        if passed and float(overlap.norm()) <= torch.finfo(block.dtype).eps * overlap.numel() ** 0.5:
+            break
+        block = torch.linalg.qr(block - basis @ overlap)[0]
     return block
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lora_cli.algebra.krylov import blocks
 from lora_cli.algebra.lowrank import (
     LowRank,
     RankChoice,
@@ -128,3 +129,14 @@ def test_the_randomised_svd_holds_at_the_ends_of_the_range(size: float) -> None:
     torch.testing.assert_close(sized.s.double() / size, plain.s.double(), rtol=1e-5, atol=0)
     error = torch.linalg.norm((plain.truncated(8).dense().double() * size - sized.truncated(8).dense().double()) / size)
     assert float(error) < 1e-3 * float(torch.linalg.norm(delta))
+
+
+def test_blocks_stay_orthonormal_where_hardly_a_new_direction_is_left() -> None:
+    generator = torch.Generator().manual_seed(3)
+    factors = torch.randn(240, 60, generator=generator), torch.randn(60, 220, generator=generator)
+    delta = factors[0] @ factors[1]
+    *_, found = blocks(delta, 50)
+    assert found.basis.shape == (240, 200)
+    lean = found.basis.T.double() @ found.basis.double() - torch.eye(200)
+    assert lean.norm() < 200 * torch.finfo(torch.float32).eps
+    assert (delta - found.basis @ found.rows).norm() < 1e-6 * delta.norm()

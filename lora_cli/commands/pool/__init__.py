@@ -15,7 +15,7 @@ SUMMARIES = {
     "import": "Take scores of adapters, or the adapters of another pool, into the catalogue: all of a file or nothing.",
     "export": "Write adapters with all their facts, and their newest scores, to a file or stdout.",
     "rm": "Forget adapters: delete their rows, keep their files.",
-    "gc": "Show what the Hub's cache holds of the catalogue's adapters and what can go; with --yes delete that.",
+    "gc": "Show what the caches hold of the catalogue's adapters and what can go; with --yes delete that.",
     "selections": "List the selections, the newest first, or drop some.",
     "doctor": "Check every page of the catalogue's database; with --rescue save the whole rows of a damaged one.",
     "path": "Print the path of the catalogue's database.",
