@@ -162,9 +162,9 @@ def too_few(examples: int, what: str, comparisons: int = 1) -> str:
         what: the word for one of them.
     """
     least = fewest_pairs(comparisons)
-    among = f" among {counted(comparisons, 'comparison')}" if comparisons > 1 else ""
     if examples >= least:
         return ""
+    among = f" among {counted(comparisons, 'comparison')}" if comparisons > 1 else ""
     return f"{counted(examples, what)} cannot show a difference{among}, even if all of them were better; {least} could"
 
 

@@ -14,7 +14,6 @@ import platformdirs
 
 from lora_cli.errors import OutputError
 from lora_cli.files import read_regular
-from lora_cli.formats.base_files import CONFIG
 from lora_cli.formats.skeleton import Matrix, Skeleton, Stack
 from lora_cli.outputs import whole_file
 
@@ -26,18 +25,20 @@ _ASKED: Final = ("renamed", "stored")
 """The fields that are functions of the class: they build it."""
 
 
-def kept_skeleton(folder: Path) -> Skeleton | None:
+def kept_skeleton(folder: Path, config: bytes) -> Skeleton | None:
     """`skeleton` of the folder, built once for a configuration and the versions of lora, transformers and PEFT.
 
+    Args:
+        config: what the folder's config.json holds.
+
     Raises:
-        OSError: there is no configuration. Refused, DataError: as `skeleton`.
+        Refused, DataError: as `skeleton`.
     """
-    config = read_regular(folder / CONFIG)
     place = _place_of(config)
     with suppress(*_DAMAGED):
         return _read(place, folder)
     found = _built(folder)
-    if found is not None and read_regular(folder / CONFIG) == config:
+    if found is not None:
         with suppress(OSError, OutputError), whole_file(place) as file:
             file.write(json.dumps(_values(found)).encode())
     return found

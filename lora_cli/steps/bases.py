@@ -80,10 +80,11 @@ def _judged(folder: Path) -> tuple["Skeleton | None", str]:
     """The modules of the model in `folder`; None with the reason if its configuration describes no model."""
     why = "transformers has no class for it"
     try:
-        if isinstance(json.loads(read_regular(folder / _CONFIG)).get("model_type"), str):
+        config = read_regular(folder / _CONFIG)
+        if isinstance(json.loads(config).get("model_type"), str):
             from lora_cli.models.kept_skeleton import kept_skeleton
 
-            return kept_skeleton(folder), why
+            return kept_skeleton(folder, config), why
     except LoraError as error:
         why = error.message
     except (OSError, ValueError, RecursionError, AttributeError):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lora_cli.formats.skeleton import Skeleton
 from lora_cli.models import kept_skeleton as module
 from lora_cli.models.kept_skeleton import kept_skeleton
 from lora_cli.models.skeleton import skeleton
@@ -20,6 +21,10 @@ from tests.tiny_bases import tiny_llama
 
 def kept(home: Path) -> list[Path]:
     return sorted((home / ".cache" / "lora" / "skeletons").glob("*"))
+
+
+def found_in(folder: Path) -> Skeleton | None:
+    return kept_skeleton(folder, (folder / "config.json").read_bytes())
 
 
 @pytest.fixture
@@ -39,7 +44,7 @@ def test_it_is_the_one_that_is_built(tmp_path: Path, home: Path, kind: str) -> N
     built = skeleton(folder)
     assert built is not None
     for _ in range(2):
-        found = kept_skeleton(folder)
+        found = found_in(folder)
         assert found is not None
         for name in (one.name for one in fields(found) if one.name not in ("renamed", "stored")):
             assert getattr(found, name) == getattr(built, name), name
@@ -54,33 +59,33 @@ def test_it_is_built_once_for_a_configuration_and_the_versions(
     tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = base(tmp_path)
-    first = kept_skeleton(folder)
+    first = found_in(folder)
     monkeypatch.setattr(module, "_built", lambda folder: pytest.fail("it was built again"))
-    found = kept_skeleton(folder)
+    found = found_in(folder)
     assert first is not None
     assert found is not None
     assert found.matrices == first.matrices
-    assert kept_skeleton(folder) is found  # what is derived from it is derived once
+    assert found_in(folder) is found  # what is derived from it is derived once
     monkeypatch.setattr(module, "_built", skeleton)
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(values | {"intermediate_size": 80}))
-    other = kept_skeleton(folder)
+    other = found_in(folder)
     assert other is not None
     assert other.matrices["model.layers.0.mlp.up_proj"].shape == (80, 32)
     monkeypatch.setattr(module.importlib.metadata, "version", lambda package: "another")
-    kept_skeleton(folder)
+    found_in(folder)
     assert len(kept(home)) == 3
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"matrices": []}', "null", '{"matrices": {"a": 1}}'])
 def test_a_damaged_file_is_made_anew(tmp_path: Path, home: Path, text: str) -> None:
     folder = base(tmp_path)
-    kept_skeleton(folder)
+    found_in(folder)
     [file] = kept(home)
     whole = file.read_text()
     file.write_text(text)
     module._read.cache_clear()
-    found = kept_skeleton(folder)
+    found = found_in(folder)
     assert found is not None
     assert found.architecture == "LlamaForCausalLM"
     assert file.read_text() == whole
@@ -88,7 +93,7 @@ def test_a_damaged_file_is_made_anew(tmp_path: Path, home: Path, text: str) -> N
 
 def test_without_a_place_it_is_built_each_time(tmp_path: Path, home: Path) -> None:
     (home / ".cache").write_text("no folder")
-    assert kept_skeleton(base(tmp_path)) is not None
+    assert found_in(base(tmp_path)) is not None
 
 
 def imported_by(*words: str) -> str:

@@ -36,7 +36,10 @@ def ask(*words, rest=45056):
     (small / ".bashrc").write_text("export MINE=1\\n")
     (small / "rest").write_bytes(b"x" * rest)
     told = lora(*words)
-    left = sorted(file.name for file in small.rglob("*") if file.is_file())
+    # What a base's class holds may be kept in the cache, where it fits: a whole file or none.
+    kept = [file for file in small.rglob("*.json") if file.parent.name == "skeletons"]
+    assert all(json.loads(file.read_text()) for file in kept)
+    left = sorted(file.name for file in small.rglob("*") if file.is_file() and file not in kept)
     found.append([words, int(told.code), told.out, told.err, left])
 
 ask("merge", *ids, "-o", "small/out")

@@ -26,11 +26,11 @@ def test_an_adapter_from_the_hub_is_read_once(tmp_path: Path, monkeypatch: pytes
     # The weights as they came; then the weights and the configuration of the result.
     assert trip.count("hashes.py:_hashed") == 3
     # 33 of them are writes to the network, whose time is kept; 60 are Gram matrices that serve norms, sums and ranks.
-    assert trip.handovers <= 750
+    assert trip.handovers <= 760
 
 
 @pytest.mark.slow
 def test_an_example_is_encoded_once(tmp_path: Path) -> None:
     trip = evaluation_of_a_folder(ok, tmp_path, examples=100)
     assert trip.count("models/encode.py:_read") == 100
-    assert trip.handovers <= 400
+    assert trip.handovers <= 405  # of which four keep what the base's class holds, the first time
