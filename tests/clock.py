@@ -1,13 +1,10 @@
-"""Limits of time that a loaded machine keeps: the least CPU time of a few calls, and waits that only a hang exceeds."""
+"""Limits of time that a loaded machine keeps: the least CPU time of a few calls, and impatience with the Hub."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-
-ENDED = 25.0
-"""Seconds within which something ended: a fault of the stand-in Hub lasts 30, a writer is waited for as long."""
 
 
 def least_cpu(work: Callable[[], object], within: float) -> float:

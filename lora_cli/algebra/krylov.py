@@ -8,8 +8,7 @@ from torch import Tensor
 
 OVERSAMPLED = 10
 """Directions that a block has beyond those that are wanted."""
-
-
+# The most times that a block is made orthogonal to those before it: two are the rule.
 _PASSES = 5
 
 

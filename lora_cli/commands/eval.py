@@ -14,7 +14,6 @@ from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, do
 from lora_cli.errors import Refused, UsageError
 from lora_cli.harness_options import HarnessOptions
 from lora_cli.methods import Method
-from lora_cli.metrics import METRICS
 from lora_cli.options import Flag
 from lora_cli.precision import remedy
 from lora_cli.recipes import EvalOptions
@@ -25,7 +24,6 @@ from lora_cli.text import counted, difference, interval, shortened
 
 if TYPE_CHECKING:
     from lora_cli.steps.evaluate.request import EvaluateRequest
-    from lora_cli.steps.task_view import TaskFacts
 
 _COLUMNS = (
     Column("SYSTEM", "system", wide=True, least=18),
@@ -110,17 +108,16 @@ def evaluate(
         from lora_cli.plots.results import draw_scores
 
         draw_scores(plot, scores, request.task.file.name)
-    metric, baseline = METRICS.get(options.metric), options.baseline
     screen.rows(
         "lora.eval/1",
         _COLUMNS,
         [asdict(score) for score in scores],
         identity="system",
-        caption=f"{metric.name}, {metric.better} is better, n = {scores[0].n}, paired differences to {baseline}, "
-        f"bootstrap seed {settings.seed}",
-        extra=_facts_of(request, out, plot),
+        caption=f"{request.metric.name}, {request.metric.better} is better, n = {scores[0].n}, paired differences to "
+        f"{options.baseline}, bootstrap seed {settings.seed}",
+        extra=_facts_of(request, plot),
     )
-    _tell(screen, scores, metric, options, request.facts, request.ref.compute)
+    _tell(screen, scores, request)
     if plot is not None:
         screen.say(f"  plot: {near(plot)}")
     _demand_effect(screen, scores, allow_no_effect)
@@ -131,13 +128,13 @@ def _are_given(options: EvalOptions, prompts: Prompts) -> bool:
     return prompts != Prompts() or options != EvalOptions(baseline=options.baseline, batch_size=options.batch_size)
 
 
-def _facts_of(request: "EvaluateRequest", out: Path | None, plot: Path | None) -> dict[str, Any]:
+def _facts_of(request: "EvaluateRequest", plot: Path | None) -> dict[str, Any]:
     """What a document says beside the scores."""
     return {
         **request.run_settings,
         "usual_answer": request.facts.usual,
         "usual_share": request.facts.usual_share,
-        "rows_file": str(request.rows(out)),
+        "rows_file": str(request.rows_file),
         "plot": None if plot is None else str(plot),
     }
 
@@ -166,12 +163,11 @@ def _show_plan(
     show_plan(screen, "lora.eval.plan/1", {**found.plan, **fetched}, found.needs)
 
 
-def _tell(
-    screen: Screen, scores: list[Score], metric: Method, options: EvalOptions, facts: "TaskFacts", computed: str
-) -> None:
-    """The effect of each adapter in the precision `computed`, what its score means, and the answers that were cut."""
+def _tell(screen: Screen, scores: list[Score], request: "EvaluateRequest") -> None:
+    """The effect of each adapter, what its score means, and the answers that were cut."""
     from lora_cli.scores import too_few
 
+    metric, options, facts = request.metric, request.options, request.facts
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
         screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:
@@ -181,9 +177,9 @@ def _tell(
         if failed := score.details.get("not_finite"):
             screen.warn(
                 f"{score.system}: numbers of the model are not finite on {failed} of {score.n} prompts, which count as "
-                f"failures; {remedy(computed, 'leave it out')}"
+                f"failures; {remedy(request.ref.compute, 'leave it out')}"
             )
-    screen.say(verdict(scores, options))
+    screen.say(verdict(scores, metric, options.baseline))
     if few := too_few(scores[0].n, "example", len(scores) - 1):
         screen.say(f"note: {few}")
     for note in flattery(scores):
@@ -196,15 +192,15 @@ def _tell(
         )
 
 
-def verdict(scores: list[Score], options: EvalOptions) -> str:
+def verdict(scores: list[Score], metric: Method, baseline: str) -> str:
     """Which systems are better or worse than the baseline, as far as that is beyond chance."""
-    higher = METRICS.get(options.metric).better == "higher"
+    higher = metric.better == "higher"
     found: dict[str, list[str]] = {"better than": [], "worse than": [], "no measurable difference to": []}
     compared = [score for score in scores if score.delta is not None]
     for score in compared:
         word = "better than" if ((score.delta or 0) > 0) == higher else "worse than"
         found[word if score.measurable else "no measurable difference to"].append(score.system)
-    said = [f"{word} {options.baseline}: {_some(names)}" for word, names in found.items() if names]
+    said = [f"{word} {baseline}: {_some(names)}" for word, names in found.items() if names]
     corrected = f" ({len(compared):,} comparisons, p by Holm)" if len(compared) > 1 else ""
     return f"eval: {' · '.join(said)}{corrected}"
 

@@ -18,7 +18,6 @@ from lora_cli.catalogue.doctor import check, rescue
 from lora_cli.errors import DataError, NothingMatched, OutputError
 from lora_cli.records import Adapter
 from tests.cli import ok, refused
-from tests.clock import ENDED
 
 
 def row(number: int) -> Adapter:
@@ -135,7 +134,7 @@ def test_a_full_disk_is_told_at_once(tmp_path: Path) -> None:
             db.execute(
                 "INSERT INTO runs (id, command, status, started, record) VALUES ('a', 'b', 'c', 'd', zeroblob(100000))"
             )
-        assert time.monotonic() - began < ENDED
+        assert time.monotonic() - began < 1
         with writing(db):
             db.execute("INSERT INTO aliases (alias, base) VALUES ('a', 'b')")
 
@@ -154,7 +153,7 @@ def test_a_file_that_cannot_grow_is_told_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(path), "20000"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     assert told.stdout.startswith(f"{path}: cannot be read or written") or "no space" in told.stdout
-    assert time.monotonic() - began < ENDED
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(

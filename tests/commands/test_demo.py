@@ -38,7 +38,7 @@ def command(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Com
         capture_output=True,
         text=True,
         check=False,
-        timeout=3000,
+        timeout=300,
     )
 
 

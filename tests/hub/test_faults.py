@@ -18,7 +18,7 @@ from lora_cli.hub import patience
 from lora_cli.hub.client import Hub
 from lora_cli.hub.items import items
 from lora_cli.hub.problems import Absent, Silent, Unfit
-from tests.clock import ENDED, impatient
+from tests.clock import impatient
 from tests.fake_hub import BASE, FakeHub
 from tests.faults import KINDS, LONG, ODD_ITEMS, packed
 from tests.paths import ROOT
@@ -51,7 +51,7 @@ def answer(fake: FakeHub, name: str, commit: str, kind: str) -> object:
         return error
     finally:
         fake.heal()
-        assert time.monotonic() - begin < ENDED
+        assert time.monotonic() - begin < 6
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -86,7 +86,7 @@ def test_a_download_ends_and_leaves_nothing_wrong_behind(fake: FakeHub, place: s
     begin = time.monotonic()
     with impatient(), pytest.raises(NetworkError):
         Hub(silence=0.2, tries=1).download("alice/sql", WEIGHTS, repo.sha)
-    assert time.monotonic() - begin < ENDED
+    assert time.monotonic() - begin < 6
     fake.heal()
     assert Hub().download("alice/sql", WEIGHTS, repo.sha).read_bytes() == repo.files[WEIGHTS]
 
@@ -145,7 +145,7 @@ def test_stopping_ends_a_silent_request(fake: FakeHub) -> None:
     begin = time.monotonic()
     with pytest.raises(NetworkError, match="stopped"):
         QUESTIONS["listing"](connection, "")
-    assert time.monotonic() - begin < ENDED
+    assert time.monotonic() - begin < 3
 
 
 def test_silence_of_the_whole_hub_is_told_apart_from_that_of_one_file(fake: FakeHub) -> None:

@@ -12,7 +12,6 @@ from lora_cli.errors import AccessDenied, LoraError, NetworkError, NothingMatche
 from lora_cli.hub.cache import cache_folder, cached_file
 from lora_cli.hub.client import Hub
 from lora_cli.hub.problems import Gated, MissingFile, Silent
-from tests.clock import ENDED
 from tests.fake_hub import BASE, FakeHub, lora_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -122,7 +121,7 @@ def test_a_rate_limit_is_waited_for_as_long_as_the_hub_says_and_the_user_is_told
     told: list[tuple[str, int, int]] = []
     begin = time.monotonic()
     Hub(progress=lambda *step: told.append(step)).read_file("alice/sql", CONFIG, repo.sha, 1000)
-    assert 1.9 < time.monotonic() - begin < ENDED
+    assert 1.9 < time.monotonic() - begin < 5
     assert told
     assert told[0][0].startswith("waiting for the Hub")
 

@@ -19,7 +19,7 @@ from lora_cli.hashes import sha256_of, stamp_of
 from lora_cli.hub.push import Conflict, Pusher, Remote, Upload
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
-from tests.clock import ENDED, impatient
+from tests.clock import impatient
 from tests.fake_hub import FakeHub, lora_files
 from tests.fake_uploads import HANG_UP, TOKEN, git_sha1
 from tests.faults import LONG
@@ -246,7 +246,7 @@ def test_whatever_the_hub_does_a_push_ends(hub: FakeHub, step: str, kind: str) -
     begin = time.monotonic()
     with impatient(0.5), contextlib.suppress(LoraError):
         push(silence=0.2)
-    assert time.monotonic() - begin < ENDED
+    assert time.monotonic() - begin < 15
     hub.heal()
     if kind != "silent":
         assert push() == hub.repos["me/mixed"].sha
@@ -271,7 +271,7 @@ def test_a_store_that_reads_nothing_ends_within_the_limits(hub: FakeHub, deaf: i
     begin = time.monotonic()
     with impatient(), pytest.raises(NetworkError):
         push((UPLOADS[0], stored(file)))
-    assert time.monotonic() - begin < ENDED
+    assert time.monotonic() - begin < 10
 
 
 KILLED = """
@@ -305,7 +305,7 @@ def test_a_killed_push_leaves_nothing_half_and_a_rerun_ends_whole(
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(number)
-    said = process.communicate(timeout=200)[1].decode()
+    said = process.communicate(timeout=20)[1].decode()
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert ("the same command tells which, and finishes it" in said) == (number == signal.SIGINT)
     assert hub.uploads.commits == []

@@ -6,7 +6,6 @@ import pytest
 
 from lora_cli.commands.eval import flattery, verdict
 from lora_cli.metrics import METRICS
-from lora_cli.recipes import EvalOptions
 from lora_cli.records import Score
 from lora_cli.scores import best_by_chance, paired_difference, sign_test
 from lora_cli.steps.evaluate.beside import beside_others
@@ -62,19 +61,19 @@ def test_the_best_adapter_stands_beside_the_best_by_chance() -> None:
 
 
 def test_the_verdict_claims_only_what_is_beyond_chance() -> None:
-    options = EvalOptions()
+    exact = METRICS.get("exact")
     scores = [*scored(answers(**RIGHT)).values()]
-    assert verdict(scores, options) == (
+    assert verdict(scores, exact, "base") == (
         "eval: better than base: a · no measurable difference to base: b, c (3 comparisons, p by Holm)"
     )
-    assert verdict([*scored(answers(base=4, a=18)).values()], options) == "eval: better than base: a"
-    assert verdict([*scored(answers(base=18, a=4)).values()], options) == "eval: worse than base: a"
+    assert verdict([*scored(answers(base=4, a=18)).values()], exact, "base") == "eval: better than base: a"
+    assert verdict([*scored(answers(base=18, a=4)).values()], exact, "base") == "eval: worse than base: a"
     losses = {"base": [2.0 + k / 100 for k in range(20)], "a": [1.0] * 20}
-    assert verdict([*scored(losses, metric="nll").values()], EvalOptions(metric="nll")) == "eval: better than base: a"
+    assert verdict([*scored(losses, metric="nll").values()], METRICS.get("nll"), "base") == "eval: better than base: a"
     two = {name: own[:2] for name, own in answers(base=0, a=2).items()}
-    assert verdict([*scored(two).values()], options) == "eval: no measurable difference to base: a"
+    assert verdict([*scored(two).values()], exact, "base") == "eval: no measurable difference to base: a"
     many = [*scored(answers(base=4, **{f"n{place}": 4 for place in range(9)})).values()]
-    assert "base: n0, n1, n2, n3, n4 and 4 more (9 comparisons" in verdict(many, options)
+    assert "base: n0, n1, n2, n3, n4 and 4 more (9 comparisons" in verdict(many, exact, "base")
 
 
 def test_the_best_of_many_adapters_comes_with_a_note() -> None:

@@ -48,7 +48,8 @@ class EvaluateRequest:
         base, systems = base_of(settings), distinct(names)
         demand_systems(["base", *systems], baseline=self.options.baseline)
         self.task = test_data(settings)
-        if METRICS.get(self.options.metric).kind == "choice":
+        self.metric = METRICS.get(self.options.metric)
+        if self.metric.kind == "choice":
             demand_choices(self.task.examples, file=self.task.file.name)
         origin = "the validation part of the last fit" if settings.test is None else settings.origin("test")
         pool.announce(
@@ -57,6 +58,7 @@ class EvaluateRequest:
         )
         ref = pin(
             base,
+            name=base,  # until the adapters tell its public name
             device=settings.device,
             dtype=settings.dtype,
             prompting=prompting or Prompting(),
@@ -93,13 +95,14 @@ class EvaluateRequest:
         ref = self.ref
         arithmetic = f"{torch_dtype(ref.compute)}{f' {FOUR_BIT}' if ref.four_bit else ''}"
         common = [f"{ref.name}@{ref.version}", arithmetic, ref.prompting.settings]
-        what = measured(METRICS.get(self.options.metric), self.options, self.options.knobs)
+        what = measured(self.metric, self.options, self.options.knobs)
         keys = row_keys(self.systems, self.task.examples, common, what)
         return sum(keys.get((row.system, row.id)) == row.key for row in read_rows(self.rows(out)))
 
     def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
         """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
-        with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows(out)) as run:
+        self.rows_file = self.rows(out)
+        with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows_file) as run:
             run.device = self.ref.device
             loaded = self.ref.load(progress)
             self.facts = look(self.task.examples, loaded.encoder)
@@ -111,7 +114,7 @@ class EvaluateRequest:
                 self.task.examples,
                 self.options,
                 seed=self.settings.seed,
-                rows_path=self.rows(out),
+                rows_path=self.rows_file,
                 progress=progress,
             )
             scores = [self._with_what_was_learnt(score) for score in scores]
