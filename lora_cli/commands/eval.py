@@ -10,7 +10,17 @@ from lora_cli.columns import Column, on_request
 from lora_cli.commands import completing
 from lora_cli.commands.chosen import chosen_or_last
 from lora_cli.commands.eval_harness import demand_nothing_else, evaluate_by_harness
-from lora_cli.commands.options import Command, DrawnListing, Loaded, Prompts, downloads, examples, show_plan, with_flags
+from lora_cli.commands.options import (
+    Command,
+    DrawnListing,
+    Loaded,
+    Prompts,
+    Resume,
+    downloads,
+    examples,
+    show_plan,
+    with_flags,
+)
 from lora_cli.errors import Refused, UsageError
 from lora_cli.harness_options import HarnessOptions
 from lora_cli.methods import Method
@@ -71,6 +81,7 @@ def evaluate(
     allow_no_effect: Annotated[
         bool, typer.Option("--allow-no-effect", help="Only warn of an adapter that changes nothing.")
     ] = False,
+    resume: Resume = True,
     *,
     setup: Tested,
     options: EvalOptions,
@@ -103,7 +114,7 @@ def evaluate(
     base_of(settings)
     with screen.progress() as progress, open_pool(settings, screen.say, progress) as pool:
         request = EvaluateRequest(pool, chosen_or_last(pool, adapters, settings), settings, options, prompting)
-        scores = request.run(settings.db, out=out, progress=progress)
+        scores = request.run(settings.db, out=out, resume=resume, progress=progress)
     if plot is not None:
         from lora_cli.plots.results import draw_scores
 
@@ -171,10 +182,14 @@ def _tell(screen: Screen, scores: list[Score], request: "EvaluateRequest") -> No
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
         screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:
-        screen.say(f"eval: {score.system} changed the {metric.kind} on {score.changed} of {counted(score.n, 'prompt')}")
+        failed = score.details.get("not_finite", 0)
+        if failed < score.n:
+            screen.say(
+                f"eval: {score.system} changed the {metric.kind} on {score.changed} of {counted(score.n, 'prompt')}"
+            )
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
-        if failed := score.details.get("not_finite"):
+        if failed:
             screen.warn(
                 f"{score.system}: numbers of the model are not finite on {failed} of {score.n} prompts, which count as "
                 f"failures; {remedy(request.ref.compute, 'leave it out')}"

@@ -15,6 +15,7 @@ from lora_cli.commands.options import (
     DrawnJob,
     OnTask,
     Prompts,
+    Resume,
     Selection,
     downloads,
     examples,
@@ -45,6 +46,7 @@ class Licensed(OnTask, frozen=True, kw_only=True):
 def fit(
     adapters: Adapters = None,
     selection: Selection = None,
+    resume: Resume = True,
     *,
     setup: Licensed,
     held: Validation,
@@ -97,7 +99,7 @@ def fit(
             found = {"out": str(folder), "adapters": len(fitting.plan.adapters), **fitting.job.settings}
             show_plan(screen, "lora.fit.plan/1", found, of_fit(request, fitting.ref))
             return
-        done = fitting.run(settings.db, force=job.force, progress=progress)
+        done = fitting.run(settings.db, force=job.force, resume=resume, progress=progress)
     if job.plot is not None:
         draw(job.plot, folder, done.run.results)
     show_output(screen, "lora.fit/1", folder, done.run.record())

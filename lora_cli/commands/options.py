@@ -54,6 +54,8 @@ Where = Annotated[
     ),
 ]
 
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on from what a killed run left, or begin anew.")]
+
 PlotFlag = Annotated[Path | None, Flag(help="Draw a picture too: a file whose name ends in .png or .svg.")]
 SeedFlag = Annotated[int | None, Flag(help="Seed of everything random.", default="0")]
 

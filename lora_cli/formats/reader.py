@@ -94,12 +94,15 @@ class OpenAdapter:
         update.B.mul_(self.scales[module])
         return update
 
+    def read_unchecked(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+        """As `read`, with whatever numbers the file holds: NaN, Inf and those that overflow too."""
+        update = self._stored(module, dtype)
+        update.B.mul_(self.scales[module])
+        return update
+
     def unscaled(self, module: str, dtype: torch.dtype) -> LowRank:
         """As `read`, but B and A as they are stored, without the scale."""
-        factors = self.modules[module]
-        with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
-            parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
-        update = parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
+        update = self._stored(module, dtype)
         largest = bound(update)
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
@@ -107,6 +110,12 @@ class OpenAdapter:
         if not largest * abs(self.scales[module]) <= limit:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
         return update
+
+    def _stored(self, module: str, dtype: torch.dtype) -> LowRank:
+        factors = self.modules[module]
+        with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
+            parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
+        return parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
 
 
 class _Stacks:

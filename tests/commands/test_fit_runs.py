@@ -98,6 +98,13 @@ def test_a_fit_that_the_time_limit_stops_says_so_and_goes_on_to_the_same_bytes(h
     assert "up to date" in ok(*common, *hurried).err
 
 
+def test_a_stopped_fit_begins_anew_without_resume(here: World) -> None:
+    common = ("fit", *TWO, "--steps", "6", "-o", "stopped", "--time-limit", "1e-9")
+    places = [refused(6, *common, *words).partition("the time limit came at ")[2].partition(",")[0]
+              for words in ((), ("--resume",), ("--no-resume",), ())]  # fmt: skip
+    assert places == ["step 1 of 6", "step 2 of 6", "step 1 of 6", "step 2 of 6"]
+
+
 def test_a_time_limit_before_any_gain_writes_nothing(here: World) -> None:
     told = refused(6, "fit", *TWO, "--time-limit", "1e-9", "-o", "stopped")
     assert "the time limit came at step 1 of 100, and no step so far lowers the validation loss" in told

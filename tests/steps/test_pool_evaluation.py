@@ -171,6 +171,36 @@ def test_adapters_that_cannot_be_judged_are_named_and_the_others_go_on(
     assert why["pool/c"] == "left out: not finite in fp32 on 5 examples of 5"
 
 
+def test_eval_goes_on_beside_an_adapter_whose_weights_hold_nan(home: Path) -> None:
+    factors = random_factors(SHAPES, 2, seed=9)
+    next(iter(factors.values()))[0][0, 0] = float("nan")
+    write_adapter(Path("broken"), factors, lora_alpha=1)
+    ask = ("--data", "task.jsonl", "--max-new-tokens", "4", "--json")
+    told = ok("eval", "broken", "pool/skilled", *ask)
+    found = {row["system"]: row for row in json.loads(told.out)["rows"]}
+    assert (found["broken"]["value"], found["broken"]["log_likelihood"]) == (0, None)
+    assert found["broken"]["details"]["not_finite"] == N
+    assert f"broken: numbers of the model are not finite on {N} of {N} prompts, which count as failures" in told.err
+    assert "broken changed" not in told.err
+    alone = {row["system"]: row["value"] for row in json.loads(ok("eval", "pool/skilled", *ask).out)["rows"]}
+    assert {name: found[name]["value"] for name in alone} == alone
+    assert alone["pool/skilled"] > 0
+
+
+def test_answers_are_asked_again_only_without_resume(home: Path, made: list[int]) -> None:
+    ask = ("eval", "pool/a", "--data", "task.jsonl", "--max-new-tokens", "4", "-o", "rows.jsonl")
+    ok("eval", "pool/b", *ask[2:])
+    ok(*ask)
+    made.clear()
+    ok(*ask)
+    ok(*ask, "--resume")
+    assert made == []
+    ok(*ask, "--no-resume")
+    assert sum(made) == 2 * N
+    systems = [json.loads(line)["system"] for line in Path("rows.jsonl").read_text().splitlines()]
+    assert sorted(systems) == sorted(["base", "pool/a", "pool/b"] * N)
+
+
 def test_scores_of_another_option_or_base_are_not_taken_and_imported_ones_are(home: Path, made: list[int]) -> None:
     ok(*EVALUATE, "--where", "id~skilled")
     made.clear()

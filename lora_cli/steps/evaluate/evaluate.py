@@ -57,6 +57,7 @@ def evaluate(
     *,
     seed: int = 0,
     rows_path: Path | None = None,
+    resume: bool = True,
     progress: Progress = silent,
 ) -> list[Score]:
     """Score every system on every example, in the order of `systems`.
@@ -74,6 +75,7 @@ def evaluate(
         options: metric (a file of `metrics`), baseline (the name of a system), the longest output, prompts at once.
         rows_path: JSONL file to which rows are appended as they come; rows it already holds are not computed again, and
             those of other systems stay.
+        resume: False to compute the rows that it already holds again.
 
     Raises:
         UsageError: an unknown metric, two systems of one name.
@@ -87,7 +89,7 @@ def evaluate(
     names = [system.name for system in systems]
     demand_systems(names, baseline=baseline)
     [itself] = [system.name for system in systems if system.updates is None]
-    found = answered(base, systems, examples, options, rows_path=rows_path, progress=progress)
+    found = answered(base, systems, examples, options, rows_path=rows_path, resume=resume, progress=progress)
     values = {name: [row.value for row in rows] for name, rows in found.items()}
     alone = _scores(found, values, metric, baseline, itself, seed)
     scores = beside_others(alone, values, metric, itself=itself, seed=seed)
@@ -107,13 +109,14 @@ def answered(
     options: EvalOptions,
     *,
     rows_path: Path | None = None,
+    resume: bool = True,
     part: int | None = None,
     progress: Progress = silent,
 ) -> dict[str, list[Row]]:
     """The row of every system for every example, in the order of both.
 
     Args:
-        rows_path: as in `evaluate`.
+        rows_path, resume: as in `evaluate`.
         part: so many examples are asked together, and again together where rows of them are missing. What stands in
             one batch moves the last bit of a likelihood: with parts and a `batch_size`, a resumed evaluation ends with
             the same bits.
@@ -131,7 +134,7 @@ def answered(
     common = [base.pinned, base.arithmetic, base.encoder.prompting.settings]
     keys = row_keys(systems, examples, common, measured(metric, options, judging.values_of.keywords))
     ids = [*judging.encoded]
-    with _Rows(rows_path, keys) as rows:
+    with _Rows(rows_path, keys, resume) as rows:
         report = partial(progress, names[0] if len(names) == 1 else counted(len(names), "system"))
         report(len(rows.found), len(keys))
         for start in range(0, len(ids), part or len(ids)):
@@ -263,10 +266,10 @@ def _differ(one: float | None, other: float | None) -> bool:
 class _Rows:
     """The rows so far. With a path each one is on disk before the next batch begins."""
 
-    def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str]) -> None:
+    def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str], resume: bool) -> None:
         self.found: dict[tuple[str, str], Row] = {}
         self._others: list[Row] = []
-        self._path = path
+        self._path, self._resume = path, resume
         self.keys = keys
         self._file: Any = None
 
@@ -276,7 +279,7 @@ class _Rows:
             for row in read_rows(self._path):
                 if row.system not in systems:
                     self._others.append(row)
-                elif self.keys.get((row.system, row.id)) == row.key:
+                elif self._resume and self.keys.get((row.system, row.id)) == row.key:
                     self.found[row.system, row.id] = row
             self._file = self._rewritten(self._path)
         return self

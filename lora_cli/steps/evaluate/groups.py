@@ -74,10 +74,14 @@ class System:
 
 
 class Updates(Mapping[str, LowRank]):
-    """The updates of an adapter, each read on access: of many systems only the current ones are in memory."""
+    """The updates of an adapter, each read on access: of many systems only the current ones are in memory.
 
-    def __init__(self, adapter: OpenAdapter) -> None:
+    With `checked` a number that is not finite is Refused on access; without it the answers fail, and no other system's.
+    """
+
+    def __init__(self, adapter: OpenAdapter, *, checked: bool = True) -> None:
         self._adapter = adapter
+        self._read = adapter.read if checked else adapter.read_unchecked
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
@@ -90,7 +94,7 @@ class Updates(Mapping[str, LowRank]):
         return {name: module.rank for name, module in self._adapter.modules.items()}
 
     def __getitem__(self, module: str) -> LowRank:
-        return self._adapter.read(module)
+        return self._read(module)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._adapter.modules)

@@ -99,8 +99,13 @@ class EvaluateRequest:
         keys = row_keys(self.systems, self.task.examples, common, what)
         return sum(keys.get((row.system, row.id)) == row.key for row in read_rows(self.rows(out)))
 
-    def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[Score]:
-        """Score every system, and record the run and its scores. Answers that `out` holds are not computed again."""
+    def run(
+        self, db: Path, *, out: Path | None = None, resume: bool = True, progress: Progress = silent
+    ) -> list[Score]:
+        """Score every system, and record the run and its scores.
+
+        Answers that `out` holds are not computed again, unless `resume` is False.
+        """
         self.rows_file = self.rows(out)
         with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows_file) as run:
             run.device = self.ref.device
@@ -115,6 +120,7 @@ class EvaluateRequest:
                 self.options,
                 seed=self.settings.seed,
                 rows_path=self.rows_file,
+                resume=resume,
                 progress=progress,
             )
             scores = [self._with_what_was_learnt(score) for score in scores]

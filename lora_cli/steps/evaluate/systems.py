@@ -40,7 +40,7 @@ def opened_systems(pool: Pool, names: Sequence[str]) -> Opened:
     systems, refs = [], []
     for name, found, own in zip(distinct(names), routers, parts, strict=True):
         adapters = [next(waiting) for _ in own]
-        updates: Updates | Router = Updates(adapters[0])
+        updates: Updates | Router = Updates(adapters[0], checked=False)
         ref = adapters[0].ref
         if found is not None:
             folder, router = found

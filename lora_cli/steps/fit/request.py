@@ -41,7 +41,9 @@ class FitJob:
     target: str
     notice: str
 
-    def run(self, db: Path, *, force: bool = False, progress: Progress = silent) -> Finished[FitReport]:
+    def run(
+        self, db: Path, *, force: bool = False, resume: bool = True, progress: Progress = silent
+    ) -> Finished[FitReport]:
         """Fit, unless the result is there; see `run_once` and `steps.fit.write.fit_and_write`.
 
         Raises Partial where the time limit, which begins here, came before the end.
@@ -75,6 +77,7 @@ class FitJob:
                 self.job.folder,
                 run,
                 how,
+                resume=resume,
                 replace_folder=force or made_by(self.job.folder, self.job.key) == "unfinished",
                 progress=progress,
             )
