@@ -99,7 +99,7 @@ def evaluate(
     """
     if harness.tasks:
         demand_nothing_else(dry_run or allow_no_effect or setup.test or listing.plot or _are_given(options, prompts))
-        evaluate_by_harness(adapters, out, setup, options, harness, listing)
+        evaluate_by_harness(adapters, out, setup, options, harness, listing, resume=resume)
         return
     if dry_run:
         _show_plan(adapters, out, setup, options, listing, prompts)

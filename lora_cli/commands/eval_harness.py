@@ -48,6 +48,8 @@ def evaluate_by_harness(
     options: EvalOptions,
     harness: HarnessOptions,
     listing: DrawnListing,
+    *,
+    resume: bool,
 ) -> None:
     """Score adapters and the bare base on tasks of lm-evaluation-harness, on one load of the base."""
     screen, settings = replace(listing, table=COLUMNS).screen(), setup.load()
@@ -60,7 +62,7 @@ def evaluate_by_harness(
         names = chosen_or_last(pool, adapters, settings)
         baseline, size = options.baseline, options.batch_size
         request = HarnessRequest(pool, names, settings, harness, baseline=baseline, batch_size=size)
-        scores = request.run(settings.db, out=out, progress=progress)
+        scores = request.run(settings.db, out=out, resume=resume, progress=progress)
     screen.rows(
         "lora.eval.harness/1",
         COLUMNS,

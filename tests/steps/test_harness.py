@@ -139,6 +139,11 @@ def test_scores_are_paired_stored_and_not_computed_again(here: Path, monkeypatch
     # What is there is taken: no base is loaded.
     monkeypatch.setattr(BaseRef, "load", None)
     assert json.loads(ok(*words).out)["rows"] == document["rows"]
+    with pytest.raises(TypeError, match="not callable"):
+        ok(*words, "--no-resume")
+    Path("rows.jsonl").write_text("mine\n")
+    refused(1, *words, "--no-resume")
+    assert Path("rows.jsonl").read_text() == "mine\n"
 
 
 def test_other_data_is_another_task(here: Path) -> None:

@@ -87,15 +87,18 @@ class HarnessRequest:
         """The file that holds what was found for each system on each task."""
         return out or self.settings.runs / f"harness-{key_of('harness', self.run_settings, self.inputs)[:8]}.jsonl"
 
-    def run(self, db: Path, *, out: Path | None = None, progress: Progress = silent) -> list[TaskScore]:
+    def run(
+        self, db: Path, *, out: Path | None = None, resume: bool = True, progress: Progress = silent
+    ) -> list[TaskScore]:
         """Score every system on every task, and record the run and its scores.
 
-        What `out` holds is not computed again.
+        What `out` holds is not computed again, unless `resume` is False.
         """
         rows = self.rows(out)
         with runs.recorded(db, "harness", self.run_settings, self.inputs, rows) as run:
             run.device = self.ref.device
-            found = self._found(rows, progress)
+            stored = read_rows(rows)  # in any case: another file is not replaced
+            found = self._found(rows, stored if resume else [], progress)
             scores = list(self._scores(found))
             run.results["scores"] = [asdict(score) for score in scores]
             versions = {system.name: [system.version] for system in self.systems[1:]}
@@ -105,10 +108,10 @@ class HarnessRequest:
                 runs.add_scores(db, run, of_task, versions, sha256, called=called)
         return scores
 
-    def _found(self, path: Path, progress: Progress) -> dict[tuple[str, str], HarnessRow]:
-        """The row of each system and task, from the file as far as it has them."""
+    def _found(self, path: Path, stored: Sequence[HarnessRow], progress: Progress) -> dict[tuple[str, str], HarnessRow]:
+        """The row of each system and task, those that are stored and those that are found now and written to `path`."""
         keys = {(system.name, task.name): self._key(system, task) for system in self.systems for task in self.tasks}
-        found = {(row.system, row.name): row for row in read_rows(path) if keys.get((row.system, row.name)) == row.key}
+        found = {(row.system, row.name): row for row in stored if keys.get((row.system, row.name)) == row.key}
         if len(found) == len(keys):
             return found
         base = self.ref.load(progress)
