@@ -141,7 +141,7 @@ def outcome(report: "FitReport") -> list[str]:
     if learnt.speed:
         parts.append(f"{learnt.speed:,.0f} tokens/s")
     few = too_few(first.result.n_validation, "validation example")
-    lines = [*map(verdict, first.comparisons), *([few] if few else [])]
+    lines = [*(verdict(one, first.result.measure) for one in first.comparisons), *([few] if few else [])]
     lines += _spread(report.trials) if len(report.trials) > 1 else []
     return [f"fit: {' · '.join(parts)}", *(f"  {line}" for line in lines)]
 
@@ -155,9 +155,12 @@ def _by_objective(judged: "Judged") -> str:
     return f"{judged.name} {training} on the training examples, {held} on those held out"
 
 
-def verdict(one: "Comparison") -> str:
-    """Whether the gain over one other system is separable from zero, as a sentence; by the objective of a search."""
-    of, name, value, difference = one.objective, "loss", one.loss, one.difference
+def verdict(one: "Comparison", measure: str = "loss") -> str:
+    """Whether the gain over one other system is separable from zero, as a sentence; by the objective of a search.
+
+    `measure` names what the losses are.
+    """
+    of, name, value, difference = one.objective, measure, one.loss, one.difference
     if of is not None:
         name, value = of.name, of.value
         if of.difference is None:  # a command gives one number, from which no interval follows

@@ -18,6 +18,7 @@ from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
 from lora_cli.records import Progress, silent, unheard
 from lora_cli.steps.study.folder import Piece, WorkFolder
 from lora_cli.steps.study.worker import Outcome
+from lora_cli.text import shortened
 
 _DRIVER = (
     "import json, sys; sys.path = json.loads(sys.argv[1]); from lora_cli.executors._ray_driver import main; main()"
@@ -76,9 +77,11 @@ def demand(address: str | None = None, gpus_per_worker: float | None = None) -> 
 def host_and_port(address: str) -> tuple[str, int]:
     """The two parts of a cluster's address. UsageError for anything else."""
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and int(port) < 1 << 16 and "//" not in host:
+    if host and port.isdecimal() and len(port) <= 5 and int(port) < 1 << 16 and "//" not in host:
         return host.strip("[]"), int(port)
-    raise UsageError(f"--address is HOST:PORT of the cluster's head, not {address!r}", hint="such as 10.0.0.1:6379")
+    raise UsageError(
+        f"--address is HOST:PORT of the cluster's head, not {shortened(repr(address))}", hint="such as 10.0.0.1:6379"
+    )
 
 
 def _named(address: str | None) -> str:

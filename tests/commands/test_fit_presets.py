@@ -50,6 +50,7 @@ def test_an_entropy_needs_no_answers(here: World) -> None:
     options = ("fit", "--preset", "adamerging", "--objective", "entropy", "--steps", "10")
     told = ok(*options, "--data", "prompts.jsonl", "-o", "bare")
     assert "fit: validation entropy" in told.err
+    assert "the base, whose entropy is " in told.err
     found = record("bare")["results"]
     assert found["loss"] < 0.9 * found["curve"][0]["validation"]
     ok(*options, "-o", "answered")

@@ -151,6 +151,7 @@ def test_an_address_where_something_else_listens_is_given_up() -> None:
         (("--executor", "ray", "--address", "ray://here:1"), "HOST:PORT"),
         (("--executor", "ray", "--address", "here"), "HOST:PORT"),
         (("--executor", "ray", "--address", "here:99999"), "HOST:PORT"),
+        (("--executor", "ray", "--address", f"here:{'9' * 5000}"), "HOST:PORT"),
         (("--executor", "ray", "--gpus-per-worker", "inf"), "not inf"),
         (("--executor", "ray", "--gpus-per-worker", "0.5"), "computes on cpu"),
         (("--executor", "ray", "--gpus-per-worker", "1.5"), "not 1.5"),
