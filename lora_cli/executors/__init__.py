@@ -16,8 +16,7 @@ from typing import Protocol
 from lora_cli.errors import UsageError
 from lora_cli.methods import file_names, member
 from lora_cli.records import Progress
-from lora_cli.steps.study.folder import Piece, WorkFolder
-from lora_cli.steps.study.worker import Outcome
+from lora_cli.steps.study.folder import Outcome, Piece, WorkFolder
 
 PACKAGE = "lora_cli.executors"
 NAMES = file_names(PACKAGE)

@@ -18,8 +18,8 @@ from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
 from lora_cli.executors.ray import host_and_port
 from lora_cli.files import read_regular
 from lora_cli.steps.study.crew import Died, Unfit, together
+from lora_cli.steps.study.folder import Outcome
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.worker import Outcome
 from lora_cli.steps.study.workers import folder_in, worker_in
 
 _ANSWER_WITHIN = 10.0

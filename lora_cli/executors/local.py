@@ -12,14 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from lora_cli.errors import LoraError
 from lora_cli.records import Progress, silent, unheard
 from lora_cli.steps.study.crew import Died, Unfit, together
-from lora_cli.steps.study.folder import Piece, WorkFolder
+from lora_cli.steps.study.folder import Outcome, Piece, WorkFolder
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.worker import Outcome
 from lora_cli.steps.study.workers import worker_in
 
 _UNFIT = "unfit"
@@ -52,10 +49,18 @@ def local(
         yield outcome
 
 
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def _places(folder: WorkFolder) -> int:
     """The workers that this machine has room for."""
+    if folder.device == "cuda":
+        return _gpus()
     if folder.device != "cpu":
-        return torch.cuda.device_count() if folder.device == "cuda" else 1
+        return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -116,7 +121,7 @@ class _Process:
         environment = {**os.environ, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1", "TMPDIR": self._home}
         if self._folder.device == "cuda":
             known = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-            ours = known if known != [""] else [str(place) for place in range(torch.cuda.device_count())]
+            ours = known if known != [""] else [str(place) for place in range(_gpus())]
             environment["CUDA_VISIBLE_DEVICES"] = ours[self._number % len(ours)]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _WORKER, places, str(self._folder.path)],

@@ -16,8 +16,7 @@ from typing import Any
 
 from lora_cli.errors import LoraError, NetworkError, OutputError, UsageError
 from lora_cli.records import Progress, silent, unheard
-from lora_cli.steps.study.folder import Piece, WorkFolder
-from lora_cli.steps.study.worker import Outcome
+from lora_cli.steps.study.folder import Outcome, Piece, WorkFolder
 from lora_cli.text import shortened
 
 _DRIVER = (

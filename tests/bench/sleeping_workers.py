@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Self
 
-from lora_cli.steps.study.folder import Piece, StudyFolder
+from lora_cli.steps.study.folder import Outcome, Piece, StudyFolder
 from lora_cli.steps.study.plan import Need
-from lora_cli.steps.study.worker import Outcome
 
 SECONDS = 5.0
 

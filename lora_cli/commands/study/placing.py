@@ -12,8 +12,7 @@ from lora_cli.screen import Screen
 
 if TYPE_CHECKING:
     from lora_cli.executors import Script
-    from lora_cli.steps.study.folder import Piece, WorkFolder
-    from lora_cli.steps.study.worker import Outcome
+    from lora_cli.steps.study.folder import Outcome, Piece, WorkFolder
 
     ExecutorName = str
 else:  # one choice per file of executors/

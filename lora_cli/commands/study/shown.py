@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from lora_cli.steps.estimate import Estimate
     from lora_cli.steps.study.collect import Collected
     from lora_cli.steps.study.estimate import Estimator
+    from lora_cli.steps.study.folder import Outcome
     from lora_cli.steps.study.plan import Cell
     from lora_cli.steps.study.request import Planned
-    from lora_cli.steps.study.worker import Outcome
 
 AMOUNTS = (
     Column("MINUTES", "minutes", "right"),

@@ -21,7 +21,7 @@ from lora_cli.settings import Settings, base_of
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.fit.command import Command
 from lora_cli.steps.fit.fit import Fitting, demand_sane, run_settings
-from lora_cli.steps.fit.write import FitReport, fit_and_write
+from lora_cli.steps.fit.write import FitReport, fit_and_write, forget_states
 from lora_cli.steps.merge.plan import checked_options
 from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
@@ -70,6 +70,8 @@ class FitJob:
             if request.shape.labelled:
                 for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed, held=task.held)):
                     request.pool.announce(line)
+            if not resume:
+                forget_states(self.job.folder, run)
             return fit_and_write(
                 loaded,
                 self.plan,
@@ -77,7 +79,6 @@ class FitJob:
                 self.job.folder,
                 run,
                 how,
-                resume=resume,
                 replace_folder=force or made_by(self.job.folder, self.job.key) == "unfinished",
                 progress=progress,
             )

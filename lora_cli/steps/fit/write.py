@@ -50,7 +50,6 @@ def fit_and_write(
     run: Run,
     how: Fitting,
     *,
-    resume: bool = True,
     replace_folder: bool = False,
     progress: Progress = silent,
 ) -> FitReport:
@@ -61,7 +60,6 @@ def fit_and_write(
 
     Args:
         plan: the adapters, and how the result is to be reduced; its weights are not used.
-        resume: go on from the states of a killed or stopped fit; else they are removed first.
 
     Raises:
         Refused: every coefficient is 0, so there is nothing to write.
@@ -72,8 +70,6 @@ def fit_and_write(
         # Check the settings of the control before the fit, not after it.
         with base.new_adapter(**TrainOptions().shape, seed=how.recipe.seed):
             pass
-    if not resume:
-        _forget(folder, run)
     with recomputed(base.model) if how.recompute else nullcontext():
         trials = _trials(base, plan, examples, folder, run, how, progress)
     first = trials[0]
@@ -94,12 +90,12 @@ def fit_and_write(
             f"{learnt.best_step}, with a validation loss of {learnt.loss_after:.3f}",
             hint="run the same command again to go on from there",
         )
-    _forget(folder, run)
+    forget_states(folder, run)
     return FitReport(trials=tuple(trials), merge=replace(report, folder=folder), loss_merged=loss_merged)
 
 
-def _forget(folder: Path, run: Run) -> None:
-    """Remove all states of a fit."""
+def forget_states(folder: Path, run: Run) -> None:
+    """Remove the states beside `folder` from which a killed or stopped fit resumes."""
     for state in folder.absolute().parent.glob(f"{_state(run)}*"):
         if state.is_dir():  # the candidate of a killed search
             shutil.rmtree(state, ignore_errors=True)

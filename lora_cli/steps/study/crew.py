@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from lora_cli.errors import LoraError
+from lora_cli.steps.study.folder import Outcome
 from lora_cli.steps.study.order import Order
-from lora_cli.steps.study.worker import Outcome
 
 _TRIES = 2
 """How often a piece of work may end its worker before it is given up."""

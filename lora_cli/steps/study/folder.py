@@ -36,6 +36,16 @@ class Piece(Protocol):
     def needs(self) -> tuple[str, ...]: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a cell or a need: the reason if it failed, else its seconds; 0 if it was there."""
+
+    name: str
+    seconds: float = 0.0
+    error: str = ""
+    hint: str = ""
+
+
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """Why a cell could not be done."""
 

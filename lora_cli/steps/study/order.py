@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from threading import Condition
 
-from lora_cli.steps.study.folder import Piece, WorkFolder
-from lora_cli.steps.study.worker import Outcome
+from lora_cli.steps.study.folder import Outcome, Piece, WorkFolder
 
 
 class Order:

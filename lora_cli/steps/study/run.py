@@ -10,10 +10,9 @@ from lora_cli.catalogue import runs
 from lora_cli.errors import Partial
 from lora_cli.records import Progress, silent
 from lora_cli.steps.study.collect import Collected, collect
-from lora_cli.steps.study.folder import WorkFolder
+from lora_cli.steps.study.folder import Outcome, WorkFolder
 from lora_cli.steps.study.plan import Cell
 from lora_cli.steps.study.request import Planned
-from lora_cli.steps.study.worker import Outcome
 from lora_cli.text import counted
 
 

@@ -10,7 +10,6 @@ import msgspec
 from lora_cli.errors import UsageError
 from lora_cli.merge_options import METHODS, MergeOptions, MergeSources
 from lora_cli.recipes import FIT_METHODS, SELECTION_METHODS, Recipe, SelectOptions, Shape
-from lora_cli.steps.merge.plan import checked_options
 from lora_cli.study_options import StudyOptions
 from lora_cli.text import nearest
 
@@ -139,6 +138,8 @@ def _stem(stem: str) -> tuple[str, str]:
 
 
 def _merge(method: str, given: dict[str, Any], options: StudyOptions) -> Way:
+    from lora_cli.steps.merge.plan import checked_options  # imports torch, which reading a plan does without
+
     knobs = {name: given.pop(name) for name in [*given] if name in METHODS.knobs}
     sources = MergeSources.of(**{name: given.pop(name) for name in [*given] if name in _OF_SOURCES})
     usual = {"rank": options.rank, "energy": options.energy}

@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,20 +21,11 @@ from lora_cli.records import unheard
 from lora_cli.settings import KEYS, Settings
 from lora_cli.steps.evaluate.evaluate import Row
 from lora_cli.steps.opened_pool import Pool
+from lora_cli.steps.study.folder import Outcome
 from lora_cli.steps.study.plan import Base
 
 PART = 64
 """Test examples that are asked together: a killed cell asks at most so many again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What became of a cell or a need: the reason if it failed, else its seconds; 0 if it was there."""
-
-    name: str
-    seconds: float = 0.0
-    error: str = ""
-    hint: str = ""
 
 
 class CellWorker(ABC):
