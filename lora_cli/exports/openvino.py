@@ -15,7 +15,13 @@ class Openvino(Export):
 
     def plan(self, source: Source, dtype: str) -> Plan:
         source.demand_linear(self.title)
-        return FolderPlan.of(source, dtype, scaled=False)
+        ties = {} if source.skeleton is None else source.skeleton.ties
+        notes = tuple(
+            f"MODE_FUSE of {self.program} would change {ties[module][0]} too, whose weight {module} has"
+            for module in source.modules
+            if module in ties
+        )
+        return FolderPlan.of(source, dtype, notes=notes, scaled=False)
 
 
 openvino = Openvino()

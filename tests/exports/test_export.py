@@ -228,6 +228,13 @@ def test_the_modelfile_names_base_and_adapter() -> None:
     assert "give Ollama's name of it" in told.err
 
 
+def test_openvino_is_told_of_a_weight_that_two_layers_have() -> None:
+    base(LLAMA | {"tie_word_embeddings": True})
+    write_adapter(Path("mine"), random_factors({"lm_head": (104, 32)}, 4, seed=1), base="base")
+    told = ok("export", "openvino", "mine", "-o", "out")
+    assert "MODE_FUSE of OpenVINO GenAI would change model.embed_tokens too, whose weight lm_head has" in told.err
+
+
 def test_gguf_needs_the_configuration_and_a_class_that_is_known() -> None:
     write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="here/absent")
     said = refused(5, "export", "gguf", "mine", "-o", "out")

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Exports in the real programs on a CPU: llama.cpp (llama-cpp-python, which pip builds) and mlx-lm, beside PEFT.
-# Prints the table of docs/exporting.md. Needs ../shared/wild/bases/stories260K, a network for pip, and 2 GB in DIR.
+# Exports in the real programs on a CPU: llama.cpp (llama-cpp-python, which pip builds), mlx-lm and OpenVINO GenAI,
+# beside PEFT. Prints the table of docs/exporting.md. Needs ../shared/wild/bases/stories260K, a network for pip, and 4 GB in DIR.
 #
 #     tests/real_programs/run.sh [DIR]
 set -euo pipefail
@@ -12,5 +12,9 @@ install() {
 }
 install llama llama-cpp-python==0.3.36
 install mlx mlx-lm==0.32.2 'mlx[cpu]==0.32.4'
+install openvino openvino-genai==2026.4.1.0 openvino-tokenizers==2026.4.1.0 openvino==2026.4.1 \
+    optimum-intel==2.2.0 transformers==5.5.4 'torch>=2.13,<2.14'
+# optimum-intel brings a torchvision for CUDA; beside a torch for CPUs transformers fails to import it, without it transformers does.
+"$work/openvino/bin/pip" uninstall -q -y torchvision
 REAL_PROGRAMS=$work python3 -m pytest -q -n 0 -m real tests/real_programs
 cat "$work"/*.md

@@ -101,6 +101,38 @@ def of_stories() -> Any:
     return AutoModelForCausalLM.from_pretrained(STORIES, dtype=torch.float32)
 
 
+def of_conv1d() -> list[np.ndarray[Any, Any]]:
+    """Logits of a random GPT-2 in the folder base, then with the adapter mine of all its layers."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
+    GPT2LMHeadModel(config).save_pretrained("base")
+    shapes = {
+        f"transformer.h.{layer}.{name}": shape
+        for layer in range(2)
+        for name, shape in (
+            ("attn.c_attn", (96, 32)),
+            ("attn.c_proj", (32, 32)),
+            ("mlp.c_fc", (128, 32)),
+            ("mlp.c_proj", (32, 128)),
+        )
+    }
+    factors = {m: (0.2 * b, a) for m, (b, a) in random_factors(shapes, 4, seed=1).items()}
+    write_adapter(Path("mine"), factors, base="base", fan_in_fan_out=True, lora_alpha=8)
+    return in_peft(lambda: GPT2LMHeadModel.from_pretrained("base"), ["mine"])
+
+
+def convert_to_openvino(folder: Path, to: str) -> None:
+    """By optimum-intel, in fp32."""
+    words = ["--task", "text-generation-with-past", "--weight-format", "fp32", "--model", folder, to]
+    command = WORK / "openvino" / "bin" / "optimum-cli"
+    subprocess.run([command, "export", "openvino", *words], check=True, stderr=subprocess.DEVNULL)
+
+
+def after_the_text(logits: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Log-probabilities of every token after the last one, from logits (tokens, vocabulary)."""
+    return torch.from_numpy(logits[-1]).double().log_softmax(-1).numpy()
+
+
 @pytest.mark.parametrize(("cache", "limit"), [("f32", 1e-5), ("f16", 1e-2)])
 def test_llama_cpp_applies_what_peft_applies(cache: str, limit: float, own_home: Path) -> None:
     names = adapters()
@@ -125,24 +157,32 @@ def test_mlx_lm_applies_what_peft_applies(own_home: Path) -> None:
     assert max(found) <= 1e-5
 
 
+def test_openvino_genai_applies_what_peft_applies(own_home: Path) -> None:
+    """MODE_FUSE multiplies B by A in bf16 on a CPU that has it, whatever the pipeline is told."""
+    names = adapters()
+    wanted = [after_the_text(one) for one in in_peft(of_stories, names)]
+    convert_to_openvino(STORIES, "base")
+    for name in names:
+        ok("export", "openvino", name, "-o", f"for {name}")
+    folders = [f"for {name}" for name in names]
+    for mode, limit in (("AUTO", 1e-5), ("STATIC_RANK", 1e-5), ("STATIC", 1e-5), ("FUSE", 3e-2)):
+        found = errors(probe("openvino", "base", f"MODE_{mode}", json.dumps(IDS), "logits.npy", *folders), wanted)
+        write_row(f"OpenVINO GenAI, MODE_{mode}", found)
+        assert max(found) <= limit
+
+
+def test_openvino_genai_applies_an_adapter_of_conv1d(own_home: Path) -> None:
+    wanted = [after_the_text(one) for one in of_conv1d()]
+    convert_to_openvino(Path("base"), "converted")
+    ok("export", "openvino", "mine", "-o", "out")
+    found = errors(probe("openvino", "converted", "MODE_AUTO", json.dumps(IDS), "logits.npy", "out"), wanted)
+    write_row("OpenVINO GenAI, GPT-2", found)
+    assert max(found) <= 1e-5
+
+
 def test_llama_cpp_applies_an_adapter_of_conv1d(own_home: Path) -> None:
     """llama.cpp's GELU is read from a table in fp16: the base alone is 1e-3 off."""
-    torch.manual_seed(0)
-    config = GPT2Config(vocab_size=512, n_embd=32, n_layer=2, n_head=4, n_positions=64, initializer_range=0.2)
-    GPT2LMHeadModel(config).save_pretrained("base")
-    shapes = {
-        f"transformer.h.{layer}.{name}": shape
-        for layer in range(2)
-        for name, shape in (
-            ("attn.c_attn", (96, 32)),
-            ("attn.c_proj", (32, 32)),
-            ("mlp.c_fc", (128, 32)),
-            ("mlp.c_proj", (32, 128)),
-        )
-    }
-    factors = {m: (0.2 * b, a) for m, (b, a) in random_factors(shapes, 4, seed=1).items()}
-    write_adapter(Path("mine"), factors, base="base", fan_in_fan_out=True, lora_alpha=8)
-    wanted = in_peft(lambda: GPT2LMHeadModel.from_pretrained("base"), ["mine"])
+    wanted = of_conv1d()
     write_gpt2(Path("base"), Path("base.gguf"))
     ok("export", "gguf", "mine", "-o", "out")
     found = errors(probe("llama", "base.gguf", "f32", json.dumps(IDS), "logits.npy", "out/adapter.gguf"), wanted)
