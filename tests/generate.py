@@ -70,8 +70,9 @@ of a full fine-tune.
 """
 EXCHANGE_IN = """"Bit for bit": the factors are those of the file, in its precision. "Exact": the update is the same to
 1e-6 in float64; several scales, or a form that is no product of two factors, were computed into fp32 factors. With
-`--rank R` either becomes the best LoRA of that rank, and the error of each module is told. Nothing of a refused adapter
-is written.
+`--rank R` either becomes the best LoRA of that rank, and the error of each module is told. "Best of a rank": the update
+depends on the base's weights and has no low rank, so that `--base BASE --rank R` is needed; at the full rank it is the
+same to 1e-6. Nothing of a refused adapter is written.
 """
 EXCHANGE_OUT = """"Exact": the program applies the same update bit for bit. "fp32": the scale is in B, rounded once to
 fp32. `lora export` checks each result by reading it back by the program's own rule.
@@ -167,7 +168,7 @@ def adapters() -> str:
 def exchange() -> str:
     """docs/exchange.md."""
     taken = [
-        [one.title, "bit for bit" if one.exact else "exact", str(one.rank), one.says]
+        [one.title, "bit for bit" if one.exact else "best of a rank" if one.best else "exact", str(one.rank), one.says]
         for one in SAMPLES
         if not one.refused
     ]

@@ -36,7 +36,8 @@ def convert(
 
     The program is recognised by the files. Where it only names and arranges the factors otherwise, they are copied bit
     for bit. merge, diff, bake and 'pool sync --from' take such adapters as they are: they convert them into a cache.
-    The result's path goes to stdout.
+    An (IA)³ or OFT multiplies the base's weights: --base and --rank make the best LoRA of that rank. The result's path
+    goes to stdout.
     """
     from lora_cli.steps.convert.request import convert_job
 
@@ -49,6 +50,7 @@ def convert(
             dtype=options.dtype,
             adapter=options.adapter,
             out=job.out,
+            announce=screen.say,
             progress=progress,
         )
         foreign, folder = converting.conversion.foreign, converting.job.folder

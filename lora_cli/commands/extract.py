@@ -45,8 +45,8 @@ def extract(
     """Make a LoRA of the difference between a fine-tuned model and its base, and report the error of each layer.
 
     Each linear layer's difference is approximated by the best matrix of the rank, one layer at a time. Embeddings,
-    norms and biases cannot be in a LoRA: those that changed are named, and stay as in the base. A DoRA, (IA)³ or OFT
-    becomes a LoRA in this way after PEFT has merged it into its base.
+    norms and biases cannot be in a LoRA: those that changed are named, and stay as in the base. A DoRA becomes a LoRA
+    in this way after PEFT has merged it into its base.
     """
     from lora_cli.steps.convert.extract import extract_job
 

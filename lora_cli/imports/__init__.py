@@ -7,7 +7,7 @@ adapter, whose modules are read one at a time. `_written.py` makes a PEFT folder
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_cli.algebra.lowrank import LowRank
+    from lora_cli.imports._on_base import Weights
 
 SAFETENSORS = ".safetensors"
 _ONE_FILE = (SAFETENSORS, ".gguf")
@@ -94,12 +95,14 @@ class Asked(NamedTuple):
 
     `base` is the base model of an adapter that declares none, "" if it is not known. `folder` is the base's folder,
     None if it is not on this machine, and `skeleton` finds its modules. `adapter` is the one of several in a file.
+    `weights` opens the base's weights of some modules, None unless base and rank are asked for.
     """
 
     base: str = ""
     folder: Path | None = None
     adapter: str = ""
     skeleton: Callable[[], Skeleton | None] | None = None
+    weights: "Callable[[Collection[str]], Weights] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,7 @@ class Foreign:
 
     `kind` says what it is, in words. `dtypes` are the precisions of its factors, as safetensors names them. `config`
     holds entries of PEFT's configuration other than ranks, alpha and modules. With `copied`, the tensors are those of
-    PEFT already: they go into one file as they are, under `config`.
+    PEFT already: they go into one file as they are, under `config`. `weights` are the base's, where they are read too.
     """
 
     kind: str
@@ -137,6 +140,7 @@ class Foreign:
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     copied: "Mapping[str, tuple[Tensors, TensorEntry]]" = field(default_factory=dict)
+    weights: "Weights | None" = None
 
 
 class Import(ABC):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_cli.errors import Refused
 from lora_cli.formats.config import parse_config
@@ -12,8 +12,9 @@ from lora_cli.formats.kinds import WEIGHTS_NAME
 from lora_cli.imports import Asked, Foreign, ForeignModule, Import, Place, demand_some, others_in_words, text
 from lora_cli.text import shortened
 
-MERGE_AND_EXTRACT = "merge it into its base by PEFT (merge_and_unload), then lora extract MERGED --base BASE --rank R"
-"""The remedy for an update that depends on the base's weights."""
+if TYPE_CHECKING:
+    from lora_cli.imports._on_base import Weights
+
 _CARRIED = ("task_type", "fan_in_fan_out", "revision")
 
 
@@ -25,14 +26,15 @@ class PeftType(Import):
     def recognises(self, place: Place) -> tuple[str, ...]:
         return (WEIGHTS_NAME,) if WEIGHTS_NAME in place.names and place.peft_type == self.peft_type else ()
 
-    def foreign(self, modules: Mapping[str, ForeignModule], place: Place, asked: Asked) -> Foreign:
+    def foreign(
+        self, modules: Mapping[str, ForeignModule], place: Place, asked: Asked, weights: "Weights | None" = None
+    ) -> Foreign:
         """The adapter of these modules, with the base and the entries of its configuration that a LoRA has too."""
         demand_some(modules)
         config = place.config
         carried = {key: config[key] for key in _CARRIED if config.get(key)}
-        return Foreign(
-            self.program, modules, config=carried, base=text(config, "base_model_name_or_path") or asked.base
-        )
+        base = text(config, "base_model_name_or_path") or asked.base
+        return Foreign(self.program, modules, config=carried, base=base, weights=weights)
 
 
 def by_module(names: Mapping[str, object], kinds: tuple[str, ...]) -> dict[str, dict[str, str]]:
@@ -40,9 +42,9 @@ def by_module(names: Mapping[str, object], kinds: tuple[str, ...]) -> dict[str, 
     found: dict[str, dict[str, str]] = {}
     others = []
     for name in names:
-        place, _, kind = name.rpartition(".")
-        if kind in kinds and place.startswith(PREFIX):
-            found.setdefault(place.removeprefix(PREFIX), {})[kind] = name
+        kind = next((kind for kind in kinds if name.endswith(f".{kind}")), "")
+        if kind and name.startswith(PREFIX):
+            found.setdefault(name.removeprefix(PREFIX).removesuffix(f".{kind}"), {})[kind] = name
         else:
             others.append(name)
     if others:

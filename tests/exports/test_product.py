@@ -10,7 +10,7 @@ from tests.cli import ok, refused
 from tests.exports.product import DECODER, TAKEN, outcome
 from tests.exports.table import EXACT, ROUNDED, TARGETS
 from tests.imports.kinds import Sample
-from tests.imports.test_imports import dense, written
+from tests.imports.test_imports import asked, base_of, dense, written
 from tests.readers import OF_EXPORTS
 
 _FOLDERS = ("vllm", "sglang", "peft")
@@ -25,7 +25,8 @@ def test_a_converted_adapter_is_exported_as_the_table_says(sample: Sample, tmp_p
     base = Path("acme/tiny")
     base.mkdir(parents=True)
     (base / "config.json").write_text(json.dumps(DECODER))
-    ok("convert", str(source), "-o", "lora", "--base", str(base) if decoder else "acme/another")
+    named = str(base) if decoder else "acme/another"
+    ok("convert", str(source), "-o", "lora", "--base", base_of(tmp_path) if sample.best else named, *asked(sample))
     for target in TARGETS:
         wanted, out = outcome(sample, target), Path(f"for-{target}")
         if wanted not in (EXACT, ROUNDED):

@@ -32,7 +32,7 @@ class Sample:
     """One kind of adapter: `program` is the member of lora_cli/imports, `source` the file to convert ("" the folder).
 
     `exact`: the factors are copied bit for bit, `rank` that of the LoRA, None where it is refused with `refused`.
-    `says` is the remark in docs/exchange.md.
+    `best`: it needs --rank, and is the same update at the rank `rank`. `says` is the remark in docs/exchange.md.
     """
 
     title: str
@@ -40,6 +40,7 @@ class Sample:
     write: Callable[[Path], Updates]
     rank: int | None = None
     exact: bool = False
+    best: bool = False
     refused: str = ""
     source: str = ""
     says: str = ""
@@ -323,12 +324,46 @@ def of_peft(folder: Path, kind: str, **settings: object) -> Updates:
     return found
 
 
+def on_base(folder: Path, kind: str, **settings: object) -> Updates:
+    """An adapter of PEFT that multiplies the weights of the base beside it; the updates are PEFT's merge in float64."""
+    import peft
+
+    torch.manual_seed(1)
+    weights = {f"{module}.weight": drawn(*shape, seed=seed) for seed, (module, shape) in enumerate(SHAPES.items())}
+    place = folder.parent / "base"
+    place.mkdir()
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    (place / "config.json").write_text(json.dumps(_LLAMA | {"architectures": ["LlamaForCausalLM"]}))
+    base = _nest(SHAPES)
+    base.load_state_dict(weights)
+    made = peft.get_peft_model(base, getattr(peft, f"{kind}Config")(target_modules=[*LEAVES], **settings))
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) / 4)
+        made.save_pretrained(folder)
+        merged = made.double().merge_and_unload().state_dict()
+    (folder / "README.md").unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "acme/tiny"}))
+    return {module: merged[f"{module}.weight"] - weights[f"{module}.weight"].double() for module in SHAPES}
+
+
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "vocab_size": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def _vera(folder: Path, *, base: bool = True, **settings: object) -> Updates:
     if base:
         (folder.parent / "base").mkdir()
-        sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "vocab_size": 8}
-        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **heads}
+        config = _LLAMA | {"architectures": ["LlamaForCausalLM"]}
         (folder.parent / "base" / "config.json").write_text(json.dumps(config))
     with warnings.catch_warnings(action="ignore"):
         return of_peft(folder, "Vera", r=6, **settings)
@@ -553,15 +588,31 @@ SAMPLES: tuple[Sample, ...] = (
     Sample(
         "(IA)³ of PEFT",
         "ia3",
-        lambda folder: of_peft(folder, "IA3", feedforward_modules=[]),
-        refused="multiply the base's weights",
-        says="merge, then lora extract",
+        lambda folder: on_base(folder, "IA3", feedforward_modules=["down_proj"]),
+        rank=24,
+        best=True,
+        says="with --base and --rank",
     ),
     Sample(
         "OFT of PEFT",
         "oft",
-        lambda folder: of_peft(folder, "OFT", oft_block_size=4),
+        lambda folder: on_base(folder, "OFT", oft_block_size=4),
+        rank=24,
+        best=True,
+        says="with --base and --rank",
+    ),
+    Sample(
+        "(IA)³ of PEFT, no rank",
+        "ia3",
+        lambda folder: on_base(folder, "IA3", feedforward_modules=[]),
+        refused="multiply the base's weights",
+        says="--base and --rank take it",
+    ),
+    Sample(
+        "OFT of PEFT, no rank",
+        "oft",
+        lambda folder: on_base(folder, "OFT", oft_block_size=4),
         refused="rotates the base's weights",
-        says="merge, then lora extract",
+        says="--base and --rank take it",
     ),
 )

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ from lora_cli.errors import LoraError
 from lora_cli.imports import Asked, find
 from lora_cli.imports._written import Conversion, write
 from lora_cli.steps.bases import look_here
+from lora_cli.steps.convert.weights import weights_of_base
 from tests.cli import refused
 from tests.imports.kinds import SAMPLES, Sample, kohya
 from tests.imports.test_imports import base_of, titled, written
 
 ONE_EACH = {one.program: one for one in reversed([one for one in SAMPLES if not one.refused])}
+ON_BASE = ("IA3", "OFT")
 DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I8": 1, "I64": 8}
 VALUES = st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=3) | st.just({})
 
@@ -27,8 +30,12 @@ def attempt(place: Path, base: Path, out: Path) -> None:
     try:
         found = find(place)
         if found is not None:
-            asked = Asked("acme/tiny", base if base.is_dir() else None, skeleton=look_here(str(base)))
-            conversion = Conversion(foreign=found.open(asked))
+            weights, rank = (
+                (partial(weights_of_base, str(base)), 2) if found.place.peft_type in ON_BASE else (None, None)
+            )
+            here = base if base.is_dir() else None
+            asked = Asked("acme/tiny", here, skeleton=look_here(str(base)), weights=weights)
+            conversion = Conversion(foreign=found.open(asked), rank=rank)
             conversion.demand_low_rank()
             out.mkdir(exist_ok=True)
             write(conversion, out)

@@ -14,7 +14,7 @@ from lora_cli.files import open_regular
 from lora_cli.formats.checkpoint import BLOCK, as_tensor, blocks
 from lora_cli.formats.plain import is_plainly_named
 from lora_cli.formats.reader import natural
-from lora_cli.formats.skeleton import Stored
+from lora_cli.formats.skeleton import Skeleton, Stored
 from lora_cli.names import leaf
 from lora_cli.precision import FLOATS
 from lora_cli.steps.bake.plan import Base, Piece, pieces_of
@@ -77,7 +77,7 @@ class Pair:
         """The rows of a module's weight in both models, in blocks of the same heights."""
         height = max(1, BLOCK // self.modules[module][1])
         return [
-            _in_blocks(model, places[module], self.modules[module], height)
+            in_blocks(model, places[module], self.modules[module], height)
             for model, places in zip((self.tuned, self.base), self.places, strict=True)
         ]
 
@@ -93,27 +93,35 @@ def pair(tuned: Base, base: Base) -> Pair:
     skeleton = None if plain else base.skeleton
     found = []
     shapes: dict[str, tuple[int, int]] = {}
-    if skeleton is not None:
-        shapes = {name: shape for name, shape in skeleton.layers.items() if name not in skeleton.ties}
     for model in (base, tuned):
-        tensors = {name: model.checkpoint.entry(name).shape for name in model.checkpoint.tensors}
-        if skeleton is None:
-            places = _by_names(tensors)
-            shapes = shapes or {name: (one.rows, tensors[one.tensor][1]) for name, (one,) in places.items()}
-            shapes = {name: shape for name, shape in shapes.items() if name in places}
-        else:
-            stored: Stored = skeleton.stored(tensors)
-            places = {}
-            for name in shapes:
-                matrix = skeleton.matrices[name]
-                shares = stored.shares.get(matrix.parameter, [])
-                places[name] = tuple(pieces_of(matrix, shares, tensors))
-        _demand_whole(model, shapes, places)
+        layers, places = layers_of(model, skeleton)
+        shapes = {name: shape for name, shape in (shapes or layers).items() if skeleton is not None or name in places}
+        demand_whole(model, shapes, places)
         found.append({name: places[name] for name in shapes})
     if not shapes:
         raise Refused(f"{tuned.name} and {base.name} have no linear layers in common")
     of_base, of_tuned = found
     return Pair(tuned=tuned, base=base, modules=shapes, places=(of_tuned, {name: of_base[name] for name in shapes}))
+
+
+def layers_of(
+    model: Base, skeleton: Skeleton | None
+) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[Piece, ...]]]:
+    """The linear layers of a model, tied ones apart: their shapes (out, in), and the tensors that hold each.
+
+    By its class, or where that is None by the names of its tensors.
+    """
+    tensors = {name: model.checkpoint.entry(name).shape for name in model.checkpoint.tensors}
+    if skeleton is None:
+        places = _by_names(tensors)
+        return {name: (one.rows, tensors[one.tensor][1]) for name, (one,) in places.items()}, places
+    stored: Stored = skeleton.stored(tensors)
+    shapes = {name: shape for name, shape in skeleton.layers.items() if name not in skeleton.ties}
+    places = {}
+    for name in shapes:
+        matrix = skeleton.matrices[name]
+        places[name] = tuple(pieces_of(matrix, stored.shares.get(matrix.parameter, []), tensors))
+    return shapes, places
 
 
 def _by_names(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, ...]]:
@@ -125,7 +133,7 @@ def _by_names(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Piece, 
     }
 
 
-def _demand_whole(model: Base, shapes: Mapping[str, tuple[int, int]], places: Mapping[str, Sequence[Piece]]) -> None:
+def demand_whole(model: Base, shapes: Mapping[str, tuple[int, int]], places: Mapping[str, Sequence[Piece]]) -> None:
     """Refused if a model lacks a layer, or has it in another shape or as integers."""
     for name, shape in shapes.items():
         pieces = places.get(name, ())
@@ -135,7 +143,7 @@ def _demand_whole(model: Base, shapes: Mapping[str, tuple[int, int]], places: Ma
         if sum(piece.rows for piece in pieces) != shape[turned] or columns != {shape[not turned]}:
             raise Refused(
                 f"{model.name} has {name} in no shape of {shape[0]}×{shape[1]}",
-                hint="give the base that the model was tuned from",
+                hint="give the base that was tuned",
             )
         for entry in tensors:
             if entry.dtype not in FLOATS:
@@ -145,7 +153,7 @@ def _demand_whole(model: Base, shapes: Mapping[str, tuple[int, int]], places: Ma
                 )
 
 
-def _in_blocks(model: Base, pieces: Sequence[Piece], shape: tuple[int, int], height: int) -> Iterator[Tensor]:
+def in_blocks(model: Base, pieces: Sequence[Piece], shape: tuple[int, int], height: int) -> Iterator[Tensor]:
     """The rows (rows, in) of a module's weight, `height` at a time."""
     [first, *more] = pieces
     if not more and not first.transposed and model.checkpoint.entry(first.tensor).shape == shape:

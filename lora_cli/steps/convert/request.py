@@ -1,8 +1,9 @@
 """From the user's request for a conversion to a job that is ready to run."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
 from lora_cli.imports import Asked, Found, after, demand
 from lora_cli.imports._written import Conversion, Converted, write
-from lora_cli.outputs import whole_folder
+from lora_cli.outputs import demand_apart, whole_folder
 from lora_cli.precision import dtype_name
-from lora_cli.records import Progress, patient, silent
+from lora_cli.records import Progress, patient, silent, unheard
 from lora_cli.settings import Settings
 from lora_cli.steps.bases import config_here, look_here
+from lora_cli.steps.convert.weights import weights_of_base
 from lora_cli.steps.recorded import Finished, Job, run_once
 
 
@@ -54,6 +56,7 @@ def convert_job(
     dtype: str = "auto",
     adapter: str = "",
     out: Path | None = None,
+    announce: Callable[[str], None] = unheard,
     progress: Progress = silent,
 ) -> ConvertJob:
     """The conversion of the foreign adapter in a folder or a file.
@@ -63,10 +66,12 @@ def convert_job(
         rank: the highest rank that may come out; None for all ranks.
         dtype: the precision on disk, "auto" for that of the file.
         adapter: the name of one of several adapters in a file.
+        announce: called with a line about each download of the base, whose weights some adapters need.
 
     Raises:
-        UsageError: a rank below 1. NothingMatched: no such file or folder.
+        UsageError: a rank below 1. NothingMatched: no such file, folder or base.
         Refused: no foreign adapter, or one that PEFT cannot represent; with the remedy.
+        AccessDenied, NetworkError: the base cannot be downloaded.
     """
     if rank is not None and rank < 1:
         raise UsageError(f"--rank must be at least 1, not {rank}")
@@ -74,8 +79,10 @@ def convert_job(
     if adapter and not found.by.several:
         raise UsageError(f"--adapter cannot be used: {found.by.program} holds one adapter")
     base = settings.base or ""
+    weights = partial(weights_of_base, base, announce=announce, progress=progress) if base and rank else None
+    asked = Asked(base, config_here(base) if base else None, adapter, look_here(base), weights)
     with after(str(source)):
-        foreign = found.open(Asked(base, config_here(base) if base else None, adapter, look_here(base)))
+        foreign = found.open(asked)
         conversion = Conversion(foreign=foreign, rank=rank, dtype=dtype)
         with found.named():
             conversion.demand_low_rank()
@@ -88,8 +95,11 @@ def convert_job(
     said |= {"rank": rank} if rank is not None else {}
     said |= {"adapter": adapter} if adapter else {}
     inputs = {file.name: sha256_of(file, patient(progress)) for file in found.files}
+    inputs |= foreign.weights.inputs if foreign.weights is not None else {}
     job = Job(verb="convert", settings=said, inputs=inputs, runs=settings.runs, out=out)
     _demand_apart(found, job.folder)
+    if foreign.weights is not None:
+        demand_apart(job.folder, [("base", foreign.weights.folder)])
     return ConvertJob(found=found, conversion=conversion, job=job)
 
 
