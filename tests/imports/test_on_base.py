@@ -151,7 +151,7 @@ def test_another_base_is_refused_by_name() -> None:
     assert "v_proj does not fit a layer of" in said
     saved(Path("short"), num_hidden_layers=1)
     said = refused(5, "convert", "mine", "--base", "short", "--rank", "4", "-o", "out")
-    assert "short has no linear layer model.layers.1.self_attn.v_proj" in said
+    assert "model.layers.1.self_attn.v_proj is no linear layer of short" in said
     assert "no base model at" in refused(3, "convert", "mine", "--base", "./none", "--rank", "4", "-o", "out")
 
 

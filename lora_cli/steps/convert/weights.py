@@ -1,5 +1,6 @@
 """The weights of a base's linear layers, one at a time, for adapters that multiply them."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_cli.algebra.lowrank import squared_norm
 from lora_cli.errors import Refused
 from lora_cli.formats.checkpoint import BLOCK
 from lora_cli.formats.plain import is_plainly_named
@@ -49,7 +51,7 @@ class BaseWeights(Weights):
         for block in in_blocks(self.base, self.places[module], shape, max(1, BLOCK // shape[1])):
             weight[row : row + len(block)] = block
             row += len(block)
-        if not torch.isfinite(weight).all():
+        if not math.isfinite(squared_norm(weight)):
             raise Refused(f"NaN or Inf in {shortened(module)} of {self.base.name}", hint="download the model again")
         return weight
 
@@ -68,7 +70,7 @@ def weights_of_base(
     shapes, places = layers_of(base, None if plain else base.skeleton)
     if missing := [module for module in modules if module not in places]:
         raise Refused(
-            f"{base.name} has no linear layer {shortened(missing[0])}",
+            f"{shortened(missing[0])} is no linear layer of {base.name}, which is all that is taken",
             hint="use the adapter with the base model it was trained on",
         )
     shapes = {module: shapes[module] for module in modules}
