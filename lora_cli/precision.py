@@ -27,6 +27,8 @@ BITS: Final = {
 """Bits per number of every type that the safetensors library reads."""
 FLOATS: Final = ("BF16", "F16", "F32", "F64")
 """The types of a weight to which an update can be added."""
+EPSILON: Final = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
+"""The distance from 1 to the next number of each of `FLOATS`."""
 FLOATS8: Final = ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 FACTORS: Final = (*FLOATS, *FLOATS8)
 """The types that PEFT turns into fp32 factors: all that this tool computes with."""

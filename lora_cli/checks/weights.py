@@ -1,9 +1,8 @@
 """The facts that need an adapter's weights: finite or not, zero or not, the norm of its update. numpy, not torch."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from io import BufferedReader
 from pathlib import Path
 from typing import Final
@@ -18,9 +17,10 @@ from lora_cli.formats.factors import AnyFactors, ModuleFactors, parts_of
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
+from lora_cli.formats.numbers import bits_of, widened
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.hashes import sha256_of
-from lora_cli.precision import BITS, FACTORS, FLOATS8
+from lora_cli.precision import FACTORS
 from lora_cli.records import Adapter, Status
 from lora_cli.text import shortened
 
@@ -28,13 +28,6 @@ MAX_NORM: Final = 1000.0
 
 _CHUNK_BYTES = 1 << 22
 _MAX_FACTOR_ELEMENTS = 1 << 26
-# Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
-_FLOAT8: Mapping[str, tuple[int, int, Sequence[int]]] = {
-    "F8_E4M3": (3, 7, (127, 255)),
-    "F8_E5M2": (2, 15, (124, 125, 126, 127, 252, 253, 254, 255)),
-    "F8_E4M3FNUZ": (3, 8, (128,)),
-    "F8_E5M2FNUZ": (2, 16, (128,)),
-}
 
 
 @dataclass(frozen=True)
@@ -180,9 +173,7 @@ def rows_of(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.flo
     if entry.dtype not in FACTORS:
         raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
-    # numpy has neither bf16 nor 8-bit floats: they are read as unsigned integers.
-    kind = "u" if entry.dtype in ("BF16", *FLOATS8) else "f"
-    stored = np.dtype(f"<{kind}{BITS[entry.dtype] // 8}")
+    stored = bits_of(entry.dtype)
     step = max(1, _CHUNK_BYTES // (columns * 8))
     file.seek(entry.begin)
     for first in range(0, rows, step):
@@ -190,27 +181,5 @@ def rows_of(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.flo
         data = file.read(count * columns * stored.itemsize)
         if len(data) != count * columns * stored.itemsize:
             raise Refused(f"the file ends inside {entry.name}")
-        numbers = np.frombuffer(data, stored)
-        if entry.dtype == "BF16":
-            numbers = (numbers.astype("<u4") << 16).view("<f4")
-        elif entry.dtype in FLOATS8:
-            numbers = _float8_values(entry.dtype)[numbers]
+        numbers = widened(np.frombuffer(data, stored), entry.dtype)
         yield numbers.astype(np.float64).reshape(count, columns)
-
-
-@cache
-def _float8_values(dtype: str) -> NDArray[np.float64]:
-    """The number that each byte stands for, (256,), NaN for what is not finite.
-
-    Source: OCP 8-bit Floating Point Specification 1.0; FNUZ: arXiv 2206.02915; E8M0: OCP Microscaling Formats 1.0.
-    """
-    byte = np.arange(256)
-    values: NDArray[np.float64] = np.exp2(byte - 127.0)
-    not_finite: Sequence[int] = (255,)
-    if dtype in _FLOAT8:
-        width, bias, not_finite = _FLOAT8[dtype]
-        exponent = (byte & 127) >> width
-        mantissa = (byte & ((1 << width) - 1)) / (1 << width) + (exponent > 0)
-        values = np.where(byte < 128, 1.0, -1.0) * np.ldexp(mantissa, np.maximum(exponent, 1) - bias)
-    values[list(not_finite)] = np.nan
-    return values

@@ -18,14 +18,12 @@ from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.methods import file_names, member
 from lora_cli.names import leaves
-from lora_cli.precision import FLOATS, torch_dtype
+from lora_cli.precision import BITS, FLOATS, STORED
 from lora_cli.records import Progress
 
 if TYPE_CHECKING:
-    import torch
-
-    from lora_cli.algebra.lowrank import LowRank
-    from lora_cli.formats.reader import OpenAdapter
+    from lora_cli.formats.numbers import Stored
+    from lora_cli.formats.reader import Factors, OpenAdapter
     from lora_cli.formats.skeleton import Skeleton
 
 Shape = tuple[int, int]
@@ -81,16 +79,12 @@ class Source:
         return (scales.pop() or None) if len(scales) == 1 else None
 
     @cached_property
-    def precision(self) -> "torch.dtype":
-        """The narrowest precision that holds every factor; fp32 for factors in fp8."""
-        import torch
-
-        wide = torch_dtype("F32")
-        found = [one if one in map(torch_dtype, FLOATS) else wide for one in self.adapter.dtypes]
-        precision = found[0]
-        for one in found[1:]:
-            precision = torch.promote_types(precision, one)
-        return precision
+    def precision(self) -> str:
+        """The narrowest precision that holds every factor, as safetensors names it; fp32 for factors in fp8."""
+        found = {one if one in FLOATS else "F32" for one in self.adapter.dtypes}
+        if len(found) == 1:
+            return found.pop()
+        return "F64" if "F64" in found else "F32"
 
     def demand_linear(self, program: str) -> None:
         """Refused for an embedding, a convolution or a matrix of an expert: `program` holds linear layers only."""
@@ -113,9 +107,9 @@ class Source:
 
 
 class Written(NamedTuple):
-    """A module as a program reads it from the written files: factors in their precision on disk, and its scale."""
+    """A module as a program reads it from the written files: the numbers of its factors, and its scale."""
 
-    factors: "LowRank"
+    factors: "Factors"
     scale: float
 
 
@@ -127,12 +121,12 @@ class Plan(ABC):
     """The files of an export, decided before a weight is read.
 
     `folds` is the factor on B of each module; a module whose factor is 1 keeps its numbers. `dtype` is the precision
-    on disk.
+    on disk, as safetensors names it.
     """
 
     source: Source
     folds: Mapping[str, float]
-    dtype: "torch.dtype"
+    dtype: str
     notes: tuple[str, ...] = ()
 
     @property
@@ -148,27 +142,28 @@ class Plan(ABC):
     def opened(self, folder: Path) -> AbstractContextManager[Reader]:
         """A reader of the written files, by the program's own rule."""
 
-    def factors(self, module: str) -> "LowRank":
-        """The factors of a module as they are written. Refused where they do not fit the precision."""
-        import torch
-
-        from lora_cli.algebra.lowrank import LowRank
+    def stored(self, module: str) -> "tuple[Stored, Stored]":
+        """B and A of a module as they are written. Refused where they do not fit the precision."""
+        from lora_cli.formats.numbers import rounded
 
         fold = self.folds[module]
-        read = self.source.adapter.unscaled(module, torch.float64 if fold != 1 else self.source.precision)
-        found = LowRank((read.B * fold if fold != 1 else read.B).to(self.dtype), read.A.to(self.dtype))
-        narrower = torch.finfo(self.dtype).max < torch.finfo(read.B.dtype).max
-        if narrower and not (found.B.isfinite().all() and found.A.isfinite().all()):
+        b, a = self.source.adapter.numbers(module)
+        found = rounded(b.astype("f8") * fold if fold != 1 else b, self.dtype), rounded(a, self.dtype)
+        if not all(one.finite for one in found):
             raise Refused(f"{module}: values overflow the precision on disk", hint="choose a wider --dtype")
         return found
 
-    def each(self, progress: Progress) -> "Iterator[tuple[str, LowRank]]":
-        """`factors` of every module, with progress."""
+    def each(self, progress: Progress) -> "Iterator[tuple[str, Stored, Stored]]":
+        """Every module with its `stored` B and A, with progress."""
         total = len(self.source.modules)
         for done, module in enumerate(self.source.modules):
             progress("export", done, total)
-            yield module, self.factors(module)
+            yield module, *self.stored(module)
         progress("export", total, total)
+
+    def bytes_of(self, numbers: int) -> int:
+        """The bytes of some numbers on disk."""
+        return numbers * BITS[self.dtype] // 8
 
     @property
     def numbers(self) -> int:
@@ -179,11 +174,11 @@ class Plan(ABC):
         )
 
 
-def precision_of(source: Source, folds: Mapping[str, float], dtype: str) -> "torch.dtype":
+def precision_of(source: Source, folds: Mapping[str, float], dtype: str) -> str:
     """The precision on disk: the user's choice; else the adapter's where no number changes, else fp32."""
     if dtype != "auto":
-        return torch_dtype(dtype)
-    return source.precision if all(fold == 1 for fold in folds.values()) else torch_dtype("fp32")
+        return STORED[dtype]
+    return source.precision if all(fold == 1 for fold in folds.values()) else "F32"
 
 
 def folds_of(source: Source, outside: float) -> dict[str, float]:

@@ -7,18 +7,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lora_cli.algebra.lowrank import LowRank
+from lora_cli.algebra.threads import one_thread_each
 from lora_cli.exports import Plan, Reader, Shape, Source, Written, folds_of, precision_of
 from lora_cli.files import read_regular
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, layout
+from lora_cli.formats.reader import Factors, tensor_of
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.writer import AdapterWriter, base_entries
 from lora_cli.imports import Tensors
+from lora_cli.precision import torch_dtype
 from lora_cli.records import Progress
 
 _TEXT_BYTES = 4096
@@ -33,7 +34,7 @@ class FolderPlan(Plan):
 
     source: Source
     outside: float
-    dtype: torch.dtype
+    dtype: str
     zeros: Mapping[str, Shape] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     scaled: bool = True
@@ -70,12 +71,13 @@ class FolderPlan(Plan):
     @property
     def files(self) -> Mapping[str, int]:
         rows = sum(sum(place.shape) * len(place.modules) for place in self.layout.places)
-        return {WEIGHTS_NAME: rows * self.source.rank * self.dtype.itemsize, CONFIG_NAME: _TEXT_BYTES}
+        return {WEIGHTS_NAME: self.bytes_of(rows * self.source.rank), CONFIG_NAME: _TEXT_BYTES}
 
     def write(self, folder: Path, progress: Progress) -> None:
-        with AdapterWriter(folder, self.layout, self.dtype) as writer:
-            for module, factors in self.each(progress):
-                writer.add(module, factors)
+        dtype = torch_dtype(self.dtype)
+        with one_thread_each(), AdapterWriter(folder, self.layout, dtype) as writer:
+            for module, b, a in self.each(progress):
+                writer.add(module, LowRank(tensor_of(b, dtype), tensor_of(a, dtype)))
             writer.finish(self._config())
 
     def _config(self) -> dict[str, Any]:
@@ -101,10 +103,10 @@ class FolderPlan(Plan):
 
         def read(module: str) -> Written:
             place = self.layout.of[module]
-            a, b = (file.read(name).flatten(1) for name in place.names)
+            a, b = (file.stored(name).matrix.numbers for name in place.names)
             if len(place.modules) > 1:
                 at, rank = place.modules.index(module), a.shape[0] // len(place.modules)
-                a, b = a[at * rank : (at + 1) * rank], b.view(b.shape[0], rank, -1)[:, :, at]
-            return Written(LowRank(b, a), config.scale(place.target, a.shape[0]) if self.scaled else 1.0)
+                a, b = a[at * rank : (at + 1) * rank], b.reshape(b.shape[0], rank, -1)[:, :, at]
+            return Written(Factors(b, a), config.scale(place.target, a.shape[0]) if self.scaled else 1.0)
 
         yield read

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lora_cli.algebra.lowrank import LowRank
 from lora_cli.exports import Plan, Reader, Source, Written, folds_of, precision_of
-from lora_cli.formats.writer import TensorStream
+from lora_cli.formats.numbers import Stored
+from lora_cli.formats.reader import Factors
+from lora_cli.formats.stream import FileStream
 from lora_cli.imports import Tensors
 from lora_cli.records import Progress
 
@@ -28,7 +28,7 @@ class TurnedPlan(Plan):
 
     source: Source
     outside: float
-    dtype: torch.dtype
+    dtype: str
     name: str
     names: Names
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -57,15 +57,15 @@ class TurnedPlan(Plan):
     def files(self) -> Mapping[str, int]:
         rows = sum(sum(self.source.adapter.shape(module)) for module in self.source.modules)
         texts = {name: len(text.encode()) for name, text in self.texts.items()}
-        return {self.name: rows * self.source.rank * self.dtype.itemsize, **texts}
+        return {self.name: self.bytes_of(rows * self.source.rank), **texts}
 
     def write(self, folder: Path, progress: Progress) -> None:
         names = [name for module in self.source.modules for name in self.names(module)]
-        with TensorStream(folder / self.name, names, self.dtype) as stream:
-            for module, factors in self.each(progress):
-                a, b = self.names(module)
-                stream.add(a, _filled(factors.A.T, 1, self.source.rank))
-                stream.add(b, _filled(factors.B.T, 0, self.source.rank))
+        with FileStream(folder / self.name, names) as stream:
+            for module, b, a in self.each(progress):
+                name_a, name_b = self.names(module)
+                stream.put(name_a, _turned(a, 1, self.source.rank))
+                stream.put(name_b, _turned(b, 0, self.source.rank))
             stream.finish()
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -75,16 +75,15 @@ class TurnedPlan(Plan):
         file = Tensors.of(folder / self.name)
 
         def read(module: str) -> Written:
-            a, b = map(file.read, self.names(module))
-            return Written(LowRank(b.T, a.T), self.outside)
+            a, b = (file.stored(name).numbers.T for name in self.names(module))
+            return Written(Factors(b, a), self.outside)
 
         yield read
 
 
-def _filled(factor: Tensor, dim: int, rank: int) -> Tensor:
-    """A factor with zeros behind its ranks (dimension `dim`) up to `rank`."""
-    if factor.shape[dim] == rank:
-        return factor
-    more = list(factor.shape)
-    more[dim] = rank - more[dim]
-    return torch.cat([factor, factor.new_zeros(more)], dim)
+def _turned(factor: Stored, axis: int, rank: int) -> Stored:
+    """A factor transposed, with zeros behind its ranks (dimension `axis` then) up to `rank`."""
+    bits = factor.bits.T
+    more = [(0, 0), (0, 0)]
+    more[axis] = 0, rank - bits.shape[axis]
+    return Stored(np.pad(bits, more) if bits.shape[axis] < rank else bits, factor.dtype)

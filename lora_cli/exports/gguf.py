@@ -21,13 +21,12 @@ from lora_cli.formats.gguf import Base, base_of, is_plain, package
 from lora_cli.hashes import opened_as
 from lora_cli.imports._gguf_file import read_gguf
 from lora_cli.imports.gguf import arranged_back
-from lora_cli.precision import stored_as, torch_dtype
+from lora_cli.precision import STORED
 from lora_cli.records import Progress
 from lora_cli.text import shortened
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
+    from numpy.typing import NDArray
 
     from lora_cli.formats.reader import OpenAdapter
 
@@ -43,7 +42,7 @@ class GgufPlan(Plan):
     base: Base
     alpha: float
     tensors: Mapping[str, str]
-    dtype: "torch.dtype"
+    dtype: str
     notes: tuple[str, ...] = ()
 
     @cached_property
@@ -53,7 +52,7 @@ class GgufPlan(Plan):
 
     @property
     def files(self) -> Mapping[str, int]:
-        return {FILE: self.numbers * self.dtype.itemsize + _HEADER_BYTES * len(self.tensors)}
+        return {FILE: self.bytes_of(self.numbers) + _HEADER_BYTES * len(self.tensors)}
 
     def write(self, folder: Path, progress: Progress) -> None:
         gguf = package()
@@ -65,26 +64,26 @@ class GgufPlan(Plan):
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, self.alpha)
             writer.add_base_model_count(1)
             writer.add_base_model_name(0, safe(split_revision(self.source.base)[0]))
-            raw = gguf.GGMLQuantizationType[stored_as(self.dtype)]
+            raw = gguf.GGMLQuantizationType[self.dtype]
             for module, name in self.tensors.items():
                 (rows, columns), rank = self.source.adapter.shape(module), self.source.ranks[module]
                 for side, shape in (("a", (rank, columns)), ("b", (rows, rank))):
-                    size = shape[0] * shape[1] * self.dtype.itemsize
+                    size = self.bytes_of(shape[0] * shape[1])
                     writer.add_tensor_info(f"{name}.lora_{side}", shape, None, size, raw)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for module, factors in self.each(progress):
+            for module, b, a in self.each(progress):
                 heads = self.base.parts(module)
-                for factor in (factors.A, rearranged(factors.B, heads) if heads else factors.B):
-                    writer.write_tensor_data(_bytes(factor))
+                for bits in (a.bits, rearranged(b.bits, heads) if heads else b.bits):
+                    writer.write_tensor_data(bits)
         finally:
             writer.close()
 
     @contextmanager
     def opened(self, folder: Path) -> Iterator[Reader]:
-        from lora_cli.algebra.lowrank import LowRank
-        from lora_cli.formats.reader import read_tensor
+        from lora_cli.formats.numbers import read_stored
+        from lora_cli.formats.reader import Factors
 
         values, held = read_gguf(folder / FILE)
         alpha = float(values[package().Keys.Adapter.LORA_ALPHA])
@@ -92,9 +91,9 @@ class GgufPlan(Plan):
 
             def read(module: str) -> Written:
                 names = (f"{self.tensors[module]}.lora_{side}" for side in "ab")
-                a, b = (read_tensor(file.fileno(), held.header.tensors[name], self.dtype) for name in names)
+                a, b = (read_stored(file.fileno(), held.header.tensors[name]).numbers for name in names)
                 heads = self.base.parts(module)
-                return Written(LowRank(arranged_back(b, heads) if heads else b, a), alpha / b.shape[1])
+                return Written(Factors(arranged_back(b, heads) if heads else b, a), alpha / b.shape[1])
 
             yield read
 
@@ -128,7 +127,7 @@ def plan(source: Source, dtype: str, program: str) -> GgufPlan:
         rows = source.adapter.shape(module)[0]
         if (heads := base.parts(module)) and rows % (2 * heads):
             raise Refused(f"{source.id}: the {rows} rows of {module} are not those of {heads} heads")
-    precision = torch_dtype("fp32" if dtype == "auto" else dtype)
+    precision = STORED["fp32" if dtype == "auto" else dtype]
     return GgufPlan(source=source, base=base, alpha=alpha, tensors=tensors, dtype=precision)
 
 
@@ -157,22 +156,16 @@ def alphas_of(source: Source) -> dict[str, float]:
     return {module: source.adapter.scales[module] * rank for module, rank in source.ranks.items()}
 
 
-def rearranged(b: "torch.Tensor", heads: int) -> "torch.Tensor":
+def rearranged(b: "NDArray[Any]", heads: int) -> "NDArray[Any]":
     """The rows of B (out, r) in llama.cpp's order, for a module whose rows are those of `heads` heads.
 
     The inverse of `arranged_back`.
     """
-    return b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.reshape(heads, 2, b.shape[0] // heads // 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
 
 
 def _is_fp32(value: float) -> bool:
     return bool(unpack("<f", pack("<f", value))[0] == value)
-
-
-def _bytes(factor: "torch.Tensor") -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
-    import torch
-
-    return factor.contiguous().view(torch.uint8).numpy()
 
 
 gguf = Gguf()

@@ -1,16 +1,17 @@
-"""From an adapter's files to one LowRank per matrix, scale folded in; adapters of another form are refused here."""
+"""From an adapter's files to one LowRank per matrix, scale folded in; adapters of another form are refused here.
+
+torch is imported when a LowRank or a tensor is asked for: an adapter is opened, and its numbers are read, without it.
+"""
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lora_cli.algebra.lowrank import LowRank, bound
 from lora_cli.errors import Refused
 from lora_cli.files import read_regular
 from lora_cli.formats.config import parse_config
@@ -18,15 +19,30 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, FusedFactors, 
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.modules import fused, locate_modules
+from lora_cli.formats.numbers import Stored, read_stored
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, opened_as, stamp_of
 from lora_cli.precision import torch_dtype
 from lora_cli.records import AdapterRef
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lora_cli.algebra.lowrank import LowRank
+    from lora_cli.formats.numbers import Numbers
+
 _HELD_STACKS = 4
 HEADROOM = 1e6
 """The margin between an update's entries and the limit of the precision, so that sums and norms fit too."""
+
+
+class Factors(NamedTuple):
+    """A module's update B @ A in numbers: `B` (out, r), `A` (r, in), each fp32, or fp64 where the file has fp64."""
+
+    B: "Numbers"
+    A: "Numbers"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,12 +93,15 @@ class OpenAdapter:
         return self.modules[module].out_features, self.modules[module].in_features
 
     @property
-    def dtypes(self) -> set[torch.dtype]:
-        """The precisions its factors are stored in."""
-        return {torch_dtype(entry.dtype) for part in parts_of(self.modules.values()) for entry in (part.a, part.b)}
+    def dtypes(self) -> set[str]:
+        """The precisions its factors are stored in, as safetensors names them."""
+        return {entry.dtype for part in parts_of(self.modules.values()) for entry in (part.a, part.b)}
 
-    def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+    def read(self, module: str, dtype: "torch.dtype | None" = None) -> "LowRank":
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
+
+        Args:
+            dtype: of the factors, None for fp32.
 
         Raises:
             Refused: a factor holds NaN, Inf, or values so large that their product overflows; another file than was
@@ -90,32 +109,51 @@ class OpenAdapter:
             DataError: the file is gone.
             KeyError: the adapter does not touch `module`.
         """
-        update = self.unscaled(module, dtype)
+        import torch
+
+        from lora_cli.algebra.lowrank import LowRank, bound
+
+        dtype = dtype or torch.float32
+        parts = self._parts(module)
+        if len(parts) == 1:
+            update = LowRank(*(tensor_of(one, dtype) for one in parts[0]))
+        else:
+            update = LowRank(*(torch.from_numpy(one).to(dtype) for one in self._joined(module, parts)))
+        self._demand_sound(module, bound(update), torch.finfo(torch.promote_types(dtype, torch.float32)).max)
         update.B.mul_(self.scales[module])
         return update
 
-    def read_unchecked(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
-        """As `read`, with whatever numbers the file holds: NaN, Inf and those that overflow too."""
-        update = self._stored(module, dtype)
-        update.B.mul_(self.scales[module])
-        return update
+    def numbers(self, module: str) -> Factors:
+        """B and A of one module as they are stored, without the scale. Raises as `read` does."""
+        found = self._joined(module, self._parts(module))
+        largest = found.A.shape[0] * _largest(found.A) * _largest(found.B)
+        self._demand_sound(module, largest, float(np.finfo(np.result_type(found.A, found.B)).max))
+        return found
 
-    def unscaled(self, module: str, dtype: torch.dtype) -> LowRank:
-        """As `read`, but B and A as they are stored, without the scale."""
-        update = self._stored(module, dtype)
-        largest = bound(update)
+    def _parts(self, module: str) -> "list[tuple[Stored, Stored]]":
+        """B and A of each part of a module as they act: matrices, of fused experts those of one expert."""
+        with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
+            return [_read_part(file.fileno(), part, self._stacks) for part in self.modules[module].parts]
+
+    def _joined(self, module: str, parts: "Sequence[tuple[Stored, Stored]]") -> Factors:
+        """The numbers of the parts, each some of the rows of B, as those of one update of all rows."""
+        each = [Factors(b.numbers, a.numbers) for b, a in parts]
+        if len(each) == 1:
+            return each[0]
+        factors, at = self.modules[module], 0
+        kind = np.result_type(*(one.B for one in each))
+        b = np.zeros((factors.out_features, sum(one.B.shape[1] for one in each)), kind)
+        for part, row in zip(each, factors.rows, strict=True):
+            b[row : row + part.B.shape[0], at : at + part.B.shape[1]] = part.B
+            at += part.B.shape[1]
+        return Factors(b, np.concatenate([one.A for one in each]))
+
+    def _demand_sound(self, module: str, largest: float, most: float) -> None:
+        """Refused for a bound on an update's entries that is not finite, or too near to the `most` of a precision."""
         if not math.isfinite(largest):
             raise Refused(f"{self.ref.id}: NaN or Inf in {module}", hint="leave this adapter out")
-        limit = torch.finfo(torch.promote_types(dtype, torch.float32)).max / HEADROOM
-        if not largest * abs(self.scales[module]) <= limit:
+        if not largest * abs(self.scales[module]) <= most / HEADROOM:
             raise Refused(f"{self.ref.id}: values of {module} are too large to compute with", hint="leave it out")
-        return update
-
-    def _stored(self, module: str, dtype: torch.dtype) -> LowRank:
-        factors = self.modules[module]
-        with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
-            parts = [_read_part(file.fileno(), part, dtype, self._stacks) for part in factors.parts]
-        return parts[0] if len(parts) == 1 else _stacked(parts, factors.rows, factors.out_features)
 
 
 class _Stacks:
@@ -123,39 +161,35 @@ class _Stacks:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._held: dict[str, Stored] = {}
 
-    def read(self, descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    def read(self, descriptor: int, entry: TensorEntry) -> Stored:
         """A tensor, from the file unless it is one of the last few. The caller may not write to it."""
-        key = entry.name, dtype
         with self._lock:
-            if key not in self._held:
+            if entry.name not in self._held:
                 while len(self._held) >= _HELD_STACKS:
                     self._held.pop(next(iter(self._held)))
-                self._held[key] = read_tensor(descriptor, entry, dtype)
-            return self._held[key]
+                self._held[entry.name] = read_stored(descriptor, entry)
+            return self._held[entry.name]
 
 
-def _read_part(descriptor: int, part: ModuleFactors, dtype: torch.dtype, stacks: _Stacks) -> LowRank:
+def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[Stored, Stored]:
     """One pair of factors as they act, B (out, r) and A (r, in); of fused experts those of one expert."""
     if part.experts == 1:
-        return LowRank(*(read_tensor(descriptor, entry, dtype).flatten(1) for entry in (part.b, part.a)))
+        b, a = (read_stored(descriptor, entry) for entry in (part.b, part.a))
+        return b.matrix, a.matrix
     # A is grouped by expert, B by rank.
     size = (part.a.end - part.a.begin) // part.experts
     begin = part.a.begin + part.expert * size
     rows = replace(part.a, shape=(part.rank, part.in_features), begin=begin, end=begin + size)
-    b = stacks.read(descriptor, part.b, dtype).view(part.out_features, part.rank, part.experts)
-    return LowRank(b[:, :, part.expert].clone(), read_tensor(descriptor, rows, dtype))
+    bits, dtype = stacks.read(descriptor, part.b)
+    own = bits.reshape(part.out_features, part.rank, part.experts)[:, :, part.expert]
+    return Stored(own.copy(), dtype), read_stored(descriptor, rows)
 
 
-def _stacked(parts: Sequence[LowRank], rows: Sequence[int], out_features: int) -> LowRank:
-    """Updates of some of the rows each, as one of all `out_features` rows."""
-    b = parts[0].B.new_zeros(out_features, sum(part.rank for part in parts))
-    at = 0
-    for part, row in zip(parts, rows, strict=True):
-        b[row : row + part.shape[0], at : at + part.rank] = part.B
-        at += part.rank
-    return LowRank(b, torch.cat([part.A for part in parts]))
+def _largest(numbers: "Numbers") -> float:
+    """The largest magnitude, NaN if a number is NaN; 0 of none."""
+    return max(-float(numbers.min()), float(numbers.max())) if numbers.size else 0.0
 
 
 def open_adapter(
@@ -223,16 +257,18 @@ def _parts(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
-def read_tensor(descriptor: int, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+def read_tensor(descriptor: int, entry: TensorEntry, dtype: "torch.dtype") -> "Tensor":
     """One tensor of an open file, in `dtype`. Refused where the file ends inside it."""
-    data = bytearray(entry.end - entry.begin)
-    view, done = memoryview(data), 0
-    while done < len(data):
-        count = os.preadv(descriptor, [view[done:]], entry.begin + done)
-        if count == 0:
-            raise Refused(f"{entry.name}: the file ends inside this tensor")
-        done += count
-    return torch.frombuffer(data, dtype=torch_dtype(entry.dtype)).reshape(entry.shape).to(dtype)
+    return tensor_of(read_stored(descriptor, entry), dtype)
+
+
+def tensor_of(stored: Stored, dtype: "torch.dtype") -> "Tensor":
+    """What a file holds as a tensor in `dtype`."""
+    import torch
+
+    # Shaped last: a matrix of one row or column may have any strides, and a view in another type minds them.
+    flat = torch.from_numpy(stored.bits.reshape(-1)).view(torch_dtype(stored.dtype))
+    return flat.reshape(stored.bits.shape).to(dtype)
 
 
 def _bytes(path: Path, name: str) -> bytes:

@@ -3,55 +3,42 @@
 import json
 import math
 import re
-import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import DataError, Refused
+from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
 from lora_cli.formats.reader import read_tensor
+from lora_cli.formats.stream import FileStream
 from lora_cli.hashes import Stamp, opened_as
 from lora_cli.precision import dtype_name, stored_as
 
-_CHUNK_BYTES = 1 << 22
 
-
-class TensorStream:
-    """Writes one safetensors file tensor by tensor; a context manager.
-
-    The header comes first in the file, but needs every shape, which is known only at the end. Room for the largest
-    possible header is therefore left at the front and padded with spaces, as the format allows.
+class TensorStream(FileStream):
+    """Writes one safetensors file of tensors in one precision; a context manager.
 
     Args:
-        path: the file to write.
-        names: of every tensor that will be added, in any order.
+        path, names, says: as of `FileStream`.
         dtype: precision on disk.
-        says: the metadata in the header.
     """
 
     def __init__(
         self, path: Path, names: Sequence[str], dtype: torch.dtype, says: Mapping[str, str] | None = None
     ) -> None:
+        super().__init__(path, names, says)
         self.dtype, self._stored = dtype, stored_as(dtype)
         self.empty = True
         """Whether only zeros were written."""
-        metadata = {"format": "pt", **(says or {})}
-        longest = sum(len(json.dumps(name)) + 120 for name in names) + len(json.dumps(metadata)) + 64
-        self._room = -(-longest // 8) * 8
-        self._entries: dict[str, Any] = {"__metadata__": metadata}
-        self._position = 0
-        self._file: BinaryIO = path.open("wb")
-        self._file.seek(8 + self._room)
 
     def add(self, name: str, tensor: Tensor) -> bool:
         """Write one tensor, rounded to the precision on disk; False where that leaves nothing but zeros.
@@ -63,45 +50,11 @@ class TensorStream:
             raise Refused(f"{name}: values overflow {dtype_name(self.dtype)}", hint="choose a wider --dtype")
         # Of a factor with one row or column the strides may be anything, and a view as bytes minds them.
         data = cast.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
-        self._entries[name] = {
-            "dtype": self._stored,
-            "shape": list(tensor.shape),
-            "data_offsets": [self._position, self._position + data.nbytes],
-        }
+        self._enter(name, self._stored, tensor.shape, data.nbytes)
         self._file.write(data)
-        self._position += data.nbytes
         anything = bool(cast.any())
         self.empty &= not anything
         return anything
-
-    def copy(self, name: str, entry: TensorEntry, file: BinaryIO) -> None:
-        """Write one tensor of another file unchanged. DataError where that file ends inside it."""
-        size = entry.end - entry.begin
-        self._entries[name] = {
-            "dtype": entry.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [self._position, self._position + size],
-        }
-        file.seek(entry.begin)
-        for at in range(0, size, _CHUNK_BYTES):
-            data = file.read(min(_CHUNK_BYTES, size - at))
-            if len(data) < min(_CHUNK_BYTES, size - at):
-                raise DataError(f"{name}: the file ends inside this tensor")
-            self._file.write(data)
-        self._position += size
-
-    def finish(self) -> None:
-        """Write the header, which makes the file valid."""
-        header = json.dumps(self._entries, separators=(",", ":")).encode()
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", self._room) + header.ljust(self._room))
-        self._file.flush()
-
-    def __enter__(self) -> "TensorStream":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
 
 
 class Saved(NamedTuple):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_cli.algebra.lowrank import LowRank
+    from lora_cli.formats.numbers import Stored
     from lora_cli.imports._on_base import Weights
 
 SAFETENSORS = ".safetensors"
@@ -317,16 +318,22 @@ class Tensors:
         stamp = stamp_of(path)
         return cls(path, read_header(path), stamp)
 
+    def stored(self, name: str) -> "Stored":
+        """One tensor as the file holds it. Refused for a file that changed."""
+        from lora_cli.formats.numbers import read_stored
+
+        with opened_as(self.path, self.stamp, f"{self.path}: its weights") as file:
+            return read_stored(file.fileno(), self.header.tensors[name])
+
     def read(self, name: str, dtype: "torch.dtype | None" = None) -> "Tensor":
         """One tensor in its own precision, or in `dtype`. Refused for NaN or Inf, or a file that changed."""
         import torch
 
-        from lora_cli.formats.reader import read_tensor
+        from lora_cli.formats.reader import tensor_of
         from lora_cli.precision import torch_dtype
 
-        entry = self.header.tensors[name]
-        with opened_as(self.path, self.stamp, f"{self.path}: its weights") as file:
-            found = read_tensor(file.fileno(), entry, dtype or torch_dtype(entry.dtype))
+        stored = self.stored(name)
+        found = tensor_of(stored, dtype or torch_dtype(stored.dtype))
         if not torch.isfinite(found).all():
             raise Refused(f"NaN or Inf in {shortened(name)}", hint="leave this adapter out")
         return found

@@ -8,7 +8,7 @@ orders the rows of q_proj and k_proj so that the two halves of each head alterna
 import re
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from lora_cli.errors import DataError, HeaderError, Refused
 from lora_cli.files import read_regular
@@ -31,9 +31,12 @@ from lora_cli.imports._pairs import demand_matrices, dtypes_of, paired
 from lora_cli.text import shortened
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from lora_cli.algebra.lowrank import LowRank
+
+Rows = TypeVar("Rows", "Tensor", "NDArray[Any]")
 
 ARCHITECTURES: Final = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 """The architectures of llama.cpp whose modules have the names of Llama's in transformers, one tensor each."""
@@ -101,9 +104,9 @@ def _reader(file: Tensors, a: str, b: str, order: "Callable[[Tensor], Tensor] | 
     return read
 
 
-def arranged_back(b: "Tensor", heads: int) -> "Tensor":
+def arranged_back(b: Rows, heads: int) -> Rows:
     """The rows of B (out, r) in transformers' order, for a module whose rows are those of `heads` heads."""
-    return b.reshape(heads, b.shape[0] // heads // 2, 2, b.shape[1]).transpose(1, 2).reshape(b.shape)
+    return b.reshape(heads, b.shape[0] // heads // 2, 2, b.shape[1]).swapaxes(1, 2).reshape(b.shape)
 
 
 class _Heads:

@@ -25,7 +25,7 @@ from lora_cli.models.four_bit import packed, quantised
 from lora_cli.models.heap import keeps_freed_memory
 from lora_cli.models.ref import BaseRef, load_encoder
 from lora_cli.names import leaf
-from lora_cli.precision import torch_dtype
+from lora_cli.precision import BITS, torch_dtype
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import ALL_LINEAR, Adapter, Example
 from lora_cli.settings import folder_of
@@ -109,7 +109,7 @@ class Outline:
             return cls(bytes=size, width=FP32, modules={name: (*shapes[name], rank) for name, rank in ranks.items()})
         return cls(
             bytes=adapter.files.weights.stat().st_size,
-            width=max(dtype.itemsize for dtype in adapter.dtypes),
+            width=max(BITS[dtype] // 8 for dtype in adapter.dtypes),
             modules={name: (*shape, adapter.modules[name].rank) for name, shape in shapes.items()},
         )
 

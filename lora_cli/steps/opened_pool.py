@@ -253,14 +253,10 @@ class Pool:
         self, adapters: "Sequence[OpenAdapter]", judged: Sequence[Declared], base: str | None, skeleton: Skeleton | None
     ) -> None:
         """A line for each note on an adapter. Refused where a copy of a weight of the base is another one."""
-        from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
-
         for adapter, one in zip(adapters, judged, strict=True):
             taken = "" if adapter.base or skeleton is not None else f"{UNDECLARED}: taken to be for {one.base}"
             converted = f"{adapter.files.kind}, converted" if adapter.files.kind else ""
-            wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base or one.base, skeleton)
-            if wrong:
-                raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
+            unknown = _demand_same_copies(adapter, base or one.base, skeleton) if adapter.copies else ""
             for note in filter(None, [converted, taken, *adapter.notes, unknown]):
                 self.announce(f"{adapter.ref.id}: {note}")
 
@@ -350,6 +346,16 @@ def open_pool(settings: Settings, announce: Callable[[str], None], progress: Pro
     pool = pool_of(settings, announce, progress)
     with pool.catalogue:
         yield pool
+
+
+def _demand_same_copies(adapter: "OpenAdapter", base: str, skeleton: Skeleton | None) -> str:
+    """A note on copies that could not be compared, "" for none. Refused where a copy of a weight is another one."""
+    from lora_cli.steps.pool.copies import THE_RIGHT_BASE, judge_copies
+
+    wrong, unknown = judge_copies(adapter.files.weights, adapter.copies, base, skeleton)
+    if wrong:
+        raise Refused(f"{adapter.ref.id}: {wrong}", hint=THE_RIGHT_BASE)
+    return unknown
 
 
 def _split(text: str, catalogued: Collection[str]) -> tuple[str, float | None]:

@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lora_cli.checks.weights import _float8_values, scan_weights
+from lora_cli.checks.weights import scan_weights
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.header import read_header
+from lora_cli.formats.numbers import float8_values
 from lora_cli.precision import FLOATS8
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok
@@ -34,7 +35,7 @@ def adapter(folder: Path, dtype: str, seed: int = 0) -> Path:
 @pytest.mark.parametrize("dtype", TORCH)
 def test_every_byte_is_the_number_that_torch_reads(dtype: str) -> None:
     wanted = torch.frombuffer(bytearray(range(256)), dtype=TORCH[dtype]).double().numpy()
-    found = _float8_values(dtype)
+    found = float8_values(dtype)
     assert np.array_equal(np.isfinite(found), np.isfinite(wanted))
     assert np.array_equal(found[np.isfinite(wanted)], wanted[np.isfinite(wanted)])
 

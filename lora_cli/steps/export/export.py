@@ -7,17 +7,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lora_cli.algebra.lowrank import LowRank, inner
-from lora_cli.algebra.threads import one_thread_each
 from lora_cli.errors import Refused
 from lora_cli.exports import Plan, Written
+from lora_cli.formats.reader import Factors
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
 from lora_cli.outputs import demand_apart, whole_folder
-from lora_cli.precision import dtype_name
+from lora_cli.precision import EPSILON, spoken
 from lora_cli.records import Progress, silent
 
 EXACT = 1e-6
@@ -45,12 +43,12 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
     started = time.monotonic()
     demand_apart(folder, [("adapter", plan.source.adapter.folder)])
     with whole_folder(folder, replace=replace) as partial:
-        with one_thread_each(), ThreadPoolExecutor(1) as hashing:
+        with ThreadPoolExecutor(1) as hashing:
             plan.write(partial, progress)
             hashes = {name: hashing.submit(sha256_of, partial / name) for name in plan.files}
             errors = checked(plan, partial, progress)
             run.outputs.update({name: found.result() for name, found in hashes.items()})
-        run.results.update(precision=dtype_name(plan.dtype), errors=errors, error=max(errors.values()))
+        run.results.update(precision=spoken(plan.dtype), errors=errors, error=max(errors.values()))
         run.write(partial)
     return ExportReport(folder=folder, errors=errors, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
 
@@ -61,16 +59,16 @@ def checked(plan: Plan, folder: Path, progress: Progress) -> dict[str, float]:
     Raises Refused for an error above that of the precision, and for an adapter whose update is zero everywhere.
     """
     source, errors, anything = plan.source, dict[str, float](), False
-    limit = max(EXACT, 2 * torch.finfo(plan.dtype).eps)
+    limit = max(EXACT, 2 * EPSILON[plan.dtype])
     with plan.opened(folder) as read:
         for done, module in enumerate(source.modules):
             progress("checking what was written", done, len(source.modules))
-            own = Written(source.adapter.unscaled(module, source.precision), source.adapter.scales[module])
+            own = Written(source.adapter.numbers(module), source.adapter.scales[module])
             anything = anything or _acts(own)
             errors[module] = error_of(own, read(module))
             if not errors[module] <= limit:
                 raise Refused(
-                    f"{module}: {dtype_name(plan.dtype)} loses {errors[module]:.2g} of its update",
+                    f"{module}: {spoken(plan.dtype)} loses {errors[module]:.2g} of its update",
                     hint="choose a wider --dtype",
                 )
     progress("checking what was written", len(source.modules), len(source.modules))
@@ -85,26 +83,22 @@ def _acts(one: Written) -> bool:
 
 def error_of(own: Written, written: Written) -> float:
     """‖s'·B'·A' − s·B·A‖ / ‖s·B·A‖ in float64; 0 without arithmetic where the numbers are the same."""
-    (b, a), (wb, wa) = _factors(own), _factors(written)
+    (b, a), (wb, wa) = own.factors, written.factors
     rank = min(a.shape[0], wa.shape[0])
     padded = wb[:, rank:].any() or b[:, rank:].any()
-    same_a = not padded and _equal(a[:rank], wa[:rank])
-    if same_a and own.scale == written.scale and _equal(b[:, :rank], wb[:, :rank]):
+    same_a = not padded and np.array_equal(a[:rank], wa[:rank])
+    if same_a and own.scale == written.scale and np.array_equal(b[:, :rank], wb[:, :rank]):
         return 0.0
+    b, a, wb, wa = (one.astype("f8") for one in (b, a, wb, wa))
     if same_a:
-        change = LowRank(wb[:, :rank].double() * written.scale - b[:, :rank].double() * own.scale, a[:rank].double())
+        change = Factors(wb[:, :rank] * written.scale - b[:, :rank] * own.scale, a[:rank])
     else:
-        sides = [wb.double() * written.scale, -b.double() * own.scale], [wa.double(), a.double()]
-        change = LowRank(torch.cat(sides[0], 1), torch.cat(sides[1]))
-    whole = float(own.factors.norm()) * abs(own.scale)
-    changed = math.sqrt(max(0.0, float(inner(change, change))))
+        change = Factors(np.concatenate([wb * written.scale, -b * own.scale], 1), np.concatenate([wa, a]))
+    whole, changed = _norm(Factors(b * own.scale, a)), _norm(change)
     return changed / whole if whole else math.inf if changed else 0.0
 
 
-def _factors(one: Written) -> tuple[Tensor, Tensor]:
-    return one.factors.B, one.factors.A
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    wide = torch.promote_types(one.dtype, other.dtype)
-    return torch.equal(one.to(wide), other.to(wide))
+def _norm(update: Factors) -> float:
+    """The Frobenius norm of B·A, from r × r Gram matrices. NaN where a number is not finite."""
+    square = float(((update.B.T @ update.B) * (update.A @ update.A.T)).sum())
+    return math.sqrt(max(0.0, square)) if not math.isnan(square) else math.nan

@@ -25,9 +25,9 @@ class _InMemory(OpenAdapter):
         own = {one.name: getattr(adapter, one.name) for one in fields(adapter) if one.init}
         return cls(**own, factors=factors)
 
-    def read(self, module: str, dtype: torch.dtype = torch.float32) -> LowRank:
+    def read(self, module: str, dtype: torch.dtype | None = None) -> LowRank:
         """The factors in memory, in place of those in the file."""
-        return self.factors[module].to(dtype)
+        return self.factors[module].to(dtype or torch.float32)
 
 
 def with_coefficients(

@@ -220,7 +220,7 @@ def dtype_of(plan: MergePlan) -> torch.dtype:
     if plan.options.dtype != "auto":
         return torch_dtype(plan.options.dtype)
     found = set().union(*(adapter.dtypes for adapter in plan.adapters))
-    return found.pop() if len(found) == 1 and found <= set(map(torch_dtype, STORED)) else torch.float32
+    return torch_dtype(found.pop()) if len(found) == 1 and found <= {*STORED.values()} else torch.float32
 
 
 def _saved(plan: MergePlan) -> Saved | None:
