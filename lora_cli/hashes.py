@@ -1,11 +1,11 @@
-"""Files that stay as they are: their identity, and their SHA-256, for which each is read once."""
+"""Files that stay as they are: their identity, and their SHA-256, for which each is read once, or not at all."""
 
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from io import BufferedReader
+from io import BufferedReader, FileIO
 from pathlib import Path
 from threading import Lock
 
@@ -86,11 +86,50 @@ def file_sha256(path: Path, progress: Progress = silent) -> str:
     found = _known.get(key)
     if found is None:
         found = _hashed(path, progress)
-        with _adding:
-            _known[key] = found
-            while len(_known) > _MOST_KNOWN:
-                _known.pop(next(iter(_known)), None)
+        _keep(*key, found)
     return found
+
+
+def _keep(path: Path, of: Stamp, sha256: str) -> None:
+    with _adding:
+        _known[path, of] = sha256
+        while len(_known) > _MOST_KNOWN:
+            _known.pop(next(iter(_known)), None)
+
+
+@contextmanager
+def hashed_as_written(path: Path) -> Iterator["HashedFile"]:
+    """A new file, or an old one anew, whose SHA-256 is at hand for `sha256_of` when the block has ended."""
+    with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as other:
+        hashed = HashedFile(file, other)
+        yield hashed
+        sha256 = hashed.finished()
+        _keep(path.absolute(), stamp(os.fstat(file.fileno())), sha256)
+
+
+class HashedFile:
+    """A file that is written from its start to its end, while another thread hashes the same bytes."""
+
+    def __init__(self, file: FileIO, other: ThreadPoolExecutor) -> None:
+        self._file, self._other = file, other
+        self._digest = hashlib.sha256()
+        self._hashing: Future[None] | None = None
+
+    def write(self, data: memoryview) -> None:
+        """Write bytes behind those before, all of them. The caller leaves them as they are."""
+        self._wait()
+        self._hashing = self._other.submit(self._digest.update, data)
+        while data:
+            data = data[self._file.write(data) :]
+
+    def finished(self) -> str:
+        """The SHA-256 of all that was written, as 64 hex digits."""
+        self._wait()
+        return self._digest.hexdigest()
+
+    def _wait(self) -> None:
+        if self._hashing is not None:
+            self._hashing.result()
 
 
 def _hashed(path: Path, progress: Progress) -> str:

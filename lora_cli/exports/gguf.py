@@ -13,12 +13,14 @@ from pathlib import Path
 from struct import pack, unpack
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from lora_cli.errors import Refused
 from lora_cli.escapes import safe
 from lora_cli.exports import Export, Plan, Reader, Source, Written
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.gguf import Base, base_of, is_plain, package
-from lora_cli.hashes import opened_as
+from lora_cli.hashes import hashed_as_written, opened_as
 from lora_cli.imports._gguf_file import read_gguf
 from lora_cli.imports.gguf import arranged_back
 from lora_cli.precision import STORED
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 FILE = "adapter.gguf"
 _HEADER_BYTES = 256
+_ALIGNMENT = 32
+"""Every tensor begins at a multiple of these bytes where a file says nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,8 +59,19 @@ class GgufPlan(Plan):
         return {FILE: self.bytes_of(self.numbers) + _HEADER_BYTES * len(self.tensors)}
 
     def write(self, folder: Path, progress: Progress) -> None:
+        header = self._header(folder / FILE)
+        with hashed_as_written(folder / FILE) as file:
+            file.write(memoryview(header))
+            for module, b, a in self.each(progress):
+                heads = self.base.parts(module)
+                for bits in (a.bits, rearranged(b.bits, heads) if heads else b.bits):
+                    file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
+                    file.write(memoryview(bytes(-bits.nbytes % _ALIGNMENT)))
+
+    def _header(self, path: Path) -> bytes:
+        """All before the first tensor, by the gguf package, which writes it to `path`."""
         gguf = package()
-        writer = gguf.GGUFWriter(folder / FILE, self.base.architecture.name)
+        writer = gguf.GGUFWriter(path, self.base.architecture.name)
         try:
             writer.add_type(gguf.GGUFType.ADAPTER)
             writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -73,12 +88,10 @@ class GgufPlan(Plan):
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for module, b, a in self.each(progress):
-                heads = self.base.parts(module)
-                for bits in (a.bits, rearranged(b.bits, heads) if heads else b.bits):
-                    writer.write_tensor_data(bits)
         finally:
             writer.close()
+        header = path.read_bytes()
+        return header + bytes(-len(header) % _ALIGNMENT)
 
     @contextmanager
     def opened(self, folder: Path) -> Iterator[Reader]:

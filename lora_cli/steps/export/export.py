@@ -1,6 +1,7 @@
 """An export carried out: files written aside, read back by the program's own rule, compared, renamed into place."""
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,14 +44,21 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
     started = time.monotonic()
     demand_apart(folder, [("adapter", plan.source.adapter.folder)])
     with whole_folder(folder, replace=replace) as partial:
-        with ThreadPoolExecutor(1) as hashing:
-            plan.write(partial, progress)
-            hashes = {name: hashing.submit(sha256_of, partial / name) for name in plan.files}
+        plan.write(partial, progress)
+        with ThreadPoolExecutor(1) as other:
+            hashes = {name: other.submit(_flushed, partial / name) for name in plan.files}
             errors = checked(plan, partial, progress)
             run.outputs.update({name: found.result() for name, found in hashes.items()})
         run.results.update(precision=spoken(plan.dtype), errors=errors, error=max(errors.values()))
         run.write(partial)
     return ExportReport(folder=folder, errors=errors, seconds=time.monotonic() - started, peak_bytes=peak_bytes())
+
+
+def _flushed(file: Path) -> str:
+    """The SHA-256 of a file, which the system has put on the disk."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+    return sha256_of(file)
 
 
 def checked(plan: Plan, folder: Path, progress: Progress) -> dict[str, float]:
