@@ -18,6 +18,7 @@ import numpy as np
 from lora_cli.errors import Refused
 from lora_cli.escapes import safe
 from lora_cli.exports import Export, Plan, Reader, Source, Written
+from lora_cli.files import read_regular
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.gguf import Base, base_of, is_plain, package
 from lora_cli.hashes import hashed_as_written, opened_as
@@ -90,7 +91,7 @@ class GgufPlan(Plan):
             writer.write_ti_data_to_file()
         finally:
             writer.close()
-        header = path.read_bytes()
+        header = read_regular(path)
         return header + bytes(-len(header) % _ALIGNMENT)
 
     @contextmanager

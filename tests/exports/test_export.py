@@ -1,8 +1,11 @@
 """`lora export`: every kind of adapter for every program, read back by the program's rule; and what goes wrong."""
 
+import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_cli import hashes
 from lora_cli.exports import export
 from lora_cli.methods import file_names
 from tests import readers
@@ -248,8 +252,6 @@ def test_gguf_needs_the_configuration_and_a_class_that_is_known() -> None:
 
 
 def test_the_gguf_package_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     plain()
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert "pip install 'lora-cli[gguf]'" in refused(2, "export", "gguf", "mine", "-o", "out")
@@ -266,6 +268,53 @@ def test_the_class_of_a_plain_base_is_not_built(monkeypatch: pytest.MonkeyPatch)
     ok("export", "gguf", "mine", "-o", "fast")
     assert Path("fast/adapter.gguf").read_bytes() == Path("slow/adapter.gguf").read_bytes()
     assert json.loads(Path("fast/run.json").read_text())["outputs"] == record["outputs"]
+
+
+@pytest.mark.parametrize("target", ["gguf", "ollama", "mlx", "olive"])
+def test_an_export_imports_no_torch(target: str) -> None:
+    base()
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1, dtype=torch.bfloat16), base="base", lora_alpha=12)
+    # The class of the base is built once; then its modules are in the user's cache.
+    ok("export", target, "mine", "-o", "first")
+    code = (
+        "import sys\nfrom lora_cli.app import app\n"
+        f"try:\n    app({['export', target, 'mine', '-o', 'out']!r}, prog_name='lora')\n"
+        "except SystemExit as end:\n    assert not end.code, end.code\n"
+        "assert 'numpy' in sys.modules\nassert not {'torch', 'transformers', 'peft'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    files = {file.name: file.read_bytes() for file in Path("first").iterdir()}
+    assert files == {file.name: file.read_bytes() for file in Path("out").iterdir()}
+
+
+def test_the_hashes_are_those_of_the_files() -> None:
+    plain()
+    for target in TARGETS:
+        ok("export", target, "mine", "-o", target)
+        outputs = json.loads(Path(target, "run.json").read_text())["outputs"]
+        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in Path(target).iterdir()}
+        assert outputs == {name: found for name, found in files.items() if name != "run.json"}
+
+
+def test_a_file_that_the_program_would_read_otherwise_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain()
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_cli.exports.gguf.rearranged", lambda b, heads: b)
+        assert "of its update" in refused(5, "export", "gguf", "mine", "-o", "out")
+    assert leftovers() == set()
+    ok("export", "gguf", "mine", "-o", "out")
+
+
+def test_a_disk_that_fills_up_while_a_file_is_written_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain()
+
+    def full(file: hashes.HashedFile, data: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashes.HashedFile, "write", full)
+        assert "no space left on the disk" in refused(1, "export", "gguf", "mine", "-o", "out")
+    assert leftovers() == set()
 
 
 def test_shapes_of_another_base_are_refused_by_its_class() -> None:

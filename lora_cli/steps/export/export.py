@@ -12,6 +12,7 @@ import numpy as np
 
 from lora_cli.errors import Refused
 from lora_cli.exports import Plan, Written
+from lora_cli.files import open_regular
 from lora_cli.formats.reader import Factors
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
@@ -56,7 +57,7 @@ def export(plan: Plan, folder: Path, run: Run, *, replace: bool = False, progres
 
 def _flushed(file: Path) -> str:
     """The SHA-256 of a file, which the system has put on the disk."""
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         os.fsync(opened.fileno())
     return sha256_of(file)
 
