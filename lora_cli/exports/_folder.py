@@ -7,19 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora_cli.algebra.lowrank import LowRank
-from lora_cli.algebra.threads import one_thread_each
 from lora_cli.exports import Plan, Reader, Shape, Source, Written, folds_of, precision_of
 from lora_cli.files import read_regular
 from lora_cli.formats.config import parse_config
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, layout
-from lora_cli.formats.reader import Factors, tensor_of
+from lora_cli.formats.reader import Factors
 from lora_cli.formats.skeleton import OWN
 from lora_cli.formats.writer import AdapterWriter, base_entries
 from lora_cli.imports import Tensors
-from lora_cli.precision import torch_dtype
 from lora_cli.records import Progress
 
 _TEXT_BYTES = 4096
@@ -74,10 +71,9 @@ class FolderPlan(Plan):
         return {WEIGHTS_NAME: self.bytes_of(rows * self.source.rank), CONFIG_NAME: _TEXT_BYTES}
 
     def write(self, folder: Path, progress: Progress) -> None:
-        dtype = torch_dtype(self.dtype)
-        with one_thread_each(), AdapterWriter(folder, self.layout, dtype) as writer:
+        with AdapterWriter(folder, self.layout, self.dtype) as writer:
             for module, b, a in self.each(progress):
-                writer.add(module, LowRank(tensor_of(b, dtype), tensor_of(a, dtype)))
+                writer.put(module, b, a)
             writer.finish(self._config())
 
     def _config(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from lora_cli.exports import Plan, Reader, Source, Written, folds_of, precision_of
 from lora_cli.formats.numbers import Stored
 from lora_cli.formats.reader import Factors
-from lora_cli.formats.stream import FileStream
+from lora_cli.formats.stream import TensorStream
 from lora_cli.imports import Tensors
 from lora_cli.records import Progress
 
@@ -61,7 +61,7 @@ class TurnedPlan(Plan):
 
     def write(self, folder: Path, progress: Progress) -> None:
         names = [name for module in self.source.modules for name in self.names(module)]
-        with FileStream(folder / self.name, names) as stream:
+        with TensorStream(folder / self.name, names, self.dtype) as stream:
             for module, b, a in self.each(progress):
                 name_a, name_b = self.names(module)
                 stream.put(name_a, _turned(a, 1, self.source.rank))

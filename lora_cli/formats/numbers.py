@@ -54,6 +54,11 @@ class Stored(NamedTuple):
             return bool(((self.bits & 0x7F80) != 0x7F80).all())
         return bool(np.isfinite(self.bits).all())
 
+    @property
+    def zero(self) -> bool:
+        """Whether every number of an fp16, bf16, fp32 or fp64 is 0."""
+        return not (self.bits & 0x7FFF if self.dtype == "BF16" else self.bits).any()
+
 
 def bits_of(dtype: str) -> "np.dtype[Any]":
     """The numpy type of `Stored.bits`. KeyError for a type that is not in `FACTORS`."""

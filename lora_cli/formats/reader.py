@@ -19,7 +19,7 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, FusedFactors, 
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.modules import fused, locate_modules
-from lora_cli.formats.numbers import Stored, read_stored
+from lora_cli.formats.numbers import Stored, bits_of, read_stored
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, opened_as, stamp_of
@@ -269,6 +269,16 @@ def tensor_of(stored: Stored, dtype: "torch.dtype") -> "Tensor":
     # Shaped last: a matrix of one row or column may have any strides, and a view in another type minds them.
     flat = torch.from_numpy(stored.bits.reshape(-1)).view(torch_dtype(stored.dtype))
     return flat.reshape(stored.bits.shape).to(dtype)
+
+
+def stored_of(tensor: "Tensor", dtype: str) -> Stored:
+    """A tensor rounded to a precision on disk, as safetensors names it."""
+    import torch
+
+    cast = tensor.to(torch_dtype(dtype)).contiguous().cpu()
+    # Flat first: of a factor with one row or column the strides may be anything, and a view as bytes minds them.
+    bits = cast.view(-1).view(torch.uint8).numpy().view(bits_of(dtype))
+    return Stored(bits.reshape(tensor.shape), dtype)
 
 
 def _bytes(path: Path, name: str) -> bytes:

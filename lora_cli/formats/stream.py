@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, from what other files hold or from numbers. No torch."""
+"""A safetensors file written tensor by tensor, from tensors or from what other files hold."""
 
 import json
 import struct
@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import numpy as np
 
-from lora_cli.errors import DataError
+from lora_cli.errors import DataError, Refused
 from lora_cli.formats.header import TensorEntry
+from lora_cli.formats.reader import stored_of
+from lora_cli.precision import spoken
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lora_cli.formats.numbers import Stored
 
 _CHUNK_BYTES = 1 << 22
 
 
-class FileStream:
+class TensorStream:
     """Writes one safetensors file tensor by tensor; a context manager.
 
     The header comes first in the file, but needs every shape, which is known only at the end. Room for the largest
@@ -26,10 +30,14 @@ class FileStream:
     Args:
         path: the file to write.
         names: of every tensor that will be added, in any order.
+        dtype: precision on disk of the tensors that are added, as safetensors names it.
         says: the metadata in the header.
     """
 
-    def __init__(self, path: Path, names: Sequence[str], says: Mapping[str, str] | None = None) -> None:
+    def __init__(self, path: Path, names: Sequence[str], dtype: str, says: Mapping[str, str] | None = None) -> None:
+        self.dtype = dtype
+        self.empty = True
+        """Whether only zeros were added."""
         metadata = {"format": "pt", **(says or {})}
         longest = sum(len(json.dumps(name)) + 120 for name in names) + len(json.dumps(metadata)) + 64
         self._room = -(-longest // 8) * 8
@@ -38,8 +46,21 @@ class FileStream:
         self._file: BinaryIO = path.open("wb")
         self._file.seek(8 + self._room)
 
+    def add(self, name: str, tensor: "Tensor") -> bool:
+        """Write one tensor, rounded to the precision on disk; False where that leaves nothing but zeros.
+
+        Refused where its values do not fit into that precision.
+        """
+        stored = stored_of(tensor, self.dtype)
+        anything = not stored.zero
+        if not stored.finite:
+            raise Refused(f"{name}: values overflow {spoken(self.dtype)}", hint="choose a wider --dtype")
+        self.put(name, stored)
+        self.empty &= not anything
+        return anything
+
     def put(self, name: str, stored: "Stored") -> None:
-        """Write one tensor as it is."""
+        """Write one tensor as it is, in its own precision."""
         bits = np.ascontiguousarray(stored.bits)
         self._enter(name, stored.dtype, bits.shape, bits.nbytes)
         self._file.write(bits.data)

@@ -6,55 +6,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lora_cli.algebra.lowrank import LowRank
-from lora_cli.errors import Refused
 from lora_cli.formats.base_names import split_revision
 from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
-from lora_cli.formats.reader import read_tensor
-from lora_cli.formats.stream import FileStream
+from lora_cli.formats.numbers import Stored, bits_of, read_stored
+from lora_cli.formats.stream import TensorStream
 from lora_cli.hashes import Stamp, opened_as
-from lora_cli.precision import dtype_name, stored_as
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
 
-class TensorStream(FileStream):
-    """Writes one safetensors file of tensors in one precision; a context manager.
+    from lora_cli.algebra.lowrank import LowRank
 
-    Args:
-        path, names, says: as of `FileStream`.
-        dtype: precision on disk.
-    """
-
-    def __init__(
-        self, path: Path, names: Sequence[str], dtype: torch.dtype, says: Mapping[str, str] | None = None
-    ) -> None:
-        super().__init__(path, names, says)
-        self.dtype, self._stored = dtype, stored_as(dtype)
-        self.empty = True
-        """Whether only zeros were written."""
-
-    def add(self, name: str, tensor: Tensor) -> bool:
-        """Write one tensor, rounded to the precision on disk; False where that leaves nothing but zeros.
-
-        Refused where its values do not fit into that precision.
-        """
-        cast = tensor.to(self.dtype)
-        if not torch.isfinite(cast).all():
-            raise Refused(f"{name}: values overflow {dtype_name(self.dtype)}", hint="choose a wider --dtype")
-        # Of a factor with one row or column the strides may be anything, and a view as bytes minds them.
-        data = cast.contiguous().cpu().view(-1).view(torch.uint8).numpy().data
-        self._enter(name, self._stored, tensor.shape, data.nbytes)
-        self._file.write(data)
-        anything = bool(cast.any())
-        self.empty &= not anything
-        return anything
+Factor = TypeVar("Factor", "Tensor", "NDArray[Any]")
 
 
 class Saved(NamedTuple):
@@ -73,11 +44,11 @@ class AdapterWriter:
     Args:
         folder: the folder for the two files.
         layout: the place of every module; places of modules that are not added become zeros.
-        dtype: precision of the factors on disk.
+        dtype: precision of the factors on disk, as safetensors names it.
         saved: tensors to store beside the factors.
     """
 
-    def __init__(self, folder: Path, layout: Layout, dtype: torch.dtype, saved: Saved | None = None) -> None:
+    def __init__(self, folder: Path, layout: Layout, dtype: str, saved: Saved | None = None) -> None:
         self.folder = folder
         self.ranks: dict[str, int] = {}
         """The rank that each module was added with."""
@@ -89,24 +60,31 @@ class AdapterWriter:
         self._apart = {module: _apart(module, place) for module, place in layout.of.items()}
         self._stream = self._stream_of([name for pair in self._apart.values() for name in pair])
 
-    def add(self, module: str, update: LowRank) -> None:
+    def add(self, module: str, update: "LowRank") -> None:
         """Write the factors of one module. An update of rank 0 goes out as rank 1 of zeros.
 
         Raises:
             Refused: the values do not fit into the precision on disk.
         """
-        rank = update.rank
-        if rank == 0:
-            out_features, in_features = update.shape
-            update, rank = LowRank(update.B.new_zeros(out_features, 1), update.A.new_zeros(1, in_features)), 1
-        self.ranks[module] = rank
-        place = self._layout.of[module]
+        b, a = update.B, update.A
+        if update.rank == 0:
+            b, a = b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
+        self.ranks[module] = a.shape[0]
+        kernel = self._layout.of[module].kernel
         name_a, name_b = self._apart[module]
         written = [
-            self._stream.add(name_a, _with_kernel(update.A, place.kernel)),
-            self._stream.add(name_b, _with_kernel(update.B, (1,) * len(place.kernel))),
+            self._stream.add(name_a, _with_kernel(a, kernel)),
+            self._stream.add(name_b, _with_kernel(b, (1,) * len(kernel))),
         ]
         self.empty &= not all(written)
+
+    def put(self, module: str, b: Stored, a: Stored) -> None:
+        """Write the factors of one module as they are, B (out, r) and A (r, in) in the precision on disk."""
+        self.ranks[module] = a.bits.shape[0]
+        kernel = self._layout.of[module].kernel
+        for name, factor, inner in zip(self._apart[module], (a, b), (kernel, (1,) * len(kernel)), strict=True):
+            self._stream.put(name, Stored(_with_kernel(factor.bits, inner), factor.dtype))
+        self.empty &= a.zero or b.zero
 
     def __enter__(self) -> "AdapterWriter":
         return self
@@ -150,15 +128,19 @@ class AdapterWriter:
         names = [name for place in ranks for name in place.names]
         with apart.open("rb", buffering=0) as file, self._stream_of(names) as stream:
 
-            def read(name: str) -> Tensor | None:
-                return read_tensor(file.fileno(), entries[name], self._dtype) if name in entries else None
+            def read(name: str, shape: tuple[int, int], axis: int) -> "NDArray[Any]":
+                if name not in entries:
+                    return np.zeros(shape, bits_of(self._dtype))
+                return _filled_up(read_stored(file.fileno(), entries[name]).bits, shape[axis], axis)
 
             for place, rank in ranks.items():
                 name_a, name_b = place.names
                 every_a, every_b = zip(*(self._apart[module] for module in place.modules), strict=True)
                 out_features, in_features = place.shape
-                stream.add(name_a, _a_of([_filled_up(read(one), (rank, in_features), dim=0) for one in every_a]))
-                stream.add(name_b, _b_of([_filled_up(read(one), (out_features, rank), dim=1) for one in every_b]))
+                a = _a_of([read(one, (rank, in_features), 0) for one in every_a])
+                b = _b_of([read(one, (out_features, rank), 1) for one in every_b])
+                stream.put(name_a, Stored(a, self._dtype))
+                stream.put(name_b, Stored(b, self._dtype))
             self._add_saved(stream)
             stream.finish()
         apart.unlink()
@@ -185,28 +167,26 @@ def _apart(module: str, place: Place) -> tuple[str, str]:
     return place.names if len(place.modules) == 1 else (f"{module}.A", f"{module}.B")
 
 
-def _with_kernel(factor: Tensor, kernel: tuple[int, ...]) -> Tensor:
+def _with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
     """A factor (rows, columns · size of the kernel) with the dimensions of a convolution."""
     return factor.reshape(factor.shape[0], factor.shape[1] // math.prod(kernel), *kernel)
 
 
-def _filled_up(factor: Tensor | None, shape: tuple[int, int], *, dim: int) -> Tensor:
-    """`factor` with zeros behind its ranks (dimension `dim`) up to those of `shape`; without a factor all zeros."""
-    if factor is None:
-        return torch.zeros(shape)
-    more = list(factor.shape)
-    more[dim] = shape[dim] - more[dim]
-    return torch.cat([factor, factor.new_zeros(more)], dim)
+def _filled_up(factor: "NDArray[Any]", rank: int, axis: int) -> "NDArray[Any]":
+    """A factor with zeros behind its ranks (dimension `axis`) up to `rank`."""
+    more = [(0, 0)] * factor.ndim
+    more[axis] = 0, rank - factor.shape[axis]
+    return np.pad(factor, more)
 
 
-def _a_of(experts: Sequence[Tensor]) -> Tensor:
+def _a_of(experts: "Sequence[NDArray[Any]]") -> "NDArray[Any]":
     """A as PEFT keeps it, grouped by expert."""
-    return torch.cat([*experts])
+    return np.concatenate([*experts])
 
 
-def _b_of(experts: Sequence[Tensor]) -> Tensor:
+def _b_of(experts: "Sequence[NDArray[Any]]") -> "NDArray[Any]":
     """B as PEFT keeps it, grouped by rank."""
-    return experts[0] if len(experts) == 1 else torch.stack([*experts], dim=2).flatten(1)
+    return experts[0] if len(experts) == 1 else np.stack([*experts], axis=2).reshape(len(experts[0]), -1)
 
 
 def _pattern_key(module: str) -> str:

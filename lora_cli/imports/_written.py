@@ -19,10 +19,11 @@ from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
 from lora_cli.formats.reader import natural
-from lora_cli.formats.writer import AdapterWriter, TensorStream, base_entries
+from lora_cli.formats.stream import TensorStream
+from lora_cli.formats.writer import AdapterWriter, base_entries
 from lora_cli.hashes import opened_as
 from lora_cli.imports import Foreign, ForeignModule
-from lora_cli.precision import torch_dtype
+from lora_cli.precision import stored_as, torch_dtype
 from lora_cli.records import Progress, silent
 
 HIGHEST_RANK: Final = 512
@@ -110,7 +111,7 @@ def write(conversion: Conversion, folder: Path, progress: Progress = silent) -> 
         for name, one in ((name, foreign.modules[name]) for name in names)
     ]
     layout, scale, found = Layout(tuple(places)), conversion.scale, dict[str, Converted]()
-    with AdapterWriter(folder, layout, conversion.precision) as writer:
+    with AdapterWriter(folder, layout, stored_as(conversion.precision)) as writer:
         for done, name in enumerate(names):
             progress("convert", done, len(names))
             update, found[name] = _update(foreign.modules[name], conversion.rank, fold=scale is None)
@@ -125,7 +126,7 @@ def write(conversion: Conversion, folder: Path, progress: Progress = silent) -> 
 
 def _copy(foreign: Foreign, folder: Path, progress: Progress) -> None:
     """Write tensors that are PEFT's already into one file, unchanged, and their configuration beside it."""
-    with TensorStream(folder / WEIGHTS_NAME, [*foreign.copied], torch.float32) as stream:
+    with TensorStream(folder / WEIGHTS_NAME, [*foreign.copied], "F32") as stream:
         for done, (name, (file, entry)) in enumerate(foreign.copied.items()):
             progress("convert", done, len(foreign.copied))
             with opened_as(file.path, file.stamp, f"{file.path}: its weights") as opened:

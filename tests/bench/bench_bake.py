@@ -12,7 +12,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.bench.bench_merge import LAYER, RANK
+from tests.bench.timing import timed
 
 SHARDS, LAYERS_EACH, RUNS = 2, 2, 3
 
@@ -59,17 +59,6 @@ def make_adapter(folder: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "base", "r": RANK, "lora_alpha": RANK}
     config["target_modules"] = sorted({name.rpartition(".")[2] for name in LAYER})
     (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def timed(*command: str, cwd: Path) -> tuple[float, float, int, str]:
-    """Seconds, CPU seconds, peak resident bytes and stderr of one command."""
-    start = time.perf_counter()
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    told = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0, told
-    return time.perf_counter() - start, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, told
 
 
 def main(folder: Path) -> None:

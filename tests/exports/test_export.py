@@ -270,7 +270,7 @@ def test_the_class_of_a_plain_base_is_not_built(monkeypatch: pytest.MonkeyPatch)
     assert json.loads(Path("fast/run.json").read_text())["outputs"] == record["outputs"]
 
 
-@pytest.mark.parametrize("target", ["gguf", "ollama", "mlx", "olive"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_an_export_imports_no_torch(target: str) -> None:
     base()
     write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1, dtype=torch.bfloat16), base="base", lora_alpha=12)

@@ -21,7 +21,7 @@ from lora_cli.formats.writer import AdapterWriter, base_entries
 from lora_cli.hashes import sha256_of
 from lora_cli.imports._written import HIGHEST_RANK, Converted
 from lora_cli.outputs import demand_apart, whole_folder
-from lora_cli.precision import torch_dtype
+from lora_cli.precision import STORED
 from lora_cli.records import Progress, patient, silent, unheard
 from lora_cli.settings import Settings, base_of
 from lora_cli.steps.bake.plan import find_base
@@ -163,7 +163,7 @@ def _write(job: ExtractJob, changed: Sequence[str], folder: Path, progress: Prog
     def work(name: str) -> tuple[int, Truncated]:
         return _best(job, models.delta(name))
 
-    with AdapterWriter(folder, layout, torch_dtype(job.dtype)) as writer, one_thread_each() as threads:
+    with AdapterWriter(folder, layout, STORED[job.dtype]) as writer, one_thread_each() as threads:
         workers = max(1, min(threads, _MEMORY // (_PER_ENTRY * largest)))
         calls = ((name,) for name in changed)
         results = in_order(work, calls, workers, pending=workers)

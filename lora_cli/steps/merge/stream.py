@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lora_cli.algebra.lowrank import LowRank
@@ -21,10 +20,11 @@ from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, DENSE_FILE, WEIGHTS_NAME
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
-from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
+from lora_cli.formats.stream import TensorStream
+from lora_cli.formats.writer import AdapterWriter, Saved, base_entries
 from lora_cli.hashes import sha256_of
 from lora_cli.outputs import whole_folder
-from lora_cli.precision import STORED, dtype_name, torch_dtype
+from lora_cli.precision import STORED, spoken
 from lora_cli.records import Progress, patient, silent
 from lora_cli.steps.merge.card import code, licence_of_all, stated
 from lora_cli.steps.merge.lock import Lock, demand_same_outputs
@@ -201,7 +201,7 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
             hint="change the weights or the method",
         )
     if empty:
-        precision = dtype_name(dtype_of(plan))
+        precision = spoken(dtype_of(plan))
         raise Refused(f"the merged update underflows to zero in {precision}", hint="write it with --dtype fp32")
 
 
@@ -215,12 +215,12 @@ def _share(kept: float, total: float) -> float:
     return min(1.0, kept / total) if total else 1.0
 
 
-def dtype_of(plan: MergePlan) -> torch.dtype:
-    """The precision of the result: that of the options, else the common one of the adapters, else fp32."""
+def dtype_of(plan: MergePlan) -> str:
+    """The precision of the result as safetensors names it: the options', else the adapters' common one, else fp32."""
     if plan.options.dtype != "auto":
-        return torch_dtype(plan.options.dtype)
+        return STORED[plan.options.dtype]
     found = set().union(*(adapter.dtypes for adapter in plan.adapters))
-    return torch_dtype(found.pop()) if len(found) == 1 and found <= {*STORED.values()} else torch.float32
+    return found.pop() if len(found) == 1 and found <= {*STORED.values()} else "F32"
 
 
 def _saved(plan: MergePlan) -> Saved | None:
