@@ -17,7 +17,7 @@ from lora_cli.formats.factors import AnyFactors, ModuleFactors, parts_of
 from lora_cli.formats.facts import LoraConfigFacts
 from lora_cli.formats.header import Header, TensorEntry
 from lora_cli.formats.modules import locate_modules
-from lora_cli.formats.numbers import bits_of, widened
+from lora_cli.formats.numbers import KINDS, widened
 from lora_cli.formats.skeleton import Skeleton
 from lora_cli.hashes import sha256_of
 from lora_cli.precision import FACTORS
@@ -173,7 +173,7 @@ def rows_of(file: BufferedReader, entry: TensorEntry) -> Iterator[NDArray[np.flo
     if entry.dtype not in FACTORS:
         raise Refused(f"{entry.name} is stored as {entry.dtype}; factors must be floats")
     rows, columns = entry.shape[0], math.prod(entry.shape[1:])
-    stored = bits_of(entry.dtype)
+    stored = KINDS[entry.dtype]
     step = max(1, _CHUNK_BYTES // (columns * 8))
     file.seek(entry.begin)
     for first in range(0, rows, step):

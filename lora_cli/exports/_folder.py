@@ -99,7 +99,8 @@ class FolderPlan(Plan):
 
         def read(module: str) -> Written:
             place = self.layout.of[module]
-            a, b = (file.stored(name).matrix.numbers for name in place.names)
+            both = (file.stored(name).numbers for name in place.names)
+            a, b = (one.reshape(len(one), -1) for one in both)
             if len(place.modules) > 1:
                 at, rank = place.modules.index(module), a.shape[0] // len(place.modules)
                 a, b = a[at * rank : (at + 1) * rank], b.reshape(b.shape[0], rank, -1)[:, :, at]

@@ -11,7 +11,7 @@ import numpy as np
 from lora_cli.exports import Plan, Reader, Source, Written, folds_of, precision_of
 from lora_cli.formats.numbers import Stored
 from lora_cli.formats.reader import Factors
-from lora_cli.formats.stream import TensorStream
+from lora_cli.formats.writer import TensorStream
 from lora_cli.imports import Tensors
 from lora_cli.records import Progress
 

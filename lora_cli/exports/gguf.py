@@ -96,8 +96,7 @@ class GgufPlan(Plan):
 
     @contextmanager
     def opened(self, folder: Path) -> Iterator[Reader]:
-        from lora_cli.formats.numbers import read_stored
-        from lora_cli.formats.reader import Factors
+        from lora_cli.formats.reader import Factors, read_stored
 
         values, held = read_gguf(folder / FILE)
         alpha = float(values[package().Keys.Adapter.LORA_ALPHA])

@@ -1,13 +1,10 @@
-"""The numbers of tensors in files by numpy alone: read as they are stored, widened exactly, rounded once. No torch."""
+"""The numbers of tensors in files by numpy alone: widened exactly, rounded once. No torch."""
 
-import math
-import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
-from lora_cli.errors import Refused
 from lora_cli.precision import BITS, FACTORS, FLOATS8
 
 if TYPE_CHECKING:
@@ -15,10 +12,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from lora_cli.formats.header import TensorEntry
-
     Numbers = NDArray[np.floating[Any]]
 
+KINDS: "Final[Mapping[str, np.dtype[Any]]]" = {
+    dtype: np.dtype(f"<{'u' if dtype in ('BF16', *FLOATS8) else 'f'}{BITS[dtype] // 8}") for dtype in FACTORS
+}
+"""The numpy type of the bits of each of `FACTORS`: unsigned integers for bf16 and floats of 8 bits."""
 # Of 8-bit floats with a sign: bits of the mantissa, bias of the exponent, bytes that are NaN or Inf.
 _FLOAT8: "Final[Mapping[str, tuple[int, int, Sequence[int]]]]" = {
     "F8_E4M3": (3, 7, (127, 255)),
@@ -31,7 +30,7 @@ _FLOAT8: "Final[Mapping[str, tuple[int, int, Sequence[int]]]]" = {
 class Stored(NamedTuple):
     """A tensor as a file holds it: `dtype` as safetensors names it.
 
-    `bits` holds its numbers; for bf16 and floats of 8 bits, which numpy does not have, unsigned integers of their bits.
+    `bits` holds its numbers, of one of `KINDS`.
     """
 
     bits: "NDArray[Any]"
@@ -41,11 +40,6 @@ class Stored(NamedTuple):
     def numbers(self) -> "Numbers":
         """The numbers, exactly: fp64 as it is, all others as fp32. KeyError for a type that is not in `FACTORS`."""
         return widened(self.bits, self.dtype)
-
-    @property
-    def matrix(self) -> "Stored":
-        """The same with all dimensions behind the first as one: of a convolution's factor too a matrix."""
-        return Stored(self.bits.reshape(len(self.bits), math.prod(self.bits.shape[1:])), self.dtype)
 
     @property
     def finite(self) -> bool:
@@ -58,14 +52,6 @@ class Stored(NamedTuple):
     def zero(self) -> bool:
         """Whether every number of an fp16, bf16, fp32 or fp64 is 0."""
         return not (self.bits & 0x7FFF if self.dtype == "BF16" else self.bits).any()
-
-
-def bits_of(dtype: str) -> "np.dtype[Any]":
-    """The numpy type of `Stored.bits`. KeyError for a type that is not in `FACTORS`."""
-    if dtype not in FACTORS:
-        raise KeyError(dtype)
-    kind = "u" if dtype in ("BF16", *FLOATS8) else "f"
-    return np.dtype(f"<{kind}{BITS[dtype] // 8}")
 
 
 def widened(bits: "NDArray[Any]", dtype: str) -> "Numbers":
@@ -87,7 +73,7 @@ def rounded(numbers: "Numbers", dtype: str) -> Stored:
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return Stored(numbers.astype(f"<f{BITS[dtype] // 8}", copy=False), dtype)
+            return Stored(numbers.astype(KINDS[dtype], copy=False), dtype)
     with np.errstate(over="ignore"):
         bits = numbers.astype("<f4", copy=False).view("<u4")
     nearest = bits >> 16
@@ -96,18 +82,6 @@ def rounded(numbers: "Numbers", dtype: str) -> Stored:
     nearest += 0x7FFF
     nearest >>= 16
     return Stored(nearest.astype("<u2"), dtype)
-
-
-def read_stored(descriptor: int, entry: "TensorEntry") -> Stored:
-    """One tensor of an open file. Refused where the file ends inside it. KeyError: a type that is not in `FACTORS`."""
-    bits = np.empty(math.prod(entry.shape), bits_of(entry.dtype))
-    view, done = bits.view(np.uint8).data, 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], entry.begin + done)
-        if count == 0:
-            raise Refused(f"{entry.name}: the file ends inside this tensor")
-        done += count
-    return Stored(bits.reshape(entry.shape), entry.dtype)
 
 
 @cache

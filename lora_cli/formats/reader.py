@@ -4,6 +4,7 @@ torch is imported when a LowRank or a tensor is asked for: an adapter is opened,
 """
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, FusedFactors, 
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.modules import fused, locate_modules
-from lora_cli.formats.numbers import Stored, bits_of, read_stored
+from lora_cli.formats.numbers import KINDS, Stored
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, opened_as, stamp_of
@@ -177,7 +178,7 @@ def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[S
     """One pair of factors as they act, B (out, r) and A (r, in); of fused experts those of one expert."""
     if part.experts == 1:
         b, a = (read_stored(descriptor, entry) for entry in (part.b, part.a))
-        return b.matrix, a.matrix
+        return _matrix(b), _matrix(a)
     # A is grouped by expert, B by rank.
     size = (part.a.end - part.a.begin) // part.experts
     begin = part.a.begin + part.expert * size
@@ -185,6 +186,11 @@ def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[S
     bits, dtype = stacks.read(descriptor, part.b)
     own = bits.reshape(part.out_features, part.rank, part.experts)[:, :, part.expert]
     return Stored(own.copy(), dtype), read_stored(descriptor, rows)
+
+
+def _matrix(factor: Stored) -> Stored:
+    """A factor with all dimensions behind the first as one: that of a convolution as a matrix."""
+    return Stored(factor.bits.reshape(len(factor.bits), math.prod(factor.bits.shape[1:])), factor.dtype)
 
 
 def _largest(numbers: "Numbers") -> float:
@@ -257,6 +263,18 @@ def _parts(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
+def read_stored(descriptor: int, entry: TensorEntry) -> Stored:
+    """One tensor of an open file. Refused where the file ends inside it. KeyError: a type that is not in `FACTORS`."""
+    bits = np.empty(math.prod(entry.shape), KINDS[entry.dtype])
+    view, done = bits.view(np.uint8).data, 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], entry.begin + done)
+        if count == 0:
+            raise Refused(f"{entry.name}: the file ends inside this tensor")
+        done += count
+    return Stored(bits.reshape(entry.shape), entry.dtype)
+
+
 def read_tensor(descriptor: int, entry: TensorEntry, dtype: "torch.dtype") -> "Tensor":
     """One tensor of an open file, in `dtype`. Refused where the file ends inside it."""
     return tensor_of(read_stored(descriptor, entry), dtype)
@@ -269,16 +287,6 @@ def tensor_of(stored: Stored, dtype: "torch.dtype") -> "Tensor":
     # Shaped last: a matrix of one row or column may have any strides, and a view in another type minds them.
     flat = torch.from_numpy(stored.bits.reshape(-1)).view(torch_dtype(stored.dtype))
     return flat.reshape(stored.bits.shape).to(dtype)
-
-
-def stored_of(tensor: "Tensor", dtype: str) -> Stored:
-    """A tensor rounded to a precision on disk, as safetensors names it."""
-    import torch
-
-    cast = tensor.to(torch_dtype(dtype)).contiguous().cpu()
-    # Flat first: of a factor with one row or column the strides may be anything, and a view as bytes minds them.
-    bits = cast.view(-1).view(torch.uint8).numpy().view(bits_of(dtype))
-    return Stored(bits.reshape(tensor.shape), dtype)
 
 
 def _bytes(path: Path, name: str) -> bytes:

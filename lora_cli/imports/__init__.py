@@ -320,7 +320,7 @@ class Tensors:
 
     def stored(self, name: str) -> "Stored":
         """One tensor as the file holds it. Refused for a file that changed."""
-        from lora_cli.formats.numbers import read_stored
+        from lora_cli.formats.reader import read_stored
 
         with opened_as(self.path, self.stamp, f"{self.path}: its weights") as file:
             return read_stored(file.fileno(), self.header.tensors[name])

@@ -19,8 +19,7 @@ from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
 from lora_cli.formats.reader import natural
-from lora_cli.formats.stream import TensorStream
-from lora_cli.formats.writer import AdapterWriter, base_entries
+from lora_cli.formats.writer import AdapterWriter, TensorStream, base_entries
 from lora_cli.hashes import opened_as
 from lora_cli.imports import Foreign, ForeignModule
 from lora_cli.precision import stored_as, torch_dtype

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from lora_cli.errors import Refused
 from lora_cli.formats.header import read_header
-from lora_cli.formats.numbers import Stored, read_stored, rounded
-from lora_cli.formats.reader import tensor_of
+from lora_cli.formats.numbers import Stored, rounded
+from lora_cli.formats.reader import read_stored, tensor_of
 from lora_cli.precision import EPSILON, FACTORS, FLOATS, torch_dtype
 
 # Ties, subnormals, the ends of fp16 and bf16, signed zeros, and what lies between.

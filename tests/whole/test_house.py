@@ -73,9 +73,8 @@ OPEN_FOLDERS = (
 )  # fmt: skip
 KEEPERS = {
     "torch": (
-        "precision", "algebra", "formats.reader", "formats.stream", "formats.writer", "formats.checkpoint",
-        "formats.delta", "imports", "models", "merge_methods", "selection_methods", "fit_methods", "steps", "executors",
-        "world",
+        "precision", "algebra", "formats.reader", "formats.writer", "formats.checkpoint", "formats.delta", "imports",
+        "models", "merge_methods", "selection_methods", "fit_methods", "steps", "executors", "world",
     ),
     "transformers": ("models", "world"),
     "peft": ("models", "world"),

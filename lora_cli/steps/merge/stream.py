@@ -20,8 +20,7 @@ from lora_cli.formats.facts import TASKS_WITH_A_HEAD
 from lora_cli.formats.kinds import CONFIG_NAME, DENSE_FILE, WEIGHTS_NAME
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.formats.skeleton import OWN
-from lora_cli.formats.stream import TensorStream
-from lora_cli.formats.writer import AdapterWriter, Saved, base_entries
+from lora_cli.formats.writer import AdapterWriter, Saved, TensorStream, base_entries
 from lora_cli.hashes import sha256_of
 from lora_cli.outputs import whole_folder
 from lora_cli.precision import STORED, spoken
