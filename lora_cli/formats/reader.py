@@ -112,15 +112,19 @@ class OpenAdapter:
         """
         import torch
 
-        from lora_cli.algebra.lowrank import LowRank, bound
+        from lora_cli.algebra.lowrank import bound
 
         dtype = dtype or torch.float32
-        parts = self._parts(module)
-        if len(parts) == 1:
-            update = LowRank(*(tensor_of(one, dtype) for one in parts[0]))
-        else:
-            update = LowRank(*(torch.from_numpy(one).to(dtype) for one in self._joined(module, parts)))
+        update = self._tensors(module, dtype)
         self._demand_sound(module, bound(update), torch.finfo(torch.promote_types(dtype, torch.float32)).max)
+        update.B.mul_(self.scales[module])
+        return update
+
+    def read_unchecked(self, module: str) -> "LowRank":
+        """As `read` in fp32, with whatever numbers the file holds: NaN, Inf and those that overflow too."""
+        import torch
+
+        update = self._tensors(module, torch.float32)
         update.B.mul_(self.scales[module])
         return update
 
@@ -130,6 +134,17 @@ class OpenAdapter:
         largest = found.A.shape[0] * _largest(found.A) * _largest(found.B)
         self._demand_sound(module, largest, float(np.finfo(np.result_type(found.A, found.B)).max))
         return found
+
+    def _tensors(self, module: str, dtype: "torch.dtype") -> "LowRank":
+        """B and A of one module in a precision, without the scale."""
+        import torch
+
+        from lora_cli.algebra.lowrank import LowRank
+
+        parts = self._parts(module)
+        if len(parts) == 1:
+            return LowRank(*(tensor_of(one, dtype) for one in parts[0]))
+        return LowRank(*(torch.from_numpy(one).to(dtype) for one in self._joined(module, parts)))
 
     def _parts(self, module: str) -> "list[tuple[Stored, Stored]]":
         """B and A of each part of a module as they act: matrices, of fused experts those of one expert."""
