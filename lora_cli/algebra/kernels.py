@@ -91,7 +91,8 @@ def elected(sums: Tensor, votes: Tensor, total: bool) -> Tensor:
 def squares(values: Tensor) -> float:
     """Sum of the squares of all entries, in float64."""
     if compiles(values):
-        return float(loops().squares(_flat(values.contiguous()), np.zeros(loops().GROUP)))
+        rows = values.T if values.T.is_contiguous() else values.contiguous()
+        return float(loops().squares(_flat(rows), np.zeros(loops().GROUP)))
     return float(sum(rows.double().square().sum() for rows in torch.split(values, _PIECE // 16)))
 
 

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from lora_cli.algebra import kernels
 from lora_cli.algebra.grams import Grams, leading
-from lora_cli.algebra.krylov import OVERSAMPLED, blocks
+from lora_cli.algebra.krylov import Gains, Krylov, blocks, width_for
 
 _BLOCKS = 5
+# Below this share of the squared norm, the difference of two sums is rounding noise of fp32.
+_SMALL = 1e-4
+# The largest share of the energy that k directions may hold if bfloat16 is to find them.
+_FLAT = 0.5
+# Squared norms from here to its inverse are searched in bfloat16: squares of their parts stay in fp32's range.
+_TINY = 1e-20
+# The fewest entries for which a copy in bfloat16 is worth its making.
+_MANY_ENTRIES = 1 << 21
 # The share of the energy from squared singular values in fp32 is no more precise than this.
 _SHARE_NOISE = 1e-6
 
@@ -169,17 +177,48 @@ def numerical_rank(s: Tensor) -> int:
 def dense_svd(delta: Tensor, k: int, *, seed: int = 0) -> Spectrum:
     """The k leading singular triplets of a dense update (out, in), by a randomised block Krylov method.
 
-    Exact to rounding where 2 (k + 10) reaches a side. Elsewhere the best of five blocks of `krylov.blocks`, k + 10
-    wide: of the flat spectra that TIES leaves they miss 0.3 % of the energy that k can hold at k = 16 in 2048 × 2048,
-    where subspace iteration with two rounds misses 9 %.
+    Exact to rounding where two blocks reach a side. Elsewhere the best of up to five blocks of `krylov.blocks`, at
+    least k + 10 wide, fewer where `Gains` tells that more would not help. The norm of what is left is within 0.1 % of
+    the smallest possible one, as tests against dense SVD show; 0.04 % for TIES of 30 unrelated adapters of an 8B model.
+
+    Large updates are searched in bfloat16 where the processor multiplies it natively, if k directions leave at least
+    half of the energy: its rounding is far below that. Triplets are fp32's all the same, those of the projection on
+    the k directions that were found.
     """
-    out_features, in_features = delta.shape
-    width = min(k + OVERSAMPLED, out_features, in_features)
-    if 2 * width >= min(out_features, in_features):
+    if delta.shape[0] > delta.shape[1]:
+        turned = dense_svd(delta.T, k, seed=seed)
+        return Spectrum(turned.V, turned.s, turned.U)
+    width = width_for(k)
+    if 2 * width >= len(delta):
         u, s, vh = torch.linalg.svd(delta, full_matrices=False)
         return Spectrum(u[:, :k], s[:k], vh[:k].T)
-    *_, found = islice(blocks(delta, width, seed=seed), _BLOCKS)
+    total = squared_norm(delta)
+    if _TINY < total < 1 / _TINY and _searched_in_bfloat16(delta):
+        rough = _searched(delta.bfloat16(), k, width, total, most=_FLAT, seed=seed)
+        found = rough and Krylov.on(rough.narrowed(k), delta)
+        if found and float(found.gram.trace()) <= _FLAT * total:
+            return Spectrum(*found.leading(k))
+    found = _searched(delta, k, width, total, most=math.inf, seed=seed)
+    assert found is not None
     return Spectrum(*found.leading(k))
+
+
+def _searched(delta: Tensor, k: int, width: int, total: float, *, most: float, seed: int) -> Krylov | None:
+    """Directions of an update of squared norm `total`, or None once k of them hold more than a share of `most`."""
+    gains = Gains()
+    for found in islice(blocks(delta, width, seed=seed), _BLOCKS):
+        left = total - float(torch.linalg.eigvalsh(found.gram)[-k:].double().sum())
+        if left < (1 - most) * total:
+            return None
+        if left > _SMALL * total and gains.enough(left):
+            break
+    return found
+
+
+def _searched_in_bfloat16(delta: Tensor) -> bool:
+    if delta.device.type != "cpu" or delta.dtype != torch.float32 or delta.numel() < _MANY_ENTRIES:
+        return False
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,13 @@
 """The best approximation of a dense update by a lower rank, randomised, with a remainder that is measured."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lora_cli.algebra.krylov import OVERSAMPLED, blocks
+from lora_cli.algebra.krylov import Gains, blocks, width_for
 from lora_cli.algebra.lowrank import LowRank, Spectrum, squared_norm
 
-# Blocks that would lower the squared remainder by less than this share in all are left out.
-_GAIN = 4e-4
 # Below this share of the squared norm, the difference of two sums is rounding noise of fp32.
 _SMALL = 1e-4
 # Remainders below this share of the squared norm are rounding noise themselves.
@@ -43,17 +40,16 @@ class Truncated:
 def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
     """The `rank` leading singular directions of a dense fp32 update (out, in).
 
-    Blocks of `krylov.blocks`, rank + 10 wide, until one lowers the squared remainder by less than 0.04 %, or the next
-    ones would by half of that, if their gains fall as the last two did. The norm of the remainder is then within
-    0.1 % of the smallest possible one, as tests against dense SVD show for flat and for steep spectra. It is measured:
-    the directions are orthonormal, so that it is what the projection on them leaves. Where the blocks would span half
-    of a side, the SVD is dense and exact.
+    Blocks of `krylov.blocks`, at least rank + 10 wide, until `Gains` tells that more would not help. The norm of the
+    remainder is then within 0.1 % of the smallest possible one, as tests against dense SVD show for flat and for
+    steep spectra. It is measured: the directions are orthonormal, so that it is what the projection on them leaves.
+    Where the blocks would span half of a side, the SVD is dense and exact.
 
     Cost: 4·out·in·(rank + 10) operations a block, of which two to six are needed. Memory: the update, and the blocks.
     """
     total, side = squared_norm(delta), min(delta.shape)
-    before = gain = math.inf
-    for found in blocks(delta, min(rank + OVERSAMPLED, side), seed=seed):
+    gains = Gains()
+    for found in blocks(delta, min(width_for(rank), side), seed=seed):
         if 2 * found.basis.shape[1] > side:
             break
         squared = torch.linalg.eigvalsh(found.gram)
@@ -61,12 +57,8 @@ def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
         if rest < _SMALL * total:
             rest = _left(delta, found.basis, found.rows)
         left = rest + float(squared[:-rank].clamp(min=0).sum())
-        gain, last = before - left, gain
-        falls = gain / last if gain < last < math.inf else 1.0
-        to_come = 2 * gain * falls / (1 - falls) if falls < 1 else gain
-        if left <= _NOISE * total or min(gain, to_come) <= _GAIN * left:
+        if left <= _NOISE * total or gains.enough(left):
             return Truncated(Spectrum(*found.leading(rank)), total, left)
-        before = left
     u, s, vh = torch.linalg.svd(delta, full_matrices=False)
     return Truncated(Spectrum(u, s, vh.T), total, 0.0)
 
