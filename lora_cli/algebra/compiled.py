@@ -127,13 +127,14 @@ def merge(
     how: SUM, TOTAL or FREQUENCY; the density below which a drawn number keeps its entry; what divides the entries.
     """
     (b, a, ends), (election, density, divisor), (out, inn) = factors, how, result.shape
-    values, mean, sums = np.empty(SPOT, b.dtype), np.empty(SPOT, b.dtype), np.empty(4 * SPOT, b.dtype)
+    two, mean, sums = np.empty((2, SPOT), b.dtype), np.empty(SPOT, b.dtype), np.empty(4 * SPOT, b.dtype)
     for column in range(a.shape[0]):
         for row in range(rows[0], rows[1]):
             mean[:] = 0
             sums[:] = 0
             start = 0
             for k in range(ends.size):
+                values = two[k % 2]
                 _form(b[row], a[column], start, ends[k], values)
                 start = ends[k]
                 if density < 1:
@@ -142,7 +143,9 @@ def merge(
                     values /= divisor
                 if election == SUM:
                     _add(values, table[k], mean)
-                else:
+                elif k % 2:
+                    _cast_two(two[0], values, table[k - 1], table[k], sums)
+                elif k + 1 == ends.size:
                     _cast(values, table[k, 0], table[k, 1], table[k, 2], sums)
                 if election == FREQUENCY:
                     vote(values, table[k, 2], True, np.sign(table[k, 0]), mean)
@@ -174,6 +177,23 @@ def _cast(values: Array, weight: Any, share: Any, cut: Any, sums: Array) -> None
         sums[i + SPOT] += value if down else nothing
         sums[i + 2 * SPOT] += share if up else nothing
         sums[i + 3 * SPOT] += share if down else nothing
+
+
+@loop
+def _cast_two(values: Array, others: Array, row: Array, other: Array, sums: Array) -> None:
+    """`_cast` of two tiles, one after the other at each entry, so that the sums are read and written once."""
+    nothing = values.dtype.type(0)
+    weight, share, cut = row[0], row[1], row[2]
+    weight_2, share_2, cut_2 = other[0], other[1], other[2]
+    for i in range(values.size):
+        value, value_2 = values[i] * weight, others[i] * weight_2
+        kept, kept_2 = abs(values[i]) >= cut, abs(others[i]) >= cut_2
+        up, down = kept & (value > 0), kept & (value < 0)
+        up_2, down_2 = kept_2 & (value_2 > 0), kept_2 & (value_2 < 0)
+        sums[i] = sums[i] + (value if up else nothing) + (value_2 if up_2 else nothing)
+        sums[i + SPOT] = sums[i + SPOT] + (value if down else nothing) + (value_2 if down_2 else nothing)
+        sums[i + 2 * SPOT] = sums[i + 2 * SPOT] + (share if up else nothing) + (share_2 if up_2 else nothing)
+        sums[i + 3 * SPOT] = sums[i + 3 * SPOT] + (share if down else nothing) + (share_2 if down_2 else nothing)
 
 
 @loop

@@ -5,6 +5,7 @@ compiled ones are several times faster.
 """
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -31,10 +32,15 @@ def tally(tile: Tensor, low: float, high: float) -> tuple[int, Tensor]:
 
 def largest(magnitudes: Tensor, k: int) -> float:
     """The k-th largest of a vector's entries, 1 ≤ k ≤ size."""
-    place = magnitudes.numel() - k
-    if compiles(magnitudes):
-        return float(np.partition(magnitudes.numpy(), place)[place])
-    return float(torch.kthvalue(magnitudes, place + 1).values)
+    return ordered(magnitudes, [magnitudes.numel() - k])[0]
+
+
+def ordered(values: Tensor, places: Sequence[int]) -> list[float]:
+    """The entries at some places, from 0, of a vector in ascending order."""
+    if compiles(values):
+        found: list[float] = np.partition(values.numpy(), places)[list(places)].tolist()
+        return found
+    return [float(torch.kthvalue(values, place + 1).values) for place in places]
 
 
 def sums_of(tile: Tensor) -> int:

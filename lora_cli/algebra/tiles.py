@@ -29,7 +29,7 @@ _TILE_BYTES_ELSEWHERE = 1 << 28
 # Updates with at most this many entries are searched without a sample.
 _SMALL = 1 << 14
 # A sample has so many times size^⅔ entries, which cost about as much as they save.
-_SAMPLED = 4
+_SAMPLED = 2
 
 
 class DeltaTiles:
@@ -276,10 +276,9 @@ def _bracket(sample: Tensor, density: float, deviations: float) -> tuple[float, 
     count = len(sample)
     middle, spread = (1 - density) * count, deviations * (math.sqrt(count * density * (1 - density)) + 1)
     low, high = math.floor(middle - spread), math.ceil(middle + spread)
-    return (
-        kernels.largest(sample, count - low) if low >= 0 else 0.0,
-        kernels.largest(sample, count - high) if high < count else math.inf,
-    )
+    inside = [place for place in (low, high) if 0 <= place < count]
+    found = dict(zip(inside, kernels.ordered(sample, inside), strict=True)) if inside else {}
+    return found.get(low, 0.0), found.get(high, math.inf)
 
 
 def _count(update: LowRank, low: float, high: float) -> tuple[int, Tensor]:
