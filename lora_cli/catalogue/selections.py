@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,7 +25,7 @@ class Selection:
 
 
 class Selections:
-    """The selections of a catalogue; `get` finds an adapter by its id."""
+    """The selections of a catalogue; `get` finds an adapter by its id, and raises NothingMatched for none."""
 
     def __init__(self, db: OpenDatabase, get: Callable[[str], Adapter]) -> None:
         self._db = db
@@ -94,9 +94,16 @@ class Selections:
                 return None
             [row] = found
             chosen = db.execute(
-                'SELECT adapter_id, "commit", score FROM selected WHERE selection_id = ? ORDER BY position', [row["id"]]
+                'SELECT score, adapter_id, s."commit", source, repo, subfolder FROM selected s '
+                "LEFT JOIN adapters ON id = adapter_id WHERE selection_id = ? ORDER BY position",
+                [row["id"]],
             ).fetchall()
-            refs = tuple(replace(self._get(id).ref, commit=commit) for id, commit, _ in chosen)
+            refs = tuple(
+                AdapterRef(id=id, commit=commit, source=source, repo=repo, subfolder=subfolder)
+                if source is not None
+                else self._get(id).ref
+                for _, id, commit, source, repo, subfolder in chosen
+            )
         return Selection(
             id=row["id"],
             name=row["name"],
@@ -104,5 +111,5 @@ class Selections:
             method=row["method"],
             settings=json.loads(row["settings"]),
             refs=refs,
-            scores=tuple(score for _, _, score in chosen),
+            scores=tuple(score for score, *_ in chosen),
         )

@@ -2,11 +2,13 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from sys import intern
 
 from lora_cli.catalogue.database import OpenDatabase
 from lora_cli.catalogue.rows import clean
+
+_BATCH = 300  # pairs per statement, below SQLite's limit on parameters
 
 Modules = Mapping[str, tuple[float, ...]]
 """The numbers of each module of an adapter; NaN where there is none."""
@@ -41,6 +43,22 @@ class Spreads:
                 .fetchone()
             )
         return None if row is None else _unpacked(row[0])
+
+    def modules(self, adapters: Sequence[tuple[str, str]]) -> dict[str, Sequence[str]]:
+        """The names of the modules, by id, of those given by id and commit that were measured."""
+        found: dict[str, Sequence[str]] = {}
+        for start in range(0, len(adapters), _BATCH):
+            batch = adapters[start : start + _BATCH]
+            marks = ", ".join(["(?, ?)"] * len(batch))
+            query = (
+                "SELECT a.id, s.modules FROM spreads s "
+                'JOIN adapters a ON a.key = s.adapter AND a."commit" = s."commit" '
+                f'WHERE (a.id, a."commit") IN (VALUES {marks})'
+            )
+            with self._db.lock:
+                rows = self._db.read().execute(query, clean([text for one in batch for text in one])).fetchall()
+            found |= {id: names for id, packed in rows if (names := _names(packed)) is not None}
+        return found
 
     def of(self, base: str, *, most: int = 500, with_: Iterable[str] = ()) -> dict[str, Modules]:
         """The measures of usable adapters of a base, by id.
@@ -84,4 +102,14 @@ def _unpacked(packed: bytes) -> Modules | None:
         found = json.loads(zlib.decompress(packed))
         return {intern(name): tuple([nan if x is None else float(x) for x in values]) for name, values in found.items()}
     except (zlib.error, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _names(packed: bytes) -> Sequence[str] | None:
+    """The names in a cell; None for one that is damaged."""
+    try:
+        text = zlib.decompress(packed).decode()
+        # Numbers are most of it. Without an escape, what is between quotes are the names.
+        return [*json.loads(text)] if "\\" in text else text.split('"')[1::2]
+    except (zlib.error, ValueError, TypeError):
         return None

@@ -17,7 +17,7 @@ from lora_cli.hashes import hash_ahead
 from lora_cli.imports import file_of
 from lora_cli.licences import Policy, restrictions_of
 from lora_cli.names import ids_and_commits, unpinned
-from lora_cli.records import USABLE, Adapter, AdapterRef, Progress, patient, silent, unheard
+from lora_cli.records import USABLE, Adapter, AdapterRef, AdapterRow, Progress, patient, silent, unheard
 from lora_cli.settings import Settings, folder_of
 from lora_cli.steps.bases import demand_one_base, skeleton_of
 from lora_cli.steps.pool.fetch import bring
@@ -260,7 +260,7 @@ class Pool:
             for note in filter(None, [converted, taken, *adapter.notes, unknown]):
                 self.announce(f"{adapter.ref.id}: {note}")
 
-    def announce_held(self, rows: Sequence[Adapter]) -> None:
+    def announce_held(self, rows: Sequence[AdapterRow]) -> None:
         """A line for each of the adapters that is in quarantine, and used all the same."""
         for row in rows:
             if row.status == "quarantined":

@@ -113,6 +113,25 @@ def test_selections_keep_order_scores_and_commits(catalogue: Catalogue) -> None:
     assert catalogue.provenance("a/2")["selections"] == ["first"]
 
 
+def test_a_selection_of_an_adapter_that_is_gone_says_so(catalogue: Catalogue) -> None:
+    catalogue.add([adapter("a/1"), adapter("a/2")])
+    catalogue.selections.remember("", [(row, None) for row in whole(catalogue)], "random", {})
+    # Another program, which knows no foreign keys.
+    with contextlib.closing(sqlite3.connect(catalogue.path)) as other, other:
+        other.execute("UPDATE selected SET adapter_id = 'a/gone' WHERE adapter_id = 'a/2'")
+    with pytest.raises(NothingMatched, match="a/gone: not in the catalogue"):
+        catalogue.selections.last()
+
+
+@pytest.mark.parametrize("name", ["layers.0.q_proj", 'a "b" c', "a\\b", "ä,[1", ""])
+def test_the_names_of_measured_modules_are_read_without_their_numbers(catalogue: Catalogue, name: str) -> None:
+    catalogue.add([adapter("a/1"), adapter("a/2")])
+    at = ("a/1", "a" * 40)
+    catalogue.spreads.remember({at: {name: (1.5, float("nan"), 0.5), "other": (2.0, 0.1, 0.2)}})
+    assert catalogue.spreads.modules([at, ("a/2", "a" * 40)]) == {"a/1": [*(catalogue.spreads.at(*at) or ())]}
+    assert catalogue.spreads.modules([("a/1", "b" * 40)]) == {}
+
+
 def test_what_weights_told_is_not_written_onto_another_commit(catalogue: Catalogue) -> None:
     catalogue.add([adapter("a/x")])
     row = catalogue.get("a/x")

@@ -109,6 +109,16 @@ def test_cosines_norms_and_clusters_need_no_weights(pool: Path) -> None:
     assert "its folder is gone" in refused(5, "pool", "similarity", "--exact")
 
 
+def test_every_form_of_a_name_means_its_adapter(pool: Path) -> None:
+    pinned = {row["id"]: f"{row['id']}@{row['commit']}" for row in alike()["rows"]}
+    want = alike("pool/first", "pool/second")
+    for first in (pinned["pool/first"], pinned["pool/first"][:-30], str(pool / "first")):
+        assert alike(first, pinned["pool/second"]) == want
+    assert "commit 0000000 is not available here" in refused(
+        3, "pool", "similarity", "pool/first@0000000", "pool/second"
+    )
+
+
 def test_torch_is_not_imported(pool: Path) -> None:
     ask = "from lora_cli.app import main\ntry:\n    main()\nexcept SystemExit:\n    pass\n"
     script = f"import sys\n{ask}print('torch' in sys.modules, file=sys.stderr)"

@@ -1,6 +1,5 @@
 """All pairs of adapters by the sketches in the catalogue: no weights are read. numpy and scipy, not torch."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,8 @@ from lora_cli.catalogue.sketches import StoredSketch
 from lora_cli.checks.sketch import ERROR, SIZE
 from lora_cli.errors import NothingMatched, Refused
 from lora_cli.formats.base_names import at_revision, public_base
-from lora_cli.records import USABLE, Adapter, Progress, patient, silent
+from lora_cli.names import unpinned
+from lora_cli.records import USABLE, Adapter, AdapterRow, Progress, patient, silent
 from lora_cli.settings import folder_of
 from lora_cli.sources.folder import is_unchanged
 from lora_cli.steps.pool.clusters import Similarity
@@ -31,16 +31,17 @@ class Sketched(NamedTuple):
     """
 
     similarity: Similarity
-    rows: Sequence[Adapter]
+    rows: Sequence[AdapterRow]
     base: str
     unchecked: str
 
 
 class _Measured(NamedTuple):
-    """An adapter's sketch, and the norm of its update in each module."""
+    """An adapter's sketch, the names of its modules, and the norm of its whole update."""
 
     sketch: StoredSketch
-    norms: dict[str, float]
+    modules: Sequence[str]
+    norm: float
 
 
 def by_sketches(
@@ -60,9 +61,10 @@ def by_sketches(
         names: ids of the catalogue, `id@commit`, or folders.
         base: the base model that adapters must be for, None for any; `aliases` are other names of it.
     """
-    rows = []
+    together = _rows(catalogue, names, base)
+    rows: list[AdapterRow] = []
     for name in names:
-        row = _row(catalogue, name, base)
+        row = together.get(name) or _row(catalogue, name, base)
         if row is None:
             return f"{name} is not in the catalogue"
         rows.append(row)
@@ -86,6 +88,16 @@ def by_sketches(
     return Sketched(similarity=_similarity(rows, known), rows=rows, base=public, unchecked="" if by_base else unchecked)
 
 
+def _rows(catalogue: Catalogue, names: Sequence[str], base: str | None) -> dict[str, AdapterRow]:
+    """The rows of the names that have one meaning, as nearly all do: an id, or `id@commit`. Read at once."""
+    plain = [name for name in names if folder_of(name) is None]
+    found = catalogue.rows([one for name in plain for one in (name, unpinned(name))], base=base)
+    ids, pinned = {row.id: row for row in found}, {row.ref.pinned: row for row in found}
+    both = ids.keys() & pinned.keys()
+    meant = {name: (pinned if "@" in name else ids).get(name) for name in plain}
+    return {name: row for name, row in meant.items() if row is not None and name not in both}
+
+
 def _row(catalogue: Catalogue, name: str, base: str | None) -> Adapter | None:
     """The row of a name, None where the catalogue has none at this commit."""
     folder = folder_of(name)
@@ -98,23 +110,26 @@ def _row(catalogue: Catalogue, name: str, base: str | None) -> Adapter | None:
         return None
 
 
-def _measured(catalogue: Catalogue, rows: Sequence[Adapter], progress: Progress) -> list[_Measured | None]:
+def _measured(catalogue: Catalogue, rows: Sequence[AdapterRow], progress: Progress) -> list[_Measured | None]:
     """What `verify --deep` stored of each adapter; None where that does not count."""
-    sketches = catalogue.sketches.of([(row.id, row.commit) for row in rows])
+    at = [(row.id, row.commit) for row in rows]
+    sketches, modules = catalogue.sketches.of(at), catalogue.spreads.modules(at)
     found: list[_Measured | None] = []
     report = patient(progress)
     for row in rows:
         sketch = sketches.get(row.id)
         sound = sketch is not None and len(sketch.numbers) == 2 * SIZE and row.status in USABLE
         here = row.source == "hub" or is_unchanged(row)
-        spreads = catalogue.spreads.at(row.id, row.commit) if sound and here else None
-        norms = None if spreads is None else {module: norm for module, (norm, *_) in spreads.items()}
-        found.append(None if sketch is None or norms is None else _Measured(sketch, norms))
+        names = modules.get(row.id) if sound and here else None
+        if sketch is None or names is None or row.norm is None:
+            found.append(None)
+        else:
+            found.append(_Measured(sketch, names, row.norm))
         report("reading sketches", len(found), len(rows))
     return found
 
 
-def _beside(rows: Sequence[Adapter], found: Sequence[_Measured], base: str | None) -> str:
+def _beside(rows: Sequence[AdapterRow], found: Sequence[_Measured], base: str | None) -> str:
     """The reason why these adapters cannot be compared by what is stored; "" if they can."""
     if {row.base for row in rows} != {base or rows[0].base}:
         return f"the catalogue does not list all of them for {base or 'one base model'}"
@@ -122,7 +137,7 @@ def _beside(rows: Sequence[Adapter], found: Sequence[_Measured], base: str | Non
         return "some were sketched before the base's config.json was here: lora pool verify --deep"
     if not found[0].sketch.by_base:
         # Only sketches that know the base's own names are sure to have one name for one module.
-        named = {frozenset(one.norms): row.id for row, one in zip(rows, found, strict=True)}
+        named = {frozenset(one.modules): row.id for row, one in zip(rows, found, strict=True)}
         modules = [(id, names) for names, id in named.items()]
         try:
             demand_common_names(modules)
@@ -132,14 +147,14 @@ def _beside(rows: Sequence[Adapter], found: Sequence[_Measured], base: str | Non
     return ""
 
 
-def _similarity(rows: Sequence[Adapter], found: Sequence[_Measured]) -> Similarity:
+def _similarity(rows: Sequence[AdapterRow], found: Sequence[_Measured]) -> Similarity:
     directions = units([one.sketch for one in found])
     cosines = (directions @ directions.T).astype(np.float64).clip(-1, 1).round(_DIGITS)
     np.fill_diagonal(cosines, directions.any(1))
     return Similarity(
         refs=tuple(row.ref for row in rows),
         cosines=cosines,
-        norms=tuple(math.hypot(*one.norms.values()) for one in found),
-        modules=len(set[str]().union(*(one.norms for one in found))),
+        norms=tuple(one.norm for one in found),
+        modules=len(set[str]().union(*(one.modules for one in found))),
         error=ERROR,
     )
