@@ -25,9 +25,9 @@ from lora_cli.steps.merge.plan import MergePlan
 
 # Options that run.json of earlier versions lacks, with the values those versions used.
 _BEFORE = {"compact": True, "saved_modules": "refuse"}
-_ARITHMETIC = 2
+_ARITHMETIC = 3
 """The way in which merges round. In 2 the leading directions of a sum come from Gram matrices, not from QR; methods of
-many ranks work on the shorter side of the update."""
+many ranks work on the shorter side of the update. In 3 dense results are reduced by another search."""
 # How far above run.json the folder may be that holds both run.json and a parent.
 _MOST_UP = 3
 
