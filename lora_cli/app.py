@@ -55,8 +55,8 @@ _KEPT = {
     "demo": "finished parts are kept: the same command goes on from there",
     "pool sync": "the adapters read so far are kept: the same command goes on from there",
     "pool fetch": "the adapters fetched so far are kept: the same command goes on from there",
-    "fit": "the last state is kept: the same command goes on from there",
-    "eval": "the answers so far are kept: the same command goes on from there",
+    "fit": "a state that was stored is kept: the same command, without --no-resume, goes on from there",
+    "eval": "answers that were stored are kept: the same command, without --no-resume, goes on from there",
     "study": "done cells are kept: the same command goes on from there",
     "push": "the repository has all of the commit or nothing of it: the same command tells which, and finishes it",
     **dict.fromkeys(

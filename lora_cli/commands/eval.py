@@ -182,14 +182,13 @@ def _tell(screen: Screen, scores: list[Score], request: "EvaluateRequest") -> No
     if metric.score == "share" and facts.usual_share >= _OFTEN and facts.usual_share * facts.examples > 1:
         screen.say(f"eval: always answering {shortened(facts.usual)!r} would score {facts.usual_share:.3f}")
     for score in scores[1:]:
-        failed = score.details.get("not_finite", 0)
-        if failed < score.n:
+        if not _failed(score):
             screen.say(
                 f"eval: {score.system} changed the {metric.kind} on {score.changed} of {counted(score.n, 'prompt')}"
             )
         if score.changed == 0 < score.details["moved"]:
             screen.warn(f"{score.system} changes likelihoods slightly but not a single {metric.kind}")
-        if failed:
+        if failed := score.details.get("not_finite"):
             screen.warn(
                 f"{score.system}: numbers of the model are not finite on {failed} of {score.n} prompts, which count as "
                 f"failures; {remedy(request.ref.compute, 'leave it out')}"
@@ -211,7 +210,9 @@ def verdict(scores: list[Score], metric: Method, baseline: str) -> str:
     """Which systems are better or worse than the baseline, as far as that is beyond chance."""
     higher = metric.better == "higher"
     found: dict[str, list[str]] = {"better than": [], "worse than": [], "no measurable difference to": []}
-    compared = [score for score in scores if score.delta is not None]
+    compared = [score for score in scores if score.delta is not None and not _failed(score)]
+    if not compared:
+        return "eval: nothing to compare"
     for score in compared:
         word = "better than" if ((score.delta or 0) > 0) == higher else "worse than"
         found[word if score.measurable else "no measurable difference to"].append(score.system)
@@ -232,12 +233,22 @@ def flattery(scores: list[Score]) -> Iterator[str]:
             )
 
 
+def _failed(score: Score) -> bool:
+    """Whether no answer of a system counts: a number of the model was not finite on every prompt."""
+    return score.details.get("not_finite", 0) == score.n
+
+
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED:,} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _demand_effect(screen: Screen, scores: list[Score], allowed: bool) -> None:
+    if scores[1:] and all(map(_failed, scores[1:])):
+        raise Refused(
+            "no adapter can be judged: on every prompt a number of the model is not finite",
+            hint="lora pool verify --deep says what is wrong with each",
+        )
     idle = [score for score in scores[1:] if score.details["moved"] == 0]
     if not idle:
         return

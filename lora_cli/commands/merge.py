@@ -125,9 +125,13 @@ def outcome(plan: "MergePlan", report: "MergeReport") -> str:
         kept = "dense"
     return (
         f"{plan.options.method}: {counted(n, 'adapter')} → {counted(modules, 'module')} · {kept} · "
-        f"norm {report.norm / report.mean_norm:.2f} of the adapters' mean · "
+        f"norm {_times(report.norm / report.mean_norm)} of the adapters' mean · "
         f"{duration(report.seconds)} · peak {size(report.peak_bytes)}"
     )
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 1e4 else f"{ratio:.2e}"
 
 
 def _notes(plan: "MergePlan", report: "MergeReport") -> list[str]:

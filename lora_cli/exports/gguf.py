@@ -150,13 +150,13 @@ def _tensors(source: Source, base: Base, program: str) -> dict[str, str]:
         if source.skeleton is not None and (other := source.skeleton.ties.get(module)):
             raise Refused(
                 f"{source.id}: {module} has the weight of {other[0]}, and {program} loads no update of it",
-                hint=f"leave it out: lora merge {source.id} --scope modules=…",
+                hint="leave it out: lora merge ADAPTER --scope modules=… keeps the others",
             )
         name = names.of(module)
         if name is None or not name.endswith(".weight"):
             raise Refused(
                 f"{source.id}: {program} has no name for {shortened(module)} of a {base.architecture.name}",
-                hint=f"leave it out: lora merge {source.id} --scope modules=…",
+                hint="leave it out: lora merge ADAPTER --scope modules=… keeps the others",
             )
         if name in found.values():
             raise Refused(f"{source.id}: {module} and another module are both {name} in {program}")

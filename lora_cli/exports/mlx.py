@@ -30,7 +30,7 @@ class Mlx(Export):
             if layer is None or layer.stack != _STACK or not layer.place:
                 raise Refused(
                     f"{source.id}: {module} is outside {_STACK}, where {self.title} makes LoRA layers",
-                    hint=f"leave it out: lora merge {source.id} --scope modules=…",
+                    hint="leave it out: lora merge ADAPTER --scope modules=… keeps the others",
                 )
             keys.add(layer.place)
         outside = source.scale or 1.0

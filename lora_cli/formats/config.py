@@ -147,11 +147,15 @@ class _Taker:
         try:
             return read(value)
         except _Wrong as wrong:
-            raise ConfigError(f"{key} in adapter_config.json must be {wrong}, not {shortened(value)}") from wrong
+            raise ConfigError(f"{key} in adapter_config.json must be {wrong}, not {_shown(value)}") from wrong
 
     def rest(self) -> dict[str, Any]:
         """The keys that were never read, with their values."""
         return self._raw
+
+
+def _shown(value: Any) -> str:
+    return f"the text {shortened(repr(value))}" if isinstance(value, str) else shortened(value)
 
 
 class _Wrong(Exception):

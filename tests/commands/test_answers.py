@@ -43,6 +43,15 @@ def test_wrong_answers_stand_beside_the_expected_ones(here: World) -> None:
     assert "no answers of 'nobody'" in refused(3, "runs", "answers", "--system", "nobody")
 
 
+def test_data_elsewhere_is_found_by_the_run(here: World) -> None:
+    Path("elsewhere").mkdir()
+    Path("few.jsonl").rename("elsewhere/few.jsonl")
+    ok("eval", MIRROR, "--data", "elsewhere/few.jsonl", "-o", "others.jsonl")
+    assert "of 24 answers wrong" in ok("runs", "answers").err
+    Path("elsewhere/few.jsonl").unlink()
+    assert "few.jsonl, the data of" in refused(1, "runs", "answers")
+
+
 def test_rows_of_systems_that_the_run_did_not_evaluate_are_left_out(here: World) -> None:
     ok("eval", MIRROR, "--data", "few.jsonl", "-o", "rows.jsonl")
     found = json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]

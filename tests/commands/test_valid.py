@@ -97,7 +97,7 @@ def test_without_test_data_eval_takes_the_validation_file_of_the_last_fit(
     assert rows[1]["value"] == pytest.approx(record("own")["results"]["loss_merged"], rel=1e-4)
     assert rows[1]["n"] == 12
     files[1].unlink()
-    assert "valid.jsonl, the data of the last fit, is missing or has changed" in refused(1, "eval", "own")
+    assert "valid.jsonl, the data of the last fit, is not in this folder or has changed" in refused(1, "eval", "own")
 
 
 def test_one_example_is_enough_where_none_is_held_out(here: World) -> None:

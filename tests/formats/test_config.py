@@ -45,8 +45,8 @@ def test_a_malformed_configuration_is_refused(what: str) -> None:
         ("Git LFS pointer", "config is a Git LFS pointer"),
         ("alpha twice", "gives lora_alpha twice"),
         ("alpha is NaN", "holds NaN"),
-        ("r is text", "r in adapter_config.json must be a whole number above 0, not 8"),
-        ("use_rslora is text", "use_rslora in adapter_config.json must be true or false, not false"),
+        ("r is text", "r in adapter_config.json must be a whole number above 0, not the text '8'"),
+        ("use_rslora is text", "use_rslora in adapter_config.json must be true or false, not the text 'false'"),
         ("two megabytes", "2,000,0.. bytes"),
     ],
 )

@@ -155,4 +155,6 @@ def test_an_adapter_of_the_hub_whose_shapes_do_not_fit_is_not_stored(fake: FakeH
     message = refused(5, "merge", "x/none", "--base", base, "-o", "out")
     assert "x/none: wrong base: declares none" in message
     assert "shapes differ from base" in message
-    assert "no adapter is known" in refused(3, "pool", "list")
+    told = refused(3, "pool", "list")
+    assert "catalogue.db: no adapter is known" in told
+    assert "lora pool sync fills the catalogue" in told

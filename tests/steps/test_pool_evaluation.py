@@ -21,7 +21,7 @@ from lora_cli.steps.select import trial
 from lora_cli.steps.train.train import train
 from lora_cli.task import load_task
 from tests.adapters_on_disk import random_factors, write_adapter
-from tests.cli import ok, refused
+from tests.cli import lora, ok, refused
 from tests.tiny_bases import examples, opened, saved
 
 N = 20
@@ -101,6 +101,7 @@ def test_scores_are_those_of_single_evaluations_and_are_kept(home: Path, made: l
     assert ok(*BY, "evaluation", "-k", "2").out.split() == [row["id"] for row in told["rows"][:2]]
     assert ok(*BY, "race", "-k", "1").out.split() == ["pool/skilled"]  # nothing is left to ask
     assert made == []
+    assert "no new answer, 5 scores in the catalogue already" in ok(*EVALUATE).err
     [run] = [row["id"] for row in json.loads(ok("runs", "list", "--json").out)["rows"]]
     assert {line.split("\t")[1] for line in ok("runs", "answers", run, "-n", "120").out.splitlines()} >= {
         "base",
@@ -182,6 +183,11 @@ def test_eval_goes_on_beside_an_adapter_whose_weights_hold_nan(home: Path) -> No
     assert found["broken"]["details"]["not_finite"] == N
     assert f"broken: numbers of the model are not finite on {N} of {N} prompts, which count as failures" in told.err
     assert "broken changed" not in told.err
+    assert "broken" not in told.err.partition("eval: better than base: ")[2]
+    none = lora("eval", "broken", *ask)
+    assert none[0] == 5
+    assert json.loads(none[1])["rows"][1]["details"]["not_finite"] == N
+    assert "no adapter can be judged" in none[2]
     alone = {row["system"]: row["value"] for row in json.loads(ok("eval", "pool/skilled", *ask).out)["rows"]}
     assert {name: found[name]["value"] for name in alone} == alone
     assert alone["pool/skilled"] > 0

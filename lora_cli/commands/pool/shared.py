@@ -10,7 +10,7 @@ from lora_cli.catalogue.where import COLUMNS
 from lora_cli.columns import Column, on_request
 from lora_cli.errors import NothingMatched
 from lora_cli.records import AdapterRow
-from lora_cli.screen import Screen
+from lora_cli.screen import Screen, near
 from lora_cli.text import size
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def no_adapters(catalogue: "Catalogue", base: str | None, nothing: str) -> Nothi
             f"no adapter was judged for the base {base}",
             hint=f"lora pool sync does that; the catalogue has adapters for {named}{more}: --base NAME shows them",
         )
+    if not known and not catalogue.bases.counts():
+        return NothingMatched(f"{near(catalogue.path)}: {nothing}", hint="lora pool sync fills the catalogue")
     return NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
 
 

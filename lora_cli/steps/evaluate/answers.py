@@ -14,6 +14,8 @@ from lora_cli.steps.evaluate.evaluate import read_rows
 from lora_cli.task import Task, read_task, task_sha256
 
 _MOST_RUNS = 1000
+DATA_FILE = "data_file"
+"""The result of an evaluation that is the place of its data on this machine, for `answers_of`."""
 ChangeKind = Literal["broken", "fixed", "different", "same"]
 _KINDS: tuple[ChangeKind, ...] = ("broken", "fixed", "different", "same")
 
@@ -40,7 +42,7 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
 
     Args:
         run: a run as `catalogue.runs.find` returns it.
-        files: the places where its data may be; the run's own name for it is another one.
+        files: the places where its data may be, besides that where it was and the working folder.
 
     Raises:
         NothingMatched: no evaluation, or one without answers.
@@ -52,9 +54,10 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         scored = "scored likelihoods alone" if evaluated else "is no evaluation"
         raise NothingMatched(f"{run['id']} {scored}: it has no answers", hint="lora eval --metric exact has some")
     name = settings["data"]
-    task = unchanged(name, run["record"]["inputs"][name], files)
+    place = run["record"]["results"].get(DATA_FILE, name)
+    task = unchanged(name, run["record"]["inputs"][name], [*files, Path(place)])
     if task is None:
-        raise DataError(f"{name}, the data of {run['id']}, is missing or has changed", hint="give --data FILE.jsonl")
+        raise DataError(f"{place}, the data of {run['id']}, is missing or has changed", hint="give --data FILE.jsonl")
     examples = {example.id: example for example in task.examples}
     systems = list(dict.fromkeys(score["system"] for score in run["scores"]))
     rows = [row for row in read_rows(Path(run["out"])) if row.id in examples and row.text is not None]

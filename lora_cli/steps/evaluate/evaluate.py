@@ -18,7 +18,7 @@ from lora_cli.methods import Method
 from lora_cli.metrics import METRICS
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.together import NotByRow
-from lora_cli.outputs import whole_file
+from lora_cli.outputs import whole_file, writing
 from lora_cli.precision import remedy
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score, silent
@@ -292,8 +292,13 @@ class _Rows:
         """Add one row."""
         self.found[row.system, row.id] = row
         if self._file is not None:
-            self._file.write(_line(row))
-            self._file.flush()
+            assert self._path is not None
+            try:
+                self._file.write(_line(row))
+                self._file.flush()
+            except OSError:
+                with writing(self._path):
+                    raise
 
     def keep_whole(self, systems: Sequence[str], ids: Sequence[str]) -> None:
         """Forget the rows of each system that lacks one of `ids`."""

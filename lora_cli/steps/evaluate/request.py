@@ -18,6 +18,7 @@ from lora_cli.precision import FOUR_BIT, torch_dtype
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Progress, Score, silent
 from lora_cli.settings import Settings, base_of
+from lora_cli.steps.evaluate.answers import DATA_FILE
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.evaluate.evaluate import System, demand_systems, evaluate, measured, read_rows, row_keys
 from lora_cli.steps.evaluate.learnt import learnt, trained_on
@@ -109,6 +110,7 @@ class EvaluateRequest:
         self.rows_file = self.rows(out)
         with runs.recorded(db, "eval", self.run_settings, self.inputs, self.rows_file) as run:
             run.device = self.ref.device
+            run.results[DATA_FILE] = str(self.task.file.absolute())
             loaded = self.ref.load(progress)
             self.facts = look(self.task.examples, loaded.encoder)
             for line in [*summary_of(self.facts), *self.familiar()]:
@@ -172,7 +174,7 @@ def test_data(settings: Settings) -> Task:
     task = data.validation([settings.data])
     if task is None:
         raise DataError(
-            f"{data.valid[0] or data.name}, the data of the last fit, is missing or has changed",
+            f"{data.valid[0] or data.name}, the data of the last fit, is not in this folder or has changed",
             hint="give --data FILE.jsonl",
         )
     return task

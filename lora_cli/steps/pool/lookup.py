@@ -165,7 +165,8 @@ def _unknown(name: _Name, error: NothingMatched) -> NothingMatched:
     like, folder = folders_like(name.text), means_folder(name.text)
     if not (like or folder) or name.known is not None:
         return error
-    hints = [meant(like)] if like else []
+    others = [one for one in like if one not in error.hint]
+    hints = [meant(others)] if others else []
     if folder and repo_and_folder(name.text):
         hints.append(f"a repository of the Hub is {name.text}@main")
     return NothingMatched(

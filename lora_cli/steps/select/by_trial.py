@@ -30,6 +30,8 @@ class Judged:
     @property
     def told(self) -> str:
         """The answers in words."""
+        if self.stored and self.stored == len(self.scores):
+            return f"no new answer, {counted(self.stored, 'score')} in the catalogue already"
         saved = self.of - self.asked
         part = f"{self.asked:,} of {counted(self.of, 'answer')} needed, {percent(saved / self.of)} saved"
         there = f"{counted(self.stored, 'score')} in the catalogue already"

@@ -19,6 +19,7 @@ from lora_cli.names import unpinned
 from lora_cli.recipes import EvalOptions
 from lora_cli.records import Example, Progress, Score
 from lora_cli.settings import Settings, base_of
+from lora_cli.steps.evaluate.answers import DATA_FILE
 from lora_cli.steps.evaluate.choices import demand_choices
 from lora_cli.steps.evaluate.evaluate import System, Updates, evaluate
 from lora_cli.steps.opened_pool import Pool
@@ -169,6 +170,7 @@ class PoolTrial:
             runs.recorded(db, "pool-evaluate", self.settings, self._inputs, path)
         )
         self._run.device = self._ref.device
+        self._run.results[DATA_FILE] = str(self.task.file.absolute())
         self._loaded = self._ref.load(self._pool.progress)
         for line in summary_of(look(self.task.examples, self._loaded.encoder)):
             self._pool.announce(line)
