@@ -235,7 +235,7 @@ def flattery(scores: list[Score]) -> Iterator[str]:
 
 def _failed(score: Score) -> bool:
     """Whether no answer of a system counts: a number of the model was not finite on every prompt."""
-    return score.details.get("not_finite", 0) == score.n
+    return bool(score.details.get("not_finite") == score.n)
 
 
 def _some(names: list[str]) -> str:
