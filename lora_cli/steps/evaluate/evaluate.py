@@ -266,7 +266,7 @@ def _differ(one: float | None, other: float | None) -> bool:
 class _Rows:
     """The rows so far. With a path each one is on disk before the next batch begins."""
 
-    def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str], resume: bool) -> None:
+    def __init__(self, path: Path | None, keys: Mapping[tuple[str, str], str], resume: bool = True) -> None:
         self.found: dict[tuple[str, str], Row] = {}
         self._others: list[Row] = []
         self._path, self._resume = path, resume
