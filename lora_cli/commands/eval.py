@@ -246,7 +246,7 @@ def _some(names: list[str]) -> str:
 def _demand_effect(screen: Screen, scores: list[Score], allowed: bool) -> None:
     if scores[1:] and all(map(_failed, scores[1:])):
         raise Refused(
-            "no adapter can be judged: on every prompt a number of the model is not finite",
+            "no adapter can be judged: NaN or Inf in the model's numbers on every prompt",
             hint="lora pool verify --deep says what is wrong with each",
         )
     idle = [score for score in scores[1:] if score.details["moved"] == 0]

@@ -95,7 +95,10 @@ def test_a_fit_that_the_time_limit_stops_says_so_and_goes_on_to_the_same_bytes(h
     assert "up to date" not in ok(*common, "--time-limit", "60", "-o", "stopped").err
     assert contents("stopped") == contents("whole")
     assert not list(here.folder.glob(".*"))
+    # As after a kill before the last state was removed.
+    Path(f".fit-{record('whole')['key'][:16]}-0-fit.npz").write_bytes(b"left")
     assert "up to date" in ok(*common, *hurried).err
+    assert not list(here.folder.glob(".*"))
 
 
 def test_a_stopped_fit_begins_anew_without_resume(here: World) -> None:

@@ -83,7 +83,10 @@ class FitJob:
                 progress=progress,
             )
 
-        return run_once(db, self.job, work, force=force, progress=progress)
+        done = run_once(db, self.job, work, force=force, progress=progress)
+        if done.report is None:  # killed between the result and its last step, the fit left them
+            forget_states(self.job.folder, done.run)
+        return done
 
 
 class FitRequest:
