@@ -13,6 +13,8 @@ _OVERSAMPLED = 10
 _COLUMNS = 16
 # The most times that a block is made orthogonal to those before it: two are the rule.
 _PASSES = 5
+SMALL = 1e-4
+"""Below this share of the squared norm, the difference of two sums is rounding noise of fp32."""
 # Blocks that would lower the squared remainder by less than this share in all are left out.
 _GAIN = 4e-4
 
@@ -92,7 +94,7 @@ def blocks(delta: Tensor, width: int, *, seed: int = 0) -> Iterator[Krylov]:
     Each item holds those of all blocks so far. Ends before they would be more than a side has. Of an update in
     bfloat16 the directions are in fp32, and their products as precise as such an update's.
 
-    Cost: 4·out·in·width operations a block; least besides where out ≤ in.
+    Cost: 4·out·in·width operations a block, and those on the basis, which are fewer where out is the shorter side.
     """
     (out, into), dtype = delta.shape, torch.promote_types(delta.dtype, torch.float32)
     generator = torch.Generator(delta.device).manual_seed(seed)

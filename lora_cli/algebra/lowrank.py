@@ -13,11 +13,9 @@ from torch import Tensor
 
 from lora_cli.algebra import kernels
 from lora_cli.algebra.grams import Grams, leading
-from lora_cli.algebra.krylov import Gains, Krylov, blocks, width_for
+from lora_cli.algebra.krylov import SMALL, Gains, Krylov, blocks, width_for
 
 _BLOCKS = 5
-# Below this share of the squared norm, the difference of two sums is rounding noise of fp32.
-_SMALL = 1e-4
 # The largest share of the energy that k directions may hold if bfloat16 is to find them.
 _FLAT = 0.5
 # Squared norms from here to its inverse are searched in bfloat16: squares of their parts stay in fp32's range.
@@ -210,7 +208,7 @@ def _searched(delta: Tensor, k: int, width: int, total: float, *, most: float, s
         left = total - float(torch.linalg.eigvalsh(found.gram)[-k:].double().sum())
         if left < (1 - most) * total:
             return None
-        if left > _SMALL * total and gains.enough(left):
+        if left > SMALL * total and gains.enough(left):
             break
     return found
 

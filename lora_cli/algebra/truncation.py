@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_cli.algebra.krylov import Gains, blocks, width_for
+from lora_cli.algebra.krylov import SMALL, Gains, blocks, width_for
 from lora_cli.algebra.lowrank import LowRank, Spectrum, squared_norm
 
-# Below this share of the squared norm, the difference of two sums is rounding noise of fp32.
-_SMALL = 1e-4
 # Remainders below this share of the squared norm are rounding noise themselves.
 _NOISE = 1e-13
 _ROWS = 1 << 22
@@ -54,7 +52,7 @@ def truncate(delta: Tensor, rank: int, *, seed: int = 0) -> Truncated:
             break
         squared = torch.linalg.eigvalsh(found.gram)
         rest = total - float(squared.sum())
-        if rest < _SMALL * total:
+        if rest < SMALL * total:
             rest = _left(delta, found.basis, found.rows)
         left = rest + float(squared[:-rank].clamp(min=0).sum())
         if left <= _NOISE * total or gains.enough(left):

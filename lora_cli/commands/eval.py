@@ -244,6 +244,7 @@ def _some(names: list[str]) -> str:
 
 
 def _demand_effect(screen: Screen, scores: list[Score], allowed: bool) -> None:
+    """Refused if no adapter can be judged, or if one changes nothing and that is not allowed."""
     if scores[1:] and all(map(_failed, scores[1:])):
         raise Refused(
             "no adapter can be judged: NaN or Inf in the model's numbers on every prompt",

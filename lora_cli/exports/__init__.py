@@ -22,7 +22,7 @@ from lora_cli.precision import BITS, FLOATS, STORED
 from lora_cli.records import Progress
 
 if TYPE_CHECKING:
-    from lora_cli.formats.numbers import Stored
+    from lora_cli.formats.numbers import StoredTensor
     from lora_cli.formats.reader import Factors, OpenAdapter
     from lora_cli.formats.skeleton import Skeleton
 
@@ -142,7 +142,7 @@ class Plan(ABC):
     def opened(self, folder: Path) -> AbstractContextManager[Reader]:
         """A reader of the written files, by the program's own rule."""
 
-    def stored(self, module: str) -> "tuple[Stored, Stored]":
+    def stored(self, module: str) -> "tuple[StoredTensor, StoredTensor]":
         """B and A of a module as they are written. Refused where they do not fit the precision."""
         from lora_cli.formats.numbers import rounded
 
@@ -153,7 +153,7 @@ class Plan(ABC):
             raise Refused(f"{module}: values overflow the precision on disk", hint="choose a wider --dtype")
         return found
 
-    def each(self, progress: Progress) -> "Iterator[tuple[str, Stored, Stored]]":
+    def each(self, progress: Progress) -> "Iterator[tuple[str, StoredTensor, StoredTensor]]":
         """Every module with its `stored` B and A, with progress."""
         total = len(self.source.modules)
         for done, module in enumerate(self.source.modules):

@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from lora_cli.exports import Plan, Reader, Source, Written, folds_of, precision_of
-from lora_cli.formats.numbers import Stored
+from lora_cli.formats.numbers import StoredTensor
 from lora_cli.formats.reader import Factors
-from lora_cli.formats.writer import TensorStream
+from lora_cli.formats.writer import TensorStream, filled_up
 from lora_cli.imports import Tensors
 from lora_cli.records import Progress
 
@@ -64,8 +62,8 @@ class TurnedPlan(Plan):
         with TensorStream(folder / self.name, names, self.dtype) as stream:
             for module, b, a in self.each(progress):
                 name_a, name_b = self.names(module)
-                stream.put(name_a, _turned(a, 1, self.source.rank))
-                stream.put(name_b, _turned(b, 0, self.source.rank))
+                stream.put(name_a, StoredTensor(filled_up(a.bits.T, self.source.rank, 1), a.dtype))
+                stream.put(name_b, StoredTensor(filled_up(b.bits.T, self.source.rank, 0), b.dtype))
             stream.finish()
         for name, text in self.texts.items():
             (folder / name).write_text(text, encoding="utf-8")
@@ -79,11 +77,3 @@ class TurnedPlan(Plan):
             return Written(Factors(b, a), self.outside)
 
         yield read
-
-
-def _turned(factor: Stored, axis: int, rank: int) -> Stored:
-    """A factor transposed, with zeros behind its ranks (dimension `axis` then) up to `rank`."""
-    bits = factor.bits.T
-    more = [(0, 0), (0, 0)]
-    more[axis] = 0, rank - bits.shape[axis]
-    return Stored(np.pad(bits, more) if bits.shape[axis] < rank else bits, factor.dtype)

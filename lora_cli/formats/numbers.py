@@ -27,7 +27,7 @@ _FLOAT8: "Final[Mapping[str, tuple[int, int, Sequence[int]]]]" = {
 }
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor as a file holds it: `dtype` as safetensors names it.
 
     `bits` holds its numbers, of one of `KINDS`.
@@ -55,7 +55,7 @@ class Stored(NamedTuple):
 
 
 def widened(bits: "NDArray[Any]", dtype: str) -> "Numbers":
-    """`Stored.numbers`."""
+    """`StoredTensor.numbers`."""
     if dtype == "BF16":
         wide: Numbers = np.left_shift(bits, 16, dtype="<u4").view("<f4")
         return wide
@@ -66,14 +66,14 @@ def widened(bits: "NDArray[Any]", dtype: str) -> "Numbers":
     return numbers
 
 
-def rounded(numbers: "Numbers", dtype: str) -> Stored:
+def rounded(numbers: "Numbers", dtype: str) -> StoredTensor:
     """Numbers in fp32 or fp64 in a precision on disk, to the nearest, ties to even; overflows become infinities.
 
     fp64 goes to bf16 by way of fp32. KeyError for a type that is not in `FLOATS`.
     """
     if dtype != "BF16":
         with np.errstate(over="ignore"):
-            return Stored(numbers.astype(KINDS[dtype], copy=False), dtype)
+            return StoredTensor(numbers.astype(KINDS[dtype], copy=False), dtype)
     with np.errstate(over="ignore"):
         bits = numbers.astype("<f4", copy=False).view("<u4")
     nearest = bits >> 16
@@ -81,7 +81,7 @@ def rounded(numbers: "Numbers", dtype: str) -> Stored:
     nearest += bits
     nearest += 0x7FFF
     nearest >>= 16
-    return Stored(nearest.astype("<u2"), dtype)
+    return StoredTensor(nearest.astype("<u2"), dtype)
 
 
 @cache

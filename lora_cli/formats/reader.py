@@ -20,7 +20,7 @@ from lora_cli.formats.factors import TAKE_THE_UPDATE, AnyFactors, FusedFactors, 
 from lora_cli.formats.facts import TASKS_WITH_A_HEAD, LoraConfigFacts
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.modules import fused, locate_modules
-from lora_cli.formats.numbers import KINDS, Stored
+from lora_cli.formats.numbers import KINDS, StoredTensor
 from lora_cli.formats.skeleton import OWN, Skeleton, Spelling
 from lora_cli.formats.store import AdapterFiles
 from lora_cli.hashes import Stamp, opened_as, stamp_of
@@ -98,11 +98,12 @@ class OpenAdapter:
         """The precisions its factors are stored in, as safetensors names them."""
         return {entry.dtype for part in parts_of(self.modules.values()) for entry in (part.a, part.b)}
 
-    def read(self, module: str, dtype: "torch.dtype | None" = None) -> "LowRank":
+    def read(self, module: str, dtype: "torch.dtype | None" = None, *, checked: bool = True) -> "LowRank":
         """The update of one module, alpha/rank (or alpha/√rank) folded into B. Reads only that module's bytes.
 
         Args:
             dtype: of the factors, None for fp32.
+            checked: False to take whatever numbers the file holds, NaN, Inf and those that overflow too.
 
         Raises:
             Refused: a factor holds NaN, Inf, or values so large that their product overflows; another file than was
@@ -112,19 +113,16 @@ class OpenAdapter:
         """
         import torch
 
-        from lora_cli.algebra.lowrank import bound
+        from lora_cli.algebra.lowrank import LowRank, bound
 
         dtype = dtype or torch.float32
-        update = self._tensors(module, dtype)
-        self._demand_sound(module, bound(update), torch.finfo(torch.promote_types(dtype, torch.float32)).max)
-        update.B.mul_(self.scales[module])
-        return update
-
-    def read_unchecked(self, module: str) -> "LowRank":
-        """As `read` in fp32, with whatever numbers the file holds: NaN, Inf and those that overflow too."""
-        import torch
-
-        update = self._tensors(module, torch.float32)
+        parts = self._parts(module)
+        if len(parts) == 1:
+            update = LowRank(*(tensor_of(one, dtype) for one in parts[0]))
+        else:
+            update = LowRank(*(torch.from_numpy(one).to(dtype) for one in self._joined(module, parts)))
+        if checked:
+            self._demand_sound(module, bound(update), torch.finfo(torch.promote_types(dtype, torch.float32)).max)
         update.B.mul_(self.scales[module])
         return update
 
@@ -135,23 +133,12 @@ class OpenAdapter:
         self._demand_sound(module, largest, float(np.finfo(np.result_type(found.A, found.B)).max))
         return found
 
-    def _tensors(self, module: str, dtype: "torch.dtype") -> "LowRank":
-        """B and A of one module in a precision, without the scale."""
-        import torch
-
-        from lora_cli.algebra.lowrank import LowRank
-
-        parts = self._parts(module)
-        if len(parts) == 1:
-            return LowRank(*(tensor_of(one, dtype) for one in parts[0]))
-        return LowRank(*(torch.from_numpy(one).to(dtype) for one in self._joined(module, parts)))
-
-    def _parts(self, module: str) -> "list[tuple[Stored, Stored]]":
+    def _parts(self, module: str) -> "list[tuple[StoredTensor, StoredTensor]]":
         """B and A of each part of a module as they act: matrices, of fused experts those of one expert."""
         with opened_as(self.files.weights, self.stamp, f"{self.ref.id}: its weights") as file:
             return [_read_part(file.fileno(), part, self._stacks) for part in self.modules[module].parts]
 
-    def _joined(self, module: str, parts: "Sequence[tuple[Stored, Stored]]") -> Factors:
+    def _joined(self, module: str, parts: "Sequence[tuple[StoredTensor, StoredTensor]]") -> Factors:
         """The numbers of the parts, each some of the rows of B, as those of one update of all rows."""
         each = [Factors(b.numbers, a.numbers) for b, a in parts]
         if len(each) == 1:
@@ -177,9 +164,9 @@ class _Stacks:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._held: dict[str, Stored] = {}
+        self._held: dict[str, StoredTensor] = {}
 
-    def read(self, descriptor: int, entry: TensorEntry) -> Stored:
+    def read(self, descriptor: int, entry: TensorEntry) -> StoredTensor:
         """A tensor, from the file unless it is one of the last few. The caller may not write to it."""
         with self._lock:
             if entry.name not in self._held:
@@ -189,7 +176,7 @@ class _Stacks:
             return self._held[entry.name]
 
 
-def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[Stored, Stored]:
+def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[StoredTensor, StoredTensor]:
     """One pair of factors as they act, B (out, r) and A (r, in); of fused experts those of one expert."""
     if part.experts == 1:
         b, a = (read_stored(descriptor, entry) for entry in (part.b, part.a))
@@ -200,12 +187,12 @@ def _read_part(descriptor: int, part: ModuleFactors, stacks: _Stacks) -> tuple[S
     rows = replace(part.a, shape=(part.rank, part.in_features), begin=begin, end=begin + size)
     bits, dtype = stacks.read(descriptor, part.b)
     own = bits.reshape(part.out_features, part.rank, part.experts)[:, :, part.expert]
-    return Stored(own.copy(), dtype), read_stored(descriptor, rows)
+    return StoredTensor(own.copy(), dtype), read_stored(descriptor, rows)
 
 
-def _matrix(factor: Stored) -> Stored:
+def _matrix(factor: StoredTensor) -> StoredTensor:
     """A factor with all dimensions behind the first as one: that of a convolution as a matrix."""
-    return Stored(factor.bits.reshape(len(factor.bits), math.prod(factor.bits.shape[1:])), factor.dtype)
+    return StoredTensor(factor.bits.reshape(len(factor.bits), math.prod(factor.bits.shape[1:])), factor.dtype)
 
 
 def _largest(numbers: "Numbers") -> float:
@@ -278,7 +265,7 @@ def _parts(module: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in module.split(".")]
 
 
-def read_stored(descriptor: int, entry: TensorEntry) -> Stored:
+def read_stored(descriptor: int, entry: TensorEntry) -> StoredTensor:
     """One tensor of an open file. Refused where the file ends inside it. KeyError: a type that is not in `FACTORS`."""
     bits = np.empty(math.prod(entry.shape), KINDS[entry.dtype])
     view, done = bits.view(np.uint8).data, 0
@@ -287,7 +274,7 @@ def read_stored(descriptor: int, entry: TensorEntry) -> Stored:
         if count == 0:
             raise Refused(f"{entry.name}: the file ends inside this tensor")
         done += count
-    return Stored(bits.reshape(entry.shape), entry.dtype)
+    return StoredTensor(bits.reshape(entry.shape), entry.dtype)
 
 
 def read_tensor(descriptor: int, entry: TensorEntry, dtype: "torch.dtype") -> "Tensor":
@@ -295,7 +282,7 @@ def read_tensor(descriptor: int, entry: TensorEntry, dtype: "torch.dtype") -> "T
     return tensor_of(read_stored(descriptor, entry), dtype)
 
 
-def tensor_of(stored: Stored, dtype: "torch.dtype") -> "Tensor":
+def tensor_of(stored: StoredTensor, dtype: "torch.dtype") -> "Tensor":
     """What a file holds as a tensor in `dtype`."""
     import torch
 

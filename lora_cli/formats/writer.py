@@ -17,7 +17,7 @@ from lora_cli.formats.factors import PREFIX
 from lora_cli.formats.header import TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.layout import Layout, Place
-from lora_cli.formats.numbers import KINDS, Stored
+from lora_cli.formats.numbers import KINDS, StoredTensor
 from lora_cli.formats.reader import read_stored
 from lora_cli.hashes import Stamp, opened_as
 from lora_cli.precision import spoken, torch_dtype
@@ -68,12 +68,12 @@ class TensorStream:
         if not torch.isfinite(cast).all():
             raise Refused(f"{name}: values overflow {spoken(self.dtype)}", hint="choose a wider --dtype")
         bits = (cast.view(torch.uint16) if self.dtype == "BF16" else cast).numpy()
-        self.put(name, Stored(bits, self.dtype))
+        self.put(name, StoredTensor(bits, self.dtype))
         anything = bool(cast.any())
         self.empty &= not anything
         return anything
 
-    def put(self, name: str, stored: Stored) -> None:
+    def put(self, name: str, stored: StoredTensor) -> None:
         """Write one tensor as it is, in its own precision."""
         bits = np.ascontiguousarray(stored.bits)
         self._enter(name, stored.dtype, bits.shape, bits.nbytes)
@@ -160,12 +160,12 @@ class AdapterWriter:
         ]
         self.empty &= not all(written)
 
-    def put(self, module: str, b: Stored, a: Stored) -> None:
+    def put(self, module: str, b: StoredTensor, a: StoredTensor) -> None:
         """Write the factors of one module as they are, B (out, r) and A (r, in) in the precision on disk."""
         self.ranks[module] = a.bits.shape[0]
         kernel = self._layout.of[module].kernel
         for name, factor, inner in zip(self._apart[module], (a, b), (kernel, (1,) * len(kernel)), strict=True):
-            self._stream.put(name, Stored(_with_kernel(factor.bits, inner), factor.dtype))
+            self._stream.put(name, StoredTensor(_with_kernel(factor.bits, inner), factor.dtype))
         self.empty &= a.zero or b.zero
 
     def __enter__(self) -> "AdapterWriter":
@@ -213,7 +213,7 @@ class AdapterWriter:
             def read(name: str, shape: tuple[int, int], axis: int) -> "NDArray[Any]":
                 if name not in entries:
                     return np.zeros(shape, KINDS[self._dtype])
-                return _filled_up(read_stored(file.fileno(), entries[name]).bits, shape[axis], axis)
+                return filled_up(read_stored(file.fileno(), entries[name]).bits, shape[axis], axis)
 
             for place, rank in ranks.items():
                 name_a, name_b = place.names
@@ -221,8 +221,8 @@ class AdapterWriter:
                 out_features, in_features = place.shape
                 a = _a_of([read(one, (rank, in_features), 0) for one in every_a])
                 b = _b_of([read(one, (out_features, rank), 1) for one in every_b])
-                stream.put(name_a, Stored(a, self._dtype))
-                stream.put(name_b, Stored(b, self._dtype))
+                stream.put(name_a, StoredTensor(a, self._dtype))
+                stream.put(name_b, StoredTensor(b, self._dtype))
             self._add_saved(stream)
             stream.finish()
         apart.unlink()
@@ -254,8 +254,10 @@ def _with_kernel(factor: Factor, kernel: tuple[int, ...]) -> Factor:
     return factor.reshape(factor.shape[0], factor.shape[1] // math.prod(kernel), *kernel)
 
 
-def _filled_up(factor: "NDArray[Any]", rank: int, axis: int) -> "NDArray[Any]":
+def filled_up(factor: "NDArray[Any]", rank: int, axis: int) -> "NDArray[Any]":
     """A factor with zeros behind its ranks (dimension `axis`) up to `rank`."""
+    if factor.shape[axis] == rank:
+        return factor
     more = [(0, 0)] * factor.ndim
     more[axis] = 0, rank - factor.shape[axis]
     return np.pad(factor, more)

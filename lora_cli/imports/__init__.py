@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lora_cli.algebra.lowrank import LowRank
-    from lora_cli.formats.numbers import Stored
+    from lora_cli.formats.numbers import StoredTensor
     from lora_cli.imports._on_base import Weights
 
 SAFETENSORS = ".safetensors"
@@ -318,7 +318,7 @@ class Tensors:
         stamp = stamp_of(path)
         return cls(path, read_header(path), stamp)
 
-    def stored(self, name: str) -> "Stored":
+    def stored(self, name: str) -> "StoredTensor":
         """One tensor as the file holds it. Refused for a file that changed."""
         from lora_cli.formats.reader import read_stored
 

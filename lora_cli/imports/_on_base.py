@@ -3,6 +3,7 @@
 The weights of the base are needed, and a rank has to be asked for. Modules are read one at a time.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -50,8 +51,6 @@ def on_base(weights: Weights, module: str, change: "Callable[[Tensor], Tensor]")
     shape = weights.shapes[module]
 
     def delta() -> "tuple[Tensor, float]":
-        import math
-
         from lora_cli.algebra.lowrank import squared_norm
 
         found = change(weights.read(module))

@@ -144,8 +144,10 @@ def test_a_plan_says_what_each_cell_needs(place: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["executors.local", "executors._ray_driver", "steps.study.collect", "steps.study.report"]
+    "module",
+    ["executors.local", "executors._ray_driver", "steps.study.collect", "steps.study.report", "steps.study.workers"],
 )
 def test_who_only_reads_a_folder_does_not_import_what_computes(module: str) -> None:
-    code = f"import sys, lora_cli.{module}; assert not {{'torch', 'transformers', 'peft', 'cma'}} & set(sys.modules)"
+    heavy = {"torch", "transformers", "peft", "cma", "lora_cli.steps.study.work", "lora_cli.steps.train.train"}
+    code = f"import sys, lora_cli.{module}; assert not {heavy!r} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from lora_cli.errors import Refused
 from lora_cli.formats.header import read_header
-from lora_cli.formats.numbers import Stored, rounded
+from lora_cli.formats.numbers import StoredTensor, rounded
 from lora_cli.formats.reader import read_stored, tensor_of
 from lora_cli.precision import EPSILON, FACTORS, FLOATS, torch_dtype
 
@@ -74,4 +74,4 @@ def test_epsilon_is_that_of_torch(dtype: str) -> None:
 def test_a_number_that_is_not_finite_is_seen(dtype: str, number: float) -> None:
     tensor = torch.tensor([1.0, number], dtype=torch_dtype(dtype))
     bits = (tensor.view(torch.uint16) if dtype == "BF16" else tensor).numpy()
-    assert not Stored(bits, dtype).finite
+    assert not StoredTensor(bits, dtype).finite

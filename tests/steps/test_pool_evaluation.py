@@ -101,7 +101,8 @@ def test_scores_are_those_of_single_evaluations_and_are_kept(home: Path, made: l
     assert ok(*BY, "evaluation", "-k", "2").out.split() == [row["id"] for row in told["rows"][:2]]
     assert ok(*BY, "race", "-k", "1").out.split() == ["pool/skilled"]  # nothing is left to ask
     assert made == []
-    assert "no new answer, 5 scores in the catalogue already" in ok(*EVALUATE).err
+    assert "0 of 100 answers needed, 100 % saved · 5 scores in the catalogue already" in ok(*EVALUATE).err
+    assert again["answers"] == 0
     [run] = [row["id"] for row in json.loads(ok("runs", "list", "--json").out)["rows"]]
     assert {line.split("\t")[1] for line in ok("runs", "answers", run, "-n", "120").out.splitlines()} >= {
         "base",
@@ -183,7 +184,9 @@ def test_eval_goes_on_beside_an_adapter_whose_weights_hold_nan(home: Path) -> No
     assert found["broken"]["details"]["not_finite"] == N
     assert f"broken: numbers of the model are not finite on {N} of {N} prompts, which count as failures" in told.err
     assert "broken changed" not in told.err
-    assert "broken" not in told.err.partition("eval: better than base: ")[2]
+    [judged] = [line for line in told.err.splitlines() if "better than base" in line or "difference to base" in line]
+    assert "pool/skilled" in judged
+    assert "broken" not in judged
     none = lora("eval", "broken", *ask)
     assert none[0] == 5
     assert json.loads(none[1])["rows"][1]["details"]["not_finite"] == N

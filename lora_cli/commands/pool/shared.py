@@ -41,16 +41,16 @@ _BASES_NAMED = 3
 
 def no_adapters(catalogue: "Catalogue", base: str | None, nothing: str) -> NothingMatched:
     """The error for a command that found none: `nothing`, or that no adapter was judged for this base."""
-    known = catalogue.bases.counts() if base else {}
-    if base and known and base not in known:
+    known = catalogue.bases.counts()
+    if not known:
+        return NothingMatched(f"{near(catalogue.path)}: {nothing}", hint="lora pool sync fills the catalogue")
+    if base and base not in known:
         named = ", ".join(f"{name} ({count:,})" for name, count in [*known.items()][:_BASES_NAMED])
         more = f" and {len(known) - _BASES_NAMED:,} more" if len(known) > _BASES_NAMED else ""
         return NothingMatched(
             f"no adapter was judged for the base {base}",
             hint=f"lora pool sync does that; the catalogue has adapters for {named}{more}: --base NAME shows them",
         )
-    if not known and not catalogue.bases.counts():
-        return NothingMatched(f"{near(catalogue.path)}: {nothing}", hint="lora pool sync fills the catalogue")
     return NothingMatched(nothing, hint="lora pool list shows all, lora pool sync looks for more")
 
 

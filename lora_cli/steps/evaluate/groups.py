@@ -81,7 +81,7 @@ class Updates(Mapping[str, LowRank]):
 
     def __init__(self, adapter: OpenAdapter, *, checked: bool = True) -> None:
         self._adapter = adapter
-        self._read = adapter.read if checked else adapter.read_unchecked
+        self._read = adapter.read if checked else partial(adapter.read, checked=False)
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:

@@ -25,7 +25,7 @@ class _InMemory(OpenAdapter):
         own = {one.name: getattr(adapter, one.name) for one in fields(adapter) if one.init}
         return cls(**own, factors=factors)
 
-    def read(self, module: str, dtype: torch.dtype | None = None) -> LowRank:
+    def read(self, module: str, dtype: torch.dtype | None = None, *, checked: bool = True) -> LowRank:
         """The factors in memory, in place of those in the file."""
         return self.factors[module].to(dtype or torch.float32)
 

@@ -18,7 +18,8 @@ from lora_cli.text import counted, percent
 class Judged:
     """What a method of kind "trials" found: the standing and the score of each, by place.
 
-    `asked` is the number of answers that the method asked for, of `of`; `stored` the number of scores that were there.
+    `asked` is the number of answers that the method asked for, of `of`, 0 where every score was stored; `stored` is the
+    number of scores that were there.
     """
 
     standings: Mapping[int, Standing]
@@ -30,8 +31,6 @@ class Judged:
     @property
     def told(self) -> str:
         """The answers in words."""
-        if self.stored and self.stored == len(self.scores):
-            return f"no new answer, {counted(self.stored, 'score')} in the catalogue already"
         saved = self.of - self.asked
         part = f"{self.asked:,} of {counted(self.of, 'answer')} needed, {percent(saved / self.of)} saved"
         there = f"{counted(self.stored, 'score')} in the catalogue already"
@@ -61,7 +60,7 @@ def judged(trial: PoolTrial, by: str, names: Sequence[str], enough_of: Callable[
     return Judged(
         standings=standings,
         scores={place: latest[place] for place in standings},
-        asked=sum(counts.values()),
+        asked=0 if all_stored else sum(counts.values()),
         of=len(names) * n,
         stored=len(stored),
     )
