@@ -267,10 +267,11 @@ class _Answering:
 
         A row ends if its loss is not finite, or if nothing is to be written.
         """
-        labels = torch.full(logits.shape[:2], IGNORED)
+        expected = [[IGNORED] * logits.shape[1] for _ in range(len(logits))]
         for row, slot, ids in read:
             start = row.encoded.start
-            labels[slot, start - 1 - first : len(ids) - first] = torch.tensor(row.encoded.ids[start:])
+            expected[slot][start - 1 - first : len(ids) - first] = row.encoded.ids[start:]
+        labels = torch.tensor(expected)
         flat = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten().to(logits.device), ignore_index=IGNORED, reduction="none"
         )
