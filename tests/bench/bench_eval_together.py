@@ -8,7 +8,8 @@ its own:
 - one by one: `evaluate`, each adapter in a group of its own.
 - as before: each adapter applied, likelihoods in batches of 16, then transformers' generation in batches of 16.
 - 040dd1d: `evaluate` of that commit, if `--before` names a worktree of it.
-- PEFT: `set_adapter`, then transformers' generation in batches of 8. It takes no likelihoods.
+- PEFT, batches of 8: `set_adapter`, then transformers' generation. It takes no likelihoods.
+- PEFT, prompt by prompt: the same with one prompt at a time, as transformers' pipelines and lm-eval do by default.
 
 Prints the medians of seconds, CPU seconds and peak memory, and the answers that differ from those of `together`.
 """
@@ -42,7 +43,8 @@ from lora_cli.world import World, build
 from lora_cli.world import load as load_world
 from tests.paths import ROOT
 
-WAYS = ("together", "one by one", "as before", "040dd1d", "PEFT")
+PEFT = {"PEFT, batches of 8": 8, "PEFT, prompt by prompt": 1}
+WAYS = ("together", "one by one", "as before", "040dd1d", *PEFT)
 MOST, HALVES = 16, (1.0, 0.5)
 Texts = dict[str, str]
 """The answer by "system example"."""
@@ -98,7 +100,7 @@ def by_peft(base: BaseModel, world: World) -> Any:
 
 
 @torch.no_grad()
-def peft_answers(base: BaseModel, wrapped: Any, names: list[str], task: list[Example]) -> Texts:
+def peft_answers(base: BaseModel, wrapped: Any, names: list[str], task: list[Example], at_once: int) -> Texts:
     encoded, found = base.encode_all(task), {}
     order = sorted(range(len(encoded)), key=lambda row: len(encoded[row].opening.ids))
     for number, name in [(None, "base"), *enumerate(names)]:
@@ -107,8 +109,8 @@ def peft_answers(base: BaseModel, wrapped: Any, names: list[str], task: list[Exa
             wrapped.base_model.enable_adapter_layers()
         else:
             wrapped.base_model.disable_adapter_layers()
-        for start in range(0, len(order), 8):
-            rows = order[start : start + 8]
+        for start in range(0, len(order), at_once):
+            rows = order[start : start + at_once]
             ids = [encoded[row].opening.ids for row in rows]
             width = max(map(len, ids))
             tokens = torch.tensor([[base.pad] * (width - len(one)) + [*one] for one in ids])
@@ -131,12 +133,12 @@ def worker(way: str, world: World, metric: str, threads: int, examples: int) -> 
     systems = systems_of(world)
     # Both the encoding of the examples and the making of PEFT's model are left out.
     base.encode_all(task)
-    wrapped, names = by_peft(base, world) if way == "PEFT" else (None, [])
+    wrapped, names = by_peft(base, world) if way in PEFT else (None, [])
     if way == "one by one":
         grouped.MOST_TOGETHER = 1
     began, used = time.perf_counter(), time.process_time()
-    if way == "PEFT":
-        found = peft_answers(base, wrapped, names, task)
+    if way in PEFT:
+        found = peft_answers(base, wrapped, names, task, PEFT[way])
     else:
         found = (as_before if way == "as before" else by_evaluate)(base, systems, task, metric)
     figures = {"seconds": time.perf_counter() - began, "cpu": time.process_time() - used}
@@ -164,7 +166,7 @@ def run(way: str, world: World, metric: str, options: argparse.Namespace) -> Any
 
 
 def table(world: World, metric: str, options: argparse.Namespace) -> None:
-    left_out = {"PEFT"} if metric != "exact" else set()
+    left_out = {*PEFT} if metric != "exact" else set()
     ways = [way for way in WAYS if way not in left_out and (way != "040dd1d" or options.before)]
     figures: dict[str, list[dict[str, float]]] = {way: [] for way in ways}
     texts: dict[str, Texts] = {}
