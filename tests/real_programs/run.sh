@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Exports in the real programs on a CPU: llama.cpp (llama-cpp-python, which pip builds), mlx-lm and OpenVINO GenAI,
-# beside PEFT. Prints the table of docs/exporting.md. Needs ../shared/wild/bases/stories260K, a network for pip, and 4 GB in DIR.
+# beside PEFT. Prints the table of docs/exporting.md. Needs the project's environment with [test] active,
+# ../shared/wild/bases/stories260K, a network for pip, and 4 GB in DIR.
 #
 #     tests/real_programs/run.sh [DIR]
 set -euo pipefail
