@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -110,6 +111,27 @@ def test_the_numbers_are_those_of_the_harness(here: Path, task: str, fewshot: in
     if task == "read":
         assert theirs["one"]["word_perplexity,none"] != pytest.approx(theirs["base"]["word_perplexity,none"], rel=0.01)
         assert {row["delta"] for row in rows} == {None}
+
+
+@pytest.mark.slow
+def test_generated_text_is_greedy_whatever_penalty_the_base_suggests(here: Path) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    def written() -> list[str]:
+        kwargs = {"until": ["z"], "max_gen_toks": 12, "do_sample": False}
+        asked = [SimpleNamespace(args=(line["q"], kwargs)) for line in DOCUMENTS]
+        return list(HFLM(pretrained=str(here / "base"), device="cpu").generate_until(asked, disable_tqdm=True))
+
+    greedy = written()
+    config = here / "base" / "generation_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"repetition_penalty": 5.0}))
+    assert all(penalised != text for penalised, text in zip(written(), greedy, strict=True))
+    lines = [line | {"answer": text} for line, text in zip(DOCUMENTS, greedy, strict=True)]
+    (here / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = here / "write.yaml"
+    task.write_text(task.read_text().replace("max_gen_toks: 4", "max_gen_toks: 12"))
+    told = ok("eval", "one", "--harness", "write.yaml", "--trust-task", "--json")
+    assert [row["value"] for row in json.loads(told.out)["rows"] if row["system"] == "base"] == [1.0]
 
 
 def test_scores_are_paired_stored_and_not_computed_again(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
