@@ -84,7 +84,8 @@ def test_a_scale_of_0_has_no_factor() -> None:
     told = lora("serve-check", "mine", "--for", "openvino", "--json")
     found = json.loads(told.out, parse_constant=pytest.fail)
     assert (found["verdict"], found["factors"]) == ("wrong", {})
-    assert found["reasons"] == ["applies 14 modules whose scale is 0 in PEFT, such as model.layers.0.self_attn.q_proj"]
+    [reason] = found["reasons"]
+    assert reason.startswith("applies 14 modules whose scale is 0 in PEFT, such as model.layers.")
     assert lora("serve-check", "mine", "--for", "llama.cpp").out == "right\n"
 
 
