@@ -95,11 +95,11 @@ def writing(place: Path) -> Iterator[None]:
 
 @contextmanager
 def _explained(place: Path) -> Iterator[None]:
-    """OutputError for an OSError, except for a full disk."""
+    """OutputError for an OSError, except for those of `_place_of_a_full_disk`."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in (*_FULL, errno.EFBIG):
             raise
         # Python 3.11's rmtree closes a descriptor twice if a signal comes in between: the signal is what counts.
         if error.errno == errno.EBADF and isinstance(error.__context__, KeyboardInterrupt | SystemExit):
@@ -109,10 +109,15 @@ def _explained(place: Path) -> Iterator[None]:
 
 @contextmanager
 def _place_of_a_full_disk(target: Path) -> Iterator[None]:
-    """OutputError with its place for a full disk; other errors pass."""
+    """OutputError with its place for a full disk, or a file above its limit of size; other errors pass."""
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise OutputError(
+                f"{error.filename or target}: larger than this disk, or ulimit -f, allows a file to be",
+                hint="choose a place on another disk",
+            ) from error
         if error.errno not in _FULL:
             raise
         place = error.filename or target

@@ -23,6 +23,35 @@ def test_a_folder_appears_only_when_the_work_is_done(tmp_path: Path) -> None:
     assert [p.name for p in target.parent.iterdir()] == ["out"]
 
 
+_TOO_LARGE = """
+import resource, sys
+from pathlib import Path
+from lora_cli.errors import OutputError
+from lora_cli.outputs import whole_file, whole_folder
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+place = Path(sys.argv[1])
+for made in (whole_folder, whole_file):
+    try:
+        with made(place / "out") as one:
+            if made is whole_folder:
+                (one / "file").write_bytes(bytes(2000))
+            else:
+                one.write(bytes(2000))
+    except OutputError as error:
+        print(error.message)
+"""
+
+
+def test_a_file_above_the_limit_of_its_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    """Disks with a limit of their own, such as FAT's 4 GB, give the same error as `ulimit -f`."""
+    place = tmp_path / "place"
+    told = subprocess.run([sys.executable, "-c", _TOO_LARGE, place], capture_output=True, text=True, check=True)
+    assert (
+        told.stdout.splitlines() == [f"{place / 'out'}: larger than this disk, or ulimit -f, allows a file to be"] * 2
+    )
+    assert list(place.iterdir()) == []
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no /proc to see what is synced")
 def test_a_folder_survives_a_crash_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[str, str]] = []

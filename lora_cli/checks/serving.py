@@ -6,7 +6,7 @@ rules; tests/readers.py holds each anew as a function of a folder.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
@@ -24,12 +24,16 @@ _NEEDS = {"q_proj": "v_proj", "k_proj": "q_proj", "v_proj": "q_proj", "up_proj":
 
 @dataclass(frozen=True, kw_only=True)
 class Folder:
-    """An adapter's folder: its configuration, its modules, PEFT's scale of each, and the base's modules if known."""
+    """An adapter's folder: its configuration, its modules, PEFT's scale of each, and the base's modules if known.
+
+    `beside` are modules with factors in the file that PEFT leaves out, as its configuration does not target them.
+    """
 
     config: LoraConfigFacts
     modules: Mapping[str, AnyFactors]
     scales: Mapping[str, float]
     base: Skeleton | None = None
+    beside: Mapping[str, AnyFactors] = field(default_factory=dict)
 
     @property
     def alpha(self) -> float:
@@ -105,10 +109,26 @@ def judge(program: str, folder: Folder) -> Judged:
     factors = {}
     for module, scale in folder.scales.items():
         own = reading.scales.get(module, 0.0)
-        if abs(own - scale) > _SAME * abs(scale):
-            factors[module] = own / scale if scale else math.inf
+        if scale and abs(own - scale) > _SAME * abs(scale):
+            factors[module] = own / scale
     reasons = [*_in_words(factors, len(folder.modules)), *reading.says]
+    if idle := [module for module, scale in folder.scales.items() if not scale and reading.scales.get(module)]:
+        reasons.append(f"applies {counted(len(idle), 'module')} whose scale is 0 in PEFT, such as {idle[0]}")
+    if folder.beside and program not in AS_PEFT:
+        many = counted(len(folder.beside), "module")
+        reasons.append(f"applies {many} that PEFT leaves out (outside target_modules), such as {min(folder.beside)}")
     return Judged(verdict="wrong" if reasons else "right", reasons=tuple(reasons), factors=factors)
+
+
+def judge_variant(program: str, reasons: Collection[str]) -> Judged | None:
+    """The verdict on an adapter that is not s·B·A, for these reasons (`LoraConfigFacts.refusals`).
+
+    None where the program's rule for them is not known.
+    """
+    names = {reason: reason.partition(":")[0] for reason in reasons}
+    if refused := [reason for reason, name in names.items() if name in _REFUSED_VARIANTS.get(program, ())]:
+        return Judged(verdict="refused", reasons=tuple(refused))
+    return Judged(verdict="right") if {*names.values()} <= {*_READ_VARIANTS.get(program, ())} else None
 
 
 def _in_words(factors: Mapping[str, float], total: int) -> Iterable[str]:
@@ -206,4 +226,14 @@ PROGRAMS: Final[Mapping[str, Program]] = {
     "vllm": Program("vLLM 0.33.0", _vllm),
 }
 """The programs by the names that users give them."""
+AS_PEFT: Final = ("peft", "transformers")
+"""Those that load by PEFT's own code: modules that are targets, and modules saved whole."""
+# The variants of LoRA that a program applies as PEFT does, and those that it refuses by name.
+_READ_VARIANTS: Final = {"peft": ("DoRA", "lora_bias", "aLoRA"), "transformers": ("lora_bias",)}
+_REFUSED_VARIANTS: Final = {
+    "vllm": (
+        *("DoRA", "lora_bias", "aLoRA", "BD-LoRA", "QALoRA", "layer_replication"),
+        *("PiSSA", "OLoRA", "CorDA", "LoftQ"),
+    )
+}
 NAMES: Final = tuple(PROGRAMS)

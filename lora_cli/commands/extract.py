@@ -103,7 +103,7 @@ def left_out(changes: Mapping[str, float | None]) -> str:
     most = max(known, key=lambda name: known[name], default="")
     by = f", most in {most} ({percent(known[most])} of its norm)" if most else f", such as {next(iter(changes))}"
     many = counted(len(changes), "tensor")
-    return f"left as in the base, though changed: {many} of embeddings, norms and biases{by}"
+    return f"left as in the base, though changed: {many} in none of these layers{by}"
 
 
 def short_of(results: Mapping[str, Any], energy: float | None) -> str:

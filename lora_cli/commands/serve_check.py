@@ -8,7 +8,6 @@ import typer
 from lora_cli.checks.serving import NAMES, PROGRAMS
 from lora_cli.commands.options import Catalogued, Command, Document, examples, with_flags
 from lora_cli.errors import Refused
-from lora_cli.methods import file_names
 
 if TYPE_CHECKING:
     Server = str
@@ -37,7 +36,7 @@ def serve_check(
     from lora_cli.steps.export.serve_check import serve_check as step
 
     screen, settings = document.screen(), setup.load()
-    judged, unknown = step(folder, server, settings.base)
+    judged, unknown, remedy = step(folder, server, settings.base)
     title = PROGRAMS[server].title
     found = {"folder": str(folder), "for": server, "program": title, "verdict": judged.verdict}
     if screen.format == "json":
@@ -51,8 +50,7 @@ def serve_check(
     if unknown:
         screen.say(unknown)
     if judged.verdict != "right":
-        target = {"llama.cpp": "gguf"}.get(server, server if server in file_names("lora_cli.exports") else "peft")
-        raise Refused(told, hint=f"lora export {target} writes a form that it reads rightly")
+        raise Refused(told, hint=remedy)
     screen.say(f"serve-check: {told}")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_cli.errors import DataError, HeaderError, LoraError, NothingMatched, Refused
 from lora_cli.files import read_regular, special_kind, unreadable
-from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_json
+from lora_cli.formats.config import MAX_CONFIG_BYTES, parse_config, parse_json
 from lora_cli.formats.header import Header, TensorEntry, read_header
 from lora_cli.formats.kinds import CONFIG_NAME, PICKLE_SUFFIXES, WEIGHTS_NAME, checkpoints_in, kind_in
 from lora_cli.formats.skeleton import Kind, Skeleton
@@ -273,7 +273,9 @@ def demand(path: Path) -> Found:
     if WEIGHTS_NAME in place.names and place.has_config:
         with after(f"{path}: {WEIGHTS_NAME}"):
             place.header(WEIGHTS_NAME)
-        kind = "an adapter as PEFT writes it: nothing to convert"
+        with after(str(path)):
+            reasons = parse_config(json.dumps(place.config).encode()).refusals()
+        kind = next(iter(reasons), "an adapter as PEFT writes it: nothing to convert")
     raise Refused(
         f"{path}: {kind or 'no adapter of a known program'}",
         hint="docs/exchange.md lists the kinds that lora convert reads",

@@ -17,7 +17,7 @@ from lora_cli.hub.holdings import Held
 from lora_cli.imports import Found
 from lora_cli.outputs import whole_folder
 
-_FORM: Final = 1
+_FORM: Final = 2
 """Raised whenever the same files would be written in another way."""
 
 

@@ -1,12 +1,14 @@
 """Pairs of factors that stand in one file under names of their own."""
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from lora_cli.errors import Refused
 from lora_cli.formats.header import TensorEntry
 from lora_cli.formats.skeleton import Kind
+from lora_cli.hashes import opened_as
 from lora_cli.imports import ForeignModule, Tensors, demand_floats
 from lora_cli.precision import FLOATS
 from lora_cli.text import shortened
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 EMBEDDINGS = frozenset(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "embeddings"))
 """The last names of modules that are embeddings of tokens."""
+_INTEGERS = ("I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
 
 
 def paired(names: Iterable[str], ends: tuple[str, str]) -> tuple[dict[str, tuple[str, str]], list[str]]:
@@ -88,7 +91,7 @@ def scales(file: Tensors, places: Mapping[str, int], end: str = ".alpha") -> tup
     Args:
         places: the rank of each place.
 
-    Raises Refused where only some places have one, or one is no single number.
+    Raises Refused where only some places have one, or one is no single number, or 0.
     """
     given = [place for place in places if place + end in file.header.tensors]
     if not given:
@@ -98,10 +101,22 @@ def scales(file: Tensors, places: Mapping[str, int], end: str = ".alpha") -> tup
     found = {}
     for place, rank in places.items():
         entry = file.header.tensors[place + end]
-        if math.prod(entry.shape) != 1 or entry.dtype not in FLOATS:
+        if math.prod(entry.shape) != 1 or entry.dtype not in (*FLOATS, *_INTEGERS):
             raise Refused(f"{shortened(entry.name)} is no single number: the scale of the update is not known")
-        found[place] = float(file.read(entry.name)) / rank
+        alpha = _number(file, entry)
+        if not alpha:
+            raise Refused(f"{shortened(entry.name)} is 0: sd-scripts takes it for the rank, others for a scale of 0")
+        found[place] = alpha / rank
     return found, True
+
+
+def _number(file: Tensors, entry: TensorEntry) -> float:
+    """The only number of a tensor of floats or integers. Refused for NaN or Inf, or a file that changed."""
+    if entry.dtype in FLOATS:
+        return float(file.read(entry.name))
+    with opened_as(file.path, file.stamp, f"{file.path}: its weights") as opened:
+        stored = os.pread(opened.fileno(), entry.end - entry.begin, entry.begin)
+    return float(int.from_bytes(stored, "little", signed=entry.dtype.startswith("I")))
 
 
 def demand_matrices(*entries: TensorEntry) -> None:

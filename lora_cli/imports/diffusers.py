@@ -2,11 +2,13 @@
 
 ΔW = s·B·A with the configurations that newer versions write into the file's metadata, one a part, or with alpha/r of
 `NAME.alpha` tensors; without either s = 1, as diffusers loads it. Names keep the part in front: unet.…, text_encoder.….
+One file may end its names in several ways: since 0.22 its training scripts write the attention of a UNet as
+`lora.down`, its other layers as `lora_A`, and a text encoder as `lora_linear_layer.down`.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,15 +32,17 @@ from lora_cli.imports._pairs import dtypes_of, paired, scales, straight
 from lora_cli.text import shortened
 
 _NAME = "pytorch_lora_weights.safetensors"
+_OLD_ENDS = ("_lora.down.weight", "_lora.up.weight")
 _ALL_ENDS = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora.down.weight", ".lora.up.weight"),
     (".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
-    ("_lora.down.weight", "_lora.up.weight"),
+    _OLD_ENDS,
 )
 _PART = re.compile(
     r"(?:unet|text_encoder(?:_\d)?|transformer(?:_\d)?(?=\.(?:single_)?(?:transformer_)?blocks\.)|prior|controlnet)\."
 )
+_TEXT = "text_encoder"
 _METADATA = "lora_adapter_metadata"
 _ALPHA = ".alpha"
 
@@ -53,10 +57,7 @@ class Diffusers(Import):
 
     def open(self, found: Found, asked: Asked) -> Foreign:
         file = found.tensors
-        ends = next((ends for ends in _ALL_ENDS if any(name.endswith(ends) for name in file.header.tensors)), None)
-        if ends is None:
-            raise Refused("no factors in it")
-        pairs, others = paired(file.header.tensors, ends)
+        pairs, names, others = _paired(file.header.tensors)
         left = [name for name in others if not name.endswith(_ALPHA) or name.removesuffix(_ALPHA) not in pairs]
         if any("magnitude_vector" in name or name.endswith(".dora_scale") for name in left):
             raise Refused("DoRA: weights are rescaled by a trained magnitude")
@@ -65,11 +66,10 @@ class Diffusers(Import):
         layers = {name: straight(file, a, b) for name, (a, b) in pairs.items()}
         found_scales, notes = _scales(file, {name: layer.rank for name, layer in layers.items()})
         modules: dict[str, ForeignModule] = {}
-        for name, layer in layers.items():
-            module = _module(name)
-            if module in modules:
-                raise Refused(f"two of its modules are both {shortened(module)}")
-            modules[module] = replace(layer, scale=found_scales[name])
+        for place, layer in layers.items():
+            if names[place] in modules:
+                raise _double(names[place])
+            modules[names[place]] = replace(layer, scale=found_scales[place])
         demand_some(modules)
         return Foreign(self.program, modules, dtypes_of(file, pairs), base=asked.base, notes=notes)
 
@@ -82,10 +82,36 @@ def is_of_pipeline(place: Place, name: str) -> bool:
     return name == _NAME or any(_PART.match(one) and any(one.endswith(ends) for ends in _ALL_ENDS) for one in names)
 
 
-def _module(name: str) -> str:
-    """The module of a place; an attention processor's projections are those of its attention."""
-    name = re.sub(r"\.processor\.to_out$", ".to_out.0", name)
-    return re.sub(r"\.processor\.(to_[qkv])$", r".\1", name)
+def _paired(tensors: Iterable[str]) -> tuple[dict[str, tuple[str, str]], dict[str, str], list[str]]:
+    """Place → its two tensors, place → its module, and all other tensors.
+
+    Raises Refused for half a pair, or a place that stands there in two ways.
+    """
+    pairs: dict[str, tuple[str, str]] = {}
+    names: dict[str, str] = {}
+    others = [*tensors]
+    for ends in _ALL_ENDS:
+        found, others = paired(others, ends)
+        for place, pair in found.items():
+            if place in pairs:
+                raise _double(place)
+            pairs[place], names[place] = pair, _module(place, old=ends == _OLD_ENDS)
+    return pairs, names, others
+
+
+def _module(place: str, *, old: bool) -> str:
+    """The module of a place; an attention processor's projections are those of its attention.
+
+    The oldest form has one set of names for both kinds of attention; that of a text encoder is q_proj to out_proj.
+    """
+    module = place.replace(".processor.", ".")
+    if old and place.startswith(_TEXT):
+        return re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", module)
+    return re.sub(r"\.to_out$", ".to_out.0", module) if old else module
+
+
+def _double(name: str) -> Refused:
+    return Refused(f"two of its modules are both {shortened(name)}")
 
 
 def _scales(file: Tensors, ranks: Mapping[str, int]) -> tuple[dict[str, float], tuple[str, ...]]:

@@ -140,7 +140,7 @@ class _Heads:
         if self._config is None:
             if self._asked.folder is None:
                 raise Refused(
-                    "the rows of q_proj and k_proj are ordered by the heads of the base model, which is not here",
+                    "the rows of q_proj and k_proj are ordered by the heads of the base model, which it does not hold",
                     hint="lora convert FILE --base BASE, a folder or an id whose config.json is on this machine",
                 )
             try:

@@ -38,7 +38,10 @@ class Peft(Import):
         for name, entry in file.header.tensors.items():
             factor = _FACTOR.fullmatch(name)
             if factor is None or factor[2] in (None, *([asked.adapter] if asked.adapter else names)):
-                copied[name if factor is None else f"{factor[1]}.weight"] = file, entry
+                ours = name if factor is None else f"{factor[1]}.weight"
+                if ours in copied:
+                    raise Refused(f"{shortened(ours)} is in it with an adapter's name and without one")
+                copied[ours] = file, entry
         config = peft_config(found.place, asked)
         return Foreign(self.program, copied=copied, config=config, base=asked.base)
 

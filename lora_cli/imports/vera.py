@@ -42,7 +42,7 @@ class Vera(PeftType):
         base = asked.skeleton() if asked.skeleton is not None else None
         if base is None:
             raise Refused(
-                "the widths of its modules are those of the base model, which is not here",
+                "the widths of its modules are those of the base model, which are not in its file",
                 hint="lora convert FOLDER --base BASE, a folder or an id whose config.json is on this machine",
             )
         modules = {}

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from lora_cli.checks.serving import NAMES
 from tests import readers
@@ -77,6 +79,16 @@ def test_the_factor_of_each_module_is_told() -> None:
     assert told.out == "wrong\n"
 
 
+def test_a_scale_of_0_has_no_factor() -> None:
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="base", lora_alpha=0)
+    told = lora("serve-check", "mine", "--for", "openvino", "--json")
+    found = json.loads(told.out, parse_constant=pytest.fail)
+    assert (found["verdict"], found["factors"]) == ("wrong", {})
+    [reason] = found["reasons"]
+    assert reason.startswith("applies 14 modules whose scale is 0 in PEFT, such as model.layers.")
+    assert lora("serve-check", "mine", "--for", "llama.cpp").out == "right\n"
+
+
 def test_what_an_export_makes_is_right_for_its_program() -> None:
     KINDS[4].write(Path("mine").absolute())
     for program in ("vllm", "sglang", "openvino", "peft"):
@@ -100,6 +112,59 @@ def test_llama_cpp_holds_linear_layers_that_are_not_tied() -> None:
         kind.write(Path(f"mine {kind.title}").absolute())
         told = lora("serve-check", f"mine {kind.title}", "--for", "llama.cpp")
         assert told.code == (0 if kind.title == "lm_head" else 5), kind.title
+
+
+@pytest.mark.parametrize("program", NAMES)
+def test_modules_that_are_no_target_are_applied_by_all_but_peft(program: str) -> None:
+    targets = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="base", lora_alpha=8, target_modules=targets)
+    wanted = verdict_of(program, Path("mine"))
+    told = lora("serve-check", "mine", "--for", program)
+    assert told.out == f"{wanted}\n"
+    assert ("that PEFT leaves out" in told.err) == (wanted == "wrong")
+    assert wanted == ("right" if program in ("peft", "transformers") else "wrong")
+
+
+@pytest.mark.parametrize("program", ["vllm", "llama.cpp", "peft", "transformers"])
+def test_modules_saved_whole_are_no_update(program: str) -> None:
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="base", modules_to_save=["norm"])
+    file = Path("mine/adapter_model.safetensors")
+    save_file({**load_file(file), "base_model.model.model.norm.weight": torch.ones(32)}, file)
+    told = lora("serve-check", "mine", "--for", program)
+    if program in ("peft", "transformers"):
+        assert (told.code, told.out) == (0, "right\n")
+    else:
+        assert (told.code, told.out) == (5, "")
+        assert "full weights saved (model.norm.weight)" in told.err
+
+
+@pytest.mark.parametrize(
+    ("config", "verdicts"),
+    [
+        ({"use_dora": True}, {"vllm": "refused", "peft": "right", "transformers": "", "sglang": ""}),
+        ({"lora_bias": True}, {"vllm": "refused", "peft": "right", "transformers": "right", "llama.cpp": ""}),
+        ({"init_lora_weights": "pissa"}, {"vllm": "refused", "peft": "", "openvino": ""}),
+        ({"bias": "all", "use_dora": True}, {"vllm": "refused", "peft": ""}),
+    ],
+)
+def test_variants_of_lora_are_judged_where_the_rule_is_known(
+    config: dict[str, object], verdicts: dict[str, str]
+) -> None:
+    write_adapter(Path("mine"), random_factors(EVERY, 8, seed=1), base="base", **config)
+    for program, wanted in verdicts.items():
+        told = lora("serve-check", "mine", "--for", program)
+        assert (told.code, told.out) == (0 if wanted == "right" else 5, f"{wanted}\n" if wanted else "")
+        assert ("is not known" in told.err) == (not wanted)
+        assert "writes a form" not in told.err
+
+
+def test_an_export_that_refuses_the_adapter_is_no_remedy() -> None:
+    kind = next(kind for kind in KINDS if kind.title == "embeddings")
+    kind.write(Path("mine").absolute())
+    for program in ("llama.cpp", "openvino"):
+        assert "refuses it too" in lora("serve-check", "mine", "--for", program).err
+    write_adapter(Path("plain"), random_factors(EVERY, 8, seed=1), base="base", lora_alpha=16, use_rslora=True)
+    assert "lora export gguf writes a form" in lora("serve-check", "plain", "--for", "llama.cpp").err
 
 
 def test_no_folder_no_adapter_and_no_such_program() -> None:

@@ -34,11 +34,13 @@ _OTHERS: Mapping[str, Mapping[str, str]] = {
     "mlx-lm, the embedding": NO_EMBEDDING,
     "kohya": _PICTURES,
     "kohya, several alphas": _PICTURES,
+    "kohya, alphas as integers": _PICTURES,
     "kohya, no alpha": _PICTURES,
     "diffusers": _DIFFUSERS,
     "diffusers with its configurations": _DIFFUSERS,
     "diffusers before 0.22": _DIFFUSERS,
-    "diffusers, attention processors": _OUTSIDE,
+    "diffusers, its training scripts": _DIFFUSERS,
+    "diffusers, attention processors": {**_OUTSIDE, "sglang": "whose shape is not known"},
     "AdapterHub": _OUTSIDE,
 }
 """The cells that are not what the conversion alone makes of a sample."""

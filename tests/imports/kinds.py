@@ -169,6 +169,7 @@ def kohya(
     *,
     alphas: tuple[float | None, ...] = (2.0, 2.0, 2.0),
     dtype: torch.dtype = torch.float16,
+    alpha_dtype: torch.dtype | None = None,
     more: Mapping[str, Tensor] | None = None,
     name: str = "style.safetensors",
 ) -> Updates:
@@ -178,7 +179,7 @@ def kohya(
         up = drawn(out, 4, *(1 for _ in kernel), seed=seed + 50, dtype=dtype)
         tensors |= {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up}
         if alpha is not None:
-            tensors[f"{module}.alpha"] = torch.tensor(alpha, dtype=dtype)
+            tensors[f"{module}.alpha"] = torch.tensor(alpha, dtype=alpha_dtype or dtype)
         scale = 1.0 if alpha is None else alpha / 4
         updates[module] = scale * up.double().flatten(1) @ down.double().flatten(1)
     metadata = {"ss_base_model_version": "sd_v1.5", "modelspec.architecture": "stable-diffusion-v1/lora"}
@@ -194,10 +195,19 @@ PIPELINE = {
 
 
 def _diffusers(folder: Path, *, metadata: Mapping[str, object] | None = None, ends: str = "peft") -> Updates:
-    """As save_lora_weights of diffusers 0.42 writes it, or as its attention processors before 0.22 (`ends` "lora")."""
-    sides = {"peft": ("lora_A.weight", "lora_B.weight"), "lora": ("lora.down.weight", "lora.up.weight")}[ends]
+    """As save_lora_weights of diffusers 0.42 writes it, or as its attention processors before 0.22 (`ends` "lora").
+
+    With the ends "scripts" as its training scripts write it, by the table PEFT_TO_DIFFUSERS of diffusers.
+    """
+    every = {
+        "peft": ("lora_A.weight", "lora_B.weight"),
+        "lora": ("lora.down.weight", "lora.up.weight"),
+        "text": ("lora_linear_layer.down.weight", "lora_linear_layer.up.weight"),
+    }
+    of_scripts = {"to_q": "lora", "conv1": "peft", "q_proj": "text"}
     tensors, updates = {}, {}
     for seed, (module, (out, into, *kernel)) in enumerate(PIPELINE.items()):
+        sides = every[of_scripts[module.rpartition(".")[2]] if ends == "scripts" else ends]
         a, b = drawn(4, into, *kernel, seed=seed), drawn(out, 4, *(1 for _ in kernel), seed=seed + 50)
         tensors |= {f"{module}.{sides[0]}": a, f"{module}.{sides[1]}": b}
         scale = 1.0
@@ -219,14 +229,24 @@ DIFFUSERS = {
 }
 
 
-def _processors(folder: Path) -> Updates:
-    """As the attention processors of diffusers 0.15 wrote it."""
-    place = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+def _processors(folder: Path, *, twice: bool = False) -> Updates:
+    """As the attention processors of diffusers 0.15 wrote it, with those of a text encoder of 0.17."""
+    unet = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    text = "text_encoder.text_model.encoder.layers.0.self_attn"
     tensors, updates = {}, {}
-    for seed, (theirs, ours) in enumerate((("to_q_lora", "to_q"), ("to_out_lora", "to_out.0"))):
+    for seed, (theirs, ours) in enumerate(
+        (
+            (f"{unet}.processor.to_q_lora", f"{unet}.to_q"),
+            (f"{unet}.processor.to_out_lora", f"{unet}.to_out.0"),
+            (f"{text}.to_q_lora", f"{text}.q_proj"),
+            (f"{text}.to_out_lora", f"{text}.out_proj"),
+        )
+    ):
         a, b = drawn(4, 16, seed=seed), drawn(16, 4, seed=seed + 5)
-        tensors |= {f"{place}.processor.{theirs}.down.weight": a, f"{place}.processor.{theirs}.up.weight": b}
-        updates[f"{place}.{ours}"] = b.double() @ a.double()
+        tensors |= {f"{theirs}.down.weight": a, f"{theirs}.up.weight": b}
+        updates[ours] = b.double() @ a.double()
+    if twice:
+        tensors |= {f"{text}.q_proj.lora_{side}.weight": drawn(16, 16, seed=20) for side in "AB"}
     save_file(tensors, folder / "pytorch_lora_weights.safetensors")
     return updates
 
@@ -455,6 +475,14 @@ SAMPLES: tuple[Sample, ...] = (
         says="the scale goes into the factors",
     ),
     Sample("kohya, no alpha", "kohya", lambda folder: kohya(folder, alphas=(None,) * 3), rank=4, exact=True),
+    Sample(
+        "kohya, alphas as integers",
+        "kohya",
+        lambda folder: kohya(folder, alpha_dtype=torch.int64),
+        rank=4,
+        exact=True,
+    ),
+    Sample("kohya, alpha 0", "kohya", lambda folder: kohya(folder, alphas=(2, 0, 2)), refused="alpha is 0: sd-scripts"),
     Sample("kohya, one alpha", "kohya", lambda folder: kohya(folder, alphas=(2, None, 2)), refused="has no alpha, but"),
     Sample(
         "kohya, DoRA",
@@ -479,7 +507,20 @@ SAMPLES: tuple[Sample, ...] = (
         says="the scale goes into the factors",
     ),
     Sample("diffusers before 0.22", "diffusers", lambda folder: _diffusers(folder, ends="lora"), rank=4, exact=True),
+    Sample(
+        "diffusers, its training scripts",
+        "diffusers",
+        lambda folder: _diffusers(folder, ends="scripts"),
+        rank=4,
+        exact=True,
+    ),
     Sample("diffusers, attention processors", "diffusers", _processors, rank=4, exact=True),
+    Sample(
+        "diffusers, one module in two forms",
+        "diffusers",
+        lambda folder: _processors(folder, twice=True),
+        refused="two of its modules are both",
+    ),
     Sample(
         "diffusers, a part without its configuration",
         "diffusers",
@@ -546,6 +587,12 @@ SAMPLES: tuple[Sample, ...] = (
         lambda folder: _peft(folder, files=("adapter_model.safetensors",), names=("speech", "vision")),
         refused="2 adapters in one file (speech, vision)",
         says="--adapter NAME takes one",
+    ),
+    Sample(
+        "PEFT, one factor under two names",
+        "peft",
+        lambda folder: _peft(folder, files=("mine.safetensors",), names=("", "speech")),
+        refused="with an adapter's name and without one",
     ),
     Sample(
         "LoHa of PEFT",

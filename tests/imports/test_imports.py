@@ -257,6 +257,19 @@ def test_what_is_peft_already_is_not_converted(tmp_path: Path) -> None:
     assert "nothing to convert" in refused(5, "convert", str(tmp_path / "ours"))
 
 
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [({"peft_type": "BOFT"}, "peft_type is BOFT"), ({"use_dora": True}, "DoRA"), ({"bias": "all"}, "bias=all")],
+)
+def test_what_peft_writes_and_no_merge_takes_is_named(entries: dict[str, object], said: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "ours", random_factors({"x.q_proj": (8, 8)}, 2, seed=0))
+    file = tmp_path / "ours" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+    told = refused(5, "convert", str(tmp_path / "ours"))
+    assert said in told
+    assert "nothing to convert" not in told
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter.gguf", "adapter_config.json"])
 def test_a_pipe_in_the_place_of_a_file_is_named(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)

@@ -95,9 +95,20 @@ def test_each_layer_is_the_best_of_its_rank(tmp_path: Path, shards: bool) -> Non
     relative = change / float(torch.linalg.norm(other["model.norm.weight"]))
     assert record["left_out"]["model.norm.weight"] == pytest.approx(relative, rel=1e-5)
     assert "11 layers (3 unchanged) · rank 4 · relative error" in told.err
-    assert "6 tensors of embeddings, norms and biases" in told.err
+    assert "6 tensors in none of these layers" in told.err
     again = ok("extract", tuned, "--base", base, "--rank", "4", "-o", "out")
     assert "up to date" in again.err
+
+
+def test_a_tensor_that_was_zero_in_the_base_has_no_relative_change(tmp_path: Path) -> None:
+    tuned, base = models(tmp_path)
+    file = Path(base, "model.safetensors")
+    zero = {name: tensor * (name != "model.norm.weight") for name, tensor in load_file(file).items()}
+    save_file(zero, file, {"format": "pt"})
+    told = ok("extract", tuned, "--base", base, "--rank", "4", "--json", "-o", "out")
+    left = json.loads(told.out, parse_constant=pytest.fail)["results"]["left_out"]
+    assert left["model.norm.weight"] is None
+    assert "most in model.layers" in told.err
 
 
 def test_a_share_of_the_energy_chooses_the_rank(tmp_path: Path) -> None:

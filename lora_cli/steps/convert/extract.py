@@ -44,7 +44,7 @@ class ExtractReport:
     """What an extraction found: each changed layer as it was written, and how much every other tensor changed.
 
     `unchanged` counts the layers that do not differ; `others` maps tensors outside of linear layers to their relative
-    change, None where the base has none of their name and shape.
+    change, None where the base has none of their name and shape, or zeros alone.
     """
 
     modules: Mapping[str, Converted]

@@ -59,7 +59,10 @@ class Pair:
         return delta
 
     def change(self, name: str) -> float | None:
-        """‖W_tuned − W_base‖ / ‖W_base‖ of one other tensor; None if the base has none of its name, type and shape."""
+        """‖W_tuned − W_base‖ / ‖W_base‖ of one other tensor.
+
+        None for a changed one if the base has none of its name, type and shape, or has zeros alone in it.
+        """
         tuned, base = self.tuned.checkpoint, self.base.checkpoint
         if name not in base.tensors or tuned.entry(name).shape != base.entry(name).shape:
             return None
@@ -71,7 +74,7 @@ class Pair:
             norm += float(other.double().square().sum())
         if change == 0:
             return 0.0
-        return math.sqrt(change / norm) if norm else math.inf
+        return math.sqrt(change / norm) if norm else None
 
     def _rows(self, module: str) -> Sequence[Iterator[Tensor]]:
         """The rows of a module's weight in both models, in blocks of the same heights."""

@@ -71,7 +71,7 @@ class ExportRequest:
 
         def sure(adapter: OpenAdapter, base: str) -> bool:
             place = config_here(base)
-            return place is not None and target.sure(adapter, _config(place / CONFIG))
+            return place is not None and target.sure(adapter, config_of(place / CONFIG))
 
         found = self.pool.adapters([self.name], passed_on=True, sure=sure)
         source = source_of(found, self.settings.base, called)
@@ -103,14 +103,14 @@ def source_of(found: Gathered, base: str | None, called: str = "") -> Source:
     return Source(
         adapter=adapter,
         base=found.base,
-        config={} if place is None else _config(place / CONFIG),
+        config={} if place is None else config_of(place / CONFIG),
         skeleton=found.skeleton,
         meant=modules_meant([*adapter.modules], [adapter], known),
         called=called,
     )
 
 
-def _config(path: Path) -> Mapping[str, Any]:
+def config_of(path: Path) -> Mapping[str, Any]:
     """A base's configuration. DataError for one that cannot be read, Refused for one that is no JSON object."""
     try:
         config = json.loads(read_regular(path))
