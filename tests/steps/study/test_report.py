@@ -148,3 +148,11 @@ def test_a_page_takes_no_place_of_the_studys_own_files(place: Path) -> None:
     assert (place / "calm" / "study.json").read_bytes() == before
     ok("study", "report", "calm", "-o", "calm/report.html")
     ok("study", "report", "calm", "--markdown", "-o", "calm.txt")
+    ok("study", "report", "calm", "-o", "calm.txt")
+
+
+def test_a_users_own_file_is_not_replaced_by_a_report(place: Path) -> None:
+    Path("README.md").write_text("# Mine\n")
+    for form in ("--markdown", "--json"):
+        assert "README.md exists and is no report" in refused(1, "study", "report", "calm", form, "-o", "README.md")
+    assert Path("README.md").read_text() == "# Mine\n"
