@@ -239,6 +239,7 @@ def test_the_readme_links_to_what_exists() -> None:
     [
         ("nonsense", 2, "No such command 'nonsense'"),
         ("merge --densty 0.2", 2, "No such option"),
+        ("pool list --sort", 2, "Option '--sort' requires an argument.\n  see 'lora pool list --help'"),
         ("merge", 3, "no adapters selected, and none usable"),
         ("merge nobody-knows", 3, "nobody-knows: not in the catalogue"),
         ("merge a b --method tise", 2, "did you mean 'ties'"),
