@@ -229,10 +229,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
-        except TyperException as error:
-            # The fault of an option without its value comes without its command.
-            if getattr(error, "ctx", None) is None:
-                error.ctx = ctx  # type: ignore[attr-defined]
+        except TyperException as error:  # that of an option without its value comes without its command
+            error.ctx = getattr(error, "ctx", None) or ctx  # type: ignore[attr-defined]
             raise
 
     def left_out(self, ctx: "Context") -> Collection[str]:
