@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_cli.errors import OutputError
+from lora_cli.files import read_regular, unreadable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -122,6 +123,23 @@ def _place_of_a_full_disk(target: Path) -> Iterator[None]:
             raise
         place = error.filename or target
         raise OutputError(f"{place}: no space left on the disk", hint="free some space, then run this again") from error
+
+
+def demand_own(target: Path, beginnings: tuple[bytes, ...], what: str) -> None:
+    """OutputError for a file with text that begins as none of the tool's: a user's file, and not one to replace.
+
+    Args:
+        beginnings: the first bytes of such a file, one of which it has to have.
+        what: such a file, in words.
+    """
+    try:
+        head = read_regular(target, max(map(len, beginnings)))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return  # a new file, or a place that `whole_file` refuses
+    except OSError as error:
+        raise unreadable(target, error) from error
+    if head and not head.startswith(beginnings):
+        raise OutputError(f"{target} exists and is no {what}", hint="choose another file with -o, or move it away")
 
 
 def demand_apart(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import TyperException
 
 from lora_cli.columns import Column, chosen
 from lora_cli.commands import completing
@@ -224,6 +225,13 @@ class Prompts(Options, frozen=True, kw_only=True):
 
 class Command(TyperCommand):
     """A command whose help lists its options below the headings of their panels."""
+
+    def parse_args(self, ctx: "Context", args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except TyperException as error:  # that of an option without its value comes without its command
+            error.ctx = getattr(error, "ctx", None) or ctx  # type: ignore[attr-defined]
+            raise
 
     def left_out(self, ctx: "Context") -> Collection[str]:
         """The options hidden from the help, by the names of their parameters."""

@@ -20,7 +20,7 @@ app = typer.Typer(cls=Group, help="The examples of a task, as a base model reads
 
 @app.command(
     cls=Command,
-    epilog=examples("lora task show task.jsonl", "lora task show task.jsonl -n 1 --test tasks/outer.test.jsonl --json"),
+    epilog=examples("lora task show task.jsonl", "lora task show task.jsonl -n 1 --test tasks/part.test.jsonl --json"),
 )
 @with_flags
 def show(

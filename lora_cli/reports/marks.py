@@ -117,13 +117,16 @@ def _placed(values: Sequence[float], start: float, end: float) -> list[float]:
 
 
 def _names(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[Html]:
-    """The names beside their dots, on the side with more room if it is free, else on the other, else left out."""
+    """The names beside their dots, on the side with more room if it is free, else on the other, else left out.
+
+    They stay within the axes, whose numbers stand outside.
+    """
     drawn, taken = [], [(x - _RADIUS, x + _RADIUS, y) for x, y in places]
     for name, (across, down) in zip(names, places, strict=True):
         wide, beside = len(name) * _LETTER, 2 * _RADIUS
         sides = [(across + beside, "start", across + beside), (across - beside - wide, "end", across - beside)]
         for begin, anchor, x in sides if across < _WIDE / 2 else sides[::-1]:
-            if begin >= 0 and begin + wide <= _WIDE and not _lies_on(begin, wide, down, taken):
+            if begin >= _LEFT - 2 * _RADIUS and begin + wide <= _WIDE and not _lies_on(begin, wide, down, taken):
                 taken.append((begin, begin + wide, down))
                 y = f"{down + _LINE / 3:.1f}"
                 drawn.append(element("text", name, x=f"{x:.1f}", y=y, text_anchor=anchor))

@@ -12,6 +12,8 @@ from string import Template
 
 from lora_cli.escapes import safe
 
+BEGINNING = b"<!doctype html>"
+"""The first bytes of every page."""
 _FOLDER = Path(__file__).parent
 _POLICY = (
     "default-src 'none'; script-src '{script}'; style-src '{style}'; img-src data:; base-uri 'none'; form-action 'none'"

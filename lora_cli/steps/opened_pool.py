@@ -323,9 +323,9 @@ class Pool:
             return row.ref, row
         ref, here = folder_ref(folder), self.catalogue.at(folder)
         # The stored verdict was for the base of the last sync; this base may differ, so judge the files again.
-        if here is None or here.commit != ref.commit or here.status not in USABLE:
+        if here is None or here.commit != ref.commit:
             return ref, None
-        return here.ref, here
+        return here.ref, here if here.status in USABLE else None
 
 
 def pool_of(settings: Settings, announce: Callable[[str], None], progress: Progress = silent) -> Pool:

@@ -52,6 +52,15 @@ def test_data_elsewhere_is_found_by_the_run(here: World) -> None:
     assert "few.jsonl, the data of" in refused(1, "runs", "answers")
 
 
+def test_a_failed_evaluation_without_rows_is_not_the_last_with_answers(here: World) -> None:
+    before = ok("runs", "answers", "--json").out
+    refused(1, "eval", MIRROR, "--data", "few.jsonl", "-o", "few.jsonl")
+    assert ok("runs", "answers", "--json").out == before
+    failed = ok("runs", "list", "-q", "-n", "1").out.strip()
+    error = refused(1, "runs", "answers", failed)
+    assert "few.jsonl: not a file of evaluation rows\n  name another run: see lora runs list" in error
+
+
 def test_rows_of_systems_that_the_run_did_not_evaluate_are_left_out(here: World) -> None:
     ok("eval", MIRROR, "--data", "few.jsonl", "-o", "rows.jsonl")
     found = json.loads(ok("runs", "answers", "--all", "-n", "100", "--json").out)["rows"]

@@ -17,6 +17,7 @@ import pytest
 from lora_cli.app import SUMMARIES
 from lora_cli.commands.pool import SUMMARIES as POOL_SUMMARIES
 from lora_cli.world import World
+from lora_cli.world.build import TARGETS
 from tests import generate, warm
 from tests.cli import ok, refused
 
@@ -51,6 +52,13 @@ def test_every_command_and_option_says_what_it_is(words: str) -> None:
     assert command.help, words
     for parameter in command.params:
         assert parameter.help, (words, parameter.name)
+
+
+def test_the_examples_name_only_tasks_of_every_size_of_the_demo() -> None:
+    common = set.intersection(*map(set, TARGETS.values()))
+    named = [name for words in LEAVES for name in re.findall(r"tasks/([\w-]+)\.", " ".join(examples_of(words)))]
+    assert named
+    assert set(named) <= common
 
 
 @pytest.mark.parametrize("words", sorted(LEAVES))
@@ -231,6 +239,7 @@ def test_the_readme_links_to_what_exists() -> None:
     [
         ("nonsense", 2, "No such command 'nonsense'"),
         ("merge --densty 0.2", 2, "No such option"),
+        ("pool list --sort", 2, "Option '--sort' requires an argument.\n  see 'lora pool list --help'"),
         ("merge", 3, "no adapters selected, and none usable"),
         ("merge nobody-knows", 3, "nobody-knows: not in the catalogue"),
         ("merge a b --method tise", 2, "did you mean 'ties'"),

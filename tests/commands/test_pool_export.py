@@ -178,3 +178,17 @@ def test_a_row_of_parquet_is_named_by_its_number() -> None:
     good = Path("ok.parquet").read_bytes()
     Path("ok.parquet").write_bytes(good.replace(ANN.id.encode(), b"\xff" * len(ANN.id)))
     assert "ok.parquet, row 1: malformed Parquet" in refused(1, "pool", "import", "ok.parquet")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+def test_an_export_replaces_an_export_and_no_other_file(ending: str) -> None:
+    own = '{"id": "1", "prompt": "a", "completion": "b"}\n'
+    Path(f"mine.{ending}").write_text(own)
+    for what in ("adapters", "scores"):
+        words = ("pool", "export", "--what", what, "-o")
+        assert f"mine.{ending} exists and is no export of a pool" in refused(1, *words, f"mine.{ending}")
+        ok(*words, f"pool.{ending}")
+        first = Path(f"pool.{ending}").read_bytes()
+        ok(*words, f"pool.{ending}")
+        assert Path(f"pool.{ending}").read_bytes() == first
+    assert Path(f"mine.{ending}").read_text() == own

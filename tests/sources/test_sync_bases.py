@@ -156,3 +156,12 @@ def test_rows_of_an_older_catalogue_are_for_the_base_of_their_sync(fake: FakeHub
     assert catalogue.find(base=BASE) == expected
     assert len(expected) == 2
     assert from_hub(catalogue, BASE).unchanged == 2
+
+
+@pytest.mark.parametrize("name", ["./base", "/nowhere/base", "../base", "~/base", "a/b/c"])
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(own_home: Path, name: str) -> None:
+    Path("bases").mkdir()
+    error = refused(3, "pool", "sync", name)
+    assert error.startswith(f"lora: no base model at {name}: no such folder\n")
+    assert ("did you mean bases?" in error) == (name == "./base")
+    assert "network" not in error

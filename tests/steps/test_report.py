@@ -124,3 +124,15 @@ def test_nothing_to_report_and_no_place_for_it(catalogue: Catalogue) -> None:
     assert "a link" in refused(1, "pool", "report", "-o", "link.html", "--db", str(catalogue.path))
     assert not Path("x.html").exists()
     assert not Path("there.html").exists()
+
+
+def test_a_users_own_file_is_not_replaced_by_the_page(catalogue: Catalogue) -> None:
+    own = '{"prompt": "a", "completion": "b"}\n'
+    Path("task.jsonl").write_text(own)
+    error = refused(1, "pool", "report", "-o", "task.jsonl", "--db", str(catalogue.path))
+    assert "task.jsonl exists and is no page" in error
+    assert Path("task.jsonl").read_text() == own
+    Path("empty.html").touch()
+    ok("pool", "report", "-o", "empty.html", "--db", str(catalogue.path))
+    Path("folder").mkdir()
+    assert "folder: cannot be written" in refused(1, "pool", "report", "-o", "folder", "--db", str(catalogue.path))

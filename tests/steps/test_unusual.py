@@ -87,7 +87,12 @@ def test_a_pool_that_is_too_small_is_said_to_be(pool: Path) -> None:
     few = "".join(f"{line}\n" for line in ids().splitlines()[: FEWEST - 1])
     told = deep("--json", "--quarantine-z", "0", stdin=few)
     assert (told.code, {row["z"] for row in rows(told)}) == (0, {None})
-    assert f"too few adapters of {BASE} to compare: {FEWEST - 1} measured, {FEWEST} needed" in told.err
+    line = f"too few adapters of {BASE} to compare: {FEWEST - 1} measured, {FEWEST} needed; "
+    more = "lora pool list --where status=ok -q | lora pool verify - --deep measures all"
+    assert line + more in told.err
+    ok("pool", "rm", *ids().splitlines()[FEWEST - 1 :])
+    told = deep(stdin=few)
+    assert line + "the catalogue has no other usable ones" in told.err
 
 
 def test_quarantine_keeps_an_adapter_out_of_select_until_a_verify_lifts_it(pool: Path) -> None:

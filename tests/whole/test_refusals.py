@@ -303,3 +303,13 @@ def _some_adapter(folder: Path, command: str) -> list[str]:
     if not (folder / "a").exists():
         write_adapter(folder / "a", random_factors(SHAPES, 4, seed=1))
     return ["a"]
+
+
+def test_a_catalogued_folder_is_refused_by_its_id(own_home: Path) -> None:
+    write_adapter(own_home / "pool" / "ann" / "good", random_factors(SHAPES, 4, seed=1))
+    cut = write_adapter(own_home / "pool" / "ann" / "cut", random_factors(SHAPES, 4, seed=2))
+    (cut / "adapter_model.safetensors").write_bytes((cut / "adapter_model.safetensors").read_bytes()[:-100])
+    ok("pool", "sync", "--from", "pool")
+    assert "pool/ann/cut" in ok("pool", "list", "--where", "status!=ok", "-q").out
+    assert refused(5, "merge", "pool/ann/good", "pool/ann/cut").startswith("lora: pool/ann/cut: truncated")
+    assert "lora: pool/ann/cut: truncated" in refused(5, "diff", "pool/ann/good", "./pool/ann/cut")

@@ -16,6 +16,8 @@ _ENDINGS: dict[str, Literal["jsonl", "csv", "parquet"]] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
+_BEGINNINGS = (b'{"id":"', b'{"adapter":"', b"id,commit,", b"adapter,commit,", b"PAR1")
+"""The first bytes of an export, by table and form."""
 
 
 def export(
@@ -40,7 +42,7 @@ def export(
     `lora pool import` takes JSONL and Parquet back as they were. CSV is for spreadsheets: it has neither the model
     cards nor the rank of each module, and a text that a spreadsheet would run begins with an apostrophe.
     """
-    from lora_cli.outputs import whole_file
+    from lora_cli.outputs import demand_own, whole_file
     from lora_cli.steps.pool.exporting import Export
 
     screen = screen_for()
@@ -49,6 +51,8 @@ def export(
         raise UsageError(f"{out}: no known ending", hint=f"{', '.join(_ENDINGS)}, or --fmt")
     if form == "parquet" and out is None:
         raise UsageError("Parquet is for a file", hint="give -o FILE.parquet")
+    if out is not None:
+        demand_own(out, _BEGINNINGS, "export of a pool")
     with screen.progress() as progress:
         job = Export(setup.load().db, form, what, where or (), progress)
         if out is None:

@@ -23,11 +23,13 @@ def report(
     catalogue gives the same bytes.
     """
     from lora_cli.catalogue.adapters import Catalogue
-    from lora_cli.outputs import whole_file
+    from lora_cli.outputs import demand_own, whole_file
+    from lora_cli.reports.page import BEGINNING
     from lora_cli.reports.pool import pool_page
     from lora_cli.steps.pool.report import pool_report
 
     screen, settings = form.screen(), setup.load()
+    demand_own(out, (BEGINNING,), "page")
     with Catalogue(settings.db) as catalogue:
         found = pool_report(catalogue, where or (), base=settings.base)
     page = pool_page(found)

@@ -12,11 +12,13 @@ import typer
 from lora_cli.columns import Column
 from lora_cli.commands.options import Command, Listing, Stored, examples, with_flags
 from lora_cli.commands.pool.shared import Alias, DryRun
-from lora_cli.errors import Partial, UsageError
+from lora_cli.errors import NothingMatched, Partial, UsageError
+from lora_cli.formats.base_names import split_revision
+from lora_cli.names import is_model
 from lora_cli.options import Flag, Options
 from lora_cli.screen import Screen
-from lora_cli.settings import Settings, folder_of
-from lora_cli.text import counted, duration, size
+from lora_cli.settings import Settings, folder_of, folders_like
+from lora_cli.text import counted, duration, meant, size
 
 if TYPE_CHECKING:
     from lora_cli.steps.pool.sync import SyncOptions, SyncReport
@@ -170,6 +172,9 @@ def _refuse_without_hub_id(settings: Settings) -> None:
             f"the base {settings.base} is a folder, so the Hub has no adapters of it",
             hint="read adapters from a folder tree with --from DIR, or give the base's Hub id",
         )
+    if not is_model(split_revision(settings.base)[0]):
+        hint = meant(folders_like(settings.base), "give a Hub id or an existing folder")
+        raise NothingMatched(f"no base model at {settings.base}: no such folder", hint=hint)
 
 
 def _assumed(settings: Settings) -> str:

@@ -112,13 +112,14 @@ def verify(
         rows = [_adapter_or_folder(catalogue, text, progress) for text in texts]
         verdicts = verify_all(catalogue, rows, how, hub=Hub(progress=progress), progress=progress)
         judged = judge(catalogue, verdicts, quarantine_z) if deep else None
+        notes = [*_copies(judged), *_not_compared(catalogue, judged)] if judged is not None else []
     if judged is None:
         shown = [{**facts(one.adapter), "coverage": one.coverage} for one in verdicts]
         screen.rows("lora.pool.verify/1", _VERDICTS, shown)
     else:
         shown = [_row(one) for one in sorted(judged, key=lambda one: -abs(one.unusual.z) if one.unusual else 0)]
         screen.rows("lora.pool.verify/1", _DEEP, shown)
-        for line in [*_copies(judged), *_not_compared(judged)]:
+        for line in notes:
             screen.say(line)
     _sum_up(screen, shown, deep)
 
@@ -198,16 +199,22 @@ def _copies(judged: Sequence["Judged"]) -> list[str]:
     ]
 
 
-def _not_compared(judged: Sequence["Judged"]) -> list[str]:
-    """One line per base whose pool is too small."""
+def _not_compared(catalogue: "Catalogue", judged: Sequence["Judged"]) -> list[str]:
+    """One line per base whose pool is too small, with the command that measures the others if there are others."""
     from lora_cli.checks.unusual import FEWEST
 
-    small = {one.verdict.adapter.base: one.pool for one in judged if 0 < one.pool < FEWEST}
-    return [
-        f"too few adapters of {base or 'no declared base'} to compare: {pool} measured, {FEWEST} needed; "
-        "lora pool list --where status=ok -q | lora pool verify - --deep measures all"
-        for base, pool in small.items()
-    ]
+    lines = []
+    for base, pool in {one.verdict.adapter.base: one.pool for one in judged if 0 < one.pool < FEWEST}.items():
+        usable = sum(row.base == base for row in catalogue.find(status="ok"))
+        how = (
+            "lora pool list --where status=ok -q | lora pool verify - --deep measures all"
+            if usable > pool
+            else "the catalogue has no other usable ones"
+        )
+        lines.append(
+            f"too few adapters of {base or 'no declared base'} to compare: {pool} measured, {FEWEST} needed; {how}"
+        )
+    return lines
 
 
 def _sum_up(screen: Screen, rows: Sequence[Mapping[str, Any]], deep: bool) -> None:

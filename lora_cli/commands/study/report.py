@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lora_cli.reports.study_facts import Report
 
 PAGES = (".html", ".htm", ".md")
+BOLD = b"**"
+"""The first bytes of a report in Markdown: its verdict comes first, in bold."""
 
 
 def report(
@@ -56,10 +58,13 @@ def report(
             f"{out}: in a study's folder a report is called *.html or *.md", hint="all else there is the study's own"
         )
 
-    from lora_cli.outputs import whole_file
+    from lora_cli.outputs import demand_own, whole_file
+    from lora_cli.reports.page import BEGINNING
     from lora_cli.reports.study_tables import undone_in_words
     from lora_cli.steps.study.workers import is_sequence
 
+    if out is not None:
+        demand_own(out, (BEGINNING, BOLD), "report")
     found, page, schema, facts = (_of_sequence if is_sequence(folder) else _of_study)(folder, markdown)
     if warning := undone_in_words(found):
         screen.warn(warning)

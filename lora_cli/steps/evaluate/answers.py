@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_cli.catalogue import runs
-from lora_cli.errors import DataError, NothingMatched
+from lora_cli.errors import DataError, NothingMatched, OutputError
 from lora_cli.metrics import METRICS
 from lora_cli.records import Prompt
 from lora_cli.steps.evaluate.evaluate import read_rows
@@ -60,7 +60,11 @@ def answers_of(run: Mapping[str, Any], files: Sequence[Path | None]) -> list[Ans
         raise DataError(f"{place}, the data of {run['id']}, is missing or has changed", hint="give --data FILE.jsonl")
     examples = {example.id: example for example in task.examples}
     systems = list(dict.fromkeys(score["system"] for score in run["scores"]))
-    rows = [row for row in read_rows(Path(run["out"])) if row.id in examples and row.text is not None]
+    try:
+        found = read_rows(Path(run["out"]))
+    except OutputError as error:
+        raise OutputError(error.message, hint="name another run: see lora runs list --command eval") from error
+    rows = [row for row in found if row.id in examples and row.text is not None]
     if systems:
         # Rows of earlier evaluations stay in a file.
         rows = sorted((row for row in rows if row.system in systems), key=lambda row: systems.index(row.system))
@@ -143,11 +147,23 @@ def _kind(one: Answer, two: Answer) -> ChangeKind:
 
 
 def last_run(db: Path) -> str:
-    """The id of the last evaluation with answers. NothingMatched if there is none."""
+    """The id of the last evaluation with answers. NothingMatched if there is none.
+
+    A failed one counts if its file holds rows, as after an interruption or the refusal of an adapter without effect.
+    """
     for run in runs.all_runs(db, command="eval", limit=_MOST_RUNS):
-        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind != "likelihood":
+        if METRICS.get(json.loads(run["record"])["settings"]["metric"]).kind == "likelihood":
+            continue
+        if run["status"] == "done" or _holds_rows(Path(run["out"])):
             return str(run["id"])
     raise NothingMatched("no evaluation with answers yet", hint="run lora eval")
+
+
+def _holds_rows(path: Path) -> bool:
+    try:
+        return bool(read_rows(path))
+    except OutputError:
+        return False
 
 
 def unchanged(name: str, sha256: str, files: Sequence[Path | None]) -> Task | None:

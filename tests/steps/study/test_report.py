@@ -1,6 +1,7 @@
 """The report of a small study that was really done: its numbers, what it names, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora_cli.reports.marks import Mark, cost_chart
 from lora_cli.steps.study.table import score_of
 from tests.cli import ok, refused
 from tests.reports.reading import Read
@@ -148,3 +150,23 @@ def test_a_page_takes_no_place_of_the_studys_own_files(place: Path) -> None:
     assert (place / "calm" / "study.json").read_bytes() == before
     ok("study", "report", "calm", "-o", "calm/report.html")
     ok("study", "report", "calm", "--markdown", "-o", "calm.txt")
+    ok("study", "report", "calm", "-o", "calm.txt")
+
+
+def test_a_users_own_file_is_not_replaced_by_a_report(place: Path) -> None:
+    Path("README.md").write_text("# Mine\n")
+    for form in ("--markdown", "--json"):
+        assert "README.md exists and is no report" in refused(1, "study", "report", "calm", form, "-o", "README.md")
+    assert Path("README.md").read_text() == "# Mine\n"
+
+
+def test_no_name_lies_on_the_numbers_of_an_axis() -> None:
+    marks = [
+        Mark("base", 0.0, 0.0, 0.1, is_control=True, cost=1.0),
+        Mark("average", 0.0, 0.0, 0.1, is_control=False, cost=1.4),
+        Mark("adaptive", 0.8, 0.7, 0.9, is_control=False, cost=10.0),
+    ]
+    chart = str(cost_chart("costs", marks, "s"))
+    names = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="(start|end)">([^<]+)<', chart)
+    assert [name for _, _, name in names] == ["average", "adaptive"]
+    assert all(float(x) - (len(name) * 6.5 if anchor == "end" else 0) >= 34 for x, anchor, name in names)
