@@ -51,7 +51,13 @@ def push(
     with screen.progress() as progress:
         request = PushRequest(folder, repo, settings, dry=options.dry_run, announce=screen.say, progress=progress)
     result = request.result
-    for line in filter(None, [request.notice, _of_card(bool(result.own_card)), _of_files(result.unchecked)]):
+    said = [
+        request.notice,
+        _of_base(request.base_off_hub),
+        _of_card(bool(result.own_card)),
+        _of_files(result.unchecked),
+    ]
+    for line in filter(None, said):
         screen.say(line)
     if options.dry_run:
         screen.document("lora.push.plan/1", request.plan)
@@ -83,6 +89,13 @@ def push(
     files = counted(len(request.uploads), "file")
     kind = "private" if pushed.private else "public"
     screen.say(f"push: {place} · {files}, {size(request.plan['bytes'])} · {kind}")
+
+
+def _of_base(name: str) -> str:
+    """The line about a base that others cannot load."""
+    return (
+        f"  adapter_config.json names the base {name}, which is no id of the Hub: others cannot load it" if name else ""
+    )
 
 
 def _of_card(own: bool) -> str:

@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from lora_cli.catalogue.runs import add_scores, recorded
+from lora_cli.escapes import safe
+from lora_cli.formats.base_names import public_base
 from lora_cli.formats.store import folder_ref
 from lora_cli.hashes import sha256_of
 from lora_cli.records import Score
@@ -475,7 +477,10 @@ def test_a_base_that_is_no_id_of_the_hub_is_named_in_words_alone(base: str, own_
     write_adapter(own_home / "one", random_factors(SHAPES, 4, seed=1), base=base)
     write_adapter(own_home / "two", random_factors(SHAPES, 4, seed=2), base=base)
     ok("merge", "one", "two", "-o", "merged")
-    card = json.loads(ok("push", "merged", "me/mixed", "--dry-run", "--json").out)["card"]
+    told = ok("push", "merged", "me/mixed", "--dry-run", "--json")
+    assert f"names the base {safe(public_base(base))}, which is no id of the Hub: others cannot load it" in told.err
+    card = json.loads(told.out)["card"]
+    assert "/home/me" not in card
     front = yaml.safe_load(card.split("---\n", 2)[1])
     assert "base_model" not in front
     assert front["tags"] == ["lora", "merge"]

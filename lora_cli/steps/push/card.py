@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from lora_cli.catalogue.scores import VersionScore
@@ -67,6 +68,12 @@ def full_card(result: Result, repo: str, told: Told) -> str:
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
 
+def base_off_hub(result: Result) -> str:
+    """The name of a result's base if it is no id on the Hub, else ""."""
+    base = _Base(result)
+    return "" if base.id else base.name
+
+
 class _Base:
     """The base model of a result: as it is called, and on the Hub, "" if its name is no id there."""
 
@@ -77,12 +84,17 @@ class _Base:
         self.id = known if is_repo(known) else ""
 
     @property
+    def called(self) -> str:
+        """The name, of a folder its last part alone: its place on this machine is nobody's business."""
+        return code(self.name if self.id else PurePath(self.name).name)
+
+    @property
     def words(self) -> str:
         """The base in a sentence."""
         if not self.name:
             return "a base that it does not name"
         at = f" at revision {code(self.revision)}" if self.revision else ""
-        return (f"[{code(self.id)}](https://huggingface.co/{self.id})" if self.id else code(self.name)) + at
+        return (f"[{code(self.id)}](https://huggingface.co/{self.id})" if self.id else self.called) + at
 
 
 def _front(result: Result, base: _Base, told: Told) -> list[str]:
@@ -166,7 +178,7 @@ def _licence_of_base(base: _Base, told: Told) -> list[str]:
     if not known:
         return []
     built = " Built with Llama." if known.lower().startswith("llama") else ""
-    return [f"Licence of the base {code(base.name)}: {stated(known)}.{built}"]
+    return [f"Licence of the base {base.called}: {stated(known)}.{built}"]
 
 
 def _settings(result: Result) -> list[str]:

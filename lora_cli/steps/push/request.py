@@ -16,7 +16,7 @@ from lora_cli.licences import Policy, restrictions_of, terms_of
 from lora_cli.records import Progress, silent, unheard
 from lora_cli.settings import Settings
 from lora_cli.steps.pool.licences import Stated, stated_of_base
-from lora_cli.steps.push.card import Parent, Told, full_card
+from lora_cli.steps.push.card import Parent, Told, base_off_hub, full_card
 from lora_cli.steps.push.result import FILES, Result, read_result, upload_of
 
 UP_TO_DATE: Final = "up to date"
@@ -62,6 +62,7 @@ class PushRequest:
         self.result = read_result(folder, progress)
         told = _told(self.result, settings.db, ask=not dry and settings.license_policy in _ASKING)
         self.notice = _licences(settings.license_policy, self.result, told)
+        self.base_off_hub = base_off_hub(self.result)
         self.card = self.result.own_card or full_card(self.result, repo, told)
         self.uploads = [upload_of(CARD_FILE, self.card.encode()), *self.result.uploads]
 
