@@ -17,7 +17,7 @@ from typer.completion import completion_init  # type: ignore[attr-defined]
 from typer.exceptions import TyperException
 
 from lora_cli.commands.lazy import LazyGroup
-from lora_cli.errors import ExitCode, LoraError, OutputError, Refused
+from lora_cli.errors import ExitCode, LoraError, OutputError, Refused, shortage
 from lora_cli.redaction import Redacting, hide
 from lora_cli.screen import Screen
 from lora_cli.text import nearest
@@ -65,6 +65,12 @@ _KEPT = {
     ),
 }
 """The message about the state that an interrupted command leaves, by command."""
+
+
+_LESS = (
+    "free some; eval and select take a smaller --batch-size, fit takes --grad-checkpointing; --device cpu spares a GPU"
+)
+"""What needs less memory."""
 
 
 class Root(LazyGroup):
@@ -117,11 +123,10 @@ class Root(LazyGroup):
                 return super().invoke(ctx)
         except LoraError as error:
             _fail(error)
-        except (MemoryError, RuntimeError) as error:
-            # Compare by name: torch's own class would need an import of torch.
-            if type(error).__name__ not in ("OutOfMemoryError", "MemoryError"):
+        except Exception as error:
+            if not (said := shortage(error)):
                 raise
-            _fail(Refused("out of memory", hint="free some, give a smaller --batch-size, or use --device cpu"))
+            _fail(Refused(said, hint=_LESS))
 
 
 @contextmanager

@@ -15,6 +15,7 @@
 Any other exception is a bug of the tool and keeps its traceback.
 """
 
+import errno
 from enum import IntEnum
 
 
@@ -93,3 +94,25 @@ class NetworkError(LoraError):
     """The Hub cannot be reached, answers with an error, or limits the rate."""
 
     exit_code = ExitCode.NETWORK
+
+
+def shortage(error: BaseException) -> str:
+    """What this machine lacks, memory or threads, if that is why something failed or why its cause did; else "".
+
+    torch's own class is known by its name, as an import of torch takes a second.
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _ALLOCATOR in said:
+        return "out of memory"
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return "out of memory"
+    if isinstance(error, RuntimeError) and _NO_THREAD in said:
+        return "no new thread can be started: too little memory, or too many processes"
+    if isinstance(error, ImportError) and _NO_MAP in said:
+        return f"a library cannot be loaded, most often for lack of memory: {said}"
+    return "" if error.__cause__ is None else shortage(error.__cause__)
+
+
+_ALLOCATOR, _NO_THREAD = "DefaultCPUAllocator", "can't start new thread"
+_NO_MAP = "failed to map segment from shared object"
+"""Messages of torch about memory of the CPU, of Python, and of the system's loader."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -41,6 +40,11 @@ class Task:
     def validated(self) -> int:
         """The number of these examples."""
         return self.held.count(len(self.examples))
+
+    @property
+    def learnt(self) -> int:
+        """The number of those that are learnt from."""
+        return self.held.learnt(len(self.examples))
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -139,7 +143,11 @@ class HeldOut:
 
     def count(self, examples: int) -> int:
         """The number of validation examples beside so many in the task."""
-        return len(self.own) or math.ceil(self.share * examples)
+        return len(self.own) or _held_out(examples, self.share)
+
+    def learnt(self, examples: int) -> int:
+        """The number of training examples of so many in the task."""
+        return examples if self.own else examples - self.count(examples)
 
     @property
     def settings(self) -> list[Any]:
@@ -161,11 +169,15 @@ def split(
     there are fewer than two examples.
     """
     demand_two(examples)
-    held_out = min(max(1, round(fraction * len(examples))), len(examples) - 1)
+    held_out = _held_out(len(examples), fraction)
     drawn = sorted(examples, key=lambda example: hashlib.sha256(f"{seed}\n{example.id}".encode()).digest())
     chosen = {example.id for example in drawn[:held_out]}
     training = [example for example in examples if example.id not in chosen]
     return training, [example for example in examples if example.id in chosen]
+
+
+def _held_out(examples: int, fraction: float) -> int:
+    return min(max(1, round(fraction * examples)), examples - 1)
 
 
 def demand_two(examples: Sequence[Example]) -> None:

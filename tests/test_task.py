@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import lora_cli
 from lora_cli.errors import DataError, ExitCode
 from lora_cli.records import Example
-from lora_cli.task import load_task, read_task, split, task_sha256
+from lora_cli.task import HeldOut, load_task, read_task, split, task_sha256
 
 GOOD = '{"prompt": "2+2=", "completion": "4"}'
 
@@ -123,6 +123,10 @@ def test_split_loses_nothing_and_leaves_neither_part_empty(n: int, fraction: flo
     assert validation
     assert sorted(training + validation, key=lambda e: int(e.id)) == examples(n)
     assert training == sorted(training, key=lambda e: int(e.id))
+    held = HeldOut(share=fraction)
+    assert (held.learnt(n), held.count(n)) == (len(training), len(validation))
+    own = HeldOut(own=tuple(validation))
+    assert (own.learnt(n), own.count(n)) == (n, len(validation))
 
 
 def test_split_is_eighty_to_twenty_and_depends_on_the_seed() -> None:

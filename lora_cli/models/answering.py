@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_cli.errors import shortage
 from lora_cli.models.base_model import IGNORED, BaseModel
 from lora_cli.models.encode import Encoded
 from lora_cli.models.generate import stream
 from lora_cli.models.kept import Place, as_argument, begun, can_keep, empty, gathered
-from lora_cli.models.room import Room, is_out_of_memory
+from lora_cli.models.room import Room
 from lora_cli.models.together import Arranged, blocks
 
 _SPARE = 8
@@ -177,7 +178,7 @@ class _Answering:
         try:
             work()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or not self._room.halve():
+            if not shortage(error) or not self._room.halve():
                 raise
             return False
         return True

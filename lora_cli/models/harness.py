@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError
+from lora_cli.errors import DataError, NetworkError, NothingMatched, Refused, UsageError, shortage
 from lora_cli.harness_options import HarnessOptions
 from lora_cli.hashes import file_sha256
 from lora_cli.hub.session import prepare
@@ -229,7 +229,7 @@ def _named(task: str) -> Iterator[None]:
         yield
     # The harness, the libraries of data sets and a task's own functions raise exceptions of many kinds.
     except Exception as error:
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        if shortage(error):
             raise
         said = shortened(next(iter(str(error).splitlines()), ""))
         if isinstance(error, ConnectionError):

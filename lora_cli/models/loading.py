@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_cli.errors import LoraError, Refused
+from lora_cli.errors import LoraError, Refused, shortage
 from lora_cli.formats.base_files import AGAIN, OBJECTS, json_object
 from lora_cli.formats.checkpoint import open_checkpoint
 from lora_cli.models.four_bit import keep_layout, quantisation
@@ -114,6 +114,8 @@ def _translated(what: str, place: Path, named: str) -> Iterator[None]:
     except LoraError:
         raise
     except Exception as error:
+        if shortage(error):
+            raise
         for file in (place / name for name in OBJECTS):
             if file.exists():
                 json_object(file, named)

@@ -25,11 +25,6 @@ def free_memory(device: torch.device) -> int:
         return _UNKNOWN
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a failure of torch is a lack of memory: that of the CPU has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-
-
 class Room:
     """The rows that a pass takes, and those that generation takes at once; both are halved when memory runs out.
 

@@ -71,6 +71,20 @@ def test_several_seeds_are_the_fits_of_each_and_the_first_is_written(here: World
     assert f"the random-LoRA control {about['it']}, gain of the fit over it {about['gain']}" in told.err
 
 
+def test_steps_of_fewer_examples_than_asked_for_are_said(here: World) -> None:
+    lines = Path("task.jsonl").read_text().splitlines(keepends=True)
+    Path("five.jsonl").write_text("".join(lines[:5]))
+    common = ("--data", "five.jsonl", "--steps", "4")
+    note = "note: a step reads 4 examples, all that are learnt from, not 8\n"
+    told = ok("fit", *TWO, *common, "-o", "fitted")
+    assert note in told.err
+    assert record("fitted")["settings"]["batch"] == 4
+    assert "up to date" in ok("fit", *TWO, *common, "--batch", "4", "-o", "fitted").err
+    assert note in ok("train", *common, "--rank", "2", "-o", "trained").err
+    assert "note: a step" not in ok("fit", *TWO, *common, "--batch", "4", "-o", "other").err
+    assert "note: a step" not in ok("fit", *TWO, *common, "--valid", "task.jsonl", "--batch", "5", "-o", "valid").err
+
+
 def test_a_fit_that_the_time_limit_stops_says_so_and_goes_on_to_the_same_bytes(here: World) -> None:
     # From an average, even the first step has something to write.
     common = ("fit", *TWO, "--steps", "3", "--init", "average", "--control", "random")

@@ -254,6 +254,26 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
         load(str(folder))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ImportError("libm.so: failed to map segment from shared object"),
+        RuntimeError("can't start new thread"),
+    ],
+)
+def test_a_lack_of_memory_is_no_fault_of_the_bases_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise error
+
+    folder = saved(tmp_path / "base")
+    monkeypatch.setattr("transformers.LlamaForCausalLM.from_pretrained", fails)
+    with pytest.raises(type(error)):
+        load(str(folder))
+
+
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path / "base")
     more = saved(tmp_path / "more", num_hidden_layers=3)

@@ -16,7 +16,7 @@ from lora_cli.formats.reader import OpenAdapter
 from lora_cli.models.base_model import BaseModel
 from lora_cli.models.mixture import Mixture
 from lora_cli.models.recompute import recomputed
-from lora_cli.recipes import Recipe
+from lora_cli.recipes import Recipe, Shape
 from lora_cli.records import Example
 from lora_cli.steps.fit.fit import Fitting, fit
 from lora_cli.steps.train.descent import TOKENS_PER_PASS, Checkpoint, Parts, learn, passes, write_trace
@@ -76,6 +76,18 @@ def test_examples_of_mixed_lengths_give_the_loss_and_gradient_of_each_alone(
     assert step.gradient == pytest.approx(float(mixture.theta.grad.norm()), rel=1e-5)
     assert step.tokens == sum(len(base.encode(one).ids) for one in training)
     assert list(learnt.each_before) == pytest.approx([-one for one in base.log_likelihoods(validation)], rel=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["adaptive", "paper-2602.12323"])
+def test_a_step_reads_no_example_twice(base: BaseModel, pool: list[OpenAdapter], preset: str) -> None:
+    five = examples(5)
+    shape = Shape(preset=preset, l1=0.1, init="sqrt")
+    of_eight, of_four = (
+        fit(base, pool, five, Fitting(shape=shape, recipe=replace(SHORT, batch=batch))).learnt for batch in (8, 4)
+    )
+    training, _ = split(five, seed=0)
+    assert {step.tokens for step in of_eight.trace} == {sum(len(base.encode(one).ids) for one in training)}
+    assert of_eight == of_four
 
 
 def test_the_trace_has_a_line_per_step_and_hides_no_step(

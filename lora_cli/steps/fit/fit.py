@@ -34,6 +34,7 @@ from lora_cli.steps.fit.objective import (
 )
 from lora_cli.steps.fit.search import search
 from lora_cli.steps.merge.stream import MergePlan
+from lora_cli.steps.train.batch import within
 from lora_cli.steps.train.descent import Checkpoint, Goal, Learnt, Parts, identity, learn
 from lora_cli.task import HeldOut
 from lora_cli.text import nearest, shortened
@@ -149,6 +150,7 @@ def fit(
         raise NothingMatched("no adapters to fit", hint="choose some with 'lora select' or name them")
     together = sorted(adapters, key=lambda adapter: adapter.ref.pinned != how.target)
     parts = how.parts(base, examples)
+    recipe = within(recipe, len(parts.training))
     kept = 1 if together[0].ref.pinned == how.target else 0
     learning: Learning = FIT_METHODS.load(shape.preset)(len(together), **shape.knobs)
     mixture = Mixture(

@@ -27,6 +27,7 @@ from lora_cli.steps.merge.stream import MergePlan, plan
 from lora_cli.steps.opened_pool import Pool
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
+from lora_cli.steps.train.batch import batch_note, within
 from lora_cli.task import Task
 
 
@@ -66,6 +67,8 @@ class FitJob:
 
         def work(run: Run) -> FitReport:
             request.pool.announce(f"fit: {task.parts_in_words(request.recipe.seed)}; base {request.base}")
+            for line in batch_note(request.asked, request.recipe):
+                request.pool.announce(line)
             loaded = self.ref.load(progress)
             if request.shape.labelled:
                 for line in summary_of(look(task.examples, loaded.encoder, seed=request.recipe.seed, held=task.held)):
@@ -109,9 +112,12 @@ class FitRequest:
     ) -> None:
         self.pool, self.task, self.settings = pool, task, settings
         self.shape, self.options = shape or Shape(), options or FitOptions()
-        self.recipe = self.shape.completed(replace(recipe or Recipe(), seed=settings.seed))
+        self.asked = self.shape.completed(replace(recipe or Recipe(), seed=settings.seed))
         self.base = base_of(settings)
         task.held.demand_parts(task.examples)
+        # A search reads all examples at once.
+        searches = FIT_METHODS.get(self.shape.preset).kind == "search"
+        self.recipe = self.asked if searches else within(self.asked, task.learnt)
         demand_sane(self.shape, self.options.controls)
         self.command = self._command()
         self.merging = checked_options(
@@ -148,8 +154,7 @@ class FitRequest:
             return self.recipe, copies
         # An evaluation goes forward over all training examples, a step of a descent forward and back over its batch.
         # The work of a command is not known.
-        learnt = len(self.task.examples) - (0 if self.task.valid else self.task.validated)
-        tried, batch = way.search.evaluations, 1 if self.command else math.ceil(learnt / 2)
+        tried, batch = way.search.evaluations, 1 if self.command else math.ceil(self.task.learnt / 2)
         return replace(self.recipe, steps=tried, every=tried, batch=batch), copies
 
     def ref(self, prompting: Prompting | None = None) -> BaseRef:

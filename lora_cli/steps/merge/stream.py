@@ -192,7 +192,7 @@ def _demand_effect(plan: MergePlan, effect: Effect, empty: bool) -> None:
         where = " in the scope" if plan.options.scope else ""
         raise Refused(
             f"{', '.join(still)}: no effect{where}, because lora_B or lora_alpha is zero",
-            hint="remove it from this merge",
+            hint="leave out what has no effect",
         )
     if effect.cancelled:
         raise Refused(

@@ -18,8 +18,8 @@ from lora_cli.text import counted, percent
 class Judged:
     """What a method of kind "trials" found: the standing and the score of each, by place.
 
-    `asked` is the number of answers that the method asked for, of `of`, 0 where every score was stored; `stored` is the
-    number of scores that were there.
+    `asked` is the number of answers that the method asked for, of `of`; an adapter of which it wanted a stored score
+    alone gave none. `stored` is the number of scores that were there.
     """
 
     standings: Mapping[int, Standing]
@@ -47,7 +47,8 @@ def judged(trial: PoolTrial, by: str, names: Sequence[str], enough_of: Callable[
         count = n if all_stored else count
         found = trial.judge([names[place] for place in places], count)
         by_place = {place: found[names[place]] for place in places if names[place] in found}
-        counts.update(dict.fromkeys(places, count))
+        # In a race the answers of the rounds before count too, and the last round's with them.
+        counts.update({p: count for p in places if count < n or p in counts or names[p] not in stored})
         latest.update(by_place)
         return {
             place: Standing(count, merit(trial.options.metric, one.value), one.log_likelihood)
@@ -60,7 +61,7 @@ def judged(trial: PoolTrial, by: str, names: Sequence[str], enough_of: Callable[
     return Judged(
         standings=standings,
         scores={place: latest[place] for place in standings},
-        asked=0 if all_stored else sum(counts.values()),
+        asked=sum(counts.values()),
         of=len(names) * n,
         stored=len(stored),
     )

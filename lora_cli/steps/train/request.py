@@ -19,13 +19,18 @@ from lora_cli.steps.bases import config_here, skeleton_at
 from lora_cli.steps.pool.gather import opened_folder
 from lora_cli.steps.recorded import Finished, Job, run_once
 from lora_cli.steps.task_view import look, summary_of
+from lora_cli.steps.train.batch import batch_note, within
 from lora_cli.steps.train.train import TrainResult, run_settings, train_and_write
 from lora_cli.task import Task
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainJob:
-    """A planned training of a LoRA with `options` on `task`; `base` is its base model as the user named it."""
+    """A planned training of a LoRA with `options` on `task`.
+
+    `base` is its base model as the user named it. `asked` is the user's recipe, and `recipe` takes no
+    more examples a step than there are.
+    """
 
     job: Job
     ref: BaseRef
@@ -33,6 +38,7 @@ class TrainJob:
     task: Task
     options: TrainOptions
     recipe: Recipe
+    asked: Recipe
     announce: Callable[[str], None]
 
     @property
@@ -50,6 +56,8 @@ class TrainJob:
         def work(run: Run) -> TrainResult:
             task, seed = self.task, self.recipe.seed
             self.announce(f"train: {task.parts_in_words(seed)}; base {self.base}")
+            for line in batch_note(self.asked, self.recipe):
+                self.announce(line)
             loaded = self.ref.load(progress)
             for line in summary_of(look(task.examples, loaded.encoder, seed=seed, held=task.held)):
                 self.announce(line)
@@ -86,7 +94,8 @@ def train_job(
         NothingMatched, Refused: no adapter in the folder to go on from, or one that cannot be used.
     """
     task.held.demand_parts(task.examples)
-    options, recipe = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
+    options, asked = options or TrainOptions(), replace(recipe or TargetRecipe(), seed=settings.seed)
+    recipe = within(asked, task.learnt)
     described = run_settings(options=options, recipe=recipe, data=task.settings)
     base = base_of(settings)
     ref = pin(
@@ -110,4 +119,6 @@ def train_job(
         out=out,
         device=ref.device,
     )
-    return TrainJob(job=job, ref=ref, base=base, task=task, options=options, recipe=recipe, announce=announce)
+    return TrainJob(
+        job=job, ref=ref, base=base, task=task, options=options, recipe=recipe, asked=asked, announce=announce
+    )

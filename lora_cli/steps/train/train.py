@@ -17,6 +17,7 @@ from lora_cli.outputs import whole_folder
 from lora_cli.recipes import Recipe, TargetRecipe, TrainOptions
 from lora_cli.records import Example, Progress, silent
 from lora_cli.steps.pool.gather import opened_folder
+from lora_cli.steps.train.batch import within
 from lora_cli.steps.train.descent import TRACE_FILE, Checkpoint, Learnt, Parts, learn, write_trace
 from lora_cli.task import HeldOut, Task
 from lora_cli.text import counted
@@ -63,6 +64,7 @@ def train(
     """
     options, recipe = options or TrainOptions(), recipe or TargetRecipe()
     parts = Parts.of(base.encode_all, examples, held=held or HeldOut(), seed=recipe.seed)
+    recipe = within(recipe, len(parts.training))
     with base.new_adapter(**options.shape, seed=recipe.seed) as adapter:
         if options.start is not None:
             adapter.start_from(opened_folder(options.start))
