@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from lora_cli.errors import OutputError
-from lora_cli.files import read_regular, unreadable
+from lora_cli.files import read_regular, special_kind, unreadable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -29,10 +29,10 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Remains of killed processes for the same target are removed first. If `target` exists, it is complete.
 
     Raises:
-        OutputError: `target` exists and `replace` is false (even if it was made during the work), is a link, or
-            its place cannot be written.
+        OutputError: `target` exists and `replace` is false (even if it was made during the work), is a link, a pipe,
+            a device or a socket, or its place cannot be written.
     """
-    _refuse_link(target)
+    _refuse_special(target)
     target = target.absolute()
     partial = _beside(target)
     held = None
@@ -64,9 +64,9 @@ def whole_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
 def whole_file(target: Path) -> Iterator[BinaryIO]:
     """Yield a new binary file that replaces `target` if the block succeeds, and is removed if it fails.
 
-    Raises OutputError where `target` is a link, or its place cannot be written.
+    Raises OutputError where `target` is a link, a pipe, a device or a socket, or its place cannot be written.
     """
-    _refuse_link(target)
+    _refuse_special(target)
     target = target.absolute()
     partial = _beside(target)
     try:
@@ -79,7 +79,7 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                _refuse_link(target)
+                _refuse_special(target)
                 partial.replace(target)
             _sync(target.parent)
     finally:
@@ -132,10 +132,10 @@ def demand_own(target: Path, beginnings: tuple[bytes, ...], what: str) -> None:
         beginnings: the first bytes of such a file, one of which it has to have.
         what: such a file, in words.
     """
+    if not target.is_file():
+        return  # a new file, or a place that `whole_file` refuses
     try:
         head = read_regular(target, max(map(len, beginnings)))
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return  # a new file, or a place that `whole_file` refuses
     except OSError as error:
         raise unreadable(target, error) from error
     if head and not head.startswith(beginnings):
@@ -155,14 +155,17 @@ def _beside(target: Path) -> Path:
     return target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
 
 
-def _refuse_link(target: Path) -> None:
+def _refuse_special(target: Path) -> None:
+    """OutputError for a link, and for a pipe, a device or a socket, whose place an output would take."""
     if target.is_symlink():
         raise OutputError(f"{target}: a link; outputs are never written through links")
+    if kind := special_kind(target):
+        raise OutputError(f"{target}: {kind}, which no output replaces", hint="choose another place with -o")
 
 
 def _put(partial: Path, target: Path, *, replace: bool) -> None:
     """Rename the finished folder into place. A folder made there meanwhile is replaced only on request."""
-    _refuse_link(target)
+    _refuse_special(target)
     if not replace:
         try:
             # Fails if there is a file or a non-empty folder.

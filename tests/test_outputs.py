@@ -4,7 +4,11 @@ import errno
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -182,6 +186,15 @@ def test_a_file_is_never_written_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="link"), whole_file(tmp_path / "link"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", [whole_file, partial(whole_folder, replace=True)])
+def test_a_pipe_is_not_replaced(output: Callable[[Path], AbstractContextManager[Any]], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputError, match="a pipe, which no output replaces"), output(tmp_path / "pipe"):
+        raise AssertionError
+    assert (tmp_path / "pipe").is_fifo()
+    assert [one.name for one in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_link_put_there_during_the_work_is_not_followed(tmp_path: Path) -> None:

@@ -40,10 +40,11 @@ def paper_2602_12323(
     activation: in a `softmax` adapters that are absent from a part take their share of it, so that the others'
     coefficients there sum to less than 1.
 
-    Four things of that code are not repeated. θ stays in fp32; the code keeps it in the base's precision. A validation
+    Five things of that code are not repeated. θ stays in fp32; the code keeps it in the base's precision. A validation
     loss is the mean over examples of each one's mean per token, not the mean over batches of four. The examples held
-    out are drawn by a hash of their ids. No prompt gets the text that slipped into one of its templates. The base is
-    bf16 in the paper: `--dtype bf16`.
+    out are drawn by a hash of their ids. No prompt gets the text that slipped into one of its templates. A step goes on
+    into the next round of the examples; the code's last step of a round takes what is left, 2 of 10 after 8. The base
+    is bf16 in the paper: `--dtype bf16`.
 
     Source: arXiv 2602.12323 and its code.
     """
