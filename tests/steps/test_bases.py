@@ -47,6 +47,9 @@ def test_folders_are_not_judged_by_the_base_of_the_last_sync(pool: Path) -> None
     assert "wrong base: declares acme/far, asked for acme/tiny-it" in told
     assert "sync its own base to use it there, or name its folder" in told
     assert "is for acme/far, not for acme/tiny-it" in refused(5, "merge", "pool/alice/sql", far, "-o", "both")
+    Path("mybase").mkdir()
+    assert "did you mean mybase?" in refused(5, "merge", far, "--base", "./mybas", "-o", "both")
+    assert "add the name to base_aliases" in refused(5, "merge", far, "--base", "./mybase", "-o", "both")
 
 
 def test_verify_stores_nothing(pool: Path) -> None:

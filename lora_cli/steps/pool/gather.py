@@ -17,9 +17,9 @@ from lora_cli.hashes import sha256_of
 from lora_cli.imports import prefixed
 from lora_cli.names import by_leaf, leaf
 from lora_cli.records import Adapter, AdapterRef
-from lora_cli.settings import folder_of
+from lora_cli.settings import folder_of, folders_like
 from lora_cli.steps.pool.lookup import NAME_THE_BASE
-from lora_cli.text import in_words
+from lora_cli.text import in_words, meant
 
 if TYPE_CHECKING:
     from lora_cli.formats.reader import OpenAdapter
@@ -175,9 +175,11 @@ def check_bases(adapters: Sequence[Declared], base: str | None, aliases: Sequenc
                 hint=_of_revisions(declared, asked)
                 or "if these are one model, give --base, and add the other name to base_aliases in lora.toml",
             )
+        like = [] if folder_of(base) is not None else folders_like(base)
+        aliased = "if these are one model, add the name to base_aliases in lora.toml"
         raise Refused(
             f"{ref.id} is for {declared}, not for {base}",
-            hint=_of_revisions(declared, asked) or "if these are one model, add the name to base_aliases in lora.toml",
+            hint=_of_revisions(declared, asked) or meant(like, aliased),
         )
 
 
