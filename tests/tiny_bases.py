@@ -64,11 +64,12 @@ def tiny_llama(**config: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
 
 
-def tiny_gpt2(n_embd: int = 32) -> GPT2LMHeadModel:
+def tiny_gpt2(n_embd: int = 32, *, tied: bool = True) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=104,
+            tie_word_embeddings=tied,
             n_embd=n_embd,
             n_layer=2,
             n_head=4,

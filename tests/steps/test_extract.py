@@ -143,6 +143,26 @@ def test_peft_applies_it_as_the_difference(tmp_path: Path, gpt2: bool) -> None:
         assert torch.allclose(worn(ids).logits, one(ids).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [56, 80])
+@pytest.mark.parametrize("gpt2", [False, True])
+def test_a_head_for_other_tokens_is_left_out(gpt2: bool, tokens: int, tmp_path: Path) -> None:
+    model = tiny_gpt2(tied=False) if gpt2 else tiny_llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    model.resize_token_embeddings(tokens)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "c_attn.weight")):
+                weight += 0.1 * torch.randn_like(weight)
+    model.save_pretrained(tmp_path / "tuned")
+    told = ok("extract", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "--rank", "4", "-o", "out")
+    table = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
+    left = json.loads(Path("out/run.json").read_text())["results"]["left_out"]
+    assert left == {"lm_head.weight": None, table: None}
+    assert "2 tensors in none of these layers" in told.err
+    assert {name.rpartition(".")[2] for name in dense(Path("out"))} == {"c_attn" if gpt2 else "q_proj"}
+
+
 def test_what_cannot_be_extracted_is_refused(tmp_path: Path) -> None:
     tuned, base = models(tmp_path, layers=False)
     assert "no linear layer" in refused(5, "extract", tuned, "--base", base, "--rank", "4", "-o", "out")

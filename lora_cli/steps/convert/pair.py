@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,21 +91,34 @@ def pair(tuned: Base, base: Base) -> Pair:
 
     So they are in a decoder of the Llama kind, and they are all that is known where the base has no known class.
 
+    A head for another number of tokens is none of them: what was tuned with new tokens has rows there that no update of
+    the base's head holds.
+
     Raises Refused if the models have no linear layer in common, or differ in the layers or their shapes.
     """
     plain = all(is_plainly_named(base.checkpoint.config, one.checkpoint.tensors) for one in (base, tuned))
     skeleton = None if plain else base.skeleton
+    known, tokens = (_tokens(one.checkpoint.config) for one in (base, tuned))
     found = []
     shapes: dict[str, tuple[int, int]] = {}
     for model in (base, tuned):
-        layers, places = layers_of(model, skeleton)
+        layers, places = layers_of(model, skeleton if skeleton is None or tokens == known else model.skeleton)
         shapes = {name: shape for name, shape in (shapes or layers).items() if skeleton is not None or name in places}
+        if tokens != known:
+            heads = [name for name, (rows, _) in shapes.items() if (rows, layers.get(name, (0,))[0]) == (known, tokens)]
+            shapes = {name: shape for name, shape in shapes.items() if name not in heads}
         demand_whole(model, shapes, places)
         found.append({name: places[name] for name in shapes})
     if not shapes:
         raise Refused(f"{tuned.name} and {base.name} have no linear layers in common")
     of_base, of_tuned = found
     return Pair(tuned=tuned, base=base, modules=shapes, places=(of_tuned, {name: of_base[name] for name in shapes}))
+
+
+def _tokens(config: Mapping[str, Any]) -> object:
+    """The number of tokens in a model's configuration, None where it does not say."""
+    text = config.get("text_config")
+    return config.get("vocab_size", text.get("vocab_size") if isinstance(text, Mapping) else None)
 
 
 def layers_of(
