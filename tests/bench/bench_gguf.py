@@ -1,10 +1,11 @@
 """`lora export gguf` beside llama.cpp's own converter: seconds, CPU seconds and peak memory, in turns.
 
-    python -m tests.bench.bench_gguf CONVERTER [DIR]     wants 1.5 GB in DIR, all of it removed at the end
+    python -m tests.bench.bench_gguf CONVERTER [DIR]     wants 2.5 GB in DIR, all of it removed at the end
 
 CONVERTER is convert_lora_to_gguf.py in a checkout of llama.cpp, or in the source distribution of llama-cpp-python
 (vendor/llama.cpp). The adapter has rank 64 in all seven modules of 32 layers in the shapes of an 8B model, in bf16: 336
-MB. Both write fp32; `lora` also hashes both files, reads its own back and compares. Everything is in the page cache.
+MB. Both write fp32, bf16 and fp16; `lora` also hashes both files, reads its own back and compares. Everything is in the
+page cache.
 The parts of its time are measured in the same turns: a plan alone, hashes of both files alone, and `cp` of the result.
 """
 
@@ -53,13 +54,19 @@ def main(converter: Path, folder: Path) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as other:
         other.submit(make, folder).result()
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[2])])
-    theirs = ["--base", "base", "--outfile", "theirs.gguf", "adapter"]
+    theirs = [sys.executable, str(converter.resolve()), "--base", "base", "adapter", "--outfile", "theirs.gguf"]
     ours = [sys.executable, "-m", "lora_cli", "export", "gguf", "adapter", "--db", "bench.db"]
+    types = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}
     hashed = "import sys, hashlib\nfor file in sys.argv[1:]: hashlib.file_digest(open(file, 'rb'), 'sha256')"
     files = ["adapter/adapter_model.safetensors", "out/adapter.gguf"]
     cases = {
-        "`lora export gguf`": [*ours, "-o", "out", "--force"],
-        "`convert_lora_to_gguf.py`": [sys.executable, str(converter.resolve()), *theirs],
+        f"{who}, {dtype}": command
+        for dtype, name in types.items()
+        for who, command in (
+            ("`lora export gguf`", [*ours, "--dtype", dtype, "-o", "out" if dtype == "fp32" else dtype, "--force"]),
+            ("`convert_lora_to_gguf.py`", [*theirs, "--outtype", name]),
+        )
+    } | {
         "`lora export gguf --dry-run`: imports, the adapter hashed": [*ours, "-o", "other", "--dry-run"],
         "SHA-256 of both files": [sys.executable, "-c", hashed, *files],
         "`cp` of the result": ["cp", "out/adapter.gguf", "copy.gguf"],

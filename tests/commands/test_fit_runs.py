@@ -75,12 +75,15 @@ def test_steps_of_fewer_examples_than_asked_for_are_said(here: World) -> None:
     lines = Path("task.jsonl").read_text().splitlines(keepends=True)
     Path("five.jsonl").write_text("".join(lines[:5]))
     common = ("--data", "five.jsonl", "--steps", "4")
-    note = "note: a step reads 4 examples, all that are learnt from, not 8\n"
-    told = ok("fit", *TWO, *common, "-o", "fitted")
-    assert note in told.err
+    note = "note: a step reads 4 examples, all that are learnt from, not 16\n"
+    assert note in ok("fit", *TWO, *common, "--batch", "16", "-o", "fitted").err
     assert record("fitted")["settings"]["batch"] == 4
     assert "up to date" in ok("fit", *TWO, *common, "--batch", "4", "-o", "fitted").err
-    assert note in ok("train", *common, "--rank", "2", "-o", "trained").err
+    assert note in ok("train", *common, "--rank", "2", "--batch", "16", "-o", "trained").err
+    # Nobody asked for the default of 8.
+    told = ok("fit", *TWO, *common, "-o", "fitted")
+    assert "up to date" in told.err
+    assert "note: a step" not in told.err
     assert "note: a step" not in ok("fit", *TWO, *common, "--batch", "4", "-o", "other").err
     assert "note: a step" not in ok("fit", *TWO, *common, "--valid", "task.jsonl", "--batch", "5", "-o", "valid").err
 

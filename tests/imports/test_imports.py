@@ -295,24 +295,6 @@ def test_a_scale_that_is_text_is_quoted(tmp_path: Path) -> None:
     assert 'scale is "4", not a number' in refused(5, "convert", str(source), "-o", "out")
 
 
-def test_the_folder_of_a_base_is_in_no_result(tmp_path: Path) -> None:
-    source, _ = written(next(one for one in TAKEN if one.title == "GGUF of Qwen 3"), tmp_path / "theirs")
-    config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 2, "num_attention_heads": 4}
-    keys = set()
-    for place, layers in ("one", 2), ("other", 3):
-        base = tmp_path / place / "qwen"
-        base.mkdir(parents=True)
-        (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
-        ok("convert", str(source), "-o", "out", "--base", str(base), "--force")
-        assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == "qwen"
-        record = Path("out/run.json").read_text()
-        assert str(tmp_path) not in record
-        keys.add(json.loads(record)["key"])
-    # Another base of the same name makes another result.
-    assert len(keys) == 2
-    assert "up to date" in ok("convert", str(source), "-o", "out", "--base", str(base)).err
-
-
 def test_a_missing_gguf_package_is_one_error_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, _ = written(next(one for one in SAMPLES if one.title == "GGUF of Qwen 3"), tmp_path / "theirs")
     ok("convert", str(source), "-o", "lora", "--base", "acme/tiny")

@@ -97,8 +97,7 @@ def verify(
 
     if quarantine_z is not None and not deep:
         raise UsageError("--quarantine-z needs --deep")
-    screen = listing.screen()
-    settings = setup.load()
+    screen, settings = listing.screen(), setup.load()
     with Catalogue(settings.db) as catalogue, screen.progress() as progress:
         how = Checking(
             base=settings.base or "",

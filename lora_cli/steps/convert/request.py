@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_cli.errors import OutputError, UsageError
-from lora_cli.formats.base_files import CONFIG
-from lora_cli.formats.base_names import public_base
 from lora_cli.formats.kinds import CONFIG_NAME, WEIGHTS_NAME
 from lora_cli.formats.run_record import Run, peak_bytes
 from lora_cli.hashes import sha256_of
@@ -18,7 +16,7 @@ from lora_cli.imports._written import Conversion, Converted, write
 from lora_cli.outputs import demand_apart, whole_folder
 from lora_cli.precision import dtype_name
 from lora_cli.records import Progress, patient, silent, unheard
-from lora_cli.settings import Settings, folder_of
+from lora_cli.settings import Settings
 from lora_cli.steps.bases import config_here, look_here
 from lora_cli.steps.convert.weights import weights_of_base
 from lora_cli.steps.recorded import Finished, Job, run_once
@@ -82,8 +80,7 @@ def convert_job(
         raise UsageError(f"--adapter cannot be used: {found.by.program} holds one adapter")
     base = settings.base or ""
     weights = partial(weights_of_base, base, announce=announce, progress=progress) if base and rank else None
-    name = public_base(base, settings.base_aliases) if base else ""
-    asked = Asked(name, config_here(base) if base else None, adapter, look_here(base), weights)
+    asked = Asked(base, config_here(base) if base else None, adapter, look_here(base), weights)
     with after(str(source)):
         foreign = found.open(asked)
         conversion = Conversion(foreign=foreign, rank=rank, dtype=dtype)
@@ -98,11 +95,7 @@ def convert_job(
     said |= {"rank": rank} if rank is not None else {}
     said |= {"adapter": adapter} if adapter else {}
     inputs = {file.name: sha256_of(file, patient(progress)) for file in found.files}
-    if foreign.weights is not None:
-        inputs |= foreign.weights.inputs
-    elif asked.folder is not None and folder_of(base) is not None:
-        # The name of a folder's base does not tell which one it is.
-        inputs[f"base:{CONFIG}"] = sha256_of(asked.folder / CONFIG)
+    inputs |= foreign.weights.inputs if foreign.weights is not None else {}
     job = Job(verb="convert", settings=said, inputs=inputs, runs=settings.runs, out=out)
     _demand_apart(found, job.folder)
     if foreign.weights is not None:

@@ -16,7 +16,7 @@ def within(recipe: _Recipe, examples: int) -> _Recipe:
 
 
 def batch_note(asked: Recipe, taken: Recipe) -> list[str]:
-    """The line about steps of fewer examples than were asked for, no line where they have as many."""
-    if taken.batch == asked.batch:
+    """The line about steps of fewer examples than the user asked for; no line about the default, which nobody did."""
+    if asked.batch in (taken.batch, type(asked)().batch):
         return []
     return [f"note: a step reads {counted(taken.batch, 'example')}, all that are learnt from, not {asked.batch:,}"]
