@@ -21,6 +21,7 @@ from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import Told, lora, ok, refused
 from tests.fake_hub import FakeHub
 from tests.fake_uploads import READER, TOKEN
+from tests.imports.kinds import SAMPLES
 
 SHAPES = {f"model.layers.{n}.self_attn.q_proj": (24, 16) for n in range(2)}
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "run.json"}
@@ -486,6 +487,22 @@ def test_a_base_that_is_no_id_of_the_hub_is_named_in_words_alone(base: str, own_
     assert front["tags"] == ["lora", "merge"]
     assert "vllm serve BASE-MODEL --enable-lora" in card
     assert card.count("```") == 8
+
+
+def test_the_place_of_a_bases_folder_is_told_here_and_not_in_the_card(own_home: Path) -> None:
+    sample = next(one for one in SAMPLES if one.title == "Olive")
+    Path("theirs").mkdir()
+    sample.write(Path("theirs"))
+    base = own_home / "models" / "mine"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    ok("convert", str(Path("theirs", sample.source)), "--base", str(base), "-o", "converted")
+    assert json.loads(Path("converted/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
+    told = ok("push", "converted", "me/mixed", "--dry-run", "--json")
+    assert f"names the base {base}, which is no id of the Hub" in told.err
+    card = json.loads(told.out)["card"]
+    assert str(own_home) not in card
+    assert "LoRA of `mine`" in card
 
 
 def test_folders_of_strange_names(writer: FakeHub, merged: Path) -> None:

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from lora_cli import hashes
-from lora_cli.exports import export
+from lora_cli.exports import Written, export
+from lora_cli.formats.reader import Factors
 from lora_cli.methods import file_names
+from lora_cli.steps.export.export import error_of
 from tests import readers
 from tests.adapters_on_disk import random_factors, write_adapter
 from tests.cli import ok, refused
@@ -29,6 +32,22 @@ CELLS = [pytest.param(kind, target, id=f"{kind.title}-{target}") for kind in KIN
 @pytest.fixture(autouse=True)
 def home(own_home: Path) -> Path:
     return own_home
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.7])
+@pytest.mark.parametrize("more", [0, 2])
+@pytest.mark.parametrize("rounded", ["", "B", "A", "BA"])
+def test_the_error_of_an_update_is_that_of_dense_matrices(rounded: str, more: int, scale: float) -> None:
+    numbers = np.random.default_rng(0)
+    b, a = numbers.normal(size=(40, 4)).astype("f4"), numbers.normal(size=(4, 30)).astype("f4")
+    own = Written(Factors(b, a), 2.0)
+    b = b * np.float32(2 / scale)
+    b, a = (x.astype("f2").astype("f4") if side in rounded else x for side, x in (("B", b), ("A", a)))
+    written = Written(Factors(np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0)))), scale)
+    first, second = (x.scale * (x.factors.B.astype("f8") @ x.factors.A.astype("f8")) for x in (own, written))
+    wanted = np.linalg.norm(second - first) / np.linalg.norm(first)
+    assert error_of(own, written) == pytest.approx(wanted, rel=1e-6, abs=1e-10)
+    assert (wanted > 1e-5) == bool(rounded)
 
 
 def base(config: Mapping[str, object] = LLAMA) -> None:
